@@ -1,0 +1,389 @@
+"""Configuration: frozen, keyword-only dataclasses, validated on construction.
+
+One nested `RunConfig` describes a run completely; `runs/NAME/config.json` is its JSON form and
+alone rebuilds the run. Recipes (`clips/recipes.py`) are functions that return a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from clips.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(name: str, value: str, choices: type) -> None:
+    known = typing.get_args(choices)
+    _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
+
+
+Objective = Literal["clips", "clip"]
+CaptionerInputs = Literal["queries", "tokens"]
+SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
+SentenceSplitter = Literal["smart", "reference"]
+TokenizerKind = Literal["bert", "clip", "wordpiece"]
+Precision = Literal["bf16", "fp32"]
+OptimizerKind = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "trapezoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image tower (shared/CLIPS.md, "Architecture"). `image_size` is the export resolution in pixels."""
+
+    width: int
+    layers: int
+    heads: int
+    image_size: int = 224
+    patch_size: int = 16
+    mlp_ratio: float = 4.0
+    pre_norm: bool = False
+    """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
+        _require(self.width % 4 == 0, f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)")
+        check_image_size(self.image_size, self.patch_size)
+
+    def tokens(self, image_size: int | None = None) -> int:
+        """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
+        return ((image_size or self.image_size) // self.patch_size) ** 2
+
+
+def check_image_size(image_size: int, patch_size: int) -> None:
+    """Raise UserError unless `image_size` is a positive multiple of `patch_size`."""
+    _require(
+        image_size > 0 and image_size % patch_size == 0,
+        f"image size {image_size} is not a multiple of the patch size {patch_size}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text tower. `context_length` counts every slot, the CLS in the last one included."""
+
+    width: int
+    layers: int
+    heads: int
+    context_length: int = 80
+    vocab_size: int = 32_000
+    mlp_ratio: float = 4.0
+    pad_mask: bool = False
+    """False: the reference, where padding is attended and every text is padded to `context_length`.
+    True: padding is masked, so text is padded only to the batch's own length (see clips/text.py)."""
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
+        _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionerConfig:
+    """The autoregressive decoder over [image tokens; web-text states; caption positions]."""
+
+    width: int
+    layers: int
+    heads: int
+    length: int = 128
+    """Caption positions: `bos … eos` of the long caption is cut to this many tokens."""
+    inputs: CaptionerInputs = "queries"
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
+        _one_of("captioner.inputs", self.inputs, CaptionerInputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vision: VisionConfig
+    text: TextConfig
+    captioner: CaptionerConfig | None
+    embed_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsConfig:
+    """How the two texts of a sample become token ids."""
+
+    tokenizer: TokenizerKind = "bert"
+    strategy: SubCaptionStrategy = "sentence"
+    splitter: SentenceSplitter = "smart"
+    sub_caption_tokens: int = 32
+    """Tokens kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
+
+    def __post_init__(self) -> None:
+        _one_of("captions.tokenizer", self.tokenizer, TokenizerKind)
+        _one_of("captions.strategy", self.strategy, SubCaptionStrategy)
+        _one_of("captions.splitter", self.splitter, SentenceSplitter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The objective: L = contrastive_weight · L_con + caption_weight · L_cap."""
+
+    objective: Objective = "clips"
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    synthetic_share: float = 0.2
+    """objective "clip" only: share of samples whose one text is the synthetic caption."""
+    caption_chunk: int = 4096
+    """Caption positions whose logits are held at once."""
+
+    def __post_init__(self) -> None:
+        _one_of("task.objective", self.objective, Objective)
+        _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
+        _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Where a sample keeps its three parts.
+
+    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member); alternatives
+    are separated by `;`. Tables: column names.
+    """
+
+    image: str = "jpg;jpeg;png;webp"
+    web: str = "json:org_caption"
+    long: str = "txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = "demo"
+    """`demo`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    val: str | None = None
+    test: str | None = None
+    fields: Fields = field(default_factory=Fields)
+    image_root: str | None = None
+    """Tables only: folder that image paths are relative to (default: the table's own folder)."""
+    demo_dir: str = "data/demo"
+    workers: int = 2
+    max_broken_share: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time augmentation; zero or 1.0 turns a part off (then the image is only squashed to the square)."""
+
+    min_crop_area: float = 1.0
+    jitter: float = 0.0
+    grayscale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    kind: OptimizerKind = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    clip_grad: float = 0.0
+    """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/engine.py."""
+    muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        _one_of("optim.kind", self.kind, OptimizerKind)
+        _require(
+            self.kind != "muon" or self.clip_grad == 0,
+            "optim.clip_grad must be 0 with Muon: DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, "
+            "not the gradient, so the step would depend on the ZeRO stage",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One stretch of training at one resolution; phases follow each other and share the optimizer."""
+
+    name: str
+    samples: int
+    batch_size: int
+    """Samples of one optimizer step, over all ranks and accumulation steps."""
+    lr: float
+    """Peak AdamW learning rate at this batch size."""
+    muon_lr: float = 0.0
+    """Peak learning rate of the blocks' matrices when optim.kind = "muon"."""
+    image_size: int
+    warmup_samples: int = 0
+    schedule: Schedule = "cosine"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        _one_of(f"phase {self.name}: schedule", self.schedule, Schedule)
+        _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
+        _require(
+            self.samples >= self.batch_size,
+            f"phase {self.name}: samples {self.samples} is below one batch of {self.batch_size}",
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    seed: int = 0
+    precision: Precision = "bf16"
+    accumulation: int = 1
+    activation_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Samples between two evaluations on the validation split; 0 = only at the end."""
+    checkpoint_every: int = 0
+    """Samples between two checkpoints; 0 = only at the end and when stopped."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _one_of("train.precision", self.precision, Precision)
+        _require(self.accumulation >= 1, "train.accumulation must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    batch_size: int = 128
+    max_images: int = 5000
+    """Images of the retrieval evaluation during training (the whole set at the end)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    recipe: str
+    model: ModelConfig
+    captions: CaptionsConfig
+    task: TaskConfig
+    data: DataConfig
+    optim: OptimConfig
+    phases: tuple[PhaseConfig, ...]
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.phases) > 0, "a run needs at least one phase")
+        for phase in self.phases:
+            check_image_size(phase.image_size, self.model.vision.patch_size)
+        _require(
+            self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
+            "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",
+        )
+
+    @property
+    def samples(self) -> int:
+        """Samples seen over all phases (whole optimizer steps only)."""
+        return sum(phase.steps * phase.batch_size for phase in self.phases)
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> RunConfig:
+        """Read `config.json`; raises UserError naming the file and the field where it does not fit."""
+        try:
+            return from_dict(RunConfig, json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable run configuration: {error}") from None
+
+    def override(self, assignments: list[str]) -> RunConfig:
+        """Apply `a.b.c=value` assignments (value as JSON, else text); phases are addressed by index or `*`."""
+        tree = json.loads(json.dumps(self.to_dict()))
+        for assignment in assignments:
+            path, separator, text = assignment.partition("=")
+            _require(bool(separator), f"--set {assignment!r} must look like part.field=value")
+            try:
+                value = json.loads(text)
+            except ValueError:
+                value = text
+            _assign(tree, path.split("."), value, path)
+        return from_dict(RunConfig, tree)
+
+
+def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
+    key, *rest = keys
+    if isinstance(tree, list):
+        targets = range(len(tree)) if key == "*" else [int(key)] if key.isdigit() and int(key) < len(tree) else []
+        _require(bool(targets), f"--set {path}: {key!r} is not an index below {len(tree)} (or *)")
+    else:
+        _require(
+            isinstance(tree, dict) and key in tree,
+            f"--set {path}: no field {key!r}; known here: {', '.join(tree) if isinstance(tree, dict) else 'none'}",
+        )
+        targets = [key]
+    for target in targets:
+        if rest:
+            _assign(tree[target], rest, value, path)
+        else:
+            tree[target] = value
+
+
+def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
+    """Build dataclass `cls` from plain JSON `value`; unknown, missing and ill-typed fields raise UserError."""
+    origin = typing.get_origin(cls)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(cls)
+        if value is None and type(None) in options:
+            return None
+        return from_dict(next(option for option in options if option is not type(None)), value, where)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} must be a list, found {value!r}")
+        item_types = typing.get_args(cls)
+        if item_types[-1] is Ellipsis:
+            return tuple(from_dict(item_types[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        _require(len(value) == len(item_types), f"{where} must have {len(item_types)} items, found {len(value)}")
+        return tuple(
+            from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(zip(item_types, value, strict=True))
+        )
+    if origin is Literal:
+        known = typing.get_args(cls)
+        _require(value in known, f"{where} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
+        return value
+    if dataclasses.is_dataclass(cls):
+        _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(value) - set(hints))
+        _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        _require(not missing, f"{where} lacks the fields: {', '.join(missing)}")
+        return cls(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if cls is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = isinstance(value, cls) and (cls is bool or not isinstance(value, bool))
+    _require(fits, f"{where} must be {cls.__name__}, found {value!r}")
+    return value
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """The fields in which two runs differ, as `path: old → new` lines."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [
+                line for key in sorted(a.keys() | b.keys()) for line in walk(a.get(key), b.get(key), f"{path}.{key}")
+            ]
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
+        return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
+
+    return walk(*(json.loads(json.dumps(config.to_dict())) for config in (old, new)), "")
