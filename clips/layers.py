@@ -1,0 +1,110 @@
+"""Attention and the pre-norm transformer block that every tower here is made of.
+
+Shapes: B batch · L query positions · S key positions · D width · H heads · K = D / H.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LAYER_NORM_EPS = 1e-6
+
+
+def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Softmax attention, the one place that chooses a kernel; returns [B, H, L, K] in q's dtype.
+
+    `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key.
+    On a CPU the kernels run in fp32 also under bf16 autocast: `scripts/benchmark.py --only attention`
+    measures bf16 attention at this project's short lengths several times slower there.
+    """
+    if q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16:
+        q, k, v = q_BHLK.float(), k_BHSK.float(), v_BHSK.float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(q_BHLK.dtype)
+    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=visible)
+
+
+class KVCache:
+    """Keys and values of the positions that a block has already seen, for generation."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        return self.k, self.v
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, L, D = x_BLD.shape
+        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.proj(attention(q, k, v, visible).transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, gelu: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate=gelu)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, gelu: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio), gelu)
+
+    def forward(self, x_BLD: Tensor, visible: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x_BLD = x_BLD + self.attn(self.norm1(x_BLD), visible, cache)
+        return x_BLD + self.mlp(self.norm2(x_BLD))
+
+
+class Blocks(nn.ModuleList):
+    """The stack of blocks; with `activation_checkpointing` each block is recomputed in the backward pass."""
+
+    def __init__(self, layers: int, width: int, heads: int, mlp_ratio: float, gelu: str) -> None:
+        super().__init__(Block(width, heads, mlp_ratio, gelu) for _ in range(layers))
+        self.activation_checkpointing = False
+
+    def forward(self, x_BLD: Tensor, visible: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
+        for i, block in enumerate(self):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, visible, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD, visible, caches[i] if caches else None)
+        return x_BLD
+
+
+def stream_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the residual stream: autocast's when autocast is on (as in open_clip's amp), else fp32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform matrices with zero biases, unit LayerNorms (OpenVision's initialisation of its blocks)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
