@@ -1,0 +1,271 @@
+"""Exports against the trained model, in a process that has only the stock libraries."""
+
+import dataclasses
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clips.captions import build_tokenizer
+from clips.config import (
+    CaptionerConfig,
+    CaptionsConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    TextConfig,
+    VisionConfig,
+)
+from clips.data.images import decode_image, eval_transform
+from clips.errors import UserError
+from clips.export import ExportError, export_all, import_open_clip, load_native
+from clips.model import CLIPS
+from clips.weights import assign_weights, read_weights, write_weights
+
+TEXTS = [
+    "a red dog",
+    "",
+    "Tom &amp; Jerry at the café, 25 cats and 3.50 dollars",
+    "a special [CLS] [PAD] <pad> token typed as text",
+    "many words " * 40,
+    "two green cars on a blue background",
+]
+VARIANTS = [  # tokenizer, pad_mask, pre_norm
+    ("bert", False, False),
+    ("bert", True, True),
+    ("clip", False, True),
+    ("clip", True, False),
+    ("wordpiece", False, False),
+    ("wordpiece", True, False),
+]
+
+# Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
+STOCK = """
+import json, sys
+sys.modules["clips"] = sys.modules["mllm"] = None
+import numpy as np, open_clip, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+texts, names, pictures = (json.load(open("inputs.json"))[k] for k in ("texts", "names", "pictures"))
+for name in names:
+    with torch.no_grad():
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{name}/open_clip")
+        tokens = open_clip.get_tokenizer(f"local-dir:{name}/open_clip")(texts)
+        images = torch.stack([preprocess(Image.open(p).convert("RGB")) for p in pictures])
+        model.eval()
+        image_features = model.encode_image(images, normalize=True)
+        text_features = model.encode_text(tokens, normalize=True)
+        options = {"add_pooling_layer": False} if open(f"{name}/hf_vit/config.json").read().count('"vit"') else {}
+        vit, info = AutoModel.from_pretrained(f"{name}/hf_vit", output_loading_info=True, **options)
+        assert not any(info.values()), info
+        hidden = vit.eval()(images, output_hidden_states=True).hidden_states[-1]
+        processor = AutoImageProcessor.from_pretrained(f"{name}/hf_vit")
+        processed = processor([Image.open(p) for p in pictures], return_tensors="pt").pixel_values
+        np.savez(f"{name}.npz", images=images, image_features=image_features, text_features=text_features,
+                 logit_scale=model.logit_scale.exp(), hidden=hidden, processed=processed, kind=type(vit).__name__)
+"""
+
+
+def run_config(tokenizer, kind, pad_mask, pre_norm):
+    return RunConfig(
+        recipe="test",
+        model=ModelConfig(
+            vision=VisionConfig(width=32, layers=2, heads=2, image_size=48, patch_size=16, pre_norm=pre_norm),
+            text=TextConfig(
+                width=24, layers=2, heads=2, context_length=20, vocab_size=tokenizer.vocab_size, pad_mask=pad_mask
+            ),
+            captioner=CaptionerConfig(width=16, layers=1, heads=2, length=12),
+            embed_dim=20,
+        ),
+        captions=CaptionsConfig(tokenizer=kind),
+        task=TaskConfig(),
+        data=DataConfig(),
+        optim=OptimConfig(),
+        phases=(PhaseConfig(name="only", samples=8, batch_size=8, lr=1e-3, image_size=48),),
+    )
+
+
+def build(kind, pad_mask=False, pre_norm=False):
+    """A model whose every parameter matters: those that start at 0 or 1 are moved."""
+    corpus = [text for text in TEXTS for _ in range(3)]
+    tokenizer = build_tokenizer(kind, corpus, vocab_size=200) if kind == "wordpiece" else build_tokenizer(kind, None)
+    run = run_config(tokenizer, kind, pad_mask, pre_norm)
+    torch.manual_seed(0)
+    model = CLIPS(run.model, tokenizer.pad_id).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model, run, tokenizer
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    out = []
+    for width, height in [(48, 48), (90, 60), (31, 77)]:
+        file = io.BytesIO()
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")
+        out.append(file.getvalue())
+    return out
+
+
+def pixels(pictures, size=48):
+    return torch.stack([eval_transform(size)(decode_image(data)) for data in pictures])
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, pictures):
+    """{variant: (ours, what the stock libraries computed)}, from one process for all variants."""
+    folder = tmp_path_factory.mktemp("stock")
+    ours, names = {}, {}
+    for variant in VARIANTS:
+        model, run, tokenizer = ours[variant] = build(*variant)
+        names[variant] = "-".join(map(str, variant))
+        export_all(model, run, tokenizer, folder / names[variant], pixels(pictures), TEXTS)
+    for i, data in enumerate(pictures):
+        (folder / f"{i}.png").write_bytes(data)
+    inputs = {"texts": TEXTS, "names": list(names.values()), "pictures": [f"{i}.png" for i in range(len(pictures))]}
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STOCK], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {variant: (ours[variant], np.load(folder / f"{names[variant]}.npz")) for variant in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-pad_mask={v[1]}-pre_norm={v[2]}")
+@torch.no_grad()
+def test_stock_libraries_give_the_same_features(stock, pictures, variant):
+    (model, run, tokenizer), theirs = stock[variant]
+    images = pixels(pictures)
+    assert np.abs(theirs["images"] - images.numpy()).max() < 1e-5  # open_clip preprocesses alike
+    assert np.abs(theirs["processed"] - images.numpy()).max() < 0.04  # transformers resizes in torch: two grey levels
+
+    image_features = model.encode_image(images)
+    text_features = model.encode_text(tokenizer(TEXTS, run.model.text.context_length, trim=run.model.text.pad_mask))
+    assert np.abs(theirs["image_features"] - image_features.numpy()).max() < 1e-4
+    assert np.abs(theirs["text_features"] - text_features.numpy()).max() < 1e-4
+    assert theirs["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
+    # zero-shot: the same class for every image
+    found = (theirs["image_features"] @ theirs["text_features"].T).argmax(1)
+    assert (found == (image_features @ text_features.T).argmax(1).numpy()).all()
+
+    assert theirs["kind"] == ("CLIPVisionModel" if variant[2] else "ViTModel")
+    tokens = model.visual(images)[1].numpy()
+    assert np.abs(theirs["hidden"] - tokens).max() < 1e-4 * np.abs(tokens).max()
+
+
+def test_native_round_trip_is_exact(tmp_path, pictures):
+    model, run, tokenizer = build("wordpiece", pad_mask=True)
+    differences = export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    assert set(differences) == {"native", "open_clip", "hf_vit"}
+    loaded, loaded_run, loaded_tokenizer = load_native(tmp_path / "export/native")
+    assert loaded_run == run
+    assert loaded_tokenizer.encode(TEXTS) == tokenizer.encode(TEXTS)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
+
+
+def test_another_resolution_recomputes_positions(tmp_path, pictures):
+    model, run, tokenizer = build("wordpiece")
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS, image_size=80)
+    loaded, loaded_run, _ = load_native(tmp_path / "export/native")
+    assert loaded_run.model.vision.image_size == 80
+    with torch.no_grad():
+        assert not torch.allclose(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures)))
+        model.visual.set_image_size(80)
+        assert torch.equal(loaded.encode_image(pixels(pictures, 80)), model.encode_image(pixels(pictures, 80)))
+    with pytest.raises(ValueError, match="48 pixels"):
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS)
+
+
+def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, pictures, monkeypatch):
+    model, run, tokenizer = build("wordpiece")
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    before = (tmp_path / "export/native/model.safetensors").read_bytes()
+    monkeypatch.setattr("clips.export._positions_with_bias", lambda model: model.visual.pos_embed)
+    with torch.no_grad():
+        model.logit_scale += 1
+    with pytest.raises(ExportError, match="open_clip"):
+        export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    assert (tmp_path / "export/native/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("pad_mask", [False, True])
+def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask):
+    model, run, tokenizer = build("bert", pad_mask=pad_mask)
+    export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
+    folder = tmp_path / "export/open_clip"
+    read, read_tokenizer = import_open_clip(folder)
+    assert read.config == dataclasses.replace(run.model, captioner=None)
+    ids = read_tokenizer(TEXTS, 20, trim=False)
+    with torch.no_grad():
+        assert torch.allclose(read.encode_image(pixels(pictures)), model.encode_image(pixels(pictures)), atol=1e-5)
+        assert torch.allclose(read.encode_text(ids), model.encode_text(ids), atol=1e-6)
+
+    weights = read_weights(folder / "open_clip_model.safetensors")
+    weights["visual.positional_embedding"][3] += 0.1
+    write_weights(weights, folder / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="learned"):
+        import_open_clip(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["pool_type"] = "tok"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="pool_type"):
+        import_open_clip(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Bomb()}, "bomb.pt")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"a": Bomb()}))
+    for name in ("bomb.pt", "plain.bin"):
+        with pytest.raises(UserError, match="refused"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_without_weights_are_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "epoch.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    write_weights({"a": torch.ones(3)}, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=path.name):
+            read_weights(path)
+    with pytest.raises(UserError, match="absent"):
+        read_weights(tmp_path / "absent.pt")
+
+
+def test_wrapped_torch_files_are_read(tmp_path):
+    torch.save({"state_dict": {"module.weight": torch.ones(2)}, "step": 5}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt")["weight"].tolist() == [1, 1]
+
+
+def test_weights_that_do_not_fit_name_both_shapes():
+    layer = torch.nn.Linear(3, 4)
+    with pytest.raises(UserError, match=r"weight: the file has shape \(4, 2\), the model \(4, 3\)"):
+        assign_weights(layer, {"weight": torch.ones(4, 2), "bias": torch.ones(4)}, "x")
+    with pytest.raises(UserError, match="missing in the file: bias"):
+        assign_weights(layer, {"weight": torch.ones(4, 3)}, "x")
+    with pytest.raises(UserError, match="unknown to the model: scale"):
+        assign_weights(layer, {**layer.state_dict(), "scale": torch.ones(1)}, "x")
