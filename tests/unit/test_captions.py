@@ -7,12 +7,13 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 
@@ -283,10 +284,11 @@ def test_bert_is_the_reference_layout(tokenizers):
 SIMPLE = SimpleTokenizer()
 
 
-# Not all of Unicode: `regex` and Rust know its newest letters from different versions on.
 @given(st.lists(MARKS | LATIN, max_size=20).map("".join))
 @settings(max_examples=300, deadline=None)
 def test_clip_is_open_clips_bpe(tokenizers, text):
+    # `regex` and Rust do not know the same newest letters; ftfy can make such ones out of mojibake.
+    assume(all(unicodedata.category(character) != "Cn" for character in clean(text)))
     assert tokenizers["clip"].encode([text])[0] == SIMPLE.encode(text)
 
 
