@@ -6,7 +6,7 @@ Shapes: B samples · E embedding width · N image tokens · T caption positions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +46,15 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-@dataclass
-class Outputs:
-    """What one forward pass gives the objective."""
+class Outputs(NamedTuple):
+    """What one forward pass gives the objective (a tuple: ZeRO-3 finds the tensors of a tuple, not of an object)."""
 
     image_features: Tensor
     """[B, E], L2-normalised."""
     text_features: list[Tensor]
     """One [B, E] per text of the batch (web caption first), L2-normalised."""
     logit_scale: Tensor
-    """exp of the learned temperature, at most 100."""
+    """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
     """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1; None without a captioner."""
 
@@ -69,7 +68,8 @@ class CLIPS(nn.Module):
         self.visual = VisionTower(config.vision, config.embed_dim)
         self.text = TextTower(config.text, config.embed_dim, pad_id)
         self.captioner = Captioner(config.captioner, config.vision, config.text) if config.captioner else None
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # One element rather than a scalar: DeepSpeed cannot broadcast 0-dimensional parameters.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] → [B, E], L2-normalised."""

@@ -1,0 +1,91 @@
+"""The two losses, as functions of features and states; nothing here knows the model.
+
+Shapes: B local batch · W ranks · E embedding width · D decoder width · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate [B, E] of all ranks to [W·B, E]; the backward pass sums every rank's gradient of this slice.
+
+    `torch.distributed.nn.functional.all_gather` does the same with a reduce-scatter that gloo lacks.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_BE: Tensor) -> Tensor:
+        ctx.local = len(x_BE)
+        parts = [torch.empty_like(x_BE) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x_BE.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank() * ctx.local :][: ctx.local]
+
+
+def gather_features(x_BE: Tensor) -> Tensor:
+    """Features of all ranks, [W·B, E], rank 0 first, with gradients to every rank."""
+    return x_BE if world_size() == 1 else _AllGather.apply(x_BE)
+
+
+def info_nce(image_BE: Tensor, text_BE: Tensor, all_image: Tensor, all_text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of this rank's rows against the whole global batch (CLIP; shared/CLIPS.md, "Loss").
+
+    `all_image` and `all_text` [W·B, E] come from `gather_features`. The mean of the ranks' values is the loss of
+    the global batch, and the mean of the ranks' gradients (what data parallelism takes) is its gradient.
+    """
+    offset = (dist.get_rank() if world_size() > 1 else 0) * len(image_BE)
+    targets = torch.arange(offset, offset + len(image_BE), device=image_BE.device)
+    scaled = logit_scale * image_BE
+    return 0.5 * (
+        F.cross_entropy(scaled @ all_text.T, targets) + F.cross_entropy(logit_scale * text_BE @ all_image.T, targets)
+    )
+
+
+def caption_loss(
+    states_BTD: Tensor, targets_BT: Tensor, head: Callable[[Tensor], Tensor], chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the caption over its valid positions; returns (sum, number of positions), fp32.
+
+    `targets` holds IGNORE where there is no token. Logits (fp32) exist for `chunk` positions at a time and
+    are recomputed in the backward pass, so memory does not grow with batch × length × vocabulary.
+    """
+    valid = targets_BT != IGNORE
+    states, targets = states_BTD[valid], targets_BT[valid]
+
+    def chunk_loss(states_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return F.cross_entropy(head(states_ND).float(), targets_N, reduction="sum")
+
+    total = states_BTD.new_zeros((), dtype=torch.float32)
+    for part, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+        total = total + checkpoint(chunk_loss, part, part_targets, use_reentrant=False)
+    return total, valid.sum()
+
+
+def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
+    """Turn a rank's (sum, count) into its share of the mean over all ranks' items.
+
+    Ranks hold different numbers of items, so the mean of their means would weigh items unequally. The
+    returned values average, over the ranks, to Σ total / Σ count, and so do their gradients.
+    """
+    everywhere = count.detach().to(torch.float32)
+    if world_size() > 1:
+        dist.all_reduce(everywhere)
+    return total * world_size() / everywhere.clamp(min=1)
