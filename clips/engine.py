@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from clips.config import OptimConfig, RunConfig
 from clips.errors import UserError
+from clips.model import CLIPS, MAX_LOGIT_SCALE
 from clips.task import Task
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -199,6 +201,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = muon_lr if group["name"] == "muon" else lr
 
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the accumulation steps and reduces at the boundary."""
         self.engine.backward(loss)
@@ -212,45 +217,81 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def gradients_finite(self) -> bool:
-        """Whether every gradient on every rank is finite; call between the last backward and the step."""
+    def agree(self, loss: Tensor, stop: bool) -> tuple[bool, bool]:
+        """(everything finite, somebody wants to stop), the same on every rank; between the last backward and the step.
+
+        Looks at the loss and at every gradient that this rank holds. DeepSpeed itself would let non-finite
+        gradients into fp32 weights.
+        """
         if self.stage == 0:
             grads = [p.grad for p in self.names.values() if p.grad is not None]
+        elif self.optimizer.cpu_offload if self.stage < 3 else self.optimizer.offload_optimizer:
+            flats = self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else []
+            grads = [flat.grad for flat in flats if flat.grad is not None]
         else:
-            held = getattr(self.optimizer, "averaged_gradients", {})
-            grads = [g for part in held.values() if part is not None for g in part if g is not None]
-        norms = torch._foreach_norm(grads) if grads else []
-        bad = torch.zeros((), device=self.device)
-        if norms:
-            bad = (~torch.isfinite(torch.stack([norm.to(self.device) for norm in norms]).sum())).float()
-        dist.all_reduce(bad)
-        return bad.item() == 0
+            held = self.optimizer.averaged_gradients.values()
+            grads = [grad for part in held if part is not None for grad in part if grad is not None]
+        total = loss.detach().float()
+        if grads:
+            total = total + torch.stack([norm.to(self.device) for norm in torch._foreach_norm(grads)]).sum()
+        flags = torch.stack([(~torch.isfinite(total)).float(), total.new_tensor(float(stop))])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        broken, stopping = flags.tolist()
+        return broken == 0, stopping > 0
 
-    @contextlib.contextmanager
-    def whole_model(self) -> Any:
-        """The model with all its weights, for evaluation and export; in ZeRO-3 they are gathered on every rank."""
-        from deepspeed.zero import GatheredParameters
+    def limit_logit_scale(self, logit_scale: Tensor) -> None:
+        """Put the temperature back to its limit after a step beyond it.
 
-        with GatheredParameters(list(self.names.values()), enabled=self.stage == 3):
-            yield self.model
+        The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
+        `logit_scale` is the value that the forward pass used, the same on every rank.
+        """
+        if float(logit_scale) < MAX_LOGIT_SCALE:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter = self.names["logit_scale"]
+        limit = torch.full((1,), math.log(MAX_LOGIT_SCALE), device=self.device)
+        if self.stage == 0:
+            parameter.data.copy_(limit)
+        elif self.stage == 3:
+            safe_set_local_fp32_param(parameter, limit)
+        else:
+            safe_set_full_fp32_param(parameter, limit)
+
+    def plain_model(self) -> CLIPS | None:
+        """A copy of the model outside DeepSpeed on rank 0, None elsewhere, for evaluation and export. Collective."""
+        weights = self.gather_weights()
+        if dist.get_rank() != 0:
+            return None
+        model = CLIPS(self.run.model, self.model.text.pad_id)
+        model.load_state_dict(weights)
+        return model.to(self.device).eval()
 
     # Checkpoint state: by parameter name, independent of ranks and of the ZeRO stage.
 
-    def gather_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(weights, optimizer state as `name/key`) on the CPU of rank 0, empty elsewhere. Collective."""
+    def gather_weights(self) -> dict[str, Tensor]:
+        """Weights by name on the CPU of rank 0, empty elsewhere. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights, state = {}, {}
+        weights = {}
         for name, parameter in self.names.items():
             full = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            parts = {f"{name}/{key}": self._get_state(parameter, key) for key in self._state_keys(parameter)}
             if dist.get_rank() == 0:
                 weights[name] = full.detach().to("cpu", copy=True)
-                state |= {key: value.detach().to("cpu", copy=True) for key, value in parts.items()}
-        return weights, state
+        return weights
+
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        """Optimizer state as `name/key` on the CPU of rank 0, empty elsewhere. Collective."""
+        state = {}
+        for name, parameter in self.names.items():
+            for key in self._state_keys(parameter):
+                full = self._get_state(parameter, key)
+                if dist.get_rank() == 0:
+                    state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
+        return state
 
     def restore_optimizer(self, state: dict[str, Tensor], steps: int) -> None:
-        """Put the optimizer state of `gather_state` back after `steps` optimizer steps; every rank passes all of it.
+        """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
 
         The weights are not restored here: they are loaded into the model before the engine is built.
         """

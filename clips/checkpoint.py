@@ -1,0 +1,161 @@
+"""The only file that writes or reads a checkpoint.
+
+`checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json`
+with the SHA-256 of each. It is written under a hidden temporary name, flushed to disk and renamed, and then
+`LATEST` is replaced: a crash at any moment leaves the older checkpoints and a directory that is ignored.
+Nothing in a checkpoint is code, and tensors are stored whole and by name, so a run may resume on another
+number of ranks or another ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clips.errors import NoCheckpointError, UserError
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; everything else follows from the configuration and (seed, epoch, position)."""
+
+    seed: int
+    step: int = 0
+    """Optimizer steps done, over all phases."""
+    samples: int = 0
+    """Samples seen, over all phases."""
+    phase: int = 0
+    phase_step: int = 0
+    skipped: int = 0
+    """Broken samples that were replaced."""
+    best: float | None = None
+    """Best validation text→image R@1 so far."""
+    logit_scale: list[tuple[int, float]] = field(default_factory=list)
+    """(samples, logit scale) at each logged step."""
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    state: TrainState
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / "optimizer.safetensors")
+
+
+def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState, keep: int) -> Path:
+    """Write a checkpoint, make it the latest, and delete all but the newest `keep`. Rank 0 only.
+
+    Raises OSError (disk full, say) with the older checkpoints and LATEST untouched.
+    """
+    parent = run_dir / "checkpoints"
+    final = parent / f"step-{state.step:08d}"
+    temporary = parent / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(weights, temporary / "model.safetensors")
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+        manifest = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)  # a bad one of the same step, or it would have been resumed from
+    temporary.rename(final)
+    _fsync(parent)
+    write_atomically(run_dir / "LATEST", final.name + "\n")
+    for old in _steps(parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files match their hashes; None where none was ever finished.
+
+    A damaged one is named in a warning and the one before it is used. Raises NoCheckpointError when there
+    are checkpoints but none is good: a run never starts again from zero in silence.
+    """
+    parent = run_dir / "checkpoints"
+    if not parent.is_dir():
+        return None
+    for leftover in parent.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    candidates = _steps(parent)
+    for path in candidates:
+        fault = _fault(path)
+        if fault is None:
+            return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
+        print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
+    if candidates or (run_dir / "LATEST").exists():
+        raise NoCheckpointError(
+            f"no usable checkpoint in {parent}, although some were written. "
+            f"Restore one from a copy, or start over on purpose under another --name or with {run_dir} removed"
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint directory `path`, refused (UserError) unless it matches its hashes."""
+    fault = _fault(path) if path.is_dir() else "there is no such directory"
+    if fault is not None:
+        raise UserError(f"--resume {path}: {fault}")
+    return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` so that a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def _steps(parent: Path) -> list[Path]:
+    """Finished checkpoint directories, newest first."""
+    return sorted((p for p in parent.glob("step-*") if p.name[5:].isdigit()), reverse=True)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _sha256(path / name) != expected:
+                return f"{name} does not match its SHA-256 in {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - manifest.keys()
+    return f"{MANIFEST} does not list {', '.join(sorted(missing))}" if missing else None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

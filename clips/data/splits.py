@@ -1,0 +1,32 @@
+"""Where the training, validation and test samples of a run are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clips.config import DataConfig
+from clips.data.demo import demo_split, ensure_demo
+from clips.data.sources import Source, open_source
+from clips.errors import UserError
+
+Split = Literal["train", "val", "test"]
+
+
+def split_spec(data: DataConfig, split: Split) -> str | None:
+    """The spec of a split for `open_source`, or None where the run has no such split."""
+    if data.train == "demo" and (split == "train" or getattr(data, split) is None):
+        return demo_split(data.demo_dir, split)
+    return getattr(data, split)
+
+
+def open_split(data: DataConfig, split: Split, *, need_long: bool) -> Source:
+    """Open a split; the demo data is built first where it is missing. UserError where there is nothing to open."""
+    spec = split_spec(data, split)
+    if not spec:
+        flag = {"train": "--data", "val": "--val-data", "test": "--test-data"}[split]
+        raise UserError(
+            f"this run names no {split} data; give it with {flag} (a folder of tar shards, a pattern, a table)"
+        )
+    if data.train == "demo":
+        ensure_demo(data.demo_dir)
+    return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)

@@ -1,0 +1,183 @@
+"""Before the first step: the run directory, the data, the tokenizer, and the plan that a person reads."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from clips import checkpoint
+from clips.captions import CaptionTokenizer, build_tokenizer
+from clips.config import ModelConfig, PhaseConfig, RunConfig, difference
+from clips.data.sources import Source
+from clips.data.splits import open_split, split_spec
+from clips.engine import Engine
+from clips.errors import UserError
+from clips.model import CLIPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run, as opposed to what to train: nothing here changes the result."""
+
+    run_dir: Path
+    device: str = "auto"
+    ds_config: str | None = None
+    resume: str = "auto"
+    """`auto`, `never`, or a checkpoint directory."""
+    allow_config_change: bool = False
+    dry_run: bool = False
+    wandb: bool = False
+
+
+def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
+    """Create or recognise the run directory and choose the checkpoint to go on from; the same on every rank."""
+    config_file = options.run_dir / "config.json"
+    if config_file.exists() and options.resume != "never":
+        changes = difference(RunConfig.load(config_file), run)
+        if changes and not options.allow_config_change:
+            raise UserError(
+                f"{options.run_dir} holds a run with another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nGive the new run another --name, or go on with the changes by --allow-config-change"
+            )
+    if config_file.exists() and options.resume == "never":
+        raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
+    dist.barrier()  # every rank has looked before rank 0 writes
+    if dist.get_rank() == 0 and not options.dry_run:
+        try:
+            (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            run.save(config_file)
+        except OSError as error:
+            raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output-dir") from None
+    dist.barrier()
+    if options.resume in ("auto", "never"):
+        return checkpoint.latest(options.run_dir)
+    return checkpoint.load(Path(options.resume))
+
+
+def prepare_data(run: RunConfig, run_dir: Path) -> tuple[Source, CaptionTokenizer]:
+    """Open the training data and the tokenizer; rank 0 makes what is missing while the others wait."""
+    need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
+    directory = run_dir / "tokenizer"
+    source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
+    if len(source) == 0:
+        raise UserError(f"{run.data.train} holds no samples")
+    if dist.get_rank() == 0 and not (directory / "tokenizer.json").exists():
+        texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+        build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size).save(directory)
+    dist.barrier()
+    tokenizer = CaptionTokenizer.load(directory)
+    if tokenizer.vocab_size > run.model.text.vocab_size:
+        raise UserError(
+            f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
+            f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
+        )
+    return source, tokenizer
+
+
+def environment(device: torch.device, engine: Engine) -> dict[str, Any]:
+    """What else would explain a difference between two runs."""
+    packages = ("torch", "deepspeed", "transformers", "open_clip_torch", "numpy", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
+        "world_size": engine.world_size,
+        "zero_stage": engine.stage,
+        "parameter_groups": {name: {"tensors": n, "parameters": size} for name, (n, size) in engine.split.items()},
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def forward_flops(model: ModelConfig, image_size: int) -> float:
+    """FLOPs of one sample's forward pass: image, two texts, decoder (multiply-adds count twice).
+
+    With masked padding a text is taken to fill half of its context.
+    """
+
+    def blocks(width: int, layers: int, length: float) -> float:
+        return layers * (24 * width**2 * length + 4 * width * length**2)
+
+    vision, text, captioner = model.vision, model.text, model.captioner
+    patches = vision.tokens(image_size)
+    words = text.context_length / (2 if text.pad_mask else 1)
+    total = blocks(vision.width, vision.layers, patches + 1) + 2 * blocks(text.width, text.layers, words)
+    total += 2 * 3 * vision.patch_size**2 * vision.width * patches
+    if captioner:
+        total += blocks(captioner.width, captioner.layers, patches + words + captioner.length)
+        total += 2 * captioner.width * text.vocab_size * captioner.length
+    return total
+
+
+#: Share of a large matrix product's speed that training these models reaches; set from demo and H100-class runs.
+EFFICIENCY = 0.35
+
+
+def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
+    """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
+    size = 4096 if device.type == "cuda" else 768
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        elapsed = time.perf_counter() - begin
+    speed = 2 * size**3 / elapsed * EFFICIENCY * ranks
+    seconds = 0.0
+    for phase in run.phases:
+        todo = max(0, phase.steps * phase.batch_size - done)
+        done = max(0, done - phase.steps * phase.batch_size)
+        seconds += todo * 3 * forward_flops(run.model, phase.image_size) / speed
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def print_plan(
+    run: RunConfig, model: CLIPS, samples: int, run_dir: Path, device: torch.device, ranks: int,
+    previous: checkpoint.Checkpoint | None,
+) -> None:  # fmt: skip
+    """What is about to happen, before it happens."""
+    table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
+    parts = model.parameter_counts()
+    table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
+    table.add_row(
+        "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
+    )
+    table.add_row("data", f"{split_spec(run.data, 'train')}: {samples:,} samples")
+    for name in ("val", "test"):
+        table.add_row(f"  {name}", split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)")
+    for phase in run.phases:
+        table.add_row(f"phase {phase.name}", _phase_line(run, phase, samples, ranks))
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
+    table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}")
+    table.add_row("on", f"{ranks} × {device.type}{threads}")
+    done = previous.state.samples if previous else 0
+    table.add_row("time", f"about {duration(estimated_seconds(run, device, ranks, done))} (rough)")
+    table.add_row("writes to", str(run_dir))
+    if previous is not None:
+        table.add_row("goes on from", f"{previous.path} ({done:,} samples)")
+    Console(stderr=True).print(table)
+
+
+def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
+    micro = phase.batch_size // (ranks * run.train.accumulation)
+    split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
+    rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
+    return (
+        f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
+        f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
+        f"{rate}, {phase.schedule}"
+    )

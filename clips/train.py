@@ -1,0 +1,186 @@
+"""Pretraining: prepare a run, the loop, and what happens at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clips import checkpoint
+from clips.captions import CaptionTokenizer
+from clips.checkpoint import TrainState
+from clips.config import PhaseConfig, RunConfig
+from clips.data.loader import make_loader
+from clips.data.sources import Source
+from clips.data.splits import split_spec
+from clips.engine import Engine, choose_device, init_distributed, read_ds_config, shutdown
+from clips.errors import NotFiniteError, Stopped
+from clips.evaluate import evaluate
+from clips.finish import finish_run, is_finished, print_next
+from clips.log import Meter, RunLog
+from clips.model import CLIPS
+from clips.prepare import Options, environment, open_run_dir, prepare_data, print_plan
+from clips.task import Task
+
+
+def lr_factor(phase: PhaseConfig, step: int) -> float:
+    """Share of the peak learning rate at optimizer step `step` of the phase (0-based)."""
+    warmup = phase.warmup_samples / phase.batch_size
+    if step + 1 <= warmup:
+        return (step + 1) / warmup
+    if phase.schedule == "cosine":
+        progress = (step - warmup) / max(1.0, phase.steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return min(1.0, (phase.steps - step) / (phase.steps / 3))  # constant, then linear over the last third
+
+
+def pretrain(run: RunConfig, options: Options) -> None:
+    """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export."""
+    device = choose_device(options.device)
+    init_distributed(device)
+    is_main = dist.get_rank() == 0
+    previous = open_run_dir(run, options)
+    if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
+        if is_main:
+            print_next(options.run_dir)
+        shutdown()
+        return
+    source, tokenizer = prepare_data(run, options.run_dir)
+    torch.manual_seed(run.train.seed)
+    model = CLIPS(run.model, tokenizer.pad_id)
+    if is_main:
+        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous)
+    if options.dry_run:
+        shutdown()
+        return
+    if previous is not None:
+        model.load_state_dict(previous.weights())
+    state = previous.state if previous is not None else TrainState(seed=run.train.seed)
+    engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
+    if previous is not None:
+        engine.restore_optimizer(previous.optimizer(), state.step)
+    if is_main:
+        (options.run_dir / "env.json").write_text(json.dumps(environment(device, engine), indent=2) + "\n")
+    log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
+    try:
+        _train(run, engine, source, tokenizer, state, log, options.run_dir)
+    finally:
+        log.close()
+    _finish(run, engine, tokenizer, options.run_dir)
+    shutdown()
+
+
+def _train(
+    run: RunConfig,
+    engine: Engine,
+    source: Source,
+    tokenizer: CaptionTokenizer,
+    state: TrainState,
+    log: RunLog,
+    run_dir: Path,
+) -> None:
+    """The loop: every phase, every optimizer step, every micro-batch."""
+    stop = StopSignal()
+    meter = Meter(engine.device, state)
+    for index, phase in list(enumerate(run.phases))[state.phase :]:
+        engine.model.visual.set_image_size(phase.image_size)
+        first = sum(p.steps * p.batch_size for p in run.phases[:index])
+        loader = make_loader(
+            source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,
+            rank=dist.get_rank(), world_size=engine.world_size,
+        )  # fmt: skip
+        batches = meter.timed(loader)
+        for step in range(state.phase_step, phase.steps):
+            factor = lr_factor(phase, step)
+            engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
+            for micro in range(run.train.accumulation):
+                batch = next(batches)
+                loss, parts = engine(engine.to_device(batch))
+                engine.backward(loss)
+                if micro == run.train.accumulation - 1:
+                    finite, stopping = engine.agree(loss, stop.requested)
+                    if not finite:
+                        _not_finite(loss, batch, state, phase)
+                engine.step()
+                meter.add(parts, batch["skipped"])
+            engine.limit_logit_scale(parts["logit_scale"])
+            state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
+            last = index == len(run.phases) - 1 and state.phase_step == phase.steps
+            if state.step % run.train.log_every == 0 or last:
+                meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
+            if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
+                _validate(run, engine, tokenizer, state, log)
+            if due(run.train.checkpoint_every, state, phase) or last or stopping:
+                _save(run, engine, state, run_dir)
+            if stopping:
+                raise Stopped(
+                    f"stopped by signal {stop.requested}; a checkpoint was saved", exit_code=128 + stop.requested
+                )
+        state.phase, state.phase_step = index + 1, 0
+
+
+class StopSignal:
+    """Remembers a SIGTERM or Ctrl-C, so that the step ends and a checkpoint is written; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.requested = number
+
+
+def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:
+    """Whether the step that just ended crossed a multiple of `every` samples (0 = never)."""
+    return every > 0 and state.samples // every > (state.samples - phase.batch_size) // every
+
+
+def _not_finite(loss: torch.Tensor, batch: dict[str, Any], state: TrainState, phase: PhaseConfig) -> None:
+    """End the run on every rank, weights untouched, naming the samples of the ranks whose own loss is not finite."""
+    mine = [] if torch.isfinite(loss).all() else batch["keys"]
+    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    culprits = {rank: keys for rank, keys in enumerate(parts) if keys}
+    where = "\n".join(f"  rank {rank}: {', '.join(keys)}" for rank, keys in culprits.items())
+    raise NotFiniteError(
+        f"the loss or a gradient is not finite at step {state.step + 1} (phase {phase.name}); no weight was changed.\n"
+        + (f"Samples of the micro-batches whose loss is not finite:\n{where}" if where else "Every loss was finite.")
+    )
+
+
+def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state: TrainState, log: RunLog) -> None:
+    """Retrieval and zero-shot classification on (a part of) the validation split, on rank 0."""
+    model = engine.plain_model()
+    if model is not None:
+        size = run.phases[state.phase].image_size
+        figures = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
+        log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
+        score = figures.get("sentence_t2i_r1", figures.get("web_t2i_r1"))
+        state.best = max(filter(None, (state.best, score)), default=None)
+    dist.barrier()
+
+
+def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
+    weights, optimizer = engine.gather_weights(), engine.gather_optimizer()
+    if dist.get_rank() == 0:
+        checkpoint.save(run_dir, weights, optimizer, state, run.train.keep_checkpoints)
+    dist.barrier()
+
+
+def _finish(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
+    """Evaluate on the test split, export, write the report; rank 0."""
+    model = engine.plain_model()
+    if model is not None:
+        finish_run(run, model, tokenizer, run_dir)
+    dist.barrier()

@@ -1,0 +1,97 @@
+"""Fixtures that every test may use: tiny configurations, and a way to start real commands."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from clips.config import (
+    CaptionerConfig,
+    CaptionsConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_run(
+    *, kind: str = "adamw", inputs: str = "queries", pad_mask: bool = True, precision: str = "fp32"
+) -> RunConfig:
+    """A run whose model has every part and a few thousand parameters."""
+    return RunConfig(
+        recipe="tiny",
+        model=ModelConfig(
+            vision=VisionConfig(width=32, layers=2, heads=2, image_size=32, patch_size=16),
+            text=TextConfig(width=32, layers=2, heads=2, context_length=16, vocab_size=64, pad_mask=pad_mask),
+            captioner=CaptionerConfig(width=32, layers=1, heads=2, length=16, inputs=inputs),
+            embed_dim=32,
+        ),
+        captions=CaptionsConfig(tokenizer="wordpiece"),
+        task=TaskConfig(caption_chunk=7),
+        data=DataConfig(workers=0),
+        optim=OptimConfig(kind=kind),
+        phases=(PhaseConfig(name="a", samples=64, batch_size=8, lr=1e-2, muon_lr=2e-2, image_size=32),),
+        train=TrainConfig(precision=precision),
+    )
+
+
+def tiny_batch(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
+    """Random images and ids in the layout of clips/data/loader.py; pad 0, bos 1, eos 2, CLS 3."""
+    g = torch.Generator().manual_seed(seed)
+
+    def text(slots: int) -> torch.Tensor:
+        ids = torch.zeros(size, slots, dtype=torch.long)
+        for row in range(size):
+            words = int(torch.randint(1, slots - 3, (1,), generator=g))
+            ids[row, : words + 2] = torch.cat(
+                [torch.tensor([1]), torch.randint(4, 64, (words,), generator=g), torch.tensor([2])]
+            )
+        ids[:, -1] = 3
+        return ids
+
+    caption = text(15)[:, :-1]
+    return {"images": torch.randn(size, 3, 32, 32, generator=g), "web": text(12), "sub": text(10), "caption": caption}
+
+
+def run_python(
+    *arguments: str | Path, cwd: Path = ROOT, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user would; several ranks through torchrun."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,140 @@
+"""Losses against plain slow references, and on two real ranks against one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import tiny_batch, tiny_run
+
+from clips.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
+from clips.model import CLIPS
+from clips.task import Task
+
+
+def slow_info_nce(image: torch.Tensor, text: torch.Tensor, scale: float) -> float:
+    """The textbook double loop, in Python floats."""
+    rows = [[scale * sum(a * b for a, b in zip(i, t, strict=True)) for t in text.tolist()] for i in image.tolist()]
+    columns = list(map(list, zip(*rows, strict=True)))
+    losses = [
+        math.log(sum(math.exp(x) for x in row)) - row[k] for table in (rows, columns) for k, row in enumerate(table)
+    ]
+    return sum(losses) / len(losses)
+
+
+def slow_caption_loss(model: CLIPS, states: torch.Tensor, targets: torch.Tensor) -> float:
+    total, count = 0.0, 0
+    for state_row, target_row in zip(states, targets.tolist(), strict=True):
+        for state, target in zip(state_row, target_row, strict=True):
+            if target != IGNORE:
+                logits = model.captioner.head(state)
+                total += (logits.exp().sum().log() - logits[target]).item()
+                count += 1
+    return total / count
+
+
+def test_info_nce_equals_the_double_loop() -> None:
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    fast = info_nce(image, text, image, text, torch.tensor([14.0]))
+    assert fast.item() == pytest.approx(slow_info_nce(image, text, 14.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_caption_loss_equals_the_loop_over_positions_whatever_the_chunk(chunk: int) -> None:
+    torch.manual_seed(0)
+    model = CLIPS(tiny_run().model, pad_id=0)
+    states = torch.randn(4, 9, 32, requires_grad=True)
+    targets = torch.randint(0, 64, (4, 9))
+    targets[torch.rand(4, 9) < 0.4] = IGNORE
+    total, count = caption_loss(states, targets, model.captioner.head, chunk)
+    assert (total / count).item() == pytest.approx(slow_caption_loss(model, states.detach(), targets), rel=1e-5)
+    (total / count).backward()
+    reference = torch.nn.functional.cross_entropy(model.captioner.head(states).flatten(0, 1), targets.flatten())
+    (expected,) = torch.autograd.grad(reference, states)
+    torch.testing.assert_close(states.grad, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_caption_loss_never_holds_more_logits_than_a_chunk() -> None:
+    seen = []
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(states))
+        return states
+
+    total, count = caption_loss(torch.randn(4, 9, 5), torch.zeros(4, 9, dtype=torch.long), head, 10)
+    assert count == 36
+    assert max(seen) <= 10
+    assert total.isfinite()
+
+
+def test_a_batch_without_caption_tokens_gives_zero_not_nan() -> None:
+    total, count = caption_loss(torch.randn(2, 3, 4), torch.full((2, 3), IGNORE), torch.nn.Linear(4, 5), 10)
+    assert mean_over_ranks(total, count).item() == 0
+
+
+def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
+    torch.manual_seed(0)
+    run = tiny_run()
+    task, batch = Task(CLIPS(run.model, pad_id=0), run), tiny_batch(0)
+    loss, parts = task(batch)
+    model = task.model
+    image = model.encode_image(batch["images"])
+    scale = 1 / 0.07
+    contrastive = 0.5 * sum(slow_info_nce(image, model.encode_text(batch[name]), scale) for name in ("web", "sub"))
+    _, tokens = model.visual(batch["images"])
+    _, states, visible = model.text(batch["web"])
+    hidden = model.captioner(tokens[:, 1:], states, visible, batch["caption"][:, :-1])
+    targets = batch["caption"][:, 1:].masked_fill(batch["caption"][:, 1:] == 0, IGNORE)
+    caption = slow_caption_loss(model, hidden, targets)
+    assert parts["contrastive_loss"].item() == pytest.approx(contrastive, rel=1e-5)
+    assert parts["caption_loss"].item() == pytest.approx(caption, rel=1e-5)
+    assert loss.item() == pytest.approx(contrastive + 2 * caption, rel=1e-5)  # α = 1, β = 2
+
+
+def test_golden_loss() -> None:
+    """The first loss of a seeded model on a seeded batch; a change of it is a change of the method."""
+    torch.manual_seed(0)
+    run = tiny_run()
+    loss, parts = Task(CLIPS(run.model, pad_id=0), run)(tiny_batch(0))
+    assert loss.item() == pytest.approx(GOLDEN["loss"], abs=2e-4)
+    assert parts["contrastive_loss"].item() == pytest.approx(GOLDEN["contrastive_loss"], abs=2e-4)
+
+
+GOLDEN = {"loss": 11.8400, "contrastive_loss": 3.2026}
+
+
+def _two_ranks(rank: int, port: int, results: dict) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results[rank] = _loss_and_gradient({k: v[rank * 4 : rank * 4 + 4] for k, v in tiny_batch(0).items()})
+    dist.destroy_process_group()
+
+
+def _loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    run = tiny_run()
+    task = Task(CLIPS(run.model, pad_id=0), run)
+    loss, _ = task(batch)
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in task.named_parameters() if p.grad is not None}
+
+
+def test_two_ranks_average_to_the_loss_and_gradient_of_one(unused_port: int) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_two_ranks, (unused_port, results), nprocs=2)
+        (loss_0, grad_0), (loss_1, grad_1) = results[0], results[1]
+    loss, grad = _loss_and_gradient(tiny_batch(0))
+    assert (loss_0 + loss_1) / 2 == pytest.approx(loss, rel=1e-5)
+    for name, expected in grad.items():
+        mean = (torch.from_numpy(grad_0[name]) + torch.from_numpy(grad_1[name])) / 2
+        expected = torch.from_numpy(expected)
+        assert (mean - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+
+
+def test_gathering_on_one_rank_is_the_identity() -> None:
+    x = torch.randn(3, 4)
+    assert gather_features(x) is x
