@@ -1,0 +1,154 @@
+"""Decoding and preprocessing of pictures; the only file of the project that opens an image.
+
+Pictures come from strangers: every limit below bounds memory before a decoder allocates it, and
+whatever a decoder raises becomes a `BrokenSample`, which training skips and counts.
+
+Shapes: H, W picture · S square side · B batch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
+
+from clips.config import AugmentConfig
+from clips.data.sample import BrokenSample
+
+MAX_BYTES = 64 * 2**20
+"""Largest encoded picture, in bytes."""
+MAX_PIXELS = 64_000_000
+"""Largest decoded picture, in pixels (192 MB as RGB)."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Only raster formats that Pillow decodes by itself; among others this leaves out EPS, which runs Ghostscript."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_ASPECT = (3 / 4, 4 / 3)
+
+# Compressed text and profile chunks of a PNG inflate before any pixel does.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**20
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
+
+_OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+def decode_image(data: bytes, key: str = "image") -> Image.Image:
+    """Decode a picture to upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
+
+    Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
+    """
+    try:
+        image = _open(data)
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        if image.mode.startswith("I"):
+            return _sixteen_bit(image)
+        if image.mode in _ALPHA_MODES or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB")
+        if image.mode in (*_OPAQUE_MODES, "P"):
+            return image.convert("RGB")
+        raise ValueError(f"pictures of mode {image.mode} are not supported")
+    except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
+        raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
+
+
+def decode_rgba(data: bytes) -> Image.Image:
+    """Decode a drawing of our own (a rasterised SVG), keeping its transparency."""
+    return _open(data).convert("RGBA")
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {MAX_PIXELS}")
+    image.load()
+    # Reading the tags of a picture that has none costs as much as decoding a small one.
+    return ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
+
+
+def _sixteen_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (modes I;16*, and I where Pillow widens it) to RGB; Pillow's own conversion clips at 255."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("grey values are outside the 16-bit range")
+    return Image.fromarray((grey / 257 + 0.5).astype(np.uint8)).convert("RGB")
+
+
+class Preprocess:
+    """Squash to the square (bilinear with antialias), optionally augmented; normalising is a batch's own step."""
+
+    def __init__(self, image_size: int, augment: AugmentConfig | None = None) -> None:
+        self.image_size = image_size
+        self.augment = augment if augment is not None and augment != AugmentConfig() else None
+
+    def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
+        """uint8 [S, S, 3]. With augmentation on, a pure function of the picture and the state of `rng`."""
+        side, config = self.image_size, self.augment
+        box = None
+        if config is not None:
+            if rng is None:
+                raise ValueError("augmentation needs an rng")
+            if config.min_crop_area < 1:
+                box = random_crop(image.width, image.height, config.min_crop_area, rng)
+        if box is not None or image.size != (side, side):
+            image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        if config is not None and config.jitter > 0:
+            image = colour_jitter(image, config.jitter, rng)
+        if config is not None and rng.random() < config.grayscale:
+            image = image.convert("L").convert("RGB")
+        return np.asarray(image)
+
+    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
+        """float32 [3, S, S], normalised with ImageNet's mean and standard deviation."""
+        return normalise([self.pixels(image, rng)])[0]
+
+
+def eval_transform(image_size: int) -> Preprocess:
+    """The preprocessing of every evaluation and export: squash and normalise, nothing random."""
+    return Preprocess(image_size)
+
+
+def normalise(pixels: Sequence[np.ndarray]) -> torch.Tensor:
+    """B arrays uint8 [S, S, 3] → float32 [B, 3, S, S] in one pass: (x / 255 − mean) / std."""
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255
+    return batch.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+
+
+def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) in pixels of area share ≥ `min_area` (Inception crop: aspect 3/4 … 4/3).
+
+    A drawn aspect that does not fit is clamped to the picture's side, keeping the area.
+    """
+    area = rng.uniform(min_area, 1.0)
+    # Relative sides: w·h = area, and w/h = aspect relative to the picture's own.
+    aspect = math.exp(rng.uniform(*map(math.log, CROP_ASPECT)))
+    w = min(max(math.sqrt(area * aspect), area), 1.0)
+    h = area / w
+    left, top = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+    return left * width, top * height, (left + w) * width, (top + h) * height
+
+
+def colour_jitter(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation, in random order, each by a factor drawn from 1 ± strength.
+
+    The hue stays: captions name colours.
+    """
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    rng.shuffle(enhancers)
+    for enhancer in enhancers:
+        image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image

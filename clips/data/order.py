@@ -1,0 +1,68 @@
+"""The order in which training sees its samples: a pure function of (seed, position).
+
+Every epoch is a permutation of the set, the same for any number of ranks and workers, computed
+without ever holding the set's indices: shards are cut into pieces of at most `PIECE` samples, the
+pieces are shuffled, neighbours form groups of about `GROUP` samples, and samples are shuffled inside
+a group. Reading therefore stays within a few shards at a time; a set below `GROUP` is shuffled whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+PIECE = 1 << 15
+GROUP = 1 << 17
+
+
+class SampleOrder:
+    """Maps a position of the run to a sample index. Memory: a few arrays of one entry per piece, and two groups."""
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, piece: int = PIECE, group: int = GROUP) -> None:
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.seed, self.group = seed, group
+        self._arguments = (sizes, seed, piece, group)
+        self.length = int(sizes.sum())
+        pieces = -(-sizes // piece)
+        shard_of = np.repeat(np.arange(len(sizes)), pieces)
+        rank_in_shard = np.arange(len(shard_of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._starts = (np.cumsum(sizes) - sizes)[shard_of] + rank_in_shard * piece
+        self._sizes = np.minimum(sizes[shard_of] - rank_in_shard * piece, piece)
+        # Per-object caches; they are left behind when the order travels to a worker.
+        self._epoch = lru_cache(2)(self._compute_epoch)
+        self._members = lru_cache(2)(self._compute_members)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __reduce__(self):
+        return SampleOrder, self._arguments
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, offset) of the run's `position`-th sample."""
+        return divmod(position, self.length)
+
+    def index(self, epoch: int, offset: int) -> int:
+        """The sample index at `offset` (below the set's length) of `epoch`."""
+        _, _, group_starts = self._epoch(epoch)
+        group = int(np.searchsorted(group_starts, offset, side="right")) - 1
+        return int(self._members(epoch, group)[offset - group_starts[group]])
+
+    def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pieces in this epoch's order, the piece each group begins with, the offset each group begins at."""
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self._sizes))
+        offsets = np.cumsum(self._sizes[order]) - self._sizes[order]
+        _, first = np.unique(offsets // self.group, return_index=True)
+        return order, first, offsets[first]
+
+    def _compute_members(self, epoch: int, group: int) -> np.ndarray:
+        """The sample indices of one group, shuffled."""
+        order, first, _ = self._epoch(epoch)
+        pieces = order[first[group] : first[group + 1] if group + 1 < len(first) else None]
+        samples = np.concatenate(
+            [np.arange(s, s + n) for s, n in zip(self._starts[pieces], self._sizes[pieces], strict=True)]
+        )
+        np.random.default_rng([self.seed, epoch, 2, group]).shuffle(samples)
+        return samples

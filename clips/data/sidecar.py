@@ -1,0 +1,81 @@
+"""Files derived from a data file on first use (tar indexes, Arrow copies), and opening data by path or URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from clips.errors import UserError
+
+VERSION = 1
+"""Part of every sidecar's name: raise it when what is written changes."""
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url
+
+
+def open_binary(url: str) -> BinaryIO:
+    """Open a local path or an fsspec URL for reading; an unreadable one raises UserError."""
+    try:
+        return fsspec.open(url, "rb").open() if is_remote(url) else open(url, "rb")
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be read: {error}") from None
+
+
+def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
+    """The path of `url`'s derived file, built by `build(temporary path)` if there is none for its size and time.
+
+    It stands beside a local file, else (read-only folder, URL) in the user's cache folder. Writing is atomic, so
+    several processes may ask at once. Raises UserError when neither place can be written.
+    """
+    stamp = hashlib.sha256(f"{VERSION}\n{_fingerprint(url)}".encode()).hexdigest()[:12]
+    name = Path(url).name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
+    in_cache = cache / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
+    folders = [in_cache] if is_remote(url) else [Path(url).parent, in_cache]
+    paths = [folder / f".{name}.{stamp}{suffix}" for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return path
+    refusals = []
+    for path in paths:
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        except OSError as error:
+            refusals.append(str(error))
+            continue
+        try:
+            build(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"the index of {url} cannot be written: {error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        for stale in path.parent.glob(f".{name}.*{suffix}"):
+            if stale != path:
+                stale.unlink(missing_ok=True)
+        return path
+    raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set XDG_CACHE_HOME to a folder")
+
+
+def _fingerprint(url: str) -> str:
+    """Changes when the file behind `url` does: its size with its time, or a store's tag."""
+    try:
+        if not is_remote(url):
+            status = os.stat(url)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        filesystem, path = fsspec.core.url_to_fs(url)
+        info = filesystem.info(path)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be read: {error}") from None
+    times = [str(info[name]) for name in ("mtime", "LastModified", "last_modified", "created", "ETag") if name in info]
+    return f"{info['size']} {' '.join(times)}"

@@ -1,0 +1,375 @@
+"""Sources of (image, web caption, long caption): tar shards and tables, local or behind fsspec URLs.
+
+`open_source` checks the fields once, before training, and says what is there when they do not fit. A source gives
+random access by sample index, can be pickled, and opens its files lazily in each process.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import glob
+import itertools
+import json
+import logging
+import os
+import posixpath
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import numpy as np
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from clips.config import Fields
+from clips.data.images import MAX_BYTES
+from clips.data.sample import BrokenSample, RawSample
+from clips.data.sidecar import is_remote, open_binary
+from clips.data.table import SUFFIXES, Table
+from clips.data.tar import ShardIndex, load_index, shard_summary
+from clips.errors import UserError
+
+log = logging.getLogger("clips.data")
+OPEN_SHARDS = 64
+"""Shards whose file and index a process keeps open (about as many as one group of the order touches)."""
+PROBED_SAMPLES = 32
+"""Samples whose JSON is looked at to find out which keys there are."""
+WARNED = 10
+"""Warnings printed one by one; the rest is summed up."""
+
+PARTS = ("image", "web", "long")
+
+
+def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
+    """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
+
+    Raises UserError when nothing is there, or when `fields` (with `need_long`: the long caption too) are not; the
+    message lists the fields found.
+    """
+    files = expand(spec)
+    tables = [file for file in files if file.endswith(SUFFIXES)]
+    if tables and len(tables) < len(files):
+        raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
+    return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
+
+
+def expand(spec: str) -> list[str]:
+    """The data files that `spec` names, in a fixed order; raises UserError when a part of it names none."""
+    files: list[str] = []
+    for part in filter(None, map(str.strip, spec.split(";"))):
+        for pattern in braceexpand(part) if "{" in part else [part]:
+            files += _match(pattern)
+    if not files:
+        raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
+    for file in files:
+        if not file.endswith((".tar", *SUFFIXES)):
+            raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(SUFFIXES)}")
+    return files
+
+
+def _match(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        if not glob.has_magic(pattern):
+            return [pattern]
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+        found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+    elif os.path.isdir(pattern):
+        names = sorted(os.listdir(pattern))
+        kinds = [
+            [os.path.join(pattern, n) for n in names if n.endswith(s) and n[0] != "."] for s in (".tar", *SUFFIXES)
+        ]
+        found = next(filter(None, kinds), [])
+    else:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+    if not found:
+        raise UserError(f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(SUFFIXES)}")
+    return found
+
+
+class Source:
+    """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
+
+    shard_sizes: list[int]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _set_sizes(self, sizes: list[int]) -> None:
+        self.shard_sizes = sizes
+        self._starts = [0, *itertools.accumulate(sizes)]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def read(self, index: int) -> RawSample:
+        """Raises BrokenSample (missing, empty or badly encoded part) and UserError (a path that climbs out)."""
+        raise NotImplementedError
+
+    def texts(self, index: int) -> tuple[str, str | None]:
+        """(web caption, long caption) without the image; raises as `read`."""
+        raise NotImplementedError
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of the set, in order, for training a tokenizer; broken samples are passed over."""
+        for index in range(len(self)):
+            try:
+                yield from filter(None, self.texts(index))
+            except BrokenSample:
+                continue
+
+
+class TarSource(Source):
+    """Samples of tar shards; one that lacks a needed member is left out when the set is opened, with a warning."""
+
+    def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
+        self.shards, self.need_long = shards, need_long
+        self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
+        self._needed = PARTS if need_long else PARTS[:2]
+        with ThreadPoolExecutor(8) as pool:  # the first pass over remote shards waits for the network
+            progress = tqdm(
+                pool.map(shard_summary, shards), "indexing shards", len(shards), unit="shard", leave=False, disable=None
+            )
+            self._summaries = list(progress)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._process = os.getpid()
+        self._set_sizes([sum(n for e, n in s.layouts.items() if not self._lacking(e)) for s in self._summaries])
+        self._warn_of_problems()
+        self._check_fields(fields)
+
+    def _lacking(self, extensions: Iterable[str]) -> list[str]:
+        """The needed parts for which a sample with these extensions has no member."""
+        present = set(extensions)
+        return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
+
+    def _check_fields(self, fields: Fields) -> None:
+        found = self._fields_found()
+        for name in self._needed:
+            if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
+                raise _missing_field(_names(self.shards), name, getattr(fields, name), found)
+        if not len(self):
+            raise UserError(f"no sample of {_names(self.shards)} has all of: {', '.join(self._needed)}; found: {found}")
+
+    def _fields_found(self) -> list[str]:
+        """What `Fields` could name: extensions, and `ext:key` for the JSON keys of the first samples."""
+        found = {extension for s in self._summaries for layout in s.layouts for extension in layout}
+        shard = next((i for i, s in enumerate(self._summaries) if s.layouts), None)
+        if shard is None:
+            raise UserError(f"{_names(self.shards)} hold no samples: are they tar shards?")
+        opened = self._shard(shard)
+        for extension in sorted({e for part in self._fields.values() for e, key in part if key} | {"json"}):
+            for row in range(min(PROBED_SAMPLES, len(opened.index.keys))):
+                with contextlib.suppress(BrokenSample):  # counted when training reads it
+                    found |= {f"{extension}:{key}" for key in _Members(opened, row).json(extension) or ()}
+        return sorted(found)
+
+    def _warn_of_problems(self) -> None:
+        messages = [f"{url}: {p}" for url, s in zip(self.shards, self._summaries, strict=True) for p in s.problems]
+        for i, summary in enumerate(self._summaries):
+            lacking = sum(n for extensions, n in summary.layouts.items() if self._lacking(extensions))
+            if 0 < lacking < sum(summary.layouts.values()):
+                opened = self._shard(i)
+                row = next(iter(set(range(len(opened.index.keys))) - set(opened.complete)))
+                messages.append(
+                    f"{self.shards[i]}: {lacking} samples are left out for want of a member, the first is "
+                    f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
+                )
+        for message in messages[:WARNED]:
+            log.warning(message)
+        if len(messages) > WARNED:
+            log.warning("and %d more problems in %s", len(messages) - WARNED, _names(self.shards))
+
+    def read(self, index: int) -> RawSample:
+        shard, row = self._locate(index)
+        members = _Members(self._shard(shard), self._shard(shard).complete[row])
+        image = next(filter(None, (members.read(e) for e, _ in self._fields["image"])), None)
+        if image is None:
+            raise BrokenSample(members.key, "image: the file is empty")
+        extra = members.json("json") or {}
+        if (label := members.read("cls")) is not None:
+            extra = {"cls": label.decode("utf-8", "replace").strip()} | extra
+        return RawSample(members.key, image, *self._captions(members), extra)
+
+    def texts(self, index: int) -> tuple[str, str | None]:
+        shard, row = self._locate(index)
+        return self._captions(_Members(self._shard(shard), self._shard(shard).complete[row]))
+
+    def _captions(self, members: _Members) -> tuple[str, str | None]:
+        web, long = (
+            next(filter(None, (members.text(e, key) for e, key in self._fields[name])), None) for name in PARTS[1:]
+        )
+        return _checked(members.key, web, long, self.need_long)
+
+    def _shard(self, shard: int) -> _OpenShard:
+        if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
+            self._open, self._process = OrderedDict(), os.getpid()
+        if shard not in self._open:
+            index = load_index(self._summaries[shard].index)
+            self._open[shard] = _OpenShard(self.shards[shard], index, self._lacking)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].file.close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+
+class _OpenShard:
+    """A shard's file and index, and the rows of its complete samples."""
+
+    def __init__(self, url: str, index: ShardIndex, lacking: Callable[[Iterable[str]], list[str]]) -> None:
+        self.url, self.index, self.file = url, index, open_binary(url)
+        self.column = {extension: i for i, extension in enumerate(index.extensions)}
+        layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
+        usable = [not lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
+        self.complete: list[int] = np.flatnonzero(np.array(usable, dtype=bool)[layout_of.ravel()]).tolist()
+
+    def extensions(self, row: int) -> list[str]:
+        return list(itertools.compress(self.index.extensions, self.index.offsets[row] >= 0))
+
+
+class _Members:
+    """The members of one sample, read when asked for."""
+
+    def __init__(self, shard: _OpenShard, row: int) -> None:
+        self.shard, self.row = shard, row
+        self.key = f"{shard.url}#{shard.index.keys[row]}"
+        self._json: dict[str, dict[str, Any] | None] = {}
+
+    def read(self, extension: str) -> bytes | None:
+        column = self.shard.column.get(extension)
+        if column is None or (offset := int(self.shard.index.offsets[self.row, column])) < 0:
+            return None
+        size = int(self.shard.index.sizes[self.row, column])
+        if size > MAX_BYTES:
+            raise BrokenSample(self.key, f"{extension}: {size} bytes are above the limit of {MAX_BYTES}")
+        try:
+            self.shard.file.seek(offset)
+            data = self.shard.file.read(size)
+        except OSError as error:
+            raise BrokenSample(self.key, f"{extension}: {error}") from None
+        if len(data) != size:
+            raise BrokenSample(self.key, f"{extension}: cut off, {len(data)} of {size} bytes are there")
+        return data
+
+    def json(self, extension: str) -> dict[str, Any] | None:
+        if extension not in self._json:
+            data = self.read(extension)
+            try:
+                value = None if data is None else json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise BrokenSample(self.key, f"{extension}: bad JSON ({error})") from None
+            if value is not None and not isinstance(value, dict):
+                raise BrokenSample(self.key, f"{extension}: not a JSON object")
+            self._json[extension] = value
+        return self._json[extension]
+
+    def text(self, extension: str, key: str | None) -> Any:
+        if key is not None:
+            return (self.json(extension) or {}).get(key)
+        data = self.read(extension)
+        try:
+            return None if data is None else data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BrokenSample(self.key, f"{extension}: not UTF-8 ({error})") from None
+
+
+class TableSource(Source):
+    """Samples of tables whose image column holds paths below `image_root`, or the pictures themselves."""
+
+    def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
+        self.tables, self.need_long = [Table(file) for file in files], need_long
+        self.image_root = image_root
+        self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
+        for table in self.tables:
+            for name in PARTS if need_long else PARTS[:2]:
+                if not set(self._fields[name]) & set(table.columns):
+                    raise _missing_field(table.url, name, getattr(fields, name), table.columns)
+        self._set_sizes([len(table) for table in self.tables])
+
+    def read(self, index: int) -> RawSample:
+        table, key, row = self._row(index)
+        texts = self._captions(key, row)
+        image = self._image(table, key, self._value(row, "image"))
+        used = {column for columns in self._fields.values() for column in columns}
+        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in used})
+
+    def texts(self, index: int) -> tuple[str, str | None]:
+        _, key, row = self._row(index, without=self._fields["image"])
+        return self._captions(key, row)
+
+    def _row(self, index: int, without: Sequence[str] = ()) -> tuple[Table, str, dict[str, Any]]:
+        file, i = self._locate(index)
+        table = self.tables[file]
+        key = f"{table.url}#{i}"
+        try:
+            return table, key, table.row(i, without)
+        except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
+            raise BrokenSample(key, str(error)) from None
+
+    def _value(self, row: dict[str, Any], name: str) -> Any:
+        return next((row[c] for c in self._fields[name] if row.get(c) is not None), None)
+
+    def _captions(self, key: str, row: dict[str, Any]) -> tuple[str, str | None]:
+        return _checked(key, self._value(row, "web"), self._value(row, "long"), self.need_long)
+
+    def _image(self, table: Table, key: str, value: Any) -> bytes:
+        if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str) or not value:
+            raise BrokenSample(key, f"image: {type(value).__name__} is neither a path nor bytes")
+        path = _inside(self.image_root or posixpath.dirname(table.url) or ".", value, key)
+        try:
+            with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise BrokenSample(key, f"image: {error}") from None
+        return data
+
+
+def _inside(root: str, path: str, key: str) -> str:
+    """`path` below `root`, links followed; raises UserError where it leads elsewhere."""
+    if is_remote(root):
+        joined, inside = posixpath.join(root, path), not path.startswith("/") and ".." not in path.split("/")
+    else:
+        real_root = os.path.realpath(root)
+        joined = os.path.realpath(os.path.join(real_root, path))
+        inside = os.path.commonpath([real_root, joined]) == real_root
+    if is_remote(path) or not inside:
+        raise UserError(f"{key}: image path {path!r} leads out of {root!r}; set data.image_root to a folder above it")
+    return joined
+
+
+def _alternatives(spec: str) -> list[tuple[str, str | None]]:
+    """`ext;ext:key` → [(ext, None), (ext, key)]."""
+    parts = [part.partition(":") for part in spec.split(";") if part]
+    return [(extension.lower().removeprefix("."), key or None) for extension, _, key in parts]
+
+
+def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str | None]:
+    for name, text, needed in (("web", web, True), ("long", long, need_long)):
+        if text is not None and not isinstance(text, str):
+            raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
+        if needed and not (text and text.strip()):
+            raise BrokenSample(key, f"{name} caption is empty")
+    return web.strip(), long.strip() if long else None
+
+
+def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:
+    what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
+    return UserError(
+        f"{where} has no {what}: data.fields.{name} = {spec!r} is not among the fields found: "
+        f"{', '.join(found) or 'none'}. Name the right one with --set data.fields.{name}=FIELD"
+    )
+
+
+def _names(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]} ({len(files)} files)"

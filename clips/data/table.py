@@ -1,0 +1,130 @@
+"""Tables (CSV, TSV, JSON lines, Parquet) as rows with random access.
+
+On first use a table is copied to an Arrow file that is memory-mapped from then on: any row costs microseconds,
+workers share the pages, and nothing is held in memory. Parquet and CSV have no cheap access to single rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from clips.data.sidecar import open_binary, sidecar
+from clips.errors import UserError
+
+log = logging.getLogger("clips.data")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+ROWS_PER_BATCH = 512
+
+
+class Table:
+    """One table file. `columns` are the names found; `row` raises ValueError where a row is not readable."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_json = url.endswith(".jsonl")
+        self._path = sidecar(url, ".idx.arrow", lambda target: _write_arrow(url, target))
+        self._reader: pa.ipc.RecordBatchFileReader | None = None
+        reader = self._open()
+        starts = [0]
+        for i in range(reader.num_record_batches):
+            starts.append(starts[-1] + reader.get_batch(i).num_rows)
+        self._starts, self.rows = starts[:-1], starts[-1]
+        self.columns = self._json_columns() if self.is_json else reader.schema.names
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}
+
+    def row(self, i: int, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Row `i`; columns named in `without` are not read (where they are stored apart)."""
+        batch_index = bisect.bisect_right(self._starts, i) - 1
+        batch = self._open().get_batch(batch_index)
+        if not self.is_json and without:
+            batch = batch.select([name for name in batch.schema.names if name not in without])
+        (row,) = batch.slice(i - self._starts[batch_index], 1).to_pylist()
+        if self.is_json:
+            row = json.loads(row["line"])
+            if not isinstance(row, dict):
+                raise ValueError("the line is not a JSON object")
+        elif not self.url.endswith(".parquet"):
+            row = {name: value.decode() for name, value in row.items()}
+        return row
+
+    def _open(self) -> pa.ipc.RecordBatchFileReader:
+        if self._reader is None:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+        return self._reader
+
+    def _json_columns(self, first: int = 100) -> list[str]:
+        columns: dict[str, None] = {}
+        for i in range(min(first, self.rows)):
+            try:
+                columns |= dict.fromkeys(self.row(i))
+            except ValueError:
+                continue  # reported when the row itself is read
+        return list(columns)
+
+
+def _write_arrow(url: str, target: Path) -> None:
+    log.info("copying %s to an Arrow file for random access", url)
+    try:
+        with open_binary(url) as file:
+            batches = _parquet(file) if url.endswith(".parquet") else _json(file) if url.endswith(".jsonl") else None
+            batches = batches or _csv(file, url)
+            head = next(batches)
+            with pa.ipc.new_file(str(target), head.schema) as writer:
+                writer.write_batch(head)
+                for batch in batches:
+                    writer.write_batch(batch)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{url} is not a readable table: {error}") from None
+    except StopIteration:
+        raise UserError(f"{url} has no rows") from None
+
+
+def _parquet(file: Any) -> Iterator[pa.RecordBatch]:
+    yield from pa.parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
+
+
+def _json(file: Any) -> Iterator[pa.RecordBatch]:
+    """Lines stay bytes: a bad one then breaks its own row only."""
+    lines = []
+    for line in file:
+        if line.strip():
+            lines.append(line)
+        if len(lines) == ROWS_PER_BATCH:
+            yield pa.record_batch({"line": pa.array(lines, pa.binary())})
+            lines = []
+    if lines:
+        yield pa.record_batch({"line": pa.array(lines, pa.binary())})
+
+
+def _csv(file: Any, url: str) -> Iterator[pa.RecordBatch]:
+    """Every column as bytes: no guessing of types, and a wrongly encoded cell breaks its own row only."""
+
+    def skip(row: pa.csv.InvalidRow) -> str:
+        log.warning("%s: row %s has %d columns instead of %d and is left out: %.80s", url, row.number or "?",
+                    row.actual_columns, row.expected_columns, row.text)  # fmt: skip
+        return "skip"
+
+    parse = pa.csv.ParseOptions(
+        delimiter="\t" if url.endswith(".tsv") else ",", newlines_in_values=True, invalid_row_handler=skip
+    )
+    with open_binary(url) as again:
+        names = pa.csv.open_csv(again, parse_options=parse).schema.names
+    convert = pa.csv.ConvertOptions(column_types={name: pa.binary() for name in names}, strings_can_be_null=False)
+    read = pa.csv.ReadOptions(use_threads=False, block_size=1 << 22)
+    for block in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
+        for start in range(0, block.num_rows, ROWS_PER_BATCH):
+            yield block.slice(start, ROWS_PER_BATCH)

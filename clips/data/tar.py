@@ -1,0 +1,160 @@
+"""Random access to tar shards: one pass over the headers gives the place of every sample's members.
+
+A sample is the members that share a key: the path up to the first dot of the file name, as in webdataset.
+A damaged shard still yields its good samples; what was lost is kept as readable `problems`.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from clips.data.sidecar import open_binary, sidecar
+from clips.errors import UserError
+
+BLOCK = tarfile.BLOCKSIZE
+MAX_NAME = 1 << 16
+"""Longest extended header that is read, in bytes; a longer one is damage."""
+MAX_PROBLEMS = 50
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What opening a set needs to know of one shard."""
+
+    index: Path
+    layouts: dict[tuple[str, ...], int]
+    """How many samples have exactly these extensions."""
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the members are. `offsets` and `sizes` are int64 [samples, extensions], −1 where a member is absent."""
+
+    keys: list[str]
+    extensions: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+
+def shard_summary(url: str) -> ShardSummary:
+    """Read (on first use: build and store) the index of a shard, without its per-sample part."""
+    path = sidecar(url, ".idx.npz", lambda target: _write_index(url, target))
+    with np.load(path, allow_pickle=False) as stored:
+        meta = json.loads(stored["meta"].item())
+    return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
+
+
+def load_index(path: Path) -> ShardIndex:
+    with np.load(path, allow_pickle=False) as stored:
+        meta = json.loads(stored["meta"].item())
+        keys = json.loads(stored["keys"].tobytes())
+        return ShardIndex(keys, meta["extensions"], stored["offsets"], stored["sizes"])
+
+
+def _write_index(url: str, target: Path) -> None:
+    problems: list[str] = []
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with open_binary(url) as file:
+        for name, offset, size in _members(file, url, problems):
+            folder, _, base = name.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if not stem or not dot:
+                continue  # as webdataset: no extension, or a hidden file such as macOS's ._x
+            members = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
+            if extension.lower() in members:
+                problems.append(f"member {name} appears twice; the first is used")
+            else:
+                members[extension.lower()] = (offset, size)
+    extensions = sorted({extension for members in samples.values() for extension in members})
+    absent = (-1, -1)
+    places = np.array(
+        [[members.get(extension, absent) for extension in extensions] for members in samples.values()], dtype=np.int64
+    ).reshape(len(samples), len(extensions), 2)
+    layouts = Counter(tuple(sorted(members)) for members in samples.values())
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
+    meta = {"extensions": extensions, "layouts": list(layouts.items()), "problems": problems}
+    with open(target, "wb") as file:
+        np.savez(
+            file,
+            meta=np.array(json.dumps(meta)),
+            keys=np.frombuffer(json.dumps(list(samples)).encode(), dtype=np.uint8),
+            offsets=places[..., 0],
+            sizes=places[..., 1],
+        )
+
+
+def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the data, size) of each regular member; appends to `problems` what cannot be used.
+
+    Python's tarfile ends silently at a damaged header; here the scan goes on at the next valid one.
+    Raises UserError for names that climb out of the shard and for links.
+    """
+    end = file.seek(0, 2)
+    position, last, damaged, zeros, extended = 0, "the beginning", False, False, {}
+    while position + BLOCK <= end:
+        file.seek(position)
+        block = file.read(BLOCK)
+        if block.count(0) == BLOCK:
+            position, zeros = position + BLOCK, True
+            continue
+        try:
+            if damaged and block[257:262] != b"ustar":
+                raise tarfile.HeaderError("not a header")
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            if not damaged:
+                problems.append(f"damaged at byte {position}, after {last} ({error}); reading on at the next header")
+            position, damaged, extended = position + BLOCK, True, {}
+            continue
+        if zeros and last != "the beginning":
+            problems.append(f"empty blocks before byte {position}, after {last}: an end mark or a hole in the file")
+        damaged = zeros = False
+        data = position + BLOCK
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE) and info.size <= MAX_NAME:
+            body = file.read(info.size)
+            extended |= {"path": body.rstrip(b"\0")} if info.type == tarfile.GNUTYPE_LONGNAME else _pax(body)
+            position = data + -(-info.size // BLOCK) * BLOCK
+            continue
+        name = extended["path"].decode("utf-8", "surrogateescape") if "path" in extended else info.name
+        size = int(extended.get("size", info.size))
+        extended = {}
+        position = data + -(-size // BLOCK) * BLOCK
+        if info.isreg() and not info.issparse():
+            name = name.removeprefix("./")
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise UserError(f"{shard}: member {name!r} points outside the shard; remove it or repack the shard")
+            last = f"member {name}"
+            if data + size > end:
+                problems.append(f"member {name} is cut off: the file ends at byte {end}, it needs {data + size}")
+            else:
+                yield name.encode("utf-8", "replace").decode(), data, size
+        elif info.issym() or info.islnk():
+            raise UserError(f"{shard}: member {name!r} is a link; repack the shard with tar --dereference")
+        elif not info.isdir() and info.type != tarfile.XGLTYPE:
+            problems.append(f"member {name} is not a regular file")
+    if 0 < end - position < BLOCK:
+        problems.append(f"the file ends inside a header, after {last}")
+
+
+def _pax(body: bytes) -> dict[str, bytes]:
+    """The `path` and `size` records ("LENGTH key=value\\n") of a POSIX extended header."""
+    found, position = {}, 0
+    while position < len(body):
+        length, space, _ = body[position:].partition(b" ")
+        if not space or not length.isdigit() or int(length) <= len(length) + 2:
+            break
+        key, _, value = body[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
+        if key in (b"path", b"size"):
+            found[key.decode()] = value
+        position += int(length)
+    return found
