@@ -367,7 +367,7 @@ def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> Us
     what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
     return UserError(
         f"{where} has no {what}: data.fields.{name} = {spec!r} is not among the fields found: "
-        f"{', '.join(found) or 'none'}. Name the right one with --set data.fields.{name}=FIELD"
+        f"{', '.join(found) or 'none'}. Name the right one with --fields {name}=FIELD"
     )
 
 
