@@ -1,0 +1,585 @@
+"""The report of a run: one offline HTML page with curves and pictures, and the same as PNG files.
+
+`write_report` reads what a run leaves behind (config.json, metrics.jsonl, evaluation*.json) and, where given,
+the examples that `collect_examples` drew from its model: retrieval hits and misses, zero-shot predictions,
+generated captions. The page holds everything inside itself, follows the reader's light or dark setting and fits
+a phone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Plot
+from matplotlib.ticker import FuncFormatter
+
+from clips.captions import CaptionTokenizer
+from clips.config import RunConfig
+from clips.data.images import decode_image, eval_transform
+from clips.data.splits import Split
+from clips.errors import UserError
+from clips.evaluate import (
+    PROTOCOLS,
+    encode_images,
+    encode_texts,
+    evaluating,
+    open_test_set,
+    prompt_features,
+    retrieval_rows,
+    tower_size,
+)
+from clips.model import CLIPS
+
+THUMBNAIL = 144
+"""Longest side of the pictures in the page, pixels."""
+MAX_POINTS = 1500
+"""Points drawn of one curve."""
+
+
+# ---------------------------------------------------------------------------------------------- examples
+
+
+@dataclass
+class Retrieved:
+    """A caption and the images found for it, best first; `rank` counts from 1."""
+
+    query: str
+    truth: bytes
+    found: list[bytes]
+    rank: int
+
+
+@dataclass
+class Classified:
+    image: bytes
+    label: str
+    classes: list[str]
+    """Best first."""
+    probabilities: list[float]
+
+
+@dataclass
+class Captioned:
+    image: bytes
+    web: str
+    truth: str
+    generated: str
+
+
+@dataclass
+class Examples:
+    """Pictures (encoded, at most THUMBNAIL pixels) and what the model made of them."""
+
+    retrieval: list[Retrieved] = field(default_factory=list)
+    zero_shot: list[Classified] = field(default_factory=list)
+    captions: list[Captioned] = field(default_factory=list)
+
+
+@torch.no_grad()
+def collect_examples(
+    model: CLIPS,
+    tokenizer: CaptionTokenizer,
+    run: RunConfig,
+    split: Split = "test",
+    n: int = 8,
+    *,
+    image_size: int | None = None,
+    pool: int = 1000,
+) -> Examples:
+    """n examples of each kind from `pool` images of a split, half of them misses where there are enough."""
+    items, classes = open_test_set(run, split)
+    size, batch = image_size or tower_size(model), run.eval.batch_size
+    images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
+
+    def thumbnail(row: int) -> bytes:
+        picture = decode_image(items.read(images.indices[row]).image)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        return out.getvalue()
+
+    examples = Examples()
+    protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
+    scene = retrieval_rows(images, protocol)
+    if len(scene) > 1:
+        queries = [images.captions[row][protocol][0] for row in scene]
+        similarity = encode_texts(model, tokenizer, queries, batch_size=batch) @ images.features[scene].T
+        own = similarity.diagonal()[:, None]
+        ranks = (similarity >= own).sum(dim=1).tolist()
+        for i in _half_misses([rank == 1 for rank in ranks], n):
+            best = similarity[i].topk(min(5, len(scene))).indices.tolist()
+            found = [thumbnail(scene[j]) for j in best]
+            examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
+
+    labelled = [row for row, label in enumerate(images.labels) if label is not None]
+    if labelled and classes is not None:
+        prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
+        weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=100).cpu()
+        odds = (scale * images.features[labelled] @ weights.T).softmax(dim=-1)
+        labels = classes.index([images.labels[row] for row in labelled])
+        right = (odds.argmax(dim=1) == torch.tensor(labels)).tolist()
+        for i in _half_misses(right, n):
+            best = odds[i].topk(min(5, len(classes.names)))
+            names = [classes.names[j] for j in best.indices]
+            examples.zero_shot.append(
+                Classified(thumbnail(labelled[i]), classes.names[labels[i]], names, best.values.tolist())
+            )
+
+    if model.captioner is not None:
+        device = model.visual.cls_token.device
+        rows = [row for row in scene if images.captions[row].get("web") and images.captions[row].get("long")][:n]
+        transform = eval_transform(size)
+        for row in rows:
+            item = items.read(images.indices[row])
+            web = item.captions["web"]
+            ids = tokenizer(web, run.model.text.context_length, trim=run.model.text.pad_mask).to(device)
+            pixels = transform(decode_image(item.image))[None].to(device)
+            with evaluating(model, size):
+                generated = model.caption(pixels, ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)[0]
+            truth = item.captions["long"][0]
+            examples.captions.append(Captioned(thumbnail(row), web[0], truth, tokenizer.decode(generated)))
+    return examples
+
+
+def _half_misses(hits: Sequence[bool], n: int) -> list[int]:
+    """n indices: half hits, half misses, each filled up by the other kind; hits first."""
+    kinds = [[i for i, hit in enumerate(hits) if hit is kind] for kind in (True, False)]
+    misses = kinds[1][: max(n // 2, n - len(kinds[0]))]
+    return kinds[0][: n - len(misses)] + misses
+
+
+# ---------------------------------------------------------------------------------------------- reading a run
+
+
+@dataclass
+class RunRecord:
+    """What a run directory holds, read for the report."""
+
+    name: str
+    config: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    figures: dict[str, dict[str, dict[str, float]]]
+    """Test set → figure's name → value, chance, items."""
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Raises UserError when `run_dir` holds no metrics.jsonl; a line cut short by a killed run is passed over."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl")
+    lines = []
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    config = run_dir / "config.json"
+    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run_dir.glob("evaluation*.json"))]
+    return RunRecord(
+        name=run_dir.resolve().name,
+        config=json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        train=[line for line in lines if line.get("kind") == "train"],
+        evals=[line for line in lines if line.get("kind") == "eval"],
+        figures={found["test_set"]: found["figures"] for found in evaluations},
+    )
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4")
+"""Colours that stand on white and on near-black alike."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    grid: str
+    paper: str
+
+
+LIGHT = Theme(ink="#3a4150", grid="#e3e6ec", paper="#ffffff")
+DARK = Theme(ink="#c3c9d6", grid="#31363f", paper="#1a1d23")
+
+
+def headline(names: Iterable[str]) -> list[str]:
+    """The figures that matter first: R@1 both ways of the set's first protocol, and zero-shot accuracy."""
+    recall = [name for name in dict.fromkeys(names) if name.endswith(("_i2t_r1", "_t2i_r1"))]
+    return recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: list[dict[str, Any]]
+    names: list[str]
+
+
+def panels(record: RunRecord) -> list[Panel]:
+    scores = headline({name: None for line in record.evals for name in line})
+    return [
+        Panel("loss", record.train, ["contrastive_loss", "caption_loss"]),
+        Panel("validation, %", record.evals, scores),
+        Panel("learning rate", record.train, ["lr"]),
+        Panel("logit scale", record.train, ["logit_scale"]),
+        Panel("gradient norm", record.train, ["grad_norm"]),
+        Panel("samples per second", record.train, ["samples_per_s"]),
+    ]
+
+
+def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
+    """One panel against samples seen."""
+    axes.set_facecolor(theme.paper)
+    axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    drawn = 0
+    for name, colour in zip(panel.names, SERIES, strict=False):
+        points = [(line["samples"], line[name]) for line in panel.lines if isinstance(line.get(name), (int, float))]
+        points = points[:: max(1, len(points) // MAX_POINTS)]
+        if points:
+            marker = "o" if len(points) < 12 else None
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.7, marker=marker, markersize=4)
+            axes.lines[-1].set_label(_pretty(name))
+            drawn += 1
+    if drawn > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+    if not drawn:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.ink, alpha=0.6)
+    if panel.title.endswith("%"):
+        axes.set_ylim(0, 100)
+
+
+def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
+    """Up to three panels in a row."""
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    plot = Plot(figsize=(3.7 * columns, 2.7 * rows), dpi=130, facecolor=theme.paper, layout="constrained")
+    for axes, panel in zip(plot.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        _draw(axes, panel, theme)
+    return plot
+
+
+def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, str, str]]]) -> Plot:
+    """Rows of pictures (encoded image, caption, frame colour or ""), each under its title; for the PNG files."""
+    columns = max(map(len, rows))
+    plot = Plot(figsize=(1.5 * columns, 1.95 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    grid = plot.subplots(len(rows), columns, squeeze=False)
+    for line, title, cells in zip(grid, titles, rows, strict=True):
+        for axes in line:
+            axes.axis("off")
+        line[0].set_title(_clip(title, 18 * columns), fontsize=8, loc="left")
+        for axes, (image, caption, colour) in zip(line, cells, strict=False):
+            axes.imshow(np.asarray(decode_image(image)))
+            axes.text(0.5, -0.03, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+            if colour:
+                axes.axis("on")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set(color=colour, linewidth=2.5)
+    return plot
+
+
+def _retrieval_plot(examples: list[Retrieved]) -> Plot:
+    rows = [
+        [(e.truth, "true image", "")]
+        + [(image, str(i), "#1f9d7a" if i == e.rank else "") for i, image in enumerate(e.found, 1)]
+        for e in examples
+    ]
+    return _picture_rows([f"{_verdict(e.rank)}: {e.query}" for e in examples], rows)
+
+
+def _zero_shot_plot(examples: list[Classified]) -> Plot:
+    plot = Plot(figsize=(7, 1.25 * len(examples)), dpi=110, facecolor="white", layout="constrained")
+    grid = plot.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 3])
+    for (left, right), example in zip(grid, examples, strict=True):
+        left.imshow(np.asarray(decode_image(example.image)))
+        left.axis("off")
+        left.set_title(example.label, fontsize=8)
+        colours = ["#1f9d7a" if name == example.label else "#9aa3b2" for name in example.classes]
+        right.barh(example.classes, example.probabilities, color=colours)
+        right.invert_yaxis()
+        right.set_xlim(0, 1)
+        right.tick_params(labelsize=7, length=0)
+        right.spines[:].set_visible(False)
+    return plot
+
+
+def _captions_plot(examples: list[Captioned]) -> Plot:
+    plot = Plot(figsize=(9, 1.5 * len(examples)), dpi=110, facecolor="white", layout="constrained")
+    grid = plot.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 5])
+    for (left, right), e in zip(grid, examples, strict=True):
+        left.imshow(np.asarray(decode_image(e.image)))
+        left.axis("off")
+        right.axis("off")
+        text = f"web: {_clip(e.web, 200)}\ntrue: {_clip(e.truth, 280)}\ngenerated: {_clip(e.generated, 280)}"
+        right.text(0, 0.95, text, va="top", fontsize=7, wrap=True)
+    return plot
+
+
+# ---------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --page: #f4f5f8; --ink: #1d222c; --soft: #687083; --line: #e3e6ec;
+  --accent: #2f6fde; --good: #17805f; --bad: #c2512e; --bar: #9aa3b2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #1a1d23; --page: #121419; --ink: #e6e9ef; --soft: #98a0b0;
+  --line: #31363f; --accent: #78a4f5; --good: #4cc79c; --bad: #f08a64; --bar: #6b7485; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 16px 64px; }
+h1 { font-size: 1.6rem; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 0 0 4px; }
+p.note { color: var(--soft); margin: 0 0 14px; max-width: 76ch; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 18px;
+  margin-top: 18px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 18px; }
+.tile { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; }
+.tile b { display: block; font-size: 1.55rem; font-variant-numeric: tabular-nums; letter-spacing: -.02em; }
+.tile span, .tile small { color: var(--soft); display: block; font-size: .83rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 10px; }
+picture img { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; font-size: .83rem; }
+td.n, th.n { text-align: right; }
+.meter { position: relative; width: 100%; min-width: 110px; height: 8px; background: var(--line); border-radius: 4px; }
+.meter i { position: absolute; inset: 0 auto 0 0; background: var(--accent); border-radius: 4px; }
+.meter u { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--ink); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 470px), 1fr)); gap: 14px; }
+.card { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0; }
+.card p { margin: 0 0 8px; overflow-wrap: anywhere; }
+.row { display: flex; gap: 8px; overflow-x: auto; }
+figure { margin: 0; text-align: center; font-size: .75rem; color: var(--soft); flex: 0 0 auto; }
+figure img { width: 68px; height: 68px; object-fit: cover; border-radius: 6px; display: block;
+  border: 3px solid transparent; }
+figure.true img { border-color: var(--good); }
+figure.first { padding-right: 8px; border-right: 1px solid var(--line); }
+.badge { font-size: .75rem; font-weight: 600; padding: 1px 8px; border-radius: 99px; border: 1px solid;
+  margin-right: 6px; }
+.hit { color: var(--good); } .miss { color: var(--bad); }
+.split { display: flex; gap: 14px; align-items: flex-start; }
+.split > img { width: 104px; height: 104px; object-fit: cover; border-radius: 8px; flex: none; }
+.split > div { flex: 1; min-width: 0; }
+.bar { display: grid; grid-template-columns: minmax(70px, 34%) 1fr auto; gap: 8px; align-items: center;
+  font-size: .83rem; }
+.bar span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar span:last-child { text-align: right; min-width: 3.6em; color: var(--soft); font-variant-numeric: tabular-nums; }
+.bar i { display: block; height: 9px; border-radius: 3px; background: var(--bar); }
+.bar.right i { background: var(--good); } .bar.right span:first-child { font-weight: 600; }
+dl { margin: 0; font-size: .85rem; } dt { color: var(--soft); } dd { margin: 0 0 6px; overflow-wrap: anywhere; }
+details summary { cursor: pointer; font-weight: 600; }
+pre { overflow-x: auto; font-size: .78rem; line-height: 1.45; }
+"""
+
+
+def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
+    """Write `run_dir`/report/ (index.html and PNG files) and return the page's path."""
+    record, examples = read_run(run_dir), examples or Examples()
+    directory = Path(run_dir) / "report"
+    directory.mkdir(exist_ok=True)
+    curves_plot(panels(record), LIGHT).savefig(directory / "curves.png")
+    for name, draw, found in (
+        ("retrieval", _retrieval_plot, examples.retrieval),
+        ("zero_shot", _zero_shot_plot, examples.zero_shot),
+        ("captions", _captions_plot, examples.captions),
+    ):
+        if found:
+            draw(found).savefig(directory / f"{name}.png")
+    page = directory / "index.html"
+    page.write_text(_page(record, examples), encoding="utf-8")
+    return page
+
+
+def _page(record: RunRecord, examples: Examples) -> str:
+    sections = [
+        _tiles(record),
+        _section("Results", _RESULTS_NOTE, "".join(_results_table(*item) for item in record.figures.items())),
+        _section("Curves", "Against samples seen.", _curves(record)),
+        _section("Retrieval: hits and misses", _RETRIEVAL_NOTE, "".join(map(_retrieved_card, examples.retrieval))),
+        _section("Zero-shot predictions", _ZERO_SHOT_NOTE, "".join(map(_classified_card, examples.zero_shot))),
+        _section("Captions", _CAPTIONS_NOTE, "".join(map(_captioned_card, examples.captions))),
+        _configuration(record.config),
+    ]
+    seen = record.train[-1] if record.train else {}
+    line = [
+        str(record.config.get("recipe", "")),
+        f"{int(seen.get('samples', 0)):,} samples",
+        _model_line(record.config),
+    ]
+    title = html.escape(record.name)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
+        f'<h1>{title}</h1><p class="note">{html.escape(" · ".join(filter(None, line)))}</p>'
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+_RESULTS_NOTE = "Percent. The mark on each bar is chance. Equal captions count as hits; ties are broken at random."
+_RETRIEVAL_NOTE = "A caption of the test set, its own image, and the images found for it, best first; green is its own."
+_ZERO_SHOT_NOTE = "Probabilities over all classes, mean of the prompts; green is the true class."
+_CAPTIONS_NOTE = "The captioner reads the image and the web caption; it was trained on the long caption."
+
+
+def _section(title: str, note: str, content: str) -> str:
+    """Nothing when there is no content."""
+    cards = f'<div class="cards">{content}</div>' if content.startswith('<div class="card') else content
+    return f'<section><h2>{title}</h2><p class="note">{note}</p>{cards}</section>' if content else ""
+
+
+def _tiles(record: RunRecord) -> str:
+    tiles = []
+    figures = next(reversed(record.figures.values()), {})
+    last = record.evals[-1] if record.evals else {}
+    for name in headline(figures or last):
+        figure = figures.get(name, {"value": last.get(name)})
+        chance = f"chance {figure['chance']:.1f} %" if "chance" in figure else "validation"
+        tiles.append((f"{figure['value']:.1f} %", _pretty(name), chance))
+    if speeds := [line["samples_per_s"] for line in record.train if line.get("samples_per_s")]:
+        wait = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
+        note = f"{100 * sum(wait) / len(wait):.1f} % waiting for data" if wait else ""
+        tiles.append((f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "samples per second", note))
+    if record.train and math.isfinite(record.train[-1].get("loss", math.nan)):
+        tiles.append((f"{record.train[-1]['loss']:.3f}", "last loss", f"step {record.train[-1]['step']:,}"))
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><span>{html.escape(label)}</span><b>{value}</b><small>{note}</small></div>'
+            for value, label, note in tiles
+        )
+        + "</div>"
+    )
+
+
+def _results_table(name: str, figures: Mapping[str, Mapping[str, float]]) -> str:
+    rows = "".join(
+        f'<tr><td>{html.escape(_pretty(key))}</td><td class="n">{figure["value"]:.1f}</td>'
+        f'<td class="n">{figure["chance"]:.2f}</td><td class="n">{figure["items"]:,}</td>'
+        f'<td style="width:45%"><div class="meter"><i style="width:{figure["value"]:.1f}%"></i>'
+        f'<u style="left:{figure["chance"]:.1f}%"></u></div></td></tr>'
+        for key, figure in figures.items()
+    )
+    head = '<tr><th>{}</th><th class="n">%</th><th class="n">chance</th><th class="n">items</th><th></th></tr>'
+    return f'<div class="scroll"><table>{head.format(html.escape(name))}{rows}</table></div>'
+
+
+def _curves(record: RunRecord) -> str:
+    if not record.train:
+        return ""
+    content = ""
+    for panel in panels(record):
+        light, dark = (_data(_png(curves_plot([panel], theme))) for theme in (LIGHT, DARK))
+        content += (
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{html.escape(panel.title)}"></picture>'
+        )
+    return f'<div class="curves">{content}</div>'
+
+
+def _retrieved_card(e: Retrieved) -> str:
+    found = "".join(
+        f'<figure{" class=true" if i == e.rank else ""}><img src="{_data(image)}" alt="">{i}</figure>'
+        for i, image in enumerate(e.found, 1)
+    )
+    kind = "hit" if e.rank == 1 else "miss"
+    return (
+        f'<div class="card"><p><span class="badge {kind}">{_verdict(e.rank)}</span>{html.escape(e.query)}</p>'
+        f'<div class="row"><figure class="first"><img src="{_data(e.truth)}" alt="">own image</figure>{found}</div>'
+        "</div>"
+    )
+
+
+def _classified_card(e: Classified) -> str:
+    kind, word = ("hit", "right") if e.classes[0] == e.label else ("miss", "wrong")
+    bars = "".join(
+        f'<div class="bar{" right" if name == e.label else ""}"><span>{html.escape(name)}</span>'
+        f'<span><i style="width:{100 * p:.1f}%"></i></span><span>{100 * p:.1f} %</span></div>'
+        for name, p in zip(e.classes, e.probabilities, strict=True)
+    )
+    return (
+        f'<div class="card split"><img src="{_data(e.image)}" alt=""><div><p><span class="badge {kind}">{word}</span>'
+        f"{html.escape(e.label)}</p>{bars}</div></div>"
+    )
+
+
+def _captioned_card(e: Captioned) -> str:
+    return (
+        f'<div class="card split"><img src="{_data(e.image)}" alt=""><div><dl><dt>generated</dt>'
+        f"<dd>{html.escape(e.generated)}</dd><dt>long caption</dt><dd>{html.escape(e.truth)}</dd>"
+        f"<dt>web caption</dt><dd>{html.escape(e.web)}</dd></dl></div></div>"
+    )
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    text = html.escape(json.dumps(config, indent=2))
+    return f"<section><details><summary>Configuration</summary><pre>{text}</pre></details></section>" if config else ""
+
+
+def _model_line(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    vision, text = config["model"]["vision"], config["model"]["text"]
+    return (
+        f"image tower {vision['width']}×{vision['layers']}, patch {vision['patch_size']} at {vision['image_size']} px, "
+        f"text tower {text['width']}×{text['layers']}"
+    )
+
+
+_NAMES = {
+    "i2t": "image → text",
+    "t2i": "text → image",
+    "r1": "R@1",
+    "r5": "R@5",
+    "r10": "R@10",
+    "top1": "top 1",
+    "top5": "top 5",
+    "zero": "zero-shot",
+    "lr": "learning rate",
+}
+
+
+def _pretty(name: str) -> str:
+    """`sentence_i2t_r1` → "sentence image → text R@1"."""
+    words = name.replace("zero_shot", "zero").replace("single_prompt", "single prompt").split("_")
+    return " ".join(_NAMES.get(word, word) for word in words)
+
+
+def _verdict(rank: int) -> str:
+    return "hit" if rank == 1 else f"rank {rank}"
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _png(plot: Plot) -> bytes:
+    out = io.BytesIO()
+    plot.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _data(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
