@@ -177,21 +177,23 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if (worker := _DEAD_WORKER.search(str(error))) is None:
-                raise
-            raise CommandError(
-                f"{worker.group()} died, most often because memory (or shared memory, /dev/shm) ran out; "
-                f"use fewer than data.workers = {loader.num_workers}, or a smaller batch"
-            ) from error
-        if isinstance(batch, CommandError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            if isinstance(batch, CommandError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if (worker := _DEAD_WORKER.search(str(error))) is None:
+            raise
+        raise CommandError(
+            f"{worker.group()} died, most often because memory (or shared memory, /dev/shm) ran out; "
+            f"use fewer than data.workers = {loader.num_workers}, or a smaller batch"
+        ) from error
+    finally:
+        del iterator  # a traceback that is kept would keep the workers too
 
 
 def _unchanged(item: Any) -> Any:

@@ -1,0 +1,215 @@
+"""Every kind of picture is decoded to the picture that was encoded; hostile bytes break one sample, not the run."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clips.config import AugmentConfig
+from clips.data import images
+from clips.data.images import Preprocess, decode_image, eval_transform, normalise, random_crop
+from clips.data.sample import BrokenSample
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reference(width: int = 6, height: int = 4) -> np.ndarray:
+    """An RGB picture without symmetry, so that a rotation or a swapped channel shows."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 40, y * 60, (x + 2 * y) * 10 + 5], -1).astype(np.uint8)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = decode_image(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_rgb() -> None:
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(reference()))), reference())
+
+
+def test_transparency_is_laid_on_white() -> None:
+    colour, alpha = reference(), np.linspace(0, 255, 24).reshape(4, 6).round().astype(np.uint8)
+    expected = np.round(colour * (alpha[..., None] / 255.0) + 255 * (1 - alpha[..., None] / 255.0))
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        found = pixels(encode(Image.fromarray(np.dstack([colour, alpha]), "RGBA"), kind, **options))
+        assert np.abs(found - expected).max() <= 1, kind
+    grey = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    found = pixels(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")))
+    assert np.abs(found[..., 0] - np.round(grey * (alpha / 255.0) + 255 * (1 - alpha / 255.0))).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_transparent_colour_becomes_white(mode: str) -> None:
+    image = Image.new("RGB", (3, 2), (10, 20, 30))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    transparent = image.getpixel((0, 0))
+    assert (pixels(encode(image, transparency=transparent)) == 255).all()
+
+
+def test_palette() -> None:
+    image = Image.fromarray(reference()).quantize(64)
+    np.testing.assert_array_equal(pixels(encode(image)), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk() -> None:
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    red = pixels(encode(image, "JPEG", quality=100)).reshape(-1, 3).mean(0)
+    assert np.abs(red - [255, 0, 0]).max() < 5
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+    grey = np.array([[0, 257, 25700], [32768, 65000, 65535]], np.uint16)
+    expected = np.round(grey / 257.0)
+    for kind in ("PNG", "TIFF"):
+        found = pixels(encode(Image.fromarray(grey), kind))
+        np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
+
+
+def test_greyscale_and_one_bit() -> None:
+    grey = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(grey)))[..., 2], grey)
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(grey > 100)))[..., 0], (grey > 100) * 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(kind: str, orientation: int) -> None:
+    upright = np.kron(reference(), np.ones((16, 16, 1), np.uint8))
+    # What a camera stores so that a viewer obeying `orientation` shows `upright` (EXIF 2.3, tag 0x0112).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
+    found = pixels(data)
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = pixels(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert (found == [255, 0, 0]).all()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rest = b"".join(chunk(name, body) for name, body in chunks)
+    rows = zlib.compress(b"\0" * (1 + 3 * width) * min(height, 4))
+    return b"\x89PNG\r\n\x1a\n" + header + rest + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+WHOLE_JPEG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
+WHOLE_PNG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"not a picture", "cannot identify"),
+        (b"\0" * 1000, "cannot identify"),
+        (WHOLE_JPEG[: len(WHOLE_JPEG) // 2], "truncated"),
+        (WHOLE_PNG[: len(WHOLE_PNG) // 2], "image"),
+        (WHOLE_PNG[:40], "image"),
+        (WHOLE_PNG[:1000] + b"\0" * 500 + WHOLE_PNG[1500:], "image"),
+        (png(60_000, 60_000), "pixels"),
+        (png(9_000, 9_000), "above the limit"),
+        (png(4, 4, (b"zTXt", b"key\0\0" + zlib.compress(b"x" * (2 << 20), 9))), "MAX_TEXT_CHUNK"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+    ],
+)
+def test_hostile_bytes_break_the_sample(data: bytes, reason: str) -> None:
+    with pytest.raises(BrokenSample, match=reason) as raised:
+        decode_image(data, "shard#7")
+    assert raised.value.key == "shard#7"
+
+
+def test_many_text_chunks_are_bounded() -> None:
+    chunks = [(b"zTXt", b"key%d\0\0" % i + zlib.compress(b"x" * 900_000, 9)) for i in range(8)]
+    with pytest.raises(BrokenSample, match="MAX_TEXT_MEMORY"):
+        decode_image(png(4, 4, *chunks))
+    decode_image(png(4, 4, chunks[0]))
+
+
+def test_the_byte_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", len(WHOLE_PNG) - 1)
+    with pytest.raises(BrokenSample, match="bytes"):
+        decode_image(WHOLE_PNG)
+
+
+def test_eval_transform_squashes_and_normalises() -> None:
+    picture = np.random.default_rng(1).integers(0, 255, (40, 90, 3), np.uint8)
+    out = eval_transform(32)(Image.fromarray(picture))
+    squashed = np.asarray(Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR)) / 255.0
+    expected = (squashed - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    assert out.shape == (3, 32, 32)
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_normalise_a_batch_is_its_rows_one_by_one() -> None:
+    rows = [np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8) for i in range(3)]
+    batch = normalise(rows)
+    assert batch.is_contiguous()
+    for row, out in zip(rows, batch, strict=True):
+        assert torch.equal(normalise([row])[0], out)
+
+
+def test_a_picture_of_the_right_size_is_not_resampled() -> None:
+    picture = np.random.default_rng(1).integers(0, 255, (32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(Preprocess(32).pixels(Image.fromarray(picture)), picture)
+
+
+def test_augmentation_is_a_pure_function_of_the_rng() -> None:
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 40, 3), np.uint8))
+    preprocess = Preprocess(32, AugmentConfig(min_crop_area=0.4, jitter=0.4, grayscale=0.2))
+    first, again, other = (preprocess.pixels(picture, random.Random(seed)) for seed in ("a", "a", "b"))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_random_crop_keeps_its_area_and_stays_inside() -> None:
+    rng = random.Random(0)
+    areas = []
+    for _ in range(2000):
+        left, top, right, bottom = random_crop(200, 100, 0.4, rng)
+        assert 0 <= left < right <= 200 + 1e-9
+        assert 0 <= top < bottom <= 100 + 1e-9
+        areas.append((right - left) * (bottom - top) / 20_000)
+    assert min(areas) >= 0.4 - 1e-9
+    assert np.mean(areas) == pytest.approx(0.7, abs=0.02)
+
+
+def test_greyscale_comes_as_often_as_asked() -> None:
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8, 3), np.uint8))
+    preprocess, rng = Preprocess(8, AugmentConfig(grayscale=0.2)), random.Random(0)
+    grey = [np.ptp(preprocess.pixels(picture, rng), axis=-1).max() == 0 for _ in range(2000)]
+    assert np.mean(grey) == pytest.approx(0.2, abs=0.03)
