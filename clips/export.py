@@ -6,32 +6,43 @@
                     image processor. Image embedding = `embedding.safetensors` applied to what the model gives.
 
 Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts.
-
-open_clip's and CLIP's patch convolutions have no bias. Ours is added to the positions of the patch tokens, which
-is the same sum. Padding: see clips/text.py and `open_clip_config`.
+How names and layouts correspond is in clips/formats.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from clips import checkpoint
 from clips.captions import CaptionTokenizer
-from clips.config import ModelConfig, RunConfig, TextConfig, VisionConfig
-from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
+from clips.config import (
+    CaptionsConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    check_image_size,
+)
+from clips.data.images import decode_image, eval_transform
+from clips.data.sample import BrokenSample
+from clips.data.sources import Source, open_source
+from clips.data.splits import open_split, split_spec
 from clips.errors import UserError
-from clips.layers import LAYER_NORM_EPS
-from clips.model import CLIPS, MAX_LOGIT_SCALE
-from clips.tower import sincos_positions
+from clips.formats import import_open_clip, logit_scale_parameter, write_hf_vit, write_open_clip
+from clips.model import CLIPS
 from clips.weights import assign_weights, read_weights, write_weights
 
 TOLERANCE = 1e-4
@@ -105,7 +116,7 @@ def check_exports(
         "open_clip": [
             (stock.encode_image(images, normalize=True), image_features),
             (stock.encode_text(stock_ids, normalize=True), text_features),
-            (stock.logit_scale, _logit_scale(trained)),
+            (stock.logit_scale, logit_scale_parameter(trained)),
         ],
         "hf_vit": [
             (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
@@ -117,334 +128,6 @@ def check_exports(
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"export {name} differs from the trained model by {difference:.2e} (limit {TOLERANCE})")
     return differences
-
-
-# ---------------------------------------------------------------------------------------------- native
-
-
-def write_native(model: CLIPS, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    run.save(directory / "config.json")
-    write_weights(model.state_dict(), directory / "model.safetensors")
-    tokenizer.save(directory / "tokenizer")
-
-
-def load_native(directory: Path) -> tuple[CLIPS, RunConfig, CaptionTokenizer]:
-    """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
-    directory = Path(directory)
-    run = RunConfig.load(directory / "config.json")
-    tokenizer = CaptionTokenizer.load(directory / "tokenizer")
-    model = CLIPS(run.model, tokenizer.pad_id)
-    assign_weights(model, read_weights(directory / "model.safetensors"), directory)
-    return model.eval(), run, tokenizer
-
-
-# ---------------------------------------------------------------------------------------------- names
-
-#: our name → open_clip's, inside a block
-OPEN_CLIP_BLOCK = {
-    "norm1.weight": "ln_1.weight",
-    "norm1.bias": "ln_1.bias",
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj.weight": "attn.out_proj.weight",
-    "attn.proj.bias": "attn.out_proj.bias",
-    "norm2.weight": "ln_2.weight",
-    "norm2.bias": "ln_2.bias",
-    "mlp.fc1.weight": "mlp.c_fc.weight",
-    "mlp.fc1.bias": "mlp.c_fc.bias",
-    "mlp.fc2.weight": "mlp.c_proj.weight",
-    "mlp.fc2.bias": "mlp.c_proj.bias",
-}
-
-VIT_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.q": "attention.attention.query",
-    "attn.k": "attention.attention.key",
-    "attn.v": "attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-
-CLIP_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-
-
-def _open_clip_blocks(blocks: str, layers: int) -> dict[str, str]:
-    """Our name → open_clip's for every tensor of one tower's blocks; `blocks` is "visual" or "text"."""
-    return {
-        f"{blocks}.blocks.{i}.{ours}": f"{blocks}.transformer.resblocks.{i}.{theirs}"
-        for i in range(layers)
-        for ours, theirs in OPEN_CLIP_BLOCK.items()
-    }
-
-
-def _open_clip_names(config: ModelConfig) -> dict[str, str]:
-    """Our name → open_clip's, for the tensors that are copied as they are."""
-    norms = {"visual.norm": "visual.ln_post", "text.norm": "text.ln_final"}
-    if config.vision.pre_norm:
-        norms["visual.pre_norm"] = "visual.ln_pre"
-    return {
-        "visual.patch_embed.weight": "visual.conv1.weight",
-        "text.token_embed.weight": "text.token_embedding.weight",
-        "text.pos_embed": "text.positional_embedding",
-        **{f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in norms.items() for kind in ("weight", "bias")},
-        **_open_clip_blocks("visual", config.vision.layers),
-        **_open_clip_blocks("text", config.text.layers),
-    }
-
-
-#: our name → open_clip's, for the tensors that are transposed
-OPEN_CLIP_TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
-
-
-def _logit_scale(model: CLIPS) -> Tensor:
-    """The temperature as training uses it (at most MAX_LOGIT_SCALE), a scalar as open_clip keeps it."""
-    return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
-
-
-def _positions_with_bias(model: CLIPS) -> Tensor:
-    """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
-    table = model.visual.pos_embed.clone()
-    table[1:] += model.visual.patch_embed.bias
-    return table
-
-
-# ---------------------------------------------------------------------------------------------- open_clip
-
-
-def open_clip_config(config: ModelConfig, pad_id: int, eos_id: int) -> dict[str, Any]:
-    """The content of open_clip_config.json.
-
-    Text without padding mask is open_clip's own CLIPS layout (`tokenizer_mode="clips"`, CLS as a token in the last
-    slot). With padding mask it is `embed_cls`: CLS is a parameter appended after `context_length − 1` ordinary slots,
-    and open_clip masks padding as clips/text.py does.
-    """
-    vision, text = config.vision, config.text
-    masked = {"context_length": text.context_length - 1, "embed_cls": True}
-    unmasked = {"context_length": text.context_length, "tokenizer_mode": "clips"}
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "custom_text": True,
-            "vision_cfg": {
-                "image_size": vision.image_size,
-                "patch_size": vision.patch_size,
-                "width": vision.width,
-                "layers": vision.layers,
-                "head_width": vision.width // vision.heads,
-                "mlp_ratio": vision.mlp_ratio,
-                "pos_embed_type": "sin_cos_2d",
-                "no_ln_pre": not vision.pre_norm,
-                "final_ln_after_pool": True,
-                "pool_type": "avg",
-                "norm_kwargs": {"eps": LAYER_NORM_EPS},
-            },
-            "text_cfg": {
-                "vocab_size": text.vocab_size,
-                "hf_tokenizer_name": "local",
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-                "mlp_ratio": text.mlp_ratio,
-                "pad_id": pad_id,
-                "eos_id": eos_id,
-                "no_causal_mask": True,
-                "pool_type": "last",
-                "norm_kwargs": {"eps": LAYER_NORM_EPS},
-                "act_kwargs": {"approximate": "tanh"},
-                **(masked if text.pad_mask else unmasked),
-            },
-        },
-        "preprocess_cfg": {
-            "size": vision.image_size,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-            "interpolation": "bilinear",
-            "resize_mode": "squash",
-        },
-    }
-
-
-def write_open_clip(model: CLIPS, tokenizer: CaptionTokenizer, directory: Path) -> None:
-    """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
-    state = model.state_dict()
-    tensors = {theirs: state[ours] for ours, theirs in _open_clip_names(model.config).items()}
-    tensors |= {theirs: state[ours].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
-    tensors["logit_scale"] = _logit_scale(model)
-    tensors["visual.class_embedding"] = state["visual.cls_token"]
-    tensors["visual.positional_embedding"] = _positions_with_bias(model)
-    if model.config.text.pad_mask:
-        tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
-    tokenizer.save(directory)
-    config = open_clip_config(model.config, tokenizer.pad_id, tokenizer.eos_id)
-    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_weights(tensors, directory / "open_clip_model.safetensors")
-
-
-def import_open_clip(directory: Path) -> tuple[CLIPS, CaptionTokenizer]:
-    """Read a CLIPS checkpoint in open_clip's format (config, weights and tokenizer files in `directory`).
-
-    Works for the exports written here and for others of the same architecture whose positions are the fixed sin-cos
-    table plus a constant; anything else is refused with a UserError. There is no captioner in such a file.
-    LayerNorm's eps and the kind of GELU are always CLIPS' own (1e-6, tanh in text): files converted from the JAX
-    original leave them at open_clip's defaults, which moves features by about 1e-3.
-    """
-    directory = Path(directory)
-    config_path = directory / "open_clip_config.json"
-    try:
-        stock = json.loads(config_path.read_text())["model_cfg"]
-        config = _model_config(stock)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path} is not an open_clip configuration of a CLIPS model: {error!r}") from None
-    files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
-    if not files:
-        raise UserError(f"{directory} holds no open_clip*.safetensors or open_clip*.bin")
-    source = read_weights(files[0])
-    if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors stand at the top
-        source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
-    tokenizer = CaptionTokenizer.load(directory)
-
-    model = CLIPS(config, tokenizer.pad_id)
-    copied = _open_clip_names(config)
-    special = {"logit_scale", "visual.class_embedding", "visual.positional_embedding"} | (
-        {"text.cls_emb"} & set(source)
-    )
-    missing = sorted((set(copied.values()) | set(OPEN_CLIP_TRANSPOSED.values()) | special) - set(source))
-    if missing:
-        raise UserError(f"{files[0]} lacks {', '.join(missing[:5])}: not a CLIPS model as its configuration says")
-    tensors = {ours: source[theirs] for ours, theirs in copied.items()}
-    tensors |= {ours: source[theirs].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
-    positions = source["visual.positional_embedding"] - sincos_positions(
-        config.vision.width, config.vision.image_size // config.vision.patch_size
-    )
-    bias = positions[1:].mean(dim=0)
-    if (positions[1:] - bias).abs().max() > TOLERANCE:
-        raise UserError(f"{files[0]}: the image positions are learned, not the fixed sin-cos table of CLIPS")
-    tensors["visual.patch_embed.bias"] = bias
-    tensors["visual.cls_token"] = source["visual.class_embedding"] + positions[0]
-    if "text.cls_emb" in source:
-        tensors["text.token_embed.weight"] = tensors["text.token_embed.weight"].clone()
-        tensors["text.token_embed.weight"][tokenizer.cls_id] = source["text.cls_emb"]
-    tensors["logit_scale"] = source["logit_scale"].reshape(model.logit_scale.shape)
-    assign_weights(model, tensors, files[0])
-    return model.eval(), tokenizer
-
-
-def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
-    """open_clip's `model_cfg` → ModelConfig; UserError names what CLIPS does not have."""
-    vision, text = stock["vision_cfg"], stock["text_cfg"]
-    pad_mask = bool(text.get("embed_cls", False))
-    config = ModelConfig(
-        vision=VisionConfig(
-            width=vision["width"],
-            layers=vision["layers"],
-            heads=vision["width"] // vision.get("head_width", 64),
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            mlp_ratio=float(vision.get("mlp_ratio", 4.0)),
-            pre_norm=not vision.get("no_ln_pre", False),
-        ),
-        text=TextConfig(
-            width=text["width"],
-            layers=text["layers"],
-            heads=text["heads"],
-            context_length=text["context_length"] + pad_mask,
-            vocab_size=text["vocab_size"],
-            mlp_ratio=float(text.get("mlp_ratio", 4.0)),
-            pad_mask=pad_mask,
-        ),
-        captioner=None,
-        embed_dim=stock["embed_dim"],
-    )
-    ours = open_clip_config(config, text.get("pad_id", 0), text.get("eos_id", 2))["model_cfg"]
-    for part in ("vision_cfg", "text_cfg"):
-        for key in ("pool_type", "final_ln_after_pool", "no_causal_mask"):
-            if stock[part].get(key) != ours[part].get(key):
-                raise UserError(
-                    f"{part}.{key} is {stock[part].get(key)!r}, a CLIPS model has {ours[part].get(key)!r}: "
-                    "this is another architecture"
-                )
-    return config
-
-
-# ---------------------------------------------------------------------------------------------- transformers
-
-
-def write_hf_vit(model: CLIPS, directory: Path) -> None:
-    """The image tower as `ViTModel` (or `CLIPVisionModel` when `vision.pre_norm`), its processor and the projection.
-
-    Names are those of the files on the hub, which every release of transformers reads.
-    """
-    from transformers import CLIPVisionConfig, ViTConfig, ViTImageProcessor
-
-    directory.mkdir(parents=True, exist_ok=True)
-    vision, tower = model.config.vision, model.visual
-    common = {
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": int(vision.width * vision.mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    if vision.pre_norm:
-        config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim, architectures=["CLIPVisionModel"])
-        tensors = {
-            "vision_model.embeddings.class_embedding": tower.cls_token,
-            "vision_model.embeddings.patch_embedding.weight": tower.patch_embed.weight,
-            "vision_model.embeddings.position_embedding.weight": _positions_with_bias(model),
-            **_parameters("vision_model.pre_layrnorm", tower.pre_norm),
-            **_parameters("vision_model.post_layernorm", tower.norm),
-            **_hf_blocks(tower.blocks, "vision_model.encoder.layers", CLIP_VISION_BLOCK),
-        }
-    else:
-        config = ViTConfig(**common, architectures=["ViTModel"])
-        tensors = {
-            "embeddings.cls_token": tower.cls_token[None, None],
-            "embeddings.position_embeddings": tower.pos_embed[None],
-            **_parameters("embeddings.patch_embeddings.projection", tower.patch_embed),
-            **_parameters("layernorm", tower.norm),
-            **_hf_blocks(tower.blocks, "encoder.layer", VIT_BLOCK),
-        }
-    config.save_pretrained(directory)
-    write_weights(tensors, directory / "model.safetensors")
-    write_weights({"proj.weight": tower.proj.weight}, directory / "embedding.safetensors")
-    size = {"height": vision.image_size, "width": vision.image_size}
-    ViTImageProcessor(
-        size=size, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True
-    ).save_pretrained(directory)
-
-
-def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value for key, value in module.state_dict().items()}
-
-
-def _hf_blocks(blocks: nn.ModuleList, prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of all blocks under transformers' names; the joint qkv projection is split in three."""
-    tensors = {}
-    for i, block in enumerate(blocks):
-        for ours, theirs in names.items():
-            name = f"{prefix}.{i}.{theirs}"
-            if ours in ("attn.q", "attn.k", "attn.v"):
-                part = "qkv".index(ours[-1])
-                tensors[f"{name}.weight"] = block.attn.qkv.weight.chunk(3)[part]
-                tensors[f"{name}.bias"] = block.attn.qkv.bias.chunk(3)[part]
-            else:
-                tensors |= _parameters(name, block.get_submodule(ours))
-    return tensors
 
 
 def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -467,3 +150,128 @@ def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     logging.enable_progress_bar()
     tokens = model.eval()(images, output_hidden_states=True).hidden_states[-1]
     return tokens, norm(tokens[:, 1:].mean(dim=1))
+
+
+def write_native(model: CLIPS, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    run.save(directory / "config.json")
+    write_weights(model.state_dict(), directory / "model.safetensors")
+    tokenizer.save(directory / "tokenizer")
+
+
+def load_native(directory: Path) -> tuple[CLIPS, RunConfig, CaptionTokenizer]:
+    """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
+    directory = Path(directory)
+    run = RunConfig.load(directory / "config.json")
+    tokenizer = CaptionTokenizer.load(directory / "tokenizer")
+    model = CLIPS(run.model, tokenizer.pad_id)
+    assign_weights(model, read_weights(directory / "model.safetensors"), directory)
+    return model.eval(), run, tokenizer
+
+
+@dataclass
+class LoadedModel:
+    """A trained model, in eval mode, fp32, on the CPU."""
+
+    model: CLIPS
+    run: RunConfig
+    tokenizer: CaptionTokenizer
+    path: Path
+    """The directory that was asked for, or found."""
+
+
+def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
+    """Load a run directory, an export directory, or a native or open_clip export; None: the newest run under `runs`.
+
+    Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
+    """
+    path = Path(path) if path is not None else _newest_run(Path(runs))
+    for directory in (path, path / "native", path / "export" / "native"):
+        if (directory / "model.safetensors").is_file() and (directory / "config.json").is_file():
+            if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
+                break
+            return LoadedModel(*load_native(directory), path)
+    if (path / "open_clip_config.json").is_file():
+        model, tokenizer = import_open_clip(path)
+        return LoadedModel(model, _imported_run(model.config), tokenizer, path)
+    if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
+        run = RunConfig.load(path / "config.json")
+        tokenizer = CaptionTokenizer.load(path / "tokenizer")
+        model = CLIPS(run.model, tokenizer.pad_id)
+        assign_weights(model, found.weights(), found.path)
+        model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
+        return LoadedModel(model.eval(), run, tokenizer, path)
+    raise UserError(
+        f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
+        "(config.json, model.safetensors) or an open_clip one (open_clip_config.json)"
+    )
+
+
+def _newest_run(runs: Path) -> Path:
+    found = {run: max(_time(run / "LATEST"), _time(run / "export" / "native")) for run in runs.glob("*")}
+    found = {run: time for run, time in found.items() if time}
+    if not found:
+        raise UserError(f"no trained run under {runs}: train one (scripts/pretrain_clips.py) or give --model")
+    return max(found, key=found.__getitem__)
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _imported_run(model: ModelConfig) -> RunConfig:
+    """What a model that was trained elsewhere lets us say of its run."""
+    return RunConfig(
+        recipe="imported",
+        model=model,
+        captions=CaptionsConfig(),
+        task=TaskConfig(caption_weight=0.0),
+        data=DataConfig(),
+        optim=OptimConfig(),
+        phases=(PhaseConfig(name="imported", samples=1, batch_size=1, lr=0.0, image_size=model.vision.image_size),),
+    )
+
+
+SAMPLES_CHECKED = 8
+"""Images and captions on which each export is compared with the trained model."""
+
+
+def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
+    """The first few readable images of `source`, normalised [B, 3, S, S], and their web captions."""
+    transform, images, texts = eval_transform(image_size), [], []
+    for index in range(len(source)):
+        try:
+            sample = source.read(index)
+            images.append(transform(decode_image(sample.image)))
+        except BrokenSample:
+            continue
+        texts.append(sample.web)
+        if len(images) == SAMPLES_CHECKED:
+            return torch.stack(images), texts
+    if not images:
+        raise UserError("none of the images can be read on which the export would be checked")
+    return torch.stack(images), texts
+
+
+def export_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/export_clips.py does: a trained model in all three formats, checked on real images."""
+    loaded = load_model(flags.model)
+    run = loaded.run
+    size = flags.image_size or math.isqrt(len(loaded.model.visual.pos_embed) - 1) * run.model.vision.patch_size
+    check_image_size(size, run.model.vision.patch_size)
+    if flags.data is not None:
+        source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
+    else:
+        split = next(name for name in ("test", "val", "train") if split_spec(run.data, name))
+        source = open_split(run.data, split, need_long=False)
+    images, texts = sample_inputs(source, size)
+    out = Path(flags.output or loaded.path / "export")
+    differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
+    kind = "CLIPVisionModel" if run.model.vision.pre_norm else "ViTModel"
+    for name, difference in differences.items():
+        print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")
+    print(
+        f'\nload them with\n  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n'
+        f'  transformers.{kind}.from_pretrained("{out}/hf_vit")\n'
+        f"  python scripts/evaluate_clips.py --model {out}/native"
+    )

@@ -1,9 +1,8 @@
 """The report of a run: one offline HTML page with curves and pictures, and the same as PNG files.
 
-`write_report` reads what a run leaves behind (config.json, metrics.jsonl, evaluation*.json) and, where given,
-the examples that `collect_examples` drew from its model: retrieval hits and misses, zero-shot predictions,
-generated captions. The page holds everything inside itself, follows the reader's light or dark setting and fits
-a phone.
+`write_report` reads what a run leaves behind (config.json, metrics.jsonl, evaluation*.json) and, where given, the
+examples that were drawn from its model. The page holds everything inside itself, follows the reader's light or dark
+setting and fits a phone.
 """
 
 from __future__ import annotations
@@ -13,154 +12,28 @@ import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
-from matplotlib.ticker import FuncFormatter
 
-from clips.captions import CaptionTokenizer
-from clips.config import RunConfig
-from clips.data.images import decode_image, eval_transform
-from clips.data.splits import Split
 from clips.errors import UserError
-from clips.evaluate import (
-    PROTOCOLS,
-    encode_images,
-    encode_texts,
-    evaluating,
-    open_test_set,
-    prompt_features,
-    retrieval_rows,
-    tower_size,
+from clips.examples import Captioned, Classified, Examples, Retrieved, collect_examples
+from clips.plots import (
+    DARK,
+    LIGHT,
+    Panel,
+    captions_plot,
+    curves_plot,
+    pretty,
+    retrieval_plot,
+    verdict,
+    zero_shot_plot,
 )
-from clips.model import CLIPS
 
-THUMBNAIL = 144
-"""Longest side of the pictures in the page, pixels."""
-MAX_POINTS = 1500
-"""Points drawn of one curve."""
-
-
-# ---------------------------------------------------------------------------------------------- examples
-
-
-@dataclass
-class Retrieved:
-    """A caption and the images found for it, best first; `rank` counts from 1."""
-
-    query: str
-    truth: bytes
-    found: list[bytes]
-    rank: int
-
-
-@dataclass
-class Classified:
-    image: bytes
-    label: str
-    classes: list[str]
-    """Best first."""
-    probabilities: list[float]
-
-
-@dataclass
-class Captioned:
-    image: bytes
-    web: str
-    truth: str
-    generated: str
-
-
-@dataclass
-class Examples:
-    """Pictures (encoded, at most THUMBNAIL pixels) and what the model made of them."""
-
-    retrieval: list[Retrieved] = field(default_factory=list)
-    zero_shot: list[Classified] = field(default_factory=list)
-    captions: list[Captioned] = field(default_factory=list)
-
-
-@torch.no_grad()
-def collect_examples(
-    model: CLIPS,
-    tokenizer: CaptionTokenizer,
-    run: RunConfig,
-    split: Split = "test",
-    n: int = 8,
-    *,
-    image_size: int | None = None,
-    pool: int = 1000,
-) -> Examples:
-    """n examples of each kind from `pool` images of a split, half of them misses where there are enough."""
-    items, classes = open_test_set(run, split)
-    size, batch = image_size or tower_size(model), run.eval.batch_size
-    images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
-
-    def thumbnail(row: int) -> bytes:
-        picture = decode_image(items.read(images.indices[row]).image)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        out = io.BytesIO()
-        picture.save(out, "PNG")
-        return out.getvalue()
-
-    examples = Examples()
-    protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
-    scene = retrieval_rows(images, protocol)
-    if len(scene) > 1:
-        queries = [images.captions[row][protocol][0] for row in scene]
-        similarity = encode_texts(model, tokenizer, queries, batch_size=batch) @ images.features[scene].T
-        own = similarity.diagonal()[:, None]
-        ranks = (similarity >= own).sum(dim=1).tolist()
-        for i in _half_misses([rank == 1 for rank in ranks], n):
-            best = similarity[i].topk(min(5, len(scene))).indices.tolist()
-            found = [thumbnail(scene[j]) for j in best]
-            examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
-
-    labelled = [row for row, label in enumerate(images.labels) if label is not None]
-    if labelled and classes is not None:
-        prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
-        weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
-        scale = model.logit_scale.exp().clamp(max=100).cpu()
-        odds = (scale * images.features[labelled] @ weights.T).softmax(dim=-1)
-        labels = classes.index([images.labels[row] for row in labelled])
-        right = (odds.argmax(dim=1) == torch.tensor(labels)).tolist()
-        for i in _half_misses(right, n):
-            best = odds[i].topk(min(5, len(classes.names)))
-            names = [classes.names[j] for j in best.indices]
-            examples.zero_shot.append(
-                Classified(thumbnail(labelled[i]), classes.names[labels[i]], names, best.values.tolist())
-            )
-
-    if model.captioner is not None:
-        device = model.visual.cls_token.device
-        rows = [row for row in scene if images.captions[row].get("web") and images.captions[row].get("long")][:n]
-        transform = eval_transform(size)
-        for row in rows:
-            item = items.read(images.indices[row])
-            web = item.captions["web"]
-            ids = tokenizer(web, run.model.text.context_length, trim=run.model.text.pad_mask).to(device)
-            pixels = transform(decode_image(item.image))[None].to(device)
-            with evaluating(model, size):
-                generated = model.caption(pixels, ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)[0]
-            truth = item.captions["long"][0]
-            examples.captions.append(Captioned(thumbnail(row), web[0], truth, tokenizer.decode(generated)))
-    return examples
-
-
-def _half_misses(hits: Sequence[bool], n: int) -> list[int]:
-    """n indices: half hits, half misses, each filled up by the other kind; hits first."""
-    kinds = [[i for i, hit in enumerate(hits) if hit is kind] for kind in (True, False)]
-    misses = kinds[1][: max(n // 2, n - len(kinds[0]))]
-    return kinds[0][: n - len(misses)] + misses
-
-
-# ---------------------------------------------------------------------------------------------- reading a run
+__all__ = ["Examples", "collect_examples", "write_report"]
 
 
 @dataclass
@@ -197,34 +70,10 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-# ---------------------------------------------------------------------------------------------- plots
-
-SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4")
-"""Colours that stand on white and on near-black alike."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    ink: str
-    grid: str
-    paper: str
-
-
-LIGHT = Theme(ink="#3a4150", grid="#e3e6ec", paper="#ffffff")
-DARK = Theme(ink="#c3c9d6", grid="#31363f", paper="#1a1d23")
-
-
 def headline(names: Iterable[str]) -> list[str]:
     """The figures that matter first: R@1 both ways of the set's first protocol, and zero-shot accuracy."""
     recall = [name for name in dict.fromkeys(names) if name.endswith(("_i2t_r1", "_t2i_r1"))]
     return recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
-
-
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    lines: list[dict[str, Any]]
-    names: list[str]
 
 
 def panels(record: RunRecord) -> list[Panel]:
@@ -238,100 +87,6 @@ def panels(record: RunRecord) -> list[Panel]:
         Panel("samples per second", record.train, ["samples_per_s"]),
     ]
 
-
-def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
-    """One panel against samples seen."""
-    axes.set_facecolor(theme.paper)
-    axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
-    axes.spines[:].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    drawn = 0
-    for name, colour in zip(panel.names, SERIES, strict=False):
-        points = [(line["samples"], line[name]) for line in panel.lines if isinstance(line.get(name), (int, float))]
-        points = points[:: max(1, len(points) // MAX_POINTS)]
-        if points:
-            marker = "o" if len(points) < 12 else None
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.7, marker=marker, markersize=4)
-            axes.lines[-1].set_label(_pretty(name))
-            drawn += 1
-    if drawn > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
-    if not drawn:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.ink, alpha=0.6)
-    if panel.title.endswith("%"):
-        axes.set_ylim(0, 100)
-
-
-def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
-    """Up to three panels in a row."""
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    plot = Plot(figsize=(3.7 * columns, 2.7 * rows), dpi=130, facecolor=theme.paper, layout="constrained")
-    for axes, panel in zip(plot.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
-        _draw(axes, panel, theme)
-    return plot
-
-
-def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, str, str]]]) -> Plot:
-    """Rows of pictures (encoded image, caption, frame colour or ""), each under its title; for the PNG files."""
-    columns = max(map(len, rows))
-    plot = Plot(figsize=(1.5 * columns, 1.95 * len(rows)), dpi=110, facecolor="white", layout="constrained")
-    grid = plot.subplots(len(rows), columns, squeeze=False)
-    for line, title, cells in zip(grid, titles, rows, strict=True):
-        for axes in line:
-            axes.axis("off")
-        line[0].set_title(_clip(title, 18 * columns), fontsize=8, loc="left")
-        for axes, (image, caption, colour) in zip(line, cells, strict=False):
-            axes.imshow(np.asarray(decode_image(image)))
-            axes.text(0.5, -0.03, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
-            if colour:
-                axes.axis("on")
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set(color=colour, linewidth=2.5)
-    return plot
-
-
-def _retrieval_plot(examples: list[Retrieved]) -> Plot:
-    rows = [
-        [(e.truth, "true image", "")]
-        + [(image, str(i), "#1f9d7a" if i == e.rank else "") for i, image in enumerate(e.found, 1)]
-        for e in examples
-    ]
-    return _picture_rows([f"{_verdict(e.rank)}: {e.query}" for e in examples], rows)
-
-
-def _zero_shot_plot(examples: list[Classified]) -> Plot:
-    plot = Plot(figsize=(7, 1.25 * len(examples)), dpi=110, facecolor="white", layout="constrained")
-    grid = plot.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 3])
-    for (left, right), example in zip(grid, examples, strict=True):
-        left.imshow(np.asarray(decode_image(example.image)))
-        left.axis("off")
-        left.set_title(example.label, fontsize=8)
-        colours = ["#1f9d7a" if name == example.label else "#9aa3b2" for name in example.classes]
-        right.barh(example.classes, example.probabilities, color=colours)
-        right.invert_yaxis()
-        right.set_xlim(0, 1)
-        right.tick_params(labelsize=7, length=0)
-        right.spines[:].set_visible(False)
-    return plot
-
-
-def _captions_plot(examples: list[Captioned]) -> Plot:
-    plot = Plot(figsize=(9, 1.5 * len(examples)), dpi=110, facecolor="white", layout="constrained")
-    grid = plot.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 5])
-    for (left, right), e in zip(grid, examples, strict=True):
-        left.imshow(np.asarray(decode_image(e.image)))
-        left.axis("off")
-        right.axis("off")
-        text = f"web: {_clip(e.web, 200)}\ntrue: {_clip(e.truth, 280)}\ngenerated: {_clip(e.generated, 280)}"
-        right.text(0, 0.95, text, va="top", fontsize=7, wrap=True)
-    return plot
-
-
-# ---------------------------------------------------------------------------------------------- page
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --page: #f4f5f8; --ink: #1d222c; --soft: #687083; --line: #e3e6ec;
@@ -360,6 +115,7 @@ td.n, th.n { text-align: right; }
 .meter { position: relative; width: 100%; min-width: 110px; height: 8px; background: var(--line); border-radius: 4px; }
 .meter i { position: absolute; inset: 0 auto 0 0; background: var(--accent); border-radius: 4px; }
 .meter u { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--ink); }
+@media (max-width: 560px) { td.bar-cell, th.bar-cell { display: none; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 470px), 1fr)); gap: 14px; }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: 12px; min-width: 0; }
 .card p { margin: 0 0 8px; overflow-wrap: anywhere; }
@@ -394,9 +150,9 @@ def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
     directory.mkdir(exist_ok=True)
     curves_plot(panels(record), LIGHT).savefig(directory / "curves.png")
     for name, draw, found in (
-        ("retrieval", _retrieval_plot, examples.retrieval),
-        ("zero_shot", _zero_shot_plot, examples.zero_shot),
-        ("captions", _captions_plot, examples.captions),
+        ("retrieval", retrieval_plot, examples.retrieval),
+        ("zero_shot", zero_shot_plot, examples.zero_shot),
+        ("captions", captions_plot, examples.captions),
     ):
         if found:
             draw(found).savefig(directory / f"{name}.png")
@@ -406,9 +162,14 @@ def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
 
 
 def _page(record: RunRecord, examples: Examples) -> str:
+    demo = _DEMO_NOTE if record.config.get("data", {}).get("train") == "demo" else ""
     sections = [
         _tiles(record),
-        _section("Results", _RESULTS_NOTE, "".join(_results_table(*item) for item in record.figures.items())),
+        _section(
+            "Results",
+            _RESULTS_NOTE + (_DEMO_NOTE if demo else ""),
+            "".join(_results_table(*item) for item in record.figures.items()),
+        ),
         _section("Curves", "Against samples seen.", _curves(record)),
         _section("Retrieval: hits and misses", _RETRIEVAL_NOTE, "".join(map(_retrieved_card, examples.retrieval))),
         _section("Zero-shot predictions", _ZERO_SHOT_NOTE, "".join(map(_classified_card, examples.zero_shot))),
@@ -432,6 +193,7 @@ def _page(record: RunRecord, examples: Examples) -> str:
 
 
 _RESULTS_NOTE = "Percent. The mark on each bar is chance. Equal captions count as hits; ties are broken at random."
+_DEMO_NOTE = " The demo proves the path and that the measurement works; it is no evidence about natural images."
 _RETRIEVAL_NOTE = "A caption of the test set, its own image, and the images found for it, best first; green is its own."
 _ZERO_SHOT_NOTE = "Probabilities over all classes, mean of the prompts; green is the true class."
 _CAPTIONS_NOTE = "The captioner reads the image and the web caption; it was trained on the long caption."
@@ -450,7 +212,7 @@ def _tiles(record: RunRecord) -> str:
     for name in headline(figures or last):
         figure = figures.get(name, {"value": last.get(name)})
         chance = f"chance {figure['chance']:.1f} %" if "chance" in figure else "validation"
-        tiles.append((f"{figure['value']:.1f} %", _pretty(name), chance))
+        tiles.append((f"{figure['value']:.1f} %", pretty(name), chance))
     if speeds := [line["samples_per_s"] for line in record.train if line.get("samples_per_s")]:
         wait = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
         note = f"{100 * sum(wait) / len(wait):.1f} % waiting for data" if wait else ""
@@ -469,14 +231,15 @@ def _tiles(record: RunRecord) -> str:
 
 def _results_table(name: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     rows = "".join(
-        f'<tr><td>{html.escape(_pretty(key))}</td><td class="n">{figure["value"]:.1f}</td>'
+        f'<tr><td>{html.escape(pretty(key))}</td><td class="n">{figure["value"]:.1f}</td>'
         f'<td class="n">{figure["chance"]:.2f}</td><td class="n">{figure["items"]:,}</td>'
-        f'<td style="width:45%"><div class="meter"><i style="width:{figure["value"]:.1f}%"></i>'
+        f'<td class="bar-cell" style="width:45%"><div class="meter"><i style="width:{figure["value"]:.1f}%"></i>'
         f'<u style="left:{figure["chance"]:.1f}%"></u></div></td></tr>'
         for key, figure in figures.items()
     )
-    head = '<tr><th>{}</th><th class="n">%</th><th class="n">chance</th><th class="n">items</th><th></th></tr>'
-    return f'<div class="scroll"><table>{head.format(html.escape(name))}{rows}</table></div>'
+    columns = "".join(f'<th class="n">{column}</th>' for column in ("%", "chance", "items"))
+    head = f'<tr><th>{html.escape(name)}</th>{columns}<th class="bar-cell"></th></tr>'
+    return f'<div class="scroll"><table>{head}{rows}</table></div>'
 
 
 def _curves(record: RunRecord) -> str:
@@ -499,7 +262,7 @@ def _retrieved_card(e: Retrieved) -> str:
     )
     kind = "hit" if e.rank == 1 else "miss"
     return (
-        f'<div class="card"><p><span class="badge {kind}">{_verdict(e.rank)}</span>{html.escape(e.query)}</p>'
+        f'<div class="card"><p><span class="badge {kind}">{verdict(e.rank)}</span>{html.escape(e.query)}</p>'
         f'<div class="row"><figure class="first"><img src="{_data(e.truth)}" alt="">own image</figure>{found}</div>'
         "</div>"
     )
@@ -539,40 +302,6 @@ def _model_line(config: Mapping[str, Any]) -> str:
         f"image tower {vision['width']}×{vision['layers']}, patch {vision['patch_size']} at {vision['image_size']} px, "
         f"text tower {text['width']}×{text['layers']}"
     )
-
-
-_NAMES = {
-    "i2t": "image → text",
-    "t2i": "text → image",
-    "r1": "R@1",
-    "r5": "R@5",
-    "r10": "R@10",
-    "top1": "top 1",
-    "top5": "top 5",
-    "zero": "zero-shot",
-    "lr": "learning rate",
-}
-
-
-def _pretty(name: str) -> str:
-    """`sentence_i2t_r1` → "sentence image → text R@1"."""
-    words = name.replace("zero_shot", "zero").replace("single_prompt", "single prompt").split("_")
-    return " ".join(_NAMES.get(word, word) for word in words)
-
-
-def _verdict(rank: int) -> str:
-    return "hit" if rank == 1 else f"rank {rank}"
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{unit}"
-    return f"{value:g}"
-
-
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _png(plot: Plot) -> bytes:

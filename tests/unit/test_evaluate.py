@@ -13,16 +13,8 @@ from PIL import Image
 
 from clips.data.sample import BrokenSample
 from clips.errors import NotFiniteError, UserError
-from clips.evaluate import (
-    Classes,
-    FolderSet,
-    KarpathySet,
-    expected_hits,
-    linear_probe,
-    load_classes,
-    retrieval_metrics,
-    zero_shot_metrics,
-)
+from clips.metrics import expected_hits, linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.testsets import Classes, FolderSet, KarpathySet, load_classes
 
 
 def slow_recall(images, texts, text_to_image, strings, k):
@@ -60,8 +52,8 @@ def test_retrieval_equals_plain_loops(random_set, chunk):
     found = retrieval_metrics(*random_set, chunk=chunk)
     for k in (1, 5, 10):
         i2t, t2i = slow_recall(*random_set, k)
-        assert found[f"i2t_r{k}"].value == pytest.approx(i2t)
-        assert found[f"t2i_r{k}"].value == pytest.approx(t2i)
+        assert found[f"i2t_r{k}"].value == pytest.approx(i2t, abs=1e-3)
+        assert found[f"t2i_r{k}"].value == pytest.approx(t2i, abs=1e-3)
     assert 5 < found["i2t_r1"].value < 100
     assert found["i2t_r1"].items == 30
     assert found["t2i_r1"].items == 90
@@ -85,9 +77,9 @@ def test_constant_features_score_chance(random_set):
     for figure in found.values():
         assert figure.value == pytest.approx(figure.chance, abs=1e-6)
     unique = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, [str(i) for i in range(90)])
-    assert unique["t2i_r1"].value == pytest.approx(100 / 30)
-    assert unique["i2t_r1"].value == pytest.approx(100 * 3 / 90)
-    assert unique["t2i_r10"].value == pytest.approx(100 * 10 / 30)
+    assert unique["t2i_r1"].value == pytest.approx(100 / 30, abs=1e-3)
+    assert unique["i2t_r1"].value == pytest.approx(100 * 3 / 90, abs=1e-3)
+    assert unique["t2i_r10"].value == pytest.approx(100 * 10 / 30, abs=1e-3)
 
 
 def test_chance_is_what_random_features_reach(random_set):

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Export a trained CLIPS model to native, open_clip and transformers, each checked against the trained weights."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--model", help="run directory, native or open_clip export (default: the newest run under runs/)")
+    p.add_argument("--output", help="where to write (default: export/ in the directory of --model)")
+    p.add_argument("--image-size", type=int, help="resolution in pixels, positions recomputed (default: as trained)")
+    p.add_argument("--data", help="images and captions to check on: shards or a table (default: the run's own)")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from clips.export import export_from_flags
+
+    export_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
