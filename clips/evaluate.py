@@ -36,7 +36,7 @@ from clips.testsets import (
     KarpathySet,
     SourceSet,
     TestSet,
-    default_templates,
+    classes_of,
     load_classes,
     open_test_set,
 )
@@ -184,7 +184,7 @@ def measure(
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
     if labelled:
         labels = [images.labels[row] for row in labelled]
-        classes = classes or Classes(tuple(sorted(set(labels))), default_templates())
+        classes = classes or classes_of(labels)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size)
         found = zero_shot_metrics(images.features[labelled], prompts, classes.index(labels))
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
@@ -226,7 +226,7 @@ def evaluate(
         if (probe := probe_images(train, images)) is not None:
             figures["linear_probe_top1"] = probe
     if out is not None:
-        write_figures(out, figures, test_set=f"{split} split", skipped=images.skipped)
+        write_figures(out, figures, test_set=split, skipped=images.skipped)
     return {name: figure.value for name, figure in figures.items()}
 
 
@@ -279,6 +279,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     loaded = load_model(flags.model)
     model, run = loaded.model.to(choose_device(flags.device)), loaded.run
     items, classes, name = _test_set_of(flags, run)
+    name += f"-{flags.limit}" if flags.limit else ""
     if flags.classes is not None:
         classes = load_classes(flags.classes)
     options = {
@@ -317,7 +318,7 @@ def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
     """A folder with one folder of images per class, or whatever training data may be."""
     from clips.cli import parse_fields
 
-    if Path(spec).is_dir() and any(path.is_dir() for path in Path(spec).iterdir()):
+    if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
         return FolderSet(Path(spec))
     fields = parse_fields(flags.fields, run.data.fields)
     return SourceSet(open_source(spec, fields, image_root=flags.image_root, need_long=False), run.captions.splitter)

@@ -15,7 +15,7 @@ from clips.data.images import decode_image, eval_transform
 from clips.data.splits import Split
 from clips.evaluate import encode_images, encode_texts, evaluating, prompt_features, retrieval_rows, tower_size
 from clips.model import CLIPS
-from clips.testsets import PROTOCOLS, open_test_set
+from clips.testsets import PROTOCOLS, classes_of, open_test_set
 
 THUMBNAIL = 144
 """Longest side of an example's picture, pixels."""
@@ -94,7 +94,8 @@ def collect_examples(
             examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
 
     labelled = [row for row, label in enumerate(images.labels) if label is not None]
-    if labelled and classes is not None:
+    if labelled:
+        classes = classes or classes_of([images.labels[row] for row in labelled])
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
         weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100).cpu()

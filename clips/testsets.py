@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -192,6 +192,11 @@ def load_classes(spec: str | Path) -> Classes:
     if wrong := [template for template in templates if "{}" not in template]:
         raise UserError(f"{path}: the template {wrong[0]!r} has no {{}} for the class name")
     return Classes(names, templates)
+
+
+def classes_of(labels: Iterable[str]) -> Classes:
+    """The labels themselves as the classes, in general templates."""
+    return Classes(tuple(sorted(set(labels))), default_templates())
 
 
 def default_templates() -> tuple[str, ...]:
