@@ -79,12 +79,14 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
 def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, str, str]]]) -> Plot:
     """Rows of pictures (encoded image, caption, frame colour or ""), each under its title; for the PNG files."""
     columns = max(map(len, rows))
-    plot = Plot(figsize=(1.5 * columns, 1.95 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    plot = Plot(figsize=(1.5 * columns, 2.0 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    plot.get_layout_engine().set(h_pad=0.14)
     grid = plot.subplots(len(rows), columns, squeeze=False)
     for line, title, cells in zip(grid, titles, rows, strict=True):
         for axes in line:
             axes.axis("off")
-        line[0].set_title(_clip(title, 18 * columns), fontsize=8, loc="left", in_layout=False)
+        # A text outside the layout: a title would widen the first column.
+        line[0].text(0, 1.06, _clip(title, 18 * columns), transform=line[0].transAxes, fontsize=8, in_layout=False)
         for axes, (image, caption, colour) in zip(line, cells, strict=False):
             axes.imshow(np.asarray(decode_image(image)))
             axes.text(0.5, -0.03, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
