@@ -1,0 +1,224 @@
+"""Saved models in a process that has only the stock libraries: same logits, and the pipeline answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from tiny_mllm import pictures, write_llm, write_run
+
+from clips.errors import UserError
+from mllm.llm import load_llm
+from mllm.model import build_model, merge_lora, save_model
+from mllm.projector import load_projector
+from mllm.vision import load_vision
+
+# Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
+STOCK = """
+import sys
+sys.modules["clips"] = sys.modules["mllm"] = None
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+directory, picture, output = sys.argv[1:]
+model, info = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+assert not any(info.values()), info
+assert type(model) is LlavaForConditionalGeneration
+processor = AutoProcessor.from_pretrained(directory)
+image = Image.open(picture).convert("RGB")
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, return_tensors="pt")
+with torch.no_grad():
+    logits = model.eval()(**inputs).logits
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+messages[0]["content"][0] = {"type": "image", "image": image}
+chat = pipeline("image-text-to-text", model=directory)
+answer = chat(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+own = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+batch = processor(images=[[image], [image]], text=[prompt, "Longer words before. " + prompt], padding=True,
+                  return_tensors="pt")
+torch.save({"prompt": prompt, "input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"],
+            "logits": logits, "answer": answer, "own": own, "batch_mask": batch["attention_mask"],
+            "modules": [name for name in sys.modules if name.startswith(("clips.", "mllm."))]}, output)
+"""
+
+
+def run_stock(directory, picture, folder):
+    command = [sys.executable, "-I", "-c", STOCK, str(directory), str(picture), str(folder / "out.pt")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+def siglip_directory(directory):
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(config).save_pretrained(directory)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
+
+
+VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
+    "clips": ("clips", {}, "mlp2x_gelu", True),
+    "clips_linear_padded": ("clips", {"image_aspect_ratio": "pad", "select_layer": -1}, "linear", False),
+    "pre_norm_all_tokens": ("pre_norm", {"select_feature": "full"}, "mlp2x_gelu", False),
+    "siglip_two_layers": ("siglip", {"select_layer": [-2, -1]}, "linear", True),
+    "blind": ("blind", {}, "mlp2x_gelu", True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_model_is_stock(tmp_path, variant):
+    kind, options, projector, tie = VARIANTS[variant]
+    if kind == "siglip":
+        siglip_directory(tmp_path / "tower")
+        name = f"hf:{tmp_path / 'tower'}"
+    else:
+        write_run(tmp_path / "tower", pre_norm=kind == "pre_norm")
+        name = f"{'blind' if kind == 'blind' else 'clips'}:{tmp_path / 'tower'}"
+    vision = load_vision(name, **options)
+    llm = load_llm(str(write_llm(tmp_path / "llm", tie=tie)))
+    model, processor = build_model(vision, llm, projector=projector, seed=3)
+    card = {"Vision encoder": vision.describe(), "Language model": llm.source, "Stage 1": "nothing | yet"}
+    save_model(model, processor, tmp_path / "model", card=card)
+    (picture,) = pictures(tmp_path / "images", 1)
+
+    stock = run_stock(tmp_path / "model", tmp_path / "images" / picture, tmp_path)
+    assert stock["modules"] == []
+    assert stock["answer"] == stock["own"]
+    assert stock["input_ids"][0].tolist().count(llm.image_token_id) == vision.num_tokens
+    assert stock["batch_mask"][0, 0] == 0  # padded on the left
+    assert stock["batch_mask"][:, -1].all()
+    image = Image.open(tmp_path / "images" / picture).convert("RGB")
+    assert torch.equal(stock["pixel_values"], vision.image_processor(images=image, return_tensors="pt")["pixel_values"])
+    with torch.no_grad():
+        expected = model(input_ids=stock["input_ids"], pixel_values=stock["pixel_values"]).logits
+    assert torch.equal(stock["logits"], expected)
+    assert expected.std() > 0.1
+
+    directory = tmp_path / "model"
+    assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
+    for path in [*directory.glob("*.json"), directory / "chat_template.jinja"]:
+        assert str(tmp_path) not in path.read_text(), path
+    assert "| Stage 1 | nothing / yet |" in (directory / "README.md").read_text()
+    assert json.loads((directory / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
+    again, _ = build_model(vision, llm, projector=projector, seed=4)
+    load_projector(again.model.multi_modal_projector, directory)
+    features = torch.randn(1, 3, vision.width)
+    assert torch.equal(again.model.multi_modal_projector(features), model.model.multi_modal_projector(features))
+
+
+@pytest.fixture
+def built(tmp_path):
+    write_run(tmp_path / "tower")
+    vision = load_vision(f"clips:{tmp_path / 'tower'}")
+    return build_model(vision, load_llm(str(write_llm(tmp_path / "llm"))))
+
+
+def test_seed_decides_the_projector_only(tmp_path, built):
+    vision = load_vision(f"clips:{tmp_path / 'tower'}")
+    torch.manual_seed(99)
+    same, _ = build_model(vision, load_llm(str(tmp_path / "llm")))
+    other, _ = build_model(vision, load_llm(str(tmp_path / "llm")), seed=1)
+    for name, tensor in built[0].state_dict().items():
+        assert torch.equal(tensor, same.state_dict()[name]), name
+        differs = not torch.equal(tensor, other.state_dict()[name])
+        assert differs == ("multi_modal_projector" in name), name
+
+
+def test_gathered_weights_and_a_subclass_are_saved_as_the_stock_model(tmp_path, built):
+    """What a ZeRO-3 run passes: a subclass whose own weights are stale, and the gathered ones."""
+
+    class Trained(LlavaForConditionalGeneration):
+        pass
+
+    model, processor = built
+    gathered = {name: tensor + 0.5 for name, tensor in model.state_dict().items()}
+    model.__class__ = Trained
+    save_model(model, processor, tmp_path / "model", card={}, state_dict=gathered)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [
+        "LlavaForConditionalGeneration"
+    ]
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, gathered[name]), name
+    written = torch.load(tmp_path / "model" / "mm_projector.bin", weights_only=True)
+    name = "model.multi_modal_projector.linear_2.weight"
+    assert torch.equal(written["model.mm_projector.2.weight"], gathered[name])
+
+
+def test_an_older_model_is_replaced_whole(tmp_path, built):
+    model, processor = built
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    save_model(model, processor, tmp_path / "model", card={})
+    assert not list(tmp_path.glob("model/model-*"))
+    assert not (tmp_path / "model.partial").exists()
+
+
+def test_merged_lora_gives_the_logits_of_the_adapters(built):
+    model, _ = built
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|down_proj)"))
+    torch.manual_seed(0)
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        adapted = lora.eval()(input_ids=ids).logits
+        with lora.disable_adapter():
+            assert not torch.allclose(lora(input_ids=ids).logits, adapted, atol=0.1)
+        merged = merge_lora(lora)
+        assert type(merged) is LlavaForConditionalGeneration
+        assert not any("lora" in name for name in merged.state_dict())
+        assert torch.allclose(merged(input_ids=ids).logits, adapted, atol=1e-4 * adapted.abs().max())
+    assert merge_lora(merged) is merged
+
+
+def test_what_stock_llava_cannot_hold_is_refused(tmp_path):
+    write_run(tmp_path / "tower")
+    vision = load_vision(f"clips:{tmp_path / 'tower'}")
+    llm = load_llm(str(write_llm(tmp_path / "llm", max_position_embeddings=16)))
+    with pytest.raises(UserError, match=r"one image takes 16 tokens .* is 16"):
+        build_model(vision, llm)
+    llm = load_llm(str(write_llm(tmp_path / "llm2", tie=False)))
+    llm.model.lm_head = torch.nn.Linear(48, llm.model.lm_head.out_features)
+    with pytest.raises(UserError, match="output layer is not a linear layer without bias"):
+        build_model(vision, llm)
+
+
+def test_scaled_logits_are_refused(tmp_path):
+    """Granite divides its logits, which stock LLaVA does not: the model would silently be another one."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    write_run(tmp_path / "tower")
+    tokenizer_source = write_llm(tmp_path / "llm")
+    config = GraniteConfig(
+        vocab_size=400,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+        initializer_range=0.3,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    for path in tokenizer_source.glob("*token*"):
+        (tmp_path / "granite" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="its logits are not its output layer's"):
+        build_model(load_vision(f"clips:{tmp_path / 'tower'}"), load_llm(str(tmp_path / "granite")))
