@@ -33,8 +33,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from clips.captions import build_tokenizer
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.errors import UserError
+from clips.formats import write_open_clip
 from mllm.plain_vit import check_equal
 from mllm.vision import VISION, load_vision
 
@@ -202,6 +204,16 @@ def test_open_clip(tmp_path, images, vision, kind):
     assert list(encoder.image_processor.image_mean) == list(IMAGENET_MEAN)
     # A CLIPS release in this format is found by `clips:` too.
     assert load_vision(f"clips:{tmp_path / 'model'}").fingerprint == encoder.fingerprint
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_both_exports_of_one_model_see_the_same(tmp_path, images, pre_norm):
+    trained = write_run(tmp_path / "run", pre_norm=pre_norm)
+    tokenizer = build_tokenizer("wordpiece", ["a red dog and two cats"], vocab_size=64)
+    write_open_clip(trained, tokenizer, tmp_path / "run" / "export" / "open_clip")
+    hf_vit = load_vision(f"clips:{tmp_path / 'run'}").features(images)
+    stock = load_vision(f"open_clip:local-dir:{tmp_path / 'run' / 'export' / 'open_clip'}").features(images)
+    assert torch.allclose(hf_vit, stock, atol=1e-5 * hf_vit.abs().max())
 
 
 def test_open_clip_refusals(tmp_path):
