@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
+CPU_PLAIN_KEYS = 384
+"""Longest sequence for which a CPU uses plain matrix products instead of the fused attention kernel."""
 
 
 def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Softmax attention, the one place that chooses a kernel; returns [B, H, L, K] in q's dtype.
+    """Softmax attention, the one place that chooses a kernel; returns [B, H, L, K].
 
-    `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key.
-    On a CPU the kernels run in fp32 also under bf16 autocast: `scripts/benchmark.py --only attention`
-    measures bf16 attention at this project's short lengths several times slower there.
+    `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key. On a CPU and up to
+    `CPU_PLAIN_KEYS` keys plain matrix products are used: `python scripts/benchmark.py attention` compares them
+    with the fused kernel, which takes 2-7 times as long there in bf16.
     """
-    if q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16:
-        q, k, v = q_BHLK.float(), k_BHSK.float(), v_BHSK.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(q_BHLK.dtype)
-    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=visible)
+    if q_BHLK.device.type != "cpu" or k_BHSK.shape[2] > CPU_PLAIN_KEYS:
+        return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=visible)
+    scores = (q_BHLK * q_BHLK.shape[-1] ** -0.5) @ k_BHSK.transpose(-2, -1)
+    if visible is not None:
+        scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -torch.inf)
+    return scores.softmax(-1) @ v_BHSK
 
 
 class KVCache:

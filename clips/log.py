@@ -70,7 +70,7 @@ class RunLog:
         wanted = {"samples_per_s": "/s", "loss": "loss", "contrastive_loss": "con", "caption_loss": "cap"}
         parts = {short: f"{self.latest[key]:.4g}" for key, short in wanted.items() if key in self.latest}
         if "sentence_t2i_r1" in self.latest:
-            parts["R@1"] = f"{self.latest['sentence_t2i_r1']:.1%}"
+            parts["R@1"] = f"{self.latest['sentence_t2i_r1']:.1f} %"
         if not self.bar.disable:
             self.bar.n = samples
             self.bar.set_postfix(parts)

@@ -64,8 +64,10 @@ def caption_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of the caption over its valid positions; returns (sum, number of positions), fp32.
 
-    `targets` holds IGNORE where there is no token. Logits (fp32) exist for `chunk` positions at a time and
+    `targets` holds IGNORE where there is no token. Logits (fp32) exist for at most `chunk` positions at a time and
     are recomputed in the backward pass, so memory does not grow with batch × length × vocabulary.
+    All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: ranks with fewer
+    tokens cut smaller chunks.
     """
     valid = targets_BT != IGNORE
     states, targets = states_BTD[valid], targets_BT[valid]
@@ -73,8 +75,11 @@ def caption_loss(
     def chunk_loss(states_ND: Tensor, targets_N: Tensor) -> Tensor:
         return F.cross_entropy(head(states_ND).float(), targets_N, reduction="sum")
 
+    chunks = torch.tensor(max(1, -(-len(targets) // chunk)), device=targets.device)
+    if world_size() > 1:
+        dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
     total = states_BTD.new_zeros((), dtype=torch.float32)
-    for part, part_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+    for part, part_targets in zip(states.tensor_split(int(chunks)), targets.tensor_split(int(chunks)), strict=True):
         total = total + checkpoint(chunk_loss, part, part_targets, use_reentrant=False)
     return total, valid.sum()
 

@@ -1,0 +1,112 @@
+"""ZeRO 0-3 and CPU offload against each other, resumed against uninterrupted, one rank against two; real DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_python, tiny_batch, tiny_run
+from zero_worker import STAGES
+
+from clips.engine import build_optimizer, parameter_groups
+from clips.model import CLIPS
+from clips.task import Task
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
+    """What six steps gave, by (optimizer, ranks) and stage."""
+    folder, found = tmp_path_factory.mktemp("zero"), {}
+    for kind in ("adamw", "muon"):
+        for ranks in (1, 2):
+            out = folder / f"{kind}-{ranks}.pt"
+            done = run_python(WORKER, out, kind, ranks=ranks)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[kind, ranks] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_all_stages_give_the_same_weights_and_optimizer_state(results: dict, kind: str, ranks: int) -> None:
+    stages = results[kind, ranks]
+    assert stages.keys() == STAGES.keys()
+    reference = stages["zero0"]
+    assert reference["losses"][-1] < reference["losses"][0]
+    for name, stage in stages.items():
+        assert stage["losses"] == pytest.approx(reference["losses"], abs=2e-6), name
+        assert stage["state"].keys() == reference["state"].keys()
+        for key, value in reference["state"].items():
+            torch.testing.assert_close(stage["state"][key], value, atol=2e-5, rtol=1e-4, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_resume_is_bit_equal_in_every_stage(results: dict, kind: str, ranks: int) -> None:
+    for name, stage in results[kind, ranks].items():
+        assert stage["resumed_losses"] == stage["losses"][3:], name
+        for key, value in stage["state"].items():
+            assert torch.equal(stage["resumed_state"][key], value), (name, key)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_one_rank_and_two_ranks_agree(results: dict, kind: str) -> None:
+    assert results[kind, 1]["zero0"]["losses"] == pytest.approx(results[kind, 2]["zero0"]["losses"], abs=2e-3)
+    assert results[kind, 1]["zero0"]["losses"][0] == pytest.approx(results[kind, 2]["zero0"]["losses"][0], abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_of_two_ranks_and_zero3_goes_on_on_one_rank_in_any_stage(
+    results: dict, kind: str, tmp_path: Path
+) -> None:
+    torch.save(results[kind, 2]["zero3"]["middle"], tmp_path / "middle.pt")
+    done = run_python(WORKER, tmp_path / "out.pt", kind, tmp_path / "middle.pt")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, stage in torch.load(tmp_path / "out.pt", weights_only=True).items():
+        assert stage["losses"] == pytest.approx(results[kind, 2]["zero0"]["losses"][3:], abs=2e-3), name
+
+
+def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does() -> None:
+    """One step from the same weights and gradients; torch's own Muon with its "original" scaling is the reference."""
+    torch.manual_seed(0)
+    run = tiny_run(kind="muon")
+    task = Task(CLIPS(run.model, pad_id=0), run)
+    groups = parameter_groups(task, run.optim)
+    names = {id(p): name for name, p in task.named_parameters()}
+    muon = {names[id(p)] for group in groups if group["name"] == "muon" for p in group["params"]}
+    assert muon == {name for name, p in task.named_parameters() if ".blocks." in name and p.ndim == 2}
+    undecayed = {names[id(p)] for g in groups if g["name"] == "no_decay" for p in g["params"]}
+    assert undecayed == {
+        name
+        for name, p in task.named_parameters()
+        if p.ndim < 2 or name.endswith(("text.pos_embed", "captioner.queries"))
+    }
+    task(tiny_batch(0))[0].backward()
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    torch._dynamo.config.disable = True
+    optimizer = build_optimizer(groups, run.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02
+    reference = {}
+    for name in muon:
+        weight = before[name].clone().requires_grad_()
+        weight.grad = task.get_parameter(name).grad.clone()
+        torch.optim.Muon(
+            [weight], lr=0.02, weight_decay=run.optim.weight_decay, momentum=0.95, adjust_lr_fn="original"
+        ).step()
+        reference[name] = weight.detach()
+    optimizer.step()
+    for name, expected in reference.items():
+        ours = task.get_parameter(name).detach()
+        # Both run Newton-Schulz in bf16, in another order of products: compare the step's direction and size.
+        step, wanted = ours - before[name], expected - before[name]
+        assert torch.cosine_similarity(step.flatten(), wanted.flatten(), dim=0) > 0.97, name
+        assert float(step.norm()) == pytest.approx(float(wanted.norm()), rel=0.05), name
+        singular = torch.linalg.svdvals(step + 0.02 * run.optim.weight_decay * before[name]) / 0.02
+        assert singular.max() < 2.5, name  # orthogonalised, not a plain gradient step
+        assert singular.median() > 0.5, name
