@@ -114,7 +114,7 @@ class FeatureCache:
             )
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model = self.encoder.model.to(device)
-        load = partial(_load_or_error, pixel_loader(self.store, partial(_pixels, self.encoder.image_processor)))
+        load = partial(_load_or_error, pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor)))
         with tqdm(total=len(todo), unit="img", desc="image features") as bar:
             for start in range(0, len(todo), per_file):
                 chunk = todo[start : start + per_file]
@@ -153,7 +153,8 @@ class FeatureCache:
             os.replace(f"{path}{suffix}.partial", f"{path}{suffix}")
 
 
-def _pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
+def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
+    """One picture → [3, S, S], by `processor`; picklable with `partial`, for data workers."""
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 

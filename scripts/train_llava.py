@@ -1,0 +1,22 @@
+#!/usr/bin/env python
+"""Train one stage of a LLaVA-style model (scripts/train_llava.sh runs both and the evaluation)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def main() -> None:
+    from mllm.arguments import parse_train_arguments
+
+    arguments = parse_train_arguments(sys.argv[1:])
+    from mllm.train import run_stage
+
+    run_stage(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
