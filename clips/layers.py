@@ -106,9 +106,14 @@ def stream_dtype(device: torch.device) -> torch.dtype:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices with zero biases, unit LayerNorms (OpenVision's initialisation of its blocks)."""
-    for child in module.modules():
+    """Xavier-uniform matrices and zero biases (OpenVision), but zero for the two matrices that end a block's branches.
+
+    Each block then starts as the identity. On the demo this is worth more than any other choice of the recipe:
+    R@1 after 32,000 samples went from 67 to 82 % (README, "What was tried").
+    """
+    for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
+            ends_branch = name.endswith(("attn.proj", "mlp.fc2"))
+            nn.init.zeros_(child.weight) if ends_branch else nn.init.xavier_uniform_(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)

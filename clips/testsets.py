@@ -17,8 +17,8 @@ from clips.data.splits import Split, open_split
 from clips.errors import UserError
 
 PROTOCOLS = {
-    "caption": "the set's own test captions: Karpathy's five, or `captions` of the JSON member",
-    "sentence": "single sentences of the long caption (at most five): `sentences` of the JSON member, or split here",
+    "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
+    "part": "sentences of the long caption (at most five), which may fit other images too: `sentences`, or split here",
     "web": "the web caption",
 }
 SENTENCES_PER_IMAGE = 5
@@ -53,8 +53,8 @@ class SourceSet:
         sample = self.source.read(index)
         sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "", self.splitter)
         captions = {
-            "caption": _strings(sample.extra.get("captions")),
-            "sentence": sentences[:SENTENCES_PER_IMAGE],
+            "sentence": _strings(sample.extra.get("captions")),
+            "part": sentences[:SENTENCES_PER_IMAGE],
             "web": [sample.web],
             "long": [sample.long] if sample.long else [],
         }
@@ -96,7 +96,7 @@ class KarpathySet:
 
     def read(self, index: int) -> Item:
         name, captions = self.entries[index]
-        return Item(image=_read_inside(self.root, name), captions={"caption": captions})
+        return Item(image=_read_inside(self.root, name), captions={"sentence": captions})
 
 
 class FolderSet:

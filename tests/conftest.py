@@ -27,6 +27,7 @@ from clips.config import (
     TrainConfig,
     VisionConfig,
 )
+from clips.model import CLIPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,18 @@ def tiny_run(
         phases=(PhaseConfig(name="a", samples=64, batch_size=8, lr=1e-2, muon_lr=2e-2, image_size=32),),
         train=TrainConfig(precision=precision),
     )
+
+
+def random_model(run: RunConfig, seed: int = 0) -> CLIPS:
+    """A model none of whose weights is zero, unlike at the start of training: every part shows in the output."""
+    torch.manual_seed(seed)
+    model = CLIPS(run.model, pad_id=0)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.xavier_uniform_(parameter)
+        elif parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def tiny_batch(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:

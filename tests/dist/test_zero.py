@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_python, tiny_batch, tiny_run
+from conftest import random_model, run_python, tiny_batch, tiny_run
 from zero_worker import STAGES
 
 from clips.engine import build_optimizer, parameter_groups
-from clips.model import CLIPS
 from clips.task import Task
 
 WORKER = Path(__file__).with_name("zero_worker.py")
@@ -73,9 +72,8 @@ def test_a_state_of_two_ranks_and_zero3_goes_on_on_one_rank_in_any_stage(
 
 def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does() -> None:
     """One step from the same weights and gradients; torch's own Muon with its "original" scaling is the reference."""
-    torch.manual_seed(0)
     run = tiny_run(kind="muon")
-    task = Task(CLIPS(run.model, pad_id=0), run)
+    task = Task(random_model(run), run)
     groups = parameter_groups(task, run.optim)
     names = {id(p): name for name, p in task.named_parameters()}
     muon = {names[id(p)] for group in groups if group["name"] == "muon" for p in group["params"]}

@@ -12,10 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from conftest import tiny_batch, tiny_run
+from conftest import random_model, tiny_batch, tiny_run
 
 from clips.engine import Engine, init_distributed, shutdown
-from clips.model import CLIPS
 from clips.task import Task
 
 CPU = torch.device("cpu")
@@ -30,8 +29,7 @@ STAGES = {
 
 def build(kind: str, zero: dict, weights: dict | None = None) -> Engine:
     run = tiny_run(kind=kind)
-    torch.manual_seed(0)
-    model = CLIPS(run.model, pad_id=0)
+    model = random_model(run)
     if weights is not None:
         model.load_state_dict(weights)
     return Engine(Task(model, run), run, CPU, {"zero_optimization": dict(zero)})

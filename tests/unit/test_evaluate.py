@@ -176,7 +176,7 @@ def test_karpathy_takes_the_split_and_five_captions(tmp_path):
     )
     items = KarpathySet(path, tmp_path)
     assert len(items) == 1
-    assert items.read(0).captions == {"caption": [f"caption {i}" for i in range(5)]}
+    assert items.read(0).captions == {"sentence": [f"caption {i}" for i in range(5)]}
     with pytest.raises(UserError, match="restval, test"):
         KarpathySet(path, tmp_path, split="validation")
     with pytest.raises(UserError, match="--image-root"):

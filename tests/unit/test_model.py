@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_batch, tiny_run
+from conftest import random_model, tiny_batch, tiny_run
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clips.captioner import caption_mask
@@ -117,8 +117,7 @@ def test_visible_slots_is_stock_open_clips_legacy_cls_mask() -> None:
 
 
 def test_masked_padding_gives_the_same_features_at_any_length() -> None:
-    torch.manual_seed(0)
-    model = CLIPS(tiny_run(pad_mask=True).model, pad_id=0).eval()
+    model = random_model(tiny_run(pad_mask=True)).eval()
     short = torch.tensor([[1, 5, 6, 2, 0, 3]])
     long = torch.tensor([[1, 5, 6, 2] + [0] * 11 + [3]])
     torch.testing.assert_close(model.encode_text(short), model.encode_text(long), atol=1e-6, rtol=1e-5)
@@ -144,8 +143,7 @@ def test_attention_is_softmax_attention() -> None:
 
 @pytest.mark.parametrize("pad_mask", [True, False])
 def test_generating_with_the_cache_equals_recomputing_everything(pad_mask: bool) -> None:
-    torch.manual_seed(0)
-    model = CLIPS(tiny_run(inputs="tokens", pad_mask=pad_mask).model, pad_id=0).eval()
+    model = random_model(tiny_run(inputs="tokens", pad_mask=pad_mask)).eval()
     batch = tiny_batch(1, size=3)
     web = batch["web"]
     if not pad_mask:
@@ -173,8 +171,7 @@ def test_queries_read_out_stops_at_eos() -> None:
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
     def gradients(enabled: bool) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        model = CLIPS(tiny_run().model, pad_id=0)
+        model = random_model(tiny_run())
         model.set_activation_checkpointing(enabled)
         batch = tiny_batch(0)
         out = model(batch["images"], [batch["web"], batch["sub"]], batch["caption"])

@@ -73,13 +73,13 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["skipped_images"] == 0
     assert {name: figure["value"] for name, figure in content["figures"].items()} == flat
-    for name in ("caption_i2t_r1", "sentence_t2i_r10", "web_i2t_r5", "zero_shot_top1", "linear_probe_top1"):
+    for name in ("sentence_i2t_r1", "part_t2i_r10", "web_i2t_r5", "zero_shot_top1", "linear_probe_top1"):
         assert 0 <= flat[name] <= 100
     figures = content["figures"]
     # half of the demo's test scenes hold one thing and serve classification, the others retrieval
-    assert (figures["caption_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
-    assert figures["caption_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
-    assert figures["sentence_t2i_r1"]["items"] == 48  # four sentences each
+    assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
+    assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
+    assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
 
 
 def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
@@ -149,7 +149,7 @@ def metrics(run_dir):
         | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": None, "samples_per_s": 700.0, "data_wait_share": 0.01}
         for i in range(1, 10)
     ]
-    lines.append({"kind": "eval", "step": 9, "samples": 72, "split": "val", "caption_i2t_r1": 12.0})
+    lines.append({"kind": "eval", "step": 9, "samples": 72, "split": "val", "sentence_i2t_r1": 12.0})
     text = "\n".join(map(json.dumps, lines))
     (run_dir / "metrics.jsonl").write_text(text + '\n{"kind": "train", "st')  # cut by a killed run
     return run_dir
@@ -245,7 +245,7 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
     assert found["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
     assert found["linear_probe_top1"]["value"] > 70  # tested on what it was fitted on
     found = figures(native, "--karpathy", tmp_path / "flickr.json", "--image-root", classes)
-    assert (found["caption_i2t_r1"]["items"], found["caption_t2i_r1"]["items"]) == (6, 30)
+    assert (found["sentence_i2t_r1"]["items"], found["sentence_t2i_r1"]["items"]) == (6, 30)
     assert "zero_shot_top1" in figures(native)  # the run's own test split
     (tmp_path / "names.txt").write_text("bird")
     with pytest.raises(UserError, match="cat"):
