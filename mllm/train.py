@@ -77,6 +77,8 @@ def run_stage(arguments: TrainArguments) -> None:
     stage, run_dir = arguments.description, Path(arguments.output_dir)
     device = choose_device(arguments.device)
     deepspeed = deepspeed_config(arguments, world_size)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed, which accelerate imports
     if world_size > 1 or deepspeed:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     is_main = not dist.is_initialized() or dist.get_rank() == 0
@@ -348,6 +350,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         logging_steps=arguments.logging_steps,
         logging_nan_inf_filter=False,
+        log_level="error",
         save_strategy="steps",
         save_steps=arguments.save_steps,
         save_total_limit=arguments.save_total_limit,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a LLaVA-style model on an encoder: stage 1, stage 2, evaluation. With no data flags on the demo data.
+# Train a LLaVA-style model on an encoder: stage 1, stage 2, and with no data flags, on the demo data, the evaluation.
 #
 #   bash scripts/train_llava.sh --vision clips                  # the newest CLIPS export; also clip, random, blind, hf:…
 #   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder pictures
@@ -15,7 +15,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
 if [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ]; then python="$here/../.venv/bin/python"; fi
 
-stages="1 2" dry_run=false own_data=false output_dir="" vision=clips device=auto
+stages="1 2" dry_run=false own_data=false both_on_one=false output_dir="" vision=clips device=auto
 flags=("$@")
 for ((i = 0; i < ${#flags[@]}; i++)); do
   value="${flags[i + 1]:-}"
@@ -23,13 +23,14 @@ for ((i = 0; i < ${#flags[@]}; i++)); do
     -h | --help) exec "$python" "$here/train_llava.py" --help ;;
     --stage) stages="$value" ;;
     --dry_run | --dry-run) dry_run=true ;;
-    --data_path | --data-path) own_data=true ;;
+    --data_path | --data-path) both_on_one=true own_data=true ;;
+    --*.data_path | --*.data-path) own_data=true ;;
     --output_dir | --output-dir) output_dir="$value" ;;
     --vision | --vision_tower | --vision-tower) vision="$value" ;;
     --device) device="$value" ;;
   esac
 done
-if [ "$stages" = "1 2" ] && [ "$own_data" = true ]; then
+if [ "$stages" = "1 2" ] && [ "$both_on_one" = true ]; then
   echo "error: both stages on one --data_path would be wrong (captions, then conversations): name the stage with" \
     "--stage 1 or 2, or give --align.data_path and --instruct.data_path (and their image_folder)" >&2
   exit 2
@@ -47,6 +48,7 @@ fi
 for stage in $stages; do
   "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage"
 done
-if [ "$dry_run" = false ] && [ "$stages" != 1 ]; then
+# The demo's questions say nothing about a model that was trained on other data.
+if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ "$own_data" = false ]; then
   "$python" "$here/evaluate_llava.py" --model-path "${output_dir:-runs/llava-${vision%%:*}}/model" --device "$device"
 fi

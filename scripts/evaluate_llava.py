@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Measure a LLaVA-style model on the demo's held-out questions, or let it answer your own (LLaVA's question.jsonl)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--model-path", help="model directory or hub id (default: the newest runs/*/model)")
+    p.add_argument("--question-file", help="your own questions: question.jsonl (default: the demo's held-out ones)")
+    p.add_argument("--image-folder", help="folder or uncompressed tar of your pictures")
+    p.add_argument("--answers-file", help="where your answers go (default: evaluation/ beside the model)")
+    p.add_argument("--out", help="folder for answers and figures (default: evaluation/ beside the model)")
+    p.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
+    p.add_argument("--limit", type=int, help="only so many questions of each file (default: all)")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on GPUs only")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from mllm.evaluate import evaluate_from_flags
+
+    evaluate_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
