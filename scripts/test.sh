@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Install what is missing, then lint and run every test. Arguments go to pytest:
+#
+#   bash scripts/test.sh                    # everything
+#   bash scripts/test.sh -m "not slow"      # only what takes seconds
+#
+# With CI=true a test that is skipped for want of a system package counts as failed (tests/conftest.py).
+set -euo pipefail
+# shellcheck source=scripts/install.sh
+. "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+install demo web dev
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
