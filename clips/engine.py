@@ -184,6 +184,7 @@ class Engine:
         )
         self.stage = self.engine.zero_optimization_stage()
         self.device = device
+        self._whole_grad_norm: Tensor | None = None
         self._create_optimizer_state(steps=0)
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile
@@ -213,8 +214,8 @@ class Engine:
         self.engine.step()
 
     def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient over all parameters (None where DeepSpeed does not compute it)."""
-        norm = self.engine.get_global_grad_norm()
+        """Norm of the last step's gradient over all parameters; with Muon in ZeRO 1-3, of its update (see the top)."""
+        norm = self._whole_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def agree(self, loss: Tensor, stop: bool) -> tuple[bool, bool]:
@@ -233,7 +234,9 @@ class Engine:
             grads = [grad for part in held if part is not None for grad in part if grad is not None]
         total = loss.detach().float()
         if grads:
-            total = total + torch.stack([norm.to(self.device) for norm in torch._foreach_norm(grads)]).sum()
+            norm = torch.stack([part.to(self.device) for part in torch._foreach_norm(grads)]).norm()
+            self._whole_grad_norm = norm if self.stage == 0 else None
+            total = total + norm
         flags = torch.stack([(~torch.isfinite(total)).float(), total.new_tensor(float(stop))])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         broken, stopping = flags.tolist()
