@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""CLIPS against the CLIP baseline on the demo: same search, equal samples, equal time, several seeds."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--output", default="runs/compare_pretraining", help="where the runs and the result are written")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+    p.add_argument("--samples", type=int, default=64_000, help="samples that each run sees")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from clips.compare import compare
+
+    output = Path(flags.output)
+    output.mkdir(parents=True, exist_ok=True)
+    compare(output, flags.seeds, flags.samples)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
