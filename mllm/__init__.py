@@ -1,1 +1,6 @@
 """The language side: LLaVA-style models on top of a vision encoder, their training, evaluation and chat."""
+
+import logging
+
+# It advises, on every import, to install a package that would fetch compiled kernels from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
