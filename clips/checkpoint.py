@@ -17,10 +17,12 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clips.errors import NoCheckpointError, UserError
+from clips.weights import read_weights
 
 MANIFEST = "MANIFEST.json"
 
@@ -50,10 +52,10 @@ class Checkpoint:
     state: TrainState
 
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.path / "model.safetensors")
+        return read_weights(self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / "optimizer.safetensors")
+        return read_weights(self.path / "optimizer.safetensors")
 
 
 def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState, keep: int) -> Path:
@@ -74,8 +76,10 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*temporary.iterdir(), temporary]:
             _fsync(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
         raise
     shutil.rmtree(final, ignore_errors=True)  # a bad one of the same step, or it would have been resumed from
     temporary.rename(final)
@@ -99,10 +103,10 @@ def latest(run_dir: Path) -> Checkpoint | None:
         shutil.rmtree(leftover, ignore_errors=True)
     candidates = _steps(parent)
     for path in candidates:
-        fault = _fault(path)
-        if fault is None:
-            return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
-        print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
+        try:
+            return _verified(path)
+        except ValueError as fault:
+            print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
     if candidates or (run_dir / "LATEST").exists():
         raise NoCheckpointError(
             f"no usable checkpoint in {parent}, although some were written. "
@@ -113,10 +117,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint directory `path`, refused (UserError) unless it matches its hashes."""
-    fault = _fault(path) if path.is_dir() else "there is no such directory"
-    if fault is not None:
-        raise UserError(f"--resume {path}: {fault}")
-    return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
+    try:
+        return _verified(path)
+    except ValueError as fault:
+        raise UserError(
+            f"--resume {path}: {fault}. Give auto, never, or a directory runs/NAME/checkpoints/step-N of this program"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -132,17 +138,18 @@ def _steps(parent: Path) -> list[Path]:
     return sorted((p for p in parent.glob("step-*") if p.name[5:].isdigit()), reverse=True)
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None."""
+def _verified(path: Path) -> Checkpoint:
+    """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if _sha256(path / name) != expected:
-                return f"{name} does not match its SHA-256 in {MANIFEST}"
-    except (OSError, ValueError) as error:
-        return str(error)
-    missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - manifest.keys()
-    return f"{MANIFEST} does not list {', '.join(sorted(missing))}" if missing else None
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            if manifest.get(name) != _sha256(path / name):
+                raise ValueError(f"{name} does not match its SHA-256 in {MANIFEST}")
+        return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} or state.json was not written by this program: {error}") from None
 
 
 def _sha256(path: Path) -> str:

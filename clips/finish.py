@@ -53,6 +53,7 @@ def print_next(run_dir: Path) -> None:
         f"  python scripts/evaluate_clips.py --model {run_dir}\n"
         f"  python scripts/export_clips.py --help\n",
         highlight=False,
+        soft_wrap=True,
     )
 
 

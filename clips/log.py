@@ -6,13 +6,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from clips.checkpoint import TrainState
+from clips.checkpoint import TrainState, write_atomically
 from clips.config import RunConfig
 from clips.errors import BrokenDataError, UserError
 
@@ -26,9 +26,9 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._drop_after(run_dir / "metrics.jsonl", start_step)
-        self.metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.skips = (run_dir / "skipped.jsonl").open("a", buffering=1)
+        self.metrics, self.skips = (
+            self._reopen(run_dir / name, start_step) for name in ("metrics.jsonl", "skipped.jsonl")
+        )
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         self.wandb = _start_wandb(run, run_dir) if wandb else None
         self.latest: dict[str, Any] = {}
@@ -38,11 +38,12 @@ class RunLog:
         self.total, self.first = run.samples, None
 
     @staticmethod
-    def _drop_after(path: Path, step: int) -> None:
-        """Forget lines that a killed run wrote after the checkpoint that is resumed, so no step stands twice."""
+    def _reopen(path: Path, step: int) -> TextIO:
+        """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        return path.open("a", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same scalars to TensorBoard and W&B, and the progress line."""
@@ -69,8 +70,9 @@ class RunLog:
             self.bar.initial = samples
         wanted = {"samples_per_s": "/s", "loss": "loss", "contrastive_loss": "con", "caption_loss": "cap"}
         parts = {short: f"{self.latest[key]:.4g}" for key, short in wanted.items() if key in self.latest}
-        if "sentence_t2i_r1" in self.latest:
-            parts["R@1"] = f"{self.latest['sentence_t2i_r1']:.1f} %"
+        score = self.latest.get("sentence_t2i_r1", self.latest.get("part_t2i_r1"))
+        if score is not None:
+            parts["R@1"] = f"{score:.1f} %"
         if not self.bar.disable:
             self.bar.n = samples
             self.bar.set_postfix(parts)
@@ -80,6 +82,11 @@ class RunLog:
         text = "  ".join(f"{key} {value}" for key, value in parts.items())
         eta = "" if left is None else f"  left {left / 60:.1f} min"
         print(f"[{samples:>9,}/{self.total:,}]  {text}{eta}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line for a person, beside the progress line."""
+        if self.active:
+            self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         if self.active:
@@ -91,7 +98,7 @@ class RunLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; a line cut by a crash counts as after everything."""
+    """The step of a line; a line cut by a crash counts as after everything."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
@@ -113,7 +120,7 @@ class Meter:
 
     def __init__(self, device: torch.device, state: TrainState) -> None:
         self.device = device
-        self.started, self.waiting_total = time.perf_counter(), 0.0
+        self.started, self.first, self.waiting_total = time.perf_counter(), state.samples, 0.0
         self._reset(state.samples)
 
     def _reset(self, samples: int) -> None:
@@ -162,6 +169,15 @@ class Meter:
                 f"{max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n  {reasons}"
             )
         self._reset(state.samples)
+
+    def summary(self, state: TrainState) -> str:
+        """What the training took, in one line."""
+        elapsed = time.perf_counter() - self.started
+        done = state.samples - self.first
+        return (
+            f"trained on {done:,} samples in {elapsed / 60:.1f} min: {done / elapsed:,.0f} samples/s, "
+            f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
+        )
 
     def _gather_skipped(self) -> list[tuple[str, str]]:
         if dist.get_world_size() == 1:

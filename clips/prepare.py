@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -39,9 +41,14 @@ class Options:
 
 
 def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
-    """Create or recognise the run directory and choose the checkpoint to go on from; the same on every rank."""
+    """Create or recognise the run directory and choose the checkpoint to go on from; the same on every rank.
+
+    `record_config` writes config.json, once the data is known to be right too.
+    """
     config_file = options.run_dir / "config.json"
-    if config_file.exists() and options.resume != "never":
+    if options.resume == "never" and config_file.exists():
+        raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
+    if config_file.exists():
         changes = difference(RunConfig.load(config_file), run)
         if changes and not options.allow_config_change:
             raise UserError(
@@ -49,39 +56,48 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
                 + "\n  ".join(changes)
                 + "\nGive the new run another --name, or go on with the changes by --allow-config-change"
             )
-    if config_file.exists() and options.resume == "never":
-        raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
-    dist.barrier()  # every rank has looked before rank 0 writes
-    if dist.get_rank() == 0 and not options.dry_run:
+    if not options.dry_run:
         try:
             (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            run.save(config_file)
+            tempfile.TemporaryFile(dir=options.run_dir).close()
         except OSError as error:
             raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output-dir") from None
-    dist.barrier()
     if options.resume in ("auto", "never"):
         return checkpoint.latest(options.run_dir)
     return checkpoint.load(Path(options.resume))
 
 
-def prepare_data(run: RunConfig, run_dir: Path) -> tuple[Source, CaptionTokenizer]:
-    """Open the training data and the tokenizer; rank 0 makes what is missing while the others wait."""
+def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionTokenizer]:
+    """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait."""
     need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
-    directory = run_dir / "tokenizer"
     source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
-    if len(source) == 0:
-        raise UserError(f"{run.data.train} holds no samples")
-    if dist.get_rank() == 0 and not (directory / "tokenizer.json").exists():
-        texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
-        build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size).save(directory)
+    for split in ("val", "test"):
+        if split_spec(run.data, split):
+            open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+    directory = options.run_dir / "tokenizer"
+    begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
+    if dist.get_rank() == 0 and not begun and not options.dry_run:
+        _build_tokenizer(run, source).save(directory)
     dist.barrier()
-    tokenizer = CaptionTokenizer.load(directory)
+    tokenizer = CaptionTokenizer.load(directory) if begun or not options.dry_run else _build_tokenizer(run, source)
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
             f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
         )
     return source, tokenizer
+
+
+def _build_tokenizer(run: RunConfig, source: Source) -> CaptionTokenizer:
+    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+    return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+
+
+def record_config(run: RunConfig, run_dir: Path) -> None:
+    """Write config.json, whole or not at all: from here on the directory is this run's. Rank 0 only."""
+    partial = run_dir / ".config.json.tmp"
+    run.save(partial)
+    os.replace(partial, run_dir / "config.json")
 
 
 def environment(device: torch.device, engine: Engine) -> dict[str, Any]:

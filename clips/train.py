@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,17 +16,18 @@ from clips import checkpoint
 from clips.captions import CaptionTokenizer
 from clips.checkpoint import TrainState
 from clips.config import PhaseConfig, RunConfig
-from clips.data.loader import make_loader
+from clips.data.loader import make_loader, micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.engine import Engine, choose_device, init_distributed, read_ds_config, shutdown
-from clips.errors import NotFiniteError, Stopped
+from clips.errors import CommandError, NotFiniteError, Stopped, UserError
 from clips.evaluate import evaluate
 from clips.finish import finish_run, is_finished, print_next
 from clips.log import Meter, RunLog
 from clips.model import CLIPS
-from clips.prepare import Options, environment, open_run_dir, prepare_data, print_plan
+from clips.prepare import Options, environment, open_run_dir, prepare_data, print_plan, record_config
 from clips.task import Task
+from clips.weights import assign_weights
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
@@ -46,13 +46,15 @@ def pretrain(run: RunConfig, options: Options) -> None:
     device = choose_device(options.device)
     init_distributed(device)
     is_main = dist.get_rank() == 0
+    for phase in run.phases:
+        micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
     previous = open_run_dir(run, options)
     if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
         if is_main:
             print_next(options.run_dir)
         shutdown()
         return
-    source, tokenizer = prepare_data(run, options.run_dir)
+    source, tokenizer = prepare_data(run, options)
     torch.manual_seed(run.train.seed)
     model = CLIPS(run.model, tokenizer.pad_id)
     if is_main:
@@ -61,12 +63,16 @@ def pretrain(run: RunConfig, options: Options) -> None:
         shutdown()
         return
     if previous is not None:
-        model.load_state_dict(previous.weights())
+        assign_weights(model, previous.weights(), previous.path)
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
-        engine.restore_optimizer(previous.optimizer(), state.step)
+        try:
+            engine.restore_optimizer(previous.optimizer(), state.step)
+        except KeyError as error:
+            raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
     if is_main:
+        record_config(run, options.run_dir)
         (options.run_dir / "env.json").write_text(json.dumps(environment(device, engine), indent=2) + "\n")
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
     try:
@@ -100,45 +106,67 @@ def _train(
         for step in range(state.phase_step, phase.steps):
             factor = lr_factor(phase, step)
             engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
+            seen = []
             for micro in range(run.train.accumulation):
                 batch = next(batches)
                 loss, parts = engine(engine.to_device(batch))
+                seen.append((loss.detach(), batch["keys"]))
                 engine.backward(loss)
                 if micro == run.train.accumulation - 1:
                     finite, stopping = engine.agree(loss, stop.requested)
                     if not finite:
-                        _not_finite(loss, batch, state, phase)
+                        _not_finite(seen, state, phase)
                 engine.step()
                 meter.add(parts, batch["skipped"])
             engine.limit_logit_scale(parts["logit_scale"])
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
-            if state.step % run.train.log_every == 0 or last:
+            saving = due(run.train.checkpoint_every, state, phase) or last or stopping
+            if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
                 meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
             if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
                 _validate(run, engine, tokenizer, state, log)
-            if due(run.train.checkpoint_every, state, phase) or last or stopping:
+            if saving:
                 _save(run, engine, state, run_dir)
             if stopping:
-                raise Stopped(
-                    f"stopped by signal {stop.requested}; a checkpoint was saved", exit_code=128 + stop.requested
-                )
+                raise stop.error()
         state.phase, state.phase_step = index + 1, 0
+    if state.samples > meter.first:
+        log.say(meter.summary(state))
+    stop.restore()
 
 
 class StopSignal:
-    """Remembers a SIGTERM or Ctrl-C, so that the step ends and a checkpoint is written; a second one ends at once."""
+    """Remembers a SIGTERM or Ctrl-C, so that the step ends and a checkpoint is written.
+
+    Launchers pass on what the whole process group has got already, so a second signal is no second wish; only
+    another Ctrl-C after `PATIENCE` seconds ends the run at once.
+    """
+
+    PATIENCE = 2.0
 
     def __init__(self) -> None:
-        self.requested = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        self.requested, self.since = 0, 0.0
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.requested = number
+        if not self.requested:
+            self.requested, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
+            raise KeyboardInterrupt
+
+    def error(self) -> Stopped:
+        """What to end with after the checkpoint, also on a rank that got no signal itself."""
+        number = signal.Signals(self.requested or signal.SIGTERM)
+        return Stopped(
+            f"stopped by {number.name}; a checkpoint was saved, and the same command goes on from there",
+            exit_code=128 + number,
+        )
+
+    def restore(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:
@@ -146,9 +174,13 @@ def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:
     return every > 0 and state.samples // every > (state.samples - phase.batch_size) // every
 
 
-def _not_finite(loss: torch.Tensor, batch: dict[str, Any], state: TrainState, phase: PhaseConfig) -> None:
-    """End the run on every rank, weights untouched, naming the samples of the ranks whose own loss is not finite."""
-    mine = [] if torch.isfinite(loss).all() else batch["keys"]
+def _not_finite(seen: list[tuple[torch.Tensor, list[str]]], state: TrainState, phase: PhaseConfig) -> None:
+    """End the run on every rank, weights untouched, naming the samples of the micro-batches that are not finite.
+
+    `seen`: this rank's loss and sample keys of each micro-batch of the step. The contrastive loss runs over all
+    ranks, so what one rank's samples break is not finite on the others either.
+    """
+    mine = [key for loss, keys in seen if not torch.isfinite(loss).all() for key in keys]
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     culprits = {rank: keys for rank, keys in enumerate(parts) if keys}
@@ -166,16 +198,26 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
         size = run.phases[state.phase].image_size
         figures = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
         log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
-        score = figures.get("sentence_t2i_r1", figures.get("web_t2i_r1"))
+        score = figures.get("sentence_t2i_r1", figures.get("part_t2i_r1"))
         state.best = max(filter(None, (state.best, score)), default=None)
     dist.barrier()
 
 
 def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
+    """Write a checkpoint from rank 0; when that fails every rank ends, and the older checkpoints are intact."""
     weights, optimizer = engine.gather_weights(), engine.gather_optimizer()
+    failure = [None]
     if dist.get_rank() == 0:
-        checkpoint.save(run_dir, weights, optimizer, state, run.train.keep_checkpoints)
-    dist.barrier()
+        try:
+            checkpoint.save(run_dir, weights, optimizer, state, run.train.keep_checkpoints)
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise CommandError(
+            f"the checkpoint of step {state.step} cannot be written to {run_dir}: {failure[0]}. The older ones are "
+            "intact: make room, then the same command goes on from the last one"
+        )
 
 
 def _finish(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, run_dir: Path) -> None:

@@ -53,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    flags = parser().parse_args()
     from clips.cli import pretrain_from_flags
 
-    pretrain_from_flags(parser().parse_args())
+    pretrain_from_flags(flags)
 
 
 if __name__ == "__main__":

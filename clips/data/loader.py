@@ -201,5 +201,8 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the main process ends the step
+    # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
+    # A second SIGTERM is obeyed: it comes from torch, when it ends a worker that hangs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
