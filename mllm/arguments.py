@@ -110,14 +110,14 @@ class TrainArguments:
 
     def _with_batches(self, world_size: int, given: dict[str, int | None]) -> TrainArguments:
         """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`."""
-        total, micro = self.batch_size, self.per_device_train_batch_size
-        if given["batch_size"] is None and given["gradient_accumulation_steps"] is not None:
-            micro = micro or 16
-            total = micro * world_size * given["gradient_accumulation_steps"]
-        elif micro is None or given["per_device_train_batch_size"] is None:
-            micro = min(micro or 16, max(1, total // world_size))
+        total, micro, accumulation = self.batch_size, self.per_device_train_batch_size, given[BATCHES[2]]
+        if given["batch_size"] is None and accumulation is not None:
+            total = (micro or 16) * world_size * accumulation
+        if given["per_device_train_batch_size"] is None:
+            share = total // (world_size * (accumulation or 1))
+            micro = max(1, share if accumulation else min(micro or 16, share))
         steps = total // (micro * world_size)
-        wanted = given["gradient_accumulation_steps"] or steps
+        wanted = accumulation or steps
         if steps == 0 or steps * micro * world_size != total or wanted != steps:
             raise UserError(
                 f"--batch_size {total} is not {world_size} rank(s) × --per_device_train_batch_size {micro} × "
