@@ -37,7 +37,7 @@ def demo() -> RunConfig:
         recipe="demo",
         model=PRESETS["demo"],
         captions=CaptionsConfig(tokenizer="wordpiece"),
-        task=TaskConfig(caption_weight=1.0),
+        task=TaskConfig(),
         data=DataConfig(workers=1),
         # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does (README, "Results").
         optim=OptimConfig(kind="muon", weight_decay=0.05),
