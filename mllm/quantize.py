@@ -14,7 +14,7 @@ from mllm.model import merge_lora
 def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Replace every linear layer in `model` by one of 4 bits (NF4, double quantisation, as QLoRA) or 8 bits, in place.
 
-    Raises UserError where bitsandbytes is not installed.
+    Raises UserError where bitsandbytes is not installed, and where its weights are not close to the original ones.
     """
     try:
         import bitsandbytes as bnb
@@ -24,7 +24,7 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
         if type(layer) is not nn.Linear:
             continue
         size, bias = (layer.in_features, layer.out_features), layer.bias is not None
-        weight = layer.weight.detach()
+        weight = layer.weight.detach().clone()
         if bits == 4:
             new = bnb.nn.Linear4bit(
                 *size, bias, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4", device="meta"
@@ -36,8 +36,26 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
             new = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, device="meta")
             new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         new.bias = layer.bias
-        _replace(model, name, new.to(device))  # moving quantises
+        new = new.to(device)  # moving quantises
+        _check(new, weight, name, bits)
+        _replace(model, name, new)
     return model
+
+
+LARGEST_ERROR = {4: 0.15, 8: 0.05}
+"""Norm of the rounding error over that of the weights; a normal distribution gives 0.09 and 0.006."""
+
+
+@torch.no_grad()
+def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None:
+    # bitsandbytes 0.50 on CPUs dequantises rows whose length is no multiple of the block of 64 wrongly.
+    restored = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).float().to(weight.device)
+    error = ((restored - weight.float()).norm() / weight.float().norm()).item()
+    if not error < LARGEST_ERROR[bits]:
+        raise UserError(
+            f"--bits {bits}: bitsandbytes changes layer {name} ({' × '.join(map(str, weight.shape))}) by {error:.0%} "
+            f"on this {weight.device.type}, so nothing right could be learned: leave --bits out, or use a GPU"
+        )
 
 
 @torch.no_grad()
