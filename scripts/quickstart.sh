@@ -27,7 +27,7 @@ deepspeed --num_gpus 1 scripts/pretrain_clips.py
 cat <<NEXT
 
 Everything is done. Next:
-  source $venv/bin/activate
+  cd $PWD && source $venv/bin/activate
   look at                    runs/demo/report/index.html
   compare with plain CLIP    deepspeed scripts/pretrain_clips.py --recipe clip_baseline
   train on your own data     README.md, 'Your own data'

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Measure this machine: attention kernels, data path, training steps against stock open_clip, memory of the loss."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("what", choices=("attention", "data", "train", "chunk"), help="what to measure")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--repeats", type=int, default=5, help="turns of each compared part; the fastest one counts")
+    p.add_argument("--demo-dir", default="data/demo", help="the demo data, which data and train read")
+    p.add_argument("--out", help="JSON file for the figures")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from clips.benchmark import benchmark
+
+    benchmark(flags.what, device=flags.device, repeats=flags.repeats, demo_dir=flags.demo_dir, out=flags.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
