@@ -1,0 +1,135 @@
+"""scripts/train_llava.sh as a user runs it, on a tiny language model; the result loads where this project cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from tiny_mllm import pictures, write_llm, write_run
+
+pytestmark = pytest.mark.slow
+
+STOCK = """
+import sys
+sys.modules["clips"] = sys.modules["mllm"] = None  # cannot be imported, installed or not
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+directory, picture, output = sys.argv[1:]
+model, info = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
+assert not any(info.values()), info
+messages = [{"role": "user", "content": [{"type": "image", "url": picture}, {"type": "text", "text": "What is it?"}]}]
+chat = pipeline("image-text-to-text", model=directory)
+answer = chat(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+inputs = AutoProcessor.from_pretrained(directory).apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model.eval()(**inputs).logits
+torch.save({"answer": answer, "logits": logits, "norm": sum(p.double().norm() for p in model.parameters())}, output)
+"""
+
+
+def command(place: Path, *words: str, script: str = "train_llava.sh") -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CLIPS_MLLM_CACHE": str(place / "cache")}
+    start = ["bash"] if script.endswith(".sh") else [sys.executable]
+    return subprocess.run(
+        [*start, str(ROOT / "scripts" / script), *words],
+        cwd=place,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    write_run(root / "runs" / "clips-demo")
+    write_llm(root / "llm", initializer_range=0.1)
+    align, instruct = [], []
+    for name in pictures(root / "images", 8):
+        for data, answer in ((align, "A red cat"), (instruct, "two dogs")):
+            said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+            data.append({"id": name, "image": name, "conversations": said})
+    (root / "align.json").write_text(json.dumps(align))
+    (root / "instruct.json").write_text(json.dumps(instruct))
+    question = {"question_id": 1, "image": "0.png", "text": "What is it?", "kind": "what", "answer": "two dogs"}
+    (root / "question.jsonl").write_text(json.dumps(question) + "\n")
+    return root
+
+
+FLAGS = ["--vision", "clips", "--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu"]
+FLAGS += ["--align.data_path", "align.json", "--instruct.data_path", "instruct.json", "--batch_size", "4"]
+FLAGS += ["--num_train_epochs", "40", "--learning_rate", "5e-3", "--logging_steps", "20"]
+
+
+def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learned(place: Path) -> None:
+    done = command(place, *FLAGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = place / "runs" / "llava-clips"
+    config = json.loads((run / "config.json").read_text())
+    assert set(config) == {"align", "instruct"}
+    assert config["instruct"]["freeze"] == {"vision_tower": "frozen", "projector": "full", "language_model": "full"}
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in metrics} == {"align", "instruct"}
+    for stage in ("align", "instruct"):
+        summary = json.loads((run / stage / "done.json").read_text())
+        assert summary["steps"] == 80
+        assert min(summary["samples_per_s"], summary["tokens_per_s"], summary["peak_memory_gb"]) > 0
+        assert (run / stage / "mm_projector.bin").is_file()
+        assert f"{summary['samples_per_s']:.1f} samples/s" in done.stderr
+    assert (run / "env.json").is_file()
+    assert (run / "curves.png").is_file()
+    assert f"from {Path('runs/llava-clips/align/mm_projector.bin')}" in done.stderr
+    card = (run / "model" / "README.md").read_text()
+    assert "instruct.json: 8 samples" in card
+    assert "align.json: 8 samples" in card
+
+    stock = subprocess.run(
+        [sys.executable, "-I", "-c", STOCK, str(run / "model"), str(place / "images" / "0.png"), str(place / "out.pt")],
+        cwd=place, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert stock.returncode == 0, stock.stderr[-3000:]
+    found = torch.load(place / "out.pt", weights_only=True)
+    assert found["answer"].strip() == "two dogs"
+    assert torch.isfinite(found["logits"]).all()
+
+    words = ["--model-path", str(run / "model"), "--question-file", "question.jsonl", "--image-folder", "images"]
+    evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    assert json.loads((run / "evaluation" / "figures.json").read_text())["exact_match"]["what"]["accuracy"] == 1.0
+    assert json.loads((run / "evaluation" / "question.jsonl").read_text())["text"] == "two dogs"
+
+
+def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Path) -> None:
+    done = command(place, *FLAGS, "--output_dir", "runs/dry", "--dry-run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (place / "runs" / "dry").exists()
+    for number in (1, 2):
+        assert f"python scripts/train_llava.py --stage {number}" in done.stderr
+    for what in ("stage 1: align", "stage 2: instruct", "80 of 4 samples", "320 samples", "GB per rank", "trained"):
+        assert what in done.stderr, what
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stage", "1", "--data_path", "align.json", "--vision", "eva02"], "'eva02' is not known; known are: clips"),
+        (["--data_path", "align.json"], "--align.data_path"),
+    ],
+)
+def test_the_user_s_mistakes_end_with_exit_code_2_and_no_traceback(place: Path, flags: list[str], message: str) -> None:
+    done = command(place, "--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
