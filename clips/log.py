@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,6 +141,14 @@ class Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.since, self.started = self.since + spent, self.started + spent
 
     def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]]) -> None:
         for key, value in parts.items():

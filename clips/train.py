@@ -124,10 +124,11 @@ def _train(
             saving = due(run.train.checkpoint_every, state, phase) or last or stopping
             if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
                 meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
-            if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
-                _validate(run, engine, tokenizer, state, log)
-            if saving:
-                _save(run, engine, state, run_dir)
+            with meter.aside():
+                if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
+                    _validate(run, engine, tokenizer, state, log)
+                if saving:
+                    _save(run, engine, state, run_dir)
             if stopping:
                 raise stop.error()
         state.phase, state.phase_step = index + 1, 0
