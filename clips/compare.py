@@ -16,7 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from rich.console import Console
 from rich.table import Table
@@ -125,8 +125,7 @@ def figures(run: Path) -> dict[str, float]:
     found = json.loads((run / "evaluation.json").read_text())["figures"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
-    seen = [0, *(line["samples"] for line in steps)]
-    seconds = sum((b - a) / line["samples_per_s"] for a, b, line in zip(seen, seen[1:], steps, strict=False))
+    seconds = steps[-1]["samples"] / median(line["samples_per_s"] for line in steps)  # not shaken by a busy moment
     return {name: found[name]["value"] for name in FIGURES} | {"train_seconds": round(seconds, 1)}
 
 
