@@ -9,7 +9,7 @@ set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-install demo web dev
+install demo dev
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"
