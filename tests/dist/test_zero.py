@@ -38,10 +38,14 @@ def test_all_stages_give_the_same_weights_and_optimizer_state(results: dict, kin
     reference = stages["zero0"]
     assert reference["losses"][-1] < reference["losses"][0]
     for name, stage in stages.items():
-        assert stage["losses"] == pytest.approx(reference["losses"], abs=2e-6), name
+        assert stage["losses"] == pytest.approx(reference["losses"], abs=1e-5), name
         assert stage["state"].keys() == reference["state"].keys()
         for key, value in reference["state"].items():
-            torch.testing.assert_close(stage["state"][key], value, atol=2e-5, rtol=1e-4, msg=f"{name} {key}")
+            found = stage["state"][key]
+            if ranks == 1:
+                assert torch.equal(found, value), (name, key)
+            else:  # gradients are summed in another order; Adam divides the key bias's, which are nothing but rounding
+                assert (found - value).norm() <= 1e-2 * value.norm() + 1e-9, (name, key)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
