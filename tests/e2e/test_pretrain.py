@@ -1,0 +1,535 @@
+"""The pretraining command as people start, stop, kill, misuse and continue it. Real processes, tiny debug twins."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+from clips.recipes import RECIPES
+
+pytestmark = pytest.mark.slow
+SCRIPT = "scripts/pretrain_clips.py"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+LAST_STEP = 72
+"""Of the runs with THREE_PHASES: three phases of 24 steps of 8 samples."""
+THREE_PHASES = (
+    *("--recipe", "s16", "--debug", "--name", "r", "--samples", "192"),
+    *("--set", "train.precision=fp32", "train.checkpoint_every=40", "train.log_every=1"),
+)
+
+
+# Starting and watching processes
+
+
+@dataclass
+class Done:
+    code: int
+    text: str
+    seconds: float
+
+
+def python(*arguments: str | Path) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def torchrun(*arguments: str | Path) -> list[str]:
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+
+
+def deepspeed(*arguments: str | Path) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
+
+
+def run(command: list[str], timeout: float = 120) -> Done:
+    """Run to the end, as a user would; both streams together."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, time.monotonic() - begin)
+
+
+def run_all(commands: dict[str, list[str]]) -> dict[str, Done]:
+    """Independent commands, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process group of its own, with nothing left of it at the end."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENV, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.005)
+
+
+# What a run leaves
+
+
+def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    file = run_dir / name
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def trace(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Every logged figure that does not depend on the clock."""
+    clock = {"time", "samples_per_s", "data_wait_share"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines(run_dir) if line["kind"] == kind]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip() / "state.json").read_text())
+
+
+def assert_finished(run_dir: Path, *, figures: bool = True) -> None:
+    for name in ("config.json", "env.json", "metrics.jsonl", "skipped.jsonl", "LATEST", "report/index.html"):
+        assert (run_dir / name).is_file(), name
+    for name in ("native", "open_clip", "hf_vit"):
+        assert any((run_dir / "export" / name).glob("*.safetensors")), name
+    assert "<img" in (run_dir / "report/index.html").read_text()
+    assert list((run_dir / "tensorboard").iterdir())
+    if figures:
+        found = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+        assert found
+        assert all(0 <= figure["value"] <= 100 for figure in found.values())
+
+
+def assert_refused(done: Done, code: int, *words: str) -> None:
+    assert done.code == code, done.text
+    assert "Traceback" not in done.text
+    for word in words:
+        assert word in done.text, f"{word!r} is not in:\n{done.text}"
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+# Data
+
+
+def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
+    """(picture, web caption, long caption), each different."""
+    samples = []
+    for i in range(count):
+        picture = Image.new("RGB", (40, 36), ((i * 37) % 256, (i * 91) % 256, (i * 53) % 256))
+        picture.paste((255, 255, 255), (i % 30, i % 20, i % 30 + 8, i % 20 + 8))
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        samples.append((buffer.getvalue(), f"stock photo {i}", f"A plain picture. It has number {i}. A box is white."))
+    return samples
+
+
+def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], extension: str = "png") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, (picture, rest) in enumerate(samples):
+            for name, data in {extension: picture, **rest}.items():
+                member = tarfile.TarInfo(f"{i:05d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def recap(web: str, long: str) -> dict[str, bytes]:
+    """The default layout: img2dataset's, with a recaption in .txt."""
+    return {"txt": long.encode(), "json": json.dumps({"org_caption": web}).encode()}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags that name 64 training samples in two shards, and 16 for validation and test."""
+    folder = tmp_path_factory.mktemp("shards")
+    samples = [(picture, recap(web, long)) for picture, web, long in pictures(80)]
+    write_shard(folder / "train/0.tar", samples[:40])
+    write_shard(folder / "train/1.tar", samples[40:64])
+    held_out = write_shard(folder / "test.tar", samples[64:])
+    return ("--data", f"{folder}/train", "--val-data", str(held_out), "--test-data", str(held_out))
+
+
+# It runs
+
+
+def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--debug", "--output-dir", tmp_path, *shards)
+    for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in RECIPES}).items():
+        assert done.code == 0, done.text
+        run_dir = tmp_path / f"{name}-debug"
+        assert_finished(run_dir)
+        assert [line["step"] for line in trace(run_dir)] == [1, 2, 3]
+        assert [line["step"] for line in trace(run_dir, "eval")] == [3]
+        assert ("caption_loss" in trace(run_dir)[0]) == (name != "clip_baseline")
+        for shown in (f"recipe {name}", "parameters", "writes to", "% of the time spent waiting for data", "Next:"):
+            assert shown in done.text
+        assert f"python scripts/evaluate_clips.py --model {run_dir}" in done.text
+        assert (run_dir / "skipped.jsonl").read_text() == ""
+
+
+def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """One process, two ranks under torchrun (ZeRO-3) and under deepspeed: the same losses and the same figures."""
+
+    def flags(name: str) -> tuple[str, ...]:
+        precise = ("--set", "train.precision=fp32")
+        return (SCRIPT, "--debug", "--output-dir", str(tmp_path), "--name", name, *shards, *precise)
+
+    commands = {
+        "one": python(*flags("one")),
+        "torchrun": torchrun(*flags("torchrun"), "--ds-config", "ds_configs/zero3.json"),
+        "deepspeed": deepspeed(*flags("deepspeed")),
+    }
+    for name, done in run_all(commands).items():
+        assert done.code == 0, (name, done.text)
+        assert_finished(tmp_path / name)
+        assert done.text.count("Next:") == 1, "one rank speaks"
+        assert ("2 ranks" in done.text) == (name != "one")
+    one = trace(tmp_path / "one")
+    for name in list(commands)[1:]:
+        other = trace(tmp_path / name)
+        for key in ("loss", "contrastive_loss", "caption_loss"):
+            assert other[0][key] == pytest.approx(one[0][key], rel=1e-5), (name, key)
+            # Muon's orthogonalisation runs in bf16: later steps differ by its rounding.
+            assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=2e-3), (name, key)
+
+
+def test_the_bare_command_on_the_demo_data(tmp_path: Path) -> None:
+    """`deepspeed scripts/pretrain_clips.py`, with the demo data built where it is missing."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = run([str(launcher), SCRIPT, "--debug", "--output-dir", str(tmp_path)], timeout=300)
+    assert done.code == 0, done.text
+    assert_finished(tmp_path / "demo-debug")
+    found = json.loads((tmp_path / "demo-debug/evaluation.json").read_text())["figures"]
+    assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= found.keys()
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(python(SCRIPT, "--debug", "--dry-run", "--output-dir", tmp_path / "out", *shards))
+    assert done.code == 0, done.text
+    assert "3 steps × 8" in done.text
+    assert not (tmp_path / "out").exists()
+
+
+# It is killed, stopped, and goes on
+
+
+@pytest.fixture(scope="module")
+def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of an uninterrupted run of three phases."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, killed in the middle of its second phase, a few steps after a checkpoint."""
+    out = tmp_path_factory.mktemp("killed")
+    with started(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), out / "log") as process:
+        wait_for(lambda: lines(out / "r") and lines(out / "r")[-1]["step"] >= 32, process, out / "log")
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    found = state(out / "r")
+    assert found["phase"] == 1
+    assert 0 < found["phase_step"] < 24
+    return out
+
+
+def test_the_uninterrupted_run(whole: Path, shards: tuple[str, ...]) -> None:
+    assert_finished(whole / "r")
+    assert [line["step"] for line in trace(whole / "r")] == list(range(1, LAST_STEP + 1))
+    assert checkpoints(whole / "r") == ["step-00000070", "step-00000072"]
+    assert state(whole / "r")["samples"] == 8 * LAST_STEP
+
+
+def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "r").rglob("*") if path.is_file()}
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", whole))
+    assert done.code == 0, done.text
+    assert "Next:" in done.text
+    assert "phase" not in done.text
+    assert {path: path.stat().st_mtime_ns for path in (whole / "r").rglob("*") if path.is_file()} == before
+    assert done.seconds < 20
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    (out / "r/checkpoints/.step-00000099.tmp").mkdir()  # as a kill in the middle of a save leaves it
+    (out / "r/checkpoints/.step-00000099.tmp/model.safetensors").write_bytes(b"half")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert "goes on from" in done.text
+    assert_finished(out / "r")
+    assert trace(out / "r") == trace(whole / "r")
+    assert trace(out / "r", "eval") == trace(whole / "r", "eval")
+    assert checkpoints(out / "r") == checkpoints(whole / "r")
+    assert not list((out / "r/checkpoints").glob(".*"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "r/checkpoints" / f"step-{LAST_STEP:08d}" / name for folder in (out, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_resumed_on_two_ranks_from_the_checkpoint_before_a_damaged_one(
+    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    previous, newest = checkpoints(out / "r")
+    flip_bit(out / "r/checkpoints" / newest / "model.safetensors")
+    done = run(torchrun(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert f"{newest} is not usable (model.safetensors does not match" in done.text
+    assert f"{previous} (" in done.text
+    assert_finished(out / "r")
+    resumed, uninterrupted = trace(out / "r"), trace(whole / "r")
+    assert [line["samples"] for line in resumed] == [line["samples"] for line in uninterrupted]
+    for key in ("loss", "contrastive_loss", "caption_loss"):  # another order of samples would be off by far more
+        assert [a[key] for a in resumed] == pytest.approx([b[key] for b in uninterrupted], rel=2e-3), key
+
+
+def test_never_from_zero_when_no_checkpoint_is_good(killed: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    for name in checkpoints(out / "r"):
+        flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
+    before = (out / "r/metrics.jsonl").read_bytes()
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert_refused(done, 5, "no usable checkpoint", "another --name")
+    assert (out / "r/metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_or_allowed_by_a_flag(
+    killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    flags = (SCRIPT, *THREE_PHASES, *shards, "--output-dir", str(out))
+    pickle = tmp_path / "model.pt"
+    pickle.write_bytes(b"\x80\x04.")
+    found = run_all(
+        {
+            "refused": python(*flags, "--seed", "5", "--set", "phases.0.lr=0.25"),
+            "never": python(*flags, "--resume", "never"),
+            "pickle": python(*flags, "--resume", pickle),
+            "optimizer": python(*flags, "--set", "optim.kind=muon", "--allow-config-change"),
+            "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
+            "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
+        }
+    )
+    assert_refused(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
+    assert "data.train" not in found["refused"].text, "only what differs is shown"
+    assert_refused(found["never"], 2, "holds a run already", "--name")
+    assert_refused(found["pickle"], 2, "--resume", "model.pt")
+    assert_refused(found["optimizer"], 2, "optim.kind cannot change within a run")
+    assert_refused(found["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
+    assert found["allowed"].code == 0, found["allowed"].text
+    assert "goes on from" in found["allowed"].text
+    assert json.loads((out / "r/config.json").read_text())["train"]["seed"] == 0
+
+
+def test_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """SIGTERM, then Ctrl-C on what goes on from there; a worker process gets the signals too."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000", "--set")
+    command = python(SCRIPT, *flags, "data.workers=1")
+    step = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with started(command, log) as process:
+            wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s + 3, process, log)
+            os.killpg(process.pid, number)
+            assert process.wait(30) == code, log.read_text()
+        assert_refused(Done(code, log.read_text(), 0), code, "a checkpoint was saved", signal.Signals(number).name)
+        assert state(run_dir)["step"] == lines(run_dir)[-1]["step"] > step, "the step was ended, and saved"
+        step = state(run_dir)["step"]
+    assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
+
+
+def test_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """The launcher sends SIGTERM after the Ctrl-C that its children have got already: they must still save."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000")
+    with started(deepspeed(SCRIPT, *flags, "--set", "data.workers=1"), log) as process:
+        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) != 0
+        end = time.monotonic() + 20
+        while not (run_dir / "LATEST").exists() and time.monotonic() < end:  # the launcher does not wait for its own
+            time.sleep(0.1)
+    assert state(run_dir)["step"] == lines(run_dir)[-1]["step"]
+
+
+def test_a_full_disk_ends_the_run_with_older_checkpoints_intact(
+    killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The system refuses to let any file grow beyond 1 MiB; the weights take 8."""
+    out = shutil.copytree(killed, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
+    command = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out)
+    done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
+    assert_refused(done, 1, "the checkpoint of step 35 cannot be written", "make room")
+    assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
+    assert [line["step"] for line in trace(out / "r")] == list(range(1, 36))
+
+
+# It is misused
+
+
+def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    (tmp_path / "empty").mkdir()
+    write_shard(tmp_path / "short/0.tar", [(p, {"json": recap(w, t)["json"]}) for p, w, t in pictures(4)])
+    (tmp_path / "hollow").mkdir()
+    tarfile.open(tmp_path / "hollow/0.tar", "w").close()
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
+    data = shards[1]
+    cases: dict[str, tuple[list[str], list[str]]] = {
+        "unwritable": ([*shards, "--output-dir", f"{tmp_path}/file/runs"], ["cannot write to", "--output-dir"]),
+        "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
+        "empty folder": (["--data", f"{tmp_path}/empty"], ["no data at", "empty"]),
+        "empty shard": (["--data", f"{tmp_path}/hollow"], ["hold no samples"]),
+        "missing test data": (["--data", data, "--test-data", f"{tmp_path}/gone.csv"], ["no data at", "gone.csv"]),
+        "wrong field": (["--data", data, "--fields", "web=json:alt"], ["json:alt", "json:org_caption", "txt"]),
+        "no long captions": (["--data", f"{tmp_path}/short"], ["long", "json:org_caption"]),
+        "no GPU": ([*shards, "--device", "cuda"], ["--device cuda", "--device cpu"]),
+        "indivisible": ([*shards, "--set", "train.accumulation=3"], ["batch_size 8 is not divisible", "6 or 9"]),
+        "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),
+    }
+    commands = {
+        name: python(SCRIPT, "--debug", "--output-dir", tmp_path / "out", "--name", name.replace(" ", "-"), *flags)
+        for name, (flags, _) in cases.items()
+    }
+    commands["ranks"] = deepspeed(SCRIPT, "--debug", "--output-dir", tmp_path / "out", *shards, "--batch-size", "7")
+    cases["ranks"] = ([], ["batch_size 7 is not divisible by 2 ranks", "6 or 8"])
+    import torch
+
+    if torch.cuda.is_available():
+        del commands["no GPU"]
+    for name, done in run_all(commands).items():
+        words = cases[name][1]
+        assert done.code == 2, (name, done.text)
+        assert "error:" in done.text, name
+        if name != "ranks":  # the launcher may add its own
+            assert "Traceback" not in done.text, (name, done.text)
+        for word in words:
+            assert word in done.text, (name, done.text)
+        assert not (tmp_path / "out" / name.replace(" ", "-") / "config.json").exists(), (
+            "mended, the name is still free"
+        )
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--recipe", "s16", "--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "80", "--set")
+    settings = ("phases.*.lr=1e36", "phases.*.warmup_samples=0", "train.precision=fp32", "train.checkpoint_every=8")
+    done = run(python(SCRIPT, *flags, *settings))
+    assert_refused(done, 3, "not finite at step", "no weight was changed", "rank 0:", "0.tar#000")
+    run_dir = tmp_path / "r"
+    last = trace(run_dir)[-1]["step"]
+    assert f"at step {last + 1} " in done.text
+    assert state(run_dir)["step"] == last
+    for value in load_file(run_dir / "checkpoints" / f"step-{last:08d}" / "model.safetensors").values():
+        assert value.isfinite().all()
+    named = {word.strip(",") for word in done.text.split() if "tar#" in word}
+    assert len(named) == 8, "the samples of the step"
+
+
+def test_broken_pictures_are_counted_and_above_the_limit_end_the_run(tmp_path: Path) -> None:
+    samples = [(p if i % 2 else p[:40], recap(w, t)) for i, (p, w, t) in enumerate(pictures(64))]
+    write_shard(tmp_path / "data/0.tar", samples)
+    flags = ("--data", tmp_path / "data", "--output-dir", tmp_path, "--name", "r", "--samples", "200")
+    done = run(python(SCRIPT, "--debug", *flags))
+    assert_refused(done, 4, "samples are broken", "data.max_broken_share = 1.0%", "skipped.jsonl", "0.tar#000")
+    skipped = lines(tmp_path / "r", "skipped.jsonl")
+    assert len(skipped) == trace(tmp_path / "r")[-1]["skipped"] > 10
+    assert all(int(line["key"].rpartition("#")[2]) % 2 == 0 and line["reason"] for line in skipped)
+
+
+# A user's own pictures
+
+
+def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
+    """50 pictures with two captions each, one of them damaged, under names of the user's own choice."""
+    photos = pictures(50, "JPEG")
+    photos[7] = (photos[7][0][:100], *photos[7][1:])
+    shard = [(p, {"json": json.dumps({"alt": w, "recaption": t}).encode()}) for p, w, t in photos]
+    write_shard(tmp_path / "shards/my-00000.tar", shard[:25], "jpg")
+    write_shard(tmp_path / "shards/my-00001.tar", shard[25:], "jpg")
+    (tmp_path / "table/pictures").mkdir(parents=True)
+    with (tmp_path / "table/mine.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "alt", "recaption"])
+        for i, (picture, web, long) in enumerate(photos):
+            (tmp_path / f"table/pictures/{i}.jpg").write_bytes(picture)
+            table.writerow([f"pictures/{i}.jpg", web, long])
+    data = {"shards": f"{tmp_path}/shards/my-{{00000..00001}}.tar", "table": f"{tmp_path}/table/mine.csv"}
+    fields = {
+        "shards": ("--fields", "image=jpg", "web=json:alt", "long=json:recaption"),
+        "table": ("--fields", "image=file", "web=alt", "long=recaption"),
+    }
+
+    def train(kind: str) -> list[str]:
+        splits = ("--data", data[kind], "--val-data", data[kind], "--test-data", data[kind])
+        size = ("--samples", "100", "--batch-size", "10")
+        return python(SCRIPT, "--name", kind, "--output-dir", tmp_path / "runs", *splits, *fields[kind], *size)
+
+    def measure(kind: str) -> list[str]:
+        model = ("--model", tmp_path / "runs" / kind, "--data", data[kind], *fields[kind])
+        return python("scripts/evaluate_clips.py", *model, "--out", tmp_path / f"{kind}.json")
+
+    trained = run_all({kind: train(kind) for kind in data})
+    for kind, done in trained.items():
+        assert done.code == 0, done.text
+        assert_finished(tmp_path / "runs" / kind)
+        skipped = lines(tmp_path / "runs" / kind, "skipped.jsonl")
+        assert len(skipped) == trace(tmp_path / "runs" / kind)[-1]["skipped"] == 2, "two epochs see the damaged one"
+        assert {line["key"].rpartition("#")[2] for line in skipped} == {"00007" if kind == "shards" else "7"}
+    for kind, done in run_all({kind: measure(kind) for kind in data}).items():
+        assert done.code == 0, done.text
+        assert "49 images, 1 skipped" in done.text
+        figures = json.loads((tmp_path / f"{kind}.json").read_text())["figures"]
+        assert figures["web_t2i_r1"]["items"] == 49
+        assert 0 <= figures["web_t2i_r1"]["value"] <= 100
