@@ -12,8 +12,10 @@ where it was. Figures are those of the test split.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -50,30 +52,33 @@ class Cell:
     seed: int
 
 
-def compare(output: Path, seeds: int, samples: int) -> None:
-    """Run what is missing of the comparison and write `comparison.json` and a table."""
+def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
+    """Run what is missing of the comparison, `jobs` cells at a time, and write `comparison.json` and a table."""
     console = Console(stderr=True)
-    best = {}
-    for name in ("demo", "clip_baseline"):
-        scores = {}
-        for multiplier in MULTIPLIERS:
-            cell = Cell(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
-            scores[multiplier] = validation_score(train(cell, output, console))
-        best[name] = max(scores, key=scores.get)
-        console.print(f"{name}: validation score by learning-rate multiplier {scores}, kept × {best[name]:g}")
+    recipes = {"CLIPS": "demo", "CLIP": "clip_baseline"}
+    grid = [
+        Cell(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
+        for name in recipes.values()
+        for multiplier in MULTIPLIERS
+    ]
+    scores = {cell: validation_score(run) for cell, run in train(grid, output, jobs, console).items()}
+    best = {
+        name: max((cell for cell in grid if cell.recipe == name), key=scores.get).multiplier
+        for name in recipes.values()
+    }
+    console.print(f"kept learning-rate multipliers: {best}")
 
-    groups: dict[str, list[dict]] = {"CLIPS": [], "CLIP, equal samples": [], "CLIP, equal time": []}
-    for seed in range(seeds):
-        for group, name in (("CLIPS", "demo"), ("CLIP, equal samples", "clip_baseline")):
-            run = train(Cell(name, f"{name}-seed{seed}", best[name], samples, seed), output, console)
-            groups[group].append(figures(run))
-    ratio = mean(r["train_seconds"] for r in groups["CLIPS"]) / mean(
-        r["train_seconds"] for r in groups["CLIP, equal samples"]
-    )
-    longer = int(samples * ratio)
-    for seed in range(seeds):
-        cell = Cell("clip_baseline", f"clip_baseline-equal-time-seed{seed}", best["clip_baseline"], longer, seed)
-        groups["CLIP, equal time"].append(figures(train(cell, output, console)))
+    def group(name: str, label: str, count: int) -> list[Cell]:
+        return [Cell(name, f"{label}-seed{seed}", best[name], count, seed) for seed in range(seeds)]
+
+    equal = {"CLIPS": group("demo", "clips", samples), "CLIP, equal samples": group("clip_baseline", "clip", samples)}
+    runs = train([cell for cells in equal.values() for cell in cells], output, jobs, console)
+    groups = {name: [figures(runs[cell]) for cell in cells] for name, cells in equal.items()}
+    seconds = {name: mean(row["train_seconds"] for row in rows) for name, rows in groups.items()}
+    longer = int(samples * seconds["CLIPS"] / seconds["CLIP, equal samples"])
+    cells = group("clip_baseline", "clip-equal-time", longer)
+    runs = train(cells, output, jobs, console)
+    groups["CLIP, equal time"] = [figures(runs[cell]) for cell in cells]
 
     differences = {
         group: {name: difference(groups["CLIPS"], rows, name) for name in FIGURES}
@@ -92,8 +97,13 @@ def compare(output: Path, seeds: int, samples: int) -> None:
     console.print(f"written to {output / 'comparison.json'}")
 
 
-def train(cell: Cell, output: Path, console: Console) -> Path:
-    """The run directory of `cell`, trained unless it is finished."""
+def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[Cell, Path]:
+    """The run directory of each cell, trained unless it is finished."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(cells, pool.map(lambda cell: train_one(cell, output, jobs, console), cells), strict=True))
+
+
+def train_one(cell: Cell, output: Path, jobs: int, console: Console) -> Path:
     run = output / cell.name
     if (run / "evaluation.json").exists() and (run / "report" / "index.html").exists():
         return run
@@ -106,10 +116,13 @@ def train(cell: Cell, output: Path, console: Console) -> Path:
         *("--samples", str(cell.samples), "--set", "train.eval_every=0", "train.checkpoint_every=0"),
         *(f"phases.0.lr={phase.lr * cell.multiplier}", f"phases.0.muon_lr={phase.muon_lr * cell.multiplier}"),
     ]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with (output / f"{cell.name}.log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        raise CommandError(f"{cell.name} ended with exit code {code}; see {log.name}")
+        done = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+        )
+    if done.returncode != 0:
+        raise CommandError(f"{cell.name} ended with exit code {done.returncode}; see {log.name}")
     return run
 
 

@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", default="runs/compare_pretraining", help="where the runs and the result are written")
     p.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     p.add_argument("--samples", type=int, default=64_000, help="samples that each run sees")
+    p.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
     return p
 
 
@@ -24,7 +25,7 @@ def main() -> None:
 
     output = Path(flags.output)
     output.mkdir(parents=True, exist_ok=True)
-    compare(output, flags.seeds, flags.samples)
+    compare(output, flags.seeds, flags.samples, flags.jobs)
 
 
 if __name__ == "__main__":
