@@ -89,9 +89,13 @@ def load_model(
     directory = resolve(name, "model")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/train.py.
+    slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
         processor = AutoProcessor.from_pretrained(directory)
-        model, info = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
+        )
     check_complete(info, "model", directory)
     return model.to(device).eval(), processor
 

@@ -7,12 +7,14 @@ everything else is rebuilt from its source. Under DeepSpeed they are in the engi
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import (
     LlavaForConditionalGeneration,
     PrinterCallback,
@@ -27,7 +29,7 @@ from clips.errors import NotFiniteError
 from clips.train import StopSignal
 from clips.weights import read_weights, write_weights
 from mllm.checkpoints import seal
-from mllm.data import EpochSampler
+from mllm.data import Collator, EpochSampler, LlavaDataset
 from mllm.features import causal_lm_loss, embed_inputs
 from mllm.stages import parameter_groups
 
@@ -79,6 +81,27 @@ class TrainingModel(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class Indexed(Dataset):
+    """A data set whose samples know their index, so that one can be named when its loss is not finite."""
+
+    def __init__(self, dataset: LlavaDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index] | {"index": index}
+
+
+@dataclass(frozen=True)
+class IndexedCollator:
+    collator: Collator
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.collator(samples) | {"index": torch.tensor([sample["index"] for sample in samples])}
 
 
 class StopCallback(TrainerCallback):
@@ -134,16 +157,28 @@ class LlavaTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """As the Trainer's, and every rank stops before the backward pass when the loss of one is not finite."""
+        indices = inputs.pop("index")
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finite = torch.isfinite(loss.detach()).to(torch.int32)
+        mine = [] if finite else indices.tolist()
         if self.args.world_size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
-            raise NotFiniteError(
-                f"the loss is not finite at step {self.state.global_step + 1}; no weight was changed by this step. "
-                "Lower the learning rate, or look at the data with scripts/check_data.py"
-            )
+            self._not_finite(mine)
         return loss
+
+    def _not_finite(self, mine: list[int]) -> None:
+        """End the run on every rank, naming the samples of the micro-batches whose loss is not finite."""
+        parts = [mine]
+        if self.args.world_size > 1:
+            parts = [[] for _ in range(self.args.world_size)]
+            dist.all_gather_object(parts, mine)
+        records = self.train_dataset.dataset.records
+        names = ", ".join(records[index].name for part in parts for index in part)
+        raise NotFiniteError(
+            f"the loss is not finite at step {self.state.global_step + 1}; no weight was changed by this step. It is "
+            f"that of: {names}. Look at them with scripts/check_data.py, or lower the learning rate"
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
