@@ -297,7 +297,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
         sets = {"answers": read_questions(demo / QUESTIONS), "descriptions": read_questions(demo / DESCRIPTIONS)}
-    sets = {key: questions[: flags.limit] for key, questions in sets.items()}
+    sets = {key: _spread(questions, flags.limit) for key, questions in sets.items()}
     for question in (question for questions in sets.values() for question in questions):
         problem = store.problem(question.image) if question.image and store else None
         if problem:
@@ -321,6 +321,13 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         console.print(f"figures → {out / 'figures.json'}\nNext: python scripts/chat.py --model-path {directory}")
     return figures
+
+
+def _spread(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of them, evenly spread, because question files are sorted by kind."""
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]
 
 
 def _default_output(directory: Path) -> Path:
