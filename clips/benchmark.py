@@ -101,7 +101,9 @@ def fastest(parts: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
 
 def _in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `function` in a fresh process, whose peak memory is then that of `function` alone."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clips.benchmark"])  # the slow imports are paid once, and not counted
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -258,7 +260,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
 Step = Callable[[Batch], None]
 TURN = 4
 """Optimizer steps of one turn."""
-TIMED_STEPS = 40
+TIMED_STEPS = 24
 """Steps of the recipe itself, loader included."""
 
 

@@ -95,7 +95,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 120) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
@@ -295,7 +295,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -
     assert "Next:" in done.text
     assert "phase" not in done.text
     assert {path: path.stat().st_mtime_ns for path in (whole / "r").rglob("*") if path.is_file()} == before
-    assert done.seconds < 20
+    assert done.seconds < 45
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
@@ -382,7 +382,7 @@ def test_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], tmp_path
         with started(command, log) as process:
             wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s + 3, process, log)
             os.killpg(process.pid, number)
-            assert process.wait(30) == code, log.read_text()
+            assert process.wait(60) == code, log.read_text()
         assert_refused(Done(code, log.read_text(), 0), code, "a checkpoint was saved", signal.Signals(number).name)
         assert state(run_dir)["step"] == lines(run_dir)[-1]["step"] > step, "the step was ended, and saved"
         step = state(run_dir)["step"]
@@ -396,7 +396,7 @@ def test_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: 
     with started(deepspeed(SCRIPT, *flags, "--set", "data.workers=1"), log) as process:
         wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) != 0
+        assert process.wait(60) != 0
         end = time.monotonic() + 20
         while not (run_dir / "LATEST").exists() and time.monotonic() < end:  # the launcher does not wait for its own
             time.sleep(0.1)
