@@ -173,10 +173,10 @@ class BatchDataset(Dataset):
 def _iterate(loader: DataLoader) -> Iterator[Batch]:
     # torch sets a SIGCHLD handler that raises wherever the main process happens to be, even in the middle of a
     # save. Without it a dead worker is noticed (within 5 s) only where a batch is awaited.
-    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    # (It is set once per process, by the first loader with workers, whoever that was.)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         while True:
             batch = next(iterator, None)
