@@ -19,9 +19,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    flags = parser().parse_args()
     from clips.data.demo import ensure_demo
 
-    flags = parser().parse_args()
     directory = ensure_demo(flags.dir, seed=flags.seed, image_size=flags.image_size)
     print(f"The demo data is in {directory}\nNext: deepspeed scripts/pretrain_clips.py")
 
