@@ -51,6 +51,12 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
     if repeats < 1:
         raise UserError(f"--repeats {repeats} must be at least 1")
     on = choose_device(device)
+    if on.type == "cpu" and os.getloadavg()[0] > 1:
+        print(
+            f"note: this machine is busy (load {os.getloadavg()[0]:.1f}); figures will scatter, and with more threads "
+            f"than free cores each step may take many times as long (now {torch.get_num_threads()}: OMP_NUM_THREADS)",
+            file=sys.stderr,
+        )
     run = {
         "attention": lambda: attention_rows(on, repeats),
         "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
