@@ -56,8 +56,6 @@ class VisionTower(nn.Module):
         x = torch.cat([cls_B1D.to(dtype), patches_BND.to(dtype)], dim=1)
         if x.shape[1] != len(self.pos_embed):
             side = int((len(self.pos_embed) - 1) ** 0.5) * self.config.patch_size
-            raise ValueError(
-                f"images are {tuple(images.shape[2:])} , the tower is set to {side}: call set_image_size"
-            )
+            raise ValueError(f"images are {tuple(images.shape[2:])} , the tower is set to {side}: call set_image_size")
         tokens = self.blocks(self.pre_norm(x + self.pos_embed.to(dtype)))
         return self.norm(tokens[:, 1:].mean(dim=1)), tokens
