@@ -190,13 +190,13 @@ SETTINGS = ("demo", "b16 112 px")
 
 
 def setting(name: str, device: torch.device, demo_dir: str) -> RunConfig:
-    """A recipe on the demo data: the demo's own, or the low-resolution phase of B/16 (a third of its depth on CPU)."""
+    """A recipe on the demo data: the demo's own, or the low-resolution phase of B/16 (a sixth of its depth on CPU)."""
     demo = recipe("demo")
     data = replace(demo.data, demo_dir=demo_dir)
     if name == "demo":
         return replace(demo, data=data)
     b16 = recipe("b16")
-    batch, depth = (256, 1.0) if device.type == "cuda" else (32, 1 / 3)
+    batch, depth = (256, 1.0) if device.type == "cuda" else (16, 1 / 6)
     phase = replace(b16.phases[0], batch_size=batch, lr=1e-4, warmup_samples=0)
     return replace(b16, model=_shallower(b16.model, depth, phase.image_size), data=data, phases=(phase,))
 
@@ -264,10 +264,10 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
 # ----------------------------------------------------------------------------------------------------------- train
 
 Step = Callable[[Batch], None]
-TURN = 4
+TURN = 2
 """Optimizer steps of one turn."""
-TIMED_STEPS = 24
-"""Steps of the recipe itself, loader included."""
+RECIPE_SECONDS = 10
+"""How long the recipe itself is timed, loader included."""
 
 
 def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
@@ -285,6 +285,7 @@ def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> 
     arguments = (name, device, demo_dir)
     rows = [_in_child(recipe_row, *arguments)]
     for pair, kinds in PAIRS.items():
+        print(f"{name}: {pair}", file=sys.stderr)
         rates = _in_child(paired_rates, *arguments, kinds, repeats)
         for kind in kinds:
             row = {"setting": name, "pair": pair, "what": kind, "samples_per_s": rates[kind]}
@@ -300,17 +301,20 @@ def recipe_row(name: str, device: torch.device, demo_dir: str) -> Row:
     source, tokenizer = _open(run)
     memory, step = PeakMemory(device), clips_step(run, tokenizer, device)
     meter = Meter(device, TrainState(seed=0))
-    warmup, begin = 5, 0.0
-    for index, batch in enumerate(meter.timed(_loader(run, source, tokenizer, warmup + TIMED_STEPS))):
+    warmup, count, elapsed = 3, 0, 0.0
+    for index, batch in enumerate(meter.timed(_loader(run, source, tokenizer, run.phases[0].steps))):
         step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         if index == warmup - 1:
             begin, meter.waiting = time.perf_counter(), 0.0
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - begin
+        elif index >= warmup:
+            count, elapsed = index + 1 - warmup, time.perf_counter() - begin
+        if elapsed > RECIPE_SECONDS:
+            break
     return {
         "setting": name, "pair": "recipe", "what": f"{run.optim.kind}, {run.data.workers} workers",
-        "samples_per_s": TIMED_STEPS * run.phases[0].batch_size / elapsed,
+        "samples_per_s": count * run.phases[0].batch_size / elapsed,
         "data_wait_share": meter.waiting / elapsed, "peak_MB": memory.read(),
     }  # fmt: skip
 
