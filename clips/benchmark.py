@@ -384,7 +384,12 @@ def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.devic
         "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
         "context_length": captioner.length, "vocab_size": run.model.text.vocab_size,
     }  # fmt: skip
-    model = open_clip.CoCa(config["embed_dim"], decoder, text, config["vision_cfg"] | {"output_tokens": True})
+    # CoCa's pooler brings the image tokens, here as many as there are patches, to the decoder's width.
+    pooler = {
+        "attentional_pool": True, "attn_pooler_heads": captioner.heads,
+        "attn_pooler_queries": 1 + run.model.vision.tokens(), "output_tokens": True,
+    }  # fmt: skip
+    model = open_clip.CoCa(config["embed_dim"], decoder, text, config["vision_cfg"] | pooler)
     loss = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=tokenizer.pad_id)
 
     def loss_of(batch: Batch) -> Tensor:

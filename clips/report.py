@@ -162,6 +162,8 @@ def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
 
 
 def _page(record: RunRecord, examples: Examples) -> str:
+    captioner = record.config.get("model", {}).get("captioner") or {}
+    queries = captioner.get("inputs") == "queries"
     demo = _DEMO_NOTE if record.config.get("data", {}).get("train") == "demo" else ""
     sections = [
         _tiles(record),
@@ -173,7 +175,11 @@ def _page(record: RunRecord, examples: Examples) -> str:
         _section("Curves", "Against samples seen.", _curves(record)),
         _section("Retrieval: hits and misses", _RETRIEVAL_NOTE, "".join(map(_retrieved_card, examples.retrieval))),
         _section("Zero-shot predictions", _ZERO_SHOT_NOTE, "".join(map(_classified_card, examples.zero_shot))),
-        _section("Captions", _CAPTIONS_NOTE, "".join(map(_captioned_card, examples.captions))),
+        _section(
+            "Captions",
+            _CAPTIONS_NOTE + (_QUERIES_NOTE if queries else ""),
+            "".join(map(_captioned_card, examples.captions)),
+        ),
         _configuration(record.config),
     ]
     seen = record.train[-1] if record.train else {}
@@ -197,6 +203,11 @@ _DEMO_NOTE = " The demo proves the path and that the measurement works; it is no
 _RETRIEVAL_NOTE = "A caption of the test set, its own image, and the images found for it, best first; green is its own."
 _ZERO_SHOT_NOTE = "Probabilities over all classes, mean of the prompts; green is the true class."
 _CAPTIONS_NOTE = "The captioner reads the image and the web caption; it was trained on the long caption."
+_QUERIES_NOTE = (
+    " With learned queries, the paper's way, a position does not know what the others say: what stands here is each "
+    "position's likeliest word on its own, a look at what was learned and no fluent text. "
+    "--set model.captioner.inputs=tokens trains a captioner that writes."
+)
 
 
 def _section(title: str, note: str, content: str) -> str:

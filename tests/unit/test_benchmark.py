@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def test_the_stock_towers_are_as_large_as_ours(name: str, monkeypatch: pytest.Mo
 def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stock step lowers its own loss on one batch."""
     run, batch = tiny_run(), tiny_batch(0)
+    vision = replace(run.model.vision, width=48)  # another width than the decoder's, as in B/16
+    run = replace(run, model=replace(run.model, vision=vision))
     tokenizer = type("Ids", (), {"pad_id": 0, "eos_id": 2})()
     losses = []
     original = benchmark.stock_step
