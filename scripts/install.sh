@@ -9,7 +9,7 @@
 
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-venv="${VENV:-.venv}"
+venv="${VENV:-$PWD/.venv}" # absolute: tests start Python from other folders
 case "${VENV:-}" in "" | /*) ;; *) venv="$caller/$VENV" ;; esac
 
 fail() {
