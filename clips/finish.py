@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from clips.captions import CaptionTokenizer
 from clips.config import RunConfig
-from clips.data.images import decode_image, eval_transform
-from clips.data.sample import BrokenSample
 from clips.data.splits import open_split, split_spec
-from clips.errors import UserError
 from clips.evaluate import evaluate
-from clips.export import export_all
+from clips.export import export_all, sample_inputs
 from clips.model import CLIPS
 from clips.report import collect_examples, write_report
-
-SAMPLES_CHECKED = 8
-"""Images and captions on which each export is compared with the trained model."""
 
 
 def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
@@ -31,7 +24,7 @@ def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_di
     if split is not None:
         figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
         console.print(figures_table(figures, f"{split} split"))
-    images, texts = _samples(run, split or "train", size)
+    images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
@@ -64,21 +57,3 @@ def figures_table(figures: dict[str, float], title: str) -> Table:
     for name, value in figures.items():
         table.add_row(name, f"{value:.1f}")
     return table
-
-
-def _samples(run: RunConfig, split: str, image_size: int) -> tuple[torch.Tensor, list[str]]:
-    """The first few readable images of a split, normalised, with their web captions."""
-    source, transform = open_split(run.data, split, need_long=False), eval_transform(image_size)
-    images, texts = [], []
-    for index in range(len(source)):
-        try:
-            sample = source.read(index)
-            images.append(transform(decode_image(sample.image)))
-            texts.append(sample.web)
-        except BrokenSample:
-            continue
-        if len(images) == SAMPLES_CHECKED:
-            break
-    if not images:
-        raise UserError(f"no sample of the {split} split can be read, so the exports cannot be checked")
-    return torch.stack(images), texts
