@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from clips.errors import CommandError
+from clips.errors import CommandError, Stopped
 from clips.recipes import recipe
+
+T, R = TypeVar("T"), TypeVar("R")
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "pretrain_clips.py"
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
@@ -116,14 +122,56 @@ def train_one(cell: Cell, output: Path, jobs: int, console: Console) -> Path:
         *("--samples", str(cell.samples), "--set", "train.eval_every=0", "train.checkpoint_every=0"),
         *(f"phases.0.lr={phase.lr * cell.multiplier}", f"phases.0.muon_lr={phase.muon_lr * cell.multiplier}"),
     ]
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    with (output / f"{cell.name}.log").open("w") as log:
-        done = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
-        )
-    if done.returncode != 0:
-        raise CommandError(f"{cell.name} ended with exit code {done.returncode}; see {log.name}")
+    Commands(jobs).run(command, output / f"{cell.name}.log")
     return run
+
+
+class Commands:
+    """Commands beside each other, each with its share of the cores and with what it prints in a file."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = threading.Event()
+
+    def run(self, command: Sequence[str], log: Path, **popen: Any) -> None:
+        """Run one to its end and append its output to `log`. Raises CommandError with the log's end if it fails.
+
+        `popen` are further arguments of `subprocess.Popen`.
+        """
+        if self.stopping.is_set():
+            raise CommandError("stopped")
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        with log.open("a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, **popen)
+        self.running.add(process)
+        if self.stopping.is_set():  # the signal came between the check above and here
+            process.terminate()
+        code = process.wait()
+        self.running.discard(process)
+        if code != 0:
+            end = "\n  ".join(log.read_text(errors="replace").splitlines()[-5:])
+            raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`function` of each item, `jobs` at a time. After an error no further one begins.
+
+        SIGTERM and Ctrl-C are passed on to the commands that run (which save first) and raise Stopped.
+        """
+
+        def stop(number: int, frame: object) -> None:
+            self.stopping.set()
+            for process in list(self.running):
+                process.terminate()
+            raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                return list(pool.map(function, items))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def validation_score(run: Path) -> float:

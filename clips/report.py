@@ -12,8 +12,9 @@ import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clips.plots import (
     DARK,
     LIGHT,
     Panel,
+    Theme,
     captions_plot,
     curves_plot,
     pretty,
@@ -167,15 +169,15 @@ def _page(record: RunRecord, examples: Examples) -> str:
     demo = _DEMO_NOTE if record.config.get("data", {}).get("train") == "demo" else ""
     sections = [
         _tiles(record),
-        _section(
+        section(
             "Results",
             _RESULTS_NOTE + (_DEMO_NOTE if demo else ""),
             "".join(_results_table(*item) for item in record.figures.items()),
         ),
-        _section("Curves", "Against samples seen.", _curves(record)),
-        _section("Retrieval: hits and misses", _RETRIEVAL_NOTE, "".join(map(_retrieved_card, examples.retrieval))),
-        _section("Zero-shot predictions", _ZERO_SHOT_NOTE, "".join(map(_classified_card, examples.zero_shot))),
-        _section(
+        section("Curves", "Against samples seen.", _curves(record)),
+        section("Retrieval: hits and misses", _RETRIEVAL_NOTE, "".join(map(_retrieved_card, examples.retrieval))),
+        section("Zero-shot predictions", _ZERO_SHOT_NOTE, "".join(map(_classified_card, examples.zero_shot))),
+        section(
             "Captions",
             _CAPTIONS_NOTE + (_QUERIES_NOTE if queries else ""),
             "".join(map(_captioned_card, examples.captions)),
@@ -188,13 +190,17 @@ def _page(record: RunRecord, examples: Examples) -> str:
         f"{int(seen.get('samples', 0)):,} samples",
         _model_line(record.config),
     ]
-    title = html.escape(record.name)
+    return html_page(record.name, " · ".join(filter(None, line)), "".join(sections))
+
+
+def html_page(title: str, note: str, content: str, style: str = "") -> str:
+    """A whole page around `content` (HTML): one file, light and dark, desktop and phone. `style` adds CSS."""
+    title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{title}</h1><p class="note">{html.escape(" · ".join(filter(None, line)))}</p>'
-        f"{''.join(sections)}</main></body></html>\n"
+        f"<title>{title}</title><style>{STYLE}{style}</style></head><body><main>"
+        f'<h1>{title}</h1><p class="note">{html.escape(note)}</p>{content}</main></body></html>\n'
     )
 
 
@@ -210,8 +216,8 @@ _QUERIES_NOTE = (
 )
 
 
-def _section(title: str, note: str, content: str) -> str:
-    """Nothing when there is no content."""
+def section(title: str, note: str, content: str) -> str:
+    """A titled box around `content` (HTML); nothing when there is no content."""
     cards = f'<div class="cards">{content}</div>' if content.startswith('<div class="card') else content
     return f'<section><h2>{title}</h2><p class="note">{note}</p>{cards}</section>' if content else ""
 
@@ -230,6 +236,11 @@ def _tiles(record: RunRecord) -> str:
         tiles.append((f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "samples per second", note))
     if record.train and math.isfinite(record.train[-1].get("loss", math.nan)):
         tiles.append((f"{record.train[-1]['loss']:.3f}", "last loss", f"step {record.train[-1]['step']:,}"))
+    return tile_row(tiles)
+
+
+def tile_row(tiles: Iterable[tuple[str, str, str]]) -> str:
+    """Boxes with (value, label, note)."""
     return (
         '<div class="tiles">'
         + "".join(
@@ -258,23 +269,19 @@ def _curves(record: RunRecord) -> str:
         return ""
     content = ""
     for panel in panels(record):
-        light, dark = (_data(_png(curves_plot([panel], theme))) for theme in (LIGHT, DARK))
-        content += (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{html.escape(panel.title)}"></picture>'
-        )
+        content += themed(partial(curves_plot, [panel]), panel.title)
     return f'<div class="curves">{content}</div>'
 
 
 def _retrieved_card(e: Retrieved) -> str:
     found = "".join(
-        f'<figure{" class=true" if i == e.rank else ""}><img src="{_data(image)}" alt="">{i}</figure>'
+        f'<figure{" class=true" if i == e.rank else ""}><img src="{data_uri(image)}" alt="">{i}</figure>'
         for i, image in enumerate(e.found, 1)
     )
     kind = "hit" if e.rank == 1 else "miss"
     return (
         f'<div class="card"><p><span class="badge {kind}">{verdict(e.rank)}</span>{html.escape(e.query)}</p>'
-        f'<div class="row"><figure class="first"><img src="{_data(e.truth)}" alt="">own image</figure>{found}</div>'
+        f'<div class="row"><figure class="first"><img src="{data_uri(e.truth)}" alt="">own image</figure>{found}</div>'
         "</div>"
     )
 
@@ -287,14 +294,15 @@ def _classified_card(e: Classified) -> str:
         for name, p in zip(e.classes, e.probabilities, strict=True)
     )
     return (
-        f'<div class="card split"><img src="{_data(e.image)}" alt=""><div><p><span class="badge {kind}">{word}</span>'
+        f'<div class="card split"><img src="{data_uri(e.image)}" alt=""><div>'
+        f'<p><span class="badge {kind}">{word}</span>'
         f"{html.escape(e.label)}</p>{bars}</div></div>"
     )
 
 
 def _captioned_card(e: Captioned) -> str:
     return (
-        f'<div class="card split"><img src="{_data(e.image)}" alt=""><div><dl><dt>generated</dt>'
+        f'<div class="card split"><img src="{data_uri(e.image)}" alt=""><div><dl><dt>generated</dt>'
         f"<dd>{html.escape(e.generated)}</dd><dt>long caption</dt><dd>{html.escape(e.truth)}</dd>"
         f"<dt>web caption</dt><dd>{html.escape(e.web)}</dd></dl></div></div>"
     )
@@ -315,11 +323,21 @@ def _model_line(config: Mapping[str, Any]) -> str:
     )
 
 
+def themed(draw: Callable[[Theme], Plot], alt: str) -> str:
+    """A plot inside the page, drawn once for light and once for dark."""
+    light, dark = (data_uri(_png(draw(theme))) for theme in (LIGHT, DARK))
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{html.escape(alt)}"></picture>'
+    )
+
+
 def _png(plot: Plot) -> bytes:
     out = io.BytesIO()
     plot.savefig(out, format="png")
     return out.getvalue()
 
 
-def _data(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A PNG as something that `src` takes."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
