@@ -145,8 +145,9 @@ _WORD = re.compile(rf"\s*(?:[{_CJK}]|[^\s{_CJK}]+)")
 def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.Random | np.random.Generator) -> str:
     """The piece of the long caption that the text tower sees in this step.
 
-    sentence draws one sentence uniformly; truncation, block_mask and random_mask keep the first, a contiguous
-    and a scattered `config.sub_caption_tokens` words, in order; full keeps everything (the text layout cuts it).
+    sentence draws one sentence uniformly, or `config.sentence_share` of them in a row; truncation, block_mask and
+    random_mask keep the first, a contiguous and a scattered `config.sub_caption_tokens` words, in order; full keeps
+    everything (the text layout cuts it).
     Where the long caption holds no word or sentence, the web caption takes its place. Pure in `rng`, of which
     only `random()` is used.
     """
@@ -156,18 +157,24 @@ def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.
         return long
     if config.strategy == "sentence":
         sentences = split_sentences(long, config.splitter)
-        return sentences[int(rng.random() * len(sentences))]
+        count = max(1, round(config.sentence_share * len(sentences)))
+        return " ".join(_block(sentences, count, rng))
     words = _WORD.findall(long)
     count = min(config.sub_caption_tokens, len(words))
     if config.strategy == "truncation":
         words = words[:count]
     elif config.strategy == "block_mask":
-        first = int(rng.random() * (len(words) - count + 1))
-        words = words[first : first + count]
+        words = _block(words, count, rng)
     else:  # random_mask: the places of the `count` smallest of as many random keys
         keys = [rng.random() for _ in words]
         words = [words[i] for i in sorted(sorted(range(len(words)), key=keys.__getitem__)[:count])]
     return "".join(words).strip()
+
+
+def _block(pieces: list[str], count: int, rng: random.Random | np.random.Generator) -> list[str]:
+    """`count` pieces in a row, every place alike."""
+    first = int(rng.random() * (len(pieces) - count + 1))
+    return pieces[first : first + count]
 
 
 # --- cleaning ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ where it was. Figures are those of the test split.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,10 +26,13 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
 
-from clips.errors import CommandError, Stopped
+from clips.config import RunConfig
+from clips.config import difference as differing_fields
+from clips.errors import CommandError, Stopped, UserError
 from clips.recipes import recipe
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -49,33 +53,60 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run."""
+    """One training run: a recipe, at so many samples and with some settings (`--set`) of its own."""
 
     recipe: str
     name: str
-    multiplier: float
     samples: int
     seed: int
+    settings: tuple[str, ...] = ()
+
+    def command(self, output: Path) -> list[str]:
+        """The command that trains it in `output`/`name`; it evaluates and saves at its end only."""
+        return [
+            *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output-dir", str(output)),
+            *("--samples", str(self.samples), "--seed", str(self.seed)),
+            *("--set", "train.eval_every=0", "train.checkpoint_every=0", *self.settings),
+        ]
+
+    def config(self) -> RunConfig:
+        """What `command` makes of its flags."""
+        run = recipe(self.recipe)
+        warmup = [p.warmup_samples * self.samples // p.samples for p in run.phases]
+        return run.override(
+            [f"train.seed={self.seed}", f"phases.*.samples={self.samples}"]
+            + [f"phases.{i}.warmup_samples={count}" for i, count in enumerate(warmup)]
+            + ["train.eval_every=0", "train.checkpoint_every=0", *self.settings]
+        )
+
+    def is_finished(self, output: Path) -> bool:
+        """Whether `output` holds it, evaluated. Raises UserError where another run has its name."""
+        run = output / self.name
+        if not (run / "config.json").exists():
+            return False
+        if changes := differing_fields(RunConfig.load(run / "config.json"), self.config()):
+            raise UserError(
+                f"{run} holds a run with other settings:\n  " + "\n  ".join(changes) + "\nGive another --output"
+            )
+        return (run / "evaluation.json").exists() and (run / "report" / "index.html").exists()
 
 
 def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     """Run what is missing of the comparison, `jobs` cells at a time, and write `comparison.json` and a table."""
     console = Console(stderr=True)
     recipes = {"CLIPS": "demo", "CLIP": "clip_baseline"}
-    grid = [
-        Cell(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
+    grid = {
+        (name, multiplier): tuned(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
         for name in recipes.values()
         for multiplier in MULTIPLIERS
-    ]
-    scores = {cell: validation_score(run) for cell, run in train(grid, output, jobs, console).items()}
-    best = {
-        name: max((cell for cell in grid if cell.recipe == name), key=scores.get).multiplier
-        for name in recipes.values()
     }
+    runs = train(list(grid.values()), output, jobs, console)
+    scores = {key: validation_score(runs[cell]) for key, cell in grid.items()}
+    best = {name: max(MULTIPLIERS, key=lambda multiplier: scores[name, multiplier]) for name in recipes.values()}
     console.print(f"kept learning-rate multipliers: {best}")
 
     def group(name: str, label: str, count: int) -> list[Cell]:
-        return [Cell(name, f"{label}-seed{seed}", best[name], count, seed) for seed in range(seeds)]
+        return [tuned(name, f"{label}-seed{seed}", best[name], count, seed) for seed in range(seeds)]
 
     equal = {"CLIPS": group("demo", "clips", samples), "CLIP, equal samples": group("clip_baseline", "clip", samples)}
     runs = train([cell for cells in equal.values() for cell in cells], output, jobs, console)
@@ -103,27 +134,36 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     console.print(f"written to {output / 'comparison.json'}")
 
 
+def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> Cell:
+    """Recipe `name` with its learning rates multiplied."""
+    phase = recipe(name).phases[0]
+    rates = (f"phases.0.lr={phase.lr * multiplier}", f"phases.0.muon_lr={phase.muon_lr * multiplier}")
+    return Cell(name, label, samples, seed, rates)
+
+
 def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[Cell, Path]:
-    """The run directory of each cell, trained unless it is finished."""
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(cells, pool.map(lambda cell: train_one(cell, output, jobs, console), cells), strict=True))
+    """The run directory of each cell, trained unless it is finished; a bar of the samples that are done."""
+    missing = [cell for cell in cells if not cell.is_finished(output)]
+    commands = Commands(jobs)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        "left",
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not missing) as progress:
+        bar = progress.add_task(f"{len(missing)} runs", total=sum(cell.samples for cell in missing))
 
+        def run(cell: Cell) -> None:
+            console.print(f"training {cell.name}: {cell.samples:,} samples", highlight=False)
+            _, *flags = cell.command(output)
+            commands.run([sys.executable, str(SCRIPT), *flags], output / f"{cell.name}.log")
+            progress.advance(bar, cell.samples)
 
-def train_one(cell: Cell, output: Path, jobs: int, console: Console) -> Path:
-    run = output / cell.name
-    if (run / "evaluation.json").exists() and (run / "report" / "index.html").exists():
-        return run
-    phase = recipe(cell.recipe).phases[0]
-    console.print(f"training {cell.name}: {cell.samples:,} samples, learning rates × {cell.multiplier:g}")
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        *("--recipe", cell.recipe, "--name", cell.name, "--output-dir", str(output), "--seed", str(cell.seed)),
-        *("--samples", str(cell.samples), "--set", "train.eval_every=0", "train.checkpoint_every=0"),
-        *(f"phases.0.lr={phase.lr * cell.multiplier}", f"phases.0.muon_lr={phase.muon_lr * cell.multiplier}"),
-    ]
-    Commands(jobs).run(command, output / f"{cell.name}.log")
-    return run
+        commands.map(run, missing)
+    return {cell: output / cell.name for cell in cells}
 
 
 class Commands:
@@ -181,21 +221,33 @@ def validation_score(run: Path) -> float:
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 
 
-def figures(run: Path) -> dict[str, float]:
+def figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's test figures in percent, and how long its training steps take on an otherwise idle machine."""
     found = json.loads((run / "evaluation.json").read_text())["figures"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
-    return {name: found[name]["value"] for name in FIGURES} | {"train_seconds": round(seconds, 1)}
+    return {name: found[name]["value"] for name in names} | {"train_seconds": round(seconds, 1)}
 
 
-def difference(ours: list[dict], theirs: list[dict], name: str) -> dict[str, float]:
-    """Mean difference over seeds with a 95 % Welch interval (seeds are independent runs)."""
+def difference(ours: list[dict], theirs: list[dict], name: str) -> dict[str, Any]:
+    """Mean difference over seeds with a 95 % Welch interval: None where the seeds show no spread at all.
+
+    Welch, not pairs by seed: a seed sets the order of the data and the first weights alike in both, but what that
+    leaves in common after training is small, and pairing costs half of the degrees of freedom (three seeds: 2 instead
+    of up to 4, so intervals up to 1.5 times as wide). What is in common makes this interval too wide, not too narrow.
+    """
     a, b = [row[name] for row in ours], [row[name] for row in theirs]
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return {"mean": mean(a) - mean(b), "ci95": [float(interval.low), float(interval.high)]}
+    ends = [float(interval.low), float(interval.high)]
+    return {"mean": mean(a) - mean(b), "ci95": ends if all(map(math.isfinite, ends)) else None}
+
+
+def show_difference(found: dict[str, Any]) -> str:
+    """`+1.2 [+0.3, +2.1]`"""
+    ends = f" [{found['ci95'][0]:+.1f}, {found['ci95'][1]:+.1f}]" if found["ci95"] else ""
+    return f"{found['mean']:+.1f}{ends}".replace("-", "−")
 
 
 def table(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
@@ -210,6 +262,6 @@ def table(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
         row = [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{mean(c):.1f}" for c in cells]
         for by_name in differences.values():
             d = by_name.get(name)
-            row.append(f"{d['mean']:+.1f} [{d['ci95'][0]:+.1f}, {d['ci95'][1]:+.1f}]" if d else "")
+            row.append(show_difference(d) if d else "")
         out.add_row(name, *row)
     return out

@@ -121,11 +121,14 @@ class CaptionsConfig:
     splitter: SentenceSplitter = "smart"
     sub_caption_tokens: int = 32
     """Tokens kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
+    sentence_share: float = 0.0
+    """Strategy sentence: the share of the long caption's sentences that is kept, in a row; one at least."""
 
     def __post_init__(self) -> None:
         _one_of("captions.tokenizer", self.tokenizer, TokenizerKind)
         _one_of("captions.strategy", self.strategy, SubCaptionStrategy)
         _one_of("captions.splitter", self.splitter, SentenceSplitter)
+        _require(0 <= self.sentence_share <= 1, f"captions.sentence_share {self.sentence_share} is not in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

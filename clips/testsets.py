@@ -20,6 +20,7 @@ PROTOCOLS = {
     "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
     "part": "sentences of the long caption (at most five), which may fit other images too: `sentences`, or split here",
     "web": "the web caption",
+    "long": "the whole long caption, as far as the text tower reads",
 }
 SENTENCES_PER_IMAGE = 5
 

@@ -187,6 +187,20 @@ def test_draws_are_uniform_and_take_a_numpy_generator():
     assert len({sub_caption("w", "a b c d", scattered, rng) for _ in range(300)}) == 6
 
 
+def test_a_share_of_the_sentences():
+    """One sentence at least, and in a row; share 0 draws as ever, so that older runs resume to the same."""
+    long, rng = "One. Two. Three. Four.", random.Random(0)
+
+    def drawn(share):
+        return {sub_caption("w", long, CaptionsConfig(sentence_share=share), rng) for _ in range(100)}
+
+    assert drawn(0.0) == drawn(0.25) == {"One.", "Two.", "Three.", "Four."}
+    assert drawn(0.5) == {"One. Two.", "Two. Three.", "Three. Four."}
+    assert drawn(1.0) == {long}
+    with pytest.raises(UserError, match="sentence_share"):
+        CaptionsConfig(sentence_share=1.5)
+
+
 def test_scripts_without_spaces_count_by_the_character():
     config = CaptionsConfig(strategy="truncation", sub_caption_tokens=3)
     assert sub_caption("w", "一只小狗在跑", config, random.Random(0)) == "一只小"
