@@ -1,0 +1,279 @@
+"""The report of the paper's claims: one list of sections, written as an offline page and as Markdown.
+
+Everything comes from the content of claims.json, so the page can be written again without the runs.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+from scipy import stats
+
+from clips.claims import CONTEXT, CONTRADICTED, MEANS, OPEN, REPRODUCED
+from clips.compare import show_difference
+from clips.plots import LIGHT, SERIES, Theme
+from clips.report import html_page, section, themed, tile_row
+
+TITLE = "The claims of CLIPS, in small"
+NAMES = {
+    "sentence_r1": "retrieval R@1, test sentences",
+    "long_r1": "retrieval R@1, full long captions",
+    "part_r1": "retrieval R@1, parts of the long caption",
+    "web_r1": "retrieval R@1, web captions",
+    "zero_shot_top1": "zero-shot accuracy",
+    "linear_probe_top1": "linear probe accuracy",
+}
+WAYS = {"i2t": "image → text", "t2i": "text → image"}
+DRAWN = {
+    "sentence_r1": "R@1, test sentences (decides)",
+    "long_r1": "R@1, full long captions",
+    "zero_shot_top1": "zero-shot",
+    "linear_probe_top1": "linear probe",
+}
+STYLE = """
+.plot { max-width: 640px; margin: 0 auto 14px; }
+.verdict { font-weight: 600; } .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
+section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 130px; }
+.tile b { font-size: 1.05rem; }
+"""
+
+
+@dataclass
+class Grid:
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass
+class Chart:
+    name: str
+    """The PNG file that the Markdown shows."""
+    claim: Mapping[str, Any]
+    variants: Mapping[str, Any]
+
+
+@dataclass
+class Section:
+    title: str
+    blocks: list[str | Grid | Chart]
+
+
+def write_reports(result: dict[str, Any], output: Path) -> None:
+    """Write claims.html, claims.md and a PNG file per chart for the content of claims.json."""
+    found = sections(result)
+    line = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds, on the demo's drawings"
+    tiles = tile_row(
+        (_short(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items()
+    )
+    page = html_page(TITLE, line, tiles + "".join(map(_html, found)), STYLE)
+    (output / "claims.html").write_text(page, encoding="utf-8")
+    text = f"# {TITLE}\n\n{line}.\n\n" + "\n".join(map(_markdown, found))
+    (output / "claims.md").write_text(text, encoding="utf-8")
+    for chart in (block for part in found for block in part.blocks if isinstance(block, Chart)):
+        draw(chart, LIGHT).savefig(output / chart.name)
+
+
+def _short(claim: Mapping[str, Any]) -> str:
+    """The verdict for a tile: a count where the comparisons differ."""
+    verdicts = [contrast["verdict"] for contrast in claim.get("contrasts", [])]
+    if len(set(verdicts)) < 2:
+        return html.escape(claim["verdict"])
+    counts = [(kind.removesuffix(" here"), verdicts.count(kind)) for kind in (REPRODUCED, CONTRADICTED, OPEN)]
+    return " · ".join(f"{count} {kind}" for kind, count in counts if count)
+
+
+def sections(result: Mapping[str, Any]) -> list[Section]:
+    """The whole report, in order."""
+    claims, variants = result["claims"], result["variants"]
+    return [
+        Section("How to read it", _how_to_read(result)),
+        *(Section(f"({key}) {claim['title']}", _claim(key, claim, variants)) for key, claim in claims.items()),
+        *([Section("Lengths of the texts", _lengths(result))] if variants else []),
+        Section("How it was run", _how_it_ran(result)),
+    ]
+
+
+def _how_to_read(result: Mapping[str, Any]) -> list[str]:
+    count = sum(len(claim.get("contrasts", [])) for claim in result["claims"].values())
+    return [
+        f"What decides was fixed before anything was trained: the difference in {NAMES[result['deciding_figure']]} "
+        "(percent, mean of image → text and text → image) between two variants. “Reproduced here”: its 95 % interval "
+        "lies above 0, in the direction of the claim; “contradicted here”: below 0; “not reproduced here”: it covers "
+        "0, so that nothing is shown either way. Means alone decide nothing.",
+        f"Equal in all runs: {result['samples']:,} samples seen, batch, image tower, and for each seed the order "
+        "of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets the order "
+        "and the first weights alike, but what that leaves in common after training is small, and pairing by seed "
+        "would halve the degrees of freedom. They speak of other seeds on these test images, not of other images. "
+        f"They are not corrected for there being {count} comparisons: of twenty without a difference one is "
+        "expected to look like one.",
+        "Limits: the scenes are drawings with exact, generated captions and the models are tiny, so a claim that does "
+        "not hold here may hold at the paper's scale, and the other way round. Learning rates are those of the recipes "
+        "(demo, and clip_baseline for one text per image), each searched for the recipe itself and not for every "
+        "variant. Equal samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead "
+        "of the demo's 32, so that the full captions fit.",
+    ]
+
+
+def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str | Grid | Chart]:
+    blocks: list[str | Grid | Chart] = [f"The paper: {claim['paper']}", f"Verdict: {claim['verdict']}."]
+    if "missing" in claim:
+        return [*blocks, f"To get there: {claim['missing']}."]
+    if "variants" not in claim:  # LLaVA, from another report
+        rows = [
+            (f"{c['a']} − {c['b']}", c["verdict"], show_difference(c), str(c["seeds"]), f"{c['items']:,}")
+            for c in claim["contrasts"]
+        ]
+        source = f"From {claim['report']}: accuracy in percent, with that report's interval (over items and seeds)."
+        return [*blocks, Grid(("comparison", "verdict", "accuracy", "seeds", "items"), rows), source]
+    labels = {name: variants[name]["label"] for name in claim["variants"]}
+    contrasts = [
+        (
+            f"{labels[c['a']]} − {labels[c['b']]}",
+            c["verdict"],
+            *(show_difference(c["figures"][figure]) for figure in DRAWN),
+        )
+        for c in claim["contrasts"]
+    ]
+    figures = [
+        *((name, NAMES[name]) for name in MEANS),
+        *((f"{p}_{way}_r1", f"{p}, {words}") for p in ("sentence", "long") for way, words in WAYS.items()),
+        *((name, NAMES[name]) for name in NAMES if name not in MEANS),
+        ("train_seconds", "seconds of training"),
+    ]
+    table = [
+        (words, *(_spread([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
+        for name, words in figures
+    ]
+    return [
+        *blocks,
+        Chart(f"claim-{key}.png", claim, variants),
+        "Differences in percentage points with their 95 % intervals; the first figure decides:",
+        Grid(("comparison", "verdict", *DRAWN.values()), contrasts),
+        f"With care: {claim['caution']}",
+        "Test split, percent, mean ± standard deviation over seeds:",
+        Grid(("", *labels.values()), table),
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def _lengths(result: Mapping[str, Any]) -> list[str | Grid]:
+    tests = ", ".join(f"{name} {tokens:g}" for name, tokens in result["test_text_tokens"].items())
+    rows = [
+        (variant["label"], *(f"{variant['text_tokens'][name]:g}" if name in variant["text_tokens"] else "" for name in
+         ("web", "sub")))
+        for variant in result["variants"].values()
+    ]  # fmt: skip
+    return [
+        "A model is measured best with texts as long as those it was trained on. Mean tokens of what the text towers "
+        "were fed; where a variant has one text per image, it is the mix of web and synthetic captions:",
+        Grid(("variant", "web caption, or the one text", "piece of the long caption"), rows),
+        f"Mean tokens of the test set's texts: {tests}.",
+    ]
+
+
+def _how_it_ran(result: Mapping[str, Any]) -> list[str | Grid]:
+    rows = [
+        (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
+        for name, variant in result["variants"].items()
+    ]
+    environment = {name: value for name, value in result["environment"].items() if name != "packages"}
+    packages = result["environment"].get("packages", {})
+    return [
+        f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes this time, {result['jobs']} runs beside "
+        "each other; finished runs are not run again)",
+        *([f"Variants, all with {CONTEXT}:", Grid(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
+        "Environment: " + ", ".join(f"{name} {value}" for name, value in (environment | packages).items()),
+        "claims.json holds each run's whole configuration, seed, command and figures.",
+    ]
+
+
+# --- the chart
+
+
+def draw(chart: Chart, theme: Theme) -> Plot:
+    """The variants' figures as lines (steps of one quantity) or bars; whiskers are 95 % t intervals over seeds."""
+    names = chart.claim["variants"]
+    plot = Plot(figsize=(4.7, 3.7), dpi=180, facecolor=theme.paper, layout="constrained")
+    axes = plot.subplots()
+    axes.set_facecolor(theme.paper)
+    width = 0.8 / len(DRAWN)
+    for number, ((figure, label), colour) in enumerate(zip(DRAWN.items(), SERIES, strict=True)):
+        values = [[run["figures"][figure] for run in chart.variants[name]["runs"]] for name in names]
+        means, whiskers = [mean(v) for v in values], [_half_width(v) for v in values]
+        if chart.claim["line"]:
+            places = [i + 0.03 * (number - 1.5) for i in range(len(names))]
+            axes.plot(places, means, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=label)
+        else:
+            places = [i + width * (number - 1.5) for i in range(len(names))]
+            axes.bar(places, means, width * 0.92, color=colour, label=label)
+        axes.errorbar(places, means, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
+    axes.set_xticks(range(len(names)), [_tick(chart.variants[name]["label"]) for name in names])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
+    plot.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False, labelcolor=theme.ink)
+    return plot
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of the mean of independent runs."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
+
+
+def _tick(label: str) -> str:
+    """A label in two lines of about equal length."""
+    words = label.split()
+    cut = min(range(1, len(words)), key=lambda i: abs(len(" ".join(words[:i])) - len(label) / 2), default=len(words))
+    return f"{' '.join(words[:cut])}\n{' '.join(words[cut:])}".strip()
+
+
+# --- the two forms
+
+
+def _html(part: Section) -> str:
+    return section(html.escape(part.title), "", "".join(map(_html_block, part.blocks)))
+
+
+def _html_block(block: str | Grid | Chart) -> str:
+    if isinstance(block, Chart):
+        return f'<div class="plot">{themed(lambda theme: draw(block, theme), block.claim["title"])}</div>'
+    if isinstance(block, Grid):
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in block.head)
+        rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in block.rows)
+        return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    mark, _, text = block.partition(": ")
+    if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
+        return f"<p><b>{mark}.</b> {html.escape(text)}</p>"
+    return f"<p>{html.escape(block)}</p>"
+
+
+def _html_cell(text: str) -> str:
+    kind = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}.get(text)
+    if kind:
+        return f'<td class="verdict {kind}">{text}</td>'
+    return f'<td class="{"wrap" if len(text) > 32 else ""}">{html.escape(text)}</td>'
+
+
+def _markdown(part: Section) -> str:
+    return f"## {part.title}\n\n" + "\n".join(f"{_markdown_block(block)}\n" for block in part.blocks)
+
+
+def _markdown_block(block: str | Grid | Chart) -> str:
+    if isinstance(block, Chart):
+        return f"![{block.claim['title']}]({block.name})"
+    if isinstance(block, Grid):
+        rows = [block.head, ["---"] * len(block.head), *block.rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return block
