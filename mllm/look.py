@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clips.data.demo import CONCEPTS, PROMPTS
+from clips.data.demo import PROMPTS
 from clips.data.images import eval_transform
 from clips.engine import choose_device
 from clips.errors import UserError
@@ -64,14 +64,11 @@ class Look:
     """A trained encoder, opened for looking; safe to use from several threads."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device) -> None:
-        self.path = loaded.path
         self.model = loaded.model.to(device)
         self.tokenizer = loaded.tokenizer
         self.device = device
         self.transform = eval_transform(tower_size(self.model))
         demo = loaded.run.data.train == "demo"
-        self.labels = tuple(CONCEPTS)
-        """Where the questions start: the demo's concepts."""
         self.templates = tuple(PROMPTS) if demo else default_templates()
         self._text_features = lru_cache(maxsize=64)(self._encode_names)
 
@@ -79,11 +76,6 @@ class Look:
     def load(path: str | Path, *, device: str = "auto") -> Look:
         """Open a run directory, an export, or an open_clip export of CLIPS; UserError when there is none."""
         return Look(load_model(path), choose_device(device))
-
-    def describe(self) -> str:
-        """One line for people."""
-        size, grid = tower_size(self.model), self._grid()
-        return f"{self.path} · {size} px, {grid} × {grid} patches"
 
     @torch.no_grad()
     def zero_shot(self, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:

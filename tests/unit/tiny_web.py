@@ -1,4 +1,4 @@
-"""A tiny CLIPS run whose export can be looked into (native, with its tokenizer), and a scene-like picture."""
+"""Tiny parts of the web page: a CLIPS run whose export can be looked into, stock LLaVA models, a picture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny_mllm import write_run
+from tiny_mllm import write_llm, write_run
 
 from clips.captions import build_tokenizer
 from clips.config import RunConfig
 from clips.export import write_native
 from clips.model import CLIPS
+from mllm.llm import load_llm
+from mllm.model import build_model, save_model
+from mllm.vision import load_vision
 
 
 def write_export(run: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPS:
@@ -25,3 +28,12 @@ def write_export(run: Path, objective: str = "clips", *, pre_norm: bool = False,
 def picture(width: int = 60, height: int = 40, *, seed: int = 0) -> Image.Image:
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_llava(run: Path, export: Path, *, positions: int = 1024) -> Path:
+    """An untrained stock model on the encoder of `export` as a trained run leaves it; its answers rarely end early."""
+    llm = write_llm(run / "llm", max_position_embeddings=positions)
+    vision = load_vision(f"clips:{export}")
+    model, processor = build_model(vision, load_llm(str(llm)))
+    save_model(model, processor, run / "model", card={"Vision encoder": vision.describe()})
+    return run / "model"
