@@ -108,7 +108,7 @@ CLAIMS = {
         paper="A sub-caption as second text beats the web caption alone; the captioner on top is better still.",
         variants=("web", "sentence", "captioner"),
         contrasts=(("sentence", "web"), ("captioner", "sentence")),
-        caution="Equal samples seen is not equal time: see the seconds of training. Web captions of the demo have about "
+        caution="Equal samples seen is not equal time: see the seconds of training. The demo's web captions have about "
         "5 tokens and a fifth of them is wrong, so whatever reads the exact long captions has better and longer "
         "texts too. The web-only variant runs at the baseline recipe's learning rates, the others at the demo "
         "recipe's.",
@@ -133,7 +133,7 @@ CLAIMS = {
         variants=("web", "synthetic20", "synthetic50", "synthetic100"),
         contrasts=(("synthetic20", "web"), ("synthetic20", "synthetic100")),
         caution="The demo's long captions are exact; synthetic captions of photographs err, and are less varied than "
-        "what people write, which is why a small share is best there. The learning rates were found at 20 %.",
+        "what people write, which speaks for a small share there. The learning rates were found at 20 %.",
         line=True,
     ),
 }

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 from scipy import stats
 
-from clips.claims import CONTEXT, CONTRADICTED, MEANS, OPEN, REPRODUCED
+from clips.claims import CONTEXT, CONTRADICTED, DECIDING, MEANS, OPEN, REPRODUCED
 from clips.compare import show_difference
 from clips.plots import LIGHT, SERIES, Theme
 from clips.report import html_page, section, themed, tile_row
@@ -29,18 +29,22 @@ NAMES = {
     "zero_shot_top1": "zero-shot accuracy",
     "linear_probe_top1": "linear probe accuracy",
 }
+COLOURS = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}
 WAYS = {"i2t": "image → text", "t2i": "text → image"}
 DRAWN = {
-    "sentence_r1": "R@1, test sentences (decides)",
-    "long_r1": "R@1, full long captions",
+    "sentence_r1": "R@1 test sentences",
+    "long_r1": "R@1 long captions",
     "zero_shot_top1": "zero-shot",
     "linear_probe_top1": "linear probe",
 }
 STYLE = """
 .plot { max-width: 640px; margin: 0 auto 14px; }
 .verdict { font-weight: 600; } .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
-section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 130px; }
-.tile b { font-size: 1.05rem; }
+.tile b .verdict { display: block; font-size: inherit; } .verdict.open { color: var(--ink); }
+section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 76px; }
+.tile b { font-size: 1.05rem; line-height: 1.35; }
+@media (max-width: 560px) { table { font-size: .77rem; } th { white-space: normal; } th, td { padding-right: 8px; }
+  td.wrap:first-child { min-width: 92px; } td.verdict { min-width: 80px; } }
 """
 
 
@@ -68,9 +72,7 @@ def write_reports(result: dict[str, Any], output: Path) -> None:
     """Write claims.html, claims.md and a PNG file per chart for the content of claims.json."""
     found = sections(result)
     line = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds, on the demo's drawings"
-    tiles = tile_row(
-        (_short(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items()
-    )
+    tiles = tile_row((_tile(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items())
     page = html_page(TITLE, line, tiles + "".join(map(_html, found)), STYLE)
     (output / "claims.html").write_text(page, encoding="utf-8")
     text = f"# {TITLE}\n\n{line}.\n\n" + "\n".join(map(_markdown, found))
@@ -79,33 +81,42 @@ def write_reports(result: dict[str, Any], output: Path) -> None:
         draw(chart, LIGHT).savefig(output / chart.name)
 
 
-def _short(claim: Mapping[str, Any]) -> str:
-    """The verdict for a tile: a count where the comparisons differ."""
+def _tile(claim: Mapping[str, Any]) -> str:
+    """The verdict in a few coloured words (HTML): a count where the comparisons differ."""
     verdicts = [contrast["verdict"] for contrast in claim.get("contrasts", [])]
     if len(set(verdicts)) < 2:
-        return html.escape(claim["verdict"])
-    counts = [(kind.removesuffix(" here"), verdicts.count(kind)) for kind in (REPRODUCED, CONTRADICTED, OPEN)]
-    return " · ".join(f"{count} {kind}" for kind, count in counts if count)
+        return f'<span class="verdict {COLOURS.get(claim["verdict"], "")}">{claim["verdict"]}</span>'
+    return "".join(
+        f'<span class="verdict {COLOURS[kind]}">{verdicts.count(kind)} {kind.removesuffix(" here")}</span>'
+        for kind in COLOURS
+        if kind in verdicts
+    )
 
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """The whole report, in order."""
     claims, variants = result["claims"], result["variants"]
     return [
-        Section("How to read it", _how_to_read(result)),
+        Section("What decides", [_what_decides(result)]),
         *(Section(f"({key}) {claim['title']}", _claim(key, claim, variants)) for key, claim in claims.items()),
+        Section("Controls and limits", _controls(result)),
         *([Section("Lengths of the texts", _lengths(result))] if variants else []),
         Section("How it was run", _how_it_ran(result)),
     ]
 
 
-def _how_to_read(result: Mapping[str, Any]) -> list[str]:
+def _what_decides(result: Mapping[str, Any]) -> str:
+    return (
+        f"Fixed before anything was trained: the difference in {NAMES[result['deciding_figure']]} (percent, mean of "
+        "image → text and text → image) between two variants. “Reproduced here”: its 95 % interval lies above 0, in "
+        "the direction of the claim. “Contradicted here”: below 0. “Not reproduced here”: it covers 0, so that "
+        "nothing is shown either way. Means alone decide nothing."
+    )
+
+
+def _controls(result: Mapping[str, Any]) -> list[str]:
     count = sum(len(claim.get("contrasts", [])) for claim in result["claims"].values())
     return [
-        f"What decides was fixed before anything was trained: the difference in {NAMES[result['deciding_figure']]} "
-        "(percent, mean of image → text and text → image) between two variants. “Reproduced here”: its 95 % interval "
-        "lies above 0, in the direction of the claim; “contradicted here”: below 0; “not reproduced here”: it covers "
-        "0, so that nothing is shown either way. Means alone decide nothing.",
         f"Equal in all runs: {result['samples']:,} samples seen, batch, image tower, and for each seed the order "
         "of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets the order "
         "and the first weights alike, but what that leaves in common after training is small, and pairing by seed "
@@ -126,20 +137,16 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
         return [*blocks, f"To get there: {claim['missing']}."]
     if "variants" not in claim:  # LLaVA, from another report
         rows = [
-            (f"{c['a']} − {c['b']}", c["verdict"], show_difference(c), str(c["seeds"]), f"{c['items']:,}")
+            (f"{c['a']} − {c['b']}", show_difference(c), c["verdict"], str(c["seeds"]), f"{c['items']:,}")
             for c in claim["contrasts"]
         ]
         source = f"From {claim['report']}: accuracy in percent, with that report's interval (over items and seeds)."
-        return [*blocks, Grid(("comparison", "verdict", "accuracy", "seeds", "items"), rows), source]
+        return [*blocks, Grid(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
-    contrasts = [
-        (
-            f"{labels[c['a']]} − {labels[c['b']]}",
-            c["verdict"],
-            *(show_difference(c["figures"][figure]) for figure in DRAWN),
-        )
-        for c in claim["contrasts"]
-    ]
+    pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
+    decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
+    others = [name for name in DRAWN if name != DECIDING]
+    beside = [(pair, *(show_difference(c["figures"][name]) for name in others)) for pair, c in pairs.items()]
     figures = [
         *((name, NAMES[name]) for name in MEANS),
         *((f"{p}_{way}_r1", f"{p}, {words}") for p in ("sentence", "long") for way, words in WAYS.items()),
@@ -153,8 +160,10 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
     return [
         *blocks,
         Chart(f"claim-{key}.png", claim, variants),
-        "Differences in percentage points with their 95 % intervals; the first figure decides:",
-        Grid(("comparison", "verdict", *DRAWN.values()), contrasts),
+        "Differences in percentage points with their 95 % intervals:",
+        Grid(("comparison", DRAWN[DECIDING], "verdict"), decided),
+        "The same in figures that do not decide:",
+        Grid(("comparison", *(DRAWN[name] for name in others)), beside),
         f"With care: {claim['caution']}",
         "Test split, percent, mean ± standard deviation over seeds:",
         Grid(("", *labels.values()), table),
@@ -202,7 +211,7 @@ def _how_it_ran(result: Mapping[str, Any]) -> list[str | Grid]:
 def draw(chart: Chart, theme: Theme) -> Plot:
     """The variants' figures as lines (steps of one quantity) or bars; whiskers are 95 % t intervals over seeds."""
     names = chart.claim["variants"]
-    plot = Plot(figsize=(4.7, 3.7), dpi=180, facecolor=theme.paper, layout="constrained")
+    plot = Plot(figsize=(4.0, 3.5), dpi=200, facecolor=theme.paper, layout="constrained")
     axes = plot.subplots()
     axes.set_facecolor(theme.paper)
     width = 0.8 / len(DRAWN)
@@ -255,15 +264,14 @@ def _html_block(block: str | Grid | Chart) -> str:
         return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
     mark, _, text = block.partition(": ")
     if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
-        return f"<p><b>{mark}.</b> {html.escape(text)}</p>"
+        return f"<p><b>{mark}.</b> {html.escape(text[0].upper() + text[1:])}</p>"
     return f"<p>{html.escape(block)}</p>"
 
 
 def _html_cell(text: str) -> str:
-    kind = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}.get(text)
-    if kind:
-        return f'<td class="verdict {kind}">{text}</td>'
-    return f'<td class="{"wrap" if len(text) > 32 else ""}">{html.escape(text)}</td>'
+    """Words may wrap, figures with their spread may not."""
+    kind = "" if "±" in text or "[" in text else "wrap"
+    return f'<td class="{kind} {f"verdict {COLOURS[text]}" if text in COLOURS else ""}">{html.escape(text)}</td>'
 
 
 def _markdown(part: Section) -> str:
