@@ -25,6 +25,7 @@ from rich.table import Table
 
 from clips import compare
 from clips.captions import CaptionTokenizer
+from clips.checkpoint import write_atomically
 from clips.compare import Cell, difference
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
@@ -182,13 +183,13 @@ def reproduce(
         "jobs": jobs,
         "deciding_figure": DECIDING,
         "environment": environment(next(iter(grid.values()), []), output),
-        "test_text_tokens": test_text_tokens(output / grid[names[0]][0].name) if names else {},
+        "test_text_tokens": evaluation_text_tokens(output / grid[names[0]][0].name) if names else {},
         "claims": {
             key: judge(key, variants) if key in CLAIMS else judge_llava(llava_report) for key in sorted(set(claims))
         },
         "variants": variants,
     }
-    (output / "claims.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_atomically(output / "claims.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     write_reports(result, output)
     for key, claim in result["claims"].items():
         console.print(f"({key}) {claim['title']}: [bold]{claim['verdict']}[/bold]", highlight=False)
@@ -284,7 +285,10 @@ def summary(verdicts: Sequence[str]) -> str:
 
 
 def judge_llava(report: Path) -> dict[str, Any]:
-    """Claim (e) from the report of scripts/compare_encoders.py: clips − clip, or how to get there."""
+    """Claim (e) from the report of scripts/compare_encoders.py: clips − clip, or how to get there.
+
+    That report counts in shares of the questions; here it is percentage points, as everywhere.
+    """
     claim = {"title": LLAVA_TITLE, "paper": LLAVA_PAPER, "report": str(report)}
     if not report.exists():
         missing = f"python scripts/compare_encoders.py writes {report}; then run this command again"
@@ -295,15 +299,15 @@ def judge_llava(report: Path) -> dict[str, Any]:
             for entry in json.loads(report.read_text())["differences"]
             if {entry["a"], entry["b"]} == {"clips", "clip"} and entry["metric"] == "accuracy"
         ]
-        entry = {name: found[0][name] for name in ("a", "b", "metric", "mean", "ci95", "seeds", "items")}
+        entry = {name: found[0][name] for name in ("metric", "seeds", "items")}
+        sign = 100 if found[0]["a"] == "clips" else -100
+        entry |= {"a": "clips", "b": "clip", "mean": sign * found[0]["mean"]}
+        entry |= {"ci95": sorted(sign * end for end in found[0]["ci95"])}
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{report} holds no difference in accuracy between clips and clip ({error!r}): write it with "
             "python scripts/compare_encoders.py, or leave e out of --claims"
         ) from None
-    if entry["a"] == "clip":
-        low, high = entry["ci95"]
-        entry |= {"a": "clips", "b": "clip", "mean": -entry["mean"], "ci95": [-high, -low]}
     return claim | {"contrasts": [entry | {"verdict": verdict(entry["ci95"])}], "verdict": verdict(entry["ci95"])}
 
 
@@ -324,7 +328,7 @@ def train_text_tokens(run_dir: Path, samples: int = 256) -> dict[str, float]:
     return {name: round(float((ids != tokenizer.pad_id).sum(1).float().mean()) - 3, 1) for name, ids in texts.items()}
 
 
-def test_text_tokens(run_dir: Path) -> dict[str, float]:
+def evaluation_text_tokens(run_dir: Path) -> dict[str, float]:
     """Mean tokens of the test set's texts, by protocol (images with a class are for zero-shot, not for retrieval)."""
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")

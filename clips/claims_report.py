@@ -140,7 +140,7 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
             (f"{c['a']} − {c['b']}", show_difference(c), c["verdict"], str(c["seeds"]), f"{c['items']:,}")
             for c in claim["contrasts"]
         ]
-        source = f"From {claim['report']}: accuracy in percent, with that report's interval (over items and seeds)."
+        source = f"From {claim['report']}: accuracy in percentage points, its interval over items and seeds."
         return [*blocks, Grid(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}

@@ -207,12 +207,13 @@ def entry(a: str, b: str, metric: str, ci95: list[float]) -> dict:
 def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     assert "compare_encoders.py" in judge_llava(path)["missing"]
-    others = [entry("clips", "blind", "accuracy", [20, 30]), entry("clips", "clip", "f1", [-9, -1])]
-    found = judge_llava(compare_report(path, [*others, entry("clips", "clip", "accuracy", [1, 3])]))
+    others = [entry("clips", "blind", "accuracy", [0.2, 0.3]), entry("clips", "clip", "f1", [-0.9, -0.1])]
+    found = judge_llava(compare_report(path, [*others, entry("clips", "clip", "accuracy", [0.01, 0.03])]))
     assert found["verdict"] == REPRODUCED
-    turned = judge_llava(compare_report(path, [*others, entry("clip", "clips", "accuracy", [-3, -1])]))
+    turned = judge_llava(compare_report(path, [*others, entry("clip", "clips", "accuracy", [-0.03, -0.01])]))
     assert turned["contrasts"] == found["contrasts"]
-    assert found["contrasts"][0]["mean"] == 2
+    assert found["contrasts"][0]["mean"] == pytest.approx(2)  # percentage points, from shares
+    assert found["contrasts"][0]["ci95"] == pytest.approx([1, 3])
     for broken in ([], others, [{"a": "clips", "b": "clip", "metric": "accuracy"}]):
         with pytest.raises(UserError, match=r"report\.json .*clips and clip"):
             judge_llava(compare_report(path, broken))
@@ -301,7 +302,7 @@ def made_up_result(llava: Path) -> dict:
 
 
 def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
-    report = compare_report(tmp_path / "report.json", [entry("clips", "clip", "accuracy", [0.4, 5.2])])
+    report = compare_report(tmp_path / "report.json", [entry("clips", "clip", "accuracy", [0.004, 0.052])])
     result = json.loads(json.dumps(made_up_result(report), allow_nan=False))
     write_reports(result, tmp_path)
     page, text = (tmp_path / "claims.html").read_text(), (tmp_path / "claims.md").read_text()
