@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Measure what an encoder is worth: one LLaVA-style model per encoder and seed, same questions, intervals, floors."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clips.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument(
+        "--encoders",
+        default="clips,clip,random,blind",
+        help="names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, "
+        "clips:DIR takes a run or export, in which {seed} stands for the cell's seed",
+    )
+    p.add_argument("--seeds", type=int, default=3, help="training runs of each encoder")
+    p.add_argument("--output", default="runs/compare", help="where encoders, cells and the report are written")
+    p.add_argument("--jobs", type=int, default=0, help="cells beside each other; 0: two on a CPU, one on a GPU")
+    p.add_argument("--quick", action="store_true", help="a quarter of each stage's samples; the report says so")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
+    p.add_argument("--train-flags", default="", help="further flags of train_llava.sh for every cell, in one string")
+    p.add_argument("--pretrain-flags", default="", help="further flags of pretrain_clips.py for clips and clip alike")
+    p.add_argument(
+        "--pretraining-seeds",
+        type=int,
+        help="encoders pretrained of each kind, which cells take in turn (default: one for each seed, --quick: one)",
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--gpus", type=int, default=1, help="GPUs of each cell (deepspeed launcher)")
+    p.add_argument("--question-file", help="your own questions with answers, instead of the demo's")
+    p.add_argument("--question-images", help="folder or tar of their pictures")
+    p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread")
+    p.add_argument("--benchmarks", default="", help="tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme")
+    p.add_argument("--karpathy", help="also retrieval of clips and clip on COCO or Flickr30K: the Karpathy split file")
+    p.add_argument("--image-root", help="folder of its images (default: that of the file)")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from mllm.compare import compare_from_flags
+
+    compare_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
