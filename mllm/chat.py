@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -153,7 +153,12 @@ def model_name(directory: str) -> str:
     return path.resolve().parent.name if path.name == "model" else path.name
 
 
+LLAVA_MODES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
+"""LLaVA's values of --conv-mode and what they are called here."""
+
+
 def _encoder(tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens: int) -> ConversationEncoder:
+    version = LLAVA_MODES.get(version, version)
     try:
         return ConversationEncoder(tokenizer, version, num_image_tokens)
     except UserError:
@@ -167,10 +172,10 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens:
             continue  # its control tokens are missing
     else:
         encoder = ConversationEncoder(tokenizer, "v1", num_image_tokens)
-    warnings.warn(
-        f"the model's chat template does not treat every turn alike; format {encoder.format.name} is used instead "
-        "(choose another by --conv-mode)",
-        stacklevel=2,
+    print(
+        f"note: the model has no chat template that treats every turn alike; format {encoder.format.name} is used "
+        "(another: --conv-mode)",
+        file=sys.stderr,
     )
     return encoder
 
