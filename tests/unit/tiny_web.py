@@ -30,9 +30,12 @@ def picture(width: int = 60, height: int = 40, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def write_llava(run: Path, export: Path, *, positions: int = 1024) -> Path:
-    """An untrained stock model on the encoder of `export` as a trained run leaves it; its answers rarely end early."""
-    llm = write_llm(run / "llm", max_position_embeddings=positions)
+def write_llava(run: Path, export: Path, **options: object) -> Path:
+    """An untrained stock model on the encoder of `export` as a trained run leaves it; its answers rarely end early.
+
+    `options` are the language model's (`write_llm`).
+    """
+    llm = write_llm(run / "llm", **options)
     vision = load_vision(f"clips:{export}")
     model, processor = build_model(vision, load_llm(str(llm)))
     save_model(model, processor, run / "model", card={"Vision encoder": vision.describe()})

@@ -1,0 +1,320 @@
+"""The page of `scripts/chat.py --web` in a real headless Chromium, on tiny untrained models."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from tiny_web import picture, write_export, write_llava
+
+from mllm.screenshot import browser, find_browser, open_tab
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_S = 180
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+SLOW = {"num_hidden_layers": 24, "max_position_embeddings": 2048}  # an answer that one can stop
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("web")
+    write_export(root / "runs" / "demo")
+    write_export(root / "runs" / "baseline", "clip", seed=3)
+    write_llava(root / "runs" / "llava-clips", root / "runs" / "demo", **SLOW)
+    write_llava(root / "runs" / "llava-clip", root / "runs" / "baseline", **SLOW)
+    (root / "data" / "llava_demo" / "images").mkdir(parents=True)
+    questions = []
+    for number, kind in enumerate(("what", "where", "what")):
+        picture(seed=number).save(root / "data" / "llava_demo" / "images" / f"{number}.png")
+        question = {"question_id": number, "image": f"{number}.png", "text": f"Question {number}?", "kind": kind}
+        questions.append(json.dumps(question))
+    (root / "data" / "llava_demo" / "question.jsonl").write_text("\n".join(questions))
+    picture().save(root / "scene.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(place: Path, chromium: Browser) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = ["--model-path", "runs/llava-clips/model", "--compare-with", "runs/llava-clip/model", "--device", "cpu"]
+    uploads = place / "uploads"
+    uploads.mkdir()
+    with (place / "log").open("w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, ROOT / "scripts" / "chat.py", "--web", "--port", str(port), *models],
+            cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(uploads)}, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            wait_until(lambda: "The page is at" in (place / "log").read_text() or server.poll() is not None)
+            assert server.poll() is None, (place / "log").read_text()
+            yield f"http://127.0.0.1:{port}"
+            server.send_signal(signal.SIGINT)
+            assert server.wait(PATIENCE_S) == 0, (place / "log").read_text()
+            assert "Traceback" not in (place / "log").read_text()
+            assert not list(uploads.glob("clips-mllm-web-*")), "uploads are left behind"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    if find_browser() is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("NO PAGE WAS TESTED: it needs Chromium (apt-get install chromium) and pip install playwright")
+    with browser(*CAMERA) as opened:
+        yield opened
+
+
+class Visit:
+    """One visitor's tab of the page, and every request and error its browser saw."""
+
+    def __init__(self, chromium: Browser, address: str, tab: str, **look: object) -> None:
+        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | look)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(1000 * PATIENCE_S)
+        self.address, self.requests, self.errors = address, [], []
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        open_tab(self.page, address, tab)
+        self.panel = self.page.get_by_role("tabpanel").filter(visible=True)
+        self.box = self.panel.locator(".box textarea")
+        self.stop = self.panel.locator(".box .stop-button")
+        self.said = self.panel.locator(".chat .bot.message")
+        self.remark = self.panel.locator(".remark")
+        self.toast = self.page.locator(".toast-body")
+
+    def attach(self, *paths: Path) -> None:
+        before = self.panel.locator(".box .thumbnail-item").count()
+        self.panel.locator(".box input[type=file]").set_input_files(paths)
+        wait_until(lambda: self.panel.locator(".box .thumbnail-item").count() == before + len(paths))
+
+    def ask(self, text: str, *pictures: Path) -> None:
+        if pictures:
+            self.attach(*pictures)
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def answered(self) -> list[str]:
+        """Wait for the end of every column's answer; returns the remarks under them."""
+        for remark in self.remark.all():
+            remark.get_by_text(re.compile(r"\d+ tokens")).wait_for()
+        self.stop.wait_for(state="hidden")
+        return self.remark.all_inner_texts()
+
+    def set_longest(self, tokens: int) -> None:
+        self.panel.get_by_text("Settings").click()
+        self.panel.get_by_label(re.compile("number input for Longest")).fill(str(tokens))
+        self.panel.get_by_label(re.compile("number input for Longest")).press("Tab")
+
+    def overflow(self) -> int:
+        return self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+    def close(self) -> None:
+        outside = [url for url in self.requests if not url.startswith((self.address, "data:", f"blob:{self.address}"))]
+        assert not outside
+        assert not self.errors
+        self.context.close()
+
+
+@pytest.fixture
+def visit(chromium: Browser, address: str) -> Iterator[Callable[..., Visit]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(tab: str, **look: object) -> Visit:
+            return stack.enter_context(contextlib.closing(Visit(chromium, address, tab, **look)))
+
+        yield start
+
+
+def test_an_uploaded_picture_is_asked_about_and_the_answer_streams(visit: Callable[..., Visit], place: Path) -> None:
+    chat = visit("chat")
+    about = chat.panel.locator(".about").inner_text()
+    assert "llava-clips" in about
+    assert "encoder clips (demo, 32 px, 16 tokens" in about
+    chat.ask("What is <image> in *it*?", place / "scene.png")
+    chat.stop.wait_for()
+    lengths = set()
+    while chat.stop.is_visible():
+        lengths.add(len("".join(chat.said.all_inner_texts())))
+    assert len(lengths) > 2, "the answer came in one piece"
+    assert "256 tokens" in chat.answered()[0]
+    user = chat.panel.locator(".chat .user.message")
+    assert "What is <image> in *it*?" in user.inner_text()
+    assert user.locator("img").evaluate("image => image.naturalWidth") == 60
+    chat.ask("And now?")
+    wait_until(lambda: chat.said.count() == 2)
+    chat.answered()
+
+
+def test_stop_retry_undo_and_new_conversation(visit: Callable[..., Visit], place: Path) -> None:
+    chat = visit("chat")
+    chat.set_longest(1024)
+    chat.ask("What?", place / "scene.png")
+    wait_until(lambda: len("".join(chat.said.all_inner_texts())) > 5)
+    chat.stop.click()
+    assert "stopped" in chat.answered()[0]
+    assert int(chat.remark.inner_text().split()[0]) < 1024
+    first = chat.said.inner_text()
+    assert first
+
+    chat.panel.get_by_label("number input for Longest").fill("20")
+    chat.panel.get_by_label("number input for Temperature").fill("1.5")
+    chat.panel.get_by_label("number input for Temperature").press("Tab")
+    chat.panel.locator(".chat").get_by_label("Retry").click()
+    chat.remark.get_by_text("20 tokens").wait_for()
+    assert chat.said.count() == 1
+    assert chat.said.inner_text() != first
+
+    chat.panel.locator(".chat").get_by_label("Undo").click()
+    chat.said.wait_for(state="detached")
+    assert chat.box.input_value() == "What?"
+    chat.ask("Again?")
+    chat.answered()
+    chat.panel.get_by_text("New conversation").click()
+    chat.said.wait_for(state="detached")
+    assert chat.panel.locator(".chat .user.message").count() == 0
+
+
+def test_two_models_answer_side_by_side(visit: Callable[..., Visit]) -> None:
+    both = visit("side-by-side")
+    assert ["clips (demo" in text for text in both.panel.locator(".about").all_inner_texts()] == [True, False]
+    both.panel.locator(".example").first.click()
+    assert all("256 tokens" in remark for remark in both.answered())
+    left, right = both.said.all_inner_texts()
+    assert left != right
+    assert both.panel.locator(".chat .user.message").count() == 2
+
+
+def test_what_the_encoder_sees(visit: Callable[..., Visit], place: Path) -> None:
+    view = visit("encoder")
+    view.panel.locator("input[type=file]").first.set_input_files(place / "scene.png")
+    view.remark.get_by_text("similarity").wait_for()
+    view.panel.get_by_label("Look for").fill("dog")
+    view.panel.get_by_label("Look for").press("Enter")
+    view.remark.get_by_text("“dog”: similarity").wait_for()
+    heat = view.panel.locator(".image-frame img, .image-container img").last
+    assert heat.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [512, 341]
+    view.panel.get_by_text("Labels to choose from").click()
+    labels = view.panel.locator("textarea").last
+    labels.fill("cat, dog, god")
+    labels.blur()
+    wait_until(lambda: view.panel.locator(".confidence-set").count() == 3)
+    view.panel.locator(".gallery-item").first.click()
+    wait_until(lambda: heat.evaluate("image => image.naturalHeight") != 341)
+
+
+def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visit], place: Path) -> None:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bad = {"text.png": b"not a picture", "empty.png": b"", "huge.png": huge}
+    chat = visit("chat")
+    for name, data in bad.items():
+        (place / name).write_bytes(data)
+        chat.ask("What is it?", place / name)
+        toast = chat.toast.last.inner_text()
+        assert "picture" in toast, toast
+        assert "Traceback" not in toast
+        assert chat.box.input_value() == "What is it?"
+        chat.toast.last.locator("button").click()
+        chat.toast.wait_for(state="detached")
+        chat.panel.get_by_text("New conversation").click()
+        chat.panel.locator(".box .thumbnail-item").wait_for(state="detached")
+    assert chat.said.count() == 0
+    chat.ask("And without one?")
+    assert "tokens" in chat.answered()[0]
+
+    view = visit("encoder")
+    view.panel.locator("input[type=file]").first.set_input_files(place / "text.png")
+    assert "cannot be read" in view.toast.inner_text()
+
+
+def test_pictures_come_from_clipboard_and_camera_too(visit: Callable[..., Visit], place: Path) -> None:
+    chat = visit("chat", permissions=["camera"])
+    data = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(data, "PNG")
+    chat.box.evaluate(
+        """(box, bytes) => {
+            const pasted = new DataTransfer();
+            pasted.items.add(new File([new Uint8Array(bytes)], "pasted.png", {type: "image/png"}));
+            box.dispatchEvent(new ClipboardEvent("paste", {clipboardData: pasted, bubbles: true, cancelable: true}));
+        }""",
+        list(data.getvalue()),
+    )
+    thumbnails = chat.panel.locator(".box .thumbnail-item")
+    wait_until(lambda: thumbnails.count() == 1)
+    chat.panel.get_by_text("Camera").click()
+    chat.panel.get_by_title("grant webcam access").click()
+    chat.panel.get_by_label("capture photo").click()
+    wait_until(lambda: thumbnails.count() == 2)
+    chat.ask("Both?")
+    chat.answered()
+    assert chat.panel.locator(".chat .user.message img").count() == 2
+
+
+def test_visitors_share_nothing(visit: Callable[..., Visit], place: Path) -> None:
+    one, two = visit("chat"), visit("chat")
+    one.ask("Mine?", place / "scene.png")
+    one.answered()
+    assert two.said.count() == 0
+    two.ask("Yours?")
+    two.answered()
+    assert two.panel.locator(".chat .user.message").all_inner_texts() == ["Yours?"]
+    assert one.panel.locator(".chat .user.message").count() == 1
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window(visit: Callable[..., Visit], width: int, scheme: str) -> None:
+    chat = visit("chat", viewport={"width": width, "height": 844}, color_scheme=scheme)
+    shade = chat.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", shade)[:3])) < 200) == (scheme == "dark")
+    chat.panel.locator(".example").first.click()
+    chat.answered()
+    assert chat.overflow() == 0
+    assert chat.page.locator("footer").filter(visible=True).count() == 0
+    for tab in ("Side by side", "Encoder"):
+        chat.page.get_by_role("tab", name=tab).click()
+        assert chat.overflow() == 0, tab
+
+
+def test_a_browser_is_told_to_fetch_nothing_from_elsewhere(visit: Callable[..., Visit], address: str) -> None:
+    chat = visit("chat")
+    policy = chat.page.request.get(address).headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'")
+    failed = chat.page.evaluate("fetch('http://example.org/').then(() => '', error => String(error))")
+    assert "Failed" in failed or "TypeError" in failed
+    assert not [url for url in chat.requests if "example.org" in url]
