@@ -1,10 +1,10 @@
 """An OpenAI-style server for one chat model and one CLIPS encoder.
 
-`transformers serve` (5.x) cannot carry the chat half of this: it renders and then tokenises the chat template, so that
-a typed `<image>` becomes a picture's place; it opens any address and any local file that a client names; it has no
-limits, no key, no seed per request, no `stream_options`; its queue has no end, an answer that is not streamed goes on
-when its client has left, errors are not OpenAI's, and any client may load any model. Its continuous batching is for
-text models only, so answers are generated one after the other here too.
+`transformers serve` (5.24) cannot carry the chat half of this. It tokenises the rendered chat template, so a typed
+`<image>` becomes a picture's place; it opens any address and any local file that a client names as a picture; it has no
+limits and no key, and `/load_model` loads whatever a client wants; the seed is set when a request comes, not when it is
+its turn; its queue has no end, and an answer that is not streamed goes on when its client has left; its errors are not
+OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
 
 Life of a request: gate (key, places) → body within its limit → form checked → pictures fetched → its turn at the desk →
 pictures decoded, answer generated. Pictures are decoded only then: those of one request at a time fill the memory.
