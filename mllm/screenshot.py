@@ -80,7 +80,7 @@ def take_picture(
             if not 0 <= example < examples.count():
                 raise UserError(f"--example {example}: the page has {examples.count()} (the demo questions make them)")
             examples.nth(example).click()
-            for remark in panel.locator(".remark").all():
+            for remark in panel.locator(".block.remark").all():
                 remark.get_by_text("similarity" if tab == "encoder" else "tokens").wait_for()
             page.wait_for_timeout(1000)  # for animations, and pictures to be drawn
             out.parent.mkdir(parents=True, exist_ok=True)

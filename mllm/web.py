@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -54,8 +55,13 @@ HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 class _Question:
     text: str
     images: list[Image.Image]
-    shown: list[Any]
-    """What the chat shows of it: pictures and text."""
+    message: dict[str, Any]
+    """What was in the box: `text` and `files`."""
+
+    def content(self) -> list[dict[str, Any]]:
+        """What the chat shows of it."""
+        pictures = [{"path": path} for path in self.message["files"]]
+        return [*pictures, {"type": "text", "text": self.text}] if self.text else pictures
 
 
 @dataclass
@@ -79,6 +85,7 @@ class _Models:
 
     def __init__(self, names: Sequence[str], load: Callable[[str], ChatModel]) -> None:
         self.names = list(names)
+        self.lines = {name: about(name) for name in names}
         self._load, self._loaded, self._lock = load, {}, threading.Lock()
 
     def get(self, name: str) -> ChatModel:
@@ -91,7 +98,7 @@ class _Models:
 
     def choices(self) -> list[tuple[str, str]]:
         """(label, name): the short name where it is clear."""
-        short = [model_name(name) for name in self.names]
+        short = list(map(model_name, self.names))
         return [(s if short.count(s) == 1 else name, name) for s, name in zip(short, self.names, strict=True)]
 
 
@@ -105,13 +112,15 @@ def about(name: str) -> str:
         raise UserError(f"model {name}: its config.json is not that of a LLaVA model ({error!r})") from None
     card = directory / "README.md"
     row = re.search(ENCODER_ROW, card.read_text() if card.is_file() else "", re.MULTILINE)
-    encoder = f"{row['kind']} ({row['run'] + ', ' if row['run'] else ''}{row['facts']})" if row else vision
+    encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens"
+    if row:
+        encoder = f"{row['kind']} {row['run'] or Path(row['argument'] or '').name}".strip() + f", {row['facts']}"
     return f"{model_name(name)} · language model {llm} · encoder {encoder}"
 
 
 ENCODER_ROW = (
-    r"^\| Vision encoder \| (?P<kind>\w+)(?::\S+)? \(\w+ from (?:(?:\S*/)?(?P<run>[^/\s;]+)/export/hf_vit|[^;]+); "
-    r"(?P<facts>.+), layer .*\) \|$"
+    r"^\| Vision encoder \| (?P<kind>\w+)(?::(?P<argument>\S+))? "
+    r"\(\w+ from (?:(?:\S*/)?(?P<run>[^/\s;]+)/export/hf_vit|[^;]+); (?P<facts>.+), layer .*\) \|$"
 )
 """The card's line (`VisionEncoder.describe`), from which paths and layers are left out."""
 
@@ -169,17 +178,26 @@ def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -
         raise UserError(f"The question has {len(text):,} characters, the limit is {limits.prompt_chars:,}.")
     if len(paths) > limits.images:
         raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
-    shown = [*({"path": path} for path in paths), *([{"type": "text", "text": text}] if text else [])]
-    question = _Question(text=text, images=[_read(path, limits) for path in paths], shown=shown)
+    images = [_read(path, limits) for path in paths]
+    question = _Question(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
     return _box(idle=False, value=None)
 
 
 def _stop(talk: _Talk) -> dict[str, Any]:
+    """End what is being answered and drop what waits."""
     talk.waiting.clear()
     for cancel in list(talk.running.values()):
         cancel.set()
     return _box(idle=not talk.busy)
+
+
+def _forget(talk: _Talk, column: int) -> None:
+    """Begin a new conversation in one column."""
+    for kept in (talk.sessions, talk.messages, talk.waiting):
+        kept.pop(column, None)
+    if (cancel := talk.running.pop(column, None)) is not None:
+        cancel.set()
 
 
 def _answer(
@@ -196,10 +214,11 @@ def _answer(
     if column in talk.running or (question is None and not again):
         yield gr.skip(), _box(idle=not talk.busy), gr.skip()
         return
-    cancel = talk.running[column] = threading.Event()
+    cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
     begin, before = time.monotonic(), talk.messages.get(column, [])
-    asked = before[:-1] if again else [*before, {"role": "user", "content": question.shown}]
+    asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
     text, remark = "", ""
+    box = {"value": question.message} if question else {}  # comes back where nothing is answered
     try:
         yield asked, gr.skip(), "…"
         sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), limits.new_tokens))
@@ -212,23 +231,26 @@ def _answer(
         with contextlib.closing(pieces):
             for piece in pieces:
                 text += piece
-                talk.messages[column] = [*asked, {"role": "assistant", "content": text}]
                 if time.monotonic() - begin > limits.seconds:
                     cancel.set()
-                yield talk.messages[column], gr.skip(), "…"
-        talk.messages[column] = [*asked, {"role": "assistant", "content": text}]
-        remark = _remark(session)
+                if talk.running.get(column) is cancel:
+                    talk.messages[column] = [*asked, {"role": "assistant", "content": text}]
+                    yield talk.messages[column], gr.skip(), "…"
+        shown, remark, box = [*asked, {"role": "assistant", "content": text}], _remark(session), {}
     except UserError as error:
-        talk.messages[column] = before
+        shown = before
         gr.Warning(str(error), title="")
     except Exception:
+        shown = before
         traceback.print_exc()
-        talk.messages[column] = before
         gr.Warning("The server met an error; its terminal says which.", title="")
     finally:
-        cancel.set()
-        talk.running.pop(column, None)
-    yield talk.messages[column], _box(idle=not talk.busy), remark
+        mine = talk.running.get(column) is cancel
+        if mine:
+            del talk.running[column]
+    if mine:
+        talk.messages[column] = shown
+        yield shown, _box(idle=not talk.busy, **box), remark
 
 
 def _remark(session: ChatSession) -> str:
@@ -244,17 +266,18 @@ def _remark(session: ChatSession) -> str:
 def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
     """The components and events of one tab with `columns` conversations under one box."""
     talk = gr.State(_Talk())
-    chosen, chats, remarks = [], [], []
+    chosen, lines, chats, remarks = [], [], [], []
+    many = len(models.names) > 1
+    if columns > 1 and not many:
+        gr.Markdown("One model is here. To compare two, start with `--compare-with MODEL`.", elem_classes="about")
     with gr.Row():
         for column in range(columns):
             with gr.Column(min_width=300):
                 name = models.names[min(column, len(models.names) - 1)]
-                many = len(models.names) > 1
                 choice = gr.Dropdown(
                     models.choices(), value=name, label="Model", container=False, visible=many or "hidden"
                 )
-                line = gr.Markdown(about(name), elem_classes="about")
-                choice.change(_shown(about), choice, line, **HIDDEN)
+                lines.append(gr.Markdown(models.lines[name], elem_classes="about"))
                 chosen.append(choice)
                 chats.append(_chatbot(examples if columns == 1 else examples[:2]))
                 remarks.append(gr.Markdown(elem_classes="remark"))
@@ -291,9 +314,16 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
 
         return take_back
 
+    def switch(column: int) -> Callable[[str, _Talk], tuple[Any, ...]]:
+        def other(name: str, talk: _Talk) -> tuple[Any, ...]:
+            _forget(talk, column)
+            return models.lines[name], [], "", _box(idle=not talk.busy)
+
+        return other
+
     def new(talk: _Talk) -> list[Any]:
-        _stop(talk)
-        talk.sessions, talk.messages = {}, {}
+        for column in range(columns):
+            _forget(talk, column)
         return [*[[]] * columns, *[""] * columns, _box(idle=True, value=None)]
 
     def pick(event: gr.SelectData) -> dict[str, Any]:
@@ -318,6 +348,8 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
             answer(column, again=True), inputs, outputs, **HIDDEN
         )
         chat.undo(_shown(undo(column)), talk, [chat, box], **HIDDEN)
+        changed = [lines[column], chat, remark, box]
+        chosen[column].change(_shown(switch(column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
     box.stop(_shown(_stop), talk, box, queue=False, **HIDDEN)
     clear.click(_shown(new), talk, [*chats, *remarks, box], queue=False, **HIDDEN)
     camera.input(_shown(snap), [camera, box], [box, camera], **HIDDEN)
@@ -504,8 +536,6 @@ def launch(
     models = _Models(
         names, lambda name: ChatModel.load(name, device=device, dtype=dtype, bits=bits, conv_mode=conv_mode)
     )
-    for name in names:
-        about(name)
     models.get(names[0])
     folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # the only way to tell gradio where uploads go
@@ -521,6 +551,7 @@ def launch(
     page.folder = folder  # lives as long as the page
     print(f"The page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
     if block:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
         page.block_thread()
     return page
 
