@@ -188,6 +188,13 @@ def test_equal_figures_without_spread_have_no_interval() -> None:
     assert verdict(found["ci95"]) == OPEN
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_side_without_spread_still_has_an_interval() -> None:
+    low, high = difference([{"x": 100.0}] * 3, [{"x": x} for x in (90.0, 91.0, 92.0)], "x")["ci95"]
+    assert (low + high) / 2 == pytest.approx(9)
+    assert high - low == pytest.approx(2 * 4.303 / 3**0.5, rel=1e-3)  # t with 2 degrees of freedom, by hand
+
+
 def test_direction_follows_the_claim() -> None:
     found = judge("a", made_up({"sentence": 80, "half": 80.2, "full": 60}))
     verdicts = {(c["a"], c["b"]): c["verdict"] for c in found["contrasts"]}
