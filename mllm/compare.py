@@ -66,9 +66,9 @@ ASSUMED_PRETRAINING_S = 300.0
 @dataclass(frozen=True)
 class Cell:
     encoder: str
-    """As it was asked for, the name in the report."""
+    """Its name in the report."""
     vision: str
-    """What train_llava.py loads: `encoder` with the directory that stands for it."""
+    """What train_llava.py loads."""
     seed: int
     directory: Path
 
@@ -144,10 +144,16 @@ class Plan:
     def cells(self) -> list[Cell]:
         """Seed by seed, so that whole comparisons are there early."""
         return [
-            Cell(encoder, self.vision(encoder, seed), seed, self.output / "cells" / f"{_slug(encoder)}-seed{seed}")
+            Cell(name, self.vision(encoder, seed), seed, self.output / "cells" / f"{_slug(encoder)}-seed{seed}")
             for seed in range(self.seeds)
-            for encoder in self.encoders
+            for name, encoder in zip(self.names, self.encoders, strict=True)
         ]
+
+    @property
+    def names(self) -> list[str]:
+        """What the report calls the encoders: by their kind, where there is one of that kind."""
+        kinds = [encoder.partition(":")[0] for encoder in self.encoders]
+        return [k if kinds.count(k) == 1 else e for k, e in zip(kinds, self.encoders, strict=True)]
 
     def vision(self, encoder: str, seed: int) -> str:
         """The name that mllm/vision.py resolves; `{seed}` in a given directory stands for the cell's seed."""
@@ -426,9 +432,8 @@ class Grid:
 
     def __rich__(self) -> Table:
         table = Table("encoder", *(f"seed {seed}" for seed in range(self.plan.seeds)), title_justify="left")
-        for encoder in self.plan.encoders:
-            cells = [cell for cell in self.states if cell.encoder == encoder]
-            table.add_row(encoder, *map(self._text, cells))
+        for name in self.plan.names:
+            table.add_row(name, *(self._text(cell) for cell in self.states if cell.encoder == name))
         return table
 
     def _text(self, cell: Cell) -> str:

@@ -114,7 +114,7 @@ def metrics(plan: Plan, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, 
 
 def compare_metrics(plan: Plan, found: dict[str, Metric]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(encoder → metric → figure, differences of every pair in every metric)."""
-    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in plan.encoders}
+    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in plan.names}
     differences = []
     for name, metric in found.items():
         bootstrap = Bootstrap(metric.clusters, seeds=plan.seeds)
@@ -124,7 +124,7 @@ def compare_metrics(plan: Plan, found: dict[str, Metric]) -> tuple[dict[str, dic
                 "ci95": [estimate.low, estimate.high],
                 "items": len(metric.clusters),
             }
-        for a, b in combinations(plan.encoders, 2):
+        for a, b in combinations(plan.names, 2):
             between = metric.scores[a] - metric.scores[b]
             estimate = bootstrap.interval(between)
             row = {"a": a, "b": b, "metric": name, "mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
@@ -134,7 +134,7 @@ def compare_metrics(plan: Plan, found: dict[str, Metric]) -> tuple[dict[str, dic
                 test = mcnemar(metric.scores[a], metric.scores[b])
                 row |= {"p_mcnemar": test.p, "p_holm": test.p, "wins": test.wins, "losses": test.losses}
             differences.append(row)
-    for pair in combinations(plan.encoders, 2):  # the kinds of one pair are one family; accuracy is one of its own
+    for pair in combinations(plan.names, 2):  # the kinds of one pair are one family; accuracy is one of its own
         family = [row for row in differences if (row["a"], row["b"]) == pair and "/" in row["metric"]]
         for row, p in zip(family, holm([row["p_mcnemar"] for row in family]), strict=True):
             row["p_holm"] = p
@@ -150,7 +150,7 @@ def pick_examples(plan: Plan, answers: dict[Cell, list[dict[str, Any]]]) -> list
 
     As many of each way as there are, up to `EXAMPLES`: the examples show how models differ, not how often.
     """
-    a, b = plan.encoders[:2]
+    a, b = plan.names[:2]
     first, second = (next(c for c in plan.cells if c.encoder == encoder and c.seed == 0) for encoder in (a, b))
     order = np.random.default_rng(0).permutation(len(answers[first]))
     shown, left = [], {True: EXAMPLES, False: EXAMPLES}
@@ -184,7 +184,7 @@ def compare_benchmarks(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[dict
     names = [name for name in every[0] if all(name in results for results in every)]
     summary = {e: {name: _spread([row[name] for row in rows]) for name in names} for e, rows in by_encoder.items()}
     differences = []
-    for a, b in combinations(plan.encoders, 2):
+    for a, b in combinations(plan.names, 2):
         for name in names:
             between = [x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)]
             row = {"a": a, "b": b, "metric": name, "mean": mean(between), "ci95": None, "seeds": plan.seeds}
@@ -275,7 +275,7 @@ def collect(plan: Plan, measured: dict[Cell, dict[str, dict[str, float]]], comma
         "cells": [_cell_record(plan, cell) for cell in plan.cells],
         "examples": [],
     }
-    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in plan.encoders}
+    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in plan.names}
     if plan.asks:
         answers = read_answers(plan)
         summary, report["differences"] = compare_metrics(plan, metrics(plan, answers))
@@ -283,7 +283,7 @@ def collect(plan: Plan, measured: dict[Cell, dict[str, dict[str, float]]], comma
     benchmarks: dict[str, dict[str, Any]] = {}
     if plan.benchmarks:
         benchmarks, report["benchmark_differences"] = compare_benchmarks(plan)
-    for encoder in plan.encoders:
+    for encoder in plan.names:
         cells = [cell for cell in plan.cells if cell.encoder == encoder]
         shared = [name for name in measured[cells[0]] if all(name in measured[cell] for cell in cells)]
         intrinsic = {
@@ -295,6 +295,7 @@ def collect(plan: Plan, measured: dict[Cell, dict[str, dict[str, float]]], comma
             "metrics": summary[encoder],
             "benchmarks": benchmarks.get(encoder, {}),
             "intrinsic": intrinsic,
+            "described": read_json(cells[0].directory / "config.json")["instruct"]["facts"]["vision encoder"],
             "pretraining": [found for cell in cells if (found := _pretraining(cell))],
             "cost": _cost(cells),
         }
@@ -312,6 +313,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
             "batch_size": arguments.batch_size,
             "learning_rate": arguments.learning_rate,
             "trains": read_json(cell.directory / "config.json")[stage.name]["freeze"],
+            "projector": read_json(cell.directory / "config.json")[stage.name]["facts"]["projector"],
         }
     return {
         "encoders": list(plan.encoders),

@@ -53,7 +53,7 @@ def _value(metric: str, value: float) -> str:
 
 
 def _difference(metric: str, value: float) -> str:
-    return f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}"
+    return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
 
 
 def _spread(metric: str, figure: dict[str, Any]) -> str:
@@ -103,10 +103,12 @@ def controls(report: Report) -> list[str]:
     )
     points = [
         f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
-        "steps, rates, start of the projector and of the adapters. Only the encoder and its preprocessing differ.",
+        "steps, rates, start of the adapters and way that the projector starts "
+        f"({settings['stages']['align']['projector'].partition(', seed')[0]}); not equal: the encoder, its preprocessing.",
         f"Stages: {trains}.",
         f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
     ]
+    points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {name.partition(":")[0] for name in report["encoders"]}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
     seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
@@ -140,6 +142,12 @@ def not_shown(report: Report) -> list[str]:
         points.append(
             "One encoder of each kind was pretrained: intervals hold for these encoders, not for the methods that "
             "made them (--pretraining-seeds)."
+        )
+    seen = {run["samples"] for encoder in report["encoders"].values() for run in encoder["pretraining"]}
+    if len(seen) > 1:
+        points.append(
+            "The encoders pretrained with this project saw different numbers of samples: what differs between them is "
+            "not their method alone."
         )
     if settings["seeds"] < 3:
         points.append(f"{settings['seeds']} seed(s): the interval says little or nothing about other training runs.")
@@ -304,7 +312,7 @@ def markdown(report: Report) -> str:
 STYLE = """
 .forest { display: grid; gap: 9px; } .forest > div { display: grid; gap: 2px 14px; align-items: center;
   grid-template-columns: minmax(130px, 22%) 1fr minmax(225px, auto); font-variant-numeric: tabular-nums; }
-.forest small { color: var(--soft); } .track { position: relative; height: 16px; background: linear-gradient(
+.forest span:last-child { white-space: nowrap; } .track { position: relative; height: 16px; background: linear-gradient(
   var(--line), var(--line)) center / 100% 1px no-repeat; }
 .track u { position: absolute; left: 50%; top: -4px; bottom: -5px; width: 1px; background: var(--soft); }
 .track i { position: absolute; top: 6px; height: 4px; border-radius: 2px; background: currentColor; }
@@ -342,8 +350,14 @@ def _page(report: Report, store: ImageStore | None) -> str:
         rows = report["benchmark_differences"]
         sections.append(section("Benchmarks", BENCHMARKS_NOTE, table.html() + _benchmark_differences(rows)))
     if table := intrinsic_table(report):
-        plot = themed(partial(scatter_plot, report, colours), "encoder's figures against accuracy") if overall else ""
-        sections.append(section("The encoders themselves", html.escape(INTRINSIC_NOTE), table.html() + plot))
+        measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
+        plots = "".join(
+            themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
+            for name in INTRINSIC[:3]
+            if overall and name in measured
+        )
+        content = f'{table.html()}<br><div class="curves">{plots}</div>'
+        sections.append(section("The encoders themselves", html.escape(INTRINSIC_NOTE), content))
     cards = "".join(_example_card(example, store) for example in report["examples"])
     sections += [
         section("Where two models differ", EXAMPLES_NOTE, cards),
@@ -432,26 +446,22 @@ def _benchmark_differences(rows: list[dict[str, Any]]) -> str:
     return f"<details><summary>Differences</summary>{Table(['', 'mean', '95 % interval'], table).html()}</details>"
 
 
-def scatter_plot(report: Report, colours: dict[str, str], theme: Theme) -> Plot:
-    """Right answers of each cell against figures of its encoder: does a better encoder give a better model?"""
-    encoders = report["encoders"]
-    names = [name for name in INTRINSIC[:3] if any(name in encoder["intrinsic"] for encoder in encoders.values())]
-    plot = Plot(figsize=(3.4 * len(names), 3.2), dpi=130, facecolor=theme.paper, layout="constrained")
-    for axes, figure in zip(plot.subplots(1, len(names), squeeze=False, sharey=True).flat, names, strict=True):
-        axes.set_facecolor(theme.paper)
-        axes.set_title(f"{intrinsic_name(figure)}, %", loc="left", fontsize=10, color=theme.ink)
-        axes.grid(color=theme.grid, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
-        axes.spines[:].set_visible(False)
-        axes.margins(0.12)
-        for name, encoder in encoders.items():
-            if figure in encoder["intrinsic"]:
-                right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
-                axes.scatter(encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=name)
-    first = plot.axes[0]
-    first.set_ylabel("right answers, %", fontsize=9, color=theme.ink)
-    first.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Theme) -> Plot:
+    """Right answers of each cell against a figure of its encoder: does a better encoder give a better model?"""
+    plot = Plot(figsize=(4, 3.1), dpi=130, facecolor=theme.paper, layout="constrained")
+    axes = plot.add_subplot(facecolor=theme.paper)
+    axes.set_title("right answers, %", loc="left", fontsize=9.5, color=theme.ink)
+    axes.set_xlabel(f"{intrinsic_name(figure)}, %", fontsize=9.5, color=theme.ink)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.margins(0.12)
+    for name, encoder in report["encoders"].items():
+        if figure in encoder["intrinsic"]:
+            right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
+            axes.scatter(encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=name)
+    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
     return plot
 
 

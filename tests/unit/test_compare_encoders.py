@@ -20,19 +20,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_mllm import pictures, write_llm, write_run
 
+from clips.captions import build_tokenizer
 from clips.compare import Commands
+from clips.config import Fields
+from clips.data.loader import BatchDataset
+from clips.data.sources import open_source
 from clips.errors import CommandError, UserError
-from clips.recipes import recipe
+from clips.recipes import debug_twin, recipe
 from mllm import compare, compare_figures
 from mllm.compare import Cell, Plan, check_cells, is_done, locked, print_plan, run_cell, seconds_of_cell
 from mllm.compare_report import markdown, sentence, write_report
 from mllm.data import EpochSampler
+from mllm.projector import save_projector
 from mllm.stages import STAGES
-from mllm.train import prepare
+from mllm.train import PROJECTOR, prepare
 from mllm.vision import load_vision
 
 ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
-SKILL = {"clips:clips-run": 0.9, "clip:clip-run": 0.55, "random": 0.5, "blind": 0.3}
+NAMES = ("clips", "clip", "random", "blind")
+SKILL = {"clips": 0.9, "clip": 0.55, "random": 0.5, "blind": 0.3}
 FLAGS = (
     *("--model_name_or_path", "llm", "--image_folder", "images", "--batch_size", "4"),
     *("--align.data_path", "align.json", "--instruct.data_path", "instruct.json"),
@@ -81,10 +87,8 @@ def write_cell(plan: Plan, cell: Cell, skill: float) -> None:
     config = {}
     for number, stage in STAGES.items():
         trains = plan.arguments(cell, number).what_trains()
-        trains["vision_fingerprint"] = load_vision(
-            cell.vision, seed=cell.seed, image_aspect_ratio=aspect(trains)
-        ).fingerprint
-        facts = {"language model": "tiny", "vision encoder": cell.vision, "data": stage.name}
+        trains["vision_fingerprint"] = compare._fingerprint(cell.vision, plan.arguments(cell, number))
+        facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
         done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
         (cell.directory / stage.name).mkdir(parents=True)
@@ -93,7 +97,7 @@ def write_cell(plan: Plan, cell: Cell, skill: float) -> None:
     write["cell"] = {"evaluation": plan.evaluation}
     for name, content in write.items():
         (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([plan.encoders.index(cell.encoder), cell.seed])
+    rng = np.random.default_rng([plan.names.index(cell.encoder), cell.seed])
     lines = []
     for question in map(json.loads, Path(plan.question_file).read_text().splitlines()):
         right = bool(rng.random() < skill)
@@ -104,10 +108,6 @@ def write_cell(plan: Plan, cell: Cell, skill: float) -> None:
     (cell.figures.parent / f"{plan.question_file.stem}.jsonl").write_text("\n".join(lines) + "\n")
     accuracy = np.mean(['"correct": true' in line for line in lines])
     cell.figures.write_text(json.dumps({"exact_match": {"overall": {"accuracy": accuracy}}}))
-
-
-def aspect(trains: dict) -> str:
-    return trains["image_aspect_ratio"]
 
 
 @pytest.fixture
@@ -139,8 +139,6 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
         seen = {}
         for cell in plan.cells:
             arguments = plan.arguments(cell, stage)
-            if stage == 2:
-                arguments = dataclasses.replace(arguments, pretrain_mm_mlp_adapter=None, dry_run=True)
             prepared = prepare(arguments, cell.directory, torch.device("cpu"), None)
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
@@ -152,6 +150,8 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
             trains = arguments.what_trains()
             assert trains.pop("vision_tower") == cell.vision
             weights = {n: p for n, p in prepared.model.named_parameters() if "vision_tower" not in n}
+            if stage == 1:  # what stage 2 starts from: no training here, so the very start
+                save_projector(prepared.model.model.multi_modal_projector, cell.directory / "align" / PROJECTOR)
             seen[cell] = (trains, list(sampler), weights, prepared.dataset[0]["input_ids"])
             assert sorted(seen[cell][1]) == list(range(dataset_size))
         for seed in range(plan.seeds):
@@ -197,6 +197,24 @@ def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tm
         compare.assert_same_samples(*runs)
 
 
+def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -> None:
+    """Batches of both recipes at the same positions: equal samples, equal pixels, augmentation included."""
+    rows = [{"path": f"images/{name}", "alt": f"a thing {name}", "caption": f"A thing. It is {name}."}
+            for name in pictures(tmp_path / "images", 12)]  # fmt: skip
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(tmp_path / "table.jsonl"), Fields(image="path", web="alt", long="caption"), need_long=True)
+    tokenizer = build_tokenizer("wordpiece", [row["caption"] for row in rows], vocab_size=100)
+    batches = []
+    for name in compare.RECIPES.values():
+        run = debug_twin(recipe(name))
+        data = BatchDataset(source, tokenizer, run, run.phases[0])
+        batches.append([data[range(begin, begin + 8)] for begin in range(0, 32, 8)])
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours["keys"] == theirs["keys"]
+        assert torch.equal(ours["images"], theirs["images"])
+    assert len({key for batch in batches[0] for key in batch["keys"]}) == 12
+
+
 def test_names_stand_for_directories(tmp_path: Path) -> None:
     plan = Plan(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
     assert [cell.name for cell in plan.cells][:5] == [
@@ -221,6 +239,9 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
         "blind:runs/x-1",
     ]
     assert not given.pretraining
+    assert given.names == ["clips", "blind"]
+    both = Plan(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
+    assert both.names == ["clips:a", "clips:b", "blind"]
     assert {p.name for p in Plan(encoders=("random", "blind"), seeds=1, output=tmp_path).pretraining} == {"clips-seed0"}
 
 
@@ -354,32 +375,32 @@ def report(finished: Plan) -> dict:
 def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finished: Plan) -> None:
     rows = report["differences"]
     assert len(rows) == 6 * 4  # pairs × (all questions and three kinds)
-    (row,) = [r for r in rows if r["a"] == ENCODERS[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
+    (row,) = [r for r in rows if r["a"] == NAMES[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
     keys = {"a", "b", "metric", "mean", "ci95", "seeds", "items", "p_mcnemar", "p_holm", "verdict", "items_needed"}
     assert keys <= row.keys()
     assert (row["seeds"], row["items"], row["verdict"]) == (3, 36, "win")
     assert row["ci95"][0] < row["mean"] < row["ci95"][1]
     means = {name: encoder["metrics"]["accuracy"]["mean"] for name, encoder in report["encoders"].items()}
-    assert row["mean"] == pytest.approx(means[ENCODERS[0]] - means["blind"])
+    assert row["mean"] == pytest.approx(means[NAMES[0]] - means["blind"])
     for name, encoder in report["encoders"].items():
         answers = [json.loads(line)["correct"] for cell in finished.cells if cell.encoder == name
                    for line in (cell.figures.parent / "question.jsonl").read_text().splitlines()]  # fmt: skip
         assert encoder["metrics"]["accuracy"]["mean"] == pytest.approx(np.mean(answers))
         assert len(encoder["metrics"]["accuracy"]["by_seed"]) == 3
-    kinds = [r for r in rows if (r["a"], r["b"]) == (ENCODERS[0], "blind") and "/" in r["metric"]]
+    kinds = [r for r in rows if (r["a"], r["b"]) == (NAMES[0], "blind") and "/" in r["metric"]]
     assert all(r["p_holm"] >= r["p_mcnemar"] for r in kinds)
     smallest = min(kinds, key=lambda r: r["p_mcnemar"])
     assert smallest["p_holm"] == pytest.approx(min(1, 3 * smallest["p_mcnemar"]))
 
 
 def test_every_cell_s_config_and_seed_are_in_the_report(report: dict) -> None:
-    assert [(cell["encoder"], cell["seed"]) for cell in report["cells"]] == [(e, s) for s in range(3) for e in ENCODERS]
+    assert [(cell["encoder"], cell["seed"]) for cell in report["cells"]] == [(e, s) for s in range(3) for e in NAMES]
     for cell in report["cells"]:
         trains = cell["config"]["instruct"]["trains"]
         assert trains["seed"] == cell["seed"]
         assert trains["vision_tower"] == cell["vision"]
     assert report["encoders"]["blind"]["cost"]["seconds"] == 35.0
-    assert report["encoders"][ENCODERS[0]]["intrinsic"]["zero_shot_top1"]["mean"] == 89.0
+    assert report["encoders"][NAMES[0]]["intrinsic"]["zero_shot_top1"]["mean"] == 89.0
     assert report["command"] == "python scripts/compare_encoders.py --seeds 3"
 
 
@@ -390,7 +411,7 @@ def test_examples_are_questions_that_one_model_alone_got_right(report: dict) -> 
         right = {name: text == "yes" for name, text in example["answers"].items()}
         assert right[example["right"]]
         assert right[a] != right[b]
-    assert {example["right"] for example in report["examples"]} == set(ENCODERS[:2])
+    assert {example["right"] for example in report["examples"]} == set(NAMES[:2])
 
 
 def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Plan) -> None:
@@ -417,7 +438,7 @@ def test_the_words_follow_the_interval() -> None:
     assert "tie" in sentence(row | {"items_needed": 5000})
     assert "5,000 questions" in sentence(row | {"items_needed": 5000})
     assert "more questions alone" in sentence(row | {"items_needed": None})
-    assert sentence(row | {"verdict": "win"}).startswith("x answers 4.0 points [-1.0, +9.0] more questions right")
+    assert sentence(row | {"verdict": "win"}).startswith("x answers 4.0 points [−1.0, +9.0] more questions right")
 
 
 def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Plan) -> None:
@@ -427,7 +448,7 @@ def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Plan) -> Non
             (cell.figures.parent / "question.jsonl").write_text((blind.figures.parent / "question.jsonl").read_text())
     text = markdown(compare_figures.collect(finished, {cell: {} for cell in finished.cells}, []))
     assert "random does not beat blind" in text
-    assert "clips:clips-run does not beat blind" not in text
+    assert "clips does not beat blind" not in text
 
 
 def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
@@ -449,7 +470,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
     assert list(found) == ["cider_d"]
     summary, (row,) = compare_figures.compare_metrics(plan, found)
     assert (row["metric"], row["verdict"], row["p_mcnemar"]) == ("cider_d", "win", None)
-    assert summary[ENCODERS[1]]["cider_d"]["mean"] == 0
+    assert summary[NAMES[1]]["cider_d"]["mean"] == 0
 
 
 def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +481,7 @@ def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.Mon
     for cell in plan.cells:
         folder = cell.directory / "benchmarks" / "model"
         folder.mkdir(parents=True)
-        value = 0.6 if cell.encoder == ENCODERS[0] else 0.5 + 0.01 * cell.seed
+        value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
         found = {"gqa": {"alias": "gqa", "exact_match,none": value, "exact_match_stderr,none": 0.01}}
         (folder / "20260101_000000_results.json").write_text(json.dumps({"results": found}))
     assert not is_done(plan, plan.cells[0])

@@ -1,0 +1,148 @@
+"""scripts/compare_encoders.py as a user runs, kills and repeats it, with tiny models. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from tiny_mllm import pictures, write_llm, write_run
+
+pytestmark = pytest.mark.slow
+STAGES = ("align", "instruct")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare")
+    write_run(root / "runs" / "clips-demo")
+    write_llm(root / "llm", initializer_range=0.1)
+    records, questions = [], []
+    for i, name in enumerate(pictures(root / "images", 8)):
+        answer = ("A red cat", "two dogs")[i % 2]
+        said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": name, "image": name, "conversations": said})
+        questions.append({"question_id": i, "image": name, "text": "What is it?", "kind": "what", "answer": answer})
+    (root / "data.json").write_text(json.dumps(records))
+    (root / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return root
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / "compare_encoders.py"), "--device", "cpu", *flags]
+
+
+def environment(place: Path) -> dict[str, str]:
+    return os.environ | {"CLIPS_MLLM_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
+
+
+def run(place: Path, *flags: str, cwd: Path | None = None, timeout: int = 550) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*flags), cwd=cwd or place, env=environment(place), capture_output=True, text=True, timeout=timeout
+    )
+
+
+FLAGS = (
+    *("--seeds", "1", "--output", "out"),
+    *("--encoders", "clips:runs/clips-demo,blind", "--question-file", "question.jsonl", "--question-images", "images"),
+    "--train-flags=--model_name_or_path llm --image_folder images --align.data_path data.json --learning_rate 5e-3 "
+    "--instruct.data_path data.json --batch_size 4 --num_train_epochs 20 --logging_steps 20",
+)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, "the comparison ended early"
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path) -> None:
+    """SIGKILL after the first stage is there, SIGTERM later, then to the end; finished parts stay as they were."""
+    cells = place / "out" / "cells"
+    done = [cells / f"{name}-seed0" for name in ("clips-runs-clips-demo", "blind")]
+
+    def finished() -> dict[Path, float]:
+        parts = [cell / part for cell in done for part in ("align/done.json", "instruct/done.json")]
+        parts += [cell / "evaluation" / "figures.json" for cell in done]
+        return {path: path.stat().st_mtime for path in parts if path.is_file()}
+
+    log = (place / "first.log").open("w")
+    first = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log)
+    wait_for(lambda: len(finished()) >= 1, first)
+    first.kill()
+    first.wait()
+    before = finished()
+
+    second = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log)
+    wait_for(lambda: len(finished()) > len(before) or "instruct" in (place / "first.log").read_text(), second)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=300) == 143
+    before |= finished()
+
+    last = run(place, *FLAGS)
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert len(finished()) == 6
+    assert finished() | before == finished()
+    for cell in done:
+        for stage in STAGES:
+            assert json.loads((cell / stage / "done.json").read_text())["steps"] == 40
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert {(d["a"], d["b"]) for d in report["differences"]} == {("clips", "blind")}
+    assert (place / "out" / "report.html").stat().st_size > 10_000
+    assert "report.html" in last.stderr
+    assert report["encoders"]["clips"]["metrics"]["accuracy"]["mean"] == 1.0
+    assert report["encoders"]["blind"]["metrics"]["accuracy"]["mean"] <= 0.5
+
+    logs = {path: path.stat().st_size for path in cells.glob("*.log")}
+    again = run(place, *FLAGS)
+    assert again.returncode == 0
+    assert "0 of 2 to run" in again.stderr
+    assert {path: path.stat().st_size for path in cells.glob("*.log")} == logs
+
+    other = run(place, *FLAGS, "--limit", "3")
+    assert other.returncode == 2
+    assert "cell clips-runs-clips-demo-seed0" in other.stderr
+    assert "evaluation.limit: None there, 3 asked" in other.stderr
+
+    ours, theirs = (json.loads((cell / "config.json").read_text()) for cell in done)
+    for stage in STAGES:
+        a, b = ours[stage]["trains"], theirs[stage]["trains"]
+        assert {name for name in a if a[name] != b[name]} == {"vision_tower", "vision_fingerprint"}
+        assert ours[stage]["freeze"] == theirs[stage]["freeze"]
+
+
+def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samples(place: Path) -> None:
+    """The whole way with the recipes' tiny twins: pretraining, cells, linear probes, report."""
+    flags = ("--encoders", "clips,clip", "--seeds", "1", "--output", str(place / "demo"), "--limit", "20")
+    tiny = "--model_name_or_path {} --align.max_steps 2 --instruct.max_steps 2".format(place / "llm")
+    done = run(place, *flags, "--pretrain-flags=--debug", f"--train-flags={tiny}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = []
+    for name, objective in (("clips-seed0", "clips"), ("clip-seed0", "clip")):
+        config = json.loads((place / "demo" / "encoders" / name / "config.json").read_text())
+        assert config["task"]["objective"] == objective
+        seen.append(
+            {"data": config["data"], "seed": config["train"]["seed"], "batch": config["phases"][0]["batch_size"]}
+        )
+    assert seen[0] == seen[1]
+    report = json.loads((place / "demo" / "report.json").read_text())
+    for name in ("clips", "clip"):
+        encoder = report["encoders"][name]
+        (pretraining,) = encoder["pretraining"]
+        assert (pretraining["samples"], pretraining["steps"]) == (24, 3)
+        assert {"probe_tokens_top1", "zero_shot_top1", "sentence_i2t_r1"} <= encoder["intrinsic"].keys()
+        assert encoder["metrics"]["accuracy"]["items"] == 20
+        assert encoder["metrics"]["cider_d"]["items"] == 20
+    assert "drawings" in (place / "demo" / "report.html").read_text()
