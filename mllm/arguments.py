@@ -41,7 +41,10 @@ class TrainArguments:
     version: str | None = flag(None, "conversation format: plain, v1, llama_3, chatml, auto*")
     pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (stage 2 default: that of stage 1)")
     mm_projector_type: Literal["mlp2x_gelu", "linear"] = flag("mlp2x_gelu", "projector")
-    mm_vision_select_layer: int = flag(-2, "hidden state of the encoder that the projector sees")
+    mm_projector_init: Literal["random", "captions"] | None = flag(
+        None, "start of stage 1: random, or captions: closed form, image tokens regressed on the words of the captions*"
+    )
+    mm_vision_select_layer: int | None = flag(None, "hidden state of the encoder that the projector sees*")
     mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")
     image_aspect_ratio: Literal["square", "pad"] | None = flag(None, "square: the encoder's own way; pad: LLaVA's*")
     group_by_modality_length: bool | None = flag(None, "batches of one modality and similar lengths (default: stage 2)")
@@ -65,7 +68,7 @@ class TrainArguments:
     lr_scheduler_type: str = flag("cosine", "schedule of transformers.Trainer")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     num_train_epochs: float | None = flag(None, "passes over the data (default: 1)")
-    max_steps: int = flag(-1, "optimizer steps, instead of epochs")
+    max_steps: int | None = flag(None, "optimizer steps, instead of epochs (default: -1, epochs count)")
     batch_size: int | None = flag(None, "samples of one optimizer step over all ranks*")
     per_device_train_batch_size: int | None = flag(None, "samples of one forward pass (default: 16)")
     gradient_accumulation_steps: int | None = flag(None, "forward passes of one step (default: from --batch_size)")
@@ -88,7 +91,7 @@ class TrainArguments:
         """The same with every default filled in; raises UserError for values that do not fit each other."""
         stage = self.description
         is_demo = self.data_path is None
-        defaults: dict[str, Any] = {"num_train_epochs": 1.0, "lora_enable": self.bits < 16}
+        defaults: dict[str, Any] = {"num_train_epochs": 1.0, "max_steps": -1, "lora_enable": self.bits < 16}
         defaults |= {"lora_r": LORA_R, "lora_alpha": LORA_ALPHA, "lora_dropout": LORA_DROPOUT}
         defaults |= stage.llava | {"group_by_modality_length": stage.number == 2}
         if self.lora_enable or self.bits < 16:

@@ -2,7 +2,7 @@
 
     images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png
     align.json        image and short caption, for `plain`
-    instruct.json     conversations of about five questions, some descriptions, some text-only samples
+    instruct.json     short captions, conversations of about three questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
     description.jsonl held-out pictures to describe, with `references`
 
@@ -30,7 +30,7 @@ from clips.data.sample import RawSample
 from clips.data.sources import open_source
 from clips.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raise it when texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
     "align.json",
@@ -39,10 +39,12 @@ ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-TURNS = (4, 6)
+CAPTION_SHARE = 0.5
+"""Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
+TURNS = (2, 4)
 """Questions of one conversation: between these."""
-DESCRIBED_SHARE = 0.25
-"""Share of the conversations that also ask for a description."""
+DESCRIBED_SHARE = 0.15
+"""Share of the conversations that end with a long description."""
 
 SHOW = (
     "Describe the picture.",
@@ -174,7 +176,12 @@ def align_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
-    """One conversation: different questions of all kinds, identity and place most often, in random order."""
+    """A short caption, or different questions of all kinds, identity and place most often, in random order.
+
+    Captions stand alone: after questions their words could be copied from the answers instead of read in the picture.
+    """
+    if rng.random() < CAPTION_SHARE:
+        return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
     asked: dict[str, str] = {}
     kinds = [*KINDS, "identity", "where"]
     rng.shuffle(kinds)
@@ -183,7 +190,7 @@ def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
         asked.setdefault(question, answer)
     turns = list(asked.items())
     if rng.random() < DESCRIBED_SHARE:
-        turns.insert(rng.randint(0, len(turns)), (rng.choice(SHOW), picture.description))
+        turns.append((rng.choice(SHOW), picture.description))
     return _record(picture.name, turns, picture.name, rng)
 
 

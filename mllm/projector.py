@@ -11,6 +11,9 @@ Shapes: W width of an image token · D width of a word embedding · n rows.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +34,8 @@ LLAVA_NAMES = {
     "linear": {"linear_1": "model.mm_projector"},
 }
 """Projector kind → our layer → its name in LLaVA's mm_projector files."""
+
+LARGEST_FACTOR = 10.0
 
 PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
@@ -172,17 +177,63 @@ def least_squares_init(
     return 1 - (residual.square().sum() / (y - y_mean).square().sum()).item()
 
 
-@torch.no_grad()
-def match_embedding_norm(projector: LlavaMultiModalProjector, features: Tensor, embeddings: Tensor) -> float:
-    """Scale the last trained layer so that projected tokens have the word embeddings' root mean square norm.
+def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Tensor:
+    """[n, D]: for each caption (token ids) the mean of its word embeddings, weighted by inverse document frequency.
 
-    features [n, W], embeddings [v, D]; returns the factor. Without it the tokens of a fresh projector are several
-    times longer than any word that the language model has seen.
+    With equal weights the words of every sentence ("a", "at the") make up most of the mean; a word of every caption
+    weighs nothing here. embeddings [V, D]. Raises ValueError for a caption without a token.
     """
-    projected = projector(features.to(projector.linear_1.weight.dtype)).float()
-    factor = (embeddings.float().square().sum(-1).mean() / projected.square().sum(-1).mean()).sqrt()
-    for parameter in list(trainable_layers(projector).values())[-1].parameters():
-        parameter.mul_(factor)
+    if not all(captions):
+        raise ValueError("a caption without a token has no mean embedding")
+    seen = Counter(token for caption in captions for token in set(caption))
+    weight = {token: math.log(len(captions) / count) + 1e-6 for token, count in seen.items()}
+    targets = torch.empty(len(captions), embeddings.shape[1])
+    for row, caption in zip(targets, captions, strict=True):
+        weights = torch.tensor([weight[token] for token in caption], device=embeddings.device)
+        row.copy_((weights / weights.sum()) @ embeddings[list(caption)].float())
+    return targets
+
+
+@torch.no_grad()
+def start_from_captions(
+    projector: LlavaMultiModalProjector,
+    features: Tensor,
+    captions: Sequence[Sequence[int]],
+    embeddings: Tensor,
+    *,
+    seed: int = 0,
+) -> float:
+    """Start the projector where image tokens look like the words of their captions; returns the regression's R².
+
+    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Every token of an image is
+    regressed on the same target; what stands in a patch and what does not averages out over images, so a patch comes
+    to lie near the words for what it shows. The fitted tokens are then given the mean and the variance of all word
+    embeddings: a regression shrinks them to a tenth of what the language model is used to.
+    """
+    rows = features.flatten(0, 1)
+    targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
+    r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed)
+    match_embeddings(projector, rows, embeddings)
+    return r2
+
+
+@torch.no_grad()
+def match_embeddings(projector: LlavaMultiModalProjector, features: Tensor, embeddings: Tensor) -> float:
+    """Give projected tokens the word embeddings' mean, and their mean squared distance from it; returns the factor.
+
+    features [n, W], embeddings [V, D]. Only the last trained layer changes, so the tokens change by a shift and a
+    factor. The factor is at most `LARGEST_FACTOR`: tokens that hardly differ say nothing (an encoder without image
+    information), and would be blown up to noise.
+    """
+    last = list(trainable_layers(projector).values())[-1]
+    projected = projector(features.to(last.weight.dtype)).float()
+    words = embeddings.float()
+    mean, words_mean = projected.mean(dim=0), words.mean(dim=0)
+    spread = (projected - mean).square().sum(-1).mean().sqrt()
+    wanted = (words - words_mean).square().sum(-1).mean().sqrt()
+    factor = wanted / torch.maximum(spread, wanted / LARGEST_FACTOR)
+    last.weight.mul_(factor)
+    last.bias.copy_(factor * (last.bias.float() - mean) + words_mean)
     return factor.item()
 
 

@@ -32,7 +32,7 @@ from clips.engine import choose_device, init_distributed, shutdown
 from clips.errors import Stopped, UserError
 from mllm.arguments import TrainArguments
 from mllm.checkpoints import newest
-from mllm.conversation import ConversationEncoder
+from mllm.conversation import IGNORE, ConversationEncoder
 from mllm.data import Collator, EpochSampler, ImageStore, LlavaDataset, pixel_loader
 from mllm.demo import ALIGN, IMAGES, INSTRUCT, ensure_llava_demo
 from mllm.features import FeatureCache, image_pixels
@@ -40,7 +40,7 @@ from mllm.hub import cache_root
 from mllm.llm import load_llm
 from mllm.model import build_model, merge_lora, save_model
 from mllm.plan import print_plan
-from mllm.projector import load_projector, save_projector
+from mllm.projector import load_projector, save_projector, start_from_captions
 from mllm.quantize import dequantize, merge_quantized_lora, quantize
 from mllm.run_log import MetricsLog, environment, keep_config, peak_memory_gb, read_json, write_curves
 from mllm.stages import Training, apply_plan, assert_plan, count_parameters, freeze_plan, learning_rates
@@ -52,6 +52,8 @@ PROJECTOR = "mm_projector.bin"
 SHORT = 512
 """Up to this many tokens torch's fused attention is slower on CPUs in bf16 than plain products: a step of SmolLM2-135M
 on 32 samples of 40 tokens took 3.1 s of one core with it and 2.1 s without."""
+START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
+"""A closed-form start takes this many images, and this many tokens of each; read in batches of START_BATCH."""
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -151,6 +153,10 @@ def prepare(
     start = _projector_start(arguments, run_dir)
     if start is not None:
         load_projector(projector, start)
+        started = f"from {start}"
+    else:
+        started = {"random": "random", "captions": "from the captions in closed form"}[arguments.mm_projector_init]
+        started += f", seed {arguments.seed}"
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -166,7 +172,7 @@ def prepare(
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
-        "projector": f"{arguments.mm_projector_type}, from {start or f'random, seed {arguments.seed}'}",
+        "projector": f"{arguments.mm_projector_type}, {started}",
         "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}",
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
@@ -283,6 +289,9 @@ def _train(
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
         console.print(f"goes on from {checkpoint}")
+    elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
+        r2 = _start_from_captions(arguments, prepared, collator, device)
+        console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
     first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -332,6 +341,37 @@ def _collator(arguments: TrainArguments, prepared: Prepared, device: torch.devic
         dist.barrier()
         cache.refresh()
     return Collator(pad_id, cache.get, "image_features")
+
+
+def _start_from_captions(
+    arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device
+) -> float:
+    """`start_from_captions` on up to `START_IMAGES` samples that have one picture; the same on every rank."""
+    single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
+    generator = torch.Generator().manual_seed(arguments.seed)
+    chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
+    if not chosen:
+        raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
+    captions, parts, encoder = [], [], prepared.vision
+    encoder.model.to(device)
+    for begin in range(0, len(chosen), START_BATCH):
+        samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
+        captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
+        features = collator.load_images([sample["images"][0] for sample in samples])
+        if not arguments.caches_features:  # then these are pixels
+            with torch.no_grad():
+                features = encoder.features(features.to(device)).cpu()
+        kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
+        parts.append(features[:, kept])
+    model = prepared.model
+    projector = model.model.multi_modal_projector
+    r2 = start_from_captions(
+        projector, torch.cat(parts), captions, model.get_input_embeddings().weight.cpu(), seed=arguments.seed
+    )
+    if dist.is_initialized():
+        for parameter in projector.parameters():
+            dist.broadcast(parameter.data, src=0)
+    return r2
 
 
 def training_arguments(

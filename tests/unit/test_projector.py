@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 
@@ -14,13 +15,16 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.errors import UserError
 from mllm.projector import (
+    LARGEST_FACTOR,
+    caption_targets,
     init_projector,
     least_squares_init,
     load_projector,
-    match_embedding_norm,
+    match_embeddings,
     projector_activation,
     projector_kind,
     save_projector,
+    start_from_captions,
     trainable_layers,
 )
 
@@ -174,12 +178,45 @@ def test_least_squares_with_more_features_than_hidden_units():
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-def test_projected_tokens_get_the_norm_of_words(kind):
-    x, words = torch.randn(500, 24) * 10, torch.randn(90, 64) * 0.03
+def test_projected_tokens_get_mean_and_spread_of_words(kind):
+    x, words = torch.randn(500, 24) * 10, torch.randn(90, 64) * 3 + 1
     projector = make(kind)
-    direction = nn.functional.normalize(projector(x), dim=-1)
-    match_embedding_norm(projector, x, words)
+    before = projector(x)
+    factor = match_embeddings(projector, x, words)
     projected = projector(x)
-    norms = [x.square().sum(-1).mean().sqrt().item() for x in (projected, words)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    assert torch.allclose(nn.functional.normalize(projected, dim=-1), direction, atol=1e-5)
+    assert torch.allclose(projected.mean(0), words.mean(0), atol=1e-3)
+    spread = [(rows - rows.mean(0)).square().sum(-1).mean().sqrt().item() for rows in (projected, words)]
+    assert spread[0] == pytest.approx(spread[1], rel=1e-4)
+    assert torch.allclose(projected - projected.mean(0), factor * (before - before.mean(0)), atol=1e-3)
+
+
+def test_tokens_that_hardly_differ_are_not_blown_up():
+    projector, words = make(), torch.randn(90, 64)
+    assert match_embeddings(projector, torch.ones(500, 24), words) == pytest.approx(LARGEST_FACTOR)
+    assert projector(torch.ones(1, 24)).isfinite().all()
+
+
+def test_caption_targets_weigh_words_by_rarity():
+    embeddings = torch.randn(10, 4)
+    captions = [[1, 2], [1, 3, 3], [1, 2, 4], [1, 2]]  # 1 in all, 2 in three, 3 and 4 in one of four
+    targets = caption_targets(captions, embeddings)
+    assert torch.allclose(targets[0], embeddings[2], atol=1e-4)
+    assert torch.allclose(targets[1], embeddings[3], atol=1e-4)
+    two, four = math.log(4 / 3), math.log(4)
+    assert torch.allclose(targets[2], (two * embeddings[2] + four * embeddings[4]) / (two + four), atol=1e-4)
+    with pytest.raises(ValueError, match="without a token"):
+        caption_targets([[1], []], embeddings)
+
+
+def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show():
+    """Images of four patches, each one of 8 things or background, with captions of the things in any order."""
+    torch.manual_seed(0)
+    looks, words = torch.randn(9, 24), torch.randn(40, 64)
+    shown = torch.randint(0, 9, (2000, 4))  # 8 is background, which no caption names
+    captions = [[20, *{int(thing) for thing in row if thing < 8}, 21] for row in shown]
+    projector = make()
+    r2 = start_from_captions(projector, looks[shown] + 0.3 * torch.randn(2000, 4, 24), captions, words)
+    tokens = projector(looks[:8]) - projector(looks).mean(0)
+    names = words[:8] - words[:8].mean(0)
+    assert (nn.functional.cosine_similarity(tokens[:, None], names[None], dim=-1).argmax(1) == torch.arange(8)).all()
+    assert 0.1 < r2 < 0.9
