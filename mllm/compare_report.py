@@ -104,7 +104,7 @@ def controls(report: Report) -> list[str]:
     points = [
         f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
         "steps, rates, start of the adapters and way that the projector starts "
-        f"({settings['stages']['align']['projector'].partition(', seed')[0]}); not equal: the encoder, its preprocessing.",
+        f"({settings['stages']['align']['projector'].partition(', seed')[0]}). Not equal: the encoder alone.",
         f"Stages: {trains}.",
         f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
     ]
@@ -272,7 +272,7 @@ def _overall(report: Report) -> list[dict[str, Any]]:
 def _summary(report: Report) -> str:
     settings = report["settings"]
     line = f"{len(report['encoders'])} encoders × {settings['seeds']} seeds · {settings['language_model']}"
-    return f"{line} · {report['time']}" + (" · --quick" if settings["quick"] else "")
+    return f"{line} · {report['time']}" + (" · quick budget" if settings["quick"] else "")
 
 
 def _environment(report: Report) -> str:
@@ -319,7 +319,8 @@ STYLE = """
 .track b { position: absolute; top: 3px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
   background: currentColor; }
 .win { color: var(--good); } .loss { color: var(--bad); } .tie { color: var(--soft); }
-.axis { color: var(--soft); font-size: .78rem; } .axis span { display: flex; justify-content: space-between; }
+.axis { color: var(--soft); font-size: .78rem; } .axis span { display: grid; grid-template-columns: 1fr 1fr 1fr; text-align: center; }
+.axis i:first-child { text-align: left; } .axis i:last-child { text-align: right; }
 .kinds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px 28px; }
 .kinds h3, .sub { font-size: .92rem; margin: 0 0 4px; } .sub { margin: 18px 0 8px; }
 ul { margin: 0; padding-left: 20px; } li { margin: 5px 0; max-width: 82ch; } li.big { font-size: 1.04rem; }

@@ -78,15 +78,15 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
         parts += [cell / "evaluation" / "figures.json" for cell in done]
         return {path: path.stat().st_mtime for path in parts if path.is_file()}
 
-    log = (place / "first.log").open("w")
-    first = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log)
+    log = place / "printed.log"
+    first = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log.open("w"))
     wait_for(lambda: len(finished()) >= 1, first)
     first.kill()
     first.wait()
     before = finished()
 
-    second = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log)
-    wait_for(lambda: len(finished()) > len(before) or "instruct" in (place / "first.log").read_text(), second)
+    second = subprocess.Popen(command(*FLAGS), cwd=place, env=environment(place), stderr=log.open("w"))
+    wait_for(lambda: "seed0: instruct" in log.read_text(), second)
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=300) == 143
     before |= finished()
