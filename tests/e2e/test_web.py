@@ -113,7 +113,7 @@ class Visit:
         self.box = self.panel.locator(".box textarea")
         self.stop = self.panel.locator(".box .stop-button")
         self.said = self.panel.locator(".chat .bot.message")
-        self.remark = self.panel.locator(".remark")
+        self.remark = self.panel.locator(".block.remark")
         self.toast = self.page.locator(".toast-body")
 
     def attach(self, *paths: Path) -> None:
@@ -161,9 +161,9 @@ def visit(chromium: Browser, address: str) -> Iterator[Callable[..., Visit]]:
 
 def test_an_uploaded_picture_is_asked_about_and_the_answer_streams(visit: Callable[..., Visit], place: Path) -> None:
     chat = visit("chat")
-    about = chat.panel.locator(".about").inner_text()
+    about = chat.panel.locator(".block.about").inner_text()
     assert "llava-clips" in about
-    assert "encoder clips (demo, 32 px, 16 tokens" in about
+    assert "encoder clips demo, 32 px, 16 tokens × 32" in about
     chat.ask("What is <image> in *it*?", place / "scene.png")
     chat.stop.wait_for()
     lengths = set()
@@ -210,7 +210,7 @@ def test_stop_retry_undo_and_new_conversation(visit: Callable[..., Visit], place
 
 def test_two_models_answer_side_by_side(visit: Callable[..., Visit]) -> None:
     both = visit("side-by-side")
-    assert ["clips (demo" in text for text in both.panel.locator(".about").all_inner_texts()] == [True, False]
+    assert ["clips demo" in text for text in both.panel.locator(".block.about").all_inner_texts()] == [True, False]
     both.panel.locator(".example").first.click()
     assert all("256 tokens" in remark for remark in both.answered())
     left, right = both.said.all_inner_texts()
@@ -254,6 +254,9 @@ def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visi
         chat.panel.get_by_text("New conversation").click()
         chat.panel.locator(".box .thumbnail-item").wait_for(state="detached")
     assert chat.said.count() == 0
+    chat.ask("much too long " * 2000)
+    assert "at most" in chat.toast.last.inner_text()
+    wait_until(lambda: chat.box.input_value().startswith("much too long"))
     chat.ask("And without one?")
     assert "tokens" in chat.answered()[0]
 
