@@ -319,7 +319,8 @@ STYLE = """
 .track b { position: absolute; top: 3px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
   background: currentColor; }
 .win { color: var(--good); } .loss { color: var(--bad); } .tie { color: var(--soft); }
-.axis { color: var(--soft); font-size: .78rem; } .axis span { display: grid; grid-template-columns: 1fr 1fr 1fr; text-align: center; }
+.axis { color: var(--soft); font-size: .78rem; } .axis span { display: grid; text-align: center;
+  grid-template-columns: 1fr 1fr 1fr; }
 .axis i:first-child { text-align: left; } .axis i:last-child { text-align: right; }
 .kinds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px 28px; }
 .kinds h3, .sub { font-size: .92rem; margin: 0 0 4px; } .sub { margin: 18px 0 8px; }
