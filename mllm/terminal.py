@@ -16,7 +16,8 @@ from urllib.request import url2pathname
 
 from PIL.Image import Image
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import NestedCompleter, PathCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from tqdm import tqdm
 
@@ -192,6 +193,21 @@ def stats_line(stats: Stats) -> str:
     )
 
 
+class _Completer(Completer):
+    """Commands, and paths after those that take one."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        self._commands = [f"/{name}" for name in (*commands, "exit")]
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        word, space, rest = document.text_before_cursor.partition(" ")
+        if word in ("/image", "/save") and space:
+            yield from self._paths.get_completions(Document(rest), event)
+        elif not space:
+            yield from (Completion(name, -len(word)) for name in self._commands if word and name.startswith(word))
+
+
 def line_reader(talk: Talk) -> Callable[[], str]:
     """Lines with editing, completion and a history over talks; plain lines where the input is no terminal."""
     if not sys.stdin.isatty():
@@ -199,12 +215,8 @@ def line_reader(talk: Talk) -> Callable[[], str]:
     path = cache_root() / "chat_history"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
-    takes_path = ("image", "save")
-    words = {f"/{name}": PathCompleter(expanduser=True) if name in takes_path else None for name in talk.commands()}
     prompt: PromptSession[str] = PromptSession(
-        history=FileHistory(str(path)),
-        completer=NestedCompleter.from_nested_dict({**words, "/exit": None}),
-        complete_while_typing=False,
+        history=FileHistory(str(path)), completer=_Completer(talk.commands()), complete_while_typing=False
     )
     return lambda: prompt.prompt(f"[{len(talk.waiting)} picture(s)] > " if talk.waiting else "> ")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
+import pyte
 import pytest
 import test_chat
 from conftest import ROOT, run_python
@@ -22,116 +25,141 @@ TIMEOUT = 200  # seconds, for machines that are busy with something else
 UP, LEFT, TAB, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\t", "\x03", "\x04"
 
 
-@pytest.fixture
-def terminal(place: Path, tmp_path: Path) -> Iterator:
-    """Starts the command where the trained model is in runs/; keys go in, the screen comes out."""
-    children = []
+class Terminal:
+    """The command in a pseudo-terminal with a real terminal's screen: keys go in, what a person sees comes out."""
 
-    def start(*flags: str) -> pexpect.spawn:
-        child = pexpect.spawn(
+    def __init__(self, place: Path, cache: Path, *flags: str) -> None:
+        self.child = pexpect.spawn(
             sys.executable,
             [str(ROOT / "scripts" / "chat.py"), "--device", "cpu", *flags],
-            cwd=place,
-            # The pseudo-terminal does not answer where its cursor is.
-            env=os.environ | {"CLIPS_MLLM_CACHE": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"},
+            cwd=place,  # where the trained model is in runs/
+            env=os.environ | {"CLIPS_MLLM_CACHE": str(cache), "TERM": "xterm"},
             encoding="utf-8",
             codec_errors="replace",
-            dimensions=(40, 200),
-            timeout=TIMEOUT,
+            dimensions=(60, 200),
         )
-        children.append(child)
-        child.expect("llava: 16 tokens for each picture, format auto")
-        ready(child)
-        return child
+        self.screen = pyte.Screen(200, 60)
+        self.screen.write_process_input = self.child.send  # a terminal answers where its cursor is
+        self.stream = pyte.Stream(self.screen)
+        self.ready()
+        assert "llava: 16 tokens for each picture, format auto" in "\n".join(self.screen.display)
+
+    def read(self) -> str:
+        """What came since, at most for a moment; EOF is raised."""
+        try:
+            text = self.child.read_nonblocking(4096, timeout=0.1)
+        except pexpect.TIMEOUT:
+            return ""
+        self.stream.feed(text)
+        return text
+
+    def line(self) -> str:
+        """The line with the cursor, up to it."""
+        return self.screen.display[self.screen.cursor.y][: self.screen.cursor.x]
+
+    def wait(self, there: Callable[[str], Any]) -> str:
+        """Read until the line with the cursor is as wanted; returns what came."""
+        end, shown = time.monotonic() + TIMEOUT, ""
+        while not there(self.line()):
+            assert time.monotonic() < end, "\n".join(self.screen.display)
+            shown += self.read()
+        return shown
+
+    def ready(self) -> str:
+        return self.wait(re.compile(r"(\[\d picture\(s\)\] )?> ").fullmatch)
+
+    def type(self, keys: str, shown: str | None = None) -> None:
+        self.child.send(keys)
+        self.wait(lambda line: line.endswith(keys if shown is None else shown))
+
+    def ask(self, text: str) -> str:
+        """Type a line and wait for the next prompt; returns what came between."""
+        self.type(text)
+        self.child.send("\r")
+        return self.ready()
+
+    def leave(self, keys: str) -> int:
+        """The exit code."""
+        self.child.send(keys)
+        self.child.expect(pexpect.EOF, timeout=TIMEOUT)
+        self.child.close()
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def terminal(place: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    started = []
+
+    def start(*flags: str) -> Terminal:
+        started.append(Terminal(place, tmp_path, *flags))
+        return started[-1]
 
     yield start
-    for child in children:
-        child.close(force=True)
+    for one in started:
+        if one.child.isalive():
+            one.child.kill(signal.SIGKILL)
+            one.child.wait()
 
 
-def ready(child: pexpect.spawn) -> str:
-    """Wait for the prompt; returns what was shown before it."""
-    child.expect(r"(\[\d picture\(s\)\] )?> (\x1b\[[\d;?]*[a-zA-Z])*$")
-    return child.before
-
-
-def ask(child: pexpect.spawn, line: str) -> str:
-    child.send(line + "\r")
-    child.expect("\r\n")  # the line itself
-    return ready(child)
-
-
-def talk_of(child: pexpect.spawn, path: Path) -> list[str]:
+def talk_of(chat: Terminal, path: Path) -> list[str]:
     """The texts of the talk, as /save writes them."""
-    assert "written: " in ask(child, f"/save {path}")
+    assert "written: " in chat.ask(f"/save {path}")
     (record,) = json.loads(path.read_text())
     return [turn["value"] for turn in record["conversations"]]
 
 
-def test_a_talk_in_a_terminal(terminal, place: Path, tmp_path: Path) -> None:
+def test_a_talk_in_a_terminal(terminal: Callable[..., Terminal], place: Path, tmp_path: Path) -> None:
     picture = place / "images" / "0.png"
-    child = terminal("--max-new-tokens", "8", "--stats")
-    assert "picture 1: " in ask(child, f"'{picture}'")  # dropped
-    assert "tokens at" in ask(child, "What is it?")
-    shown = ask(child, "And two dogs?")
-    cached = int(shown.split("of them ")[1].split()[0])
+    chat = terminal("--max-new-tokens", "8", "--stats")
+    assert "picture 1: " in chat.ask(f"'{picture}'")  # dropped
+    assert chat.line() == "[1 picture(s)] > "
+    assert "tokens at" in chat.ask("What is it?")
+    cached = int(chat.ask("And two dogs?").split("of them ")[1].split()[0])
     assert cached > 16
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
     for wrong in ("text.png", "empty.png", "missing.png"):
-        (tmp_path / "empty.png").write_bytes(b"")
-        assert "error: " in ask(child, f"/image {tmp_path / wrong}")
+        assert "error: " in chat.ask(f"/image {tmp_path / wrong}")
     questions = ["<image>\nWhat is it?", "And two dogs?"]
-    assert talk_of(child, tmp_path / "a.json")[::2] == questions
-    assert "taken back: And two dogs?" in ask(child, "/undo")
-    ask(child, "/retry")
-    child.send("What cat")  # editing: put a word in
-    child.send(LEFT * 3)
-    ask(child, "red ")
-    child.send("/sa" + TAB)  # completion
-    child.expect("/save")
-    ask(child, str(tmp_path / "b.json"))
-    assert [turn["value"] for turn in json.loads((tmp_path / "b.json").read_text())[0]["conversations"]][::2] == [
-        questions[0],
-        "What red cat",
-    ]
-    child.send(CTRL_D)
-    child.expect(pexpect.EOF)
-    child.close()
-    assert (child.exitstatus, child.signalstatus) == (0, None)
+    assert talk_of(chat, tmp_path / "a.json")[::2] == questions
+    assert "taken back: And two dogs?" in chat.ask("/undo")
+    chat.ask("/retry")
+    chat.type("What cat")
+    chat.type(LEFT * 3, "What ")  # editing: put a word in
+    chat.ask("red ")
+    chat.type("/sa" + TAB, "/save")  # completion
+    chat.ask(f" {tmp_path / 'b.json'}")
+    (record,) = json.loads((tmp_path / "b.json").read_text())
+    assert [turn["value"] for turn in record["conversations"]][::2] == [questions[0], "What red cat"]
+    assert chat.leave(CTRL_D) == 0
 
-    child = terminal("--max-new-tokens", "8")  # the history outlives the program
-    child.send(UP * 2)
-    ask(child, "")
-    assert talk_of(child, tmp_path / "c.json")[0] == "What red cat"
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    chat = terminal("--max-new-tokens", "8")  # the history outlives the program
+    chat.type(UP, f"/save {tmp_path / 'b.json'}")
+    chat.type(UP, "What red cat")
+    chat.child.send("\r")
+    chat.ready()
+    assert talk_of(chat, tmp_path / "c.json")[0] == "What red cat"
+    assert chat.leave("/exit\r") == 0
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(terminal, tmp_path: Path) -> None:
-    child = terminal("--max-new-tokens", "460")
-    whole = ask(child, "Tell a long story")
-    begin = time.monotonic()
-    ask(child, "/retry")
-    seconds = time.monotonic() - begin
-    child.send("/retry\r")
-    child.expect("\r\n")
-    time.sleep(seconds / 4)
-    child.send(CTRL_C)
-    shown = ready(child)
+def test_ctrl_c_stops_the_answer_not_the_program(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    chat = terminal("--max-new-tokens", "450")
+    whole = chat.ask("Tell a story")
+    assert len(whole) > 400
+    chat.type("/retry")
+    chat.child.send("\r")
+    shown = chat.wait(lambda line: line and not line.startswith(">"))  # some of the answer
+    chat.child.send(CTRL_C)
+    shown += chat.ready()
     assert "(stopped)" in shown
-    assert len(shown) < len(whole)
-    stopped = talk_of(child, tmp_path / "a.json")
-    assert len(stopped) == 2
-    child.send("half a line" + CTRL_C)  # drops the line
-    assert "/exit leaves" in ready(child)
-    ask(child, "/undo")
-    assert len(ask(child, "Tell a long story")) > len(shown)
-    child.send(CTRL_D)
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    assert len(shown) < len(whole) * 0.8
+    assert len(talk_of(chat, tmp_path / "a.json")) == 2
+    chat.type("half a line")
+    chat.child.send(CTRL_C)  # drops the line
+    assert "/exit leaves" in chat.ready()
+    chat.ask("/undo")
+    assert len(chat.ask("Tell a story")) > len(shown)
+    assert chat.leave(CTRL_D) == 0
 
 
 def test_for_scripts(place: Path, tmp_path: Path) -> None:
