@@ -510,13 +510,6 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
     assert ask(client, user("Hello")).choices[0].message.content
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(client: OpenAI, address: str) -> None:
-    with httpx2.Client(trust_env=False) as slow:
-        body = CHAT | {"messages": [user(LONG)], "max_tokens": 400, "stream": True}
-        with slow.stream("POST", f"{address}/v1/chat/completions", json=body):
-            assert ask(client, user("Hello")).choices[0].message.content
-
-
 def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None:
     with served(chat, encoder, Limits(new_tokens=30_000, seconds=1)) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -566,6 +559,36 @@ def test_work_at_the_desk_is_in_order() -> None:
         return order
 
     assert asyncio.run(main()) == list(range(6))
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody() -> None:
+    async def main() -> None:
+        desk = Desk(10)
+        slow = desk.run(lambda _: iter(range(1000)))
+        assert await anext(slow) == 0
+        assert [item async for item in desk.run(lambda _: iter("ab"))] == ["a", "b"]
+        assert [item async for item in slow] == list(range(1, 1000))
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_leaves_cancels_the_work() -> None:
+    async def main() -> None:
+        desk, seen = Desk(10), threading.Event()
+
+        def work(cancel: threading.Event) -> Iterator[int]:
+            yield 1
+            if cancel.wait(10):
+                seen.set()
+
+        items = desk.run(work)
+        assert await anext(items) == 1
+        assert desk.busy
+        await items.aclose()
+        assert await asyncio.to_thread(seen.wait, 10)
+        assert not desk.busy
+
+    asyncio.run(main())
 
 
 def test_a_taken_port_is_the_users_mistake() -> None:
