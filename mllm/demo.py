@@ -126,34 +126,36 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+Thing = tuple[str, str]
+"""Name and place of one thing."""
 Asked = tuple[str, str]
 """Question and answer."""
 
 
-def ask_identity(picture: Picture, rng: random.Random) -> Asked:
-    thing, place = rng.choice(picture.things)
+def ask_identity(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    thing, place = about
     wordings = WHAT_AT if len(picture.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
     return rng.choice(wordings).format(at=_at(place)), f"A {thing}"
 
 
-def ask_count(picture: Picture, rng: random.Random) -> Asked:
+def ask_count(picture: Picture, about: Thing, rng: random.Random) -> Asked:
     return rng.choice(HOW_MANY), _capital(NUMBERS[len(picture.things)])
 
 
-def ask_where(picture: Picture, rng: random.Random) -> Asked:
-    thing, place = rng.choice(picture.things)
+def ask_where(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    thing, place = about
     return rng.choice(WHERE).format(thing=thing), _capital(_at(place))
 
 
-def ask_background(picture: Picture, rng: random.Random) -> Asked:
+def ask_background(picture: Picture, about: Thing, rng: random.Random) -> Asked:
     listed = _listed([thing for thing, _ in picture.things])
     return rng.choice(BACKGROUND).format(listed=listed), _capital(picture.background)
 
 
-def ask_yes_no(picture: Picture, rng: random.Random) -> Asked:
+def ask_yes_no(picture: Picture, about: Thing, rng: random.Random) -> Asked:
     """As many yes as no for every form. Where it can, a "no" names something that is in the picture elsewhere."""
     yes = rng.random() < 0.5
-    thing, place = rng.choice(picture.things)
+    thing, place = about
     form = rng.choice((IS_THERE, IS_AT, IS_BACKGROUND))
     absent = rng.choice([name for name in CONCEPTS if name not in dict(picture.things)])
     others = [name for name, _ in picture.things if name != thing]
@@ -162,7 +164,7 @@ def ask_yes_no(picture: Picture, rng: random.Random) -> Asked:
     return rng.choice(form).format(thing=named, at=_at(place), color=color), "Yes" if yes else "No"
 
 
-KINDS: dict[str, Callable[[Picture, random.Random], Asked]] = {
+KINDS: dict[str, Callable[[Picture, Thing, random.Random], Asked]] = {
     "identity": ask_identity,
     "count": ask_count,
     "where": ask_where,
@@ -178,16 +180,21 @@ def align_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
 def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
     """A short caption, or different questions of all kinds, identity and place most often, in random order.
 
-    Captions stand alone: after questions their words could be copied from the answers instead of read in the picture.
+    What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
+    for by its place and by its name in one conversation.
     """
     if rng.random() < CAPTION_SHARE:
         return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
     asked: dict[str, str] = {}
     kinds = [*KINDS, "identity", "where"]
     rng.shuffle(kinds)
+    things = rng.sample(picture.things, len(picture.things))
     for kind in kinds[: rng.randint(*TURNS)]:
-        question, answer = KINDS[kind](picture, rng)
-        asked.setdefault(question, answer)
+        once = kind in ("identity", "where")
+        if things or not once:
+            about = things.pop() if once else rng.choice(picture.things)
+            question, answer = KINDS[kind](picture, about, rng)
+            asked.setdefault(question, answer)
     turns = list(asked.items())
     if rng.random() < DESCRIBED_SHARE:
         turns.append((rng.choice(SHOW), picture.description))
@@ -239,7 +246,7 @@ def eval_questions(pictures: list[Picture], per_kind: int, seed: int) -> list[di
         rng = random.Random(f"{seed}/questions/{kind}")
         by_answer: dict[str, list[tuple[str, str]]] = {}
         for picture in rng.sample(pictures, len(pictures)):
-            question, answer = ask(picture, rng)
+            question, answer = ask(picture, rng.choice(picture.things), rng)
             by_answer.setdefault(answer, []).append((picture.name, question))
         chosen: list[tuple[str, str, str]] = []
         while len(chosen) < per_kind and any(by_answer.values()):

@@ -35,7 +35,8 @@ LLAVA_NAMES = {
 }
 """Projector kind → our layer → its name in LLaVA's mm_projector files."""
 
-LARGEST_FACTOR = 10.0
+LARGEST_FACTOR, RANDOM_SHARE = 10.0, 0.1
+"""Of `start_from_captions`."""
 
 PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
@@ -169,7 +170,7 @@ def least_squares_init(
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     centred = x - x_mean
     gram = centred.T @ centred / len(x)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram += (ridge * gram.diagonal().mean() + 1e-8) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weight = torch.linalg.solve(gram, centred.T @ (y - y_mean) / len(x)).T
     bias = y_mean - weight @ x_mean
     _assign(layer, weight, bias)
@@ -208,33 +209,33 @@ def start_from_captions(
     features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Every token of an image is
     regressed on the same target; what stands in a patch and what does not averages out over images, so a patch comes
     to lie near the words for what it shows. The fitted tokens are then given the mean and the variance of all word
-    embeddings: a regression shrinks them to a tenth of what the language model is used to.
+    embeddings (a regression shrinks them to a tenth of what the language model is used to), `RANDOM_SHARE` of the
+    variance as a random map: captions tell nothing about much of the features, and the regression drops that.
     """
     rows = features.flatten(0, 1)
     targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
     r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed)
-    match_embeddings(projector, rows, embeddings)
+    _match_embeddings(projector, rows, embeddings, seed)
     return r2
 
 
-@torch.no_grad()
-def match_embeddings(projector: LlavaMultiModalProjector, features: Tensor, embeddings: Tensor) -> float:
-    """Give projected tokens the word embeddings' mean, and their mean squared distance from it; returns the factor.
+def _match_embeddings(projector: LlavaMultiModalProjector, rows: Tensor, embeddings: Tensor, seed: int) -> None:
+    """Scale and shift the last trained layer's outputs over `rows` [n, W], and add the random map to it."""
+    *before, last = trainable_layers(projector).values()
+    inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
+    words_spread = _spread(embeddings.float())
+    random = torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(seed)).to(inputs.device)
+    weight = torch.zeros_like(random)
+    for part, share in ((last.weight.float(), 1 - RANDOM_SHARE), (random, RANDOM_SHARE)):
+        # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
+        factor = share**0.5 * words_spread / torch.maximum(_spread(inputs @ part.T), words_spread / LARGEST_FACTOR)
+        weight += factor * part
+    _assign(last, weight, embeddings.float().mean(dim=0) - weight @ inputs.mean(dim=0))
 
-    features [n, W], embeddings [V, D]. Only the last trained layer changes, so the tokens change by a shift and a
-    factor. The factor is at most `LARGEST_FACTOR`: tokens that hardly differ say nothing (an encoder without image
-    information), and would be blown up to noise.
-    """
-    last = list(trainable_layers(projector).values())[-1]
-    projected = projector(features.to(last.weight.dtype)).float()
-    words = embeddings.float()
-    mean, words_mean = projected.mean(dim=0), words.mean(dim=0)
-    spread = (projected - mean).square().sum(-1).mean().sqrt()
-    wanted = (words - words_mean).square().sum(-1).mean().sqrt()
-    factor = wanted / torch.maximum(spread, wanted / LARGEST_FACTOR)
-    last.weight.mul_(factor)
-    last.bias.copy_(factor * (last.bias.float() - mean) + words_mean)
-    return factor.item()
+
+def _spread(x: Tensor) -> Tensor:
+    """Root mean square distance of the rows from their mean."""
+    return (x - x.mean(dim=0)).square().sum(dim=-1).mean().sqrt()
 
 
 def _two_signed_directions(x: Tensor, hidden: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ def _two_signed_directions(x: Tensor, hidden: int, seed: int) -> tuple[Tensor, T
     mean = x.mean(dim=0)
     centred = x - mean
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))  # ascending
-    whiten = (axes / (variances.clamp_min(variances[-1] * 1e-6)).sqrt()).T.flip(0)  # [W, W], largest axis first
+    whiten = (axes / (variances.clamp_min(variances[-1] * 1e-6) + 1e-8).sqrt()).T.flip(0)  # [W, W], largest axis first
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(hidden // 2, len(whiten), generator=generator, dtype=x.dtype).to(x.device)
     mix /= mix.norm(dim=1, keepdim=True)

@@ -58,10 +58,10 @@ STAGES = {
         },
         lora={},
         demo={
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
             "batch_size": 32,
             "per_device_train_batch_size": 32,
-            "max_steps": 40,
+            "max_steps": 20,
             "mm_vision_select_layer": -1,
             "mm_projector_init": "captions",
         },
@@ -79,10 +79,11 @@ STAGES = {
         },
         lora={"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
         demo={
-            "learning_rate": 1.5e-3,
-            "mm_projector_lr": 1e-3,
-            "batch_size": 16,
-            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-3,
+            "mm_projector_lr": 1e-4,  # at 1e-3 it unlearns its start before the adapters can use it
+            "batch_size": 8,
+            "per_device_train_batch_size": 8,
+            "max_steps": 300,
             "lora_enable": True,
             "lora_r": 32,
             "lora_alpha": 64,

@@ -92,6 +92,18 @@ install_language_model() {
   fi
 }
 
+# Chromium for the tests of the web page, where this may install it; without one they are skipped, loudly.
+install_browser() {
+  if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    echo "installing chromium for the tests of the web page"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
+      echo "note: apt-get could not install chromium" >&2
+  else
+    echo "note: no chromium here; as root on Debian this script installs it, else install chromium or google-chrome" >&2
+  fi
+}
+
 # Physical cores that this process may use: more threads than that make the small matrices here slower, and so does
 # anything else that runs beside them.
 physical_cores() {

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained, measured and exported encoder on the demo data; run again, it goes on where it stopped.
+# From nothing to a chatting model on the demo data: pretrained encoder, LLaVA-style model, both measured. Run again, it
+# goes on where it stopped.
 #
 #   bash scripts/quickstart.sh
 #
@@ -10,7 +11,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 echo "== 1. install"
-install demo
+install demo chat
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
 export OMP_NUM_THREADS
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
@@ -22,13 +23,16 @@ echo "== 3. pretrain, evaluate, export and report"
 # One process: the demo's model is too small to be worth several GPUs.
 deepspeed --num_gpus 1 scripts/pretrain_clips.py
 
-# == 4. LLaVA HALF GOES HERE: bash scripts/train_llava.sh --vision clips
+echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
+NUM_GPUS=1 bash scripts/train_llava.sh --vision clips
 
 cat <<NEXT
 
 Everything is done. Next:
   cd $PWD && source $venv/bin/activate
-  look at                    runs/demo/report/index.html
+  look at                    runs/demo/report/index.html, runs/llava-clips/curves.png
+  talk to the model          python scripts/chat.py --image-file data/llava_demo/images/test-000000.png
+  the same as a web page     python scripts/chat.py --web
   compare with plain CLIP    deepspeed scripts/pretrain_clips.py --recipe clip_baseline
   train on your own data     README.md, 'Your own data'
   run the tests              bash scripts/test.sh

@@ -9,7 +9,8 @@ set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-install demo dev
+install demo chat dev
+install_browser
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"
