@@ -267,16 +267,21 @@ def _answered(output: Path) -> set[str]:
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         return set()
-    data = output.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(output, len(whole))
+    *lines, rest = output.read_bytes().split(b"\n")
     ids = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            ids.add(json.dumps(json.loads(line)["question_id"]))
+            answer = json.loads(line)
+            ids.add(json.dumps(answer["question_id"]))
+            whole = "answer_id" in answer  # a question has none
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{output} line {number} is not an answer; name another --output, or mend it") from None
+            whole = False
+        if not whole:
+            raise UserError(f"{output} line {number} is not an answer; name another --output, or mend it")
+    start = b'{"question_id": '
+    if not rest.startswith(start[: len(rest)]):  # somebody's file is not cut
+        raise UserError(f"{output} does not end like a file of answers; name another --output")
+    os.truncate(output, sum(len(line) + 1 for line in lines))
     return ids
 
 
@@ -311,8 +316,9 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         talk.waiting = images
         talk.run(line_reader(talk))
         return
+    answer = session.ask(flags.prompt, images, sampling)
     try:
-        for piece in session.ask(flags.prompt, images, sampling):
+        for piece in answer:
             print(piece.translate(_CONTROL) if sys.stdout.isatty() else piece, end="", flush=True)
     except KeyboardInterrupt:
         raise Stopped("stopped", exit_code=130) from None

@@ -239,9 +239,12 @@ def test_one_bad_question_holds_up_no_other(model: ChatModel, place: Path, asked
     with pytest.raises(UserError, match=r"2 of 7 .*question 1: gone\.png.*question q2: the talk takes"):
         answer_file(model, asked, output, str(place / "images"), SHORT, None)
     assert len(read(output)) == 5
-    output.write_text("{}\n" + output.read_text())
-    with pytest.raises(UserError, match="line 1 is not an answer"):
-        answer_file(model, asked, output, str(place / "images"), SHORT, None)
+    others = {"{}\n" + output.read_text(): "line 1 is not", asked.read_text(): "line 1 is not", "Dear aunt,": "not end"}
+    for content, reason in others.items():  # no answers: such a file stays as it is
+        output.write_text(content)
+        with pytest.raises(UserError, match=reason):
+            answer_file(model, asked, output, str(place / "images"), SHORT, None)
+        assert output.read_text() == content
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -266,6 +269,9 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     assert "cached" in printed.err
     with pytest.raises(UserError, match="--input and --output go together"):
         chat_from_flags(flags(*common, "--input", "a.jsonl"))
+    with pytest.raises(UserError, match="the talk takes"):
+        chat_from_flags(flags(*common, "--prompt", "w " * 5000))
+    assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="temperature must be"):
         chat_from_flags(flags(*common, "--prompt", "What?", "--temperature", "-1"))
     with pytest.raises(UserError, match=r"missing\.png: there is no such file"):
