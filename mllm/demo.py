@@ -39,9 +39,9 @@ ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-CAPTION_SHARE = 0.5
+CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
-TURNS = (2, 4)
+TURNS = (3, 5)
 """Questions of one conversation: between these."""
 DESCRIBED_SHARE = 0.15
 """Share of the conversations that end with a long description."""
@@ -178,7 +178,7 @@ def align_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
-    """A short caption, or different questions of all kinds, identity and place most often, in random order.
+    """A short caption, or different questions of all kinds, places and yes/no most often, in random order.
 
     What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
     for by its place and by its name in one conversation.
@@ -186,7 +186,7 @@ def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
     if rng.random() < CAPTION_SHARE:
         return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
     asked: dict[str, str] = {}
-    kinds = [*KINDS, "identity", "where"]
+    kinds = [*KINDS, "where", "yes_no"]
     rng.shuffle(kinds)
     things = rng.sample(picture.things, len(picture.things))
     for kind in kinds[: rng.randint(*TURNS)]:
