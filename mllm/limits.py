@@ -70,19 +70,16 @@ def limits_from_flags(flags: argparse.Namespace) -> Limits:
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
     """The picture in `data` as upright RGB; UserError with the reason when it is none or is above a limit."""
-    from clips.data.images import decode_image
+    from clips.data.images import MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample
 
     if len(data) > limits.image_bytes:
         raise UserError(f"the picture has {len(data):,} bytes, the limit is {limits.image_bytes:,}")
     try:
-        image = decode_image(data)
+        return decode_image(data, max_pixels=min(limits.image_pixels, MAX_PIXELS))
     except BrokenSample as broken:
         reason = re.sub(r" <_io.*?>", "", broken.reason.removeprefix("image: "))  # Pillow names its buffer
         raise UserError(f"the picture cannot be read: {reason}") from None
-    if image.width * image.height > limits.image_pixels:
-        raise UserError(f"the picture has {image.width} × {image.height} pixels, the limit is {limits.image_pixels:,}")
-    return image
 
 
 # ------------------------------------------------------------------------------------------------ from an address

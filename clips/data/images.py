@@ -38,13 +38,13 @@ _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
-def decode_image(data: bytes, key: str = "image") -> Image.Image:
+def decode_image(data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture to upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
 
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
     try:
-        image = _open(data)
+        image = _open(data, max_pixels)
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode.startswith("I"):
@@ -65,14 +65,14 @@ def decode_rgba(data: bytes) -> Image.Image:
     return _open(data).convert("RGBA")
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
         raise ValueError(f"{len(data)} bytes are above the limit of {MAX_BYTES}")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {MAX_PIXELS}")
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {max_pixels}")
     image.load()
     # Reading the tags of a picture that has none costs as much as decoding a small one.
     return ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image

@@ -64,7 +64,7 @@ def test_a_picture_is_read() -> None:
         pytest.param(png_header(50_000, 50_000), LIMITS, "2500000000 pixels", id="bomb"),
         pytest.param(png()[:45], LIMITS, "cannot be read", id="truncated"),
         pytest.param(png(), Limits(image_bytes=20), "limit is 20", id="bytes"),
-        pytest.param(png(), Limits(image_pixels=47), "8 × 6 pixels, the limit is 47", id="pixels"),
+        pytest.param(png(), Limits(image_pixels=47), "8 × 6 pixels are above the limit of 47", id="pixels"),
     ],
 )
 def test_what_is_no_picture_within_the_limits_is_refused(data: bytes, limits: Limits, message: str) -> None:
