@@ -11,6 +11,7 @@ is removed at the end.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clips.data.demo import CONCEPTS
 from clips.errors import UserError
-from mllm.chat import ChatModel, ChatSession, Sampling, model_name
+from mllm.chat import ChatModel, ChatSession, Sampling, Stats, model_name
 from mllm.demo import IMAGES, QUESTIONS
 from mllm.evaluate import newest_model, read_questions
 from mllm.hub import resolve
@@ -61,7 +62,7 @@ class _Question:
     def content(self) -> list[dict[str, Any]]:
         """What the chat shows of it."""
         pictures = [{"path": path} for path in self.message["files"]]
-        return [*pictures, {"type": "text", "text": self.text}] if self.text else pictures
+        return [*pictures, {"type": "text", "text": _literal(self.text)}] if self.text else pictures
 
 
 @dataclass
@@ -157,6 +158,11 @@ def _friendly() -> Iterator[None]:
         raise gr.Error("The server met an error; its terminal says which.", print_exception=False) from None
 
 
+def _literal(text: str) -> str:
+    """`text` for the chat, which takes it for HTML: a typed <image> is shown as typed."""
+    return html.escape(text, quote=False)
+
+
 def _read(path: str, limits: Limits) -> Image.Image:
     with open(path, "rb") as file:
         return read_image(file.read(limits.image_bytes + 1), limits)
@@ -217,7 +223,7 @@ def _answer(
     cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
     begin, before = time.monotonic(), talk.messages.get(column, [])
     asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
-    text, remark = "", ""
+    text, remark, late = "", "", False
     box = {"value": question.message} if question else {}  # comes back where nothing is answered
     try:
         yield asked, gr.skip(), "…"
@@ -231,12 +237,12 @@ def _answer(
         with contextlib.closing(pieces):
             for piece in pieces:
                 text += piece
-                if time.monotonic() - begin > limits.seconds:
+                if late := time.monotonic() - begin > limits.seconds:
                     cancel.set()
                 if talk.running.get(column) is cancel:
-                    talk.messages[column] = [*asked, {"role": "assistant", "content": text}]
+                    talk.messages[column] = [*asked, {"role": "assistant", "content": _literal(text)}]
                     yield talk.messages[column], gr.skip(), "…"
-        shown, remark, box = [*asked, {"role": "assistant", "content": text}], _remark(session), {}
+        shown, remark, box = [*asked, {"role": "assistant", "content": _literal(text)}], _remark(session.last, late), {}
     except UserError as error:
         shown = before
         gr.Warning(str(error), title="")
@@ -253,14 +259,15 @@ def _answer(
         yield shown, _box(idle=not talk.busy, **box), remark
 
 
-def _remark(session: ChatSession) -> str:
-    """What the last answer took, and why it ended where that is not plain to see."""
-    stats = session.last
-    if stats is None:
-        return ""
-    ended = {"stop": "", "length": " · cut off at the longest length", "cancelled": " · stopped"}[stats.finish_reason]
+def _remark(stats: Stats, late: bool) -> str:
+    """What an answer took, and why it ended where that is not plain to see."""
+    ended = {
+        "stop": "",
+        "length": " · cut off at the longest length",
+        "cancelled": " · cut off, it took too long" if late else " · stopped",
+    }
     speed = f", then {stats.tokens_per_s:.0f} tokens/s" if stats.tokens_per_s else ""
-    return f"{stats.new_tokens} tokens · first after {stats.first_token_s:.1f} s{speed}{ended}"
+    return f"{stats.new_tokens} tokens · first after {stats.first_token_s:.1f} s{speed}{ended[stats.finish_reason]}"
 
 
 def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
@@ -363,7 +370,7 @@ def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
 def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
     return gr.Chatbot(
         show_label=False, layout="bubble", buttons=["copy"],
-        # A typed * or <image> is shown as typed.
+        # A typed * is shown as typed.
         render_markdown=False, feedback_options=None, elem_classes="chat", container=False, allow_file_downloads=False,
         placeholder="### Ask about a picture",
         examples=[{"text": text, "files": [path], "icon": path} for path, text in examples] or None,
@@ -390,7 +397,7 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
             encoder = gr.Dropdown(
                 list(looks), value=first, label="Encoder", container=False, visible=len(looks) > 1 or "hidden"
             )
-            picture = _Picture(sources=["upload", "clipboard", "webcam"], label="Picture", height=280)
+            picture = _Picture(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
             if examples:
                 gr.Examples([[path] for path, _ in examples[:5]], picture, label="Demo scenes")
             word = gr.Textbox(label="Look for", placeholder="a word or a sentence", submit_btn=True)
@@ -466,7 +473,6 @@ CSS = """
 .chat .example { padding: 10px 12px; min-width: 0; }
 .chat .example-content { flex-direction: row; align-items: center; gap: 12px; }
 .chat .example-text-content { margin: 0; }
-.chat .message img { min-width: 128px; }
 .encoder .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .encoder .label, .encoder .output-class, .encoder .confidence-set, .encoder dl * { font-family: var(--font); }
 /* The talk is cleared by the button below, for all columns together; nothing is shared with other sites. */

@@ -303,8 +303,8 @@ def test_visitors_share_nothing(visit: Callable[..., Visit], place: Path) -> Non
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_window(visit: Callable[..., Visit], width: int, scheme: str) -> None:
     chat = visit("chat", viewport={"width": width, "height": 844}, color_scheme=scheme)
-    shade = chat.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", shade)[:3])) < 200) == (scheme == "dark")
+    ink = chat.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).color")
+    assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 500) == (scheme == "dark")
     chat.panel.locator(".example").first.click()
     chat.answered()
     assert chat.overflow() == 0
