@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 180
+PATIENCE_S = 240
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 SLOW = {"num_hidden_layers": 12, "max_position_embeddings": 2048}  # an answer that one can stop
 
