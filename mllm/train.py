@@ -154,8 +154,10 @@ def prepare(
     if start is not None:
         load_projector(projector, start)
         started = f"from {start}"
+    elif arguments.stage == 2:  # a dry run
+        started = "from stage 1"
     else:
-        started = {"random": "random", "captions": "from the captions in closed form"}[arguments.mm_projector_init]
+        started = "from the captions in closed form" if arguments.mm_projector_init == "captions" else "random"
         started += f", seed {arguments.seed}"
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
