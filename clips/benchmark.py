@@ -390,6 +390,8 @@ def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.devic
         "attn_pooler_queries": 1 + run.model.vision.tokens(), "output_tokens": True,
     }  # fmt: skip
     model = open_clip.CoCa(config["embed_dim"], decoder, text, config["vision_cfg"] | pooler)
+    # open_clip leaves this one as the memory was: now and then the first loss is not finite.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=captioner.width**-0.5)
     loss = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=tokenizer.pad_id)
 
     def loss_of(batch: Batch) -> Tensor:
