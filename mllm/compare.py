@@ -57,7 +57,7 @@ RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 QUICK = 0.25
 """Share of each stage's samples that --quick trains."""
 
-ASSUMED = {"align": 12.0, "instruct": 3.5, "evaluation": 10.0}
+ASSUMED = {"align": 12.0, "instruct": 3.3, "evaluation": 4.5}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
 ASSUMED_PRETRAINING_S = 300.0
 """Seconds of one core for one pretraining run of the demo."""
