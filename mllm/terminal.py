@@ -332,7 +332,7 @@ def _web(flags: argparse.Namespace, options: dict[str, Any]) -> None:
     try:
         from mllm.web import launch
     except ModuleNotFoundError as error:
-        raise UserError(f"--web needs the package {error.name}: pip install 'clips-mllm[web]'") from None
+        raise UserError(f"--web needs the package {error.name}: pip install 'clips-mllm[chat]'") from None
     names = [flags.model_path, *(flags.compare_with or ())]
     if flags.compare_with and not flags.model_path:
         names[0] = str(newest_model())
