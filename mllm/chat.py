@@ -37,7 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from clips.engine import choose_device
 from clips.errors import UserError
 from mllm.conversation import IMAGE_TOKEN, ConversationEncoder
-from mllm.evaluate import load_model, newest_model
+from mllm.evaluate import load_model, model_name, newest_model
 from mllm.features import image_pixels
 from mllm.quantize import quantize
 
@@ -145,12 +145,6 @@ class ChatModel:
         model, processor = load_model(directory, torch.device("cpu"), kind)
         quantize(model.model.language_model, bits, kind, place)
         return ChatModel(model.to(place), processor, directory, conv_mode)
-
-
-def model_name(directory: str) -> str:
-    """How a model is called: its run's name where it is a run's `model` directory, else its own."""
-    path = Path(directory)
-    return path.resolve().parent.name if path.name == "model" else path.name
 
 
 LLAVA_MODES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}

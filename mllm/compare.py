@@ -47,8 +47,7 @@ from mllm.data import read_json_records
 from mllm.demo import DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.run_log import read_json
 from mllm.stages import STAGES
-from mllm.train import DEMO_DIR, data_of
-from mllm.vision import load_vision
+from mllm.train import DEMO_DIR, data_of, encoder_of
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
@@ -263,7 +262,7 @@ def check_cells(plan: Plan) -> None:
                 now = json.loads(json.dumps(plan.arguments(cell, number).what_trains()))
                 names = sorted(name for name in before | now if before.get(name) != now.get(name))
                 changes += [f"{stage.name}.{name}: {before.get(name)} there, {now.get(name)} asked" for name in names]
-                if not names and fingerprint != _fingerprint(cell.vision, plan.arguments(cell, number)):
+                if not names and fingerprint != encoder_of(plan.arguments(cell, number)).fingerprint:
                     changes.append(f"{cell.vision} holds other weights than those it was trained on")
         before = read_json(cell.directory / "cell.json").get("evaluation", plan.evaluation)
         names = [name for name in before if before[name] != plan.evaluation[name]]
@@ -274,16 +273,6 @@ def check_cells(plan: Plan) -> None:
                 + "\n  ".join(changes)
                 + "\nGive the comparison another --output, or remove that cell"
             )
-
-
-def _fingerprint(vision: str, arguments: TrainArguments) -> str:
-    return load_vision(
-        vision,
-        select_layer=arguments.mm_vision_select_layer,
-        select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
-        image_aspect_ratio=arguments.image_aspect_ratio,
-        seed=arguments.seed,
-    ).fingerprint
 
 
 def is_done(plan: Plan, cell: Cell) -> bool:

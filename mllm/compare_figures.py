@@ -36,7 +36,8 @@ from mllm.features import image_pixels
 from mllm.run_log import read_json
 from mllm.stages import STAGES
 from mllm.statistics import Bootstrap, holm, mcnemar
-from mllm.vision import VisionEncoder, load_vision
+from mllm.train import encoder_of
+from mllm.vision import VisionEncoder
 
 EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
@@ -214,13 +215,7 @@ def measure_encoders(plan: Plan, device: torch.device) -> dict[Cell, dict[str, d
             prefix = "" if path.stem == "evaluation" else f"{found['test_set']}: "
             figures |= {f"{prefix}{name}": figure for name, figure in found["figures"].items()}
         if plan.is_demo:
-            arguments = plan.arguments(cell, 2)
-            encoder = load_vision(
-                cell.vision,
-                select_layer=arguments.mm_vision_select_layer,
-                select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
-                seed=cell.seed,
-            )
+            encoder = encoder_of(plan.arguments(cell, 2))
             figures[PROBE] = _probe(encoder, sets, device, plan.output / "probes" / f"{encoder.fingerprint[:32]}.json")
         measured[cell] = figures
     return measured

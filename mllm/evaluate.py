@@ -100,6 +100,12 @@ def load_model(
     return model.to(device).eval(), processor
 
 
+def model_name(directory: str) -> str:
+    """How a model is called: its run's name where it is a run's `model` directory, else its own."""
+    path = Path(directory)
+    return path.resolve().parent.name if path.name == "model" else path.name
+
+
 def newest_model(runs: Path = Path("runs")) -> Path:
     """The model directory written last under `runs`; UserError where there is none."""
     found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
@@ -286,7 +292,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures."""
     device = choose_device(flags.device)
     directory = flags.model_path or str(newest_model())
-    name = Path(directory).resolve().parent.name if Path(directory).name == "model" else Path(directory).name
+    name = model_name(directory)
     out = Path(flags.out) if flags.out else _default_output(Path(directory))
     store = ImageStore(flags.image_folder) if flags.image_folder else None
     if flags.question_file:

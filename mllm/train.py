@@ -126,13 +126,7 @@ def prepare(
     )  # fmt: skip
     data_path, image_folder = data_of(arguments)
     store = ImageStore(image_folder) if image_folder else None
-    vision = load_vision(
-        arguments.vision_tower,
-        select_layer=arguments.mm_vision_select_layer,
-        select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
-        image_aspect_ratio=arguments.image_aspect_ratio,
-        seed=arguments.seed,
-    )
+    vision = encoder_of(arguments)
     # fp32 wherever a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or plan["language_model"] != "full")
     llm = load_llm(
@@ -180,6 +174,17 @@ def prepare(
     }
     return Prepared(
         model=model, processor=processor, vision=vision, dataset=dataset, store=store, plan=plan, facts=facts
+    )
+
+
+def encoder_of(arguments: TrainArguments) -> VisionEncoder:
+    """The vision encoder that resolved flags ask for."""
+    return load_vision(
+        arguments.vision_tower,
+        select_layer=arguments.mm_vision_select_layer,
+        select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
+        image_aspect_ratio=arguments.image_aspect_ratio,
+        seed=arguments.seed,
     )
 
 

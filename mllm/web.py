@@ -32,9 +32,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clips.data.demo import CONCEPTS
 from clips.errors import UserError
-from mllm.chat import ChatModel, ChatSession, Sampling, Stats, model_name
+from mllm.chat import ChatModel, ChatSession, Sampling, Stats
 from mllm.demo import IMAGES, QUESTIONS
-from mllm.evaluate import newest_model, read_questions
+from mllm.evaluate import model_name, newest_model, read_questions
 from mllm.hub import resolve
 from mllm.limits import Limits, read_image
 from mllm.look import Look, overlay

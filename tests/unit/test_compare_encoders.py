@@ -33,7 +33,7 @@ from mllm.compare_report import markdown, sentence, write_report
 from mllm.data import EpochSampler
 from mllm.projector import save_projector
 from mllm.stages import STAGES
-from mllm.train import PROJECTOR, prepare
+from mllm.train import PROJECTOR, encoder_of, prepare
 from mllm.vision import load_vision
 
 ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
@@ -87,7 +87,7 @@ def write_cell(plan: Plan, cell: Cell, skill: float) -> None:
     config = {}
     for number, stage in STAGES.items():
         trains = plan.arguments(cell, number).what_trains()
-        trains["vision_fingerprint"] = compare._fingerprint(cell.vision, plan.arguments(cell, number))
+        trains["vision_fingerprint"] = encoder_of(plan.arguments(cell, number)).fingerprint
         facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
         done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
