@@ -55,6 +55,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16; elsewhere it is emulated, slower than float32."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
     if device.type == "cpu":

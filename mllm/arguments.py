@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from clips.engine import has_bf16
 from clips.errors import UserError
 from mllm.llm import DEFAULT_LLM
 from mllm.stages import STAGES, Stage
@@ -101,7 +102,7 @@ class TrainArguments:
         on_gpu = self.device != "cpu" and torch.cuda.is_available()
         defaults |= {
             "output_dir": os.path.join("runs", f"llava-{self.vision_tower.partition(':')[0]}"),
-            "bf16": torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported(),
+            "bf16": has_bf16(torch.device("cuda" if on_gpu else "cpu")),
             "gradient_checkpointing": on_gpu,
             "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
         }

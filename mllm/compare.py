@@ -45,6 +45,7 @@ from clips.finish import is_finished
 from mllm.arguments import TrainArguments, parse_train_arguments
 from mllm.data import read_json_records
 from mllm.demo import DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+from mllm.evaluate import answer_dtype
 from mllm.run_log import read_json
 from mllm.stages import STAGES
 from mllm.train import DEMO_DIR, data_of, encoder_of
@@ -53,10 +54,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Encoders that are pretrained where they are missing."""
 
-QUICK = 0.25
-"""Share of each stage's samples that --quick trains."""
+DEMO_SHARE, QUICK_SHARE = 0.5, 0.15
+"""Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
+QUICK_LIMIT = 400
+"""Questions of each file with --quick, where --limit does not say."""
 
-ASSUMED = {"align": 12.0, "instruct": 3.3, "evaluation": 4.5}
+ASSUMED = {"align": 12.0, "instruct": 3.3, "evaluation": 13.0}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
 ASSUMED_PRETRAINING_S = 300.0
 """Seconds of one core for one pretraining run of the demo."""
@@ -93,6 +96,8 @@ class Plan:
     output: Path = Path("runs/compare")
     jobs: int = 1
     quick: bool = False
+    budget: float | None = None
+    """Share of each stage's samples that a cell trains; None: as DEMO_SHARE and QUICK_SHARE say."""
     pretraining_seeds: int | None = None
     """Encoders pretrained of each kind, cells take them in turn; None: one for each seed, with --quick one."""
     train_flags: tuple[str, ...] = ()
@@ -109,6 +114,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.jobs < 1 or self.gpus < 1:
             raise UserError("--seeds, --jobs and --gpus must be at least 1")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UserError(f"--budget {self.budget:g} must be above 0 and at most 1")
         if self.pretraining_seeds is not None and not 1 <= self.pretraining_seeds <= self.seeds:
             raise UserError(f"--pretraining-seeds {self.pretraining_seeds} must be between 1 and --seeds {self.seeds}")
         names = [_slug(encoder) for encoder in self.encoders]
@@ -138,6 +145,16 @@ class Plan:
     @property
     def kinds_pretrained(self) -> int:
         return self.pretraining_seeds or (1 if self.quick else self.seeds)
+
+    @property
+    def share(self) -> float:
+        """Of each stage's samples, for every cell."""
+        return self.budget or (QUICK_SHARE if self.quick else DEMO_SHARE if self.is_demo else 1.0)
+
+    @property
+    def questions(self) -> int | None:
+        """Of each file, for every cell; None: all."""
+        return self.limit or (QUICK_LIMIT if self.quick else None)
 
     @property
     def cells(self) -> list[Cell]:
@@ -184,13 +201,13 @@ class Plan:
         """The flags of train_llava.py for one stage of a cell."""
         flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
         flags += ["--output_dir", str(cell.directory), "--device", self.device, *self.train_flags]
-        if self.quick:
+        if self.share < 1:
             full = parse_train_arguments(flags).resolve(self.gpus)
             name = STAGES[stage].name
             if full.max_steps > 0:
-                flags += [f"--{name}.max_steps", str(max(1, round(QUICK * full.max_steps)))]
+                flags += [f"--{name}.max_steps", str(max(1, round(self.share * full.max_steps)))]
             else:
-                flags += [f"--{name}.num_train_epochs", f"{QUICK * full.num_train_epochs:g}"]
+                flags += [f"--{name}.num_train_epochs", f"{self.share * full.num_train_epochs:g}"]
         return flags
 
     def arguments(self, cell: Cell, stage: int) -> TrainArguments:
@@ -208,7 +225,7 @@ class Plan:
         command += ["--out", str(cell.figures.parent), "--device", self.device]
         command += ["--question-file", str(self.question_file)] if self.question_file else []
         command += ["--image-folder", str(self.question_images)] if self.question_images else []
-        return command + (["--limit", str(self.limit)] if self.limit else [])
+        return command + (["--limit", str(self.questions)] if self.questions else [])
 
     def benchmark_command(self, cell: Cell) -> list[str]:
         """lmms-eval on the saved model, which is a stock transformers one."""
@@ -240,7 +257,8 @@ class Plan:
     def evaluation(self) -> dict[str, Any]:
         """What decides which questions a cell answers."""
         given = self.question_file and str(self.question_file)
-        return {"questions": given or "the demo's", "limit": self.limit}
+        dtype = answer_dtype("auto", choose_device(self.device))
+        return {"questions": given or "the demo's", "limit": self.questions, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _slug(encoder: str) -> str:
@@ -448,7 +466,7 @@ def seconds_of_cell(plan: Plan) -> tuple[float, str]:
     for number, stage in STAGES.items():
         seconds += stage_samples(plan, cell, number) / ASSUMED[stage.name]
     if plan.asks:
-        seconds += sum(_questions(path, plan.limit) for path in plan.question_files[0]) / ASSUMED["evaluation"]
+        seconds += sum(_questions(path, plan.questions) for path in plan.question_files[0]) / ASSUMED["evaluation"]
     rates = ", ".join(f"{rate:g}/s {name}" for name, rate in ASSUMED.items())
     return seconds, f"an assumption for one core, no cell is finished yet ({rates})"
 
@@ -479,7 +497,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts = {
         "pretrain": ", ".join(path.name for path in encoders) or "nothing",
         "cells": f"{len(todo)} of {len(plan.cells)} to run, {plan.jobs} at a time",
-        "each cell": budget + (f" (--quick: {QUICK:.0%} of the samples)" if plan.quick else ""),
+        "each cell": budget + (f" ({plan.share:.0%} of the stages' own)" if plan.share < 1 else ""),
         "time": f"about {total / 60:.0f} min: {each / 60:.1f} min a cell, {source}",
         "writes to": str(plan.output),
     }
@@ -500,6 +518,7 @@ def plan_from_flags(flags: argparse.Namespace) -> Plan:
         output=Path(flags.output),
         jobs=flags.jobs or (2 if both else 1),
         quick=flags.quick,
+        budget=flags.budget,
         pretraining_seeds=flags.pretraining_seeds,
         train_flags=tuple(shlex.split(flags.train_flags)),
         pretrain_flags=tuple(shlex.split(flags.pretrain_flags)),

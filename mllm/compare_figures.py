@@ -30,7 +30,7 @@ from clips.errors import UserError
 from clips.evaluate import PROBE_SAMPLES, ImageSet, probe_images
 from clips.testsets import open_test_set
 from mllm.caption_metrics import cider
-from mllm.compare import QUICK, RECIPES, Cell, Plan, stage_samples, steps_seen
+from mllm.compare import RECIPES, Cell, Plan, stage_samples, steps_seen
 from mllm.evaluate import read_questions
 from mllm.features import image_pixels
 from mllm.run_log import read_json
@@ -314,7 +314,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "encoders": list(plan.encoders),
         "seeds": plan.seeds,
         "quick": plan.quick,
-        "budget_share": QUICK if plan.quick else 1.0,
+        "budget_share": plan.share,
         "pretraining_seeds": plan.kinds_pretrained if plan.pretraining else None,
         "is_demo": plan.is_demo,
         "train_flags": list(plan.train_flags),

@@ -136,8 +136,12 @@ def not_shown(report: Report) -> list[str]:
             "The demo's pictures are drawings on plain colours. These figures show that the path works and that the "
             "measurement tells encoders apart; they are no evidence about photographs."
         )
-    if settings["quick"]:
-        points.append(f"--quick: each stage saw {settings['budget_share']:.0%} of its samples; a full run may differ.")
+    if settings["budget_share"] < 1:
+        points.append(
+            f"Each stage saw {settings['budget_share']:.0%} of the samples that train_llava.sh gives it"
+            + (" (--quick)" if settings["quick"] else "")
+            + ": models trained to the end are better, and their differences may be others."
+        )
     if settings["pretraining_seeds"] == 1 and settings["seeds"] > 1:
         points.append(
             "One encoder of each kind was pretrained: intervals hold for these encoders, not for the methods that "

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.data.sample import BrokenSample
-from clips.engine import choose_device
+from clips.engine import choose_device, has_bf16
 from clips.errors import UserError
 from mllm.caption_metrics import cider
 from mllm.conversation import ConversationEncoder
@@ -288,6 +288,13 @@ def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
 # ---------------------------------------------------------------------------------------------- the command
 
 
+def answer_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it."""
+    if name == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return getattr(torch, name)
+
+
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures."""
     device = choose_device(flags.device)
@@ -308,10 +315,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         problem = store.problem(question.image) if question.image and store else None
         if problem:
             raise UserError(f"question {question.id}: {problem}")
-    dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
-    model, processor = load_model(directory, device, dtype)
+    model, processor = load_model(directory, device, answer_dtype(flags.dtype, device))
     console = Console(stderr=True)
-    figures: dict[str, Any] = {"model": str(directory)}
+    figures: dict[str, Any] = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")}
     for key, questions in sets.items():
         begin = time.perf_counter()
         answers = generate_answers(
@@ -323,7 +329,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)
-    if len(figures) > 1:
+    if len(figures) > 2:
         (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         console.print(f"figures → {out / 'figures.json'}\nNext: python scripts/chat.py --model-path {directory}")
     return figures

@@ -23,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=3, help="training runs of each encoder")
     p.add_argument("--output", default="runs/compare", help="where encoders, cells and the report are written")
     p.add_argument("--jobs", type=int, default=0, help="cells beside each other; 0: two on a CPU, one on a GPU")
-    p.add_argument("--quick", action="store_true", help="a quarter of each stage's samples; the report says so")
+    p.add_argument("--quick", action="store_true", help="less of everything, in under half an hour; the report says so")
+    p.add_argument(
+        "--budget",
+        type=float,
+        help="share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.15, else 1)",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
     p.add_argument("--train-flags", default="", help="further flags of train_llava.sh for every cell, in one string")
     p.add_argument("--pretrain-flags", default="", help="further flags of pretrain_clips.py for clips and clip alike")
@@ -36,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpus", type=int, default=1, help="GPUs of each cell (deepspeed launcher)")
     p.add_argument("--question-file", help="your own questions with answers, instead of the demo's")
     p.add_argument("--question-images", help="folder or tar of their pictures")
-    p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread")
+    p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread (--quick: 400)")
     p.add_argument("--benchmarks", default="", help="tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme")
     p.add_argument("--karpathy", help="also retrieval of clips and clip on COCO or Flickr30K: the Karpathy split file")
     p.add_argument("--image-root", help="folder of its images (default: that of the file)")

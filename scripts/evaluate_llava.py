@@ -20,7 +20,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
     p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread (default: all)")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="default: auto")
+    p.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="auto is bfloat16 where the device computes in it (default: auto)",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return p
 
