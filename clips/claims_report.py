@@ -18,7 +18,7 @@ from scipy import stats
 from clips.claims import CONTEXT, CONTRADICTED, DECIDING, MEANS, OPEN, REPRODUCED
 from clips.compare import show_difference
 from clips.plots import LIGHT, SERIES, Theme
-from clips.report import html_page, section, themed, tile_row
+from clips.report import Table, html_page, section, themed, tile_row
 
 TITLE = "The claims of CLIPS, in small"
 NAMES = {
@@ -49,12 +49,6 @@ section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 76px; }
 
 
 @dataclass
-class Grid:
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass
 class Chart:
     name: str
     """The PNG file that the Markdown shows."""
@@ -65,7 +59,7 @@ class Chart:
 @dataclass
 class Section:
     title: str
-    blocks: list[str | Grid | Chart]
+    blocks: list[str | Table | Chart]
 
 
 def write_reports(result: dict[str, Any], output: Path) -> None:
@@ -131,8 +125,8 @@ def _controls(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str | Grid | Chart]:
-    blocks: list[str | Grid | Chart] = [f"The paper: {claim['paper']}", f"Verdict: {claim['verdict']}."]
+def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str | Table | Chart]:
+    blocks: list[str | Table | Chart] = [f"The paper: {claim['paper']}", f"Verdict: {claim['verdict']}."]
     if "missing" in claim:
         return [*blocks, f"To get there: {claim['missing']}."]
     if "variants" not in claim:  # LLaVA, from another report
@@ -141,7 +135,7 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
             for c in claim["contrasts"]
         ]
         source = f"From {claim['report']}: accuracy in percentage points, its interval over items and seeds."
-        return [*blocks, Grid(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
+        return [*blocks, Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
@@ -161,12 +155,12 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
         *blocks,
         Chart(f"claim-{key}.png", claim, variants),
         "Differences in percentage points with their 95 % intervals:",
-        Grid(("comparison", DRAWN[DECIDING], "verdict"), decided),
+        Table(("comparison", DRAWN[DECIDING], "verdict"), decided),
         "The same in figures that do not decide:",
-        Grid(("comparison", *(DRAWN[name] for name in others)), beside),
+        Table(("comparison", *(DRAWN[name] for name in others)), beside),
         f"With care: {claim['caution']}",
         "Test split, percent, mean ± standard deviation over seeds:",
-        Grid(("", *labels.values()), table),
+        Table(("", *labels.values()), table),
     ]
 
 
@@ -174,7 +168,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def _lengths(result: Mapping[str, Any]) -> list[str | Grid]:
+def _lengths(result: Mapping[str, Any]) -> list[str | Table]:
     tests = ", ".join(f"{name} {tokens:g}" for name, tokens in result["test_text_tokens"].items())
     rows = [
         (variant["label"], *(f"{variant['text_tokens'][name]:g}" if name in variant["text_tokens"] else "" for name in
@@ -184,12 +178,12 @@ def _lengths(result: Mapping[str, Any]) -> list[str | Grid]:
     return [
         "A model is measured best with texts as long as those it was trained on. Mean tokens of what the text towers "
         "were fed; where a variant has one text per image, it is the mix of web and synthetic captions:",
-        Grid(("variant", "web caption, or the one text", "piece of the long caption"), rows),
+        Table(("variant", "web caption, or the one text", "piece of the long caption"), rows),
         f"Mean tokens of the test set's texts: {tests}.",
     ]
 
 
-def _how_it_ran(result: Mapping[str, Any]) -> list[str | Grid]:
+def _how_it_ran(result: Mapping[str, Any]) -> list[str | Table]:
     rows = [
         (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
         for name, variant in result["variants"].items()
@@ -199,7 +193,7 @@ def _how_it_ran(result: Mapping[str, Any]) -> list[str | Grid]:
     return [
         f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes this time, {result['jobs']} runs beside "
         "each other; finished runs are not run again)",
-        *([f"Variants, all with {CONTEXT}:", Grid(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
+        *([f"Variants, all with {CONTEXT}:", Table(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
         "Environment: " + ", ".join(f"{name} {value}" for name, value in (environment | packages).items()),
         "claims.json holds each run's whole configuration, seed, command and figures.",
     ]
@@ -255,33 +249,30 @@ def _html(part: Section) -> str:
     return section(html.escape(part.title), "", "".join(map(_html_block, part.blocks)))
 
 
-def _html_block(block: str | Grid | Chart) -> str:
+def _html_block(block: str | Table | Chart) -> str:
     if isinstance(block, Chart):
         return f'<div class="plot">{themed(lambda theme: draw(block, theme), block.claim["title"])}</div>'
-    if isinstance(block, Grid):
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in block.head)
-        rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in block.rows)
-        return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    if isinstance(block, Table):
+        return block.html(_cell_class)
     mark, _, text = block.partition(": ")
     if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
         return f"<p><b>{mark}.</b> {html.escape(text[0].upper() + text[1:])}</p>"
     return f"<p>{html.escape(block)}</p>"
 
 
-def _html_cell(text: str) -> str:
+def _cell_class(column: int, text: str) -> str:
     """Words may wrap, figures with their spread may not."""
     kind = "" if "±" in text or "[" in text else "wrap"
-    return f'<td class="{kind} {f"verdict {COLOURS[text]}" if text in COLOURS else ""}">{html.escape(text)}</td>'
+    return f"{kind} verdict {COLOURS[text]}" if text in COLOURS else kind
 
 
 def _markdown(part: Section) -> str:
     return f"## {part.title}\n\n" + "\n".join(f"{_markdown_block(block)}\n" for block in part.blocks)
 
 
-def _markdown_block(block: str | Grid | Chart) -> str:
+def _markdown_block(block: str | Table | Chart) -> str:
     if isinstance(block, Chart):
         return f"![{block.claim['title']}]({block.name})"
-    if isinstance(block, Grid):
-        rows = [block.head, ["---"] * len(block.head), *block.rows]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if isinstance(block, Table):
+        return block.markdown()
     return block

@@ -12,7 +12,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +191,34 @@ def _page(record: RunRecord, examples: Examples) -> str:
         _model_line(record.config),
     ]
     return html_page(record.name, " · ".join(filter(None, line)), "".join(sections))
+
+
+def names_and_numbers(column: int, text: str) -> str:
+    """CSS class of a table's cell: names in the first column, figures in the others."""
+    return "n" if column else ""
+
+
+@dataclass
+class Table:
+    """Rows of text, for pages and for Markdown."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+    def html(self, css_class: Callable[[int, str], str] = names_and_numbers) -> str:
+        """`css_class`: column and text → class of a cell or heading."""
+
+        def line(cells: Sequence[str], tag: str) -> str:
+            classes = (css_class(column, text) for column, text in enumerate(cells))
+            cells = (f'<{tag} class="{c}">{html.escape(text)}</{tag}>' for c, text in zip(classes, cells, strict=True))
+            return f"<tr>{''.join(cells)}</tr>"
+
+        rows = "".join(line(row, "td") for row in self.rows)
+        return f'<div class="scroll"><table>{line(self.head, "th")}{rows}</table></div>'
 
 
 def html_page(title: str, note: str, content: str, style: str = "") -> str:

@@ -7,6 +7,7 @@ cache already holds, and which text may be shown yet.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import math
@@ -46,6 +47,16 @@ Turn = dict[str, Any]
 
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 _CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # transformers renamed the argument
+
+
+class ContextError(UserError):
+    """A talk is longer than the model's context."""
+
+
+def model_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `ChatModel.load` that chat.py and serve.py have flags for."""
+    bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
+    return {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,10 +345,9 @@ class ChatSession:
         ids = self.prompt_ids(turns, len(images))
         context = self.model.context_length
         if context is not None and len(ids) >= context:
-            raise UserError(
+            raise ContextError(
                 f"the talk takes {len(ids):,} tokens with this question, and the model reads {context:,} at most "
-                f"({self.model.tokens_per_image:,} for each picture): ask shorter, take turns back (/undo) or start "
-                "anew (/reset)"
+                f"({self.model.tokens_per_image:,} for each picture): ask shorter, take turns back or start anew"
             )
         streamer = _Streamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(turns, images, ids, sampling, streamer, start)

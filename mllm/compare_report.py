@@ -9,8 +9,7 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure as Plot
 
 from clips.checkpoint import write_atomically
 from clips.plots import SERIES, Theme, pretty
-from clips.report import data_uri, html_page, section, themed, tile_row
+from clips.report import Table, data_uri, html_page, section, themed, tile_row
 from mllm.compare_figures import PROBE
 from mllm.data import ImageStore
 
@@ -175,27 +174,6 @@ INTRINSIC_NOTE = (
     "sees and is measured the same way for all; retrieval and zero-shot come from the pretraining run and need a text "
     "tower, which random and blind have not."
 )
-
-
-@dataclass
-class Table:
-    """Rows of text for both the page and the markdown."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-    def html(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            first, *rest = (html.escape(cell) for cell in cells)
-            numbers = "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in rest)
-            return f"<tr><{tag}>{first}</{tag}>{numbers}</tr>"
-
-        rows = "".join(line(row, "td") for row in self.rows)
-        return f'<div class="scroll"><table>{line(self.head, "th")}{rows}</table></div>'
 
 
 def headline_table(report: Report) -> Table:

@@ -251,19 +251,15 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, An
     return figures
 
 
-def write_answers(path: Path, questions: Sequence[Question], answers: Sequence[str], model_name: str) -> None:
-    """LLaVA's answer format, one JSON a line, with `kind`, `expected` and `correct` where the answer is known."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for question, answer in zip(questions, answers, strict=True):
-            line = {"question_id": question.id, "prompt": question.text, "text": answer}
-            line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
-            if question.image is not None:
-                line["image"] = question.image
-            if question.answer is not None:
-                line |= {"kind": question.kind, "expected": question.answer}
-                line["correct"] = is_right(answer, question.answer)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def answer_line(question: Question, answer: str, model_name: str) -> str:
+    """LLaVA's answer format, JSON in a line, with `kind`, `expected` and `correct` where the answer is known."""
+    line = {"question_id": question.id, "prompt": question.text, "text": answer}
+    line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
+    if question.image is not None:
+        line["image"] = question.image
+    if question.answer is not None:
+        line |= {"kind": question.kind, "expected": question.answer, "correct": is_right(answer, question.answer)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
@@ -325,7 +321,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         )
         figures |= score(questions, answers)
         path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
-        write_answers(path, questions, answers, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
+        path.write_text("".join(lines), encoding="utf-8")
         console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)

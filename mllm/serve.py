@@ -42,7 +42,7 @@ from clips.errors import Stopped, UserError
 from clips.evaluate import encode_texts, tower_size
 from clips.export import load_model
 from clips.model import CLIPS
-from mllm.chat import ChatModel, ChatSession, Stats
+from mllm.chat import ChatModel, ChatSession, ContextError, Stats, model_options
 from mllm.limits import Limits, limits_from_flags, read_image
 from mllm.serve_desk import Desk, Figures, Gate, T, error_response, read_body, unless_gone
 from mllm.serve_requests import (
@@ -228,11 +228,9 @@ def _answer(
     """The pieces of the answer, then what it took."""
     try:
         session = ChatSession.from_turns(chat, asked.turns, _decode(data, limits, "messages"), asked.system)
-        length = len(session.prompt_ids(session.turns, len(data)))
-        if chat.context_length is not None and length >= chat.context_length:
-            message = f"messages: {length:,} tokens, the model's context is {chat.context_length:,}"
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
         yield from session.answer(asked.sampling, cancel)
+    except ContextError as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
     yield session.last
@@ -321,10 +319,7 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
     limits = limits_from_flags(flags)
     api_key = flags.api_key or os.environ.get("CLIPS_API_KEY") or None
     with _bind(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
-        bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
-        chat = ChatModel.load(
-            flags.model_path, device=flags.device, dtype=flags.dtype, bits=bits, conv_mode=flags.conv_mode
-        )
+        chat = ChatModel.load(flags.model_path, **model_options(flags))
         encoder = _find_encoder(flags)
         app = create_app(chat, encoder, limits, api_key=api_key, allow_image_urls=flags.allow_image_urls)
         config = uvicorn.Config(app, lifespan="off", server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)

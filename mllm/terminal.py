@@ -24,9 +24,9 @@ from tqdm import tqdm
 from clips.data.images import MAX_BYTES, MAX_PIXELS
 from clips.data.sample import BrokenSample
 from clips.errors import Stopped, UserError
-from mllm.chat import ChatModel, ChatSession, Sampling, Stats
+from mllm.chat import ChatModel, ChatSession, ContextError, Sampling, Stats, model_options
 from mllm.data import ImageStore
-from mllm.evaluate import Question, newest_model, read_questions, write_answers
+from mllm.evaluate import Question, answer_line, newest_model, read_questions
 from mllm.hub import cache_root
 from mllm.limits import Limits, fetch_image, read_image
 
@@ -95,6 +95,8 @@ class Talk:
                 return
             except KeyboardInterrupt:
                 print("(Ctrl-D or /exit leaves)")
+            except ContextError as error:
+                print(f"error: {error} (/undo, /reset)")
             except UserError as error:
                 print(f"error: {error}")
 
@@ -233,7 +235,6 @@ def answer_file(
     done = _answered(output)
     left = [question for question in asked if json.dumps(question.id) not in done]
     store = ImageStore(folder or questions.parent) if any(question.image for question in left) else None
-    part = output.with_name(output.name + ".part")
     failed: list[str] = []
     try:
         for question in tqdm(left, initial=len(asked) - len(left), total=len(asked), desc="answers", unit="question"):
@@ -242,13 +243,10 @@ def answer_file(
             except (UserError, BrokenSample) as error:
                 failed.append(f"question {question.id}: {error}")
                 continue
-            write_answers(part, [question], [answer], model.name)
-            with output.open("ab") as file:
-                file.write(part.read_bytes())
+            with output.open("a", encoding="utf-8") as file:
+                file.write(answer_line(question, answer, model.name))
     except KeyboardInterrupt:
         raise Stopped(f"stopped; the same command goes on with the rest ({output})", exit_code=130) from None
-    finally:
-        part.unlink(missing_ok=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} question(s) could not be answered, the others are in {output}. "
                         + "; ".join(failed[:3]))  # fmt: skip
@@ -296,8 +294,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         stop=tuple(flags.stop or ()),
         seed=flags.seed,
     )
-    bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
-    options = {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
+    options = model_options(flags)
     if flags.web:
         _web(flags, options)
         return

@@ -129,7 +129,7 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     assert "correct" not in answers[0]
     assert answers[1]["expected"] == "Yes"
     assert json.loads((out / "figures.json").read_text()) == figures
-    assert set(figures) == {"model", "exact_match", "yes_no", "cider"}
+    assert set(figures) == {"model", "dtype", "exact_match", "yes_no", "cider"}
     assert figures["exact_match"]["overall"]["n"] == 1
 
 

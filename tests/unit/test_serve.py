@@ -250,7 +250,7 @@ BAD = {
     "longer than the context": (
         CHAT | {"messages": [user("a " * 49_000)]},
         "messages",
-        "the model's context is 32,768",
+        "the model reads 32,768 at most",
     ),
     "negative tokens": (CHAT | {"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
     "no tokens": (CHAT | {"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
@@ -314,6 +314,7 @@ def test_a_bad_request_gets_400_and_the_reason(
     assert len(error["message"]) < 500
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"] == "context_length_exceeded") == ("the model reads" in message)
 
 
 @pytest.mark.parametrize(
