@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clips.engine import unused_port
 from clips.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,12 +48,6 @@ def open_tab(page: Page, url: str, tab: str) -> None:
     page.goto(url, timeout=PATIENCE_MS)
     page.get_by_role("tab", name=TABS[tab]).click()
     page.locator(".box textarea:visible, .encoder:visible").first.wait_for()
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def take_picture(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from clips.config import (
     TrainConfig,
     VisionConfig,
 )
+from clips.engine import unused_port
 from clips.model import CLIPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,8 +114,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(name="unused_port")
+def _unused_port() -> int:
+    return unused_port()

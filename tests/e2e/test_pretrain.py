@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+from clips.engine import unused_port
 from clips.recipes import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -57,9 +57,7 @@ def torchrun(*arguments: str | Path) -> list[str]:
 
 
 def deepspeed(*arguments: str | Path) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     launcher = Path(sys.executable).with_name("deepspeed")
     return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from tiny_web import picture, write_export, write_llava
 
+from clips.engine import unused_port
 from mllm.screenshot import browser, find_browser, open_tab
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(place: Path, chromium: Browser) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     models = ["--model-path", "runs/llava-clips/model", "--compare-with", "runs/llava-clip/model", "--device", "cpu"]
     uploads = place / "uploads"
     uploads.mkdir()
