@@ -54,14 +54,14 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Encoders that are pretrained where they are missing."""
 
-DEMO_SHARE, QUICK_SHARE = 0.5, 0.15
+DEMO_SHARE, QUICK_SHARE = 0.75, 0.2
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""
 
-ASSUMED = {"align": 12.0, "instruct": 3.3, "evaluation": 13.0}
+ASSUMED = {"align": 8.0, "instruct": 4.3, "evaluation": 16.0}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
-ASSUMED_PRETRAINING_S = 300.0
+ASSUMED_PRETRAINING_S = 200.0
 """Seconds of one core for one pretraining run of the demo."""
 
 
