@@ -1,4 +1,4 @@
-"""The only file that writes or reads a checkpoint.
+"""The only file that writes or reads a checkpoint; mllm/checkpoints.py seals and checks the Trainer's with it.
 
 `checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json`
 with the SHA-256 of each. It is written under a hidden temporary name, flushed to disk and renamed, and then
@@ -14,8 +14,10 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from clips.errors import NoCheckpointError, UserError
 from clips.weights import read_weights
+
+T = TypeVar("T")
 
 MANIFEST = "MANIFEST.json"
 
@@ -72,8 +76,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
         save_file(weights, temporary / "model.safetensors")
         save_file(optimizer, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-        manifest = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        seal(temporary)
         for path in [*temporary.iterdir(), temporary]:
             _fsync(path)
     except BaseException as error:
@@ -102,11 +105,8 @@ def latest(run_dir: Path) -> Checkpoint | None:
     for leftover in parent.glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     candidates = _steps(parent)
-    for path in candidates:
-        try:
-            return _verified(path)
-        except ValueError as fault:
-            print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
+    if found := first_usable(candidates, _verified):
+        return found
     if candidates or (run_dir / "LATEST").exists():
         raise NoCheckpointError(
             f"no usable checkpoint in {parent}, although some were written. "
@@ -125,6 +125,37 @@ def load(path: Path) -> Checkpoint:
         ) from None
 
 
+def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T | None:
+    """What `verified` makes of the first candidate that it does not refuse with ValueError; the others are named."""
+    for path in candidates:
+        try:
+            return verified(path)
+        except ValueError as fault:
+            print(f"warning: checkpoint {path} is not usable ({fault}); trying the one before it", file=sys.stderr)
+    return None
+
+
+def seal(directory: Path) -> None:
+    """Write MANIFEST.json, the SHA-256 of every file below `directory`; before that a checkpoint does not count."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    digests = {str(path.relative_to(directory)): _sha256(path) for path in files}
+    write_atomically(directory / MANIFEST, json.dumps(digests, indent=2) + "\n")
+
+
+def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
+    """`directory`, if its files are what was sealed, `required` among them; ValueError says what is wrong otherwise."""
+    try:
+        digests = json.loads((directory / MANIFEST).read_text())
+        for name in dict.fromkeys([*required, *digests]):
+            if digests.get(name) != _sha256(directory / name):
+                raise ValueError(f"{name} does not match its SHA-256 in {MANIFEST}")
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or directory).name}: {error.strerror}") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} was not written by this program: {error}") from None
+    return directory
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader, or a crash, sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -140,16 +171,11 @@ def _steps(parent: Path) -> list[Path]:
 
 def _verified(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
+    check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if manifest.get(name) != _sha256(path / name):
-                raise ValueError(f"{name} does not match its SHA-256 in {MANIFEST}")
         return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename or path).name}: {error.strerror}") from None
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} or state.json was not written by this program: {error}") from None
+    except TypeError as error:
+        raise ValueError(f"state.json was not written by this program: {error}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -25,10 +25,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from clips.checkpoint import seal
 from clips.errors import NotFiniteError
 from clips.train import StopSignal
 from clips.weights import read_weights, write_weights
-from mllm.checkpoints import seal
 from mllm.data import Collator, EpochSampler, LlavaDataset
 from mllm.features import causal_lm_loss, embed_inputs
 from mllm.stages import parameter_groups

@@ -27,7 +27,8 @@ from clips.checkpoint import MANIFEST
 from clips.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
 from clips.weights import read_weights
 from mllm.arguments import TrainArguments, parse_train_arguments
-from mllm.checkpoints import newest, seal
+from clips.checkpoint import seal
+from mllm.checkpoints import newest
 from mllm.data import EpochSampler
 from mllm.llm import load_llm
 from mllm.model import build_model, merge_lora
