@@ -28,7 +28,7 @@ def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_di
     differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
-    write_report(run_dir, collect_examples(model, tokenizer, run, split) if split else None)
+    write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
     print_next(run_dir)
 
 
