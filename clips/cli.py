@@ -27,6 +27,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         allow_config_change=flags.allow_config_change,
         dry_run=flags.dry_run,
         wandb=flags.wandb,
+        timeout_minutes=flags.timeout_minutes,
     )
     try:
         pretrain(run, options)

@@ -39,6 +39,8 @@ class Options:
     allow_config_change: bool = False
     dry_run: bool = False
     wandb: bool = False
+    timeout_minutes: float = 30
+    """Of a collective: after that the ranks that wait for another end the run."""
 
 
 def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:

@@ -26,6 +26,7 @@ from clips.finish import finish_run, is_finished, print_next
 from clips.log import Meter, RunLog
 from clips.model import CLIPS
 from clips.prepare import Options, environment, open_run_dir, prepare_data, print_plan, record_config
+from clips.ranks import naming_lost_ranks
 from clips.task import Task
 from clips.weights import assign_weights
 
@@ -44,7 +45,7 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 def pretrain(run: RunConfig, options: Options) -> None:
     """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export."""
     device = choose_device(options.device)
-    init_distributed(device)
+    init_distributed(device, options.timeout_minutes)
     is_main = dist.get_rank() == 0
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
@@ -76,7 +77,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
         (options.run_dir / "env.json").write_text(json.dumps(environment(device, engine), indent=2) + "\n")
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
     try:
-        _train(run, engine, source, tokenizer, state, log, options.run_dir)
+        with naming_lost_ranks(lambda: state.step + 1):
+            _train(run, engine, source, tokenizer, state, log, options.run_dir)
     finally:
         log.close()
     _finish(run, engine, tokenizer, options.run_dir)

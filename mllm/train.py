@@ -30,6 +30,7 @@ from transformers import LlavaProcessor, TrainingArguments
 from clips.checkpoint import write_atomically
 from clips.engine import choose_device, init_distributed, shutdown
 from clips.errors import Stopped, UserError
+from clips.ranks import naming_lost_ranks
 from mllm.arguments import TrainArguments
 from mllm.checkpoints import newest
 from mllm.conversation import IGNORE, ConversationEncoder
@@ -301,7 +302,8 @@ def _train(
         console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
     first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with naming_lost_ranks(lambda: trainer.state.global_step + 1):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if stop.stopped:
         raise Stopped(f"stopped by signal {stop.stopped}; a checkpoint was saved", exit_code=128 + stop.stopped)

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
     p.add_argument(
+        "--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs (default: 30)"
+    )
+    p.add_argument(
         "--resume",
         default="auto",
         help="auto (go on where the run stopped), never, or a checkpoint directory (default: auto)",
