@@ -72,8 +72,8 @@ def sentence(row: dict[str, Any]) -> str:
     a, b, points = row["a"], row["b"], f"{abs(100 * row['mean']):.1f} points {_interval(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
-        seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not show it"
-        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size {seen}."
+        seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
+        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {seen}."
     return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} questions right than {b}."
 
 
@@ -135,6 +135,10 @@ def not_shown(report: Report) -> list[str]:
             "The demo's pictures are drawings on plain colours. These figures show that the path works and that the "
             "measurement tells encoders apart; they are no evidence about photographs."
         )
+        points.append(
+            "The stages' rates and the start of the projector were tuned on the demo with a CLIPS encoder: what suits "
+            "another one better was not looked for."
+        )
     if settings["budget_share"] < 1:
         points.append(
             f"Each stage saw {settings['budget_share']:.0%} of the samples that train_llava.sh gives it"
@@ -155,8 +159,8 @@ def not_shown(report: Report) -> list[str]:
     if settings["seeds"] < 3:
         points.append(f"{settings['seeds']} seed(s): the interval says little or nothing about other training runs.")
     points.append(
-        "One language model, one projector, one budget; rates were chosen once for all encoders, not for each. The "
-        "encoder stays frozen: what it could learn in training is not measured."
+        "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
+        "what it could learn in training is not measured."
     )
     return points
 
