@@ -256,7 +256,8 @@ def _html_block(block: str | Table | Chart) -> str:
         return block.html(_cell_class)
     mark, _, text = block.partition(": ")
     if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
-        return f"<p><b>{mark}.</b> {html.escape(text[0].upper() + text[1:])}</p>"
+        text = text if mark == "Command" else text[0].upper() + text[1:]
+        return f"<p><b>{mark}.</b> {html.escape(text)}</p>"
     return f"<p>{html.escape(block)}</p>"
 
 
