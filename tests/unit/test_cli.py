@@ -31,6 +31,7 @@ FROZEN = {
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
+        "--timeout-minutes": 30,
         "--resume": "auto",
         "--allow-config-change": False,
         "--set": [],
