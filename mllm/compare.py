@@ -54,7 +54,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Encoders that are pretrained where they are missing."""
 
-DEMO_SHARE, QUICK_SHARE = 0.75, 0.2
+DEMO_SHARE, QUICK_SHARE = 0.75, 0.15
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""

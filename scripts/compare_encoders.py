@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget",
         type=float,
-        help="share of each stage's samples that a cell trains (default: 0.75 on the demo, --quick: 0.2, else 1)",
+        help="share of each stage's samples that a cell trains (default: 0.75 on the demo, --quick: 0.15, else 1)",
     )
     p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
     p.add_argument("--train-flags", default="", help="further flags of train_llava.sh for every cell, in one string")

@@ -249,11 +249,11 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = plan_of(place), plan_of(place, quick=True)
     cell = full.cells[0]
     assert compare.stage_samples(full, cell, 1) == 12
-    assert compare.stage_samples(quick, cell, 1) == 3
+    assert compare.stage_samples(quick, cell, 1) == 2
     assert compare.stage_samples(dataclasses.replace(quick, budget=0.5), cell, 1) == 6
     steps = plan_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (steps.arguments(cell, 2).max_steps, steps.arguments(cell, 1).max_steps) == (8, -1)
-    assert compare.stage_samples(steps, cell, 2) == 32
+    assert (steps.arguments(cell, 2).max_steps, steps.arguments(cell, 1).max_steps) == (6, -1)
+    assert compare.stage_samples(steps, cell, 2) == 24
     assert [plan.evaluation["limit"] for plan in (full, quick, dataclasses.replace(quick, limit=7))] == [None, 400, 7]
     demo = dataclasses.replace(full, train_flags=())
     assert (demo.share, full.share) == (0.75, 1.0)
