@@ -45,6 +45,8 @@ CONTENT_POLICY = (
     "frame-ancestors 'self'"
 )
 EXAMPLES = 6
+SHOWN_EVERY_S = 0.1
+"""A page that draws every token of a quick model has no time left for the visitor's clicks."""
 FILE_TYPES = ["image"]
 BARS = 8
 
@@ -168,9 +170,17 @@ def _read(path: str, limits: Limits) -> Image.Image:
         return read_image(file.read(limits.image_bytes + 1), limits)
 
 
-def _box(idle: bool, **value: Any) -> dict[str, Any]:
-    """The question's box, with its button for sending or for stopping."""
-    return gr.update(submit_btn=idle, stop_btn=not idle, **value)
+def _asking(**value: Any) -> dict[str, Any]:
+    """The question's box with its button for stopping."""
+    return gr.update(submit_btn=False, stop_btn=True, **value)
+
+
+def _ready(talk: _Talk, **value: Any) -> dict[str, Any]:
+    """The box with its button for sending; while something is answered, the button is left to the end of that.
+
+    Events reach the browser in any order: one that said "still answering" could come after the answer's end.
+    """
+    return gr.update(**{} if talk.busy else {"submit_btn": True, "stop_btn": False}, **value)
 
 
 def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -
     images = [_read(path, limits) for path in paths]
     question = _Question(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
-    return _box(idle=False, value=None)
+    return _asking(value=None)
 
 
 def _stop(talk: _Talk) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _stop(talk: _Talk) -> dict[str, Any]:
     talk.waiting.clear()
     for cancel in list(talk.running.values()):
         cancel.set()
-    return _box(idle=not talk.busy)
+    return _ready(talk)
 
 
 def _forget(talk: _Talk, column: int) -> None:
@@ -218,12 +228,12 @@ def _answer(
     """Stream (messages, box, remark) of one column: the answer to its waiting question, or `again` to its last one."""
     question = talk.waiting.pop(column, None)
     if column in talk.running or (question is None and not again):
-        yield gr.skip(), _box(idle=not talk.busy), gr.skip()
+        yield gr.skip(), _ready(talk), gr.skip()
         return
     cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
     begin, before = time.monotonic(), talk.messages.get(column, [])
     asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
-    text, remark, late = "", "", False
+    text, remark, late, shown_at = "", "", False, 0.0
     box = {"value": question.message} if question else {}  # comes back where nothing is answered
     try:
         yield asked, gr.skip(), "…"
@@ -239,7 +249,8 @@ def _answer(
                 text += piece
                 if late := time.monotonic() - begin > limits.seconds:
                     cancel.set()
-                if talk.running.get(column) is cancel:
+                if talk.running.get(column) is cancel and time.monotonic() - shown_at > SHOWN_EVERY_S:
+                    shown_at = time.monotonic()
                     talk.messages[column] = [*asked, {"role": "assistant", "content": _literal(text)}]
                     yield talk.messages[column], gr.skip(), "…"
         shown, remark, box = [*asked, {"role": "assistant", "content": _literal(text)}], _remark(session.last, late), {}
@@ -256,7 +267,9 @@ def _answer(
             del talk.running[column]
     if mine:
         talk.messages[column] = shown
-        yield shown, _box(idle=not talk.busy, **box), remark
+        yield shown, _ready(talk, **box), remark
+    else:  # what was sent before may reach the browser after the new conversation did
+        yield talk.messages.get(column, []), gr.skip(), gr.skip()
 
 
 def _remark(stats: Stats, late: bool) -> str:
@@ -311,27 +324,28 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
 
         return stream
 
-    def undo(column: int) -> Callable[[_Talk], tuple[Any, Any]]:
-        def take_back(talk: _Talk) -> tuple[Any, Any]:
+    def undo(column: int) -> Callable[[_Talk], tuple[Any, Any, Any]]:
+        def take_back(talk: _Talk) -> tuple[Any, Any, Any]:
             if talk.busy or column not in talk.sessions:
-                return gr.skip(), gr.skip()
+                return gr.skip(), gr.skip(), gr.skip()
             text = talk.sessions[column].undo()
-            talk.messages[column] = talk.messages[column][:-2]
-            return talk.messages[column], {"text": text, "files": []}
+            *talk.messages[column], question, _ = talk.messages[column]
+            files = [part["path"] for part in question["content"] if "path" in part]
+            return talk.messages[column], {"text": text, "files": files}, ""
 
         return take_back
 
     def switch(column: int) -> Callable[[str, _Talk], tuple[Any, ...]]:
         def other(name: str, talk: _Talk) -> tuple[Any, ...]:
             _forget(talk, column)
-            return models.lines[name], [], "", _box(idle=not talk.busy)
+            return models.lines[name], [], "", _ready(talk)
 
         return other
 
     def new(talk: _Talk) -> list[Any]:
         for column in range(columns):
             _forget(talk, column)
-        return [*[[]] * columns, *[""] * columns, _box(idle=True, value=None)]
+        return [*[[]] * columns, *[""] * columns, _ready(talk, value=None)]
 
     def pick(event: gr.SelectData) -> dict[str, Any]:
         files = [file["path"] for file in event.value.get("files", [])]
@@ -351,10 +365,10 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
         inputs, outputs = [talk, chosen[column], temperature, length], [chat, box, remark]
         for start in started:
             start.success(answer(column, again=False), inputs, outputs, **HIDDEN)
-        chat.retry(lambda: _box(idle=False), None, box, queue=False, **HIDDEN).then(
+        chat.retry(_asking, None, box, queue=False, **HIDDEN).then(
             answer(column, again=True), inputs, outputs, **HIDDEN
         )
-        chat.undo(_shown(undo(column)), talk, [chat, box], **HIDDEN)
+        chat.undo(_shown(undo(column)), talk, outputs, **HIDDEN)
         changed = [lines[column], chat, remark, box]
         chosen[column].change(_shown(switch(column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
     box.stop(_shown(_stop), talk, box, queue=False, **HIDDEN)
@@ -406,7 +420,9 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
             remark = gr.Markdown(elem_classes="remark")
             bars = gr.Label(label="Which label?", num_top_classes=BARS, show_heading=False)
             with gr.Accordion("Labels to choose from", open=False):
-                labels = gr.Textbox(", ".join(CONCEPTS), show_label=False, container=False, lines=4, max_lines=8)
+                labels = gr.Textbox(
+                    ", ".join(CONCEPTS), label="Labels", show_label=False, container=False, lines=4, max_lines=8
+                )
 
     def see(encoder: str, path: str | None, word: str, labels: str) -> tuple[Any, Any, str]:
         if path is None:
