@@ -11,6 +11,7 @@ where it was. Figures are those of the test split.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -157,13 +159,34 @@ def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[
         bar = progress.add_task(f"{len(missing)} runs", total=sum(cell.samples for cell in missing))
 
         def run(cell: Cell) -> None:
-            console.print(f"training {cell.name}: {cell.samples:,} samples", highlight=False)
-            _, *flags = cell.command(output)
-            commands.run([sys.executable, str(SCRIPT), *flags], output / f"{cell.name}.log")
+            with locked(output / cell.name, commands) as lock:
+                if not cell.is_finished(output):  # by whoever held the lock
+                    console.print(f"training {cell.name}: {cell.samples:,} samples", highlight=False)
+                    _, *flags = cell.command(output)
+                    command = [sys.executable, str(SCRIPT), *flags]
+                    commands.run(command, output / f"{cell.name}.log", pass_fds=[lock])
             progress.advance(bar, cell.samples)
 
         commands.map(run, missing)
     return {cell: output / cell.name for cell in cells}
+
+
+@contextmanager
+def locked(directory: Path, commands: Commands) -> Iterator[int]:
+    """Hold `directory` for this process and for children that get the yielded descriptor; waits for another holder.
+
+    A child that outlives a killed parent keeps it, so that a second run never trains beside it.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.parent / f".{directory.name}.lock", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if commands.stopping.wait(1):
+                    raise CommandError("stopped") from None
+        yield file.fileno()
 
 
 class Commands:
@@ -194,7 +217,7 @@ class Commands:
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`function` of each item, `jobs` at a time. After an error no further one begins.
+        """`function` of each item, `jobs` at a time. After an error no further one begins, those that run end first.
 
         SIGTERM and Ctrl-C are passed on to the commands that run (which save first) and raise Stopped.
         """
@@ -208,7 +231,13 @@ class Commands:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
-                return list(pool.map(function, items))
+                futures = [pool.submit(function, item) for item in items]
+                done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in waiting:
+                    future.cancel()
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -3,7 +3,8 @@
 1. Encoders trained here that are missing are pretrained: `clips` with the recipe demo, `clip` with clip_baseline on
    the same data, for the same samples and steps.
 2. A cell is one encoder and one seed: stage 1, stage 2 and the evaluation, as ordinary runs of the scripts. Cells of
-   one seed share the start of the projector and of the adapters, the order of the samples and every other setting.
+   one seed share the start of the adapters, the order of the samples and every other setting; the projector starts in
+   the same way (on the demo: fitted in closed form to the captions, on each encoder's own features).
 3. mllm/compare_figures.py turns what the cells left into figures, mllm/compare_report.py those into the report.
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell, as mllm/train.py
@@ -17,18 +18,20 @@ comparison.
 from __future__ import annotations
 
 import argparse
-import fcntl
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import runpy
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +41,23 @@ from rich.live import Live
 from rich.table import Table
 
 from clips.checkpoint import write_atomically
-from clips.compare import Commands
+from clips.cli import config_from_flags
+from clips.compare import Commands, locked
+from clips.config import RunConfig
+from clips.config import difference as differing_fields
 from clips.engine import choose_device
-from clips.errors import CommandError, UserError
+from clips.errors import UserError
 from clips.finish import is_finished
-from mllm.arguments import TrainArguments, parse_train_arguments
+from clips.testsets import KarpathySet
+from mllm import arguments as train_arguments
+from mllm.arguments import TrainArguments, flags_of_stage, parse_train_arguments
 from mllm.data import read_json_records
 from mllm.demo import DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
-from mllm.evaluate import answer_dtype
+from mllm.evaluate import answer_dtype, open_questions
 from mllm.run_log import read_json
 from mllm.stages import STAGES
 from mllm.train import DEMO_DIR, data_of, encoder_of
+from mllm.vision import parse_vision_name
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
@@ -121,9 +130,19 @@ class Plan:
         names = [_slug(encoder) for encoder in self.encoders]
         if len(self.encoders) < 2 or len(set(names)) < len(names):
             raise UserError(f"--encoders {','.join(self.encoders)}: give at least two different ones")
-        own = ("--stage", "--seed", "--vision", "--vision_tower", "--vision-tower", "--output_dir", "--output-dir")
-        if taken := [word for word in self.train_flags if word in own]:
-            raise UserError(f"--train-flags: {taken[0]} is what the comparison itself sets; leave it out")
+        if self.jobs > 1 and self.gpus > 1:
+            raise UserError(
+                f"--jobs {self.jobs} with --gpus {self.gpus}: the cells would share GPUs; choose one of them"
+            )
+        for option, given, own in (
+            ("--train-flags", self.given_for_training, ("stage", "seed", "vision_tower", "output_dir", "device")),
+            ("--pretrain-flags", self.given_for_pretraining, ("recipe", "seed", "name", "output_dir", "device")),
+        ):
+            if taken := [name for name in own if name in given]:
+                raise UserError(f"{option}: --{taken[0]} is what the comparison itself sets; leave it out")
+        kinds = [parse_vision_name(encoder)[0] for encoder in self.encoders]
+        if self.karpathy is not None and not set(kinds) & set(RECIPES):
+            raise UserError("--karpathy measures encoders with a text tower that were trained here: name clips or clip")
         if self.question_file is None and not self.is_demo and not self.benchmarks:
             raise UserError(
                 "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
@@ -132,10 +151,20 @@ class Plan:
         if self.benchmarks and importlib.util.find_spec("lmms_eval") is None:
             raise UserError("--benchmarks needs lmms-eval, which is not installed: pip install lmms-eval")
 
+    @cached_property
+    def given_for_training(self) -> set[str]:
+        """Names of the fields that `train_flags` give, for either stage and in any spelling."""
+        words = [flags_of_stage(list(self.train_flags), stage.name) for stage in STAGES.values()]
+        return set().union(*(_given(train_arguments.parser(), stage_words) for stage_words in words))
+
+    @cached_property
+    def given_for_pretraining(self) -> set[str]:
+        return _given(_pretraining_parser(), self.pretrain_flags)
+
     @property
     def is_demo(self) -> bool:
         """Whether the cells train on the demo data."""
-        return not any(re.fullmatch(r"--(\w+\.)?data[_-]path", word) for word in self.train_flags)
+        return "data_path" not in self.given_for_training
 
     @property
     def asks(self) -> bool:
@@ -228,15 +257,21 @@ class Plan:
         return command + (["--limit", str(self.questions)] if self.questions else [])
 
     def benchmark_command(self, cell: Cell) -> list[str]:
-        """lmms-eval on the saved model, which is a stock transformers one."""
+        """lmms-eval on the saved model, which is a stock transformers one: the tasks that have no results yet."""
+        tasks = [task for task in self.benchmarks if task not in benchmarks_done(cell)]
         command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--batch_size", "1"]
-        command += ["--model_args", f"pretrained={cell.directory / 'model'}", "--tasks", ",".join(self.benchmarks)]
+        command += ["--model_args", f"pretrained={cell.directory / 'model'}", "--tasks", ",".join(tasks)]
         return [*command, "--output_path", str(cell.directory / "benchmarks")]
 
     def pretrain_command(self, run: Path, kind: str, seed: int) -> list[str]:
         command = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), "--recipe", RECIPES[kind], "--name", run.name]
         command += ["--output-dir", str(run.parent), "--seed", str(seed), "--device", self.device]
         return [*command, *self.pretrain_flags]
+
+    def pretraining_config(self, run: Path, kind: str, seed: int) -> RunConfig:
+        """What `pretrain_command` makes of its flags; raises UserError for what it would refuse."""
+        _, _, *flags = self.pretrain_command(run, kind, seed)
+        return config_from_flags(_pretraining_parser().parse_args(flags))
 
     def retrieval_command(self, run: Path) -> list[str]:
         command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", self.device]
@@ -253,12 +288,25 @@ class Plan:
         demo = ensure_llava_demo(DEMO_DIR)
         return [demo / QUESTIONS, demo / DESCRIPTIONS], demo / IMAGES
 
-    @property
+    @cached_property
     def evaluation(self) -> dict[str, Any]:
         """What decides which questions a cell answers."""
-        given = self.question_file and str(self.question_file)
         dtype = answer_dtype("auto", choose_device(self.device))
-        return {"questions": given or "the demo's", "limit": self.questions, "dtype": str(dtype).removeprefix("torch.")}
+        content = {}
+        if self.question_file is not None:
+            content = {"sha256": hashlib.sha256(self.question_file.read_bytes()).hexdigest()}
+        questions = self.question_file.name if self.question_file else "the demo's"
+        return {"questions": questions, "limit": self.questions, "dtype": str(dtype).removeprefix("torch.")} | content
+
+
+def _pretraining_parser() -> argparse.ArgumentParser:
+    return runpy.run_path(str(SCRIPTS / "pretrain_clips.py"))["parser"]()
+
+
+def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """Names of the values that `words` give, apart from defaults."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    return {name for name, value in vars(parser.parse_args(words, unset)).items() if value is not None}
 
 
 def _slug(encoder: str) -> str:
@@ -278,19 +326,26 @@ def check_cells(plan: Plan) -> None:
                 before = dict(there[stage.name]["trains"])
                 fingerprint = before.pop("vision_fingerprint", None)
                 now = json.loads(json.dumps(plan.arguments(cell, number).what_trains()))
-                names = sorted(name for name in before | now if before.get(name) != now.get(name))
+                # The weights say which encoder it is; its path may be written in several ways.
+                names = sorted(n for n in (before | now).keys() - {"vision_tower"} if before.get(n) != now.get(n))
                 changes += [f"{stage.name}.{name}: {before.get(name)} there, {now.get(name)} asked" for name in names]
                 if not names and fingerprint != encoder_of(plan.arguments(cell, number)).fingerprint:
                     changes.append(f"{cell.vision} holds other weights than those it was trained on")
-        before = read_json(cell.directory / "cell.json").get("evaluation", plan.evaluation)
-        names = [name for name in before if before[name] != plan.evaluation[name]]
-        changes += [f"evaluation.{name}: {before[name]} there, {plan.evaluation[name]} asked" for name in names]
-        if changes:
-            raise UserError(
-                f"cell {cell.name} ({cell.directory}) holds other settings:\n  "
-                + "\n  ".join(changes)
-                + "\nGive the comparison another --output, or remove that cell"
-            )
+        _refuse(cell.directory, f"cell {cell.name} ({cell.directory})", changes)
+        answered = cell.figures.parent
+        before = read_json(cell.directory / "cell.json").get("evaluation", {}) if answered.is_dir() else {}
+        names = [name for name in before if before[name] != plan.evaluation.get(name)]
+        changes = [f"{name}: {before[name]} there, {plan.evaluation.get(name)} asked" for name in names]
+        _refuse(answered, f"cell {cell.name} was asked otherwise: {answered}", changes)
+
+
+def _refuse(place: Path, what: str, changes: list[str]) -> None:
+    if changes:
+        raise UserError(
+            f"{what} holds other settings:\n  "
+            + "\n  ".join(changes)
+            + f"\nGive the comparison another --output, or remove {place}"
+        )
 
 
 def is_done(plan: Plan, cell: Cell) -> bool:
@@ -298,8 +353,38 @@ def is_done(plan: Plan, cell: Cell) -> bool:
     return answered and (cell.directory / "instruct" / "done.json").is_file() and has_benchmarks(plan, cell)
 
 
+def benchmarks_done(cell: Cell) -> list[str]:
+    return read_json(cell.directory / "benchmarks" / "tasks.json").get("tasks", [])
+
+
 def has_benchmarks(plan: Plan, cell: Cell) -> bool:
-    return set(plan.benchmarks) <= set(read_json(cell.directory / "benchmarks" / "tasks.json").get("tasks", []))
+    return set(plan.benchmarks) <= set(benchmarks_done(cell))
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raise UserError for what would end the comparison hours later: flags, encoders, questions, other settings."""
+    for number in STAGES:
+        plan.arguments(plan.cells[0], number)
+    for path, (kind, seed) in plan.pretraining.items():
+        asked = plan.pretraining_config(path, kind, seed)
+        if asked.task.objective != kind:
+            raise UserError(f"--pretrain-flags: {kind} would be trained with the objective {asked.task.objective}")
+        if (path / "config.json").is_file():
+            changes = differing_fields(RunConfig.load(path / "config.json"), asked)
+            _refuse(path, f"encoder {path}", changes)
+    if plan.question_file is not None:
+        questions, _ = open_questions(plan.question_file, plan.question_images, plan.questions)
+        if not any(question.answer is not None or question.references for question in questions):
+            raise UserError(f"{plan.question_file} has neither answers nor references: there is nothing to compare")
+    if plan.karpathy is not None:
+        KarpathySet(plan.karpathy, plan.image_root or plan.karpathy.parent)
+
+
+def load_encoders(plan: Plan) -> None:
+    """Load each encoder once that is not made here, in the way of the cells: before hours go into the others."""
+    for cell in plan.cells[: len(plan.encoders)]:
+        if Path(cell.vision.partition(":")[2]) not in plan.pretraining:
+            encoder_of(plan.arguments(cell, 1))
 
 
 def pretrain(plan: Plan, commands: Commands, console: Console) -> None:
@@ -307,10 +392,11 @@ def pretrain(plan: Plan, commands: Commands, console: Console) -> None:
 
     def run(item: tuple[Path, tuple[str, int]]) -> None:
         path, (kind, seed) = item
-        with locked(path, commands):
+        with locked(path, commands) as lock:
             if not is_finished(path):
                 console.print(f"pretraining {path.name} (recipe {RECIPES[kind]})", highlight=False)
-                commands.run(plan.pretrain_command(path, kind, seed), path.parent / f"{path.name}.log")
+                command = plan.pretrain_command(path, kind, seed)
+                commands.run(command, path.parent / f"{path.name}.log", pass_fds=[lock])
 
     commands.map(run, [item for item in plan.pretraining.items() if not is_finished(item[0])])
     for seed in range(plan.kinds_pretrained):
@@ -346,21 +432,6 @@ def steps_seen(run: Path) -> dict[str, int]:
     return {"samples": last["samples"], "steps": last["step"]}
 
 
-@contextmanager
-def locked(directory: Path, commands: Commands) -> Iterator[int]:
-    """Hold `directory` for this process and for children that get the yielded descriptor; waits for another holder."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f".{directory.name}.lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if commands.stopping.wait(1):
-                    raise CommandError("stopped") from None
-        yield file.fileno()
-
-
 def run_cell(plan: Plan, cell: Cell, commands: Commands, say: Callable[[Cell, str], None]) -> None:
     """Whatever is missing of a cell, each part as a process of its own."""
     say(cell, "waits for its lock")
@@ -385,7 +456,7 @@ def run_cell(plan: Plan, cell: Cell, commands: Commands, say: Callable[[Cell, st
             finally:
                 _add_cost(cell, part, time.monotonic() - begin)
         if plan.benchmarks:
-            tasks = json.dumps({"tasks": plan.benchmarks})
+            tasks = json.dumps({"tasks": sorted({*benchmarks_done(cell), *plan.benchmarks})})
             write_atomically(cell.directory / "benchmarks" / "tasks.json", tasks + "\n")
     say(cell, "done")
 
@@ -536,8 +607,7 @@ def plan_from_flags(flags: argparse.Namespace) -> Plan:
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
     plan, console = plan_from_flags(flags), Console(stderr=True)
-    for number in STAGES:
-        plan.arguments(plan.cells[0], number)  # flags that a cell would refuse are refused here
+    check_inputs(plan)
     print_plan(plan, console)
     if flags.dry_run:
         return
@@ -551,6 +621,7 @@ def compare(plan: Plan, console: Console, command: Sequence[str] = ()) -> Path:
 
     commands = Commands(plan.jobs)
     (plan.output / "cells").mkdir(parents=True, exist_ok=True)
+    load_encoders(plan)
     pretrain(plan, commands, console)
     check_cells(plan)
     if plan.asks:

@@ -39,6 +39,9 @@ from mllm.statistics import Bootstrap, holm, mcnemar
 from mllm.train import encoder_of
 from mllm.vision import VisionEncoder
 
+ASKED = ("question_id", "prompt", "image", "kind", "expected")
+"""What all cells' lines of answers must have in common."""
+
 EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
 
@@ -64,9 +67,9 @@ def read_answers(plan: Plan) -> dict[Cell, list[dict[str, Any]]]:
     for cell in plan.cells:
         files = [cell.figures.parent / f"{name}.jsonl" for name in _answer_files(plan)]
         answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_text().splitlines()]
-        asked = [(line["question_id"], line["prompt"], line.get("image")) for line in answers[cell]]
+        asked = [{key: line.get(key) for key in ASKED} for line in answers[cell]]
         first = plan.cells[0]
-        if asked != [(line["question_id"], line["prompt"], line.get("image")) for line in answers[first]]:
+        if asked != [{key: line.get(key) for key in ASKED} for line in answers[first]]:
             raise UserError(
                 f"cell {cell.name} answered other questions than {first.name}: remove {cell.figures.parent} and run "
                 "the comparison again"
@@ -315,7 +318,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "seeds": plan.seeds,
         "quick": plan.quick,
         "budget_share": plan.share,
-        "pretraining_seeds": plan.kinds_pretrained if plan.pretraining else None,
+        "distinct_encoders": {
+            name: len({_fingerprint(cell) for cell in plan.cells if cell.encoder == name}) for name in plan.names
+        },
         "is_demo": plan.is_demo,
         "train_flags": list(plan.train_flags),
         "language_model": read_json(cell.directory / "config.json")["instruct"]["facts"]["language model"],
@@ -323,6 +328,10 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "evaluation": plan.evaluation,
         "benchmarks": list(plan.benchmarks),
     }
+
+
+def _fingerprint(cell: Cell) -> str:
+    return read_json(cell.directory / "config.json")["instruct"]["trains"]["vision_fingerprint"]
 
 
 def _cell_record(plan: Plan, cell: Cell) -> dict[str, Any]:

@@ -291,29 +291,43 @@ def answer_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def open_questions(
+    path: Path, image_folder: Path | str | None, limit: int | None
+) -> tuple[list[Question], ImageStore | None]:
+    """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
+    questions, store = _spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    for question in questions:
+        if question.image and store is None:
+            raise UserError(
+                f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
+                "of compare_encoders.py: --question-images)"
+            )
+        problem = store.problem(question.image) if question.image else None
+        if problem:
+            raise UserError(f"{path}: question {question.id}: {problem}")
+    return questions, store
+
+
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures."""
     device = choose_device(flags.device)
     directory = flags.model_path or str(newest_model())
     name = model_name(directory)
     out = Path(flags.out) if flags.out else _default_output(Path(directory))
-    store = ImageStore(flags.image_folder) if flags.image_folder else None
     if flags.question_file:
-        sets = {Path(flags.question_file).stem: read_questions(Path(flags.question_file))}
-    elif flags.image_folder:
-        raise UserError("--image-folder is given without --question-file")
+        own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
+        sets = {Path(flags.question_file).stem: own}
+    elif flags.image_folder or flags.answers_file:
+        raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        sets = {"answers": read_questions(demo / QUESTIONS), "descriptions": read_questions(demo / DESCRIPTIONS)}
-    sets = {key: _spread(questions, flags.limit) for key, questions in sets.items()}
-    for question in (question for questions in sets.values() for question in questions):
-        problem = store.problem(question.image) if question.image and store else None
-        if problem:
-            raise UserError(f"question {question.id}: {problem}")
+        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
+        sets = {key: _spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
     model, processor = load_model(directory, device, answer_dtype(flags.dtype, device))
     console = Console(stderr=True)
-    figures: dict[str, Any] = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")}
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {}
     for key, questions in sets.items():
         begin = time.perf_counter()
         answers = generate_answers(
@@ -327,7 +341,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)
-    if len(figures) > 2:
+    if figures:
+        figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
         (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         console.print(f"figures → {out / 'figures.json'}\nNext: python scripts/chat.py --model-path {directory}")
     return figures

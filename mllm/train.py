@@ -152,7 +152,8 @@ def prepare(
     elif arguments.stage == 2:  # a dry run
         started = "from stage 1"
     else:
-        started = "from the captions in closed form" if arguments.mm_projector_init == "captions" else "random"
+        fitted = f"fitted in closed form to the captions of {min(len(dataset), START_IMAGES):,} samples"
+        started = fitted if arguments.mm_projector_init == "captions" else "random"
         started += f", seed {arguments.seed}"
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:

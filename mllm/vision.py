@@ -283,6 +283,16 @@ VISION: dict[str, Callable[[_Request], _Loaded]] = {
 NEEDS_ARGUMENT = {"open_clip": "MODEL/PRETRAINED", "hf": "ID_OR_DIR", "timm": "NAME"}
 
 
+def parse_vision_name(name: str) -> tuple[str, str]:
+    """(kind, argument) of an encoder's name; UserError for a kind that is not known and for a missing argument."""
+    key, _, argument = name.partition(":")
+    if key not in VISION:
+        raise UserError(f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT)")
+    if key in NEEDS_ARGUMENT and not argument:
+        raise UserError(f"vision encoder {key} needs an argument: {key}:{NEEDS_ARGUMENT[key]}")
+    return key, argument
+
+
 def load_vision(
     name: str,
     *,
@@ -298,11 +308,7 @@ def load_vision(
     colour (LLaVA-1.5). `seed` is that of `random` and `blind`. Raises UserError for an unknown name (lists the known
     ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
     """
-    key, _, argument = name.partition(":")
-    if key not in VISION:
-        raise UserError(f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT)")
-    if key in NEEDS_ARGUMENT and not argument:
-        raise UserError(f"vision encoder {key} needs an argument: {key}:{NEEDS_ARGUMENT[key]}")
+    key, argument = parse_vision_name(name)
     model, processor, source = VISION[key](_Request(argument=argument, runs=Path(runs), seed=seed))
     if image_aspect_ratio == "pad":
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}

@@ -114,7 +114,7 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     other = run(place, *FLAGS, "--limit", "3")
     assert other.returncode == 2
     assert "cell clips-runs-clips-demo-seed0" in other.stderr
-    assert "evaluation.limit: None there, 3 asked" in other.stderr
+    assert "limit: None there, 3 asked" in other.stderr
 
     ours, theirs = (json.loads((cell / "config.json").read_text()) for cell in done)
     for stage in STAGES:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.captions import build_tokenizer
-from clips.compare import Commands
+from clips.compare import Commands, locked
 from clips.config import Fields
 from clips.data.loader import BatchDataset
 from clips.data.sources import open_source
 from clips.errors import CommandError, UserError
 from clips.recipes import debug_twin, recipe
 from mllm import compare, compare_figures
-from mllm.compare import Cell, Plan, check_cells, is_done, locked, print_plan, run_cell, seconds_of_cell
+from mllm.compare import (
+    Cell,
+    Plan,
+    check_cells,
+    check_inputs,
+    is_done,
+    load_encoders,
+    print_plan,
+    run_cell,
+    seconds_of_cell,
+)
 from mllm.compare_report import markdown, sentence, write_report
 from mllm.data import EpochSampler
 from mllm.projector import save_projector
@@ -288,17 +300,39 @@ def test_a_cell_with_other_settings_is_refused_by_name(finished: Plan) -> None:
         UserError, match=rf"cell {finished.cells[0].name} .*\n  instruct.learning_rate: .* there, 0.5 asked"
     ):
         check_cells(changed)
-    with pytest.raises(UserError, match=r"evaluation.limit: None there, 7 asked"):
-        check_cells(dataclasses.replace(finished, limit=7))
     path = cell.directory / "config.json"
     config = json.loads(path.read_text())
+    config["align"]["trains"]["vision_tower"] = "clip:the/same/weights/by/another/path"
+    path.write_text(json.dumps(config))
+    check_cells(finished)
     config["align"]["trains"]["vision_fingerprint"] = "of weights that were trained again since"
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"cell {cell.name} .*\n.*other weights than those it was trained on"):
         check_cells(finished)
 
 
+def test_other_questions_cost_the_answers_only(finished: Plan, tmp_path: Path) -> None:
+    shorter = dataclasses.replace(finished, limit=7)
+    place = finished.cells[0].figures.parent
+    with pytest.raises(UserError, match=rf"limit: None there, 7 asked\n.*remove {place}"):
+        check_cells(shorter)
+    mended = tmp_path / "question.jsonl"
+    mended.write_text(finished.question_file.read_text().replace('"yes"', '"no"'))
+    with pytest.raises(UserError, match=r"sha256: \w+ there, \w+ asked"):
+        check_cells(dataclasses.replace(finished, question_file=mended))
+    for cell in finished.cells:
+        shutil.rmtree(cell.figures.parent)
+    check_cells(shorter)
+    assert not is_done(shorter, finished.cells[0])
+
+
 def test_answers_to_other_questions_are_refused(finished: Plan) -> None:
+    path = finished.cells[2].figures.parent / "question.jsonl"
+    before = path.read_text()
+    path.write_text(before.replace('"expected": "yes"', '"expected": "no"'))
+    with pytest.raises(UserError, match=f"cell {finished.cells[2].name} answered other questions"):
+        compare_figures.read_answers(finished)
+    path.write_text(before)
     path = finished.cells[3].figures.parent / "question.jsonl"
     path.write_text(path.read_text().replace('"where?"', '"Where, please?"'))
     with pytest.raises(UserError, match=f"cell {finished.cells[3].name} answered other questions"):
@@ -337,6 +371,22 @@ def test_a_failing_command_ends_the_rest_and_shows_the_end_of_its_log(tmp_path: 
     assert 3 not in begun
 
 
+def test_a_failure_beside_a_longer_one_begins_nothing_more() -> None:
+    failed, begun = threading.Event(), []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            failed.set()
+            raise CommandError("all is lost")
+        assert failed.wait(60)
+        time.sleep(1)
+
+    with pytest.raises(CommandError, match="all is lost"):
+        Commands(2).map(work, list(range(8)))
+    assert set(begun) <= {0, 1, 2}
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -347,7 +397,17 @@ def test_a_failing_command_ends_the_rest_and_shows_the_end_of_its_log(tmp_path: 
         ({"encoders": ("blind", "blind")}, "at least two different"),
         ({"seeds": 0}, "--seeds"),
         ({"pretraining_seeds": 4}, "--pretraining-seeds 4"),
-        ({"train_flags": ("--seed", "3")}, "--seed is what the comparison itself sets"),
+        ({"train_flags": ("--seed", "3")}, "--train-flags: --seed is what the comparison itself sets"),
+        ({"train_flags": ("--seed=3",)}, "--seed is what the comparison itself sets"),
+        ({"train_flags": ("--instruct.seed", "3")}, "--seed is what the comparison itself sets"),
+        ({"train_flags": ("--align.vision=blind",)}, "--vision_tower is what the comparison itself sets"),
+        ({"train_flags": ("--data-path=mine.json",)}, "the demo's questions say nothing about them"),
+        ({"pretrain_flags": ("--seed", "4")}, "--pretrain-flags: --seed is what the comparison itself sets"),
+        ({"pretrain_flags": ("--recipe=s16", "--data", "x")}, "--recipe is what the comparison itself sets"),
+        ({"encoders": ("rnadom", "blind")}, "'rnadom' is not known"),
+        ({"encoders": ("timm", "blind")}, "timm:NAME"),
+        ({"jobs": 2, "gpus": 2}, "--jobs 2 with --gpus 2"),
+        ({"karpathy": Path("coco.json")}, "name clips or clip"),
         ({"train_flags": FLAGS}, "the demo's questions say nothing about them"),
         ({"benchmarks": ("gqa",)}, "pip install lmms-eval"),
     ],
@@ -358,10 +418,43 @@ def test_flags_that_do_not_fit_are_refused(options: dict, message: str) -> None:
 
 
 def test_a_flag_that_training_does_not_know_is_refused_before_anything_runs(place: Path) -> None:
-    plan = plan_of(place, train_flags=(*FLAGS, "--lora_rr", "3"))
     with pytest.raises(SystemExit) as stopped:
-        plan.arguments(plan.cells[0], 1)
+        plan_of(place, train_flags=(*FLAGS, "--lora_rr", "3"))
     assert stopped.value.code == 2
+
+
+def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path) -> None:
+    check_inputs(plan_of(place))
+    with pytest.raises(UserError, match=r"question 0 has an image, .*--question-images"):
+        check_inputs(plan_of(place, question_images=None))
+    for change, message in (({"image": "gone.png"}, "question 0: image 'gone.png'"), ({"answer": None}, "nothing to")):
+        lines = [json.loads(line) | change for line in Path("question.jsonl").read_text().splitlines()]
+        kept = [{key: value for key, value in line.items() if value is not None} for line in lines]
+        (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with pytest.raises(UserError, match=message):
+            check_inputs(plan_of(place, question_file=place / "mine.jsonl"))
+    with pytest.raises(UserError, match="is not a Karpathy split file"):
+        check_inputs(plan_of(place, karpathy=place / "mine.jsonl"))
+    with pytest.raises(UserError, match="nowhere"):
+        load_encoders(plan_of(place, encoders=("hf:nowhere", "blind:clips-run")))
+
+
+def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
+    plan = plan_of(place, encoders=("clips", "clip"))
+    path, (kind, seed) = next(iter(plan.pretraining.items()))
+    path.mkdir(parents=True)
+    dataclasses.replace(plan, pretrain_flags=("--debug",)).pretraining_config(path, kind, seed).save(
+        path / "config.json"
+    )
+    with pytest.raises(UserError, match=rf"encoder {path} holds other settings:\n(.*\n)+.*another --output"):
+        check_inputs(plan)
+    check_inputs(dataclasses.replace(plan, pretrain_flags=("--debug",)))
+    with pytest.raises(UserError, match="clip would be trained with the objective clips"):
+        check_inputs(
+            dataclasses.replace(
+                plan, pretrain_flags=("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------ figures and report
@@ -457,6 +550,11 @@ def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Plan) -> Non
     assert "clips does not beat blind" not in text
 
 
+def test_encoders_that_serve_several_seeds_are_named(finished: Plan) -> None:
+    text = markdown(compare_figures.collect(finished, {cell: {} for cell in finished.cells}, []))
+    assert "3 training runs stand on fewer different encoders (1 of clips, 1 of clip)" in text
+
+
 def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
     lines = [
         {"question_id": i, "image": f"{i}.png", "text": "Describe.", "references": [f"a red cat number {i} on grass"]}
@@ -479,6 +577,19 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
     assert summary[NAMES[1]]["cider_d"]["mean"] == 0
 
 
+def test_a_report_of_descriptions_alone_has_its_differences(finished: Plan) -> None:
+    report = compare_figures.collect(finished, {cell: {} for cell in finished.cells}, [])
+    report["differences"] = [
+        row | {"metric": "cider_d"} for row in report["differences"] if row["metric"] == "accuracy"
+    ]
+    for encoder in report["encoders"].values():
+        encoder["metrics"] = {"cider_d": encoder["metrics"]["accuracy"]}
+    page = write_report(report, finished.output, Path("images")).read_text()
+    for text in (page, (finished.output / "report.md").read_text()):
+        assert "CIDEr-D" in text
+        assert "clips − blind" in text
+
+
 def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file as lmms-eval 0.7 writes it: task → "metric,filter" → value, with standard errors beside."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -491,6 +602,10 @@ def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.Mon
         found = {"gqa": {"alias": "gqa", "exact_match,none": value, "exact_match_stderr,none": 0.01}}
         (folder / "20260101_000000_results.json").write_text(json.dumps({"results": found}))
     assert not is_done(plan, plan.cells[0])
+    assert "gqa,pope" in dataclasses.replace(plan, benchmarks=("gqa", "pope")).benchmark_command(plan.cells[0])
+    (plan.cells[0].directory / "benchmarks" / "tasks.json").write_text('{"tasks": ["gqa"]}')
+    assert is_done(plan, plan.cells[0])
+    assert "pope" in dataclasses.replace(plan, benchmarks=("gqa", "pope")).benchmark_command(plan.cells[0])
     report = compare_figures.collect(plan, {cell: {} for cell in plan.cells}, [])
     assert report["encoders"]["blind"]["benchmarks"] == {
         "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
@@ -520,5 +635,5 @@ def test_the_script_refuses_and_explains_without_a_traceback(made: Path) -> None
         cwd=made, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "--vision is what the comparison itself sets" in done.stderr
+    assert "--vision_tower is what the comparison itself sets" in done.stderr
     assert "Traceback" not in done.stderr

@@ -131,6 +131,13 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     assert json.loads((out / "figures.json").read_text()) == figures
     assert set(figures) == {"model", "dtype", "exact_match", "yes_no", "cider"}
     assert figures["exact_match"]["overall"]["n"] == 1
+    flags.answers_file, flags.out = str(tmp_path / "kept" / "answers.jsonl"), str(tmp_path / "elsewhere")
+    evaluate_from_flags(flags)
+    assert len((tmp_path / "kept" / "answers.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "elsewhere" / "figures.json").is_file()
+    flags.question_file = None
+    with pytest.raises(UserError, match="--question-file"):
+        evaluate_from_flags(flags)
 
 
 # ---------------------------------------------------------------------------------------------- figures
