@@ -6,6 +6,7 @@ Everything comes from the content of claims.json, so the page can be written aga
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 from scipy import stats
 
-from clips.claims import CONTEXT, CONTRADICTED, DECIDING, MEANS, OPEN, REPRODUCED
+from clips.claims import CONTEXT, CONTRADICTED, DECIDING, LLAVA, MEANS, OPEN, REPRODUCED
 from clips.compare import show_difference
 from clips.plots import LIGHT, SERIES, Theme
 from clips.report import Table, html_page, section, themed, tile_row
@@ -31,12 +32,16 @@ NAMES = {
 }
 COLOURS = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}
 WAYS = {"i2t": "image → text", "t2i": "text → image"}
-DRAWN = {
+BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
+"""Figures that stand beside the deciding one."""
+SHORT = {
     "sentence_r1": "R@1 test sentences",
     "long_r1": "R@1 long captions",
+    "web_r1": "R@1 web captions",
     "zero_shot_top1": "zero-shot",
     "linear_probe_top1": "linear probe",
 }
+DRAWN = ("sentence_r1", "long_r1", "zero_shot_top1", "linear_probe_top1")
 STYLE = """
 .plot { max-width: 640px; margin: 0 auto 14px; }
 .verdict { font-weight: 600; } .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
@@ -65,7 +70,7 @@ class Section:
 def write_reports(result: dict[str, Any], output: Path) -> None:
     """Write claims.html, claims.md and a PNG file per chart for the content of claims.json."""
     found = sections(result)
-    line = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds, on the demo's drawings"
+    line = _summary(result)
     tiles = tile_row((_tile(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items())
     page = html_page(TITLE, line, tiles + "".join(map(_html, found)), STYLE)
     (output / "claims.html").write_text(page, encoding="utf-8")
@@ -73,6 +78,18 @@ def write_reports(result: dict[str, Any], output: Path) -> None:
     (output / "claims.md").write_text(text, encoding="utf-8")
     for chart in (block for part in found for block in part.blocks if isinstance(block, Chart)):
         draw(chart, LIGHT).savefig(output / chart.name)
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    parts = []
+    if result["variants"]:
+        runs = [run for variant in result["variants"].values() for run in variant["runs"]]
+        parts.append(f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds")
+        if all(run["config"]["data"]["train"] == "demo" for run in runs):
+            parts.append("the demo's drawings")
+    if LLAVA in result["claims"]:
+        parts.append(f"({LLAVA}) from the report of compare_encoders.py")
+    return " · ".join(parts)
 
 
 def _tile(claim: Mapping[str, Any]) -> str:
@@ -109,10 +126,10 @@ def _what_decides(result: Mapping[str, Any]) -> str:
 
 
 def _controls(result: Mapping[str, Any]) -> list[str]:
-    count = sum(len(claim.get("contrasts", [])) for claim in result["claims"].values())
+    count = sum(len(claim["contrasts"]) for claim in result["claims"].values() if "variants" in claim)
     return [
-        f"Equal in all runs: {result['samples']:,} samples seen, batch, image tower, and for each seed the order "
-        "of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets the order "
+        f"Equal in all runs of (a) to (d): {result['samples']:,} samples seen, batch, image tower, and for each seed "
+        "the order of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets order "
         "and the first weights alike, but what that leaves in common after training is small, and pairing by seed "
         "would halve the degrees of freedom. They speak of other seeds on these test images, not of other images. "
         f"They are not corrected for there being {count} comparisons: of twenty without a difference one is "
@@ -134,18 +151,20 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
             (f"{c['a']} − {c['b']}", show_difference(c), c["verdict"], str(c["seeds"]), f"{c['items']:,}")
             for c in claim["contrasts"]
         ]
-        source = f"From {claim['report']}: accuracy in percentage points, its interval over items and seeds."
+        source = (
+            f"From {claim['report']}: accuracy in percentage points, interval over pictures and seeds by bootstrap; "
+            "encoders, samples and limits stand there."
+        )
         return [*blocks, Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
-    others = [name for name in DRAWN if name != DECIDING]
-    beside = [(pair, *(show_difference(c["figures"][name]) for name in others)) for pair, c in pairs.items()]
+    beside = [(pair, *(show_difference(c["figures"][name]) for name in BESIDE)) for pair, c in pairs.items()]
     figures = [
         *((name, NAMES[name]) for name in MEANS),
         *((f"{p}_{way}_r1", f"{p}, {words}") for p in ("sentence", "long") for way, words in WAYS.items()),
         *((name, NAMES[name]) for name in NAMES if name not in MEANS),
-        ("train_seconds", "seconds of training"),
+        ("train_seconds", "seconds of training, at the run's fastest rate"),
     ]
     table = [
         (words, *(_spread([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
@@ -154,10 +173,12 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
     return [
         *blocks,
         Chart(f"claim-{key}.png", claim, variants),
+        f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. Whether "
+        "they overlap decides nothing; the table of differences does.",
         "Differences in percentage points with their 95 % intervals:",
-        Table(("comparison", DRAWN[DECIDING], "verdict"), decided),
+        Table(("comparison", SHORT[DECIDING], "verdict"), decided),
         "The same in figures that do not decide:",
-        Table(("comparison", *(DRAWN[name] for name in others)), beside),
+        Table(("comparison", *(SHORT[name] for name in BESIDE)), beside),
         f"With care: {claim['caution']}",
         "Test split, percent, mean ± standard deviation over seeds:",
         Table(("", *labels.values()), table),
@@ -191,7 +212,7 @@ def _how_it_ran(result: Mapping[str, Any]) -> list[str | Table]:
     environment = {name: value for name, value in result["environment"].items() if name != "packages"}
     packages = result["environment"].get("packages", {})
     return [
-        f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes this time, {result['jobs']} runs beside "
+        f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes, {result['jobs']} runs beside "
         "each other; finished runs are not run again)",
         *([f"Variants, all with {CONTEXT}:", Table(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
         "Environment: " + ", ".join(f"{name} {value}" for name, value in (environment | packages).items()),
@@ -209,18 +230,18 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     axes = plot.subplots()
     axes.set_facecolor(theme.paper)
     width = 0.8 / len(DRAWN)
-    for number, ((figure, label), colour) in enumerate(zip(DRAWN.items(), SERIES, strict=True)):
+    for number, (figure, colour) in enumerate(zip(DRAWN, SERIES, strict=True)):
         values = [[run["figures"][figure] for run in chart.variants[name]["runs"]] for name in names]
         means, whiskers = [mean(v) for v in values], [_half_width(v) for v in values]
         if chart.claim["line"]:
             places = [i + 0.03 * (number - 1.5) for i in range(len(names))]
-            axes.plot(places, means, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=label)
+            axes.plot(places, means, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=SHORT[figure])
         else:
             places = [i + width * (number - 1.5) for i in range(len(names))]
-            axes.bar(places, means, width * 0.92, color=colour, label=label)
+            axes.bar(places, means, width * 0.92, color=colour, label=SHORT[figure])
         axes.errorbar(places, means, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
-    axes.set_xticks(range(len(names)), [_tick(chart.variants[name]["label"]) for name in names])
-    axes.set_ylim(0, 100)
+    axes.set_xticks(range(len(names)), [textwrap.fill(chart.variants[name]["label"], 13) for name in names])
+    axes.set_ylim(0, max(100, axes.get_ylim()[1]))
     axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -233,13 +254,6 @@ def draw(chart: Chart, theme: Theme) -> Plot:
 def _half_width(values: Sequence[float]) -> float:
     """Half of the 95 % t interval of the mean of independent runs."""
     return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
-
-
-def _tick(label: str) -> str:
-    """A label in two lines of about equal length."""
-    words = label.split()
-    cut = min(range(1, len(words)), key=lambda i: abs(len(" ".join(words[:i])) - len(label) / 2), default=len(words))
-    return f"{' '.join(words[:cut])}\n{' '.join(words[cut:])}".strip()
 
 
 # --- the two forms

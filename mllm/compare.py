@@ -39,6 +39,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from clips.checkpoint import write_atomically
 from clips.cli import config_from_flags
@@ -622,6 +623,7 @@ def compare(plan: Plan, console: Console, command: Sequence[str] = ()) -> Path:
     commands = Commands(plan.jobs)
     (plan.output / "cells").mkdir(parents=True, exist_ok=True)
     load_encoders(plan)
+    disable_progress_bar()  # of encoders that are loaded again for their figures: the grid is the view
     pretrain(plan, commands, console)
     check_cells(plan)
     if plan.asks:

@@ -218,8 +218,13 @@ def measure_encoders(plan: Plan, device: torch.device) -> dict[Cell, dict[str, d
             prefix = "" if path.stem == "evaluation" else f"{found['test_set']}: "
             figures |= {f"{prefix}{name}": figure for name, figure in found["figures"].items()}
         if plan.is_demo:
-            encoder = encoder_of(plan.arguments(cell, 2))
-            figures[PROBE] = _probe(encoder, sets, device, plan.output / "probes" / f"{encoder.fingerprint[:32]}.json")
+            path = plan.output / "probes" / f"{_fingerprint(cell)[:32]}.json"
+            if not path.is_file():
+                encoder = encoder_of(plan.arguments(cell, 2))
+                figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, json.dumps(vars(figure)) + "\n")
+            figures[PROBE] = read_json(path)
         measured[cell] = figures
     return measured
 
@@ -230,16 +235,6 @@ def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     found = [items.read(index) for index in sorted(chosen)]
     return [(item.image, item.label) for item in found if item.label is not None]
-
-
-def _probe(
-    encoder: VisionEncoder, sets: list[list[tuple[bytes, str]]], device: torch.device, path: Path
-) -> dict[str, float]:
-    if not path.is_file():
-        figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(vars(figure)) + "\n")
-    return read_json(path)
 
 
 @torch.inference_mode()

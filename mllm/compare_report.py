@@ -230,7 +230,8 @@ def intrinsic_name(name: str) -> str:
 def _percent(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "–"
-    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] is not None else "")
+    varies = len(set(figure["by_seed"])) > 1  # not where one encoder serves all seeds
+    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if varies else "")
 
 
 def cost_table(report: Report) -> Table:
@@ -346,7 +347,7 @@ def _page(report: Report, store: ImageStore | None) -> str:
     if report["differences"]:
         sections += [
             section("Answers", ANSWERS_NOTE, headline_table(report).html()),
-            section("Differences, points", html.escape(STATISTICS), _differences(overall, pairs)),
+            section("Differences, points", DIFFERENCES_NOTE, _differences(overall, pairs)),
         ]
     if overall:
         sections.append(section("Kinds of question, % right", "Mean over seeds.", _kinds(report, colours)))
@@ -373,6 +374,7 @@ def _page(report: Report, store: ImageStore | None) -> str:
     return html_page("What the encoder is worth", _summary(report), "".join(sections), STYLE)
 
 
+DIFFERENCES_NOTE = "95 % intervals over other questions and other training runs; they alone decide win, tie or loss."
 ANSWERS_NOTE = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
 BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
 EXAMPLES_NOTE = (
@@ -396,6 +398,8 @@ def _differences(overall: list[dict[str, Any]], pairs: dict[tuple[str, str], lis
     if overall:
         numbers = differences_table(overall, _pair_name).html()
         content = f"{_forest(overall, _pair_name)}<details><summary>Tests and numbers</summary>{numbers}</details>"
+    how = f'<p class="note">{html.escape(STATISTICS)}</p>'
+    content += f"<details><summary>How intervals and tests are made</summary>{how}</details>"
     for i, ((a, b), rows) in enumerate(pairs.items()):
         title = html.escape(f"{a} − {b}, by kind of question" if overall else f"{a} − {b}")
         kinds = [row for row in rows if "/" in row["metric"]]
@@ -468,7 +472,7 @@ def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Th
         if figure in encoder["intrinsic"]:
             right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
             axes.scatter(encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=name)
-    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+    plot.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink, handletextpad=0)
     return plot
 
 

@@ -321,6 +321,7 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
     def answer(column: int, again: bool) -> Callable[..., Iterator[tuple[Any, Any, str]]]:
         def stream(talk: _Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
             yield from _answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
+            yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice: what came since would be undone
 
         return stream
 

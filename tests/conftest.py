@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, and so would be all its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -89,14 +94,27 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as a user would; several ranks through torchrun."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
+    return run_group(
         [sys.executable, *launcher, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
         timeout=timeout,
     )
+
+
+def run_group(
+    command: list[str], *, timeout: float, stderr: int = subprocess.PIPE, **popen: Any
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`, but after the timeout nothing that the command started is left to slow the next tests."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, **popen
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.hookimpl(wrapper=True)

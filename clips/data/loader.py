@@ -10,12 +10,15 @@ skipped = [(key, reason)] of the broken samples that substitutes stand for.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -175,6 +178,7 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
     # save. Without it a dead worker is noticed (within 5 s) only where a batch is awaited.
     # (It is set once per process, by the first loader with workers, whoever that was.)
     iterator = iter(loader)
+    workers = multiprocessing.active_children()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -185,15 +189,29 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
             if isinstance(batch, CommandError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if (worker := _DEAD_WORKER.search(str(error))) is None:
+    except (RuntimeError, OSError, EOFError) as error:
+        if (worker := _dead_worker(error, workers)) is None:
             raise
         raise CommandError(
-            f"{worker.group()} died, most often because memory (or shared memory, /dev/shm) ran out; "
+            f"{worker} died, most often because memory (or shared memory, /dev/shm) ran out; "
             f"use fewer than data.workers = {loader.num_workers}, or a smaller batch"
         ) from error
     finally:
         del iterator  # a traceback that is kept would keep the workers too
+
+
+def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
+    """Which worker's death `error` tells of, or None.
+
+    A batch comes through its worker's socket, which is closed a moment before the process can be seen to be dead.
+    """
+    if found := _DEAD_WORKER.search(str(error)):
+        return found.group()
+    if isinstance(error, RuntimeError) or not workers:
+        return None
+    time.sleep(1)
+    dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
+    return f"DataLoader worker (pid(s) {', '.join(dead)})" if dead else None
 
 
 def _unchanged(item: Any) -> Any:

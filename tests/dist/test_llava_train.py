@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_group
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from tiny_mllm import pictures, write_llm, write_run
 from transformers import LlavaForConditionalGeneration
 
 from clips.checkpoint import MANIFEST
+from clips.engine import unused_port
 from clips.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
 from clips.weights import read_weights
 from mllm.arguments import TrainArguments, parse_train_arguments
@@ -222,12 +223,10 @@ def test_damaged_checkpoints_are_passed_over_and_never_silently_forgotten(tmp_pa
 
 def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Two ranks through the real deepspeed launcher; a hang ends as a failure."""
-    port = str(29600 + os.getpid() % 300)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--master_port", str(unused_port()), str(script), *words]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, str(script), *words], cwd=place, env=env, capture_output=True, text=True, timeout=150
-    )
+    return run_group(command, cwd=place, env=env, timeout=300)
 
 
 @pytest.mark.slow

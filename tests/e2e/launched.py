@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT
+from conftest import ROOT, run_group
 from PIL import Image
 
 from clips.engine import unused_port
@@ -47,13 +47,10 @@ def deepspeed(*arguments: str | Path) -> list[str]:
     return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
 
 
-def run(command: list[str], timeout: float = 120) -> Done:
+def run(command: list[str], timeout: float = 300) -> Done:
     """Run to the end, as a user would; both streams together."""
     begin = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-        check=False,
-    )  # fmt: skip
+    done = run_group(command, cwd=ROOT, env=ENV, stderr=subprocess.STDOUT, timeout=timeout)
     return Done(done.returncode, done.stdout, time.monotonic() - begin)
 
 

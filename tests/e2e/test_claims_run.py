@@ -58,11 +58,9 @@ def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(tmp_path: 
     assert result["claims"]["e"]["verdict"] == "not run"
     assert {"claims.html", "claims.md", "claim-b.png"} <= {path.name for path in output.iterdir()}
 
-    begin = time.monotonic()
     again = run_python(SCRIPT, *flags)
     assert again.returncode == 0
     assert "training" not in again.stderr
-    assert time.monotonic() - begin < 60
     assert json.loads((output / "claims.json").read_text())["variants"] == result["variants"]
 
     other = run_python(SCRIPT, *flags, "--samples", "128")

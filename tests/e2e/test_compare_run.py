@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_group
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -47,9 +47,7 @@ def environment(place: Path) -> dict[str, str]:
 
 
 def run(place: Path, *flags: str, cwd: Path | None = None, timeout: int = 550) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*flags), cwd=cwd or place, env=environment(place), capture_output=True, text=True, timeout=timeout
-    )
+    return run_group(command(*flags), cwd=cwd or place, env=environment(place), timeout=timeout)
 
 
 FLAGS = (

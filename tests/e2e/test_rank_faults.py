@@ -66,15 +66,15 @@ def test_a_killed_rank_ends_the_others(
 
 def test_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards: tuple[str, ...], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.1")), log) as process:
+    with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.3")), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
         of_rank(process.pid, 1).send_signal(signal.SIGSTOP)
-        assert process.wait(90) != 0
+        assert process.wait(150) != 0
         assert_nothing_left(tmp_path)
     said = log.read_text()
     assert "No sign of life from rank 1" in said
     assert "failed at clips/" in said
-    assert "6000ms" in said
+    assert "18000ms" in said
 
 
 def test_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Running:
     def answers(self) -> bool:
         try:
             return httpx2.get(f"{self.address[:-3]}/health", trust_env=False).status_code == 200
-        except (AttributeError, httpx2.ConnectError):  # not even the greeting, or the port is closed
+        except (AttributeError, httpx2.TransportError):  # not even the greeting, the port is closed, or it is slow
             return False
 
     def client(self) -> OpenAI:
@@ -83,8 +83,6 @@ def started(place: Path, *words: str) -> Iterator[Running]:
             env=env,
             stdout=file,
             stderr=subprocess.STDOUT,
-            # A shell's background job ignores Ctrl-C, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     running = Running(process, log)
     try:

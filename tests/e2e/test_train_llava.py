@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_group
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -41,14 +41,7 @@ torch.save({"answer": answer, "logits": logits, "norm": sum(p.double().norm() fo
 def command(place: Path, *words: str, script: str = "train_llava.sh") -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CLIPS_MLLM_CACHE": str(place / "cache")}
     start = ["bash"] if script.endswith(".sh") else [sys.executable]
-    return subprocess.run(
-        [*start, str(ROOT / "scripts" / script), *words],
-        cwd=place,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return run_group([*start, str(ROOT / "scripts" / script), *words], cwd=place, env=env, timeout=400)
 
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,7 @@ def test_stop_retry_undo_and_new_conversation(visit: Callable[..., Visit], place
     chat.stop.dispatch_event("click")  # click() waits until a busy page is drawn: the answer may end before
     assert "stopped" in chat.answered()[0]
     assert int(chat.remark.inner_text().split()[0]) < 1024
-    first = chat.said.inner_text()
-    assert first
+    assert chat.said.inner_text()
 
     chat.panel.get_by_label("number input for Longest").fill("20")
     chat.panel.get_by_label("number input for Temperature").fill("1.5")
@@ -197,13 +196,12 @@ def test_stop_retry_undo_and_new_conversation(visit: Callable[..., Visit], place
     chat.panel.locator(".chat").get_by_role("button", name="Retry").click()
     wait_until(lambda: "tokens" in chat.remark.inner_text() and "stopped" not in chat.remark.inner_text())
     assert int(chat.remark.inner_text().split()[0]) <= 20
-    assert chat.said.count() == 1
-    assert chat.said.inner_text() != first
+    assert chat.panel.locator(".chat .user.message").count() == 1
 
     chat.panel.locator(".chat").get_by_role("button", name="Undo").click()
     chat.said.wait_for(state="detached")
     wait_until(lambda: chat.box.input_value() == "What?" and chat.thumbnails.count() == 1)
-    assert not chat.remark.inner_text()
+    wait_until(lambda: not chat.remark.inner_text())
     chat.ask("Again?")
     chat.answered()
     chat.panel.get_by_text("New conversation").click()
@@ -229,7 +227,7 @@ def test_what_the_encoder_sees(visit: Callable[..., Visit], place: Path) -> None
     view.panel.get_by_label("Look for").press("Enter")
     view.remark.get_by_text("“dog”: similarity").wait_for()
     heat = view.panel.locator(".image-frame img, .image-container img").last
-    assert heat.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [512, 341]
+    wait_until(lambda: heat.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [512, 341])
     view.panel.get_by_text("Labels to choose from").click()
     view.panel.get_by_label("Labels", exact=True).fill("cat, dog, god")
     view.panel.get_by_label("Labels", exact=True).blur()
@@ -251,7 +249,7 @@ def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visi
         assert "picture" in toast, toast
         assert "Traceback" not in toast
         assert chat.box.input_value() == "What is it?"
-        chat.toast.last.locator("button").click()
+        chat.toast.locator("button").evaluate_all("all => all.forEach(one => one.click())")  # or its time is over
         chat.toast.wait_for(state="detached")
         chat.panel.get_by_text("New conversation").click()
         chat.thumbnails.wait_for(state="detached")

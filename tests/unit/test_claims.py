@@ -101,6 +101,13 @@ def test_every_contrast_is_between_variants_of_its_claim() -> None:
         assert {name for pair in claim.contrasts for name in pair} <= set(claim.variants) <= set(VARIANTS)
 
 
+def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
+    settings = ["captions.strategy=full", "model.text.context_length=32", "optim.weight_decay=0.3"]
+    config = cell("sentence", 0, 48_000, settings).config()
+    assert (config.captions.strategy, config.model.text.context_length) == ("sentence", 80)
+    assert config.optim.weight_decay == 0.3
+
+
 def test_the_masks_keep_as_many_words_as_a_sentence_has() -> None:
     texts = [split_scene("train", number, 0)[1].sentences for number in range(500)]
     assert abs(mean(len(sentence.split()) for text in texts for sentence in text) - BLOCK_WORDS) < 1
@@ -119,7 +126,15 @@ def test_a_run_with_other_settings_is_not_taken_for_the_cell(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"claims": ["a", "z"]}, "no claim z; known: a, b, c, d, e"), ({"claims": ["a"], "seeds": 1}, "at least 2")],
+    [
+        ({"claims": ["a", "z"]}, "no claim z; known: a, b, c, d, e"),
+        ({"claims": ["a"], "seeds": 1}, "at least 2"),
+        ({"claims": ["a"], "jobs": 0}, "--jobs 0"),
+        ({"claims": ["a"], "settings": ["train.seed=7"]}, "given by --seeds and --samples"),
+        ({"claims": ["a"], "settings": ["phases.*.samples=1000"]}, "given by --seeds and --samples"),
+        ({"claims": ["a", "b"], "settings": ["bogus.field=1"]}, "bogus"),
+        ({"claims": ["a", "b"], "settings": ["model.captioner.layers=2"]}, "captioner"),
+    ],
 )
 def test_mistakes(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -221,6 +236,9 @@ def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path)
     assert turned["contrasts"] == found["contrasts"]
     assert found["contrasts"][0]["mean"] == pytest.approx(2)  # percentage points, from shares
     assert found["contrasts"][0]["ci95"] == pytest.approx([1, 3])
+    single = judge_llava(compare_report(path, [entry("clips", "clip", "accuracy", [0.01, 0.03]) | {"seeds": 1}]))
+    assert single["verdict"] == "not run"
+    assert "one seed" in single["missing"]
     for broken in ([], others, [{"a": "clips", "b": "clip", "metric": "accuracy"}]):
         with pytest.raises(UserError, match=r"report\.json .*clips and clip"):
             judge_llava(compare_report(path, broken))
@@ -265,7 +283,9 @@ def made_up(centres: dict[str, float], seeds: int = 3) -> dict[str, dict]:
                 for figure, noise in zip(FIGURES, rng.normal(0, 1.5, len(FIGURES)), strict=True)
             }
             figures |= {name: mean(figures[way] for way in both) for name, both in MEANS.items()}
-            runs.append({"name": f"{name}-seed{seed}", "seed": seed, "figures": figures | {"train_seconds": 91.0}})
+            config = {"data": {"train": "demo"}}
+            runs.append({"name": f"{name}-seed{seed}", "seed": seed, "config": config})
+            runs[-1]["figures"] = figures | {"train_seconds": 91.0}
         found[name] = {
             "label": variant.label,
             "recipe": variant.recipe,
@@ -324,6 +344,8 @@ def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:)""", page)
     assert "http" not in re.sub(r"data:[^\"]+", "", page)
     assert page.count("<picture>") == 4
+    assert page.count("t interval of that mean") == 4
+    assert "48,000 samples seen by every run, 3 seeds · the demo&#x27;s drawings" in page
     for key in CLAIMS:
         assert f"(claim-{key}.png)" in text
         assert (tmp_path / f"claim-{key}.png").stat().st_size > 5_000

@@ -349,11 +349,11 @@ def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -
         with locked(tmp_path / "cell", commands):
             got.set()
 
-    waiter = threading.Thread(target=wait)
+    waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
     assert not got.wait(1.5)
     child.communicate(b"\n")
-    assert got.wait(5)
+    assert got.wait(60)
     waiter.join()
 
 
@@ -366,9 +366,9 @@ def test_a_failing_command_ends_the_rest_and_shows_the_end_of_its_log(tmp_path: 
         commands.run([sys.executable, "-c", code], tmp_path / f"{item}.log")
 
     with pytest.raises(CommandError, match=r"1 ended with exit code 3.*\n  all is lost"):
-        commands.map(work, [0, 1, 2, 3])
+        commands.map(work, list(range(50)))
     assert begun[:2] == [0, 1]
-    assert 3 not in begun
+    assert len(begun) < 50
 
 
 def test_a_failure_beside_a_longer_one_begins_nothing_more() -> None:
@@ -449,12 +449,10 @@ def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> Non
     with pytest.raises(UserError, match=rf"encoder {path} holds other settings:\n(.*\n)+.*another --output"):
         check_inputs(plan)
     check_inputs(dataclasses.replace(plan, pretrain_flags=("--debug",)))
+    own = ("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
+    both = dataclasses.replace(plan, output=place / "other", pretrain_flags=own)
     with pytest.raises(UserError, match="clip would be trained with the objective clips"):
-        check_inputs(
-            dataclasses.replace(
-                plan, pretrain_flags=("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
-            )
-        )
+        check_inputs(both)
 
 
 # ------------------------------------------------------------------------------------------------ figures and report

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clips.config import (
@@ -194,6 +194,7 @@ LEAVES = {
 
 
 @given(st.fixed_dictionaries({}, optional=LEAVES))
+@settings(deadline=None)
 def test_any_override_survives_the_file_and_is_what_difference_reports(values: dict[str, object]) -> None:
     run = tiny_run()
     changed = run.override([f"{path}={json.dumps(value)}" for path, value in values.items()])

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import random
-import time
 
 import pytest
 import torch
@@ -101,15 +100,6 @@ def test_identical_captions_are_hits():
     texts = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # both captions look like image 1
     assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a dog"])["t2i_r1"].value == 100
     assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a cat"])["t2i_r1"].value == 50
-
-
-def test_a_thousand_images_by_five_thousand_texts_take_under_a_second():
-    images, texts = F.normalize(torch.randn(1000, 256), dim=1), F.normalize(torch.randn(5000, 256), dim=1)
-    strings = [str(i) for i in range(5000)]
-    retrieval_metrics(images[:8], texts[:8], range(8), strings[:8])
-    start = time.perf_counter()
-    retrieval_metrics(images, texts, [i // 5 for i in range(5000)], strings)
-    assert time.perf_counter() - start < 1.5  # 0.5 s on one idle core
 
 
 def test_features_that_are_not_finite_are_refused():

@@ -59,14 +59,14 @@ def served(chat: ChatModel, encoder: Encoder | str, limits: Limits, **options: o
     bound = _bind("127.0.0.1", 0)
     app = create_app(chat, encoder, limits, **options)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
-    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    while not server.started:
-        time.sleep(0.01)
-    yield address
-    server.should_exit = True
-    thread.join(20)
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -94,7 +94,7 @@ def post(address: str, body: object, path: str = "/v1/chat/completions", **optio
 
 def figure(address: str, name: str) -> float:
     """One figure of /metrics, for example `clips_requests_running`."""
-    lines = httpx2.get(f"{address}/metrics", trust_env=False).text.splitlines()
+    lines = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text.splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
@@ -326,7 +326,7 @@ def test_a_bad_request_gets_400_and_the_reason(
     ],
 )
 def test_nothing_private_is_fetched(address: str, url: str) -> None:
-    httpx2.get(f"{address}/health", trust_env=False)
+    httpx2.get(f"{address}/health", timeout=60, trust_env=False)
     asked = 'clips_requests_total{route="/health",status="200"}'
     before = figure(address, asked)
     response = post(address, with_picture(url.format(port=address.rpartition(":")[2])))
@@ -395,7 +395,7 @@ def test_a_huge_upload_gets_413(address: str, declared: bool) -> None:
     size = 2 * 2**20 + 1
     body = b" " * size if declared else (b" " * 100_000 for _ in range(size // 100_000 + 1))
     headers = {"Content-Type": "application/json"}
-    response = httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers, trust_env=False)
+    response = httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60, trust_env=False)
     assert response.status_code == 413
     assert "above this server's limit" in response.json()["error"]["message"]
 
@@ -432,8 +432,8 @@ def test_every_unsupported_field_is_refused(address: str) -> None:
 def test_the_key(chat: ChatModel, encoder: Encoder) -> None:
     with served(chat, encoder, Limits(), api_key="s3cret-ü") as address:
         for path in ("/v1/models", "/metrics", "/v1/unknown"):
-            assert httpx2.get(address + path, trust_env=False).status_code == 401
-        assert httpx2.get(f"{address}/health", trust_env=False).status_code == 200
+            assert httpx2.get(address + path, timeout=60, trust_env=False).status_code == 401
+        assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
         for key in ("", "Bearer", "Bearer s3cret", "Bearer s3cret-ü ü", "Basic s3cret-ü"):
             response = post(address, CHAT, headers={"Authorization": key.encode()})
             assert response.status_code == 401
@@ -464,17 +464,19 @@ def test_twenty_at_once(client: OpenAI, address: str) -> None:
 def long_answer(client: OpenAI, address: str) -> Iterator[openai.Stream]:
     """An answer in the making that takes a minute, until left."""
     stream = ask(client, user(LONG), max_tokens=30_000, stream=True)
-    next(stream)
-    assert figure(address, "clips_requests_running") == 1
-    yield stream
-    stream.close()
+    try:
+        next(stream)
+        assert figure(address, "clips_requests_running") == 1
+        yield stream
+    finally:
+        stream.close()
 
 
 def test_a_full_queue_gets_429(chat: ChatModel, encoder: Encoder) -> None:
     with served(chat, encoder, Limits(new_tokens=30_000, waiting=1)) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         results = []
-        waiting = threading.Thread(target=lambda: results.append(ask(client, user("Hello"))))
+        waiting = threading.Thread(daemon=True, target=lambda: results.append(ask(client, user("Hello"))))
         with long_answer(client, address):
             waiting.start()
             wait_until(lambda: figure(address, "clips_requests_waiting") == 1)
@@ -483,7 +485,7 @@ def test_a_full_queue_gets_429(chat: ChatModel, encoder: Encoder) -> None:
                 assert response.status_code == 429
                 assert response.headers["retry-after"] == "2"
                 assert response.json()["error"]["type"] == "rate_limit_error"
-            assert httpx2.get(f"{address}/health", trust_env=False).status_code == 200
+            assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
         waiting.join(20)
         assert results[0].choices[0].message.content
         assert post(address, CHAT).status_code == 200
@@ -527,7 +529,9 @@ def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder
 
     with served(chat, encoder, Limits(seconds=1)) as address:
         headers = {"Content-Type": "application/json"}
-        response = httpx2.post(f"{address}/v1/embeddings", content=dripping(), headers=headers, trust_env=False)
+        response = httpx2.post(
+            f"{address}/v1/embeddings", content=dripping(), headers=headers, timeout=60, trust_env=False
+        )
         assert response.status_code == 408
 
 
@@ -538,8 +542,8 @@ def test_metrics(client: OpenAI, address: str) -> None:
     assert figure(address, 'clips_tokens_total{kind="completion"}') == before["completion"] + 5
     assert figure(address, 'clips_requests_total{route="/v1/chat/completions",status="200"}') >= 1
     assert figure(address, "clips_first_token_seconds_count") >= 1
-    httpx2.get(f"{address}/some/{'x' * 50}", trust_env=False)
-    text = httpx2.get(f"{address}/metrics", trust_env=False).text
+    httpx2.get(f"{address}/some/{'x' * 50}", timeout=60, trust_env=False)
+    text = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text
     assert 'clips_requests_total{route="other",status="404"}' in text  # strangers cannot add series
     assert "/some/" not in text
 

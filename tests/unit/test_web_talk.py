@@ -92,12 +92,13 @@ def test_no_answer_is_longer_than_the_limit(model: ChatModel) -> None:
 def test_a_stopped_answer_stays_and_can_be_asked_for_again(model: ChatModel) -> None:
     talk = _Talk()
     ask(talk, "What?")
-    answers = stream(talk, model)
+    long = {"length": 200, "limits": Limits(new_tokens=200)}  # it is stopped well before its end
+    answers = stream(talk, model, **long)
     next(answers), next(answers)
     assert "stop_btn" not in _stop(talk)  # the browser may hear of it after the answer's end
     assert "stopped" in list(answers)[-1][2]
     (first,) = said(talk)
-    list(stream(talk, model, again=True))
+    list(stream(talk, model, again=True, **long))
     (second,) = said(talk)
     assert second.startswith(first)
     assert len(second) > len(first)
