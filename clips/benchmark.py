@@ -327,11 +327,11 @@ def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
     engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
 
     def step(batch: Batch) -> None:
-        loss, parts = engine(engine.to_device(batch))
+        loss, _ = engine(engine.to_device(batch))
         engine.backward(loss)
         engine.agree(loss, False)
         engine.step()
-        engine.limit_logit_scale(parts["logit_scale"])
+        engine.limit_logit_scale()
 
     return step
 

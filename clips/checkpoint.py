@@ -102,8 +102,6 @@ def latest(run_dir: Path) -> Checkpoint | None:
     parent = run_dir / "checkpoints"
     if not parent.is_dir():
         return None
-    for leftover in parent.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     candidates = _steps(parent)
     if found := first_usable(candidates, _verified):
         return found
@@ -113,6 +111,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
             f"Restore one from a copy, or start over on purpose under another --name or with {run_dir} removed"
         )
     return None
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what kills in the middle of a save left behind; only for the process that is about to write here."""
+    for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:

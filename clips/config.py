@@ -251,7 +251,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
-        _require(self.accumulation >= 1, "train.accumulation must be at least 1")
+        for name in ("accumulation", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clips.config import OptimConfig, RunConfig
-from clips.errors import UserError
+from clips.errors import NotFiniteError, UserError
 from clips.model import CLIPS, MAX_LOGIT_SCALE
 from clips.task import Task
 
@@ -72,6 +72,12 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
     if "RANK" not in os.environ:
+        tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
+        if several := [f"{name}={count}" for name, count in tasks.items() if count != "1"]:
+            raise UserError(
+                f"{several[0]}, but no RANK: each of these processes would train the whole run by itself. Start them "
+                "with torchrun or deepspeed (one per node), or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR"
+            )
         port = str(unused_port())
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
@@ -184,6 +190,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
         }
         task.to(device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -223,8 +230,14 @@ class Engine:
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """Called after each micro-batch; DeepSpeed acts at the accumulation boundary only."""
+        """Called after each micro-batch; DeepSpeed acts at the accumulation boundary only.
+
+        NotFiniteError where DeepSpeed skips a step: with offload it sees a gradient that `agree` does not hold.
+        """
+        is_boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
+        if is_boundary and not self.engine.was_step_applied():
+            raise NotFiniteError("a gradient is not finite; DeepSpeed left this step out and no weight was changed")
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient over all parameters; with Muon in ZeRO 1-3, of its update (see the top)."""
@@ -255,24 +268,24 @@ class Engine:
         broken, stopping = flags.tolist()
         return broken == 0, stopping > 0
 
-    def limit_logit_scale(self, logit_scale: Tensor) -> None:
-        """Put the temperature back to its limit after a step beyond it.
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """After a step, put the temperature back to its limit where it went beyond.
 
         The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
-        `logit_scale` is the value that the forward pass used, the same on every rank.
+        Clamped is whatever this rank holds of it, the value that computes and its fp32 master: DeepSpeed's setters
+        change the latter only.
         """
-        if float(logit_scale) < MAX_LOGIT_SCALE:
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
         parameter = self.names["logit_scale"]
-        limit = torch.full((1,), math.log(MAX_LOGIT_SCALE), device=self.device)
-        if self.stage == 0:
-            parameter.data.copy_(limit)
-        elif self.stage == 3:
-            safe_set_local_fp32_param(parameter, limit)
-        else:
-            safe_set_full_fp32_param(parameter, limit)
+        held = [parameter.data]
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            held += [parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)]
+        elif self.stage > 0 and parameter._hp_mapping is not None:
+            held.append(parameter._hp_mapping.hp_fragment)
+        for value in held:
+            value.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def plain_model(self) -> CLIPS | None:
         """A copy of the model outside DeepSpeed on rank 0, None elsewhere, for evaluation and export. Collective."""

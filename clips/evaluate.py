@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from clips.captions import CaptionTokenizer
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
+from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
 from clips.data.splits import Split
@@ -98,8 +99,9 @@ def encode_images(
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
     loader = DataLoader(
-        _Pixels(items, indices, image_size), batch_size=batch_size, num_workers=workers, collate_fn=list
-    )
+        _Pixels(items, indices, image_size), batch_size=batch_size, num_workers=workers, collate_fn=list,
+        worker_init_fn=start_worker,
+    )  # fmt: skip
     features, pooled, found, skipped = [], [], [], []
     with evaluating(model, image_size) as device:
         for batch in loader:

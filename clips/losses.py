@@ -69,19 +69,21 @@ def caption_loss(
     All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: ranks with fewer
     tokens cut smaller chunks.
     """
-    valid = targets_BT != IGNORE
-    states, targets = states_BTD[valid], targets_BT[valid]
+    valid = (targets_BT != IGNORE).flatten().nonzero().squeeze(1)  # once: on a GPU it waits for the count
+    states, targets = states_BTD.flatten(0, 1)[valid], targets_BT.flatten()[valid]
 
     def chunk_loss(states_ND: Tensor, targets_N: Tensor) -> Tensor:
         return F.cross_entropy(head(states_ND).float(), targets_N, reduction="sum")
 
-    chunks = torch.tensor(max(1, -(-len(targets) // chunk)), device=targets.device)
+    chunks = max(1, -(-len(targets) // chunk))
     if world_size() > 1:
-        dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
+        most = torch.tensor(chunks, device=targets.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        chunks = int(most)
     total = states_BTD.new_zeros((), dtype=torch.float32)
-    for part, part_targets in zip(states.tensor_split(int(chunks)), targets.tensor_split(int(chunks)), strict=True):
+    for part, part_targets in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
         total = total + checkpoint(chunk_loss, part, part_targets, use_reentrant=False)
-    return total, valid.sum()
+    return total, torch.tensor(len(targets), device=targets.device)
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:

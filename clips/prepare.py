@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import platform
@@ -10,7 +11,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -65,9 +66,27 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
             tempfile.TemporaryFile(dir=options.run_dir).close()
         except OSError as error:
             raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output-dir") from None
+        if dist.get_rank() == 0:
+            _hold(options.run_dir)
+            checkpoint.remove_leftovers(options.run_dir)
     if options.resume in ("auto", "never"):
         return checkpoint.latest(options.run_dir)
     return checkpoint.load(Path(options.resume))
+
+
+def _hold(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already."""
+    if run_dir.resolve() in _held:
+        return
+    file = open(run_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process trains in {run_dir}: wait for it, stop it, or give another --name") from None
+    _held[run_dir.resolve()] = file
+
+
+_held: dict[Path, IO[str]] = {}
 
 
 def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionTokenizer]:

@@ -120,7 +120,7 @@ def _train(
                         _not_finite(seen, state, phase)
                 engine.step()
                 meter.add(parts, batch["skipped"])
-            engine.limit_logit_scale(parts["logit_scale"])
+            engine.limit_logit_scale()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
             saving = due(run.train.checkpoint_every, state, phase) or last or stopping

@@ -108,6 +108,8 @@ class TrainArguments:
         }
         missing = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
         filled = replace(self, **{name: value for name, value in defaults.items() if name in missing})
+        if stage.number == 2:  # it starts from stage 1's projector
+            filled = replace(filled, mm_projector_init=None)
         if filled.bits < 16 and not filled.lora_enable and stage.number == 2:
             raise UserError(f"--bits {filled.bits} cannot train the language model's own weights: add --lora_enable")
         return filled._with_batches(world_size, {name: getattr(self, name) for name in BATCHES})

@@ -65,6 +65,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     check_complete(info, "language model", directory)
     for key in ("is_local", "local_files_only"):  # how it was loaded here; no part of a model that is passed on
         tokenizer.init_kwargs.pop(key, None)
+    _forget_sampling(model.generation_config)
     add_special_tokens(model, tokenizer)
     if version == "auto" and not tokenizer.chat_template:
         version = "v1"
@@ -101,6 +102,16 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return [token for token in wanted if tokenizer.convert_tokens_to_ids(token) >= old_length]
+
+
+def _forget_sampling(config: GenerationConfig) -> None:
+    """Unset what only sampling reads where a model does not sample: transformers refuses to save both together.
+
+    Vicuna 1.5 comes so (temperature and top_p, no do_sample); it would be noticed after the last step.
+    """
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
 
 
 def _stop_at(model: PreTrainedModel, end_id: int) -> None:

@@ -58,6 +58,10 @@ def build_model(
         init_projector(model.model.multi_modal_projector)
     model.model.multi_modal_projector.to(causal.dtype)
     model.generation_config = copy.deepcopy(causal.generation_config)
+    try:
+        model.generation_config.validate(strict=True)  # as saving does, after hours of training
+    except ValueError as error:
+        raise UserError(f"language model {llm.source}: its generation_config.json cannot be saved: {error}") from None
     model.eval()
     _check_logits(model, causal, llm.source)
     return model, build_processor(vision, llm)

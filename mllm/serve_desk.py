@@ -51,9 +51,11 @@ class Desk:
             try:
                 async with self._turn:
                     timer = loop.call_later(self._seconds, cancel.set)
+                    working = asyncio.ensure_future(asyncio.to_thread(in_thread))
                     try:
-                        await asyncio.to_thread(in_thread)
-                    finally:
+                        await asyncio.shield(working)
+                    finally:  # given up by its reader, a thread goes on until it looks at `cancel`: so long is its turn
+                        await asyncio.wait({working})
                         timer.cancel()
             finally:
                 items.put_nowait(end)

@@ -111,6 +111,11 @@ def freeze_plan(
     """
     plan = dict(FREEZE[f"{stage.name}, lora" if lora and stage.name == "instruct" else stage.name])
     if unfreeze_mm_vision_tower:
+        if stage.name == "align":
+            raise UserError(
+                "--unfreeze_mm_vision_tower in stage 1 would train an encoder that stage 2 does not see, since stage 1 "
+                "leaves the projector alone: give it for stage 2 (--instruct.unfreeze_mm_vision_tower)"
+            )
         plan["vision_tower"] = "full"
     if tune_mm_mlp_adapter or freeze_backbone:
         plan["language_model"] = "frozen"

@@ -9,6 +9,7 @@ runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -97,7 +98,9 @@ def run_stage(arguments: TrainArguments) -> None:
     )  # fmt: skip
     if not arguments.dry_run:
         record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
-        record |= {"facts": prepared.facts, "freeze": prepared.plan}
+        record |= {"facts": prepared.facts, "freeze": prepared.plan, "projector_of": projector_of(arguments, prepared)}
+        if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
+            check_aligned(run_dir, record["projector_of"])
         keep_config(run_dir, stage.name, record, write=is_main)
         if (run_dir / stage.name / "done.json").is_file():
             console.print(f"stage {stage.number} ({stage.name}) is finished already: {run_dir / stage.name}")
@@ -217,6 +220,25 @@ def _projector_start(arguments: TrainArguments, run_dir: Path) -> Path | None:
     )
 
 
+def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any]:
+    """What a projector stands between: it is of no use between others."""
+    fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+    found = {name: getattr(arguments, name) for name in fields}
+    return found | {"vision tower's weights": prepared.vision.weights_fingerprint}
+
+
+def check_aligned(run_dir: Path, wanted: dict[str, Any]) -> None:
+    """UserError unless stage 1 of this run trained its projector between the same encoder and language model."""
+    there = read_json(run_dir / "config.json").get("align", {}).get("projector_of", wanted)
+    differ = [name for name in wanted if there.get(name) != wanted[name]]
+    changes = [f"{name}: {there.get(name)} there, {wanted[name]} here" for name in differ]
+    if changes:
+        raise UserError(
+            f"stage 1 in {run_dir} trained its projector between other parts:\n  " + "\n  ".join(changes) + "\nRun "
+            "stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter"
+        )
+
+
 def lora_config(model: nn.Module, arguments: TrainArguments) -> LoraConfig:
     """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
     layers = model.model.language_model.named_modules()
@@ -293,6 +315,7 @@ def _train(
         ),
         data_collator=IndexedCollator(collator),
         train_dataset=Indexed(prepared.dataset),
+        keep=arguments.save_total_limit,
         callbacks=[log, stop],
     )
     checkpoint = newest(stage_dir)
@@ -374,13 +397,15 @@ def _start_from_captions(
         kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
         parts.append(features[:, kept])
     model = prepared.model
-    projector = model.model.multi_modal_projector
-    r2 = start_from_captions(
-        projector, torch.cat(parts), captions, model.get_input_embeddings().weight.cpu(), seed=arguments.seed
-    )
-    if dist.is_initialized():
-        for parameter in projector.parameters():
-            dist.broadcast(parameter.data, src=0)
+    projector = model.model.multi_modal_projector  # on a GPU already, or not yet: with DeepSpeed
+    fitted = copy.deepcopy(projector).float().cpu()
+    words = model.get_input_embeddings().weight.cpu()
+    r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
+    for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
+        value = value.data.to(device)  # NCCL takes no other
+        if dist.is_initialized():
+            dist.broadcast(value, src=0)
+        parameter.data.copy_(value)
     return r2
 
 
@@ -388,7 +413,7 @@ def training_arguments(
     arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> TrainingArguments:
     """The Trainer's own arguments; all that this project decides itself is switched off in them."""
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(stage_dir),
         per_device_train_batch_size=arguments.per_device_train_batch_size,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
@@ -408,7 +433,6 @@ def training_arguments(
         log_level="error",
         save_strategy="steps",
         save_steps=arguments.save_steps,
-        save_total_limit=arguments.save_total_limit,
         report_to=arguments.report_to,
         disable_tqdm=not is_interactive(),
         dataloader_num_workers=arguments.dataloader_num_workers,
@@ -418,6 +442,9 @@ def training_arguments(
         # The encoder's layers behind the chosen one get no gradient.
         ddp_find_unused_parameters=arguments.unfreeze_mm_vision_tower,
     )
+    if device.type == "cuda" and not dist.is_initialized():
+        made._n_gpu = 1  # one process is one GPU; the Trainer would take all it sees, with DataParallel
+    return made
 
 
 @contextmanager

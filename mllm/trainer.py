@@ -29,6 +29,7 @@ from clips.checkpoint import seal
 from clips.errors import NotFiniteError
 from clips.train import StopSignal
 from clips.weights import read_weights, write_weights
+from mllm.checkpoints import prune
 from mllm.data import Collator, EpochSampler, LlavaDataset
 from mllm.features import causal_lm_loss, embed_inputs
 from mllm.stages import parameter_groups
@@ -124,7 +125,10 @@ class StopCallback(TrainerCallback):
 
 
 class LlavaTrainer(Trainer):
-    """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples."""
+    """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples.
+
+    `keep` checkpoints stay.
+    """
 
     def __init__(
         self,
@@ -133,9 +137,10 @@ class LlavaTrainer(Trainer):
         *,
         rates: dict[str, float],
         sampler: EpochSampler,
+        keep: int,
         **kwargs: Any,
     ) -> None:
-        self.rates, self.sampler = rates, sampler
+        self.rates, self.sampler, self.keep = rates, sampler, keep
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -196,6 +201,7 @@ class LlavaTrainer(Trainer):
             dist.barrier()  # every rank has written its files
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            prune(Path(self.args.output_dir), self.keep)  # not before: the older one is all there is until then
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:

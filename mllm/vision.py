@@ -133,15 +133,24 @@ class VisionEncoder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over weights, layer and preprocessing: equal fingerprints give equal features."""
+        digest = self._hash_of_weights()
+        config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
+        settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 over the weights alone: of the same encoder with other preprocessing it is the same."""
+        return self._hash_of_weights().hexdigest()
+
+    def _hash_of_weights(self) -> Any:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if not name.startswith(UNUSED):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
-        settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        return digest
 
     def describe(self) -> str:
         """One line for plans and model cards."""

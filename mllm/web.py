@@ -240,7 +240,9 @@ def _answer(
         sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), limits.new_tokens))
         loaded, session = model(), talk.sessions.get(column)
         if session is None or session.model is not loaded:
-            session = talk.sessions[column] = ChatSession(loaded)
+            session = ChatSession(loaded)
+            if talk.running.get(column) is cancel:  # else a new conversation began while the model was loaded
+                talk.sessions[column] = session
         pieces = (
             session.retry(sampling, cancel) if again else session.ask(question.text, question.images, sampling, cancel)
         )
@@ -349,8 +351,10 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
         return [*[[]] * columns, *[""] * columns, _ready(talk, value=None)]
 
     def pick(event: gr.SelectData) -> dict[str, Any]:
-        files = [file["path"] for file in event.value.get("files", [])]
-        return {"text": event.value.get("text", ""), "files": files}
+        if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
+            raise UserError("there is no such example")
+        path, text = examples[event.index]  # never a path that a browser sends: gradio would hand out that file
+        return {"text": text, "files": [path]}
 
     def snap(path: str | None, message: dict[str, Any] | None) -> tuple[Any, Any]:
         if path is None:

@@ -67,7 +67,7 @@ def make_loader(
         ),
         num_workers=run.data.workers,
         collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_initialized(),
     )
     return _iterate(loader)
@@ -207,7 +207,7 @@ def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None
     """
     if found := _DEAD_WORKER.search(str(error)):
         return found.group()
-    if isinstance(error, RuntimeError) or not workers:
+    if not workers or (isinstance(error, RuntimeError) and "Pin memory thread" not in str(error)):
         return None
     time.sleep(1)
     dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
@@ -218,9 +218,9 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
-    # A second SIGTERM is obeyed: it comes from torch, when it ends a worker that hangs.
+    # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -111,6 +111,8 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
             if damaged and block[257:262] != b"ustar":
                 raise tarfile.HeaderError("not a header")
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if info.size < 0 or not extended.get("size", b"0").isdigit():
+                raise tarfile.HeaderError("a size that is none")
         except tarfile.HeaderError as error:
             if not damaged:
                 problems.append(f"damaged at byte {position}, after {last} ({error}); reading on at the next header")

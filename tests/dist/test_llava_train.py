@@ -29,14 +29,14 @@ from clips.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
 from clips.weights import read_weights
 from mllm.arguments import TrainArguments, parse_train_arguments
 from clips.checkpoint import seal
-from mllm.checkpoints import newest
+from mllm.checkpoints import newest, prune
 from mllm.data import EpochSampler
 from mllm.llm import load_llm
 from mllm.model import build_model, merge_lora
 from mllm.projector import save_projector
 from mllm.quantize import dequantize, merge_quantized_lora, quantize
 from mllm.stages import apply_plan
-from mllm.train import lora_config, prepare, run_stage
+from mllm.train import PROJECTOR, lora_config, prepare, run_stage
 from mllm.trainer import LlavaTrainer, TrainingModel
 from mllm.vision import load_vision
 
@@ -216,6 +216,39 @@ def test_damaged_checkpoints_are_passed_over_and_never_silently_forgotten(tmp_pa
     (tmp_path / "checkpoint-2" / "trained.safetensors").unlink()
     with pytest.raises(NoCheckpointError, match="no usable checkpoint"):
         newest(tmp_path)
+
+
+def test_older_checkpoints_go_only_after_newer_ones_are_sealed(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x")
+        if step < 10:
+            seal(tmp_path / f"checkpoint-{step}")
+    left = lambda: sorted(path.name for path in tmp_path.iterdir())  # noqa: E731
+    prune(tmp_path, 3)
+    assert len(left()) == 3
+    prune(tmp_path, 1)
+    assert left() == ["checkpoint-10", "checkpoint-4"]
+    seal(tmp_path / "checkpoint-10")
+    prune(tmp_path, 1)
+    assert left() == ["checkpoint-10"]
+
+
+def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--output_dir", "runs/mixed"]
+    run(place, monkeypatch, *ALIGN, *out)
+    with pytest.raises(UserError, match=r"between other parts:\n  vision tower's weights: \w+ there, \w+ here"):
+        run(place, monkeypatch, *INSTRUCT, *out, "--vision", "random")
+    assert not (place / "runs/mixed/instruct").exists()
+
+
+def test_the_captions_start_is_stage_one_s_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag without a prefix reaches both stages; the second begins with what the first trained."""
+    out = [*CAPTIONS, "--output_dir", "runs/once"]
+    run(place, monkeypatch, *ALIGN, *out)
+    run(place, monkeypatch, *INSTRUCT, *out, "--learning_rate", "1e-12", "--freeze_backbone")
+    before, after = (read_weights(place / "runs/once" / stage / PROJECTOR) for stage in ("align", "instruct"))
+    assert all(torch.allclose(after[name].float(), tensor.float(), rtol=1e-3) for name, tensor in before.items())
 
 
 # ---------------------------------------------------------------------------------------------- two ranks

@@ -48,6 +48,15 @@ def test_all_stages_give_the_same_weights_and_optimizer_state(results: dict, kin
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_the_temperature_comes_back_from_its_limit_in_every_stage(results: dict, ranks: int) -> None:
+    for name, stage in results["adamw", ranks].items():
+        before, at_limit, after = stage["temperatures"]
+        assert before < 20, name
+        assert at_limit == pytest.approx(100.0, rel=1e-5), name
+        assert after < 90, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_resume_is_bit_equal_in_every_stage(results: dict, kind: str, ranks: int) -> None:
     for name, stage in results[kind, ranks].items():

@@ -27,12 +27,22 @@ STAGES = {
 }
 
 
-def build(kind: str, zero: dict, weights: dict | None = None) -> Engine:
+class Pulled(Task):
+    """Its gradient pulls at the temperature alone, up or down, whatever the batch says."""
+
+    direction = 1.0
+
+    def _loss(self, batch: dict, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        loss, parts = super()._loss(batch, images)
+        return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
+
+
+def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task) -> Engine:
     run = tiny_run(kind=kind)
     model = random_model(run)
     if weights is not None:
         model.load_state_dict(weights)
-    return Engine(Task(model, run), run, CPU, {"zero_optimization": dict(zero)})
+    return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:
@@ -49,6 +59,21 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
     return losses
+
+
+def temperatures_at_the_limit(engine: Engine) -> list[float]:
+    """The temperature that a forward pass uses, before and after a step up beyond the limit and one down."""
+    found = []
+    for direction in (-1.0, 1.0, 1.0):
+        engine.engine.module.direction = direction
+        engine.set_lr(3.0, 0.0)
+        loss, parts = engine({key: value[:4] for key, value in tiny_batch(0).items()})
+        found.append(parts["logit_scale"].item())
+        engine.backward(loss)
+        engine.agree(loss, stop=False)
+        engine.step()
+        engine.limit_logit_scale()
+    return found
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
@@ -80,6 +105,8 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
             "resumed_state": whole_state(again),
             "middle": {"weights": parts[0], "optimizer": parts[1]},
         }
+        if kind == "adamw":
+            results[name]["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
     if dist.get_rank() == 0:
         torch.save(results, out)
     shutdown()

@@ -250,16 +250,15 @@ def test_another_configuration_is_refused_or_allowed_by_a_flag(
     flags = (SCRIPT, *THREE_PHASES, *shards, "--output-dir", str(out))
     pickle = tmp_path / "model.pt"
     pickle.write_bytes(b"\x80\x04.")
-    found = run_all(
-        {
-            "refused": python(*flags, "--seed", "5", "--set", "phases.0.lr=0.25"),
-            "never": python(*flags, "--resume", "never"),
-            "pickle": python(*flags, "--resume", pickle),
-            "optimizer": python(*flags, "--set", "optim.kind=muon", "--allow-config-change"),
-            "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
-            "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
-        }
-    )
+    commands = {
+        "refused": python(*flags, "--seed", "5", "--set", "phases.0.lr=0.25"),
+        "never": python(*flags, "--resume", "never"),
+        "pickle": python(*flags, "--resume", pickle),
+        "optimizer": python(*flags, "--set", "optim.kind=muon", "--allow-config-change"),
+        "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
+        "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
+    }
+    found = {name: run(command) for name, command in commands.items()}  # one after another: they share a directory
     assert_refused(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
     assert "data.train" not in found["refused"].text, "only what differs is shown"
     assert_refused(found["never"], 2, "holds a run already", "--name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import pickle
 import resource
@@ -17,7 +18,9 @@ from conftest import ROOT
 
 from clips import checkpoint
 from clips.checkpoint import TrainState
+from clips.engine import init_distributed
 from clips.errors import NoCheckpointError, UserError
+from clips.prepare import _hold
 
 FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -139,6 +142,8 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert names(tmp_path) == [".step-00000002.tmp", "step-00000001"]
     assert checkpoint.latest(tmp_path).state.step == 1
+    assert ".step-00000002.tmp" in names(tmp_path), "whoever only looks must leave a save that is underway alone"
+    checkpoint.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -234,3 +239,19 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_atomically(file, "new and longer\n")
     assert file.read_text() == "old\n"
+
+
+def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains in"):
+            _hold(tmp_path)
+    _hold(tmp_path)
+    _hold(tmp_path)  # the same process may ask again
+
+
+def test_tasks_of_srun_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=8, but no RANK"):
+        init_distributed(torch.device("cpu"))

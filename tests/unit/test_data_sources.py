@@ -264,6 +264,20 @@ def test_a_damaged_header_costs_its_sample_only(tmp_path: Path, caplog: pytest.L
     assert f"a.tar: damaged at byte {at}, after member s002.png" in caplog.text
 
 
+def test_a_negative_size_is_damage_and_no_endless_way_back(tmp_path: Path) -> None:
+    """CVE-2025-8194: a base-256 size below zero with a valid checksum."""
+    path = shard(tmp_path / "a.tar", 0, 6)
+    data = bytearray(path.read_bytes())
+    at = headers(path)["s002.json"]
+    header = data[at : at + 512]
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    data[at : at + 512] = header
+    path.write_bytes(data)
+    assert numbers(open_tar(path)) == [0, 1, 3, 4, 5]
+
+
 def test_a_hole_of_zeros_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = shard(tmp_path / "a.tar", 0, 6)
     data, places = bytearray(path.read_bytes()), headers(path)

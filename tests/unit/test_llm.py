@@ -152,3 +152,13 @@ def test_weights_keep_their_values_in_another_precision(tmp_path):
     assert half.model.dtype == torch.bfloat16
     assert isinstance(half.model, LlamaForCausalLM)
     assert isinstance(half.model.config, LlamaConfig)
+
+
+def test_a_sampling_setting_without_sampling_does_not_keep_a_model_from_being_saved(tmp_path):
+    """The generation_config.json of lmsys/vicuna-7b-v1.5: temperature and top_p, and no do_sample."""
+    directory = write_llm(tmp_path / "llm")
+    settings = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    model = load_llm(str(directory)).model
+    model.save_pretrained(tmp_path / "saved")
+    assert model.generation_config.eos_token_id == 2

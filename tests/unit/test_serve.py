@@ -591,7 +591,30 @@ def test_a_reader_that_leaves_cancels_the_work() -> None:
         assert desk.busy
         await items.aclose()
         assert await asyncio.to_thread(seen.wait, 10)
-        assert not desk.busy
+        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+
+    asyncio.run(main())
+
+
+def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
+    """Six clients that leave at once must not have six works running beside each other."""
+
+    async def main() -> None:
+        desk, running, most = Desk(10), [], []
+
+        def work(cancel: threading.Event) -> Iterator[int]:
+            running.append(1)
+            most.append(len(running))
+            yield 1
+            time.sleep(0.2)  # it does not look at `cancel`, as decoding a picture does not
+            running.pop()
+
+        for _ in range(6):
+            items = desk.run(work)
+            assert await anext(items) == 1
+            await items.aclose()
+        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+        assert most == [1] * 6
 
     asyncio.run(main())
 

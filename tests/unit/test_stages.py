@@ -143,6 +143,11 @@ def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay
 # ---------------------------------------------------------------------------------------------- flags
 
 
+def test_an_encoder_that_stage_two_would_not_see_is_not_trained_in_stage_one() -> None:
+    with pytest.raises(UserError, match=r"--instruct\.unfreeze_mm_vision_tower"):
+        freeze_plan(STAGES[1], unfreeze_mm_vision_tower=True)
+
+
 def test_llava_s_own_command_lines_are_understood() -> None:
     """scripts/v1_5/finetune_lora.sh of LLaVA, word for word except for paths and its zero3 file."""
     line = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed none

@@ -205,3 +205,16 @@ def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
     rows.append(json.dumps({"question_id": 8, "image": "gone.png", "text": "8?", "kind": "gone"}))
     (tmp_path / "question.jsonl").write_text("\n".join(rows))
     assert [text for _, text in example_questions(tmp_path)] == ["0?", "4?", "1?", "5?", "2?", "6?"]
+
+
+def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "Old?")
+
+    def load() -> ChatModel:
+        _forget(talk, 0)
+        return model
+
+    list(_answer(talk, 0, load, 0.0, 30, LIMITS, again=False))
+    assert not talk.sessions
+    assert not talk.messages
