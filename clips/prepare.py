@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import math
 import os
 import platform
@@ -108,6 +110,24 @@ def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionToken
             f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
         )
     return source, tokenizer
+
+
+def check_ranks_agree(previous: checkpoint.Checkpoint | None, source: Source) -> None:
+    """UserError on every rank where they chose different checkpoints or see shards of different sizes. Collective.
+
+    A stale listing or a shard that one node lacks would otherwise train on wrong data, or apart, in silence.
+    """
+    sizes = hashlib.sha256(json.dumps(list(map(int, source.shard_sizes))).encode()).hexdigest()[:8]
+    mine = {
+        "the checkpoint to go on from": previous.path.name if previous else "none",
+        "the training data": f"{len(source):,} samples in {len(source.shard_sizes):,} shards (sizes {sizes})",
+    }
+    everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, mine)
+    for name in mine:
+        if len({found[name] for found in everybody}) > 1:
+            lines = "\n".join(f"  rank {rank}: {found[name]}" for rank, found in enumerate(everybody))
+            raise UserError(f"ranks do not agree on {name}:\n{lines}\nSee that all nodes see the same files")
 
 
 def _build_tokenizer(run: RunConfig, source: Source) -> CaptionTokenizer:

@@ -25,7 +25,15 @@ from clips.evaluate import evaluate
 from clips.finish import finish_run, is_finished, print_next
 from clips.log import Meter, RunLog
 from clips.model import CLIPS
-from clips.prepare import Options, environment, open_run_dir, prepare_data, print_plan, record_config
+from clips.prepare import (
+    Options,
+    check_ranks_agree,
+    environment,
+    open_run_dir,
+    prepare_data,
+    print_plan,
+    record_config,
+)
 from clips.ranks import naming_lost_ranks
 from clips.task import Task
 from clips.weights import assign_weights
@@ -56,6 +64,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
         shutdown()
         return
     source, tokenizer = prepare_data(run, options)
+    check_ranks_agree(previous, source)
     torch.manual_seed(run.train.seed)
     model = CLIPS(run.model, tokenizer.pad_id)
     if is_main:

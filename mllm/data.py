@@ -8,6 +8,7 @@ Shapes: B samples of a batch · L longest of them · N pictures of the batch, in
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tarfile
@@ -170,8 +171,9 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 class LlavaDataset(Dataset):
     """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
 
-    Construction checks every record (fields, turns, placeholders against images, files that exist) and raises
-    UserError naming the first bad one; `store` may be None for a set without pictures.
+    Construction checks every record (fields, turns, placeholders against images, files that exist, a question that
+    alone fills the context) and raises UserError naming the first bad one; `store` may be None for a set without
+    pictures.
     """
 
     def __init__(self, data_path: Path | str, encoder: ConversationEncoder, store: ImageStore | None) -> None:
@@ -188,8 +190,21 @@ class LlavaDataset(Dataset):
                     problems[name] = store.problem(name)
                 if problems[name]:
                     raise UserError(f"{record.name}: {problems[name]}")
+            if self._may_lose_its_answers(record):
+                encoder.encode(record.turns, len(record.images), record.name)
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
+
+    def _may_lose_its_answers(self, record: Record) -> bool:
+        """Whether what stands before the first answer could fill the context: such a sample would end the training.
+
+        A token is hardly ever less than a byte, so the few long ones are found without tokenising all.
+        """
+        if self.encoder.max_length is None:
+            return False
+        before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
+        size = sum(len(turn["value"].encode()) for turn in before if isinstance(turn["value"], str))
+        return size + len(record.images) * self.encoder.num_image_tokens >= self.encoder.max_length
 
     def __len__(self) -> int:
         return len(self.records)

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, python, recap, small_data, started, torchrun, wait_for, write_shard
+from launched import (
+    SCRIPT,
+    deepspeed,
+    lines,
+    pictures,
+    python,
+    recap,
+    small_data,
+    started,
+    torchrun,
+    wait_for,
+    write_shard,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +92,8 @@ def test_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards: tup
 def test_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
     broken = [(b"no picture", recap("stock photo", "A plain picture."))] * 64
-    write_shard(tmp_path / "broken/0.tar", broken)
+    write_shard(tmp_path / "broken/0.tar", broken[:40])
+    write_shard(tmp_path / "broken/1.tar", broken[40:])
     own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {tmp_path}/broken)'
     log = tmp_path / "log"
     words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
@@ -89,6 +102,20 @@ def test_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...
         assert_nothing_left(tmp_path)
     assert "16 samples drawn one after another are all broken" in log.read_text()
     assert "exitcode  : 4" in log.read_text()
+
+
+def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
+    fewer = [(picture, recap(web, long)) for picture, web, long in pictures(40)]
+    write_shard(tmp_path / "fewer/0.tar", fewer)
+    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {tmp_path}/fewer)'
+    log = tmp_path / "log"
+    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
+    with started(words, log) as process:
+        assert process.wait(120) != 0
+        assert_nothing_left(tmp_path)
+    assert "rank 0: 64 samples in 2 shards" in log.read_text()
+    assert "rank 1: 40 samples in 1 shards" in log.read_text()
+    assert not lines(tmp_path / "r")
 
 
 def test_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ def write(path: Path, records: list) -> Path:
     return path
 
 
+def test_a_question_that_fills_the_context_is_named_before_the_first_step(tmp_path, encoder):
+    fits, long = record(None, "word " * 300), record(None, "word " * 3000)
+    assert len(LlavaDataset(write(tmp_path / "fits.json", [record(None), fits]), encoder, None)) == 2
+    with pytest.raises(UserError, match=r"sample 1 .*every label is masked.*the first 2048 tokens"):
+        LlavaDataset(write(tmp_path / "long.json", [record(None), long]), encoder, None)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, encoder):
     two = record("sub/0.png", "And <image>?") | {"image": ["sub/0.png", "sub/1.png"]}
