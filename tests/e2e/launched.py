@@ -30,7 +30,6 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS":
 class Done:
     code: int
     text: str
-    seconds: float
 
 
 def python(*arguments: str | Path) -> list[str]:
@@ -49,9 +48,8 @@ def deepspeed(*arguments: str | Path) -> list[str]:
 
 def run(command: list[str], timeout: float = 300) -> Done:
     """Run to the end, as a user would; both streams together."""
-    begin = time.monotonic()
     done = run_group(command, cwd=ROOT, env=ENV, stderr=subprocess.STDOUT, timeout=timeout)
-    return Done(done.returncode, done.stdout, time.monotonic() - begin)
+    return Done(done.returncode, done.stdout)
 
 
 def run_all(commands: dict[str, list[str]]) -> dict[str, Done]:

@@ -281,7 +281,7 @@ def test_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], tmp_path
             wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s + 3, process, log)
             os.killpg(process.pid, number)
             assert process.wait(60) == code, log.read_text()
-        assert_refused(Done(code, log.read_text(), 0), code, "a checkpoint was saved", signal.Signals(number).name)
+        assert_refused(Done(code, log.read_text()), code, "a checkpoint was saved", signal.Signals(number).name)
         assert state(run_dir)["step"] == lines(run_dir)[-1]["step"] > step, "the step was ended, and saved"
         step = state(run_dir)["step"]
     assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
