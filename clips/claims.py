@@ -175,7 +175,8 @@ def reproduce(
         raise UserError(f"--jobs {jobs} must be at least 1")
     names = list(dict.fromkeys(name for key in claims if key in CLAIMS for name in CLAIMS[key].variants))
     grid = {name: [cell(name, seed, samples, settings) for seed in range(seeds)] for name in names}
-    for one in (one for cells in grid.values() for one in cells):
+    everything = [one for cells in grid.values() for one in cells]
+    for one in everything:
         config = one.config()  # a setting that one variant does not allow is refused before another trains
         if (config.train.seed, config.samples) != (one.seed, samples):
             raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
@@ -188,7 +189,6 @@ def reproduce(
 
     output.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    everything = [one for cells in grid.values() for one in cells]
     seconds = _seconds_before(output) if all(one.is_finished(output) for one in everything) else None
     compare.train(everything, output, jobs, console)
     variants = {name: variant_record(name, cells, output) for name, cells in grid.items()}

@@ -89,32 +89,33 @@ def test_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards: tup
     assert "18000ms" in said
 
 
+def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
+    """What a run of two ranks, the second with `data` of its own, says before it ends, which it must."""
+    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {data})'
+    log = tmp_path / "log"
+    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
+    with started(words, log) as process:
+        assert process.wait(120) != 0
+        assert_nothing_left(tmp_path)
+    return log.read_text()
+
+
 def test_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
     broken = [(b"no picture", recap("stock photo", "A plain picture."))] * 64
     write_shard(tmp_path / "broken/0.tar", broken[:40])
     write_shard(tmp_path / "broken/1.tar", broken[40:])
-    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {tmp_path}/broken)'
-    log = tmp_path / "log"
-    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
-    with started(words, log) as process:
-        assert process.wait(120) != 0
-        assert_nothing_left(tmp_path)
-    assert "16 samples drawn one after another are all broken" in log.read_text()
-    assert "exitcode  : 4" in log.read_text()
+    said = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)
+    assert "16 samples drawn one after another are all broken" in said
+    assert "exitcode  : 4" in said
 
 
 def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
     fewer = [(picture, recap(web, long)) for picture, web, long in pictures(40)]
     write_shard(tmp_path / "fewer/0.tar", fewer)
-    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {tmp_path}/fewer)'
-    log = tmp_path / "log"
-    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
-    with started(words, log) as process:
-        assert process.wait(120) != 0
-        assert_nothing_left(tmp_path)
-    assert "rank 0: 64 samples in 2 shards" in log.read_text()
-    assert "rank 1: 40 samples in 1 shards" in log.read_text()
+    said = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
+    assert "rank 0: 64 samples in 2 shards" in said
+    assert "rank 1: 40 samples in 1 shards" in said
     assert not lines(tmp_path / "r")
 
 
