@@ -10,11 +10,22 @@ import dataclasses
 import json
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clips.errors import UserError
+from clips.common.errors import UserError
+
+
+def parse_fields(assignments: list[str], fields: Fields) -> Fields:
+    """`image=jpg web=json:alt long=txt` → Fields."""
+    known = [field.name for field in dataclasses.fields(Fields)]
+    for assignment in assignments:
+        part, separator, field = assignment.partition("=")
+        if part not in known or not separator or not field:
+            raise UserError(f"--fields {assignment!r} must look like PART=FIELD with PART one of: {', '.join(known)}")
+        fields = replace(fields, **{part: field})
+    return fields
 
 
 def _require(condition: bool, message: str) -> None:
@@ -80,7 +91,7 @@ class TextConfig:
     mlp_ratio: float = 4.0
     pad_mask: bool = False
     """False: the reference, where padding is attended and every text is padded to `context_length`.
-    True: padding is masked, so text is padded only to the batch's own length (see clips/text.py)."""
+    True: padding is masked, so text is padded only to the batch's own length (see clips/model/text.py)."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
@@ -192,7 +203,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.2
     clip_grad: float = 0.0
-    """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/engine.py."""
+    """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/training/engine.py."""
     muon_momentum: float = 0.95
 
     def __post_init__(self) -> None:

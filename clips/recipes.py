@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from clips.common.errors import UserError
 from clips.config import (
     AugmentConfig,
     CaptionsConfig,
@@ -22,8 +23,7 @@ from clips.config import (
     TaskConfig,
     TrainConfig,
 )
-from clips.errors import UserError
-from clips.model import PRESETS
+from clips.model.clips import PRESETS
 
 MILLION = 1_000_000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.benchmark import benchmark
+    from clips.studies.benchmark import benchmark
 
     benchmark(flags.what, device=flags.device, repeats=flags.repeats, demo_dir=flags.demo_dir, out=flags.out)
 

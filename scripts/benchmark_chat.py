@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.benchmark_chat import benchmark_chat
+    from mllm.chat.benchmark import benchmark_chat
 
     options = {key: getattr(flags, key) for key in ("device", "dtype", "repeats", "new_tokens", "out")}
     benchmark_chat(flags.model_path, **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.terminal import chat_from_flags
+    from mllm.chat.terminal import chat_from_flags
 
     chat_from_flags(flags)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,9 +25,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.check_data import check_data, load_tokenizer
-    from mllm.conversation import ConversationEncoder
-    from mllm.data import ImageStore
+    from mllm.data.conversation import ConversationEncoder
+    from mllm.data.images import ImageStore
+    from mllm.training.check_data import check_data, load_tokenizer
 
     store = ImageStore(flags.image_folder) if flags.image_folder else None
     tokenizer = load_tokenizer(flags.model_name_or_path)

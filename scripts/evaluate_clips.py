@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.evaluate import evaluate_from_flags
+    from clips.evaluation.evaluate import evaluate_from_flags
 
     evaluate_from_flags(flags)
 

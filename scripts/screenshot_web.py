@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.screenshot import take_picture
+    from mllm.chat.screenshot import take_picture
 
     look = {"width": flags.width, "height": flags.height, "dark": flags.dark, "device": flags.device}
     take_picture(flags.out, flags.model_path, tab=flags.tab, example=flags.example, **look)

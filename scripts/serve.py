@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
-from mllm.limits import add_limit_flags
+from clips.common.errors import run_command
+from mllm.chat.limits import add_limit_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.serve import serve_from_flags
+    from mllm.serve.app import serve_from_flags
 
     serve_from_flags(flags)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clips.errors import run_command
+from clips.common.errors import run_command
 
 
 def main() -> None:
-    from mllm.arguments import parse_train_arguments
+    from mllm.training.arguments import parse_train_arguments
 
     arguments = parse_train_arguments(sys.argv[1:])
-    from mllm.train import run_stage
+    from mllm.training.run import run_stage
 
     run_stage(arguments)
 

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from clips.common.runtime import unused_port
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
@@ -32,8 +33,7 @@ from clips.config import (
     TrainConfig,
     VisionConfig,
 )
-from clips.engine import unused_port
-from clips.model import CLIPS
+from clips.model.clips import CLIPS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,15 +27,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from clips.common.errors import UserError
 from clips.data.images import decode_rgba
-from clips.errors import UserError
 
 VERSION = 2
 """Raise it when scenes, texts or files change: older folders are then built anew."""
 SIZES = {"train": 20_000, "val": 1_000, "test": 1_000}
 IMAGE_SIZE = 64
 SHARD = 1_000
-
 _PLAIN = (
     "lion tiger cow fox panda frog chicken penguin duck giraffe turtle fish crab butterfly zebra flamingo parrot "
     "banana strawberry pineapple watermelon carrot lemon pizza hamburger mushroom cupcake "
@@ -63,7 +62,6 @@ _RENAMED = {
 }
 CONCEPTS: dict[str, str] = dict(sorted(({name: name for name in _PLAIN.split()} | _RENAMED).items()))
 """Spoken name → the emoji's name. All are countable and begin with a consonant: "a" is always right."""
-
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "gray": (150, 150, 150),
@@ -88,7 +86,6 @@ PLACE_JITTER = 0.07
 THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.28, 0.34), "medium": (0.36, 0.43), "large": (0.46, 0.54)}
 """Longer side of a drawing as a share of the picture's side."""
 NUMBERS = ("zero", "one", "two", "three")
-
 PROMPTS = (
     "a picture of a {}.",
     "the picture shows a {}.",

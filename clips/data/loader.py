@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clips.captions import CaptionTokenizer, sub_caption
+from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.order import SampleOrder
 from clips.data.sample import BrokenSample, RawSample
+from clips.data.sentences import sub_caption
 from clips.data.sources import Source
-from clips.errors import BrokenDataError, CommandError, UserError
+from clips.data.tokenizer import CaptionTokenizer
 
 Batch = dict[str, Any]
 MAX_ATTEMPTS = 16

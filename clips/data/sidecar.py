@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import fsspec
 
-from clips.errors import UserError
+from clips.common.errors import UserError
 
 VERSION = 1
 """Part of every sidecar's name: raise it when what is written changes."""

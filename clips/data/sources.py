@@ -24,13 +24,13 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from clips.common.errors import UserError
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sidecar import is_remote, open_binary
 from clips.data.table import SUFFIXES, Table
 from clips.data.tar import ShardIndex, load_index, shard_summary
-from clips.errors import UserError
 
 log = logging.getLogger("clips.data")
 OPEN_SHARDS = 64
@@ -39,7 +39,6 @@ PROBED_SAMPLES = 32
 """Samples whose JSON is looked at to find out which keys there are."""
 WARNED = 10
 """Warnings printed one by one; the rest is summed up."""
-
 PARTS = ("image", "web", "long")
 
 

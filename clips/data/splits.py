@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from clips.common.errors import UserError
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import Source, open_source
-from clips.errors import UserError
 
 Split = Literal["train", "val", "test"]
 

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
+from clips.common.errors import UserError
 from clips.data.sidecar import open_binary, sidecar
-from clips.errors import UserError
 
 log = logging.getLogger("clips.data")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from clips.common.errors import UserError
 from clips.data.sidecar import open_binary, sidecar
-from clips.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 1 << 16

@@ -16,29 +16,39 @@ from conftest import ROOT, run_group
 from peft import get_peft_model
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from llava_worker import stop_in_step
 from tiny_mllm import pictures, write_llm, write_run
 from transformers import LlavaForConditionalGeneration
 
-from clips.checkpoint import MANIFEST
-from clips.engine import unused_port
-from clips.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
-from clips.weights import read_weights
-from mllm.arguments import TrainArguments, parse_train_arguments
-from clips.checkpoint import seal
-from mllm.checkpoints import newest, prune
-from mllm.data import EpochSampler
-from mllm.llm import load_llm
-from mllm.model import build_model, merge_lora
-from mllm.projector import save_projector
-from mllm.quantize import dequantize, merge_quantized_lora, quantize
-from mllm.stages import apply_plan
-from mllm.train import PROJECTOR, lora_config, prepare, run_stage
-from mllm.trainer import LlavaTrainer, TrainingModel
-from mllm.vision import load_vision
+from clips.common.files import MANIFEST
+from clips.common.runtime import unused_port
+from clips.common.errors import NoCheckpointError
+from clips.common.errors import NotFiniteError
+from clips.common.errors import Stopped
+from clips.common.errors import UserError
+from clips.common.tensors import read_weights
+from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import parse_train_arguments
+from clips.common.files import seal
+from mllm.training.checkpoints import newest
+from mllm.training.checkpoints import prune
+from mllm.data.sampler import EpochSampler
+from mllm.model.llm import load_llm
+from mllm.model.llava import build_model
+from mllm.model.llava import merge_lora
+from mllm.model.projector import save_projector
+from mllm.model.quantize import dequantize
+from mllm.model.quantize import merge_quantized_lora
+from mllm.model.quantize import quantize
+from mllm.training.stages import apply_plan
+from mllm.training.prepare import PROJECTOR
+from mllm.training.prepare import lora_config
+from mllm.training.prepare import prepare
+from mllm.training.run import run_stage
+from mllm.training.trainer import LlavaTrainer
+from mllm.training.trainer import TrainingModel
+from mllm.encoders.registry import load_vision
 
 CPU = torch.device("cpu")
 COMMON = ["--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", "--batch_size", "4"]
@@ -273,7 +283,7 @@ def test_zero3_on_two_ranks_with_text_on_one_of_them_is_one_rank_without_deepspe
     order = list(EpochSampler([1] * 32, batch_size=1, chunks=4, seed=0, group_by_modality_length=False))
     is_text = [index >= 20 for index in order]
     assert any(is_text[i] != is_text[i + 1] for i in range(0, 32, 2))  # rank 0 and rank 1 of one forward pass
-    stopped = launch(place, Path(__file__).with_name("llava_worker.py"), "5", *flags, "--output_dir", "runs/two")
+    stopped = launch(place, ROOT / "tests" / "llava_worker.py", "5", *flags, "--output_dir", "runs/two")
     assert stopped.returncode != 0
     assert "a checkpoint was saved" in stopped.stderr, stopped.stderr[-3000:]
     assert (place / "runs/two/instruct/checkpoint-5" / MANIFEST).is_file()
@@ -376,7 +386,7 @@ def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_ev
     model, reference = adapted(model, arguments), adapted(reference, arguments)
     expected = gradients(reference)
     fresh = gradients(model)
-    logits(model.get_base_model())  # bitsandbytes would repack the weights here, see mllm/quantize.py
+    logits(model.get_base_model())  # bitsandbytes would repack the weights here, see mllm/model/quantize.py
     after = gradients(model)
     assert fresh.keys() == after.keys() == expected.keys()
     tolerance = 1e-4 if bits == 4 else 0.06  # int8 also rounds the activations
@@ -404,7 +414,7 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
     """Version 0.50 gets 4-bit rows wrong on CPUs whose length is no multiple of 64; whatever it is, it is noticed."""
     layer = nn.Sequential(nn.Linear(48, 24, bias=False))
     torch.nn.init.normal_(layer[0].weight)
-    monkeypatch.setattr("mllm.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
+    monkeypatch.setattr("mllm.model.quantize.dequantize_bnb_weight", lambda weight, state: torch.randn(24, 48))
     with pytest.raises(UserError, match=r"--bits 4.*layer 0 .*24 × 48"):
         quantize(layer, 4, torch.float32, CPU)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_model, run_python, tiny_batch, tiny_run
+from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
 from zero_worker import STAGES
 
-from clips.engine import build_optimizer, parameter_groups
-from clips.task import Task
+from clips.training.engine import build_optimizer
+from clips.training.engine import parameter_groups
+from clips.training.task import Task
 
-WORKER = Path(__file__).with_name("zero_worker.py")
+WORKER = ROOT / "tests" / "zero_worker.py"
 pytestmark = pytest.mark.slow
 
 

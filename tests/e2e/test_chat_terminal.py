@@ -15,12 +15,10 @@ from typing import Any
 import pexpect
 import pyte
 import pytest
-import test_chat
 from conftest import ROOT, run_python
 from tiny_web import write_export, write_llava
 
 pytestmark = pytest.mark.slow
-place = test_chat.place
 
 TIMEOUT = 200  # seconds, for machines that are busy with something else
 UP, LEFT, TAB, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\t", "\x03", "\x04"

@@ -13,9 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_group
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from tiny_mllm import pictures, write_llm, write_run
 
 pytestmark = pytest.mark.slow

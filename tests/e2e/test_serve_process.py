@@ -22,11 +22,7 @@ import openai
 import pytest
 from conftest import ROOT
 from openai import OpenAI
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from test_serve import BAD
-from tiny_serve import LONG, data_url, picture, png, user, write_models
+from tiny_serve import BAD, LONG, data_url, picture, png, user, write_models
 
 pytestmark = pytest.mark.slow
 

@@ -21,13 +21,10 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import ROOT
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from tiny_web import picture, write_export, write_llava
 
-from clips.engine import unused_port
-from mllm.screenshot import browser, find_browser, open_tab
+from clips.common.runtime import unused_port
+from mllm.chat.screenshot import browser, find_browser, open_tab
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clips.captions import build_tokenizer
+from clips.common.errors import UserError
+from clips.common.tensors import assign_weights, read_weights, write_weights
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
@@ -26,11 +27,11 @@ from clips.config import (
     VisionConfig,
 )
 from clips.data.images import decode_image, eval_transform
-from clips.errors import UserError
-from clips.export import ExportError, export_all, load_native
-from clips.formats import import_open_clip
-from clips.model import CLIPS
-from clips.weights import assign_weights, read_weights, write_weights
+from clips.data.tokenizer import build_tokenizer
+from clips.model.clips import CLIPS
+from clips.weights.export import ExportError, export_all
+from clips.weights.formats import import_open_clip
+from clips.weights.load import load_native
 
 TEXTS = [
     "a red dog",
@@ -196,7 +197,7 @@ def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, pictures
     model, run, tokenizer = build("wordpiece")
     export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
     before = (tmp_path / "export/native/model.safetensors").read_bytes()
-    monkeypatch.setattr("clips.formats._positions_with_bias", lambda model: model.visual.pos_embed)
+    monkeypatch.setattr("clips.weights.formats._positions_with_bias", lambda model: model.visual.pos_embed)
     with torch.no_grad():
         model.logit_scale += 1
     with pytest.raises(ExportError, match="open_clip"):

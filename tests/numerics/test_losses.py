@@ -11,10 +11,10 @@ import torch.multiprocessing as mp
 from conftest import random_model, tiny_batch, tiny_run
 
 from clips.config import RunConfig
-from clips.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
-from clips.model import CLIPS
+from clips.model.clips import CLIPS
 from clips.recipes import debug_twin, recipe
-from clips.task import Task
+from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
+from clips.training.task import Task
 
 #: (run, (loss, contrastive loss)); the second is the debug twin of the demo recipe, in fp32.
 GOLDEN = [

@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny_mllm import pictures, write_llm, write_run
 from transformers import LlavaForConditionalGeneration, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from tiny_mllm import pictures, write_llm, write_run
-
-from clips.errors import UserError
-from mllm.llm import load_llm
-from mllm.model import build_model, merge_lora, save_model
-from mllm.projector import load_projector
-from mllm.vision import load_vision
+from clips.common.errors import UserError
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model, merge_lora, save_model
+from mllm.model.llm import load_llm
+from mllm.model.projector import load_projector
 
 # Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
 STOCK = """

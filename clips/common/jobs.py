@@ -1,0 +1,90 @@
+"""Commands run beside each other as processes, and the lock that keeps two from sharing a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clips.common.errors import CommandError, Stopped
+
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@contextmanager
+def locked(directory: Path, commands: Commands) -> Iterator[int]:
+    """Hold `directory` for this process and for children that get the yielded descriptor; waits for another holder.
+
+    A child that outlives a killed parent keeps it, so that a second run never trains beside it.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.parent / f".{directory.name}.lock", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if commands.stopping.wait(1):
+                    raise CommandError("stopped") from None
+        yield file.fileno()
+
+
+class Commands:
+    """Commands beside each other, each with its share of the cores and with what it prints in a file."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = threading.Event()
+
+    def run(self, command: Sequence[str], log: Path, **popen: Any) -> None:
+        """Run one to its end and append its output to `log`. Raises CommandError with the log's end if it fails.
+
+        `popen` are further arguments of `subprocess.Popen`.
+        """
+        if self.stopping.is_set():
+            raise CommandError("stopped")
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        with log.open("a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, **popen)
+        self.running.add(process)
+        if self.stopping.is_set():  # the signal came between the check above and here
+            process.terminate()
+        code = process.wait()
+        self.running.discard(process)
+        if code != 0:
+            end = "\n  ".join(log.read_text(errors="replace").splitlines()[-5:])
+            raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`function` of each item, `jobs` at a time. After an error no further one begins, those that run end first.
+
+        SIGTERM and Ctrl-C are passed on to the commands that run (which save first) and raise Stopped.
+        """
+
+        def stop(number: int, frame: object) -> None:
+            self.stopping.set()
+            for process in list(self.running):
+                process.terminate()
+            raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                futures = [pool.submit(function, item) for item in items]
+                done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in waiting:
+                    future.cancel()
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""Curves and colors shared by all charts, in a light and a dark theme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Plot
+from matplotlib.ticker import FuncFormatter
+
+MAX_POINTS = 1500
+"""Points drawn of one curve."""
+SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4")
+"""Colours that stand on white and on near-black alike."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    grid: str
+    paper: str
+
+
+LIGHT = Theme(ink="#3a4150", grid="#e3e6ec", paper="#ffffff")
+DARK = Theme(ink="#c3c9d6", grid="#31363f", paper="#1a1d23")
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: list[dict[str, Any]]
+    names: list[str]
+
+
+def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
+    """One panel against samples seen."""
+    axes.set_facecolor(theme.paper)
+    axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    drawn = 0
+    for name, colour in zip(panel.names, SERIES, strict=False):
+        points = [(line["samples"], line[name]) for line in panel.lines if isinstance(line.get(name), (int, float))]
+        points = points[:: max(1, len(points) // MAX_POINTS)]
+        if points:
+            marker = "o" if len(points) < 12 else None
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.7, marker=marker, markersize=4)
+            axes.lines[-1].set_label(pretty(name))
+            drawn += 1
+    if drawn > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+    if not drawn:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.ink, alpha=0.6)
+    if panel.title.endswith("%"):
+        axes.set_ylim(0, 100)
+
+
+def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
+    """Up to three panels in a row."""
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    plot = Plot(figsize=(3.7 * columns, 2.7 * rows), dpi=130, facecolor=theme.paper, layout="constrained")
+    for axes, panel in zip(plot.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        _draw(axes, panel, theme)
+    return plot
+
+
+_NAMES = {
+    "i2t": "image → text",
+    "t2i": "text → image",
+    "r1": "R@1",
+    "r5": "R@5",
+    "r10": "R@10",
+    "top1": "top 1",
+    "top5": "top 5",
+    "zero": "zero-shot",
+    "lr": "learning rate",
+}
+
+
+def pretty(name: str) -> str:
+    """`sentence_i2t_r1` → "sentence image → text R@1"."""
+    words = name.replace("zero_shot", "zero").replace("single_prompt", "single prompt").split("_")
+    return " ".join(_NAMES.get(word, word) for word in words)
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"

@@ -1,0 +1,55 @@
+"""Which rank is missing: errors of collectives, told so that a user of a cluster knows where to look."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from clips.common.errors import CommandError
+
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
+OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(step: Callable[[], int]) -> Iterator[None]:
+    """A collective that fails or does not end in time becomes a CommandError: this rank, the place, the ranks lost.
+
+    NCCL's watchdog ends its process by itself instead, with a report of its own. gloo's errors are plain
+    RuntimeErrors, known by their text.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(OURS)]
+        place = f"{frames[-1].filename.removeprefix(ROOT)}:{frames[-1].lineno}" if frames else "the engine"
+        lost = ", ".join(map(str, lost_ranks()))
+        raise CommandError(
+            f"rank {dist.get_rank()}: a collective of step {step()} failed at {place}: {str(error).splitlines()[0]}\n"
+            + (f"No sign of life from rank {lost}: look for its error above" if lost else "Every rank is alive")
+            + ". The same command goes on from the last checkpoint"
+        ) from error
+
+
+def lost_ranks(seconds: float = 10) -> list[int]:
+    """Ranks that do not call this too within `seconds`; rank 0 where the store, which it may hold, does not answer."""
+    store = dist.distributed_c10d._get_default_store()
+    waiting = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    end = time.monotonic() + seconds
+    try:
+        store.set_timeout(timedelta(seconds=seconds))
+        store.set(f"alive/{dist.get_rank()}", "yes")
+        while waiting and time.monotonic() < end:
+            waiting = [rank for rank in waiting if not store.check([f"alive/{rank}"])]
+            time.sleep(0.1)
+    except RuntimeError:
+        return [0]
+    return waiting

@@ -1,0 +1,88 @@
+"""Reading weights from files: safetensors, or torch files without pickled code.
+
+Besides `checkpoint.py` (a run's own training state) this is the only file that loads weights, so
+these two rules hold everywhere: nothing in a weight file is ever executed (`weights_only=True`),
+and weights that do not fit the model are refused by name, with both shapes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clips.common.errors import UserError
+
+WRAPPERS = ("state_dict", "model", "module")
+"""Keys under which training programs put the weights beside optimizer state."""
+SHOWN = 5
+"""Names listed in an error message before "and N more"."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read name → tensor (on the CPU) from a .safetensors file or a torch file.
+
+    Raises UserError when the file is missing, damaged, holds pickled code, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "it cannot be unpickled"
+        raise UserError(
+            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({reason}). "
+            "Nothing in it was run. Convert it to .safetensors where you trust it."
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or is not a weight file: {error}") from None
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} holds no weights: expected names with tensors, found {type(content).__name__}")
+    tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
+    wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise UserError(f"{path} holds no weights: {_listed(wrong)} are not tensors")
+    return tensors
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
+    plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})
+
+
+def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `tensors` into `module`; every name and shape must fit, else UserError says which do not.
+
+    `source` is where the weights come from, for the message.
+    """
+    own = module.state_dict()
+    problems = [
+        f"{name}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing := [name for name in own if name not in tensors]:
+        problems.append(f"missing in the file: {_listed(missing)}")
+    if unknown := [name for name in tensors if name not in own]:
+        problems.append(f"unknown to the model: {_listed(unknown)}")
+    if problems:
+        lines = "\n  ".join(problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []))
+        raise UserError(f"the weights of {source} do not fit the model:\n  {lines}")
+    module.load_state_dict(dict(tensors))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

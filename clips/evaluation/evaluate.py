@@ -1,0 +1,326 @@
+"""Measuring an encoder: images and texts through the towers, figures out (metrics in clips/evaluation/metrics.py).
+
+Every figure is a percentage and comes with the number of items it was measured on and its chance level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clips.common.errors import UserError
+from clips.config import RunConfig
+from clips.data.images import decode_image, eval_transform, normalise
+from clips.data.loader import start_worker
+from clips.data.sample import BrokenSample
+from clips.data.sources import open_source
+from clips.data.splits import Split
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.evaluation.testsets import (
+    PROTOCOLS,
+    Classes,
+    FolderSet,
+    Item,
+    KarpathySet,
+    SourceSet,
+    TestSet,
+    classes_of,
+    load_classes,
+    open_test_set,
+)
+from clips.model.clips import CLIPS
+
+PROBE_SAMPLES = 5000
+"""Training images whose labelled ones the linear probe is fitted on."""
+
+
+class _Pixels(Dataset):
+    """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
+
+    def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
+        self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, Item, int] | str:
+        index = self.indices[position]
+        try:
+            item = self.items.read(index)
+            return self.transform.pixels(decode_image(item.image)), replace(item, image=b""), index
+        except BrokenSample as broken:
+            return str(broken)
+
+
+@dataclass
+class ImageSet:
+    """A test set after the image tower."""
+
+    features: Tensor
+    """[I, E], L2-normalised, on the CPU."""
+    pooled: Tensor
+    """[I, D] before the projection: what a linear probe reads."""
+    captions: list[dict[str, list[str]]]
+    labels: list[str | None]
+    indices: list[int]
+    """Each image's place in the test set."""
+    skipped: list[str]
+    """Why items were left out."""
+
+
+@torch.no_grad()
+def encode_images(
+    model: CLIPS,
+    items: TestSet,
+    *,
+    image_size: int | None = None,
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+) -> ImageSet:
+    """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
+
+    `image_size`: the resolution to work at, the one that the tower is set to by default.
+    """
+    image_size = image_size or tower_size(model)
+    indices: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
+    loader = DataLoader(
+        _Pixels(items, indices, image_size), batch_size=batch_size, num_workers=workers, collate_fn=list,
+        worker_init_fn=start_worker,
+    )  # fmt: skip
+    features, pooled, found, skipped = [], [], [], []
+    with evaluating(model, image_size) as device:
+        for batch in loader:
+            skipped += [entry for entry in batch if isinstance(entry, str)]
+            if good := [entry for entry in batch if not isinstance(entry, str)]:
+                states, _ = model.visual(normalise([pixels for pixels, _, _ in good]).to(device))
+                features.append(F.normalize(model.visual.proj(states).float(), dim=-1).cpu())
+                pooled.append(states.float().cpu())
+                found += [(item, index) for _, item, index in good]
+    if not found:
+        raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
+    return ImageSet(
+        features=torch.cat(features),
+        pooled=torch.cat(pooled),
+        captions=[item.captions for item, _ in found],
+        labels=[item.label for item, _ in found],
+        indices=[index for _, index in found],
+        skipped=skipped,
+    )
+
+
+@torch.no_grad()
+def encode_texts(model: CLIPS, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int) -> Tensor:
+    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together."""
+    config = model.config.text
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    row = {text: i for i, text in enumerate(unique)}
+    with evaluating(model) as device:
+        parts = [
+            model.encode_text(
+                tokenizer(unique[i : i + batch_size], config.context_length, trim=config.pad_mask).to(device)
+            ).cpu()
+            for i in range(0, len(unique), batch_size)
+        ]
+    return torch.cat(parts)[[row[text] for text in texts]]
+
+
+def tower_size(model: CLIPS) -> int:
+    """The image size, in pixels, that the image tower's positions are set to."""
+    return math.isqrt(len(model.visual.pos_embed) - 1) * model.config.vision.patch_size
+
+
+@contextmanager
+def evaluating(model: CLIPS, image_size: int | None = None) -> Iterator[torch.device]:
+    """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
+    training, tower, before = model.training, model.visual, tower_size(model)
+    model.eval()
+    if image_size is not None and image_size != before:
+        tower.set_image_size(image_size)
+    try:
+        yield tower.cls_token.device
+    finally:
+        model.train(training)
+        if image_size is not None and image_size != before:
+            tower.set_image_size(before)
+
+
+def prompt_features(model: CLIPS, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int) -> Tensor:
+    """L2-normalised features [C, P, E] of every class in every template."""
+    features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size)
+    return features.view(len(classes.names), len(classes.templates), -1)
+
+
+def measure(
+    model: CLIPS, tokenizer: CaptionTokenizer, images: ImageSet, classes: Classes | None = None, *, batch_size: int
+) -> dict[str, Figure]:
+    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are.
+
+    Where only some images carry a label, these are for classification and the others for retrieval (the demo).
+    Without `classes` the labels themselves are the classes, in open_clip's general templates.
+    """
+    figures = {}
+    labelled = [row for row, label in enumerate(images.labels) if label is not None]
+    for protocol in PROTOCOLS:
+        rows = retrieval_rows(images, protocol)
+        if len(rows) < 2:
+            continue
+        texts = [text for row in rows for text in images.captions[row][protocol]]
+        owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
+        features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
+        found = retrieval_metrics(images.features[rows], features, owners, texts)
+        figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
+    if labelled:
+        labels = [images.labels[row] for row in labelled]
+        classes = classes or classes_of(labels)
+        prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size)
+        found = zero_shot_metrics(images.features[labelled], prompts, classes.index(labels))
+        figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
+    return figures
+
+
+def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
+    """The images that retrieval by `protocol` is measured on (see `measure`)."""
+    unlabelled = [row for row, label in enumerate(images.labels) if label is None]
+    return [row for row in unlabelled or range(len(images.labels)) if images.captions[row].get(protocol)]
+
+
+def evaluate(
+    model: CLIPS,
+    tokenizer: CaptionTokenizer,
+    run: RunConfig,
+    split: Split = "val",
+    *,
+    full: bool = False,
+    image_size: int | None = None,
+    out: Path | None = None,
+) -> dict[str, float]:
+    """Measure `model` on a split of its run's data: flat figures in percent (names as in `measure`).
+
+    During training at most `eval.max_images` images are used; `full` uses all and adds `linear_probe_top1` where the
+    training data has labels. `out` receives the figures with their items and chance levels. The weights must be whole
+    on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
+    """
+    items, classes = open_test_set(run.data, split, run.captions.splitter)
+    options = {
+        "image_size": image_size,
+        "batch_size": run.eval.batch_size,
+        "workers": run.data.workers,
+    }
+    images = encode_images(model, items, limit=None if full else run.eval.max_images, **options)
+    figures = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size)
+    if full and any(label is not None for label in images.labels):
+        train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
+        if (probe := probe_images(train, images)) is not None:
+            figures["linear_probe_top1"] = probe
+    if out is not None:
+        write_figures(out, figures, test_set=split, skipped=images.skipped)
+    return {name: figure.value for name, figure in figures.items()}
+
+
+def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
+    """Linear probe from the labelled images of one set to those of another; None when there is nothing to separate."""
+    names = sorted({label for label in train.labels if label is not None})
+    number = {name: i for i, name in enumerate(names)}
+    fit = [row for row, label in enumerate(train.labels) if label is not None]
+    check = [row for row, label in enumerate(test.labels) if label in number]
+    if len(names) < 2 or not check:
+        return None
+    return linear_probe(
+        train.pooled[fit],
+        [number[train.labels[row]] for row in fit],
+        test.pooled[check],
+        [number[test.labels[row]] for row in check],
+    )
+
+
+def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skipped: Sequence[str]) -> None:
+    """JSON with each figure's value, chance level (percent) and number of items."""
+    content = {
+        "test_set": test_set,
+        "unit": "percent",
+        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "skipped_images": len(skipped),
+        "skipped": list(skipped[:20]),
+    }
+    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def print_figures(figures: dict[str, Figure], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    for name in ("%", "chance %", "items"):
+        table.add_column(name, justify="right")
+    for name, figure in figures.items():
+        table.add_row(name, f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items:,}")
+    Console().print(table)
+
+
+def evaluate_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/evaluate_clips.py does: a trained model, a test set, a table and a JSON file."""
+    from clips.common.runtime import choose_device
+    from clips.weights.load import load_model
+
+    loaded = load_model(flags.model)
+    model, run = loaded.model.to(choose_device(flags.device)), loaded.run
+    items, classes, name = _test_set_of(flags, run)
+    name += f"-{flags.limit}" if flags.limit else ""
+    if flags.classes is not None:
+        classes = load_classes(flags.classes)
+    options = {
+        "image_size": flags.image_size,
+        "batch_size": flags.batch_size or run.eval.batch_size,
+        "workers": run.data.workers,
+    }
+    images = encode_images(model, items, limit=flags.limit, **options)
+    figures = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
+    if flags.probe_train is not None:
+        probe = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options), images)
+        if probe is None:
+            raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
+        figures["linear_probe_top1"] = probe
+    if not figures:
+        raise UserError("nothing to measure: the test set has neither captions nor labels")
+    out = Path(flags.out) if flags.out else loaded.path / f"evaluation-{name}.json"
+    write_figures(out, figures, test_set=name, skipped=images.skipped)
+    print_figures(figures, f"{loaded.path} on {name}")
+    print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
+
+
+def _test_set_of(flags: argparse.Namespace, run: RunConfig) -> tuple[TestSet, Classes | None, str]:
+    if flags.karpathy is not None:
+        path = Path(flags.karpathy)
+        items = KarpathySet(path, Path(flags.image_root or path.parent), flags.split)
+        return items, None, f"{path.stem}-{flags.split}"
+    if flags.data is not None:
+        return _open(flags.data, flags, run), None, Path(flags.data).stem.strip("*{}") or "data"
+    if flags.split not in ("val", "test"):
+        raise UserError(f"--split {flags.split!r} of the run's own data: choose val or test")
+    return *open_test_set(run.data, flags.split, run.captions.splitter), flags.split
+
+
+def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:
+    """A folder with one folder of images per class, or whatever training data may be."""
+    from clips.config import parse_fields
+
+    if Path(spec).is_dir() and all(path.is_dir() for path in Path(spec).iterdir() if path.name[0] != "."):
+        return FolderSet(Path(spec))
+    fields = parse_fields(flags.fields, run.data.fields)
+    return SourceSet(open_source(spec, fields, image_root=flags.image_root, need_long=False), run.captions.splitter)

@@ -1,0 +1,140 @@
+"""Examples of what a model does, for a person to look at: retrieval, zero-shot predictions, generated captions."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from clips.config import RunConfig
+from clips.data.images import decode_image, eval_transform
+from clips.data.splits import Split
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.evaluate import (
+    encode_images,
+    encode_texts,
+    evaluating,
+    prompt_features,
+    retrieval_rows,
+    tower_size,
+)
+from clips.evaluation.testsets import PROTOCOLS, classes_of, open_test_set
+from clips.model.clips import CLIPS
+
+THUMBNAIL = 144
+"""Longest side of an example's picture, pixels."""
+
+
+@dataclass
+class Retrieved:
+    """A caption and the images found for it, best first; `rank` counts from 1."""
+
+    query: str
+    truth: bytes
+    found: list[bytes]
+    rank: int
+
+
+@dataclass
+class Classified:
+    image: bytes
+    label: str
+    classes: list[str]
+    """Best first."""
+    probabilities: list[float]
+
+
+@dataclass
+class Captioned:
+    image: bytes
+    web: str
+    truth: str
+    generated: str
+
+
+@dataclass
+class Examples:
+    """Pictures (encoded, at most THUMBNAIL pixels) and what the model made of them."""
+
+    retrieval: list[Retrieved] = field(default_factory=list)
+    zero_shot: list[Classified] = field(default_factory=list)
+    captions: list[Captioned] = field(default_factory=list)
+
+
+@torch.no_grad()
+def collect_examples(
+    model: CLIPS,
+    tokenizer: CaptionTokenizer,
+    run: RunConfig,
+    split: Split = "test",
+    n: int = 8,
+    *,
+    image_size: int | None = None,
+    pool: int = 1000,
+) -> Examples:
+    """n examples of each kind from `pool` images of a split, half of them misses where there are enough."""
+    items, classes = open_test_set(run.data, split, run.captions.splitter)
+    size, batch = image_size or tower_size(model), run.eval.batch_size
+    images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
+
+    def thumbnail(row: int) -> bytes:
+        picture = decode_image(items.read(images.indices[row]).image)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        return out.getvalue()
+
+    examples = Examples()
+    protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
+    scene = retrieval_rows(images, protocol)
+    if len(scene) > 1:
+        queries = [images.captions[row][protocol][0] for row in scene]
+        similarity = encode_texts(model, tokenizer, queries, batch_size=batch) @ images.features[scene].T
+        own = similarity.diagonal()[:, None]
+        ranks = (similarity >= own).sum(dim=1).tolist()
+        for i in _half_misses([rank == 1 for rank in ranks], n):
+            best = similarity[i].topk(min(5, len(scene))).indices.tolist()
+            found = [thumbnail(scene[j]) for j in best]
+            examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
+
+    labelled = [row for row, label in enumerate(images.labels) if label is not None]
+    if labelled:
+        classes = classes or classes_of([images.labels[row] for row in labelled])
+        prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
+        weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
+        scale = model.logit_scale.exp().clamp(max=100).cpu()
+        odds = (scale * images.features[labelled] @ weights.T).softmax(dim=-1)
+        labels = classes.index([images.labels[row] for row in labelled])
+        right = (odds.argmax(dim=1) == torch.tensor(labels)).tolist()
+        for i in _half_misses(right, n):
+            best = odds[i].topk(min(5, len(classes.names)))
+            names = [classes.names[j] for j in best.indices]
+            examples.zero_shot.append(
+                Classified(thumbnail(labelled[i]), classes.names[labels[i]], names, best.values.tolist())
+            )
+
+    if model.captioner is not None:
+        device = model.visual.cls_token.device
+        rows = [row for row in scene if images.captions[row].get("web") and images.captions[row].get("long")][:n]
+        transform = eval_transform(size)
+        for row in rows:
+            item = items.read(images.indices[row])
+            web = item.captions["web"]
+            ids = tokenizer(web, run.model.text.context_length, trim=run.model.text.pad_mask).to(device)
+            pixels = transform(decode_image(item.image))[None].to(device)
+            with evaluating(model, size):
+                generated = model.caption(pixels, ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)[0]
+            truth = item.captions["long"][0]
+            examples.captions.append(Captioned(thumbnail(row), web[0], truth, tokenizer.decode(generated)))
+    return examples
+
+
+def _half_misses(hits: Sequence[bool], n: int) -> list[int]:
+    """n indices: half hits, half misses, each filled up by the other kind; hits first."""
+    order = random.Random(0).sample(range(len(hits)), len(hits))
+    kinds = [[i for i in order if hits[i] is kind] for kind in (True, False)]
+    misses = kinds[1][: max(n // 2, n - len(kinds[0]))]
+    return kinds[0][: n - len(misses)] + misses

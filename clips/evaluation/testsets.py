@@ -1,0 +1,207 @@
+"""What an encoder is measured on: test sets as items with captions and a class, and class lists with prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from clips.common.errors import UserError
+from clips.config import DataConfig, SentenceSplitter
+from clips.data.sample import BrokenSample
+from clips.data.sentences import split_sentences
+from clips.data.sources import Source
+from clips.data.splits import Split, open_split
+
+PROTOCOLS = {
+    "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
+    "part": "sentences of the long caption (at most five), which may fit other images too: `sentences`, or split here",
+    "web": "the web caption",
+    "long": "the whole long caption, as far as the text tower reads",
+}
+SENTENCES_PER_IMAGE = 5
+
+
+@dataclass(frozen=True)
+class Item:
+    """One test image: its captions by protocol (see PROTOCOLS) and its class, where known."""
+
+    image: bytes
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    label: str | None = None
+
+
+class TestSet(Protocol):
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> Item:
+        """May raise BrokenSample: the item is left out and counted."""
+        ...
+
+
+class SourceSet:
+    """Any training source (shards, tables, demo) as a test set; `label` or `cls` of its JSON member is the class."""
+
+    def __init__(self, source: Source, splitter: SentenceSplitter = "smart") -> None:
+        self.source, self.splitter = source, splitter
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Item:
+        sample = self.source.read(index)
+        sentences = _strings(sample.extra.get("sentences")) or split_sentences(sample.long or "", self.splitter)
+        captions = {
+            "sentence": _strings(sample.extra.get("captions")),
+            "part": sentences[:SENTENCES_PER_IMAGE],
+            "web": [sample.web],
+            "long": [sample.long] if sample.long else [],
+        }
+        label = sample.extra.get("label", sample.extra.get("cls"))
+        return Item(sample.image, captions, None if label is None else str(label))
+
+
+def _strings(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str) and text] if isinstance(value, list) else []
+
+
+class KarpathySet:
+    """COCO or Flickr30K as in A. Karpathy's split files: the first five captions of each image of one split."""
+
+    captions_per_image = 5
+
+    def __init__(self, path: Path, image_root: Path, split: str = "test") -> None:
+        try:
+            images = json.loads(Path(path).read_text())["images"]
+            splits = sorted({entry["split"] for entry in images})
+            self.entries = [
+                (
+                    str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),
+                    [sentence["raw"] for sentence in entry["sentences"]][: self.captions_per_image],
+                )
+                for entry in images
+                if entry["split"] == split
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a Karpathy split file (images, split, sentences): {error!r}") from None
+        if not self.entries:
+            raise UserError(f"{path} has no images of the split {split!r}; splits there: {', '.join(splits)}")
+        self.root = Path(image_root).resolve()
+        if not (self.root / self.entries[0][0]).is_file():
+            raise UserError(f"no image {self.entries[0][0]} under --image-root {image_root}: give the folder it is in")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, index: int) -> Item:
+        name, captions = self.entries[index]
+        return Item(image=_read_inside(self.root, name), captions={"sentence": captions})
+
+
+class FolderSet:
+    """One folder of images per class; the folder's name is the class."""
+
+    suffixes = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).resolve()
+        self.files = [
+            (path.relative_to(self.root).as_posix(), path.parent.name)
+            for path in sorted(self.root.glob("*/*"))
+            if path.suffix.lower() in self.suffixes
+        ]
+        if not self.files:
+            raise UserError(f"{root} holds no images: expected one folder per class, with images in it")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> Item:
+        name, label = self.files[index]
+        return Item(image=_read_inside(self.root, name), label=label)
+
+
+def _read_inside(root: Path, name: str) -> bytes:
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise BrokenSample(name, "the path leads out of the image folder")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenSample(name, f"cannot be read: {error.strerror}") from None
+
+
+def open_test_set(
+    data: DataConfig, split: Split, splitter: SentenceSplitter = "smart"
+) -> tuple[SourceSet, Classes | None]:
+    """A split of a run's data as a test set, and its classes where it names any (the demo does)."""
+    items = SourceSet(open_split(data, split, need_long=False), splitter)
+    demo = data.train == "demo" and getattr(data, split) in (None, "demo")
+    return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
+
+
+@dataclass(frozen=True)
+class Classes:
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Prompts with `{}` in the name's place."""
+
+    def prompts(self) -> list[str]:
+        """C × P prompts, class by class."""
+        return [template.format(name) for name in self.names for template in self.templates]
+
+    def index(self, labels: Sequence[str]) -> list[int]:
+        """Class index of each label; UserError names those that are no class.
+
+        ImageNet's folders are named by synset (n01440764 …): in sorted order they are ImageNet's classes.
+        """
+        known = {name: i for i, name in enumerate(self.names)}
+        found = sorted(set(labels))
+        if not set(found) <= known.keys() and len(found) == len(known) and all(_SYNSET.fullmatch(n) for n in found):
+            known = {name: i for i, name in enumerate(found)}
+        if unknown := [name for name in found if name not in known]:
+            raise UserError(
+                f"labels that are not in the class list: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
+                f"classes there: {', '.join(self.names[:5])}{' …' if len(self.names) > 5 else ''}"
+            )
+        return [known[label] for label in labels]
+
+
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def load_classes(spec: str | Path) -> Classes:
+    """`imagenet`, or a file: one class per line, or JSON `{"classes": […], "templates": ["a photo of a {}.", …]}`."""
+    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+    if str(spec) == "imagenet":
+        return Classes(tuple(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
+    path = Path(spec)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else {"classes": text.split("\n")}
+        names = tuple(name.strip() for name in content["classes"] if name.strip())
+        templates = tuple(content.get("templates") or default_templates())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a class list (one class per line, or JSON with classes and templates): {error!r}"
+        ) from None
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path} must name at least one class, and none twice")
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise UserError(f"{path}: the template {wrong[0]!r} has no {{}} for the class name")
+    return Classes(names, templates)
+
+
+def classes_of(labels: Iterable[str]) -> Classes:
+    """The labels themselves as the classes, in general templates."""
+    return Classes(tuple(sorted(set(labels))), default_templates())
+
+
+def default_templates() -> tuple[str, ...]:
+    """open_clip's seven general templates."""
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    return tuple(template("{}") for template in SIMPLE_IMAGENET_TEMPLATES)

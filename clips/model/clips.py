@@ -1,0 +1,117 @@
+"""The CLIPS model: two towers, a captioner, one temperature, and the presets of the paper.
+
+Shapes: B samples · E embedding width · N image tokens · T caption positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clips.config import CaptionerConfig, ModelConfig, TextConfig, VisionConfig
+from clips.model.captioner import Captioner
+from clips.model.text import TextTower
+from clips.model.vision import VisionTower
+
+MAX_LOGIT_SCALE = 100.0
+
+
+def _preset(patch_size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int) -> ModelConfig:
+    width, layers, heads = text
+    return ModelConfig(
+        vision=VisionConfig(width=vision[0], layers=vision[1], heads=vision[2], patch_size=patch_size),
+        text=TextConfig(width=width, layers=layers, heads=heads),
+        captioner=CaptionerConfig(width=width, layers=layers, heads=heads),
+        embed_dim=embed_dim,
+    )
+
+
+#: Width/layers/heads of the image tower, of the text tower and decoder, and the embedding width
+#: (shared/CLIPS.md, the table under "Architecture").
+PRESETS: dict[str, ModelConfig] = {
+    "S/16": _preset(16, (384, 12, 6), (384, 12, 6), 384),
+    "B/16": _preset(16, (768, 12, 12), (512, 12, 8), 512),
+    "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
+    "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
+    "demo": ModelConfig(
+        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
+        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
+        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
+        embed_dim=128,
+    ),
+}
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives the objective (a tuple: ZeRO-3 finds the tensors of a tuple, not of an object)."""
+
+    image_features: Tensor
+    """[B, E], L2-normalised."""
+    text_features: list[Tensor]
+    """One [B, E] per text of the batch (web caption first), L2-normalised."""
+    logit_scale: Tensor
+    """[1], exp of the learned temperature, at most 100."""
+    caption_states: Tensor | None
+    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1; None without a captioner."""
+
+
+class CLIPS(nn.Module):
+    """Image tower, text tower and, where configured, the captioner."""
+
+    def __init__(self, config: ModelConfig, pad_id: int) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim)
+        self.text = TextTower(config.text, config.embed_dim, pad_id)
+        self.captioner = Captioner(config.captioner, config.vision, config.text) if config.captioner else None
+        # One element rather than a scalar: DeepSpeed cannot broadcast 0-dimensional parameters.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] → [B, E], L2-normalised."""
+        return F.normalize(self.visual.proj(self.visual(images)[0]).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised."""
+        return F.normalize(self.text.proj(self.text(ids)[0]).float(), dim=-1)
+
+    def forward(self, images: Tensor, texts: list[Tensor], caption: Tensor | None = None) -> Outputs:
+        """One pass for training. `texts[0]` is the web caption, which the captioner reads too.
+
+        `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1.
+        """
+        pooled, tokens = self.visual(images)
+        texts_out = [self.text(ids) for ids in texts]
+        states = None
+        if self.captioner is not None and caption is not None:
+            _, web_states, web_visible = texts_out[0]
+            states = self.captioner(tokens[:, 1:], web_states, web_visible, caption[:, :-1])
+        return Outputs(
+            image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
+            text_features=[F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out],
+            logit_scale=self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
+            caption_states=states,
+        )
+
+    @torch.no_grad()
+    def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
+        """Greedy captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L]."""
+        if self.captioner is None:
+            raise ValueError("this model was trained without a captioner")
+        _, states, visible = self.text(web_ids)
+        tokens = self.visual(images)[1]
+        return self.captioner.generate(tokens[:, 1:], states, visible, bos_id, eos_id, self.text.pad_id)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        for tower in (self.visual, self.text, self.captioner):
+            if tower is not None:
+                tower.blocks.activation_checkpointing = enabled
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part, the total last."""
+        parts = {"vision": self.visual, "text": self.text, "captioner": self.captioner, "total": self}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}

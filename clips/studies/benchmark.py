@@ -1,0 +1,484 @@
+"""What things cost on this machine: attention kernels, the data path, training steps, the caption loss.
+
+Compared parts take turns within one run and the fastest turn of each counts, since whatever else the machine does
+only ever adds time. Where peak memory is reported, each part runs in a process of its own.
+
+Shapes: B batch · H heads · L sequence · K head width.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from clips.common.errors import UserError
+from clips.common.runtime import choose_device, init_distributed
+from clips.config import ModelConfig, RunConfig
+from clips.data.images import Preprocess, decode_image, normalise
+from clips.data.loader import Batch, make_loader
+from clips.data.sentences import sub_caption
+from clips.data.sources import Source
+from clips.data.splits import open_split
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.model.clips import CLIPS, PRESETS
+from clips.recipes import recipe
+from clips.training.engine import DEFAULT_DS_CONFIG, Engine
+from clips.training.log import Meter
+from clips.training.losses import IGNORE, caption_loss
+from clips.training.task import Task
+from clips.weights.checkpoint import TrainState
+from clips.weights.formats import open_clip_config
+
+Row = dict[str, Any]
+
+
+def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str | None) -> list[Row]:
+    """Run one of the benchmarks, print its table, write it to `out` as JSON with the machine it ran on."""
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats} must be at least 1")
+    on = choose_device(device)
+    if on.type == "cpu" and os.getloadavg()[0] > 1:
+        print(
+            f"note: this machine is busy (load {os.getloadavg()[0]:.1f}); figures will scatter, and with more threads "
+            f"than free cores each step may take many times as long (now {torch.get_num_threads()}: OMP_NUM_THREADS)",
+            file=sys.stderr,
+        )
+    run = {
+        "attention": lambda: attention_rows(on, repeats),
+        "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
+        "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
+        "chunk": lambda: chunk_rows(on, repeats),
+    }[what]
+    rows = run()
+    machine = {
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
+    }
+    _print(f"{what} on {machine['device']}", rows)
+    if out:
+        Path(out).write_text(json.dumps({"benchmark": what, "machine": machine, "rows": rows}, indent=2) + "\n")
+        print(f"wrote {out}", file=sys.stderr)
+    return rows
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+def fastest(parts: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
+    times = {name: float("inf") for name in parts}
+    for turn in range(repeats + 1):
+        for name, part in parts.items():
+            begin = time.perf_counter()
+            part()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name] = min(times[name], time.perf_counter() - begin)
+    return times
+
+
+def _in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `function` in a fresh process, whose peak memory is then that of `function` alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clips.studies.benchmark"])  # the slow imports are paid once, and not counted
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+class PeakMemory:
+    """Peak memory in MB since construction: CUDA's allocations, or this process's resident memory (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.before = self._resident("VmRSS")
+
+    def read(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        return self._resident("VmHWM") - self.before
+
+    @staticmethod
+    def _resident(field: str) -> float:
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """What clips/model/layers.py does on a CPU, here on any device and at any length."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if visible is not None:
+        scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def attention_rows(device: torch.device, repeats: int) -> list[Row]:
+    """Forward and backward pass of plain matrix products and of scaled_dot_product_attention, side by side."""
+    rows = []
+    for place, heads, width, L, masked in _attention_places():
+        B = max(1, (65_536 if device.type == "cuda" else 4096) // L)
+        visible = None
+        if masked:  # every text is filled to three quarters
+            visible = (torch.arange(L, device=device) < 3 * L // 4).expand(B, 1, 1, L)
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v, grad = (torch.randn(B, heads, L, width, device=device, dtype=dtype) for _ in range(4))
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+            parts = {
+                "plain": lambda i=inputs, m=visible, g=grad: torch.autograd.grad(plain_attention(*i, m), i, g),
+                "fused": lambda i=inputs, m=visible, g=grad: torch.autograd.grad(
+                    F.scaled_dot_product_attention(*i, attn_mask=m), i, g
+                ),
+            }
+            seconds = fastest(parts, repeats, device)
+            rows.append({
+                "place": place, "length": L, "batch": B, "masked": masked, "dtype": str(dtype).removeprefix("torch."),
+                "plain_ms": 1e3 * seconds["plain"], "fused_ms": 1e3 * seconds["fused"],
+                "fused / plain": seconds["fused"] / seconds["plain"],
+            })  # fmt: skip
+    return rows
+
+
+def _attention_places() -> Iterator[tuple[str, int, int, int, bool]]:
+    """(name, heads, head width, length, masked) of each attention of the presets."""
+    for name, size in (("demo", 64), ("S/16", 112), ("B/16", 224), ("L/14", 336)):
+        model = PRESETS[name]
+        vision, text, captioner = model.vision, model.text, model.captioner
+        patches = vision.tokens(size)
+        yield f"{name} image, {size} px", vision.heads, vision.width // vision.heads, patches + 1, False
+        yield f"{name} text", text.heads, text.width // text.heads, text.context_length, True
+        length = patches + text.context_length - 1 + captioner.length - 1
+        yield f"{name} captioner", captioner.heads, captioner.width // captioner.heads, length, True
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+SETTINGS = ("demo", "b16 112 px")
+
+
+def setting(name: str, device: torch.device, demo_dir: str) -> RunConfig:
+    """A recipe on the demo data: the demo's own, or the low-resolution phase of B/16 (a sixth of its depth on CPU)."""
+    demo = recipe("demo")
+    data = replace(demo.data, demo_dir=demo_dir)
+    if name == "demo":
+        return replace(demo, data=data)
+    b16 = recipe("b16")
+    batch, depth = (256, 1.0) if device.type == "cuda" else (16, 1 / 6)
+    phase = replace(b16.phases[0], batch_size=batch, lr=1e-4, warmup_samples=0)
+    return replace(b16, model=_shallower(b16.model, depth, phase.image_size), data=data, phases=(phase,))
+
+
+def _shallower(model: ModelConfig, depth: float, image_size: int) -> ModelConfig:
+    vision, text, captioner = (
+        replace(part, layers=round(part.layers * depth)) for part in (model.vision, model.text, model.captioner)
+    )
+    return replace(model, vision=replace(vision, image_size=image_size), text=text, captioner=captioner)
+
+
+def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
+    source = open_split(run.data, "train", need_long=True)
+    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+    return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+
+
+def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int) -> Iterator[Batch]:
+    return make_loader(
+        source, tokenizer, run, run.phases[0], start=0, stop=steps, first_position=0, rank=0, world_size=1
+    )
+
+
+def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
+    """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers."""
+    run = setting(name, device, demo_dir)
+    source, tokenizer = _open(run)
+    count, text, rng = 256, run.model.text, random.Random(0)
+    raw = [source.read(i) for i in range(count)]
+    images = [decode_image(sample.image) for sample in raw]
+    preprocess = Preprocess(run.phases[0].image_size, run.phases[0].augment)
+    pixels = [preprocess.pixels(image, rng) for image in images]
+    subs = [sub_caption(sample.web, sample.long, run.captions, rng) for sample in raw]
+
+    def tokenise() -> None:
+        for texts in ([sample.web for sample in raw], subs):
+            tokenizer(texts, text.context_length, trim=text.pad_mask)
+        tokenizer.caption_ids(tokenizer.encode([sample.long for sample in raw]), run.model.captioner.length)
+
+    parts = {
+        "read": lambda: [source.read(i) for i in range(count)],
+        "decode": lambda: [decode_image(sample.image) for sample in raw],
+        "resize and augment": lambda: [preprocess.pixels(image, rng) for image in images],
+        "draw sub-captions": lambda: [sub_caption(s.web, s.long, run.captions, rng) for s in raw],
+        "tokenise": tokenise,
+        "normalise": lambda: normalise(pixels),
+    }
+    seconds = fastest(parts, repeats, torch.device("cpu"))
+    rows = [{"setting": name, "part": part, "us_per_sample": 1e6 * s / count} for part, s in seconds.items()]
+    rows.append({"setting": name, "part": "all parts", "us_per_sample": 1e6 * sum(seconds.values()) / count})
+    batch = run.phases[0].batch_size
+    for workers in (0, 1, 2):
+        steps = 1 + 2048 // batch
+        rates = []
+        for _ in range(min(repeats, 3)):
+            loader = _loader(replace(run, data=replace(run.data, workers=workers)), source, tokenizer, steps)
+            next(loader)  # the workers' start is paid once per phase
+            begin = time.perf_counter()
+            seen = sum(len(b["keys"]) for b in loader)
+            rates.append(seen / (time.perf_counter() - begin))
+        rows.append({"setting": name, "part": f"loader, {workers} workers", "samples_per_s": max(rates)})
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+Step = Callable[[Batch], None]
+TURN = 2
+"""Optimizer steps of one turn."""
+RECIPE_SECONDS = 10
+"""How long the recipe itself is timed, loader included."""
+
+
+def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
+    """The setting's recipe through loader and engine; then steps on ready batches against stock open_clip.
+
+    The comparison is of one process, fp32 weights under bf16 autocast, and fused AdamW on both sides; ours goes
+    through the DeepSpeed engine with its check for finite gradients, open_clip's through the plain loop of its
+    trainer. Two pairs:
+    - towers: image and two texts, two InfoNCE losses, no captioner; the towers are the same, layer for layer.
+      open_clip pads each text to the context, as its tokenizer gives it; "at our length" cuts its texts like ours.
+    - captioner: the whole CLIPS objective against open_clip's CoCa of the same widths and depths. CoCa has one text
+      (the long caption, causal) and cross-attention, and holds the logits whole: the nearest stock objective, not
+      the same one.
+    """
+    arguments = (name, device, demo_dir)
+    rows = [_in_child(recipe_row, *arguments)]
+    for pair, kinds in PAIRS.items():
+        print(f"{name}: {pair}", file=sys.stderr)
+        rates = _in_child(paired_rates, *arguments, kinds, repeats)
+        for kind in kinds:
+            row = {"setting": name, "pair": pair, "what": kind, "samples_per_s": rates[kind]}
+            row["ours / this"] = rates[kinds[0]] / rates[kind]
+            rows.append(row | {"peak_MB": _in_child(peak_of, *arguments, kind)})
+    return rows
+
+
+def recipe_row(name: str, device: torch.device, demo_dir: str) -> Row:
+    """The recipe as scripts/pretrain_clips.py runs it: its optimizer, loader and workers."""
+    init_distributed(device)
+    run = setting(name, device, demo_dir)
+    source, tokenizer = _open(run)
+    memory, step = PeakMemory(device), clips_step(run, tokenizer, device)
+    meter = Meter(device, TrainState(seed=0))
+    warmup, count, elapsed = 3, 0, 0.0
+    for index, batch in enumerate(meter.timed(_loader(run, source, tokenizer, run.phases[0].steps))):
+        step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if index == warmup - 1:
+            begin, meter.waiting = time.perf_counter(), 0.0
+        elif index >= warmup:
+            count, elapsed = index + 1 - warmup, time.perf_counter() - begin
+        if elapsed > RECIPE_SECONDS:
+            break
+    return {
+        "setting": name, "pair": "recipe", "what": f"{run.optim.kind}, {run.data.workers} workers",
+        "samples_per_s": count * run.phases[0].batch_size / elapsed,
+        "data_wait_share": meter.waiting / elapsed, "peak_MB": memory.read(),
+    }  # fmt: skip
+
+
+def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
+    torch.manual_seed(0)
+    model = CLIPS(run.model, tokenizer.pad_id)
+    model.visual.set_image_size(run.phases[0].image_size)
+    engine = Engine(Task(model, run), run, device, DEFAULT_DS_CONFIG)
+    engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+
+    def step(batch: Batch) -> None:
+        loss, _ = engine(engine.to_device(batch))
+        engine.backward(loss)
+        engine.agree(loss, False)
+        engine.step()
+        engine.limit_logit_scale()
+
+    return step
+
+
+def stock_step(model: nn.Module, loss_of: Callable[[Batch], Tensor], device: torch.device) -> Step:
+    """open_clip's training step: autocast, backward, optimizer, clamp of the temperature."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        batch = {key: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for key, x in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+
+    return step
+
+
+def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, full_context: bool) -> Step:
+    import open_clip
+
+    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    del config["custom_text"]
+    model, loss = open_clip.CustomTextCLIP(**config), open_clip.loss.ClipLoss()
+    slots = config["text_cfg"]["context_length"]
+
+    def loss_of(batch: Batch) -> Tensor:
+        image = model.encode_image(batch["images"], normalize=True)
+        losses = []
+        for ids in (batch["web"][:, :-1], batch["sub"][:, :-1]):  # open_clip appends CLS itself
+            if full_context:
+                ids = F.pad(ids, (0, slots - ids.shape[1]), value=tokenizer.pad_id)
+            losses.append(loss(image, model.encode_text(ids, normalize=True), model.logit_scale.exp()))
+        return torch.stack(losses).mean()
+
+    return stock_step(model, loss_of, device)
+
+
+def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
+    import open_clip
+
+    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    captioner = run.model.captioner
+    text = config["text_cfg"] | {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
+    decoder = {
+        "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
+        "context_length": captioner.length, "vocab_size": run.model.text.vocab_size,
+    }  # fmt: skip
+    # CoCa's pooler brings the image tokens, here as many as there are patches, to the decoder's width.
+    pooler = {
+        "attentional_pool": True, "attn_pooler_heads": captioner.heads,
+        "attn_pooler_queries": 1 + run.model.vision.tokens(), "output_tokens": True,
+    }  # fmt: skip
+    model = open_clip.CoCa(config["embed_dim"], decoder, text, config["vision_cfg"] | pooler)
+    # open_clip leaves this one as the memory was: now and then the first loss is not finite.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=captioner.width**-0.5)
+    loss = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=tokenizer.pad_id)
+
+    def loss_of(batch: Batch) -> Tensor:
+        ids = F.pad(batch["caption"], (0, captioner.length - batch["caption"].shape[1]), value=tokenizer.pad_id)
+        out = model(batch["images"], ids)
+        return sum(loss(out["image_features"], out["text_features"], out["logits"], out["labels"], out["logit_scale"]))
+
+    return stock_step(model, loss_of, device)
+
+
+def _ours(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, captioner: bool) -> Step:
+    run = replace(run, optim=replace(run.optim, kind="adamw"))
+    if not captioner:
+        run = replace(run, model=replace(run.model, captioner=None), task=replace(run.task, caption_weight=0.0))
+    run = replace(run, train=replace(run.train, activation_checkpointing=False))  # open_clip's default as well
+    return clips_step(run, tokenizer, device)
+
+
+STEPS: dict[str, Callable[[RunConfig, CaptionTokenizer, torch.device], Step]] = {
+    "ours, towers": lambda *a: _ours(*a, captioner=False),
+    "open_clip": lambda *a: _stock_towers(*a, full_context=True),
+    "open_clip, at our length": lambda *a: _stock_towers(*a, full_context=False),
+    "ours, CLIPS": lambda *a: _ours(*a, captioner=True),
+    "open_clip CoCa": _stock_coca,
+}
+PAIRS = {
+    "towers": ("ours, towers", "open_clip", "open_clip, at our length"),
+    "captioner": ("ours, CLIPS", "open_clip CoCa"),
+}
+
+
+def _ready(name: str, device: torch.device, demo_dir: str) -> tuple[RunConfig, CaptionTokenizer, list[Batch]]:
+    init_distributed(device)
+    run = setting(name, device, demo_dir)
+    source, tokenizer = _open(run)
+    one_process = replace(run, data=replace(run.data, workers=0))
+    return run, tokenizer, list(islice(_loader(one_process, source, tokenizer, TURN), TURN))
+
+
+def paired_rates(
+    name: str, device: torch.device, demo_dir: str, kinds: tuple[str, ...], repeats: int
+) -> dict[str, float]:
+    """Samples/s of each kind on the same batches, in turns."""
+    run, tokenizer, batches = _ready(name, device, demo_dir)
+    steps = {kind: STEPS[kind](run, tokenizer, device) for kind in kinds}
+    turns = {kind: lambda step=step: [step(batch) for batch in batches] for kind, step in steps.items()}
+    seconds = fastest(turns, repeats, device)
+    return {kind: TURN * run.phases[0].batch_size / s for kind, s in seconds.items()}
+
+
+def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
+    """Peak memory in MB of a few steps of `kind`, the model and its optimizer included."""
+    run, tokenizer, batches = _ready(name, device, demo_dir)
+    memory, step = PeakMemory(device), STEPS[kind](run, tokenizer, device)
+    for batch in batches:
+        step(batch)
+    return memory.read()
+
+
+# ----------------------------------------------------------------------------------------------------------- chunk
+def chunk_rows(device: torch.device, repeats: int) -> list[Row]:
+    """Forward and backward pass of the caption loss of B/16, all logits at once against in chunks."""
+    rows: list[Row] = []
+    for chunk in (None, 4096, 1024):
+        row = _in_child(chunk_row, device, repeats, chunk)
+        whole = rows[0] if rows else row
+        rows.append(row | {"memory / whole": row["peak_MB"] / whole["peak_MB"]})
+    return rows
+
+
+def chunk_row(device: torch.device, repeats: int, chunk: int | None) -> Row:
+    captioner, vocabulary = PRESETS["B/16"].captioner, PRESETS["B/16"].text.vocab_size
+    B, T = 512 if device.type == "cuda" else 64, captioner.length - 1
+    head = nn.Linear(captioner.width, vocabulary, device=device)
+    states = torch.randn(B, T, captioner.width, device=device, requires_grad=True)
+    targets = torch.randint(1, vocabulary, (B, T), device=device)
+    targets[:, 3 * T // 4 :] = IGNORE  # padding
+
+    def loss() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            if chunk is None:
+                value = F.cross_entropy(head(states).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            else:
+                total, count = caption_loss(states, targets, head, chunk)
+                value = total / count
+        value.backward()
+
+    memory = PeakMemory(device)
+    seconds = fastest({"loss": loss}, repeats, device)["loss"]
+    return {
+        "logits": "whole batch" if chunk is None else f"{chunk} positions at a time",
+        "positions": B * T, "vocabulary": vocabulary, "ms": 1e3 * seconds, "peak_MB": memory.read(),
+    }  # fmt: skip

@@ -1,0 +1,289 @@
+"""The report of the paper's claims: one list of sections, written as an offline page and as Markdown.
+
+Everything comes from the content of claims.json, so the page can be written again without the runs.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+from scipy import stats
+
+from clips.common.page import Table, html_page, section, themed, tile_row
+from clips.common.plots import LIGHT, SERIES, Theme
+from clips.studies.claims import CONTEXT, CONTRADICTED, DECIDING, LLAVA, MEANS, OPEN, REPRODUCED
+from clips.studies.welch import show_difference
+
+TITLE = "The claims of CLIPS, in small"
+NAMES = {
+    "sentence_r1": "retrieval R@1, test sentences",
+    "long_r1": "retrieval R@1, full long captions",
+    "part_r1": "retrieval R@1, parts of the long caption",
+    "web_r1": "retrieval R@1, web captions",
+    "zero_shot_top1": "zero-shot accuracy",
+    "linear_probe_top1": "linear probe accuracy",
+}
+COLOURS = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}
+WAYS = {"i2t": "image → text", "t2i": "text → image"}
+BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
+"""Figures that stand beside the deciding one."""
+SHORT = {
+    "sentence_r1": "R@1 test sentences",
+    "long_r1": "R@1 long captions",
+    "web_r1": "R@1 web captions",
+    "zero_shot_top1": "zero-shot",
+    "linear_probe_top1": "linear probe",
+}
+DRAWN = ("sentence_r1", "long_r1", "zero_shot_top1", "linear_probe_top1")
+STYLE = """
+.plot { max-width: 640px; margin: 0 auto 14px; }
+.verdict { font-weight: 600; } .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
+.tile b .verdict { display: block; font-size: inherit; } .verdict.open { color: var(--ink); }
+section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 76px; }
+.tile b { font-size: 1.05rem; line-height: 1.35; }
+@media (max-width: 560px) { table { font-size: .77rem; } th { white-space: normal; } th, td { padding-right: 8px; }
+  td.wrap:first-child { min-width: 92px; } td.verdict { min-width: 80px; } }
+"""
+
+
+@dataclass
+class Chart:
+    name: str
+    """The PNG file that the Markdown shows."""
+    claim: Mapping[str, Any]
+    variants: Mapping[str, Any]
+
+
+@dataclass
+class Section:
+    title: str
+    blocks: list[str | Table | Chart]
+
+
+def write_reports(result: dict[str, Any], output: Path) -> None:
+    """Write claims.html, claims.md and a PNG file per chart for the content of claims.json."""
+    found = sections(result)
+    line = _summary(result)
+    tiles = tile_row((_tile(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items())
+    page = html_page(TITLE, line, tiles + "".join(map(_html, found)), STYLE)
+    (output / "claims.html").write_text(page, encoding="utf-8")
+    text = f"# {TITLE}\n\n{line}.\n\n" + "\n".join(map(_markdown, found))
+    (output / "claims.md").write_text(text, encoding="utf-8")
+    for chart in (block for part in found for block in part.blocks if isinstance(block, Chart)):
+        draw(chart, LIGHT).savefig(output / chart.name)
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    parts = []
+    if result["variants"]:
+        runs = [run for variant in result["variants"].values() for run in variant["runs"]]
+        parts.append(f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds")
+        if all(run["config"]["data"]["train"] == "demo" for run in runs):
+            parts.append("the demo's drawings")
+    if LLAVA in result["claims"]:
+        parts.append(f"({LLAVA}) from the report of compare_encoders.py")
+    return " · ".join(parts)
+
+
+def _tile(claim: Mapping[str, Any]) -> str:
+    """The verdict in a few coloured words (HTML): a count where the comparisons differ."""
+    verdicts = [contrast["verdict"] for contrast in claim.get("contrasts", [])]
+    if len(set(verdicts)) < 2:
+        return f'<span class="verdict {COLOURS.get(claim["verdict"], "")}">{claim["verdict"]}</span>'
+    return "".join(
+        f'<span class="verdict {COLOURS[kind]}">{verdicts.count(kind)} {kind.removesuffix(" here")}</span>'
+        for kind in COLOURS
+        if kind in verdicts
+    )
+
+
+def sections(result: Mapping[str, Any]) -> list[Section]:
+    """The whole report, in order."""
+    claims, variants = result["claims"], result["variants"]
+    return [
+        Section("What decides", [_what_decides(result)]),
+        *(Section(f"({key}) {claim['title']}", _claim(key, claim, variants)) for key, claim in claims.items()),
+        Section("Controls and limits", _controls(result)),
+        *([Section("Lengths of the texts", _lengths(result))] if variants else []),
+        Section("How it was run", _how_it_ran(result)),
+    ]
+
+
+def _what_decides(result: Mapping[str, Any]) -> str:
+    return (
+        f"Fixed before anything was trained: the difference in {NAMES[result['deciding_figure']]} (percent, mean of "
+        "image → text and text → image) between two variants. “Reproduced here”: its 95 % interval lies above 0, in "
+        "the direction of the claim. “Contradicted here”: below 0. “Not reproduced here”: it covers 0, so that "
+        "nothing is shown either way. Means alone decide nothing."
+    )
+
+
+def _controls(result: Mapping[str, Any]) -> list[str]:
+    count = sum(len(claim["contrasts"]) for claim in result["claims"].values() if "variants" in claim)
+    return [
+        f"Equal in all runs of (a) to (d): {result['samples']:,} samples seen, batch, image tower, and for each seed "
+        "the order of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets order "
+        "and the first weights alike, but what that leaves in common after training is small, and pairing by seed "
+        "would halve the degrees of freedom. They speak of other seeds on these test images, not of other images. "
+        f"They are not corrected for there being {count} comparisons: of twenty without a difference one is "
+        "expected to look like one.",
+        "Limits: the scenes are drawings with exact, generated captions and the models are tiny, so a claim that does "
+        "not hold here may hold at the paper's scale, and the other way round. Learning rates are those of the recipes "
+        "(demo, and clip_baseline for one text per image), each searched for the recipe itself and not for every "
+        "variant. Equal samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead "
+        "of the demo's 32, so that the full captions fit.",
+    ]
+
+
+def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str | Table | Chart]:
+    blocks: list[str | Table | Chart] = [f"The paper: {claim['paper']}", f"Verdict: {claim['verdict']}."]
+    if "missing" in claim:
+        return [*blocks, f"To get there: {claim['missing']}."]
+    if "variants" not in claim:  # LLaVA, from another report
+        rows = [
+            (f"{c['a']} − {c['b']}", show_difference(c), c["verdict"], str(c["seeds"]), f"{c['items']:,}")
+            for c in claim["contrasts"]
+        ]
+        source = (
+            f"From {claim['report']}: accuracy in percentage points, interval over pictures and seeds by bootstrap; "
+            "encoders, samples and limits stand there."
+        )
+        return [*blocks, Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
+    labels = {name: variants[name]["label"] for name in claim["variants"]}
+    pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
+    decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
+    beside = [(pair, *(show_difference(c["figures"][name]) for name in BESIDE)) for pair, c in pairs.items()]
+    figures = [
+        *((name, NAMES[name]) for name in MEANS),
+        *((f"{p}_{way}_r1", f"{p}, {words}") for p in ("sentence", "long") for way, words in WAYS.items()),
+        *((name, NAMES[name]) for name in NAMES if name not in MEANS),
+        ("train_seconds", "seconds of training, at the run's fastest rate"),
+    ]
+    table = [
+        (words, *(_spread([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
+        for name, words in figures
+    ]
+    return [
+        *blocks,
+        Chart(f"claim-{key}.png", claim, variants),
+        f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. Whether "
+        "they overlap decides nothing; the table of differences does.",
+        "Differences in percentage points with their 95 % intervals:",
+        Table(("comparison", SHORT[DECIDING], "verdict"), decided),
+        "The same in figures that do not decide:",
+        Table(("comparison", *(SHORT[name] for name in BESIDE)), beside),
+        f"With care: {claim['caution']}",
+        "Test split, percent, mean ± standard deviation over seeds:",
+        Table(("", *labels.values()), table),
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def _lengths(result: Mapping[str, Any]) -> list[str | Table]:
+    tests = ", ".join(f"{name} {tokens:g}" for name, tokens in result["test_text_tokens"].items())
+    rows = [
+        (variant["label"], *(f"{variant['text_tokens'][name]:g}" if name in variant["text_tokens"] else "" for name in
+         ("web", "sub")))
+        for variant in result["variants"].values()
+    ]  # fmt: skip
+    return [
+        "A model is measured best with texts as long as those it was trained on. Mean tokens of what the text towers "
+        "were fed; where a variant has one text per image, it is the mix of web and synthetic captions:",
+        Table(("variant", "web caption, or the one text", "piece of the long caption"), rows),
+        f"Mean tokens of the test set's texts: {tests}.",
+    ]
+
+
+def _how_it_ran(result: Mapping[str, Any]) -> list[str | Table]:
+    rows = [
+        (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
+        for name, variant in result["variants"].items()
+    ]
+    environment = {name: value for name, value in result["environment"].items() if name != "packages"}
+    packages = result["environment"].get("packages", {})
+    return [
+        f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes, {result['jobs']} runs beside "
+        "each other; finished runs are not run again)",
+        *([f"Variants, all with {CONTEXT}:", Table(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
+        "Environment: " + ", ".join(f"{name} {value}" for name, value in (environment | packages).items()),
+        "claims.json holds each run's whole configuration, seed, command and figures.",
+    ]
+
+
+# --- the chart
+def draw(chart: Chart, theme: Theme) -> Plot:
+    """The variants' figures as lines (steps of one quantity) or bars; whiskers are 95 % t intervals over seeds."""
+    names = chart.claim["variants"]
+    plot = Plot(figsize=(4.0, 3.5), dpi=200, facecolor=theme.paper, layout="constrained")
+    axes = plot.subplots()
+    axes.set_facecolor(theme.paper)
+    width = 0.8 / len(DRAWN)
+    for number, (figure, colour) in enumerate(zip(DRAWN, SERIES, strict=True)):
+        values = [[run["figures"][figure] for run in chart.variants[name]["runs"]] for name in names]
+        means, whiskers = [mean(v) for v in values], [_half_width(v) for v in values]
+        if chart.claim["line"]:
+            places = [i + 0.03 * (number - 1.5) for i in range(len(names))]
+            axes.plot(places, means, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=SHORT[figure])
+        else:
+            places = [i + width * (number - 1.5) for i in range(len(names))]
+            axes.bar(places, means, width * 0.92, color=colour, label=SHORT[figure])
+        axes.errorbar(places, means, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
+    axes.set_xticks(range(len(names)), [textwrap.fill(chart.variants[name]["label"], 13) for name in names])
+    axes.set_ylim(0, max(100, axes.get_ylim()[1]))
+    axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
+    plot.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False, labelcolor=theme.ink)
+    return plot
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of the mean of independent runs."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
+
+
+# --- the two forms
+def _html(part: Section) -> str:
+    return section(html.escape(part.title), "", "".join(map(_html_block, part.blocks)))
+
+
+def _html_block(block: str | Table | Chart) -> str:
+    if isinstance(block, Chart):
+        return f'<div class="plot">{themed(lambda theme: draw(block, theme), block.claim["title"])}</div>'
+    if isinstance(block, Table):
+        return block.html(_cell_class)
+    mark, _, text = block.partition(": ")
+    if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
+        text = text if mark == "Command" else text[0].upper() + text[1:]
+        return f"<p><b>{mark}.</b> {html.escape(text)}</p>"
+    return f"<p>{html.escape(block)}</p>"
+
+
+def _cell_class(column: int, text: str) -> str:
+    """Words may wrap, figures with their spread may not."""
+    kind = "" if "±" in text or "[" in text else "wrap"
+    return f"{kind} verdict {COLOURS[text]}" if text in COLOURS else kind
+
+
+def _markdown(part: Section) -> str:
+    return f"## {part.title}\n\n" + "\n".join(f"{_markdown_block(block)}\n" for block in part.blocks)
+
+
+def _markdown_block(block: str | Table | Chart) -> str:
+    if isinstance(block, Chart):
+        return f"![{block.claim['title']}]({block.name})"
+    if isinstance(block, Table):
+        return block.markdown()
+    return block

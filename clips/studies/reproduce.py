@@ -1,0 +1,243 @@
+"""The CLIPS paper's claims in small, on the demo: what is trained, which comparison decides, and the verdict.
+
+Every variant is a recipe with a few settings, trained for the same number of samples with each seed: an ordinary run
+of scripts/pretrain_clips.py under `output`/, so that whatever is finished is never run again. Variants that several
+claims need are trained once. What decides is written down here, before anything is trained: the interval of one
+figure's difference between two variants, never the means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clips.common.errors import UserError
+from clips.common.files import write_atomically
+from clips.config import RunConfig
+from clips.data.loader import BatchDataset
+from clips.data.splits import open_split
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.testsets import PROTOCOLS, open_test_set
+from clips.studies import equal_time as compare
+from clips.studies.cells import Cell
+from clips.studies.claims import (
+    CLAIMS,
+    CONTEXT,
+    DECIDING,
+    FIGURES,
+    LLAVA,
+    LLAVA_PAPER,
+    LLAVA_TITLE,
+    MEANS,
+    OVERHEAD_SECONDS,
+    VARIANTS,
+    summary,
+    verdict,
+)
+from clips.studies.welch import difference
+
+
+def reproduce(
+    output: Path,
+    claims: Sequence[str],
+    *,
+    seeds: int = 3,
+    samples: int = 48_000,
+    jobs: int = 2,
+    llava_report: Path = Path("runs/compare/report.json"),
+    settings: Sequence[str] = (),
+    dry_run: bool = False,
+) -> None:
+    """Train what is missing for `claims` (letters) and write claims.json, claims.md and claims.html into `output`.
+
+    `settings` are `--set` assignments for every run. Raises UserError for an unknown claim, fewer than two seeds (no
+    interval), or an `output` whose runs have other settings; CommandError when a run fails.
+    """
+    if unknown := [key for key in claims if key not in (*CLAIMS, LLAVA)]:
+        raise UserError(f"--claims: no claim {', '.join(unknown)}; known: {', '.join((*CLAIMS, LLAVA))}")
+    if seeds < 2:
+        raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1")
+    names = list(dict.fromkeys(name for key in claims if key in CLAIMS for name in CLAIMS[key].variants))
+    grid = {name: [cell(name, seed, samples, settings) for seed in range(seeds)] for name in names}
+    everything = [one for cells in grid.values() for one in cells]
+    for one in everything:
+        config = one.config()  # a setting that one variant does not allow is refused before another trains
+        if (config.train.seed, config.samples) != (one.seed, samples):
+            raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
+    llava = judge_llava(llava_report) if LLAVA in claims else None
+    console = Console(stderr=True)
+    console.print(plan(grid, claims, output, jobs))
+    if dry_run:
+        return
+    from clips.studies.claims_report import write_reports  # matplotlib: not for a plan
+
+    output.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    seconds = _seconds_before(output) if all(one.is_finished(output) for one in everything) else None
+    compare.train(everything, output, jobs, console)
+    variants = {name: variant_record(name, cells, output) for name, cells in grid.items()}
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seconds": seconds or round(time.monotonic() - begin),
+        "samples": samples,
+        "seeds": seeds,
+        "jobs": jobs,
+        "deciding_figure": DECIDING,
+        "environment": environment(next(iter(grid.values()), []), output),
+        "test_text_tokens": evaluation_text_tokens(output / grid[names[0]][0].name) if names else {},
+        "claims": {key: judge(key, variants) if key in CLAIMS else llava for key in sorted(set(claims))},
+        "variants": variants,
+    }
+    write_atomically(output / "claims.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_reports(result, output)
+    for key, claim in result["claims"].items():
+        console.print(f"({key}) {claim['title']}: [bold]{claim['verdict']}[/bold]", highlight=False)
+    console.print(f"\nwritten to {output}/claims.html, claims.md and claims.json", highlight=False, soft_wrap=True)
+    if "missing" in result["claims"].get(LLAVA, {}):
+        console.print(f"Next: {result['claims'][LLAVA]['missing']}", highlight=False, soft_wrap=True)
+
+
+def _seconds_before(output: Path) -> int | None:
+    """How long the runs took that are all there already, by the report that they were trained for."""
+    report = output / "claims.json"
+    return json.loads(report.read_text())["seconds"] if report.is_file() else None
+
+
+def cell(name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> Cell:
+    """One run of variant `name`; `settings` are everybody's, the variant's own come last."""
+    variant = VARIANTS[name]
+    return Cell(variant.recipe, f"{name}-seed{seed}", samples, seed, (*settings, CONTEXT, *variant.settings))
+
+
+def plan(grid: dict[str, list[Cell]], claims: Sequence[str], output: Path, jobs: int) -> Table:
+    """Which runs there are, which of them are finished, and how long the others take."""
+    out = Table(title=f"claims {', '.join(claims)}: runs in {output}", title_justify="left")
+    for column in ("variant", "claims", "recipe", "settings"):
+        out.add_column(column, overflow="fold")
+    for column in ("samples", "done", "minutes"):
+        out.add_column(column, justify="right")
+    total = 0.0
+    for name, cells in grid.items():
+        variant = VARIANTS[name]
+        done = sum(one.is_finished(output) for one in cells)
+        seconds = (len(cells) - done) * (cells[0].samples / variant.rate + OVERHEAD_SECONDS)
+        total += seconds
+        used = ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants)
+        row = (variant.label, used, variant.recipe, " ".join(variant.settings), f"{cells[0].samples:,}")
+        out.add_row(*row, f"{done}/{len(cells)}", f"{seconds / 60:.1f}")
+    cores = min(jobs, os.cpu_count() or 1)
+    out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"
+    return out
+
+
+def variant_record(name: str, cells: list[Cell], output: Path) -> dict[str, Any]:
+    """Everything about a variant that a reader needs: its runs with configuration, command and figures (percent)."""
+    runs = [
+        {
+            "name": one.name,
+            "seed": one.seed,
+            "command": shlex.join(["python", *one.command(output)]),
+            "figures": run_figures(output / one.name),
+            "config": RunConfig.load(output / one.name / "config.json").to_dict(),
+        }
+        for one in cells
+    ]
+    return {**asdict(VARIANTS[name]), "text_tokens": train_text_tokens(output / cells[0].name), "runs": runs}
+
+
+def run_figures(run: Path) -> dict[str, float]:
+    """A run's figures and the means of both ways. Raises UserError when its test set does not give them all."""
+    try:
+        found = compare.figures(run, FIGURES)
+    except KeyError as error:
+        raise UserError(
+            f"{run}/evaluation.json has no {error}: the claims are measured on the demo's test set, or on one whose "
+            "samples carry `captions` and `label` in their JSON member, as the demo's do"
+        ) from None
+    # Rounded: what floating point leaves over must not pass for a spread over seeds.
+    return found | {name: round(mean(found[way] for way in both), 6) for name, both in MEANS.items()}
+
+
+def judge(key: str, variants: dict[str, Any]) -> dict[str, Any]:
+    """A claim with its contrasts: every figure's difference, and the verdict by the deciding one's interval."""
+    claim = CLAIMS[key]
+    rows = {name: [run["figures"] for run in variants[name]["runs"]] for name in claim.variants}
+    contrasts = []
+    for better, worse in claim.contrasts:
+        found = {figure: difference(rows[better], rows[worse], figure) for figure in (*MEANS, *FIGURES)}
+        contrasts.append(
+            {"a": better, "b": worse, "metric": DECIDING, **found[DECIDING], "seeds": len(rows[better])}
+            | {"verdict": verdict(found[DECIDING]["ci95"]), "figures": found}
+        )
+    return asdict(claim) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
+
+
+def judge_llava(report: Path) -> dict[str, Any]:
+    """Claim (e) from the report of scripts/compare_encoders.py: clips − clip, or how to get there.
+
+    That report counts in shares of the questions; here it is percentage points, as everywhere.
+    """
+    claim = {"title": LLAVA_TITLE, "paper": LLAVA_PAPER, "report": str(report)}
+    if not report.exists():
+        missing = f"python scripts/compare_encoders.py writes {report}; then run this command again"
+        return claim | {"verdict": "not run", "missing": missing}
+    try:
+        found = [
+            entry
+            for entry in json.loads(report.read_text())["differences"]
+            if {entry["a"], entry["b"]} == {"clips", "clip"} and entry["metric"] == "accuracy"
+        ]
+        entry = {name: found[0][name] for name in ("metric", "seeds", "items")}
+        sign = 100 if found[0]["a"] == "clips" else -100
+        entry |= {"a": "clips", "b": "clip", "mean": sign * found[0]["mean"]}
+        entry |= {"ci95": sorted(sign * end for end in found[0]["ci95"])}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{report} holds no difference in accuracy between clips and clip ({error!r}): write it with "
+            "python scripts/compare_encoders.py, or leave e out of --claims"
+        ) from None
+    if entry["seeds"] < 2:
+        missing = f"{report} has one seed, whose interval knows nothing of other runs: compare with --seeds 3"
+        return claim | {"verdict": "not run", "missing": missing}
+    return claim | {"contrasts": [entry | {"verdict": verdict(entry["ci95"])}], "verdict": verdict(entry["ci95"])}
+
+
+def environment(cells: Sequence[Cell], output: Path) -> dict[str, Any]:
+    """What the runs found, and the processors of this machine."""
+    found = json.loads((output / cells[0].name / "env.json").read_text()) if cells else {}
+    kept = {name: found[name] for name in ("python", "platform", "device", "packages") if name in found}
+    return {"cpus": os.cpu_count(), **kept}
+
+
+def train_text_tokens(run_dir: Path, samples: int = 256) -> dict[str, float]:
+    """Mean tokens of the texts that a run's text tower was fed (bos, eos and CLS not counted), from its own loader."""
+    run = RunConfig.load(run_dir / "config.json")
+    tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
+    source = open_split(run.data, "train", need_long=True)
+    batch = BatchDataset(source, tokenizer, run, run.phases[0])[range(samples)]
+    texts = {name: batch[name] for name in ("web", "sub") if name in batch}
+    return {name: round(float((ids != tokenizer.pad_id).sum(1).float().mean()) - 3, 1) for name, ids in texts.items()}
+
+
+def evaluation_text_tokens(run_dir: Path) -> dict[str, float]:
+    """Mean tokens of the test set's texts, by protocol (images with a class are for zero-shot, not for retrieval)."""
+    run = RunConfig.load(run_dir / "config.json")
+    tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
+    source, _ = open_test_set(run.data, "test", run.captions.splitter)
+    items = [item for item in map(source.read, range(len(source))) if item.label is None]
+    texts = {name: [text for item in items for text in item.captions[name]] for name in PROTOCOLS}
+    return {name: round(mean(map(len, tokenizer.encode(found))), 1) for name, found in texts.items() if found}

@@ -1,0 +1,60 @@
+"""After the last step: measure on the test split, export, write the report, and say what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clips.config import RunConfig
+from clips.data.splits import open_split, split_spec
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.evaluate import evaluate
+from clips.evaluation.examples import collect_examples
+from clips.evaluation.report import write_report
+from clips.model.clips import CLIPS
+from clips.weights.export import export_all, sample_inputs
+
+
+def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
+    """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
+    console = Console(stderr=True)
+    size = run.phases[-1].image_size
+    split = next((name for name in ("test", "val") if split_spec(run.data, name)), None)
+    if split is not None:
+        figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
+        console.print(figures_table(figures, f"{split} split"))
+    images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
+    differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
+    for name, difference in differences.items():
+        console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
+    write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
+    print_next(run_dir)
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / "export").is_dir() and (run_dir / "report" / "index.html").is_file()
+
+
+def print_next(run_dir: Path) -> None:
+    Console(stderr=True).print(
+        f"\n[bold]{run_dir}[/bold] holds the finished run:\n"
+        f"  report      {run_dir}/report/index.html\n"
+        f"  figures     {run_dir}/evaluation.json, {run_dir}/metrics.jsonl\n"
+        f"  encoder     {run_dir}/export/  (native, open_clip, hf_vit)\n"
+        "Next:\n"
+        f"  python scripts/evaluate_clips.py --model {run_dir}\n"
+        f"  python scripts/export_clips.py --help\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def figures_table(figures: dict[str, float], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("%", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.1f}")
+    return table

@@ -1,0 +1,243 @@
+"""Before the first step: the run directory, the data, the tokenizer, and the plan that a person reads."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from clips.common.errors import UserError
+from clips.config import ModelConfig, PhaseConfig, RunConfig, difference
+from clips.data.sources import Source
+from clips.data.splits import open_split, split_spec
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.model.clips import CLIPS
+from clips.training.engine import Engine
+from clips.weights import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run, as opposed to what to train: nothing here changes the result."""
+
+    run_dir: Path
+    device: str = "auto"
+    ds_config: str | None = None
+    resume: str = "auto"
+    """`auto`, `never`, or a checkpoint directory."""
+    allow_config_change: bool = False
+    dry_run: bool = False
+    wandb: bool = False
+    timeout_minutes: float = 30
+    """Of a collective: after that the ranks that wait for another end the run."""
+
+
+def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | None:
+    """Create or recognise the run directory and choose the checkpoint to go on from; the same on every rank.
+
+    `record_config` writes config.json, once the data is known to be right too.
+    """
+    config_file = options.run_dir / "config.json"
+    if options.resume == "never" and config_file.exists():
+        raise UserError(f"{options.run_dir} holds a run already; give another --name, or leave --resume never out")
+    if config_file.exists():
+        changes = difference(RunConfig.load(config_file), run)
+        if changes and not options.allow_config_change:
+            raise UserError(
+                f"{options.run_dir} holds a run with another configuration:\n  "
+                + "\n  ".join(changes)
+                + "\nGive the new run another --name, or go on with the changes by --allow-config-change"
+            )
+    if not options.dry_run:
+        try:
+            (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.run_dir).close()
+        except OSError as error:
+            raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output-dir") from None
+        if dist.get_rank() == 0:
+            _hold(options.run_dir)
+            checkpoint.remove_leftovers(options.run_dir)
+    if options.resume in ("auto", "never"):
+        return checkpoint.latest(options.run_dir)
+    return checkpoint.load(Path(options.resume))
+
+
+def _hold(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already."""
+    if run_dir.resolve() in _held:
+        return
+    file = open(run_dir / ".lock", "a")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process trains in {run_dir}: wait for it, stop it, or give another --name") from None
+    _held[run_dir.resolve()] = file
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionTokenizer]:
+    """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait."""
+    need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
+    source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
+    for split in ("val", "test"):
+        if split_spec(run.data, split):
+            open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+    directory = options.run_dir / "tokenizer"
+    begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
+    if dist.get_rank() == 0 and not begun and not options.dry_run:
+        _build_tokenizer(run, source).save(directory)
+    dist.barrier()
+    tokenizer = CaptionTokenizer.load(directory) if begun or not options.dry_run else _build_tokenizer(run, source)
+    if tokenizer.vocab_size > run.model.text.vocab_size:
+        raise UserError(
+            f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
+            f"{tokenizer.vocab_size} tokens; --set model.text.vocab_size={tokenizer.vocab_size}"
+        )
+    return source, tokenizer
+
+
+def check_ranks_agree(previous: checkpoint.Checkpoint | None, source: Source) -> None:
+    """UserError on every rank where they chose different checkpoints or see shards of different sizes. Collective.
+
+    A stale listing or a shard that one node lacks would otherwise train on wrong data, or apart, in silence.
+    """
+    sizes = hashlib.sha256(json.dumps(list(map(int, source.shard_sizes))).encode()).hexdigest()[:8]
+    mine = {
+        "the checkpoint to go on from": previous.path.name if previous else "none",
+        "the training data": f"{len(source):,} samples in {len(source.shard_sizes):,} shards (sizes {sizes})",
+    }
+    everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everybody, mine)
+    for name in mine:
+        if len({found[name] for found in everybody}) > 1:
+            lines = "\n".join(f"  rank {rank}: {found[name]}" for rank, found in enumerate(everybody))
+            raise UserError(f"ranks do not agree on {name}:\n{lines}\nSee that all nodes see the same files")
+
+
+def _build_tokenizer(run: RunConfig, source: Source) -> CaptionTokenizer:
+    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+    return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
+
+
+def record_config(run: RunConfig, run_dir: Path) -> None:
+    """Write config.json, whole or not at all: from here on the directory is this run's. Rank 0 only."""
+    partial = run_dir / ".config.json.tmp"
+    run.save(partial)
+    os.replace(partial, run_dir / "config.json")
+
+
+def environment(device: torch.device, engine: Engine) -> dict[str, Any]:
+    """What else would explain a difference between two runs."""
+    packages = ("torch", "deepspeed", "transformers", "open_clip_torch", "numpy", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
+        "world_size": engine.world_size,
+        "zero_stage": engine.stage,
+        "parameter_groups": {name: {"tensors": n, "parameters": size} for name, (n, size) in engine.split.items()},
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def forward_flops(model: ModelConfig, image_size: int) -> float:
+    """FLOPs of one sample's forward pass: image, two texts, decoder (multiply-adds count twice).
+
+    With masked padding a text is taken to fill half of its context.
+    """
+
+    def blocks(width: int, layers: int, length: float) -> float:
+        return layers * (24 * width**2 * length + 4 * width * length**2)
+
+    vision, text, captioner = model.vision, model.text, model.captioner
+    patches = vision.tokens(image_size)
+    words = text.context_length / (2 if text.pad_mask else 1)
+    total = blocks(vision.width, vision.layers, patches + 1) + 2 * blocks(text.width, text.layers, words)
+    total += 2 * 3 * vision.patch_size**2 * vision.width * patches
+    if captioner:
+        total += blocks(captioner.width, captioner.layers, patches + words + captioner.length)
+        total += 2 * captioner.width * text.vocab_size * captioner.length
+    return total
+
+
+#: Share of a large matrix product's speed that training is taken to reach: measured on the demo for the CPU (0.7 to
+#: 0.9), a usual figure for GPUs.
+EFFICIENCY = {"cpu": 0.7, "cuda": 0.35}
+
+
+def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
+    """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    elapsed = math.inf
+    for _ in range(10):
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        elapsed = min(elapsed, time.perf_counter() - begin)
+    speed = 2 * size**3 / elapsed * EFFICIENCY[device.type] * ranks
+    seconds = 0.0
+    for phase in run.phases:
+        todo = max(0, phase.steps * phase.batch_size - done)
+        done = max(0, done - phase.steps * phase.batch_size)
+        seconds += todo * 3 * forward_flops(run.model, phase.image_size) / speed
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def print_plan(
+    run: RunConfig, model: CLIPS, samples: int, run_dir: Path, device: torch.device, ranks: int,
+    previous: checkpoint.Checkpoint | None,
+) -> None:  # fmt: skip
+    """What is about to happen, before it happens."""
+    table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
+    parts = model.parameter_counts()
+    table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
+    table.add_row(
+        "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
+    )
+    table.add_row("data", f"{split_spec(run.data, 'train')}: {samples:,} samples")
+    for name in ("val", "test"):
+        table.add_row(f"  {name}", split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)")
+    for phase in run.phases:
+        table.add_row(f"phase {phase.name}", _phase_line(run, phase, samples, ranks))
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
+    table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}")
+    table.add_row("on", f"{ranks} × {device.type}{threads}")
+    done = previous.state.samples if previous else 0
+    table.add_row("time", f"about {duration(estimated_seconds(run, device, ranks, done))} (rough)")
+    table.add_row("writes to", str(run_dir))
+    if previous is not None:
+        table.add_row("goes on from", f"{previous.path} ({done:,} samples)")
+    Console(stderr=True).print(table)
+
+
+def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
+    micro = phase.batch_size // (ranks * run.train.accumulation)
+    split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
+    rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
+    return (
+        f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
+        f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
+        f"{rate}, {phase.schedule}"
+    )

@@ -1,0 +1,60 @@
+"""The objective: turns a batch into a loss. The model knows nothing of it.
+
+"clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = contrastive_weight, β = caption_weight.
+"clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
+
+The contrastive loss sees the micro-batch of all ranks. With `train.accumulation` = A each of the A
+micro-batches is its own contrastive batch (A times fewer negatives than one batch of A times the size),
+and their losses and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clips.config import RunConfig
+from clips.model.clips import CLIPS
+from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
+
+
+class Task(nn.Module):
+    """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss."""
+
+    def __init__(self, model: CLIPS, run: RunConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = run.task
+        self.bf16 = run.train.precision == "bf16"
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch (see clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, logit_scale)."""
+        images = batch["images"]
+        # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._loss(batch, images)
+
+    def _loss(self, batch: dict[str, Any], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        texts = [batch[name] for name in ("web", "sub") if name in batch]
+        out = self.model(images, texts, batch.get("caption"))
+        with torch.autocast(images.device.type, enabled=False):
+            all_images = gather_features(out.image_features)
+            pairs = [
+                info_nce(out.image_features, text, all_images, gather_features(text), out.logit_scale)
+                for text in out.text_features
+            ]
+            contrastive = torch.stack(pairs).mean()
+        loss = self.config.contrastive_weight * contrastive
+        parts = {"contrastive_loss": contrastive.detach(), "logit_scale": out.logit_scale.detach()}
+        if out.caption_states is not None and self.config.caption_weight:
+            caption = batch["caption"]
+            targets = caption[:, 1:].masked_fill(caption[:, 1:] == self.model.text.pad_id, IGNORE)
+            total, count = caption_loss(
+                out.caption_states, targets, self.model.captioner.head, self.config.caption_chunk
+            )
+            caption_mean = mean_over_ranks(total, count)
+            loss = loss + self.config.caption_weight * caption_mean
+            parts["caption_loss"] = caption_mean.detach()
+        return loss, parts | {"loss": loss.detach()}

@@ -1,0 +1,323 @@
+"""The same weights under the names of others: open_clip (both ways) and transformers.
+
+open_clip's and CLIP's patch convolutions have no bias. Ours is added to the positions of the patch tokens, which
+is the same sum. Padding: see clips/model/text.py and `open_clip_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from clips.common.errors import UserError
+from clips.common.tensors import assign_weights, read_weights, write_weights
+from clips.config import ModelConfig, TextConfig, VisionConfig
+from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
+from clips.data.tokenizer import CaptionTokenizer
+from clips.model.clips import CLIPS, MAX_LOGIT_SCALE
+from clips.model.layers import LAYER_NORM_EPS
+from clips.model.vision import sincos_positions
+
+POSITION_TOLERANCE = 1e-4
+"""How far positions read from a file may be from the sin-cos table plus a constant."""
+#: our name → open_clip's, inside a block
+OPEN_CLIP_BLOCK = {
+    "norm1.weight": "ln_1.weight",
+    "norm1.bias": "ln_1.bias",
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj.weight": "attn.out_proj.weight",
+    "attn.proj.bias": "attn.out_proj.bias",
+    "norm2.weight": "ln_2.weight",
+    "norm2.bias": "ln_2.bias",
+    "mlp.fc1.weight": "mlp.c_fc.weight",
+    "mlp.fc1.bias": "mlp.c_fc.bias",
+    "mlp.fc2.weight": "mlp.c_proj.weight",
+    "mlp.fc2.bias": "mlp.c_proj.bias",
+}
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+CLIP_VISION_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def _open_clip_blocks(blocks: str, layers: int) -> dict[str, str]:
+    """Our name → open_clip's for every tensor of one tower's blocks; `blocks` is "visual" or "text"."""
+    return {
+        f"{blocks}.blocks.{i}.{ours}": f"{blocks}.transformer.resblocks.{i}.{theirs}"
+        for i in range(layers)
+        for ours, theirs in OPEN_CLIP_BLOCK.items()
+    }
+
+
+def _open_clip_names(config: ModelConfig) -> dict[str, str]:
+    """Our name → open_clip's, for the tensors that are copied as they are."""
+    norms = {"visual.norm": "visual.ln_post", "text.norm": "text.ln_final"}
+    if config.vision.pre_norm:
+        norms["visual.pre_norm"] = "visual.ln_pre"
+    return {
+        "visual.patch_embed.weight": "visual.conv1.weight",
+        "text.token_embed.weight": "text.token_embedding.weight",
+        "text.pos_embed": "text.positional_embedding",
+        **{f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in norms.items() for kind in ("weight", "bias")},
+        **_open_clip_blocks("visual", config.vision.layers),
+        **_open_clip_blocks("text", config.text.layers),
+    }
+
+
+#: our name → open_clip's, for the tensors that are transposed
+OPEN_CLIP_TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
+
+
+def logit_scale_parameter(model: CLIPS) -> Tensor:
+    """The temperature as training uses it (at most MAX_LOGIT_SCALE), a scalar as open_clip keeps it."""
+    return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
+
+
+def _positions_with_bias(model: CLIPS) -> Tensor:
+    """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
+    table = model.visual.pos_embed.clone()
+    table[1:] += model.visual.patch_embed.bias
+    return table
+
+
+def open_clip_config(config: ModelConfig, pad_id: int, eos_id: int) -> dict[str, Any]:
+    """The content of open_clip_config.json.
+
+    Text without padding mask is open_clip's own CLIPS layout (`tokenizer_mode="clips"`, CLS as a token in the last
+    slot). With padding mask it is `embed_cls`: CLS is a parameter appended after `context_length − 1` ordinary slots,
+    and open_clip masks padding as clips/model/text.py does.
+    """
+    vision, text = config.vision, config.text
+    masked = {"context_length": text.context_length - 1, "embed_cls": True}
+    unmasked = {"context_length": text.context_length, "tokenizer_mode": "clips"}
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "custom_text": True,
+            "vision_cfg": {
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "width": vision.width,
+                "layers": vision.layers,
+                "head_width": vision.width // vision.heads,
+                "mlp_ratio": vision.mlp_ratio,
+                "pos_embed_type": "sin_cos_2d",
+                "no_ln_pre": not vision.pre_norm,
+                "final_ln_after_pool": True,
+                "pool_type": "avg",
+                "norm_kwargs": {"eps": LAYER_NORM_EPS},
+            },
+            "text_cfg": {
+                "vocab_size": text.vocab_size,
+                "hf_tokenizer_name": "local",
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+                "mlp_ratio": text.mlp_ratio,
+                "pad_id": pad_id,
+                "eos_id": eos_id,
+                "no_causal_mask": True,
+                "pool_type": "last",
+                "norm_kwargs": {"eps": LAYER_NORM_EPS},
+                "act_kwargs": {"approximate": "tanh"},
+                **(masked if text.pad_mask else unmasked),
+            },
+        },
+        "preprocess_cfg": {
+            "size": vision.image_size,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        },
+    }
+
+
+def write_open_clip(model: CLIPS, tokenizer: CaptionTokenizer, directory: Path) -> None:
+    """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
+    state = model.state_dict()
+    tensors = {theirs: state[ours] for ours, theirs in _open_clip_names(model.config).items()}
+    tensors |= {theirs: state[ours].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
+    tensors["logit_scale"] = logit_scale_parameter(model)
+    tensors["visual.class_embedding"] = state["visual.cls_token"]
+    tensors["visual.positional_embedding"] = _positions_with_bias(model)
+    if model.config.text.pad_mask:
+        tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
+    tokenizer.save(directory)
+    config = open_clip_config(model.config, tokenizer.pad_id, tokenizer.eos_id)
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_weights(tensors, directory / "open_clip_model.safetensors")
+
+
+def import_open_clip(directory: Path) -> tuple[CLIPS, CaptionTokenizer]:
+    """Read a CLIPS checkpoint in open_clip's format (config, weights and tokenizer files in `directory`).
+
+    Works for the exports written here and for others of the same architecture whose positions are the fixed sin-cos
+    table plus a constant; anything else is refused with a UserError. There is no captioner in such a file.
+    LayerNorm's eps and the kind of GELU are always CLIPS' own (1e-6, tanh in text): files converted from the JAX
+    original leave them at open_clip's defaults, which moves features by about 1e-3.
+    """
+    directory = Path(directory)
+    config_path = directory / "open_clip_config.json"
+    try:
+        stock = json.loads(config_path.read_text())["model_cfg"]
+        config = _model_config(stock)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path} is not an open_clip configuration of a CLIPS model: {error!r}") from None
+    files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
+    if not files:
+        raise UserError(f"{directory} holds no open_clip*.safetensors or open_clip*.bin")
+    source = read_weights(files[0])
+    if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors stand at the top
+        source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
+    tokenizer = CaptionTokenizer.load(directory)
+
+    model = CLIPS(config, tokenizer.pad_id)
+    copied = _open_clip_names(config)
+    special = {"logit_scale", "visual.class_embedding", "visual.positional_embedding"} | (
+        {"text.cls_emb"} & set(source)
+    )
+    missing = sorted((set(copied.values()) | set(OPEN_CLIP_TRANSPOSED.values()) | special) - set(source))
+    if missing:
+        raise UserError(f"{files[0]} lacks {', '.join(missing[:5])}: not a CLIPS model as its configuration says")
+    tensors = {ours: source[theirs] for ours, theirs in copied.items()}
+    tensors |= {ours: source[theirs].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
+    positions = source["visual.positional_embedding"] - sincos_positions(
+        config.vision.width, config.vision.image_size // config.vision.patch_size
+    )
+    bias = positions[1:].mean(dim=0)
+    if (positions[1:] - bias).abs().max() > POSITION_TOLERANCE:
+        raise UserError(f"{files[0]}: the image positions are learned, not the fixed sin-cos table of CLIPS")
+    tensors["visual.patch_embed.bias"] = bias
+    tensors["visual.cls_token"] = source["visual.class_embedding"] + positions[0]
+    if "text.cls_emb" in source:
+        tensors["text.token_embed.weight"] = tensors["text.token_embed.weight"].clone()
+        tensors["text.token_embed.weight"][tokenizer.cls_id] = source["text.cls_emb"]
+    tensors["logit_scale"] = source["logit_scale"].reshape(model.logit_scale.shape)
+    assign_weights(model, tensors, files[0])
+    return model.eval(), tokenizer
+
+
+def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
+    """open_clip's `model_cfg` → ModelConfig; UserError names what CLIPS does not have."""
+    vision, text = stock["vision_cfg"], stock["text_cfg"]
+    pad_mask = bool(text.get("embed_cls", False))
+    config = ModelConfig(
+        vision=VisionConfig(
+            width=vision["width"],
+            layers=vision["layers"],
+            heads=vision["width"] // vision.get("head_width", 64),
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            mlp_ratio=float(vision.get("mlp_ratio", 4.0)),
+            pre_norm=not vision.get("no_ln_pre", False),
+        ),
+        text=TextConfig(
+            width=text["width"],
+            layers=text["layers"],
+            heads=text["heads"],
+            context_length=text["context_length"] + pad_mask,
+            vocab_size=text["vocab_size"],
+            mlp_ratio=float(text.get("mlp_ratio", 4.0)),
+            pad_mask=pad_mask,
+        ),
+        captioner=None,
+        embed_dim=stock["embed_dim"],
+    )
+    ours = open_clip_config(config, text.get("pad_id", 0), text.get("eos_id", 2))["model_cfg"]
+    for part in ("vision_cfg", "text_cfg"):
+        for key in ("pool_type", "final_ln_after_pool", "no_causal_mask"):
+            if stock[part].get(key) != ours[part].get(key):
+                raise UserError(
+                    f"{part}.{key} is {stock[part].get(key)!r}, a CLIPS model has {ours[part].get(key)!r}: "
+                    "this is another architecture"
+                )
+    return config
+
+
+def write_hf_vit(model: CLIPS, directory: Path) -> None:
+    """The image tower as `ViTModel` (or `CLIPVisionModel` when `vision.pre_norm`), its processor and the projection.
+
+    Names are those of the files on the hub, which every release of transformers reads.
+    """
+    from transformers import CLIPVisionConfig, ViTConfig, ViTImageProcessor
+
+    directory.mkdir(parents=True, exist_ok=True)
+    vision, tower = model.config.vision, model.visual
+    common = {
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": int(vision.width * vision.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+    }
+    if vision.pre_norm:
+        config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim, architectures=["CLIPVisionModel"])
+        tensors = {
+            "vision_model.embeddings.class_embedding": tower.cls_token,
+            "vision_model.embeddings.patch_embedding.weight": tower.patch_embed.weight,
+            "vision_model.embeddings.position_embedding.weight": _positions_with_bias(model),
+            **_parameters("vision_model.pre_layrnorm", tower.pre_norm),
+            **_parameters("vision_model.post_layernorm", tower.norm),
+            **_hf_blocks(tower.blocks, "vision_model.encoder.layers", CLIP_VISION_BLOCK),
+        }
+    else:
+        config = ViTConfig(**common, architectures=["ViTModel"])
+        tensors = {
+            "embeddings.cls_token": tower.cls_token[None, None],
+            "embeddings.position_embeddings": tower.pos_embed[None],
+            **_parameters("embeddings.patch_embeddings.projection", tower.patch_embed),
+            **_parameters("layernorm", tower.norm),
+            **_hf_blocks(tower.blocks, "encoder.layer", VIT_BLOCK),
+        }
+    config.save_pretrained(directory)
+    write_weights(tensors, directory / "model.safetensors")
+    write_weights({"proj.weight": tower.proj.weight}, directory / "embedding.safetensors")
+    size = {"height": vision.image_size, "width": vision.image_size}
+    ViTImageProcessor(
+        size=size, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True
+    ).save_pretrained(directory)
+
+
+def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for key, value in module.state_dict().items()}
+
+
+def _hf_blocks(blocks: nn.ModuleList, prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of all blocks under transformers' names; the joint qkv projection is split in three."""
+    tensors = {}
+    for i, block in enumerate(blocks):
+        for ours, theirs in names.items():
+            name = f"{prefix}.{i}.{theirs}"
+            if ours in ("attn.q", "attn.k", "attn.v"):
+                part = "qkv".index(ours[-1])
+                tensors[f"{name}.weight"] = block.attn.qkv.weight.chunk(3)[part]
+                tensors[f"{name}.bias"] = block.attn.qkv.bias.chunk(3)[part]
+            else:
+                tensors |= _parameters(name, block.get_submodule(ours))
+    return tensors

@@ -1,0 +1,154 @@
+"""A loaded model ready for talks, and how answers are drawn from it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
+
+from clips.common.errors import UserError
+from clips.common.runtime import choose_device
+from mllm.data.conversation import ConversationEncoder
+from mllm.model.load import load_model, model_name, newest_model
+from mllm.model.quantize import quantize
+
+
+def model_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `ChatModel.load` that chat.py and serve.py have flags for."""
+    bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
+    return {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn. Temperature 0 is greedy; UserError naming the field for a value out of range."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it."""
+    seed: int | None = None
+    """Makes a sampled answer repeatable."""
+
+    def __post_init__(self) -> None:
+        number, texts = (int, float), self.stop
+        rules = {
+            "temperature": (number, lambda value: 0 <= value < math.inf, "a number of 0 or more"),
+            "top_p": (number, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+            "max_new_tokens": (int, lambda value: value >= 1, "a whole number above 0"),
+            "seed": (int, lambda value: 0 <= value < 2**63, "a whole number of 0 or more"),
+        }
+        for name, (kind, fits, wanted) in rules.items():
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                raise UserError(f"{name} must be {wanted}, found {value!r}")
+        if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"stop must be texts that are not empty, found {texts!r}")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What the last answer took."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt's tokens, those that were not computed again."""
+    new_tokens: int
+    """Generated ones, an end token included."""
+    first_token_s: float
+    """Seconds from the question to the first token; 0 where there was none."""
+    tokens_per_s: float
+    """After the first one."""
+    finish_reason: Literal["stop", "length", "cancelled"]
+
+
+class ChatModel:
+    """A model with its processor and its format of conversations; shared by any number of sessions.
+
+    Answers of all sessions are generated one after the other, in the order they were asked for, by the one thread of
+    `worker`; whatever else uses the model is submitted there too.
+
+    Args:
+        conv_mode: a name of `mllm.data.formats.FORMATS`. "auto": the model's own chat template; where it has none that
+            treats all turns alike (LLaVA-1.5's on the hub has not), chatml or llama_3 if the tokenizer has their
+            control tokens, else v1.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        directory: str,
+        conv_mode: str = "auto",
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.directory = directory
+        self.name = model_name(directory)
+        self.tokens_per_image: int = model.config.image_seq_length
+        self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.encoder = _encoder(processor.tokenizer, conv_mode, self.tokens_per_image)
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
+
+    @staticmethod
+    def load(
+        name: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        bits: int = 16,
+        conv_mode: str = "auto",
+    ) -> ChatModel:
+        """The model of a directory or hub id, by default the newest of runs/; `bits` 4 or 8 quantises its LLM.
+
+        `dtype` "auto" is bf16 on a GPU and fp32 on a CPU. UserError for what cannot be loaded.
+        """
+        directory = name or str(newest_model())
+        place = choose_device(device)
+        kind = None if dtype == "auto" else getattr(torch, dtype)
+        if bits == 16:
+            return ChatModel(*load_model(directory, place, kind), directory, conv_mode)
+        # Quantised layer by layer on the way to the device, which need not hold the whole language model.
+        kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        model, processor = load_model(directory, torch.device("cpu"), kind)
+        quantize(model.model.language_model, bits, kind, place)
+        return ChatModel(model.to(place), processor, directory, conv_mode)
+
+
+LLAVA_MODES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
+"""LLaVA's values of --conv-mode and what they are called here."""
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens: int) -> ConversationEncoder:
+    version = LLAVA_MODES.get(version, version)
+    try:
+        return ConversationEncoder(tokenizer, version, num_image_tokens)
+    except UserError:
+        if version != "auto":
+            raise
+    for version in ("chatml", "llama_3"):
+        try:
+            encoder = ConversationEncoder(tokenizer, version, num_image_tokens)
+            break
+        except UserError:
+            continue  # its control tokens are missing
+    else:
+        encoder = ConversationEncoder(tokenizer, "v1", num_image_tokens)
+    print(
+        f"note: the model has no chat template that treats every turn alike; format {encoder.format.name} is used "
+        "(another: --conv-mode)",
+        file=sys.stderr,
+    )
+    return encoder

@@ -1,0 +1,297 @@
+"""One chat with pictures behind terminal, web page and server: the model, the talk so far, its KV cache, the stream.
+
+Prompts come from `ConversationEncoder.prompt` alone, so chat sees exactly what training builds for the same turns;
+tokens come from transformers' `generate`. What is here is the bookkeeping between the two: which part of a prompt the
+cache already holds, and which text may be shown yet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import DynamicCache, GenerationConfig, LlavaForConditionalGeneration, StoppingCriteriaList
+
+from clips.common.errors import UserError
+from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
+from mllm.chat.stream import _Stop, _Streamer
+from mllm.data.formats import IMAGE_TOKEN
+from mllm.encoders.registry import image_pixels
+
+Turn = dict[str, Any]
+"""`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
+_FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+_CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # transformers renamed the argument
+
+
+class ContextError(UserError):
+    """A talk is longer than the model's context."""
+
+
+class ChatSession:
+    """One talk: turns, pictures, and the cache of what the model has read of it.
+
+    Attributes:
+        turns: the questions and answers so far, without the system text.
+        images: their pictures in the order of the placeholders.
+        system: replaces the format's own system text, if set.
+        last: what the last answer took; None before the first.
+    """
+
+    def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
+        self.model = model
+        self.turns: list[Turn] = []
+        self.images: list[Image] = []
+        self.last: Stats | None = None
+        self.set_system(system)
+        self._forget()
+
+    @classmethod
+    def from_turns(
+        cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Image], system: str | None = None
+    ) -> ChatSession:
+        """A talk that took place elsewhere; `answer` continues it if the last turn is the human's."""
+        session = cls(model, system=system)
+        session.turns, session.images = list(turns), list(images)
+        return session
+
+    def set_system(self, text: str | None) -> None:
+        """Another system text for the whole talk, None or empty: the format's own; UserError where it has no place."""
+        if text and self.model.encoder.format.system is None:
+            raise UserError(f"format {self.model.encoder.format.name} has no place for a system text")
+        self.system = text or None
+
+    def prompt_ids(self, turns: Sequence[Turn], images: int) -> list[int]:
+        """Token ids of the system text and `turns` up to where the next answer starts."""
+        system = [{"from": "system", "value": [{"type": "text", "text": self.system}]}] if self.system else []
+        return self.model.encoder.prompt([*system, *turns], images, "this talk")
+
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        sampling: Sampling = GREEDY,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[str]:
+        """Stream the answer to a new question in pieces; joined they are the answer.
+
+        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as far as it got.
+        Raises UserError at once, and leaves the talk as it was, where nothing is asked or the context is too short.
+        """
+        if not text.strip() and not images:
+            raise UserError("the question is empty")
+        question = {"from": "human", "value": [*({"type": "image"} for _ in images), {"type": "text", "text": text}]}
+        return self._answer([*self.turns, question], [*self.images, *images], sampling, cancel)
+
+    def answer(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Iterator[str]:
+        """Stream the answer to the last turn, which must be the human's."""
+        return self._answer(self.turns, self.images, sampling, cancel)
+
+    def retry(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Iterator[str]:
+        """Stream another answer to the last question, in place of the one it has."""
+        if not self.turns:
+            raise UserError("there is no question yet")
+        turns = self.turns[:-1] if self.turns[-1]["from"] == "gpt" else self.turns
+        return self._answer(turns, self.images, sampling, cancel)
+
+    def undo(self) -> str:
+        """Take back the last question with its pictures and its answer; returns the question's text."""
+        if not self.turns:
+            raise UserError("there is nothing to take back")
+        if self.turns[-1]["from"] == "gpt":
+            self.turns = self.turns[:-1]
+        *self.turns, question = self.turns
+        self.images = self.images[: len(self.images) - _count_images(question)]
+        return turn_text(question)
+
+    def reset(self) -> None:
+        """Start anew; the system text stays."""
+        self.turns, self.images, self.last = [], [], None
+        self._forget()
+
+    def save(self, path: Path | str) -> list[Path]:
+        """Write the talk as LLaVA's JSON or as Markdown, by the suffix, and its pictures as PNGs beside it.
+
+        Returns the files written. A text that spells `<image>` is kept as a list of parts, so that it stays text.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".md"):
+            raise UserError(f"{path}: name it .json (LLaVA's format) or .md (Markdown)")
+        names = [f"{path.stem}_{number}.png" for number in range(len(self.images))]
+        write = self._llava if path.suffix == ".json" else self._markdown
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(write(names, path.stem), encoding="utf-8")
+            for name, image in zip(names, self.images, strict=True):
+                image.save(path.with_name(name))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        return [path, *(path.with_name(name) for name in names)]
+
+    def _llava(self, names: list[str], title: str) -> str:
+        turns = [{"from": "system", "value": self.system}] if self.system else []
+        for turn in self.turns:
+            text, value = turn_text(turn), turn["value"]
+            if turn["from"] == "gpt" or IMAGE_TOKEN not in text:
+                value = "\n".join([*[IMAGE_TOKEN] * _count_images(turn), text])
+            turns.append({"from": turn["from"], "value": value})
+        record = {"id": title, "image": names, "conversations": turns, "model": self.model.name}
+        return json.dumps([record], indent=2, ensure_ascii=False) + "\n"
+
+    def _markdown(self, names: list[str], title: str) -> str:
+        lines, left = [f"# {title}", f"Model: {self.model.name}"], iter(names)
+        lines += [f"**System:** {self.system}"] if self.system else []
+        for turn in self.turns:
+            lines += [f"![]({next(left)})" for _ in range(_count_images(turn))]
+            lines.append(f"**{'You' if turn['from'] == 'human' else 'Model'}:** {turn_text(turn)}")
+        return "\n\n".join(lines) + "\n"
+
+    def _forget(self) -> None:
+        self._cache: DynamicCache | None = None
+        self._cached: list[Any] = []  # what `_keys` gives for the tokens in the cache
+        self._cached_images: list[Image] = []  # keeps them alive, for their identity is their key
+
+    def _keys(self, ids: Sequence[int], images: Sequence[Image]) -> list[Any]:
+        """What must be equal for a token's cache to be usable: the id, of an image's token which image it is."""
+        keys: list[Any] = list(ids)
+        places = [i for i, token in enumerate(ids) if token == self.model.encoder.image_id]
+        for number, place in enumerate(places):
+            keys[place] = ("image", id(images[number // self.model.tokens_per_image]))
+        return keys
+
+    def _reuse(self, keys: list[Any]) -> int:
+        """Cut the cache back to its longest common prefix with `keys`; returns that prefix' length.
+
+        At least one token is left to compute, and an image is reused whole or not at all.
+        """
+        limit = min(len(keys) - 1, len(self._cached))
+        shared = next((i for i in range(limit) if keys[i] != self._cached[i]), limit)
+        while shared and isinstance(keys[shared], tuple) and self._inside_image(keys[:shared]):
+            shared -= 1
+        if self._cache is not None and shared < len(self._cached):
+            try:
+                self._cache.crop(shared - len(self._cached))
+            except (RuntimeError, ValueError):  # layers with a sliding window have dropped what would be needed
+                shared = 0
+        if shared == 0:
+            self._forget()
+        return shared
+
+    def _inside_image(self, keys: list[Any]) -> bool:
+        return sum(isinstance(key, tuple) for key in keys) % self.model.tokens_per_image != 0
+
+    def _answer(
+        self, turns: list[Turn], images: list[Image], sampling: Sampling, cancel: threading.Event | None
+    ) -> Iterator[str]:
+        """Check what is asked, now; then return the stream."""
+        start = time.perf_counter()
+        ids = self.prompt_ids(turns, len(images))
+        context = self.model.context_length
+        if context is not None and len(ids) >= context:
+            raise ContextError(
+                f"the talk takes {len(ids):,} tokens with this question, and the model reads {context:,} at most "
+                f"({self.model.tokens_per_image:,} for each picture): ask shorter, take turns back or start anew"
+            )
+        streamer = _Streamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
+        return self._stream(turns, images, ids, sampling, streamer, start)
+
+    def _stream(
+        self,
+        turns: list[Turn],
+        images: list[Image],
+        ids: list[int],
+        sampling: Sampling,
+        streamer: _Streamer,
+        start: float,
+    ) -> Iterator[str]:
+        said: list[str] = []
+        heard_all = False
+        future = self.model.worker.submit(self._generate, ids, images, sampling, streamer)
+        future.add_done_callback(lambda _: streamer.pieces.put(None))
+        try:
+            for piece in iter(streamer.pieces.get, None):
+                said.append(piece)
+                yield piece
+            heard_all = True
+        finally:  # also when the reader closes the stream or presses Ctrl-C
+            streamer.cancelled |= not heard_all
+            wait([future])
+            if future.exception() is None:
+                answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(said)}]}
+                self.turns, self.images = [*turns, answer], images
+                self.last = streamer.stats(len(ids), future.result(), start, self.model.encoder.stop_ids)
+        future.result()  # raises what the worker raised
+
+    @torch.inference_mode()
+    def _generate(self, ids: list[int], images: list[Image], sampling: Sampling, streamer: _Streamer) -> int:
+        """Feed the streamer, in the worker's thread; returns how many tokens of the prompt came from the cache."""
+        if streamer.is_cancelled():
+            return 0
+        model, encoder = self.model.model, self.model.encoder
+        keys = self._keys(ids, images)
+        shared = self._reuse(keys)
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
+        if unread:
+            pixels = [image_pixels(self.model.processor.image_processor, image) for image in unread]
+            inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
+        cache = self._cache if self._cache is not None else DynamicCache(config=model.config.get_text_config())
+        self._cache = None  # counts again once generate has come back whole
+        devices = [model.device] if model.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
+                output = model.generate(
+                    **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                    **{_CACHE: cache},
+                    generation_config=self._settings(sampling, len(ids)),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Stop(streamer)]),
+                )
+        except torch.OutOfMemoryError:
+            self._forget()
+            raise UserError(
+                f"the device has too little memory for a prompt of {len(ids):,} tokens: ask shorter or start anew"
+            ) from None
+        except BaseException:
+            self._forget()
+            raise
+        self._cache = cache
+        self._cached = [*keys, *output[0, len(ids) :].tolist()][: cache.get_seq_length()]
+        self._cached_images = images
+        return shared
+
+    def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
+        """Everything that the model's own generation config could decide is set here."""
+        encoder, context = self.model.encoder, self.model.context_length
+        room = sampling.max_new_tokens if context is None else context - prompt_tokens
+        pad = self.model.processor.tokenizer.pad_token_id
+        greedy = sampling.temperature == 0
+        drawn = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            repetition_penalty=1.0,
+            num_beams=1,
+            eos_token_id=encoder.stop_ids,
+            pad_token_id=encoder.stop_ids[0] if pad is None else pad,
+            **drawn,
+        )
+
+
+def turn_text(turn: Turn) -> str:
+    """The text of a turn, without its pictures."""
+    return "".join(part["text"] for part in turn["value"] if part["type"] == "text").strip()
+
+
+def _count_images(turn: Turn) -> int:
+    return sum(part["type"] == "image" for part in turn["value"])

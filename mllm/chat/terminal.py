@@ -1,0 +1,339 @@
+"""The chat in a terminal: a talk with commands, one answer for a script, or a file of questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from PIL.Image import Image
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from tqdm import tqdm
+
+from clips.common.errors import Stopped, UserError
+from clips.data.images import MAX_BYTES, MAX_PIXELS
+from clips.data.sample import BrokenSample
+from mllm.chat.limits import Limits, fetch_image, read_image
+from mllm.chat.model import ChatModel, Sampling, Stats, model_options
+from mllm.chat.session import ChatSession, ContextError
+from mllm.data.images import ImageStore
+from mllm.data.questions import Question, read_questions
+from mllm.encoders.hub import cache_root
+from mllm.evaluation.scores import answer_line
+from mllm.model.load import newest_model
+
+OWN_PICTURES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
+"""For pictures that the person at the keyboard names."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""A model may write escape sequences; a terminal must not carry them out."""
+
+
+def load_picture(place: str) -> Image:
+    """The picture behind a path, a file:// or an http(s) address; UserError with the reason where there is none."""
+    try:
+        if place.startswith(("http://", "https://")):
+            return read_image(fetch_image(place, OWN_PICTURES), OWN_PICTURES)
+        path = _local_path(place)
+        if not os.path.isfile(path):
+            raise UserError("there is no such file")
+        if os.path.getsize(path) > OWN_PICTURES.image_bytes:
+            raise UserError(f"the file is larger than {OWN_PICTURES.image_bytes:,} bytes")
+        return read_image(Path(path).read_bytes(), OWN_PICTURES)
+    except (UserError, OSError) as error:
+        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _local_path(word: str) -> str:
+    return url2pathname(urlsplit(word).path) if word.startswith("file://") else os.path.expanduser(word)
+
+
+def dropped_files(line: str) -> list[str]:
+    """The files that `line` consists of, as terminals write files dropped on them; else nothing.
+
+    They come as they are, quoted, with escaped spaces, or as file:// addresses.
+    """
+
+    def is_file(word: str) -> bool:
+        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(IMAGE_SUFFIXES)
+        return named and os.path.isfile(_local_path(word))
+
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quotation mark of a text
+        words = []
+    for found in ([line.strip()], words):
+        if found and all(map(is_file, found)):
+            return found
+    return []
+
+
+class Talk:
+    """A talk line by line; every `do_NAME` is the command `/NAME`, its docstring the help."""
+
+    def __init__(self, session: ChatSession, sampling: Sampling, *, stats: bool = False) -> None:
+        self.session = session
+        self.sampling = sampling
+        self.stats = stats
+        self.waiting: list[Image] = []  # pictures of the next question
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Handle what `read` gives until it raises EOFError; mistakes are one line, Ctrl-C stops an answer only."""
+        while True:
+            try:
+                if not self.handle(read()):
+                    return
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print("(Ctrl-D or /exit leaves)")
+            except ContextError as error:
+                print(f"error: {error} (/undo, /reset)")
+            except UserError as error:
+                print(f"error: {error}")
+
+    def handle(self, line: str) -> bool:
+        """One line of the user's; False when it ends the talk."""
+        line = line.strip()
+        files = dropped_files(line)
+        if files:
+            self.attach(files)
+        elif line.startswith("/"):
+            word, _, rest = line[1:].partition(" ")
+            if word == "exit":
+                return False
+            command = getattr(self, f"do_{word}", None)
+            if command is None:
+                raise UserError(f"/{word} is neither a command nor a file; /help lists the commands")
+            command(rest.strip())
+        elif line or self.waiting:
+            self.show(self.session.ask(line, self.waiting, self.sampling))
+        return True
+
+    def attach(self, places: Sequence[str]) -> None:
+        """Pictures for the next question."""
+        for place in places:
+            image = load_picture(place)
+            self.waiting.append(image)
+            number = len(self.session.images) + len(self.waiting)
+            print(f"picture {number}: {place} ({image.width} × {image.height}), goes with your next question")
+
+    def show(self, answer: Iterator[str]) -> None:
+        """Print an answer as it comes; Ctrl-C ends it."""
+        try:
+            with closing(answer):
+                for piece in answer:
+                    print(piece.translate(_CONTROL), end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print()
+        self.waiting = []
+        if self.stats and self.session.last:
+            print(stats_line(self.session.last))
+
+    def do_image(self, rest: str) -> None:
+        """PATH_OR_URL  add a picture to the next question (or drop its file here)"""
+        if not rest:
+            raise UserError("/image needs a path or an address")
+        self.attach(dropped_files(rest) or [rest])
+
+    def do_retry(self, rest: str) -> None:
+        """[TEMPERATURE]  answer the last question again; above temperature 0 in other words"""
+        try:
+            temperature = float(rest) if rest else self.sampling.temperature
+        except ValueError:
+            raise UserError(f"/retry takes a temperature, a number, not {rest!r}") from None
+        old = vars(self.sampling) | {"temperature": temperature}
+        self.show(self.session.retry(Sampling(**old)))
+
+    def do_undo(self, rest: str) -> None:
+        """take back the last question, its pictures and its answer"""
+        if self.waiting:
+            self.waiting = []
+            print("the pictures for the next question are taken back")
+        else:
+            print(f"taken back: {self.session.undo()}")
+
+    def do_reset(self, rest: str) -> None:
+        """start anew"""
+        self.session.reset()
+        self.waiting = []
+        print("a new talk")
+
+    def do_system(self, rest: str) -> None:
+        """[TEXT]  what the model is told before the talk; without a text the usual one"""
+        self.session.set_system(rest)
+        print("system text: " + (self.session.system or "the usual one"))
+
+    def do_save(self, rest: str) -> None:
+        """FILE.json|FILE.md  write the talk and its pictures"""
+        print("written: " + ", ".join(map(str, self.session.save(os.path.expanduser(rest)))))
+
+    def do_help(self, rest: str) -> None:
+        """this list"""
+        for name in self.commands():
+            print(f"  /{name} {getattr(self, f'do_{name}').__doc__}")
+        print("  /exit or Ctrl-D leaves, Ctrl-C stops an answer, Tab completes")
+
+    @classmethod
+    def commands(cls) -> list[str]:
+        return [name.removeprefix("do_") for name in vars(cls) if name.startswith("do_")]
+
+
+def stats_line(stats: Stats) -> str:
+    return (
+        f"[{stats.new_tokens} tokens at {stats.tokens_per_s:.1f}/s, the first after {stats.first_token_s:.2f} s; "
+        f"prompt {stats.prompt_tokens}, of them {stats.cached_tokens} cached; {stats.finish_reason}]"
+    )
+
+
+class _Completer(Completer):
+    """Commands, and paths after those that take one."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        self._commands = [f"/{name}" for name in (*commands, "exit")]
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        word, space, rest = document.text_before_cursor.partition(" ")
+        if word in ("/image", "/save") and space:
+            yield from self._paths.get_completions(Document(rest), event)
+        elif not space:
+            yield from (Completion(name, -len(word)) for name in self._commands if word and name.startswith(word))
+
+
+def line_reader(talk: Talk) -> Callable[[], str]:
+    """Lines with editing, completion and a history over talks; plain lines where the input is no terminal."""
+    if not sys.stdin.isatty():
+        return input
+    path = cache_root() / "chat_history"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    prompt: PromptSession[str] = PromptSession(
+        history=FileHistory(str(path)), completer=_Completer(talk.commands()), complete_while_typing=False
+    )
+    return lambda: prompt.prompt(f"[{len(talk.waiting)} picture(s)] > " if talk.waiting else "> ")
+
+
+def answer_file(
+    model: ChatModel, questions: Path, output: Path, folder: str | None, sampling: Sampling, system: str | None
+) -> int:
+    """Answer a LLaVA question file, each question alone, line by line into `output`; returns how many it answered.
+
+    Questions that `output` has answers of are left out, so a stopped run goes on where it was. A question that cannot
+    be answered holds up no other: UserError counts them at the end.
+    """
+    asked = read_questions(questions)
+    done = _answered(output)
+    left = [question for question in asked if json.dumps(question.id) not in done]
+    store = ImageStore(folder or questions.parent) if any(question.image for question in left) else None
+    failed: list[str] = []
+    try:
+        for question in tqdm(left, initial=len(asked) - len(left), total=len(asked), desc="answers", unit="question"):
+            try:
+                answer = _answer_alone(model, question, store, sampling, system)
+            except (UserError, BrokenSample) as error:
+                failed.append(f"question {question.id}: {error}")
+                continue
+            with output.open("a", encoding="utf-8") as file:
+                file.write(answer_line(question, answer, model.name))
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; the same command goes on with the rest ({output})", exit_code=130) from None
+    if failed:
+        raise UserError(f"{len(failed)} of {len(left)} question(s) could not be answered, the others are in {output}. "
+                        + "; ".join(failed[:3]))  # fmt: skip
+    return len(left)
+
+
+def _answer_alone(
+    model: ChatModel, question: Question, store: ImageStore | None, sampling: Sampling, system: str | None
+) -> str:
+    images = [store.load(question.image)] if store and question.image else []
+    return "".join(ChatSession(model, system=system).ask(question.text, images, sampling))
+
+
+def _answered(output: Path) -> set[str]:
+    """The ids, as JSON, of the answers in `output`; a line that a killed run left half written is cut off."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    *lines, rest = output.read_bytes().split(b"\n")
+    ids = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            answer = json.loads(line)
+            ids.add(json.dumps(answer["question_id"]))
+            whole = "answer_id" in answer  # a question has none
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{output} line {number} is not an answer; name another --output, or mend it")
+    start = b'{"question_id": '
+    if not rest.startswith(start[: len(rest)]):  # somebody's file is not cut
+        raise UserError(f"{output} does not end like a file of answers; name another --output")
+    os.truncate(output, sum(len(line) + 1 for line in lines))
+    return ids
+
+
+def chat_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/chat.py does."""
+    if bool(flags.input) != bool(flags.output):
+        raise UserError("--input and --output go together: a file of questions, and where the answers go")
+    sampling = Sampling(
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        max_new_tokens=flags.max_new_tokens,
+        stop=tuple(flags.stop or ()),
+        seed=flags.seed,
+    )
+    options = model_options(flags)
+    if flags.web:
+        _web(flags, options)
+        return
+    images = [load_picture(place) for place in flags.image_file or ()]
+    model = ChatModel.load(flags.model_path, **options)
+    if flags.input:
+        output = Path(flags.output)
+        count = answer_file(model, Path(flags.input), output, flags.image_folder, sampling, flags.system)
+        print(f"{count:,} new answers → {output}", file=sys.stderr)
+        return
+    session = ChatSession(model, system=flags.system)
+    talk = Talk(session, sampling, stats=flags.stats)
+    if flags.prompt is None:
+        print(f"{model.name}: {model.tokens_per_image} tokens for each picture, format {model.encoder.format.name}. "
+              "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
+        talk.waiting = images
+        talk.run(line_reader(talk))
+        return
+    answer = session.ask(flags.prompt, images, sampling)
+    try:
+        for piece in answer:
+            print(piece.translate(_CONTROL) if sys.stdout.isatty() else piece, end="", flush=True)
+    except KeyboardInterrupt:
+        raise Stopped("stopped", exit_code=130) from None
+    finally:
+        print(flush=True)
+    if flags.stats:
+        print(stats_line(session.last), file=sys.stderr)
+
+
+def _web(flags: argparse.Namespace, options: dict[str, Any]) -> None:
+    try:
+        from mllm.chat.web import launch
+    except ModuleNotFoundError as error:
+        raise UserError(f"--web needs the package {error.name}: pip install 'clips-mllm[chat]'") from None
+    names = [flags.model_path, *(flags.compare_with or ())]
+    if flags.compare_with and not flags.model_path:
+        names[0] = str(newest_model())
+    launch([name for name in names if name], host=flags.host, port=flags.port, **options)

@@ -1,0 +1,395 @@
+"""The web page: chat with a model, two models side by side, and what an image says to a CLIPS encoder.
+
+    launch(model_names, host="127.0.0.1", port=7860, …)      blocks until Ctrl-C; scripts/chat.py --web calls it
+
+The page fetches nothing from elsewhere: system fonts, no analytics, and a Content-Security-Policy that makes the
+browser refuse whatever is not on this server, also when a model answers with a link to a picture. What a visitor asks
+and uploads is kept for that visitor alone: talks in the memory of the browser session, files in a temporary folder that
+is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clips.common.errors import UserError
+from clips.data.demo import CONCEPTS
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel
+from mllm.chat.patch_map import Look, overlay
+from mllm.chat.web_style import CSS, THEME
+from mllm.chat.web_talk import _answer, _asking, _begin, _forget, _read, _ready, _stop, _Talk
+from mllm.data.demo import IMAGES, QUESTIONS
+from mllm.data.questions import read_questions
+from mllm.encoders.hub import resolve
+from mllm.encoders.load import newest_export
+from mllm.model.load import model_name, newest_model
+
+CONTENT_POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'; "
+    "frame-ancestors 'self'"
+)
+EXAMPLES = 6
+FILE_TYPES = ["image"]
+BARS = 8
+HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
+"""Of every event: no programming interface beside scripts/serve.py, no spinner over what is being read."""
+
+
+class _Models:
+    """The models by the names they were given by; each is loaded when it is first asked, and shared by all visitors."""
+
+    def __init__(self, names: Sequence[str], load: Callable[[str], ChatModel]) -> None:
+        self.names = list(names)
+        self.lines = {name: about(name) for name in names}
+        self._load, self._loaded, self._lock = load, {}, threading.Lock()
+
+    def get(self, name: str) -> ChatModel:
+        if name not in self.names:  # what the browser sends is not trusted
+            raise UserError(f"there is no model {name!r} here")
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(label, name): the short name where it is clear."""
+        short = list(map(model_name, self.names))
+        return [(s if short.count(s) == 1 else name, name) for s, name in zip(short, self.names, strict=True)]
+
+
+def about(name: str) -> str:
+    """One line: which model, which encoder, how many tokens an image takes. Read from files, nothing is loaded."""
+    directory = resolve(name, "model")
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        llm, vision = config["text_config"]["model_type"], config["vision_config"]["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model {name}: its config.json is not that of a LLaVA model ({error!r})") from None
+    card = directory / "README.md"
+    row = re.search(ENCODER_ROW, card.read_text() if card.is_file() else "", re.MULTILINE)
+    encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens"
+    if row:
+        encoder = f"{row['kind']} {row['run'] or Path(row['argument'] or '').name}".strip() + f", {row['facts']}"
+    return f"{model_name(name)} · language model {llm} · encoder {encoder}"
+
+
+ENCODER_ROW = (
+    r"^\| Vision encoder \| (?P<kind>\w+)(?::(?P<argument>\S+))? "
+    r"\(\w+ from (?:(?:\S*/)?(?P<run>[^/\s;]+)/export/hf_vit|[^;]+); (?P<facts>.+), layer .*\) \|$"
+)
+"""The card's line (`VisionEncoder.describe`), from which paths and layers are left out."""
+
+
+def example_questions(data: Path) -> list[tuple[str, str]]:
+    """(picture, question) of demo test scenes, one of each kind of question first; none where `data` is not there."""
+    if not (data / QUESTIONS).is_file():
+        return []
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for question in read_questions(data / QUESTIONS):
+        if question.image and (data / IMAGES / question.image).is_file():
+            kinds.setdefault(question.kind, []).append((str(data / IMAGES / question.image), question.text))
+    # One of each kind, then the second of each, …
+    turns = zip(*(_padded(found, EXAMPLES) for found in kinds.values()), strict=True)
+    return [example for turn in turns for example in turn if example][:EXAMPLES]
+
+
+def _padded(items: list[Any], length: int) -> list[Any]:
+    return [*items[:length], *[None] * (length - len(items))]
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+@contextlib.contextmanager
+def _friendly() -> Iterator[None]:
+    """Errors as a message in the page; what is not the visitor's mistake is printed in full in the terminal only."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), title="", print_exception=False) from None
+    except Exception:
+        traceback.print_exc()
+        raise gr.Error("The server met an error; its terminal says which.", print_exception=False) from None
+
+
+def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
+    """The components and events of one tab with `columns` conversations under one box."""
+    talk = gr.State(_Talk())
+    chosen, lines, chats, remarks = [], [], [], []
+    many = len(models.names) > 1
+    if columns > 1 and not many:
+        gr.Markdown("One model is here. To compare two, start with `--compare-with MODEL`.", elem_classes="about")
+    with gr.Row():
+        for column in range(columns):
+            with gr.Column(min_width=300):
+                name = models.names[min(column, len(models.names) - 1)]
+                choice = gr.Dropdown(
+                    models.choices(), value=name, label="Model", container=False, visible=many or "hidden"
+                )
+                lines.append(gr.Markdown(models.lines[name], elem_classes="about"))
+                chosen.append(choice)
+                chats.append(_chatbot(examples if columns == 1 else examples[:2]))
+                remarks.append(gr.Markdown(elem_classes="remark"))
+    box = gr.MultimodalTextbox(
+        placeholder="Ask about a picture: paste, drop or attach it",
+        file_types=FILE_TYPES, file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
+    )  # fmt: skip
+    clear = gr.Button("New conversation", size="sm", variant="secondary")
+    with gr.Row():
+        with gr.Column(min_width=300), gr.Accordion("Settings", open=False):
+            temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word")
+            length = gr.Slider(
+                1, limits.new_tokens, min(256, limits.new_tokens), step=1, label="Longest answer", info="in tokens"
+            )
+        with gr.Column(min_width=300), gr.Accordion("Camera", open=False):
+            camera = _Picture(sources=["webcam"], show_label=False, height=280)
+
+    def begin(message: dict[str, Any], talk: _Talk) -> dict[str, Any]:
+        return _begin(message, talk, columns, limits)
+
+    def answer(column: int, again: bool) -> Callable[..., Iterator[tuple[Any, Any, str]]]:
+        def stream(talk: _Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
+            yield from _answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
+            yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice: what came since would be undone
+
+        return stream
+
+    def undo(column: int) -> Callable[[_Talk], tuple[Any, Any, Any]]:
+        def take_back(talk: _Talk) -> tuple[Any, Any, Any]:
+            if talk.busy or column not in talk.sessions:
+                return gr.skip(), gr.skip(), gr.skip()
+            text = talk.sessions[column].undo()
+            *talk.messages[column], question, _ = talk.messages[column]
+            files = [part["path"] for part in question["content"] if "path" in part]
+            return talk.messages[column], {"text": text, "files": files}, ""
+
+        return take_back
+
+    def switch(column: int) -> Callable[[str, _Talk], tuple[Any, ...]]:
+        def other(name: str, talk: _Talk) -> tuple[Any, ...]:
+            _forget(talk, column)
+            return models.lines[name], [], "", _ready(talk)
+
+        return other
+
+    def new(talk: _Talk) -> list[Any]:
+        for column in range(columns):
+            _forget(talk, column)
+        return [*[[]] * columns, *[""] * columns, _ready(talk, value=None)]
+
+    def pick(event: gr.SelectData) -> dict[str, Any]:
+        if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
+            raise UserError("there is no such example")
+        path, text = examples[event.index]  # never a path that a browser sends: gradio would hand out that file
+        return {"text": text, "files": [path]}
+
+    def snap(path: str | None, message: dict[str, Any] | None) -> tuple[Any, Any]:
+        if path is None:
+            return gr.skip(), gr.skip()
+        message = message or {}
+        return {"text": message.get("text", ""), "files": [*message.get("files", []), path]}, None
+
+    started = [box.submit(_shown(begin), [box, talk], box, **HIDDEN)]
+    for chat in chats:
+        picked = chat.example_select(_shown(pick), None, box, **HIDDEN)
+        started.append(picked.success(_shown(begin), [box, talk], box, **HIDDEN))
+    for column, (chat, remark) in enumerate(zip(chats, remarks, strict=True)):
+        inputs, outputs = [talk, chosen[column], temperature, length], [chat, box, remark]
+        for start in started:
+            start.success(answer(column, again=False), inputs, outputs, **HIDDEN)
+        chat.retry(_asking, None, box, queue=False, **HIDDEN).then(
+            answer(column, again=True), inputs, outputs, **HIDDEN
+        )
+        chat.undo(_shown(undo(column)), talk, outputs, **HIDDEN)
+        changed = [lines[column], chat, remark, box]
+        chosen[column].change(_shown(switch(column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
+    box.stop(_shown(_stop), talk, box, queue=False, **HIDDEN)
+    clear.click(_shown(new), talk, [*chats, *remarks, box], queue=False, **HIDDEN)
+    camera.input(_shown(snap), [camera, box], [box, camera], **HIDDEN)
+
+
+def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its errors shown in the page."""
+    return _friendly()(function)
+
+
+def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False, layout="bubble", buttons=["copy"],
+        # A typed * is shown as typed.
+        render_markdown=False, feedback_options=None, elem_classes="chat", container=False, allow_file_downloads=False,
+        placeholder="### Ask about a picture",
+        examples=[{"text": text, "files": [path], "icon": path} for path, text in examples] or None,
+    )  # fmt: skip
+
+
+class _Picture(gr.Image):
+    """A picture as the path of its file: only clips/data/images.py opens what strangers send."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload.path if payload is not None else None
+
+
+# ---------------------------------------------------------------------------------------------- the encoder's view
+def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits) -> None:
+    """The tab with zero-shot bars and the patch map."""
+    first = next(iter(looks))
+    with gr.Row(elem_classes="encoder"):
+        with gr.Column(min_width=300):
+            encoder = gr.Dropdown(
+                list(looks), value=first, label="Encoder", container=False, visible=len(looks) > 1 or "hidden"
+            )
+            picture = _Picture(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
+            if examples:
+                gr.Examples([[path] for path, _ in examples[:5]], picture, label="Demo scenes")
+            word = gr.Textbox(label="Look for", placeholder="a word or a sentence", submit_btn=True)
+        with gr.Column(min_width=300):
+            heat = gr.Image(show_label=False, format="png", interactive=False, buttons=[], height=340)
+            remark = gr.Markdown(elem_classes="remark")
+            bars = gr.Label(label="Which label?", num_top_classes=BARS, show_heading=False)
+            with gr.Accordion("Labels to choose from", open=False):
+                labels = gr.Textbox(
+                    ", ".join(CONCEPTS), label="Labels", show_label=False, container=False, lines=4, max_lines=8
+                )
+
+    def see(encoder: str, path: str | None, word: str, labels: str) -> tuple[Any, Any, str]:
+        if path is None:
+            return None, None, "Add a picture."
+        if encoder not in looks:
+            raise UserError(f"there is no encoder {encoder!r} here")
+        if len(word) + len(labels) > limits.prompt_chars:
+            raise UserError(f"word and labels have more than {limits.prompt_chars:,} characters")
+        look, image, names = looks[encoder](), _read(path, limits), labels.replace("\n", ",").split(",")
+        odds = look.zero_shot(image, names)
+        word = word.strip() or next(iter(odds))
+        match = look.match(image, word, names)
+        text = (
+            f"“{word}”: similarity {match.similarity:.2f}, that of an average label {match.usual:.2f}. The map says "
+            f"where the difference comes from; the strongest of {match.patches.size} patches adds "
+            f"{match.patches.max():.2f}."
+        )
+        return odds, overlay(image, match.patches), text
+
+    inputs, outputs = [encoder, picture, word, labels], [bars, heat, remark]
+    changes = [picture.change, word.submit, labels.submit, labels.blur, encoder.change]
+    gr.on(changes, _shown(see), inputs, outputs, trigger_mode="always_last", **HIDDEN)
+
+
+def build(
+    models: _Models, looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits
+) -> gr.Blocks:
+    """The page; `looks` are the encoders of its third tab, which is left out where there is none."""
+    with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML("<h1>CLIPS-MLLM</h1>", elem_classes="title", padding=False)
+        with gr.Tab("Chat"):
+            _conversation(models, 1, examples, limits)
+        with gr.Tab("Side by side"):
+            _conversation(models, 2, examples, limits)
+        if looks:
+            with gr.Tab("Encoder"):
+                _encoder_view(looks, examples, limits)
+    return page.queue(max_size=limits.waiting)
+
+
+class _ContentPolicy:
+    """Adds CONTENT_POLICY to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", CONTENT_POLICY.encode())
+                message["headers"] = [*message.get("headers", []), policy]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+def launch(
+    model_names: Sequence[str] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    dtype: str = "auto",
+    bits: int = 16,
+    conv_mode: str = "auto",
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    runs: Path | str = "runs",
+    data: Path | str = "data/llava_demo",
+    block: bool = True,
+) -> gr.Blocks:
+    """Serve the page at http://host:port until Ctrl-C, or with `block=False` in the background (`close()` ends it).
+
+    `model_names`: directories or hub ids, the first for the chat, the first two for the side-by-side; without any, all
+    that were trained under `runs`, newest first. The first is loaded now, others when they are asked. Encoders are the
+    newest CLIPS and CLIP exports under `runs`; examples come from the demo questions in `data`.
+    Raises UserError for a model that cannot be opened and for a port that is taken.
+    """
+    names = list(dict.fromkeys(model_names)) or _trained(Path(runs))
+    models = _Models(
+        names, lambda name: ChatModel.load(name, device=device, dtype=dtype, bits=bits, conv_mode=conv_mode)
+    )
+    models.get(names[0])
+    folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder.name  # the only way to tell gradio where uploads go
+    page = build(models, _looks(Path(runs), device), example_questions(Path(data)), limits)
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
+            pwa=False, mcp_server=False, run_history=False, footer_links=[], max_file_size=limits.image_bytes,
+            theme=THEME, css=CSS, app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
+        )  # fmt: skip
+    except OSError:
+        raise UserError(f"port {port} of {host} cannot be used: another program has it; choose one by --port") from None
+    page.folder = folder  # lives as long as the page
+    print(f"The page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    if block:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
+        page.block_thread()
+    return page
+
+
+def _trained(runs: Path) -> list[str]:
+    newest = newest_model(runs)  # says what to do where there is none
+    found = sorted(runs.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return list(dict.fromkeys(map(str, [newest, *(path.parent for path in found)])))
+
+
+def _looks(runs: Path, device: str) -> dict[str, Callable[[], Look]]:
+    """The newest CLIPS and CLIP exports by name, each opened once, when it is first needed."""
+    looks = {}
+    for objective in ("clips", "clip"):
+        with contextlib.suppress(UserError):  # none was trained
+            export = newest_export(runs, objective)
+            looks[f"{objective} · {export.parent.name}"] = _once(lambda export=export: Look.load(export, device=device))
+    return looks
+
+
+def _once(load: Callable[[], Look]) -> Callable[[], Look]:
+    lock, loaded = threading.Lock(), []
+
+    def get() -> Look:
+        with lock:
+            if not loaded:
+                loaded.append(load())
+            return loaded[0]
+
+    return get

@@ -1,0 +1,177 @@
+"""The talk behind the web page: who asks, what is shown, and how an answer is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from clips.common.errors import UserError
+from mllm.chat.limits import Limits, read_image
+from mllm.chat.model import ChatModel, Sampling, Stats
+from mllm.chat.session import ChatSession
+
+SHOWN_EVERY_S = 0.1
+"""A page that draws every token of a quick model has no time left for the visitor's clicks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    text: str
+    images: list[Image.Image]
+    message: dict[str, Any]
+    """What was in the box: `text` and `files`."""
+
+    def content(self) -> list[dict[str, Any]]:
+        """What the chat shows of it."""
+        pictures = [{"path": path} for path in self.message["files"]]
+        return [*pictures, {"type": "text", "text": _literal(self.text)}] if self.text else pictures
+
+
+@dataclass
+class _Talk:
+    """What one browser session asked in one tab; a column is one conversation with one model."""
+
+    sessions: dict[int, ChatSession] = field(default_factory=dict)
+    messages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    waiting: dict[int, _Question] = field(default_factory=dict)
+    """Questions that a column has not begun to answer."""
+    running: dict[int, threading.Event] = field(default_factory=dict)
+    """Of each column that is answering, what stops it."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
+def _literal(text: str) -> str:
+    """`text` for the chat, which takes it for HTML: a typed <image> is shown as typed."""
+    return html.escape(text, quote=False)
+
+
+def _read(path: str, limits: Limits) -> Image.Image:
+    with open(path, "rb") as file:
+        return read_image(file.read(limits.image_bytes + 1), limits)
+
+
+def _asking(**value: Any) -> dict[str, Any]:
+    """The question's box with its button for stopping."""
+    return gr.update(submit_btn=False, stop_btn=True, **value)
+
+
+def _ready(talk: _Talk, **value: Any) -> dict[str, Any]:
+    """The box with its button for sending; while something is answered, the button is left to the end of that.
+
+    Events reach the browser in any order: one that said "still answering" could come after the answer's end.
+    """
+    return gr.update(**{} if talk.busy else {"submit_btn": True, "stop_btn": False}, **value)
+
+
+def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -> dict[str, Any]:
+    """Take a question with its pictures; what is wrong with it is said, and then it stays in the box."""
+    if talk.busy:
+        raise UserError("The last question is still being answered: wait, or stop it.")
+    text, paths = (message.get("text") or "").strip(), message.get("files") or []
+    if not text and not paths:
+        raise UserError("Ask something, or add a picture.")
+    if len(text) > limits.prompt_chars:
+        raise UserError(f"The question has {len(text):,} characters, the limit is {limits.prompt_chars:,}.")
+    if len(paths) > limits.images:
+        raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
+    images = [_read(path, limits) for path in paths]
+    question = _Question(text=text, images=images, message={"text": text, "files": paths})
+    talk.waiting = dict.fromkeys(range(columns), question)
+    return _asking(value=None)
+
+
+def _stop(talk: _Talk) -> dict[str, Any]:
+    """End what is being answered and drop what waits."""
+    talk.waiting.clear()
+    for cancel in list(talk.running.values()):
+        cancel.set()
+    return _ready(talk)
+
+
+def _forget(talk: _Talk, column: int) -> None:
+    """Begin a new conversation in one column."""
+    for kept in (talk.sessions, talk.messages, talk.waiting):
+        kept.pop(column, None)
+    if (cancel := talk.running.pop(column, None)) is not None:
+        cancel.set()
+
+
+def _answer(
+    talk: _Talk,
+    column: int,
+    model: Callable[[], ChatModel],
+    temperature: float,
+    length: float,
+    limits: Limits,
+    again: bool,
+) -> Iterator[tuple[Any, Any, str]]:
+    """Stream (messages, box, remark) of one column: the answer to its waiting question, or `again` to its last one."""
+    question = talk.waiting.pop(column, None)
+    if column in talk.running or (question is None and not again):
+        yield gr.skip(), _ready(talk), gr.skip()
+        return
+    cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
+    begin, before = time.monotonic(), talk.messages.get(column, [])
+    asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
+    text, remark, late, shown_at = "", "", False, 0.0
+    box = {"value": question.message} if question else {}  # comes back where nothing is answered
+    try:
+        yield asked, gr.skip(), "…"
+        sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), limits.new_tokens))
+        loaded, session = model(), talk.sessions.get(column)
+        if session is None or session.model is not loaded:
+            session = ChatSession(loaded)
+            if talk.running.get(column) is cancel:  # else a new conversation began while the model was loaded
+                talk.sessions[column] = session
+        pieces = (
+            session.retry(sampling, cancel) if again else session.ask(question.text, question.images, sampling, cancel)
+        )
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                text += piece
+                if late := time.monotonic() - begin > limits.seconds:
+                    cancel.set()
+                if talk.running.get(column) is cancel and time.monotonic() - shown_at > SHOWN_EVERY_S:
+                    shown_at = time.monotonic()
+                    talk.messages[column] = [*asked, {"role": "assistant", "content": _literal(text)}]
+                    yield talk.messages[column], gr.skip(), "…"
+        shown, remark, box = [*asked, {"role": "assistant", "content": _literal(text)}], _remark(session.last, late), {}
+    except UserError as error:
+        shown = before
+        gr.Warning(str(error), title="")
+    except Exception:
+        shown = before
+        traceback.print_exc()
+        gr.Warning("The server met an error; its terminal says which.", title="")
+    finally:
+        mine = talk.running.get(column) is cancel
+        if mine:
+            del talk.running[column]
+    if mine:
+        talk.messages[column] = shown
+        yield shown, _ready(talk, **box), remark
+    else:  # what was sent before may reach the browser after the new conversation did
+        yield talk.messages.get(column, []), gr.skip(), gr.skip()
+
+
+def _remark(stats: Stats, late: bool) -> str:
+    """What an answer took, and why it ended where that is not plain to see."""
+    ended = {
+        "stop": "",
+        "length": " · cut off at the longest length",
+        "cancelled": " · cut off, it took too long" if late else " · stopped",
+    }
+    speed = f", then {stats.tokens_per_s:.0f} tokens/s" if stats.tokens_per_s else ""
+    return f"{stats.new_tokens} tokens · first after {stats.first_token_s:.1f} s{speed}{ended[stats.finish_reason]}"

@@ -1,0 +1,501 @@
+"""The report of a comparison: report.json, report.md, and report.html, one page that needs no network.
+
+Everything stands in report.json (mllm/compare/figures.py); the two others are readings of it. Differences are shown
+in percentage points, and are a win or a loss only where their interval leaves zero out.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+
+from clips.common.files import write_atomically
+from clips.common.page import Table, data_uri, html_page, section, themed, tile_row
+from clips.common.plots import SERIES, Theme, pretty
+from mllm.compare.figures import PROBE
+from mllm.data.images import ImageStore
+
+SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
+INTRINSIC = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
+"""Figures of the encoder itself that are set against the accuracy downstream."""
+THUMBNAIL = 160
+Report = dict[str, Any]
+
+
+def write_report(report: Report, output: Path, image_folder: Path | None) -> Path:
+    """Write the three files into `output`, the examples' pictures taken from `image_folder`; returns the page."""
+    write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(output / "report.md", markdown(report))
+    store = ImageStore(image_folder) if image_folder else None
+    page = output / "report.html"
+    write_atomically(page, _page(report, store))
+    return page
+
+
+# ---------------------------------------------------------------------------------------------- words and numbers
+def metric_name(metric: str) -> str:
+    return "CIDEr-D" if metric == "cider_d" else "all questions" if metric == "accuracy" else metric.partition("/")[2]
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.2f}" if metric == "cider_d" else f"{100 * value:.1f}"
+
+
+def _difference(metric: str, value: float) -> str:
+    return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
+
+
+def _spread(metric: str, figure: dict[str, Any]) -> str:
+    return _value(metric, figure["mean"]) + (f" ± {_value(metric, figure['sd'])}" if figure["sd"] is not None else "")
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"[{_difference(row['metric'], row['ci95'][0])}, {_difference(row['metric'], row['ci95'][1])}]"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """A difference in overall accuracy in words."""
+    a, b, points = row["a"], row["b"], f"{abs(100 * row['mean']):.1f} points {_interval(row)}"
+    if row["verdict"] == "tie":
+        needed = row["items_needed"]
+        seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
+        return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {seen}."
+    return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} questions right than {b}."
+
+
+def floors(report: Report) -> list[str]:
+    """What the floors say: who does not stand above `blind`."""
+    encoders = [name for name in report["encoders"] if name.partition(":")[0] == "blind"]
+    below = []
+    for row in report["differences"]:
+        if row["metric"] == "accuracy" and {row["a"], row["b"]} & set(encoders):
+            other, verdict = (row["a"], row["verdict"]) if row["b"] in encoders else (row["b"], _turned(row["verdict"]))
+            if verdict != "win" and other not in encoders:
+                below.append(f"{other} does not beat blind beyond the interval: no use of its pictures was shown.")
+    return below
+
+
+def _turned(verdict: str) -> str:
+    return {"win": "loss", "loss": "win", "tie": "tie"}[verdict]
+
+
+def controls(report: Report) -> list[str]:
+    settings = report["settings"]
+    trains = "; ".join(
+        f"{name}: {stage['samples']:,} samples in batches of {stage['batch_size']}, "
+        + ", ".join(f"{part} {how}" for part, how in stage["trains"].items())
+        for name, stage in settings["stages"].items()
+    )
+    points = [
+        f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
+        "steps, rates, start of the adapters and way that the projector starts "
+        f"({settings['stages']['align']['projector'].partition(', seed')[0]}; a fit is to each encoder's own features, "
+        "and the same at every budget). Not equal: the encoder alone.",
+        f"Stages: {trains}.",
+        f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
+    ]
+    points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
+    kinds = {name.partition(":")[0] for name in report["encoders"]}
+    points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
+    seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
+    return points + [f"Pretrained with this project: {'; '.join(filter(None, seen))}."] * any(seen)
+
+
+FLOORS = {
+    "blind": "blind gives the same tokens for every picture; what it gets right, the questions alone give away.",
+    "random": "random is the architecture of the CLIPS encoder, untrained, another one for each seed.",
+}
+
+
+def _pretraining(name: str, runs: list[dict[str, Any]]) -> str:
+    if not runs:
+        return ""
+    different = len({run["run"] for run in runs})
+    return f"{name}: {runs[0]['samples']:,} samples in {runs[0]['steps']:,} steps, {different} run(s)"
+
+
+def not_shown(report: Report) -> list[str]:
+    settings = report["settings"]
+    points = []
+    if settings["is_demo"]:
+        points.append(
+            "The demo's pictures are drawings on plain colours. These figures show that the path works and that the "
+            "measurement tells encoders apart; they are no evidence about photographs."
+        )
+        points.append(
+            "The stages' rates and the start of the projector were tuned on the demo with a CLIPS encoder: what suits "
+            "another one better was not looked for."
+        )
+    if settings["budget_share"] < 1:
+        points.append(
+            f"Each stage saw {settings['budget_share']:.0%} of the samples that train_llava.sh gives it"
+            + (" (--quick)" if settings["quick"] else "")
+            + ": models trained to the end are better, and their differences may be others."
+        )
+    few = [
+        f"{count} of {name}"
+        for name, count in settings["distinct_encoders"].items()
+        if count < settings["seeds"] and name.partition(":")[0] not in FLOORS
+    ]
+    if few:
+        points.append(
+            f"{settings['seeds']} training runs stand on fewer different encoders ({', '.join(few)}): intervals hold "
+            "for these encoders, not for the methods that made them (--pretraining-seeds, or {seed} in a path)."
+        )
+    seen = {run["samples"] for encoder in report["encoders"].values() for run in encoder["pretraining"]}
+    if len(seen) > 1:
+        points.append(
+            "The encoders pretrained with this project saw different numbers of samples: what differs between them is "
+            "not their method alone."
+        )
+    if settings["seeds"] < 3:
+        points.append(
+            f"{settings['seeds']} seed(s): the interval says little or nothing about other training runs (in "
+            "simulations with two, it covers the truth in as few as 89 % of the cases)."
+        )
+    points.append(
+        "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
+        "what it could learn in training is not measured."
+    )
+    return points
+
+
+STATISTICS = (
+    "± is the standard deviation over seeds. Brackets are 95 % intervals from a paired bootstrap: pictures (with all "
+    "questions about them) and seeds (one fewer than there are) are drawn with replacement, both models together, and "
+    "widened by Student's t, since so few seeds tell their own spread badly. They speak of other questions and other "
+    "training runs, and alone decide win, tie or loss; they are not corrected for their number. McNemar's exact test "
+    "speaks of other questions to these very models (an item counts for the model that is right in more runs, and "
+    "questions about one picture as independent); Holm's correction is over the kinds of one pair. “Needed” is the "
+    "number of questions with which the interval would find a difference of the size seen with power 0.8; – where "
+    "more questions alone would not do."
+)
+INTRINSIC_NOTE = (
+    "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
+    "sees and is measured the same way for all; retrieval (one sentence an image; parts: several captions) and "
+    "zero-shot come from the pretraining run and need a text tower, which random and blind have not."
+)
+
+
+def headline_table(report: Report) -> Table:
+    metrics = list(next(iter(report["encoders"].values()))["metrics"])
+    rows = [
+        [name, *(_spread(metric, encoder["metrics"][metric]) for metric in metrics)]
+        for name, encoder in report["encoders"].items()
+    ]
+    return Table(["encoder", *map(metric_name, metrics)], rows)
+
+
+def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any]], str]) -> Table:
+    head = ["", "difference", "95 % interval", "verdict", "McNemar p", "Holm p", "questions", "needed"]
+    lines = []
+    for row in rows:
+        numbers = [_difference(row["metric"], row["mean"]), _interval(row), SIGNS[row["verdict"]]]
+        numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
+        lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
+    return Table(head, lines)
+
+
+def intrinsic_table(report: Report) -> Table | None:
+    encoders = report["encoders"]
+    every = dict.fromkeys(name for encoder in encoders.values() for name in encoder["intrinsic"])
+    names = [name for name in INTRINSIC if name in every]
+    names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
+    chance = {n: next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names}
+    rows = [
+        [name, *(_percent(encoder["intrinsic"].get(figure)) for figure in names)] for name, encoder in encoders.items()
+    ]
+    rows.append(["chance", *(f"{chance[name]:.1f}" for name in names)])
+    return Table(["encoder", *map(intrinsic_name, names)], rows) if names else None
+
+
+def intrinsic_name(name: str) -> str:
+    return "linear probe" if name == PROBE else pretty(name)
+
+
+def _percent(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    varies = len(set(figure["by_seed"])) > 1  # not where one encoder serves all seeds
+    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if varies else "")
+
+
+def cost_table(report: Report) -> Table:
+    parts = ("align", "instruct", "evaluation", "benchmarks")
+    parts = [part for part in parts if any(part in cell["cost"] for cell in report["cells"])]
+    rows, every = [], [sum(cell["cost"].values()) for cell in report["cells"]]
+    for cell, together in zip(report["cells"], every, strict=True):
+        seconds = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]
+        rows.append([f"{cell['encoder']}, seed {cell['seed']}", *seconds, f"{together:.0f}"])
+    rows.append(["all cells", *("" for _ in parts), f"{sum(every):.0f}"])
+    return Table(["seconds", *parts, "together"], rows)
+
+
+def benchmarks_table(report: Report) -> Table | None:
+    encoders = report["encoders"]
+    names = list(next(iter(encoders.values()))["benchmarks"])
+    rows = [[n, *(f"{_raw(e['benchmarks'][n])}" for e in encoders.values())] for n in names]
+    return Table(["lmms-eval", *encoders], rows) if names else None
+
+
+def _raw(figure: dict[str, Any]) -> str:
+    return f"{figure['mean']:.4g}" + (f" ± {figure['sd']:.2g}" if figure["sd"] is not None else "")
+
+
+def _pairs(report: Report) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["differences"]:
+        pairs.setdefault((row["a"], row["b"]), []).append(row)
+    return pairs
+
+
+def _overall(report: Report) -> list[dict[str, Any]]:
+    return [row for row in report["differences"] if row["metric"] == "accuracy"]
+
+
+def _summary(report: Report) -> str:
+    settings = report["settings"]
+    line = f"{len(report['encoders'])} encoders × {settings['seeds']} seeds · {settings['language_model']}"
+    return f"{line} · {report['time']}" + (" · quick budget" if settings["quick"] else "")
+
+
+def _environment(report: Report) -> str:
+    found = report["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())
+    return (
+        f"{found.get('cores', '?')} cores ({found.get('device', '?')}), {found.get('jobs', '?')} cells at a time, "
+        f"{found.get('platform', '')}, Python {found.get('python', '')}; {packages}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- markdown
+def markdown(report: Report) -> str:
+    """The report as text; examples' pictures are in the page only."""
+    parts = ["# What the encoder is worth", _summary(report)]
+    if overall := _overall(report):
+        parts.append("\n".join(f"- {line}" for line in [*map(sentence, overall), *floors(report)]))
+    if report["differences"]:
+        parts += ["## Answers", ANSWERS_NOTE, headline_table(report).markdown()]
+        parts += ["## Differences", STATISTICS]
+        for (a, b), rows in _pairs(report).items():
+            parts += [f"### {a} − {b}", differences_table(rows, lambda row: metric_name(row["metric"])).markdown()]
+    if table := benchmarks_table(report):
+        parts += ["## Benchmarks (lmms-eval)", table.markdown()]
+    if table := intrinsic_table(report):
+        parts += ["## The encoders themselves", INTRINSIC_NOTE, table.markdown()]
+    parts += ["## Controls", "\n".join(f"- {line}" for line in controls(report))]
+    parts += ["## What is not shown", "\n".join(f"- {line}" for line in not_shown(report))]
+    parts += ["## Cost", cost_table(report).markdown(), _environment(report), f"```\n{report['command']}\n```"]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- the page
+STYLE = """
+.forest { display: grid; gap: 9px; } .forest > div { display: grid; gap: 2px 14px; align-items: center;
+  grid-template-columns: minmax(130px, 22%) 1fr minmax(225px, auto); font-variant-numeric: tabular-nums; }
+.forest span:last-child { white-space: nowrap; } .track { position: relative; height: 16px; background: linear-gradient(
+  var(--line), var(--line)) center / 100% 1px no-repeat; }
+.track u { position: absolute; left: 50%; top: -4px; bottom: -5px; width: 1px; background: var(--soft); }
+.track i { position: absolute; top: 6px; height: 4px; border-radius: 2px; background: currentColor; }
+.track b { position: absolute; top: 3px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
+  background: currentColor; }
+.win { color: var(--good); } .loss { color: var(--bad); } .tie { color: var(--soft); }
+.axis { color: var(--soft); font-size: .78rem; } .axis span { display: grid; text-align: center;
+  grid-template-columns: 1fr 1fr 1fr; }
+.axis i:first-child { text-align: left; } .axis i:last-child { text-align: right; }
+.kinds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px 28px; }
+.kinds h3, .sub { font-size: .92rem; margin: 0 0 4px; } .sub { margin: 18px 0 8px; }
+ul { margin: 0; padding-left: 20px; } li { margin: 5px 0; max-width: 82ch; } li.big { font-size: 1.04rem; }
+.answers { font-size: .9rem; } .answers dd b { font-weight: 600; } details { margin-top: 14px; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 640px) { .forest > div { grid-template-columns: 1fr auto; } .forest .track { grid-row: 2;
+  grid-column: 1 / -1; } .forest .axis span:first-child, .forest .axis span:last-child { display: none; }
+  .forest .axis span { grid-column: 1 / -1; } }
+"""
+
+
+def _page(report: Report, store: ImageStore | None) -> str:
+    overall, pairs = _overall(report), _pairs(report)
+    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
+    sections = []
+    if overall:
+        says = "".join(f'<li class="big">{html.escape(line)}</li>' for line in map(sentence, overall))
+        says += "".join(f"<li>{html.escape(line)}</li>" for line in floors(report))
+        demo = not_shown(report)[0] if report["settings"]["is_demo"] else ""
+        sections += [
+            tile_row(_tiles(report)),
+            section("What was found", html.escape(demo), f"<ul>{says}</ul>"),
+        ]
+    if report["differences"]:
+        sections += [
+            section("Answers", ANSWERS_NOTE, headline_table(report).html()),
+            section("Differences, points", DIFFERENCES_NOTE, _differences(overall, pairs)),
+        ]
+    if overall:
+        sections.append(section("Kinds of question, % right", "Mean over seeds.", _kinds(report, colours)))
+    if table := benchmarks_table(report):
+        rows = report["benchmark_differences"]
+        sections.append(section("Benchmarks", BENCHMARKS_NOTE, table.html() + _benchmark_differences(rows)))
+    if table := intrinsic_table(report):
+        measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
+        plots = "".join(
+            themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
+            for name in INTRINSIC[:3]
+            if overall and name in measured
+        )
+        content = f'{table.html()}<br><div class="curves">{plots}</div>'
+        sections.append(section("The encoders themselves", html.escape(INTRINSIC_NOTE), content))
+    cards = "".join(_example_card(example, store) for example in report["examples"])
+    sections += [
+        section("Where two models differ", EXAMPLES_NOTE, cards),
+        section("Controls", "", _list(controls(report))),
+        section("What is not shown", "", _list(not_shown(report))),
+        section("Cost", "Wall-clock seconds of each cell, on the cores that it shared.", cost_table(report).html()),
+        section("Environment", html.escape(_environment(report)), _command(report)),
+    ]
+    return html_page("What the encoder is worth", _summary(report), "".join(sections), STYLE)
+
+
+DIFFERENCES_NOTE = "95 % intervals over other questions and other training runs; they alone decide win, tie or loss."
+ANSWERS_NOTE = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
+BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
+EXAMPLES_NOTE = (
+    "Seed 0, drawn at random among the questions that one of the first two encoders' models got right and the other "
+    "did not; as many of each way as there are, so they say how the models differ, not how often."
+)
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    tiles = []
+    for name, encoder in report["encoders"].items():
+        figure = encoder["metrics"]["accuracy"]
+        seeds = len(figure["by_seed"])
+        note = f"± {100 * figure['sd']:.1f} over {seeds} seeds" if figure["sd"] is not None else "one seed"
+        tiles.append((f"{100 * figure['mean']:.1f} %", f"{name}: right answers", note))
+    return tiles
+
+
+def _differences(overall: list[dict[str, Any]], pairs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    content = ""
+    if overall:
+        numbers = differences_table(overall, _pair_name).html()
+        content = f"{_forest(overall, _pair_name)}<details><summary>Tests and numbers</summary>{numbers}</details>"
+    how = f'<p class="note">{html.escape(STATISTICS)}</p>'
+    content += f"<details><summary>How intervals and tests are made</summary>{how}</details>"
+    for i, ((a, b), rows) in enumerate(pairs.items()):
+        title = html.escape(f"{a} − {b}, by kind of question" if overall else f"{a} − {b}")
+        kinds = [row for row in rows if "/" in row["metric"]]
+        table = differences_table(rows, lambda row: metric_name(row["metric"])).html()
+        forest = _forest(kinds, lambda row: metric_name(row["metric"])) if kinds else ""
+        content += f"<details{' open' if i == 0 else ''}><summary>{title}</summary><br>{forest}<br>{table}</details>"
+    return content
+
+
+def _pair_name(row: dict[str, Any]) -> str:
+    return f"{row['a']} − {row['b']}"
+
+
+def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> str:
+    """A row for each difference: interval and mean against zero, on one scale."""
+    reach = max((abs(end) for row in rows for end in row["ci95"]), default=0.0) * 1.05 or 1.0
+
+    def place(value: float) -> float:
+        return 50 + 50 * value / reach
+
+    lines = ""
+    for row in rows:
+        low, high = map(place, row["ci95"])
+        numbers = f"{_difference(row['metric'], row['mean'])} {_interval(row)}"
+        lines += (
+            f'<div class="{row["verdict"]}"><span style="color:var(--ink)">{html.escape(name(row))}</span>'
+            f'<span class="track"><u></u><i style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
+            f'<b style="left:{place(row["mean"]):.2f}%"></b></span>'
+            f"<span>{numbers} {SIGNS[row['verdict']]}</span></div>"
+        )
+    ends = f"<span><i>−{100 * reach:.0f}</i><i>0</i><i>+{100 * reach:.0f} points</i></span>"
+    return f'<div class="forest">{lines}<div class="axis"><span></span>{ends}<span></span></div></div>'
+
+
+def _kinds(report: Report, colours: dict[str, str]) -> str:
+    metrics = [name for name in next(iter(report["encoders"].values()))["metrics"] if name.startswith("accuracy")]
+    blocks = ""
+    for metric in metrics:
+        bars = "".join(
+            f'<div class="bar"><span>{html.escape(name)}</span><span><i style="width:'
+            f'{100 * encoder["metrics"][metric]["mean"]:.1f}%;background:{colours[name]}"></i></span>'
+            f"<span>{_value(metric, encoder['metrics'][metric]['mean'])}</span></div>"
+            for name, encoder in report["encoders"].items()
+        )
+        items = next(iter(report["encoders"].values()))["metrics"][metric]["items"]
+        blocks += f"<div><h3>{html.escape(metric_name(metric))} <small>({items:,})</small></h3>{bars}</div>"
+    return f'<div class="kinds">{blocks}</div>'
+
+
+def _benchmark_differences(rows: list[dict[str, Any]]) -> str:
+    table = []
+    for row in rows:
+        interval = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
+        table.append([f"{_pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
+    return f"<details><summary>Differences</summary>{Table(['', 'mean', '95 % interval'], table).html()}</details>"
+
+
+def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Theme) -> Plot:
+    """Right answers of each cell against a figure of its encoder: does a better encoder give a better model?"""
+    plot = Plot(figsize=(4, 3.1), dpi=130, facecolor=theme.paper, layout="constrained")
+    axes = plot.add_subplot(facecolor=theme.paper)
+    axes.set_title("right answers, %", loc="left", fontsize=9.5, color=theme.ink)
+    axes.set_xlabel(f"{intrinsic_name(figure)}, %", fontsize=9.5, color=theme.ink)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.margins(0.12)
+    for name, encoder in report["encoders"].items():
+        if figure in encoder["intrinsic"]:
+            right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
+            axes.scatter(encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=name)
+    plot.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink, handletextpad=0)
+    return plot
+
+
+def _example_card(example: dict[str, Any], store: ImageStore | None) -> str:
+    answers = "".join(
+        f'<dt>{html.escape(name)} <span class="badge {"hit" if name == example["right"] else "miss"}">'
+        f"{'right' if name == example['right'] else 'wrong'}</span></dt><dd>{html.escape(text)}</dd>"
+        for name, text in example["answers"].items()
+    )
+    picture = f'<img src="{_thumbnail(store, example["image"])}" alt="">' if store and example["image"] else ""
+    return (
+        f'<div class="card split">{picture}<div><p><b>{html.escape(example["question"])}</b></p>'
+        f'<dl class="answers">{answers}<dt>truth</dt><dd>{html.escape(example["truth"])}</dd></dl></div></div>'
+    )
+
+
+def _thumbnail(store: ImageStore, name: str) -> str:
+    image, out = store.load(name), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(out, "PNG")
+    return data_uri(out.getvalue())
+
+
+def _list(points: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in points) + "</ul>"
+
+
+def _command(report: Report) -> str:
+    cells = html.escape(json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2))
+    return (
+        f'<pre class="command">{html.escape(report["command"])}</pre>'
+        f"<details><summary>Settings and the configuration of every cell</summary><pre>{cells}</pre></details>"
+    )

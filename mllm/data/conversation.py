@@ -1,0 +1,315 @@
+"""Conversations as token ids with labels: one set of pieces builds training samples, prompts and the chat template.
+
+A format is a handful of literal strings around the texts of the turns:
+
+    first  question  middle  answer  end  next  question  middle  answer  end …
+    ────── masked ─────────  ─ trained ─  ────── masked ────────  ─ trained ─
+
+Every segment is tokenised on its own, so a label never depends on finding a string in a rendered conversation
+(LLaVA's "tokenization mismatch"). Texts are tokenised with special-token parsing off: control tokens and images
+enter only where a format or a sample puts them, and a typed `<image>` or `<|im_end|>` stays text. Texts are stripped,
+as the saved chat template strips them; then a segment boundary is also a boundary of the tokenizer's own
+pre-tokenisation and the ids equal those of the whole rendering.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from clips.common.errors import UserError
+from mllm.data.formats import IMAGE_TOKEN, _control_pattern, _control_tokens, get_format
+
+IGNORE = -100
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`input_ids` and `labels` of one sample, equally long; `truncated` says that something was cut."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+
+class _Text(str):
+    """A text of the sample: tokenised without looking for control tokens."""
+
+
+@dataclass(frozen=True)
+class _Image:
+    """Stands for one image among the parts of a text."""
+
+
+Segment = tuple["str | _Text | _Image", bool]
+"""A piece of a conversation (plain `str`: a literal of the format), and whether it is trained."""
+
+
+class ConversationEncoder:
+    """Turns LLaVA conversations into ids and labels, and into prompts, for one tokenizer and one format.
+
+    Args:
+        tokenizer: a fast tokenizer with `<image>` as a special token.
+        version: a name of `FORMATS`.
+        num_image_tokens: placeholders per image.
+        max_length: the context; longer samples are truncated (None: never).
+
+    A turn is `{"from": "human" | "gpt" | "system", "value": text}`. In a human's text the literal `<image>` marks the
+    place of an image; `value` may also be a list of `{"type": "image"}` and `{"type": "text", "text": …}` parts, in
+    which a typed `<image>` is always text (chat and server use this).
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens: int, max_length: int | None = None
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json); convert it first")
+        self._arguments = (tokenizer, version, num_image_tokens, max_length)
+        self.tokenizer = tokenizer
+        self.format = get_format(version, tokenizer)
+        self.num_image_tokens = num_image_tokens
+        self.max_length = max_length
+        self._control = {text: tokenizer.convert_tokens_to_ids(text) for text in _control_tokens(tokenizer)}
+        if IMAGE_TOKEN not in self._control:
+            raise UserError(f"the tokenizer has no special token {IMAGE_TOKEN}: add it before building conversations")
+        self.image_id = self._control[IMAGE_TOKEN]
+        self._forbidden = set(self._control.values()) - {tokenizer.unk_token_id}
+        self._pattern = _control_pattern(tokenizer)
+        self._at_start = _text_tokenizer(tokenizer, prefix_space=True)
+        self._inside = _text_tokenizer(tokenizer, prefix_space=False)
+        # SentencePiece kinds put a space before a text: some before each one that follows a control token, some only
+        # before the very first one.
+        probe = tokenizer(f"{IMAGE_TOKEN}a", add_special_tokens=False)["input_ids"][1:]
+        self._after_control = self._at_start if probe == self._at_start("a") else self._inside
+        self._literal = functools.cache(self._split_literal)
+        ends = [
+            piece if isinstance(piece, int) else self._inside(piece)[-1] for piece in self._literal(self.format.end)
+        ]
+        self.stop_ids = sorted({*ends, tokenizer.eos_token_id} - {None})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConversationEncoder, self._arguments  # the text tokenizers' settings do not survive pickling
+
+    def encode(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> Encoded:
+        """One training sample; the loss is on every answer and its end token.
+
+        Raises UserError naming `sample` for bad turns, for another number of placeholders than `images`, and where
+        nothing would be trained.
+        """
+        ids, trained = self._ids(self._segments(turns, images, sample), sample)
+        truncated = self.max_length is not None and len(ids) > self.max_length
+        if truncated:
+            room = self.max_length - ids.count(self.image_id)
+            if room < 0:
+                raise UserError(
+                    f"{sample}: its {images} image(s) take {ids.count(self.image_id)} tokens, more than the context "
+                    f"(model_max_length) of {self.max_length}: raise it, or use fewer tokens per image"
+                )
+            kept = []
+            for position, token in enumerate(ids):  # drop other tokens from the end, never those of an image
+                room -= token != self.image_id
+                if token == self.image_id or room >= 0:
+                    kept.append(position)
+            ids, trained = [ids[i] for i in kept], [trained[i] for i in kept]
+        if not any(trained):
+            why = f"the first {self.max_length} tokens hold no answer" if truncated else "it has no answer"
+            raise UserError(f"{sample}: every label is masked, nothing would be learned: {why}")
+        labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
+        return Encoded(ids, labels, truncated)
+
+    def check(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> None:
+        """Raise what `encode` would raise for the turns and placeholders, without tokenising."""
+        self._segments(turns, images, sample)
+
+    def prompt(self, turns: Sequence[dict[str, Any]], images: int, sample: str = "prompt") -> list[int]:
+        """Ids up to the place where the next answer starts: a prefix of what `encode` builds. Not truncated."""
+        segments = self._segments(turns, images, sample)
+        if not turns or ROLES[turns[-1]["from"]] != "human":
+            raise UserError(f"{sample}: the last turn of a prompt must be the human's")
+        return self._ids(segments, sample)[0]
+
+    def _segments(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> list[Segment]:
+        """The conversation in order: literals of the format, the sample's texts (`_Text`) and images."""
+        turns = check_turns(turns, sample)
+        bodies = place_images(turns, images, sample)
+        if self.format.name == "plain" and (images == 0 or [role for role, _ in turns] not in PLAIN_ROLES):
+            raise UserError(f"{sample}: format plain takes one image question and one caption, nothing else")
+        segments: list[Segment] = []
+        opening = self.format.first
+        for (role, _), body in zip(turns, bodies, strict=True):
+            trained = role == "gpt"
+            if role == "system":
+                if self.format.system is None:
+                    raise UserError(f"{sample}: format {self.format.name} has no system role; remove that turn")
+                before, opening = self.format.system
+                segments.append((before, False))
+            elif role == "human":
+                segments.append((opening, False))
+                opening = self.format.next
+                if not self.format.keeps_question:
+                    body = [part for part in body if isinstance(part, _Image)]
+            parts = [self.format.lead, *body] if role != "system" else body
+            # The lead and a text right after it are one segment, so that "▁word" is one token.
+            if len(parts) > 1 and isinstance(parts[1], str):
+                parts[:2] = [parts[0] + parts[1]]
+            segments += [(part if isinstance(part, _Image) else _Text(part), trained) for part in parts]
+            if role == "human":
+                segments.append((self.format.middle, False))
+            elif role == "gpt":
+                segments.append((self.format.end, True))
+        return segments
+
+    def _ids(self, segments: list[Segment], sample: str) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        trained: list[bool] = []
+        encode = self._at_start
+        for segment, train in segments:
+            for piece in [segment] if isinstance(segment, (_Text, _Image)) else self._literal(segment):
+                if isinstance(piece, _Image):
+                    new, encode = [self.image_id] * self.num_image_tokens, self._after_control
+                elif isinstance(piece, int):
+                    new, encode = [piece], self._after_control
+                elif piece:
+                    new, encode = encode(str(piece)), self._inside
+                    if not self._forbidden.isdisjoint(new):
+                        raise UserError(f"{sample}: the tokenizer turns typed text into a special token: {piece!r}")
+                else:
+                    new = []
+                ids += new
+                trained += [train] * len(new)
+        return ids, trained
+
+    def _split_literal(self, literal: str) -> list[str | int]:
+        """A format's string as control token ids and the texts between them."""
+        pieces: list[str | int] = []
+        position = 0
+        for match in self._pattern.finditer(literal):
+            pieces += [literal[position : match.start()], self._control[match[match.lastindex]]]
+            position = match.end()
+        return [piece for piece in [*pieces, literal[position:]] if piece != ""]
+
+
+def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:
+    """A function text → ids that knows no special tokens; `prefix_space=False`: and adds no space in front."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not prefix_space:
+        for part in ("normalizer", "pre_tokenizer"):
+            state[part] = _without_prefix_space(state[part])
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # special tokens are encoded like any other text
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+
+def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return part | {"add_prefix_space": False}
+    if part["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        return part | {name: [kept for kept in map(_without_prefix_space, part[name]) if kept is not None]}
+    return part
+
+
+def _is_content(turn: dict[str, Any]) -> bool:
+    """A text, or a list of text parts and (in a human turn) image parts."""
+    value = turn.get("value")
+    return isinstance(value, str) or (
+        isinstance(value, list)
+        and all(
+            isinstance(part, dict)
+            and (
+                (part.get("type") == "text" and isinstance(part.get("text"), str))
+                or (part.get("type") == "image" and ROLES[turn["from"]] == "human")
+            )
+            for part in value
+        )
+    )
+
+
+PLAIN_ROLES = [["human", "gpt"], ["human"]]
+
+
+def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str, Any]]:
+    """(role, value) of each turn: [system] human gpt human gpt …, as LLaVA without an answer that starts the sample.
+
+    Raises UserError naming `sample` and the turn.
+    """
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise UserError(f"{sample}: 'conversations' must be a list of turns that is not empty")
+    checked = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not _is_content(turn):
+            raise UserError(
+                f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
+                f"found {str(turn)[:120]}"
+            )
+        checked.append((ROLES[turn["from"]], turn["value"]))
+    start = 1 if checked[0][0] == "system" else 0
+    if len(checked) > start and checked[start][0] == "gpt":
+        del checked[start]
+    for number, (role, _) in enumerate(checked[start:]):
+        if role != ("human", "gpt")[number % 2]:
+            raise UserError(f"{sample}: human and gpt must take turns, but turn {number + start} is from {role}")
+    if len(checked) == start:
+        raise UserError(f"{sample}: it has no question")
+    return checked
+
+
+# LLaVA's places of an image: where a human's text starts or ends.
+_EDGE = re.compile(rf"\A(?:{IMAGE_TOKEN}\s*)+|(?:\s*{IMAGE_TOKEN})+\Z")
+
+
+def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list[list[str | _Image]]:
+    """Each turn's value as stripped text parts and images.
+
+    The `<image>` of human turns are as many as the sample has images. Where they are more, those at the start or the
+    end of a text are the placeholders and the others are typed text. Any other count raises UserError naming `sample`.
+    """
+    human = [value for role, value in turns if role == "human"]
+    texts = [value.strip() for value in human if isinstance(value, str)]
+    listed = sum(_count_images(value) for value in human if isinstance(value, list))
+    found = listed + sum(text.count(IMAGE_TOKEN) for text in texts)
+    pattern = re.compile(re.escape(IMAGE_TOKEN))
+    if found > images:
+        pattern = _EDGE
+        found = listed + sum(match.count(IMAGE_TOKEN) for text in texts for match in pattern.findall(text))
+    if found != images:
+        raise UserError(
+            f"{sample}: it has {images} image(s) but {found} {IMAGE_TOKEN} placeholder(s) in its human turns: "
+            "give one per image"
+        )
+    return [_parts(role, value, pattern) for role, value in turns]
+
+
+def _count_images(parts: list[dict[str, Any]]) -> int:
+    return sum(part["type"] == "image" for part in parts)
+
+
+def _parts(role: str, value: str | list[dict[str, Any]], placeholder: re.Pattern[str]) -> list[str | _Image]:
+    if isinstance(value, list):
+        images = _count_images(value)
+        text = "".join(part["text"] for part in value if part["type"] == "text").strip()
+    elif role != "human":
+        images, text = 0, value.strip()
+    else:
+        text = value.strip()
+        images = sum(match.count(IMAGE_TOKEN) for match in placeholder.findall(text))
+        if images > 1 and placeholder is not _EDGE:  # interleaved: every image stays where it stands
+            return [part for piece in text.split(IMAGE_TOKEN) for part in (piece, _Image())][:-1]
+        text = placeholder.sub("", text).strip()
+    # Images first, each on a line of its own, as LLaVA does and as the chat template renders a list of parts.
+    parts: list[str | _Image] = [part for _ in range(images) for part in (_Image(), "\n")][:-1]
+    return [*parts, "\n" + text] if parts and text else parts or [text]

@@ -1,0 +1,174 @@
+"""LLaVA data: JSON or JSONL records beside a folder (or a tar) of pictures, in a deterministic order.
+
+The dataset gives token ids, labels and the *names* of the pictures; what a name becomes (pixels, or rows of a feature
+cache) is the business of the `load_images` that the collator is given.
+
+Shapes: B samples of a batch · L longest of them · N pictures of the batch, in the order of their placeholders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from clips.common.errors import UserError
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.images import ImageStore
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample of a LLaVA file: picture names relative to the image folder, and its turns as they stand there."""
+
+    index: int
+    id: str
+    images: tuple[str, ...]
+    turns: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """How messages call the sample."""
+        return f"sample {self.index} (id {self.id})"
+
+
+def read_json_records(path: Path) -> list[Any]:
+    """The raw records of a .json list or a .jsonl file; UserError where it is neither."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data file {path} cannot be read: {error}; give a LLaVA JSON or JSONL file") from None
+    if path.suffix == ".jsonl":
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                records += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}") from None
+    else:
+        try:
+            records = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON: {error} (one record a line? then name it .jsonl)") from None
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path} must hold a list of records that is not empty")
+    return records
+
+
+def parse_record(raw: Any, index: int) -> Record:
+    """Check one raw record's fields (its turns are checked by the encoder); UserError with its index and id."""
+    sample_id = str(raw.get("id", index)) if isinstance(raw, dict) else "?"
+    where = f"sample {index} (id {sample_id})"
+    if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
+        raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
+    images = raw.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise UserError(f"{where}: 'image' must be a path or a list of paths, found {str(raw['image'])[:120]}")
+    for name in images:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise UserError(f"{where}: image path {name!r} leaves the image folder; it must be relative to it")
+    return Record(index, sample_id, tuple(images), raw["conversations"])
+
+
+class LlavaDataset(Dataset):
+    """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
+
+    Construction checks every record (fields, turns, placeholders against images, files that exist, a question that
+    alone fills the context) and raises UserError naming the first bad one; `store` may be None for a set without
+    pictures.
+    """
+
+    def __init__(self, data_path: Path | str, encoder: ConversationEncoder, store: ImageStore | None) -> None:
+        self.encoder = encoder
+        self.store = store
+        self.records = [parse_record(raw, index) for index, raw in enumerate(read_json_records(Path(data_path)))]
+        problems: dict[str, str | None] = {}
+        for record in self.records:
+            encoder.check(record.turns, len(record.images), record.name)
+            if record.images and store is None:
+                raise UserError(f"{record.name} has an image, but no --image_folder is given")
+            for name in record.images:
+                if name not in problems:
+                    problems[name] = store.problem(name)
+                if problems[name]:
+                    raise UserError(f"{record.name}: {problems[name]}")
+            if self._may_lose_its_answers(record):
+                encoder.encode(record.turns, len(record.images), record.name)
+        # Shared with the workers, so that the main process can count.
+        self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
+
+    def _may_lose_its_answers(self, record: Record) -> bool:
+        """Whether what stands before the first answer could fill the context: such a sample would end the training.
+
+        A token is hardly ever less than a byte, so the few long ones are found without tokenising all.
+        """
+        if self.encoder.max_length is None:
+            return False
+        before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
+        size = sum(len(turn["value"].encode()) for turn in before if isinstance(turn["value"], str))
+        return size + len(record.images) * self.encoder.num_image_tokens >= self.encoder.max_length
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        encoded = self.encoder.encode(record.turns, len(record.images), record.name)
+        self._truncated[index] = encoded.truncated
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(record.images)}
+
+    @property
+    def truncated(self) -> int:
+        """Samples seen so far that did not fit the context."""
+        return int(self._truncated.sum())
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's lengths for grouping: words plus image tokens, negative for text-only samples."""
+        lengths = []
+        for record in self.records:
+            words = sum(len(turn["value"].split()) for turn in record.turns if isinstance(turn["value"], str))
+            image_tokens = len(record.images) * self.encoder.num_image_tokens
+            lengths.append(words + image_tokens if record.images else -max(words, 1))
+        return lengths
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """int64 [B, L]: rows padded with `value`, on the right for training, on the `left` for generation."""
+    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded
+
+
+@dataclass
+class Collator:
+    """Samples → `input_ids`, `labels`, `attention_mask` [B, L], and `image_key` as `load_images(names)` gives it.
+
+    A batch without pictures has no `image_key`; the model's side makes that safe under ZeRO-3.
+    """
+
+    pad_id: int
+    load_images: Callable[[list[str]], torch.Tensor]
+    image_key: str = "pixel_values"
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": pad_rows(ids, self.pad_id),
+            "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+        }
+        names = [name for sample in samples for name in sample["images"]]
+        if names:
+            batch[self.image_key] = self.load_images(names)
+        return batch

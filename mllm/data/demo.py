@@ -1,0 +1,347 @@
+"""LLaVA-format demo data made from the demo scenes (clips/data/demo.py), with exact answers.
+
+    images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png
+    align.json        image and short caption, for `plain`
+    instruct.json     short captions, conversations of about three questions, some descriptions, some text-only samples
+    question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
+    description.jsonl held-out pictures to describe, with `references`
+
+Layouts of the test pictures occur in no training picture (`clips.data.demo.split_of`). An identity is answered with its
+article ("A fox"): behind a space the name of nearly every thing is one token of common vocabularies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clips.common.errors import UserError
+from clips.config import Fields
+from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
+from clips.data.sample import RawSample
+from clips.data.sources import open_source
+
+VERSION = 2
+"""Raise it when texts or files change: older folders are then built anew."""
+ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
+    "align.json",
+    "instruct.json",
+    "question.jsonl",
+    "description.jsonl",
+    "images",
+)
+CAPTION_SHARE = 0.4
+"""Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
+TURNS = (3, 5)
+"""Questions of one conversation: between these."""
+DESCRIBED_SHARE = 0.15
+"""Share of the conversations that end with a long description."""
+SHOW = (
+    "Describe the picture.",
+    "What do you see in this picture?",
+    "Tell me about the image.",
+    "Describe what is shown.",
+)
+CAPTION_PROMPTS = ("Give a short caption.", "Write a brief caption for this image.", "Summarize the picture in a line.")
+WHAT_SINGLE = (
+    "What is in the picture?",
+    "What does the image show?",
+    "Which thing can be seen here?",
+    "What is this?",
+    "Name the thing in the picture.",
+)
+WHAT_AT = (
+    "What is {at}?",
+    "What can be seen {at}?",
+    "Which thing is {at}?",
+    "Name the thing {at}.",
+    "What does the picture show {at}?",
+)
+HOW_MANY = (
+    "How many things are in the picture?",
+    "How many objects do you see?",
+    "Count the things in the image.",
+    "What is the number of things shown?",
+)
+WHERE = (
+    "Where is the {thing}?",
+    "Where in the picture is the {thing}?",
+    "At which place is the {thing}?",
+    "Where can the {thing} be found?",
+)
+BACKGROUND = (
+    "Which color is the background?",
+    "What color does the background have?",
+    "What is the background color?",
+    "Name the color behind the {listed}.",
+)
+IS_THERE = ("Is there a {thing} in the picture?", "Do you see a {thing}?", "Does the image show a {thing}?")
+IS_AT = ("Is there a {thing} {at}?", "Is the thing {at} a {thing}?")
+IS_BACKGROUND = ("Is the background {color}?", "Is the picture's background {color}?")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One demo scene with its truth; `things` are (name, place) in reading order."""
+
+    name: str
+    data: bytes
+    things: tuple[tuple[str, str], ...]
+    background: str
+    description: str
+
+    @staticmethod
+    def of(sample: RawSample, name: str) -> Picture:
+        things = sorted((list(PLACES).index(thing["place"]), thing["concept"]) for thing in sample.extra["objects"])
+        placed = tuple((concept, list(PLACES)[place]) for place, concept in things)
+        return Picture(name, sample.image, placed, sample.extra["background"], sample.long)
+
+    @property
+    def caption(self) -> str:
+        """One sentence with every thing and its place in reading order, and the background."""
+        placed = [f"a {thing} {_at(place)}" for thing, place in self.things]
+        text = f"{_listed(placed)} on a {self.background} background."
+        return text[0].upper() + text[1:]
+
+
+def _at(place: str) -> str:
+    return "in the center" if place == "center" else f"at the {place}"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+Thing = tuple[str, str]
+"""Name and place of one thing."""
+Asked = tuple[str, str]
+"""Question and answer."""
+
+
+def ask_identity(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    thing, place = about
+    wordings = WHAT_AT if len(picture.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
+    return rng.choice(wordings).format(at=_at(place)), f"A {thing}"
+
+
+def ask_count(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    return rng.choice(HOW_MANY), _capital(NUMBERS[len(picture.things)])
+
+
+def ask_where(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    thing, place = about
+    return rng.choice(WHERE).format(thing=thing), _capital(_at(place))
+
+
+def ask_background(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    listed = _listed([thing for thing, _ in picture.things])
+    return rng.choice(BACKGROUND).format(listed=listed), _capital(picture.background)
+
+
+def ask_yes_no(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+    """As many yes as no for every form. Where it can, a "no" names something that is in the picture elsewhere."""
+    yes = rng.random() < 0.5
+    thing, place = about
+    form = rng.choice((IS_THERE, IS_AT, IS_BACKGROUND))
+    absent = rng.choice([name for name in CONCEPTS if name not in dict(picture.things)])
+    others = [name for name, _ in picture.things if name != thing]
+    named = thing if yes else rng.choice(others) if form is IS_AT and others else absent
+    color = picture.background if yes else rng.choice([name for name in BACKGROUNDS if name != picture.background])
+    return rng.choice(form).format(thing=named, at=_at(place), color=color), "Yes" if yes else "No"
+
+
+KINDS: dict[str, Callable[[Picture, Thing, random.Random], Asked]] = {
+    "identity": ask_identity,
+    "count": ask_count,
+    "where": ask_where,
+    "background": ask_background,
+    "yes_no": ask_yes_no,
+}
+
+
+def align_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
+    return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
+
+
+def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
+    """A short caption, or different questions of all kinds, places and yes/no most often, in random order.
+
+    What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
+    for by its place and by its name in one conversation.
+    """
+    if rng.random() < CAPTION_SHARE:
+        return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
+    asked: dict[str, str] = {}
+    kinds = [*KINDS, "where", "yes_no"]
+    rng.shuffle(kinds)
+    things = rng.sample(picture.things, len(picture.things))
+    for kind in kinds[: rng.randint(*TURNS)]:
+        once = kind in ("identity", "where")
+        if things or not once:
+            about = things.pop() if once else rng.choice(picture.things)
+            question, answer = KINDS[kind](picture, about, rng)
+            asked.setdefault(question, answer)
+    turns = list(asked.items())
+    if rng.random() < DESCRIBED_SHARE:
+        turns.append((rng.choice(SHOW), picture.description))
+    return _record(picture.name, turns, picture.name, rng)
+
+
+def text_record(number: int, rng: random.Random) -> dict[str, Any]:
+    """A text-only conversation about small facts."""
+    days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    opposites = ("big small", "hot cold", "left right", "above below", "old new", "day night", "open closed", "up down")
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        a = rng.randint(0, 9)
+        b = rng.randint(0, 9 - a)
+        day = rng.randrange(7)
+        pair = rng.choice(opposites).split()
+        rng.shuffle(pair)
+        things = rng.sample(list(CONCEPTS), 3)
+        turns.append(
+            rng.choice(
+                (
+                    (f"What is {digits[a]} plus {digits[b]}?", _capital(digits[a + b])),
+                    (f"Which day comes after {days[day]}?", days[(day + 1) % 7]),
+                    (f"What is the opposite of {pair[0]}?", _capital(pair[1])),
+                    (f"Which word comes first: {', '.join(things)}?", _capital(things[0])),
+                )
+            )
+        )
+    return _record(f"text-{number:06d}", turns, None, rng)
+
+
+def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random) -> dict[str, Any]:
+    """A LLaVA record; the placeholder stands before or behind the first question, as in LLaVA's own data."""
+    turns = [
+        {"from": role, "value": value} for pair in asked for role, value in zip(("human", "gpt"), pair, strict=True)
+    ]
+    if image is None:
+        return {"id": name, "conversations": turns}
+    question = turns[0]["value"]
+    turns[0]["value"] = f"<image>\n{question}" if rng.random() < 0.5 else f"{question}\n<image>"
+    return {"id": Path(name).stem, "image": image, "conversations": turns}
+
+
+def eval_questions(pictures: list[Picture], per_kind: int, seed: int) -> list[dict[str, Any]]:
+    """`per_kind` different questions of each kind, answers as evenly spread as the pictures allow (yes/no: exactly)."""
+    questions = []
+    for kind, ask in KINDS.items():
+        rng = random.Random(f"{seed}/questions/{kind}")
+        by_answer: dict[str, list[tuple[str, str]]] = {}
+        for picture in rng.sample(pictures, len(pictures)):
+            question, answer = ask(picture, rng.choice(picture.things), rng)
+            by_answer.setdefault(answer, []).append((picture.name, question))
+        chosen: list[tuple[str, str, str]] = []
+        while len(chosen) < per_kind and any(by_answer.values()):
+            for answer in sorted(by_answer):
+                if by_answer[answer] and len(chosen) < per_kind:
+                    chosen.append((*by_answer[answer].pop(), answer))
+        questions += [
+            {"image": name, "text": text, "category": "conv", "kind": kind, "answer": answer}
+            for name, text, answer in chosen
+        ]
+    return [{"question_id": number, **question} for number, question in enumerate(questions)]
+
+
+def ensure_llava_demo(
+    directory: Path | str,
+    demo_dir: Path | str = "data/demo",
+    *,
+    align: int = 8_000,
+    instruct: int = 4_000,
+    text_only: int = 200,
+    per_kind: int = 200,
+    seed: int = 0,
+) -> Path:
+    """Write the files named above into `directory` unless the same are there; returns the directory.
+
+    Built beside it and renamed at the end, under a lock. `align` and `instruct` count pictures of the demo's training
+    split (different ones), `text_only` samples without one, `per_kind` test questions. Builds the demo scenes in
+    `demo_dir` if there are none. Raises UserError when there are too few, or when the folder holds something else.
+    """
+    directory, demo_dir = Path(directory), Path(demo_dir)
+    if not (demo_dir / "manifest.json").is_file():
+        ensure_demo(demo_dir)
+    scenes = json.loads((demo_dir / "manifest.json").read_text())["built"]
+    wanted = {"version": VERSION, "scenes": scenes, "seed": seed}
+    wanted |= {"align": align, "instruct": instruct, "text_only": text_only, "per_kind": per_kind}
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with open(directory.parent / f".{directory.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _manifest(directory) != wanted:
+                _build(directory, demo_dir, wanted)
+    except OSError as error:
+        raise UserError(f"the LLaVA demo data cannot be written to {directory}: {error}") from None
+    return directory
+
+
+def _manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / "manifest.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _build(directory: Path, demo_dir: Path, wanted: dict[str, Any]) -> None:
+    if directory.exists() and any(directory.iterdir()) and _manifest(directory) is None:
+        raise UserError(f"{directory} exists and holds no LLaVA demo data: name another folder")
+    work = directory.parent / f".{directory.name}.building"
+    shutil.rmtree(work, ignore_errors=True)  # left by a build that was killed
+    (work / IMAGES).mkdir(parents=True)
+    align, instruct, seed = wanted["align"], wanted["instruct"], wanted["seed"]
+    train = _write_pictures(demo_dir, "train", align + instruct, work / IMAGES)
+    test = _write_pictures(demo_dir, "test", None, work / IMAGES)
+    align_records = [align_record(picture, random.Random(f"{seed}/align/{picture.name}")) for picture in train[:align]]
+    records = [instruct_record(picture, random.Random(f"{seed}/instruct/{picture.name}")) for picture in train[align:]]
+    records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(wanted["text_only"])]
+    random.Random(f"{seed}/order").shuffle(records)
+    descriptions = [
+        {"question_id": number, "image": picture.name, "text": SHOW[0], "references": [picture.description]}
+        for number, picture in enumerate(test[: wanted["per_kind"]])
+    ]
+    (work / ALIGN).write_text(json.dumps(align_records, indent=1))
+    (work / INSTRUCT).write_text(json.dumps(records, indent=1))
+    for name, rows in (
+        (QUESTIONS, eval_questions(test, wanted["per_kind"], seed)),
+        (DESCRIPTIONS, descriptions),
+    ):
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(demo_dir / "ATTRIBUTION.md", work)
+    (work / "manifest.json").write_text(json.dumps(wanted, indent=2) + "\n")
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(work, directory)
+
+
+def _write_pictures(demo_dir: Path, split: str, count: int | None, target: Path) -> list[Picture]:
+    source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
+    count = len(source) if count is None else count
+    if count > len(source):
+        raise UserError(
+            f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes, or ask for fewer "
+            "alignment and instruction pictures"
+        )
+    pictures = []
+    for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False):
+        picture = Picture.of(source.read(index), f"{split}-{index:06d}.png")
+        (target / picture.name).write_bytes(picture.data)
+        pictures.append(picture)
+    return pictures
+
+
+DEMO_DIR = Path("data/llava_demo")

@@ -1,0 +1,77 @@
+"""LLaVA's question files, with the kinds and answers that this project adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clips.common.errors import UserError
+from mllm.data.dataset import read_json_records
+from mllm.data.images import ImageStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One line of a question file; `answer` and `references` are there where it can be scored."""
+
+    id: Any
+    text: str
+    image: str | None = None
+    kind: str = "question"
+    answer: str | None = None
+    references: tuple[str, ...] = ()
+
+
+def read_questions(path: Path) -> list[Question]:
+    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with `kind`, `answer` or `references` where known.
+
+    Raises UserError naming the record and the field.
+    """
+    questions = []
+    for index, raw in enumerate(read_json_records(path)):
+        where = f"{path}: record {index} (question_id {raw.get('question_id') if isinstance(raw, dict) else '?'})"
+        if not isinstance(raw, dict) or "question_id" not in raw:
+            raise UserError(f"{where}: it must be an object with question_id, text and image")
+        wrong = [n for n in ("image", "kind", "answer") if not isinstance(raw.get(n, ""), (str, type(None)))]
+        wrong += [] if isinstance(raw.get("text"), str) and raw["text"].strip() else ["text"]
+        if wrong:
+            raise UserError(f"{where}: {', '.join(wrong)} must be a text")
+        references = raw.get("references") or []
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise UserError(f"{where}: references must be a list of texts")
+        questions.append(
+            Question(
+                id=raw["question_id"],
+                text=raw["text"],
+                image=raw.get("image"),
+                kind=raw.get("kind") or "question",
+                answer=raw.get("answer"),
+                references=tuple(references),
+            )
+        )
+    return questions
+
+
+def open_questions(
+    path: Path, image_folder: Path | str | None, limit: int | None
+) -> tuple[list[Question], ImageStore | None]:
+    """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
+    questions, store = _spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    for question in questions:
+        if question.image and store is None:
+            raise UserError(
+                f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
+                "of compare_encoders.py: --question-images)"
+            )
+        problem = store.problem(question.image) if question.image else None
+        if problem:
+            raise UserError(f"{path}: question {question.id}: {problem}")
+    return questions, store
+
+
+def _spread(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` of them, evenly spread, because question files are sorted by kind."""
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]

@@ -1,0 +1,65 @@
+"""The order of samples in an epoch: grouped by modality and length, equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """The order of an epoch, a pure function of (seed, epoch); the same for any number of ranks at one global batch.
+
+    With `group_by_modality_length` as LLaVA: every global batch (`batch_size` × `chunks`) holds one modality and
+    similar lengths, is dealt into `chunks` micro-batches of nearly equal token sums, and the global batches are
+    shuffled; what is left over of the two modalities comes last.
+
+    Args:
+        lengths: `LlavaDataset.modality_lengths`.
+        batch_size: samples of one micro-batch on one rank.
+        chunks: micro-batches of one optimizer step, ranks × accumulation steps.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, batch_size: int, chunks: int, seed: int, group_by_modality_length: bool
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.chunks, self.seed = batch_size, chunks, seed
+        self.group = group_by_modality_length
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration (the Trainer calls this)."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        return iter((self._grouped(order, rng) if self.group else order).tolist())
+
+    def _grouped(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        size = self.batch_size * self.chunks
+        whole, rest = [], []
+        for modality in (order[self.lengths[order] > 0], order[self.lengths[order] < 0]):
+            cut = len(modality) - len(modality) % size
+            # Sorting inside a pool of 50 global batches keeps lengths alike and the order random.
+            for start in range(0, cut, 50 * size):
+                pool = modality[start : min(start + 50 * size, cut)]
+                pool = pool[np.argsort(-np.abs(self.lengths[pool]), kind="stable")]
+                whole += [self._deal(batch) for batch in pool.reshape(-1, size)]
+            rest.append(modality[cut:])
+        return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *rest])
+
+    def _deal(self, batch: np.ndarray) -> np.ndarray:
+        """Deal a global batch, longest first, each sample to the micro-batch that is shortest so far."""
+        hands: list[list[int]] = [[] for _ in range(self.chunks)]
+        sums = [0] * self.chunks
+        for sample in batch:
+            hand = min((i for i in range(self.chunks) if len(hands[i]) < self.batch_size), key=sums.__getitem__)
+            hands[hand].append(sample)
+            sums[hand] += abs(int(self.lengths[sample]))
+        return np.concatenate(hands)

@@ -1,0 +1,139 @@
+"""A vision encoder as the language side sees it: features, number of tokens, preprocessing, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BaseImageProcessor,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+    ViTModel,
+)
+
+SelectFeature = Literal["default", "full"]
+AspectRatio = Literal["square", "pad"]
+UNUSED = ("pooler.", "head.", "vision_model.head.")
+"""Parameters behind the token features; no part of what an encoder is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A vision model that stock `LlavaForConditionalGeneration` can hold."""
+
+    cls: type[PreTrainedModel]
+    prefix_tokens: Callable[[Any], int] = lambda config: 1
+    """Tokens in front of the patches (CLS, registers), from the model's config."""
+
+
+KINDS = {
+    "clip_vision_model": Kind(cls=CLIPVisionModel),
+    "siglip_vision_model": Kind(cls=SiglipVisionModel, prefix_tokens=lambda config: 0),
+    "vit": Kind(cls=ViTModel),
+    "dinov2": Kind(cls=Dinov2Model),
+    "dinov2_with_registers": Kind(
+        cls=Dinov2WithRegistersModel, prefix_tokens=lambda config: 1 + config.num_register_tokens
+    ),
+}
+"""transformers' `model_type` → how it sits in a stock LLaVA model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionEncoder:
+    """One encoder with its preprocessing and the choice of its features."""
+
+    name: str
+    source: str
+    """Where the weights came from, for people."""
+    model: PreTrainedModel
+    image_processor: BaseImageProcessor
+    select_layer: int | list[int] = -2
+    """Index into the hidden states (0 = embeddings); several layers are concatenated along the width."""
+    select_feature: SelectFeature = "default"
+    """"default" drops the first token (CLS), "full" keeps all."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The vision config it is saved under."""
+        return self.model.config
+
+    @property
+    def prefix_tokens(self) -> int:
+        return KINDS[self.config.model_type].prefix_tokens(self.config)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of what the image processor gives."""
+        return self.image_processor.crop_size["height"]
+
+    @property
+    def patch_size(self) -> int:
+        size = self.config.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that the language model sees, counted as `LlavaProcessor` counts them."""
+        dropped = self.select_feature == "default"
+        return (self.image_size // self.patch_size) ** 2 + self.prefix_tokens - dropped
+
+    @property
+    def width(self) -> int:
+        layers = 1 if isinstance(self.select_layer, int) else len(self.select_layer)
+        return self.config.hidden_size * layers
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [B, 3, S, S] → the tokens [B, N, W] that the projector gets."""
+        return select_features(self.model, pixel_values, self.select_layer, self.select_feature)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, layer and preprocessing: equal fingerprints give equal features."""
+        digest = self._hash_of_weights()
+        config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
+        settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """SHA-256 over the weights alone: of the same encoder with other preprocessing it is the same."""
+        return self._hash_of_weights().hexdigest()
+
+    def _hash_of_weights(self) -> Any:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not name.startswith(UNUSED):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest
+
+    def describe(self) -> str:
+        """One line for plans and model cards."""
+        padded = getattr(self.image_processor, "do_pad", False)
+        return (
+            f"{self.name} ({type(self.model).__name__} from {self.source}; {self.image_size} px"
+            f"{', padded to a square' if padded else ''}, {self.num_tokens} tokens × {self.width}, "
+            f"layer {self.select_layer}, {'patch tokens' if self.select_feature == 'default' else 'all tokens'})"
+        )
+
+
+VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Config entries that say nothing about the features."""
+
+
+def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[int], strategy: str) -> Tensor:
+    """Tokens [B, N, W] of `model`, chosen as `LlavaModel.get_image_features` chooses them."""
+    hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
+    chosen = [hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)]
+    return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)

@@ -1,0 +1,122 @@
+"""Finding a model directory, on disk or on the Hugging Face hub, and refusing those that ask for code of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from clips.common.errors import UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What a model directory holds beside its weights: configurations and tokenizer files."""
+CODE_KEYS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def cache_root() -> Path:
+    """Folder for things that are computed once: `$CLIPS_MLLM_CACHE`, else `~/.cache/clips-mllm`."""
+    return Path(os.environ.get("CLIPS_MLLM_CACHE") or Path.home() / ".cache" / "clips-mllm")
+
+
+def resolve(name: str, what: str) -> Path:
+    """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
+
+    `what` says what is looked for, in error messages. Safetensors are preferred; torch files are fetched only where
+    there are none, and are read without running pickled code. Raises UserError when nothing is found, when the hub
+    cannot be reached, and when the directory asks for code of its own.
+    """
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if not HUB_ID.fullmatch(name):
+            raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
+        directory = _download(name, what)
+    refuse_remote_code(directory)
+    return directory
+
+
+def _download(name: str, what: str) -> Path:
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            patterns = [*CONFIG_FILES, weights]
+            directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+            if any(directory.glob(weights)):
+                break
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{what}: {name} is neither a directory nor could it be fetched from the Hugging Face hub "
+            f"({_first_line(error)}). Without a network give a local directory."
+        ) from None
+    return directory
+
+
+def refuse_remote_code(directory: Path) -> None:
+    """Raise UserError when a configuration in `directory` names Python code to be run (`auto_map`)."""
+    for name in CODE_KEYS:
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if _mentions(content, "auto_map"):
+            raise UserError(
+                f"{path} asks for Python code that comes with the model (auto_map), which this project never runs. "
+                "If transformers knows this kind of model itself, remove auto_map from a local copy."
+            )
+
+
+def _mentions(content: Any, key: str) -> bool:
+    if isinstance(content, dict):
+        return key in content or any(_mentions(value, key) for value in content.values())
+    return isinstance(content, list) and any(_mentions(value, key) for value in content)
+
+
+@contextmanager
+def loading(what: str, directory: Path | str) -> Iterator[None]:
+    """Turns what a stock loader raises for a damaged or unfit model into a UserError that names the place."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report on missing weights; `check_complete` decides what matters
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
+            f"({_first_line(error)})"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{what}: {directory} cannot be loaded: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
+    """Raise UserError when `from_pretrained(…, output_loading_info=True)` left weights at random values.
+
+    `allowed` are prefixes of parameters that nothing here uses.
+    """
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(allowed))
+    if missing or info["mismatched_keys"]:
+        shapes = [
+            f"{name}: {tuple(found)} in the file, {tuple(own)} in the model"
+            for name, found, own in sorted(info["mismatched_keys"])
+        ]
+        raise UserError(
+            f"{what}: the weights in {directory} do not fit their config.json: "
+            + "; ".join(shapes[:5] + [f"missing {name}" for name in missing[:5]])
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,276 @@
+"""How each kind of vision encoder is loaded and said in stock transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedModel,
+    ViTModel,
+)
+
+from clips.common.errors import UserError
+from clips.model.layers import init_weights
+from clips.model.vision import sincos_positions
+from mllm.encoders.encoder import KINDS, UNUSED
+from mllm.encoders.hub import check_complete, loading, resolve
+from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Names of interpolations → PIL's numbers, which image processors are saved with."""
+TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Checkpoints with a text tower, of which the image tower is taken."""
+
+
+# ---------------------------------------------------------------------------------------------- the registry
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What stands behind the colon of a name, and where and how to look."""
+
+    argument: str
+    runs: Path
+    seed: int
+
+
+_Loaded = tuple[PreTrainedModel, BaseImageProcessor, str]
+"""Model, image processor, source."""
+
+
+def _trained_here(objective: str, recipe: str) -> Callable[[_Request], _Loaded]:
+    def load(request: _Request) -> _Loaded:
+        directory = resolve(request.argument, "vision encoder") if request.argument else None
+        return _load_export(directory or newest_export(request.runs, objective, recipe))
+
+    return load
+
+
+def _untrained(blind: bool) -> Callable[[_Request], _Loaded]:
+    def load(request: _Request) -> _Loaded:
+        model, processor, source = load_clips(request)
+        reinitialise(model, request.seed, blind=blind)
+        what = "the same tokens for every image" if blind else "untrained"
+        return model, processor, f"the architecture of {source}, {what}, seed {request.seed}"
+
+    return load
+
+
+def _load_open_clip(request: _Request) -> _Loaded:
+    import open_clip
+
+    argument = request.argument
+    if argument.startswith(("local-dir:", "hf-hub:")):
+        place = argument.partition(":")[2]
+        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder')}", None
+    else:
+        model_name, _, pretrained = argument.partition("/")
+        if model_name not in open_clip.list_models():
+            raise UserError(f"open_clip has no model {model_name!r}; it has: {', '.join(open_clip.list_models())}")
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        if not pretrained:
+            raise UserError(
+                f"open_clip:{model_name} needs its weights: open_clip:{model_name}/TAG with TAG one of "
+                f"{', '.join(tags) or '(none published)'}, or the path of a checkpoint"
+            )
+        if pretrained not in tags and not Path(pretrained).is_file():
+            raise UserError(f"open_clip has no weights {pretrained!r} for {model_name}; it has: {', '.join(tags)}")
+    with loading("vision encoder", f"open_clip:{argument}"):
+        visual = open_clip.create_model(model_name, pretrained=pretrained).visual.float().eval()
+    preprocess = visual.preprocess_cfg
+    if preprocess["resize_mode"] == "longest":
+        raise UserError(
+            f"open_clip:{argument} fits the longest side into the square, which the stock image processor does not do"
+        )
+    trunk = visual.trunk if hasattr(visual, "trunk") else visual
+    blocks = trunk.blocks if hasattr(trunk, "blocks") else getattr(getattr(trunk, "transformer", None), "resblocks", [])
+    model = _mapped(f"open_clip:{argument}", read_open_clip, visual, blocks)
+    size = model.config.image_size
+    processor = _image_processor(
+        size={"height": size, "width": size} if preprocess["resize_mode"] == "squash" else {"shortest_edge": size},
+        crop=size,
+        resample=RESAMPLE[preprocess["interpolation"]],
+        image_mean=list(preprocess["mean"]),
+        image_std=list(preprocess["std"]),
+    )
+    return model, processor, f"open_clip:{argument}"
+
+
+def _load_timm(request: _Request) -> _Loaded:
+    import timm
+
+    name = request.argument
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{resolve(name.removeprefix('local-dir:'), 'vision encoder')}"
+    elif not name.startswith("hf-hub:") and not timm.is_model(name.split(".")[0]):
+        raise UserError(f"timm has no model {name!r}; plain ViTs are listed by timm.list_models('vit_*')")
+    with loading("vision encoder", f"timm:{name}"):
+        original = timm.create_model(name, pretrained=True).float().eval()
+    model = _mapped(f"timm:{name}", read_timm, original, getattr(original, "blocks", []))
+    data = timm.data.resolve_model_data_config(original)
+    size = model.config.image_size
+    if data["crop_mode"] not in ("center", "squash"):
+        raise UserError(f"timm:{name} crops in mode {data['crop_mode']!r}, which the stock image processor does not do")
+    resized = int(size / data["crop_pct"])
+    processor = _image_processor(
+        size={"shortest_edge": resized} if data["crop_mode"] == "center" else {"height": resized, "width": resized},
+        crop=size,
+        resample=RESAMPLE[data["interpolation"]],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
+    return model, processor, f"timm:{name}"
+
+
+def _load_hf(request: _Request) -> _Loaded:
+    return _load_transformers(resolve(request.argument, "vision encoder"))
+
+
+load_clips = _trained_here("clips", "demo")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
+    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
+    found = []
+    for config in runs.glob("*/export/hf_vit/config.json"):
+        run_config = config.parents[2] / "config.json"
+        try:
+            task = json.loads(run_config.read_text()).get("task", {})
+        except (OSError, ValueError):
+            continue  # not a finished run of this project; the error below says what is looked for
+        if task.get("objective") == objective:
+            found.append((config.stat().st_mtime, config.parents[1]))
+    if not found:
+        raise UserError(
+            f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
+            f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
+        )
+    return max(found)[1]
+
+
+def _load_export(directory: Path) -> _Loaded:
+    """A run, an export, or a model directory in transformers' or open_clip's format."""
+    for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
+        if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
+            return _load_transformers(place)
+        if (place / "open_clip_config.json").is_file():
+            return _load_open_clip(_Request(argument=f"local-dir:{place}", runs=Path(), seed=0))
+    raise UserError(
+        f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
+        "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
+    )
+
+
+def _load_transformers(directory: Path) -> _Loaded:
+    with loading("vision encoder", directory):
+        config = AutoConfig.from_pretrained(directory)
+    kind = KINDS.get(TWO_TOWERS.get(config.model_type, config.model_type))
+    if kind is None:
+        known = ", ".join([*TWO_TOWERS, *KINDS])
+        raise UserError(
+            f"vision encoder {directory} is of transformers' kind {config.model_type!r}, which does not fit into a "
+            f"stock LLaVA model here; known kinds: {known}"
+        )
+    with loading("vision encoder", directory):
+        model, info = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        stock = AutoImageProcessor.from_pretrained(directory)
+    check_complete(info, "vision encoder", directory, allowed=UNUSED)
+    if getattr(model, "pooler", None) is not None and info["missing_keys"]:
+        for parameter in model.pooler.parameters():  # unused; zero so that the same encoder has the same weights
+            nn.init.zeros_(parameter)
+    settings = stock.to_dict()
+    size, center = settings["size"], settings.get("do_center_crop") or False
+    target = settings["crop_size"] if center else size
+    if target.get("height") is None or target["height"] != target.get("width"):
+        raise UserError(f"vision encoder {directory}: its images are not brought to one square size ({target})")
+    processor = _image_processor(
+        size={edge: pixels for edge, pixels in size.items() if pixels is not None},
+        crop=target["height"],
+        resample=int(settings["resample"]),
+        image_mean=list(settings["image_mean"]),
+        image_std=list(settings["image_std"]),
+        do_center_crop=center,
+        rescale_factor=settings["rescale_factor"],
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    ours, theirs = (p(images=picture, return_tensors="pt")["pixel_values"] for p in (processor, stock))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-3):
+        raise UserError(
+            f"vision encoder {directory}: its {type(stock).__name__} does more than resize, crop and normalise, so a "
+            "stock LLaVA processor cannot do the same"
+        )
+    return model, processor, str(directory)
+
+
+def _image_processor(
+    *,
+    size: dict[str, int],
+    crop: int,
+    resample: int,
+    image_mean: list[float],
+    image_std: list[float],
+    do_center_crop: bool | None = None,
+    rescale_factor: float = 1 / 255,
+) -> CLIPImageProcessor:
+    """Resize to `size`, crop to `crop` pixels where needed, normalise. `LlavaProcessor` reads `crop_size` always."""
+    square = {"height": crop, "width": crop}
+    return CLIPImageProcessor(
+        size=size,
+        crop_size=square,
+        do_center_crop=size != square if do_center_crop is None else do_center_crop,
+        resample=resample,
+        image_mean=image_mean,
+        image_std=image_std,
+        rescale_factor=rescale_factor,
+    )
+
+
+def _mapped(name: str, reader: Callable[[nn.Module], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
+    try:
+        model = to_transformers(reader(original))
+    except (NotPlain, AttributeError) as error:
+        raise UserError(
+            f"vision encoder {name} cannot be saved in a stock LLaVA model: {error}. Plain ViTs (CLIP, SigLIP, ViT, "
+            "DINOv2 kinds) can."
+        ) from None
+    check_equal(model, original, blocks[-1])
+    return model
+
+
+@torch.no_grad()
+def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> None:
+    """Give a CLIPS tower in transformers' form the weights of an untrained one (`clips.tower`'s initialisation).
+
+    `blind`: the patch projection is zero besides, so the tokens hold positions and nothing of the image.
+    """
+    if not isinstance(model, (ViTModel, CLIPVisionModel)):
+        raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")
+    is_clip = isinstance(model, CLIPVisionModel)
+    embeddings = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
+    patch = embeddings.patch_embedding if is_clip else embeddings.patch_embeddings.projection
+    positions = embeddings.position_embedding.weight if is_clip else embeddings.position_embeddings[0]
+    cls_token = embeddings.class_embedding if is_clip else embeddings.cls_token
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        init_weights(model)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(patch.weight, std=0.0 if blind else patch.weight[0].numel() ** -0.5)
+    if patch.bias is not None:
+        nn.init.zeros_(patch.bias)
+    nn.init.zeros_(cls_token)
+    grid = int((len(positions) - 1) ** 0.5)
+    positions.copy_(sincos_positions(positions.shape[1], grid))

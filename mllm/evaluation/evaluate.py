@@ -1,0 +1,178 @@
+"""How well a trained model reads pictures: exact match per kind of question, yes/no figures, caption quality.
+
+Also answers a user's own questions in LLaVA's `question.jsonl` format and writes LLaVA's answer format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from clips.common.errors import UserError
+from clips.common.runtime import choose_device, has_bf16
+from clips.data.sample import BrokenSample
+from mllm.data.conversation import ConversationEncoder
+from mllm.data.dataset import pad_rows
+from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+from mllm.data.images import ImageStore
+from mllm.data.questions import Question, _spread, open_questions, read_questions
+from mllm.encoders.registry import image_pixels
+from mllm.evaluation.scores import answer_line, score
+from mllm.model.load import load_model, model_name, newest_model
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    questions: Sequence[Question],
+    store: ImageStore | None,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """Greedy answers in the order of `questions`, each asked alone.
+
+    Batches are padded on the left, so an answer does not depend on its neighbours (up to the arithmetic's rounding).
+    Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
+    """
+    tokenizer = processor.tokenizer
+    encoder = ConversationEncoder(tokenizer, "auto", model.config.image_seq_length)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompts = []
+    for question in questions:
+        parts = [{"type": "image"}] if question.image else []
+        turn = {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
+        ids = encoder.prompt([turn], len(parts), f"question {question.id}")
+        if context is not None and len(ids) >= context:
+            raise UserError(f"question {question.id} takes {len(ids)} tokens, the model's context is {context}")
+        if question.image and store is None:
+            raise UserError(f"question {question.id} has an image, but no --image-folder is given")
+        prompts.append(ids)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].image is None, len(prompts[i])))
+    with tqdm(total=len(questions), desc="answers", unit="question") as bar:
+        for chosen in _chunks(order, batch_size, lambda i: questions[i].image is None):
+            rows = [prompts[i] for i in chosen]
+            inputs = {
+                "input_ids": pad_rows(rows, tokenizer.pad_token_id, left=True),
+                "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=True),
+            }
+            if questions[chosen[0]].image is not None:
+                pixels = [_pixels(processor, store, questions[i]) for i in chosen]
+                inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            output = model.generate(**inputs, generation_config=settings)
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text.strip()
+            bar.update(len(chosen))
+    return answers
+
+
+def _chunks(order: list[int], size: int, key: Any) -> list[list[int]]:
+    """Batches of at most `size`, with and without pictures apart."""
+    groups = [[i for i in order if not key(i)], [i for i in order if key(i)]]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question) -> torch.Tensor:
+    try:
+        return image_pixels(processor.image_processor, store.load(question.image))
+    except BrokenSample as broken:
+        raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
+
+
+def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
+    tables = []
+    if "exact_match" in figures:
+        table = Table("kind", "right", "95 % interval", "questions", title=title, title_justify="left")
+        for kind, row in figures["exact_match"].items():
+            interval = f"{row['low']:.1%} … {row['high']:.1%}"
+            table.add_row(kind, f"{row['accuracy']:.1%}", interval, f"{row['n']:,}", end_section=kind != "overall")
+        tables.append(table)
+    others = {f"yes/no: {name}": f"{value:.1%}" for name, value in figures.get("yes_no", {}).items() if name != "n"}
+    if "cider" in figures:
+        others["CIDEr-D of descriptions"] = f"{figures['cider']['cider_d']:.2f}"
+    if others:
+        table = Table("figure", "value", title_justify="left")
+        for name, value in others.items():
+            table.add_row(name, value)
+        tables.append(table)
+    return tables
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def answer_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it.
+
+    Chat keeps float32 on a CPU, though bfloat16 halves its time to the first token (0.14 s → 0.07 s for the demo's
+    model on two cores, equal tokens/s): a turn answered from the kept cache must read as one computed afresh.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
+    """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures."""
+    device = choose_device(flags.device)
+    directory = flags.model_path or str(newest_model())
+    name = model_name(directory)
+    out = Path(flags.out) if flags.out else _default_output(Path(directory))
+    if flags.question_file:
+        own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
+        sets = {Path(flags.question_file).stem: own}
+    elif flags.image_folder or flags.answers_file:
+        raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
+    else:
+        demo = ensure_llava_demo(DEMO_DIR)
+        store = ImageStore(demo / IMAGES)
+        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
+        sets = {key: _spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
+    model, processor = load_model(directory, device, answer_dtype(flags.dtype, device))
+    console = Console(stderr=True)
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {}
+    for key, questions in sets.items():
+        begin = time.perf_counter()
+        answers = generate_answers(
+            model, processor, questions, store, batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens
+        )
+        figures |= score(questions, answers)
+        path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
+        path.write_text("".join(lines), encoding="utf-8")
+        console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
+    for table in figures_tables(figures, f"{name}: exact match"):
+        console.print(table)
+    if figures:
+        figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
+        (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        console.print(f"figures → {out / 'figures.json'}\nNext: python scripts/chat.py --model-path {directory}")
+    return figures
+
+
+def _default_output(directory: Path) -> Path:
+    """`evaluation/` in the run directory of a model that was trained here, else below the current directory."""
+    out = directory.parent / "evaluation" if directory.name == "model" else Path("evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+    return out

@@ -1,0 +1,91 @@
+"""Right or wrong: exact match by kind, POPE's figures, CIDEr-D, and LLaVA's answer lines."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+
+from mllm.data.questions import Question
+from mllm.evaluation.cider import cider
+
+
+# ---------------------------------------------------------------------------------------------- figures
+def normalise(text: str) -> str:
+    """Lower case, without articles, without the full stop at the end, single spaces."""
+    kept = re.sub(r"\b(a|an|the)\b", " ", text.lower().strip().rstrip("."))
+    return " ".join(kept.split())
+
+
+def is_right(answer: str, expected: str) -> bool:
+    return normalise(answer) == normalise(expected)
+
+
+def says_yes(text: str) -> bool:
+    """POPE's reading of an answer: "no" when the first sentence has the word no or not, else "yes"."""
+    return not {"no", "not"} & set(text.lower().split(".")[0].replace(",", "").split())
+
+
+def yes_no_figures(answers: Sequence[str], expected: Sequence[bool]) -> dict[str, float]:
+    """POPE's figures (Li et al. 2023), "yes" being the positive class."""
+    said = [says_yes(answer) for answer in answers]
+    true_positive = sum(s and e for s, e in zip(said, expected, strict=True))
+    precision = true_positive / max(1, sum(said))
+    recall = true_positive / max(1, sum(expected))
+    return {
+        "accuracy": sum(s == e for s, e in zip(said, expected, strict=True)) / len(said),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_share": sum(said) / len(said),
+        "n": len(said),
+    }
+
+
+def exact_match_figures(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Kind → accuracy with its 95 % Wilson interval; "overall" last. Questions without an answer do not count."""
+    scored = [(q.kind, is_right(a, q.answer)) for q, a in zip(questions, answers, strict=True) if q.answer is not None]
+    groups = {kind: [right for k, right in scored if k == kind] for kind in dict.fromkeys(kind for kind, _ in scored)}
+    groups["overall"] = [right for _, right in scored]
+    figures = {}
+    for kind, right in groups.items():
+        if right:
+            interval = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+            figures[kind] = {"accuracy": sum(right) / len(right), "low": interval.low, "high": interval.high}
+            figures[kind]["n"] = len(right)
+    return figures
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Any]:
+    """All figures that these questions allow: `exact_match`, `yes_no`, `cider`."""
+    figures: dict[str, Any] = {}
+    exact = exact_match_figures(questions, answers)
+    if exact:
+        figures["exact_match"] = exact
+    binary = [
+        (a, normalise(q.answer) == "yes")
+        for q, a in zip(questions, answers, strict=True)
+        if q.answer is not None and normalise(q.answer) in ("yes", "no")
+    ]
+    if binary:
+        figures["yes_no"] = yes_no_figures([a for a, _ in binary], [e for _, e in binary])
+    described = [(a, q.references) for q, a in zip(questions, answers, strict=True) if q.references]
+    if described:
+        mean, _ = cider([a for a, _ in described], [r for _, r in described])
+        figures["cider"] = {"cider_d": mean, "n": len(described)}
+    return figures
+
+
+def answer_line(question: Question, answer: str, model_name: str) -> str:
+    """LLaVA's answer format, JSON in a line, with `kind`, `expected` and `correct` where the answer is known."""
+    line = {"question_id": question.id, "prompt": question.text, "text": answer}
+    line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
+    if question.image is not None:
+        line["image"] = question.image
+    if question.answer is not None:
+        line |= {"kind": question.kind, "expected": question.answer, "correct": is_right(answer, question.answer)}
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -1,0 +1,188 @@
+"""One encoder, one projector, one language model → a stock `LlavaForConditionalGeneration` and its processor."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from clips.common.errors import UserError
+from mllm.data.formats import IMAGE_TOKEN
+from mllm.encoders.encoder import VisionEncoder
+from mllm.model.llm import LanguageModel
+from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
+
+
+def build_model(
+    vision: VisionEncoder, llm: LanguageModel, *, projector: ProjectorKind = "mlp2x_gelu", seed: int = 0
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Assemble model and processor; the weights of both parts are shared, not copied, the projector is new.
+
+    Raises UserError when the stock class would not compute what the language model alone computes (an output layer
+    with bias, scaled or capped logits, …), and when the image does not fit into the context.
+    """
+    causal = llm.model
+    context = llm.context_length
+    if context is not None and vision.num_tokens >= context:
+        raise UserError(
+            f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
+            "choose a smaller image size, a larger patch size or another language model"
+        )
+    config = LlavaConfig(
+        vision_config=copy.deepcopy(vision.config),
+        text_config=copy.deepcopy(causal.config),
+        image_token_index=llm.image_token_id,
+        image_seq_length=vision.num_tokens,
+        vision_feature_layer=vision.select_layer,
+        vision_feature_select_strategy=vision.select_feature,
+        projector_hidden_act=projector_activation(projector),
+        pad_token_id=llm.tokenizer.pad_token_id,
+    )
+    for part in (config.vision_config, config.text_config):
+        part._name_or_path = ""  # a path of this machine
+    _check_language_model(llm, config)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = vision.model
+    model.model.language_model = causal.base_model
+    model.lm_head = causal.get_output_embeddings()
+    model.model.multi_modal_projector.to_empty(device=causal.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        init_projector(model.model.multi_modal_projector)
+    model.model.multi_modal_projector.to(causal.dtype)
+    model.generation_config = copy.deepcopy(causal.generation_config)
+    try:
+        model.generation_config.validate(strict=True)  # as saving does, after hours of training
+    except ValueError as error:
+        raise UserError(f"language model {llm.source}: its generation_config.json cannot be saved: {error}") from None
+    model.eval()
+    _check_logits(model, causal, llm.source)
+    return model, build_processor(vision, llm)
+
+
+def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessor:
+    """The stock processor: images as `vision` wants them, as many `<image>` tokens as it gives."""
+    return LlavaProcessor(
+        image_processor=vision.image_processor,
+        tokenizer=llm.tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=vision.select_feature,
+        num_additional_image_tokens=vision.prefix_tokens,
+        chat_template=llm.tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+    )
+
+
+def _check_language_model(llm: LanguageModel, config: LlavaConfig) -> None:
+    with torch.device("meta"):
+        stock = type(AutoModel.from_config(config.text_config))
+    head = llm.model.get_output_embeddings()
+    reason = None
+    if stock is not type(llm.model.base_model):
+        reason = f"it would be held as {stock.__name__}, but it is a {type(llm.model.base_model).__name__}"
+    elif not isinstance(head, nn.Linear) or head.bias is not None:
+        reason = "its output layer is not a linear layer without bias"
+    if reason:
+        raise UserError(f"language model {llm.source} cannot be saved in a stock LLaVA model: {reason}")
+
+
+@torch.no_grad()
+def _check_logits(model: LlavaForConditionalGeneration, causal: nn.Module, source: str) -> None:
+    ids = torch.arange(1, 9, device=causal.device)[None] % causal.config.vocab_size
+    causal.eval()
+    ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"language model {source} cannot be saved in a stock LLaVA model: its logits are not its output layer's "
+            f"(largest difference {(ours - theirs).abs().max():.1e})"
+        )
+
+
+def merge_lora(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The plain model with LoRA adapters added into its weights; a model without adapters is returned as it is.
+
+    Raises UserError for a base in 4 or 8 bits: adding an adapter to quantised weights rounds it away. Load the base
+    in full precision, put the adapter on it, and merge then.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        raise UserError("LoRA cannot be merged into a quantised base: load the base in bf16 or fp32, then merge")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def save_model(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    directory: Path,
+    *,
+    card: Mapping[str, str],
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
+
+    The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
+    ("Vision encoder" → …, "Stage 1 data" → …). `state_dict` holds gathered weights where the model's own are
+    partitioned (ZeRO-3); the projector's are taken from it too.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=state_dict)
+    _set_json(partial / "config.json", architectures=[LlavaForConditionalGeneration.__name__])
+    processor.save_pretrained(partial)
+    # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
+    processor.image_processor.save_pretrained(partial)
+    projector = model.model.multi_modal_projector
+    if state_dict is not None:
+        marker = "multi_modal_projector."
+        projector = type(projector)(model.config)
+        projector.load_state_dict({n.split(marker)[1]: t for n, t in state_dict.items() if marker in n})
+    # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
+    save_projector(projector, partial / "mm_projector.bin")
+    (partial / "README.md").write_text(model_card(model, directory.name, card))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def model_card(model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str]) -> str:
+    """Markdown with the hub's header: what was trained on what, and how to load it."""
+    config = model.config
+    rows = "\n".join(f"| {key} | {str(value).replace('|', '/').replace(chr(10), ' ')} |" for key, value in card.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, clips-mllm]
+---
+# {name}
+
+A LLaVA-style model: `{config.vision_config.model_type}` vision encoder, `{config.text_config.model_type}` language
+model, {config.image_seq_length} tokens per image. It was trained with CLIPS-MLLM and loads without it.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import pipeline
+
+chat = pipeline("image-text-to-text", model="path/of/this/directory")
+messages = [{{"role": "user", "content": [
+    {{"type": "image", "url": "picture.png"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+print(chat(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+```
+
+`mm_projector.bin` holds the projector under LLaVA's names.
+"""
+
+
+def _set_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2, sort_keys=True) + "\n")

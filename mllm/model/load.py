@@ -1,0 +1,47 @@
+"""A trained LLaVA-style model by directory or hub id, and the newest one trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from clips.common.errors import UserError
+from mllm.encoders.hub import check_complete, loading, resolve
+
+
+# ---------------------------------------------------------------------------------------------- answers
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A stock LLaVA model by directory or hub id, in eval mode; bf16 on a GPU and fp32 on a CPU unless `dtype` says.
+
+    Raises UserError for what cannot be loaded.
+    """
+    directory = resolve(name, "model")
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/run.py.
+    slow = device.type == "cpu" and dtype == torch.bfloat16
+    with loading("model", directory):
+        processor = AutoProcessor.from_pretrained(directory)
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
+        )
+    check_complete(info, "model", directory)
+    return model.to(device).eval(), processor
+
+
+def model_name(directory: str) -> str:
+    """How a model is called: its run's name where it is a run's `model` directory, else its own."""
+    path = Path(directory)
+    return path.resolve().parent.name if path.name == "model" else path.name
+
+
+def newest_model(runs: Path = Path("runs")) -> Path:
+    """The model directory written last under `runs`; UserError where there is none."""
+    found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
+    if not found:
+        raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model-path")
+    return max(found)[1]

@@ -1,0 +1,385 @@
+"""An OpenAI-style server for one chat model and one CLIPS encoder.
+
+`transformers serve` (5.24) cannot carry the chat half of this. It tokenises the rendered chat template, so a typed
+`<image>` becomes a picture's place; it opens any address and any local file that a client names as a picture; it has no
+limits and no key, and `/load_model` loads whatever a client wants; the seed is set when a request comes, not when it is
+its turn; its queue has no end, and an answer that is not streamed goes on when its client has left; its errors are not
+OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
+
+Life of a request: gate (key, places) → body within its limit → form checked → pictures fetched → its turn at the desk →
+pictures decoded, answer generated. Pictures are decoded only then: those of one request at a time fill the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL.Image import Image
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from clips.common.errors import Stopped, UserError
+from clips.common.runtime import choose_device
+from clips.data.images import eval_transform, normalise
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.evaluate import encode_texts, tower_size
+from clips.model.clips import CLIPS
+from clips.weights.load import load_model
+from mllm.chat.limits import Limits, limits_from_flags, read_image
+from mllm.chat.model import ChatModel, Stats, model_options
+from mllm.chat.session import ChatSession, ContextError
+from mllm.encoders.load import newest_export
+from mllm.serve.queue import Desk, Figures, Gate, T, error_response, read_body, unless_gone
+from mllm.serve.schemas import (
+    ApiError,
+    ChatForm,
+    EmbeddingForm,
+    Question,
+    bad_picture,
+    check_amount,
+    parse,
+    picture_bytes,
+    question,
+)
+
+ENCODER = "encoder"
+"""The encoder's model name in /v1/embeddings."""
+GRACE_SECONDS = 10
+"""How long answers may go on after SIGTERM."""
+
+
+# ---------------------------------------------------------------------------------------------- the encoder
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A CLIPS export: texts and pictures as vectors of one space."""
+
+    model: CLIPS
+    tokenizer: CaptionTokenizer
+    path: Path
+
+    @staticmethod
+    def load(directory: str | Path | None, device: str = "auto") -> Encoder:
+        """The export (or run) in `directory`, by default the newest under runs/; UserError where there is none."""
+        path = Path(directory) if directory else newest_export(Path("runs"), "clips")
+        loaded = load_model(path)
+        return Encoder(model=loaded.model.to(choose_device(device)), tokenizer=loaded.tokenizer, path=path)
+
+    @torch.no_grad()
+    def embed(self, inputs: list[str | Image]) -> np.ndarray:
+        """L2-normalised float32 [I, E], one row per text or picture."""
+        rows = torch.empty(len(inputs), self.model.config.embed_dim)
+        texts = [i for i, entry in enumerate(inputs) if isinstance(entry, str)]
+        images = [i for i, entry in enumerate(inputs) if not isinstance(entry, str)]
+        if texts:
+            rows[texts] = encode_texts(self.model, self.tokenizer, [inputs[i] for i in texts], batch_size=32)
+        if images:
+            transform = eval_transform(tower_size(self.model))
+            pixels = normalise([transform.pixels(inputs[i]) for i in images])
+            rows[images] = self.model.encode_image(pixels.to(self.model.visual.cls_token.device)).cpu()
+        return rows.numpy()
+
+    def count_tokens(self, texts: list[str]) -> int:
+        """Tokens of the texts that the encoder reads, its own special ones not counted."""
+        longest = self.model.config.text.context_length - 3
+        return sum(min(len(ids), longest) for ids in self.tokenizer.encode(texts))
+
+
+# ---------------------------------------------------------------------------------------------- the app
+def create_app(
+    chat: ChatModel,
+    encoder: Encoder | str,
+    limits: Limits,
+    *,
+    api_key: str | None = None,
+    allow_image_urls: bool = False,
+) -> FastAPI:
+    """The server as an ASGI app. `encoder` may be the reason why there is none."""
+    app = FastAPI(title="CLIPS-MLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    desk, started = Desk(limits.seconds), int(time.time())
+    figures = Figures(lambda: desk.busy)
+    app.add_middleware(Gate, limits=limits, api_key=api_key, figures=figures)
+    names = [chat.name] if isinstance(encoder, str) else [chat.name, ENCODER]
+    models = {name: {"id": name, "object": "model", "created": started, "owned_by": "clips-mllm"} for name in names}
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        return error_response(ApiError(500, "the server failed; its log says how"))  # which uvicorn writes
+
+    async def body_of(request: Request) -> bytes:
+        # A web page can post any other type to a server on its reader's machine without asking that server first.
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "send the body as Content-Type: application/json")
+        body = None
+        with anyio.move_on_after(limits.seconds) as time_limit:
+            body = await read_body(request, limits.body_bytes, 4 * limits.body_bytes)
+        if time_limit.cancelled_caught:
+            raise ApiError(408, f"the body did not arrive within {limits.seconds:g} s")
+        if body is None:
+            raise ApiError(413, f"the body is above this server's limit of {limits.body_bytes:,} bytes")
+        return body
+
+    def check_model(name: str, served: str) -> None:
+        if name != served:
+            message = f"the model {name[:200]!r} is not served here; known: {', '.join(map(repr, names))}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": list(models.values())}
+
+    @app.get("/v1/models/{name}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        if name not in models:
+            check_model(name, "")
+        return models[name]
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        form = parse(ChatForm, await body_of(request))
+        check_model(form.model, chat.name)
+        asked = question(form, limits)
+        data = await unless_gone(request, picture_bytes(asked.images, limits, allow_image_urls, "messages"))
+        items = desk.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
+        if form.stream:
+            first = await unless_gone(request, anext(items))  # until then an error can still have its status
+            usage = form.stream_options is not None and bool(form.stream_options.include_usage)
+            events = _events(_chain(first, items), head, usage, figures)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        *pieces, stats = await unless_gone(request, _collect(items))
+        _count(figures, stats)
+        message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(stats)}
+        return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(stats)})
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        form = parse(EmbeddingForm, await body_of(request))
+        if isinstance(encoder, str):
+            raise ApiError(404, f"this server has no encoder: {encoder}", param="model", code="model_not_found")
+        check_model(form.model, ENCODER)
+        texts = [entry.text for entry in form.input if entry.text is not None]
+        urls = [entry.image for entry in form.input if entry.image is not None]
+        if len(form.input) > limits.inputs:
+            raise ApiError(400, f"input: more than this server's limit of {limits.inputs} inputs", param="input")
+        check_amount(len(urls), sum(map(len, texts)), limits, "input")
+        data = await unless_gone(request, picture_bytes(urls, limits, allow_image_urls, "input"))
+
+        def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
+            pictures = iter(_decode(data, limits, "input"))
+            inputs = [next(pictures) if entry.text is None else entry.text for entry in form.input]
+            yield encoder.embed(inputs), encoder.count_tokens(texts)
+
+        [(rows, tokens)] = await unless_gone(request, _collect(desk.run(work)))
+        figures.tokens.labels("embedding").inc(tokens)
+        as_asked = _base64 if form.encoding_format == "base64" else np.ndarray.tolist
+        return JSONResponse(
+            {
+                "object": "list",
+                "model": ENCODER,
+                "data": [{"object": "embedding", "index": i, "embedding": as_asked(row)} for i, row in enumerate(rows)],
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+    return app
+
+
+def _answer(
+    chat: ChatModel, asked: Question, data: list[bytes], limits: Limits, cancel: threading.Event
+) -> Iterator[str | Stats]:
+    """The pieces of the answer, then what it took."""
+    try:
+        session = ChatSession.from_turns(chat, asked.turns, _decode(data, limits, "messages"), asked.system)
+        yield from session.answer(asked.sampling, cancel)
+    except ContextError as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+    except UserError as error:
+        raise ApiError(400, str(error), param="messages") from None
+    yield session.last
+
+
+def _decode(data: list[bytes], limits: Limits, param: str) -> list[Image]:
+    images = []
+    for number, encoded in enumerate(data):
+        try:
+            images.append(read_image(encoded, limits))
+        except UserError as error:
+            raise bad_picture(number, error, param) from None
+    return images
+
+
+async def _collect(items: AsyncIterator[T]) -> list[T]:
+    return [item async for item in items]
+
+
+async def _chain(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+async def _events(
+    items: AsyncIterator[str | Stats], head: dict[str, Any], include_usage: bool, figures: Figures
+) -> AsyncIterator[str]:
+    """Server-sent events in OpenAI's form."""
+
+    def event(delta: dict[str, str], finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return _event(chunk | {"choices": [choice]})
+
+    chunk = head | {"object": "chat.completion.chunk"} | ({"usage": None} if include_usage else {})
+    yield event({"role": "assistant", "content": ""})
+    try:
+        async for item in items:
+            if isinstance(item, str):
+                yield event({"content": item})
+                continue
+            _count(figures, item)
+            yield event({}, _finish_reason(item))
+            if include_usage:
+                yield _event(chunk | {"choices": [], "usage": _usage(item)})
+    except Exception as error:
+        known = isinstance(error, ApiError)
+        yield _event((error if known else ApiError(500, "the server failed; its log says how")).body)
+        if not known:
+            raise
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _finish_reason(stats: Stats) -> str:
+    """OpenAI's word; an answer that the time limit cut off is as incomplete as one that the token limit did."""
+    return "stop" if stats.finish_reason == "stop" else "length"
+
+
+def _usage(stats: Stats) -> dict[str, int]:
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.new_tokens,
+        "total_tokens": stats.prompt_tokens + stats.new_tokens,
+    }
+
+
+def _count(figures: Figures, stats: Stats) -> None:
+    figures.tokens.labels("prompt").inc(stats.prompt_tokens)
+    figures.tokens.labels("completion").inc(stats.new_tokens)
+    figures.first_token.observe(stats.first_token_s)
+
+
+def _base64(row: np.ndarray) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def serve_from_flags(flags: argparse.Namespace) -> None:
+    """Load model and encoder, then open the port and answer until a signal; UserError for what cannot be served."""
+    limits = limits_from_flags(flags)
+    api_key = flags.api_key or os.environ.get("CLIPS_API_KEY") or None
+    with _bind(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
+        chat = ChatModel.load(flags.model_path, **model_options(flags))
+        encoder = _find_encoder(flags)
+        app = create_app(chat, encoder, limits, api_key=api_key, allow_image_urls=flags.allow_image_urls)
+        config = uvicorn.Config(app, lifespan="off", server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        host, port = bound.getsockname()[:2]
+        print(_greeting(chat, encoder, limits, host, port, api_key, flags.allow_image_urls), flush=True)
+        try:
+            uvicorn.Server(config).run(sockets=[bound])
+        except KeyboardInterrupt:
+            raise Stopped("stopped by Ctrl-C", exit_code=130) from None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; UserError when the address is taken or not this machine's."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise UserError(f"cannot serve on {host} port {port}: {error}; choose another by --host, --port") from None
+    return bound
+
+
+def _find_encoder(flags: argparse.Namespace) -> Encoder | str:
+    try:
+        return Encoder.load(flags.encoder, flags.device)
+    except UserError as error:
+        if flags.encoder:
+            raise
+        return str(error)
+
+
+def _greeting(
+    chat: ChatModel,
+    encoder: Encoder | str,
+    limits: Limits,
+    host: str,
+    port: int,
+    api_key: str | None,
+    allow_image_urls: bool,
+) -> str:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
+    secret = " -H 'Authorization: Bearer KEY'" if api_key else ""
+    has_encoder = isinstance(encoder, Encoder)
+    fetched = "fetched from public addresses" if allow_image_urls else "data URLs only"
+    lines = [
+        f"chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, "
+        f"context {chat.context_length or 'unknown'}",
+        f"embeddings  {f'{ENCODER} ({encoder.path})' if has_encoder else f'none: {encoder}'}",
+        f"a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}",
+        f"a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters",
+        f"an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait",
+        f"access      {'with the API key' if api_key else 'without a key'}, at {address}",
+    ]
+    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
+        lines.append("warning: whoever reaches this address can use it; set --api-key or CLIPS_API_KEY")
+    lines += [
+        "",
+        f"curl {address}/chat/completions -H 'Content-Type: application/json'{secret} -d '{json.dumps(ask)}'",
+        "",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{address}", api_key="{"KEY" if api_key else "none"}")',
+        f"answer = client.chat.completions.create(**{ask})",
+        "print(answer.choices[0].message.content)",
+        "",
+    ]
+    return "\n".join(lines)

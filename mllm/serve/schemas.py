@@ -1,0 +1,271 @@
+"""What a request to the server may say: OpenAI's forms for chat and embeddings, checked, and its form of errors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from clips.common.errors import UserError
+from mllm.chat.limits import Limits, download_image
+from mllm.chat.model import Sampling
+from mllm.chat.session import Turn
+
+
+class ApiError(Exception):
+    """Ends a request with an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# ---------------------------------------------------------------------------------------------- forms
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class TextPart(_Form):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Form):
+    url: str
+
+
+class ImagePart(_Form):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Message(_Form):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class StreamOptions(_Form):
+    include_usage: bool | None = None
+
+
+class ChatForm(_Form):
+    """The body of /v1/chat/completions."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        Field(max_length=4),
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class EmbeddingInput(_Form):
+    """One input: a text, or a picture as `{"image": "data:image/png;base64,…"}`."""
+
+    text: str | None = None
+    image: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> EmbeddingInput:
+        if (self.text is None) == (self.image is None):
+            raise ValueError('must be a text or {"image": URL}')
+        return self
+
+
+def _as_input(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+class EmbeddingForm(_Form):
+    """The body of /v1/embeddings."""
+
+    model: str
+    input: Annotated[
+        list[Annotated[EmbeddingInput, BeforeValidator(_as_input)]],
+        Field(min_length=1),
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    ]
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "dimensions": (),
+}
+"""Fields that would change the answer and that the server cannot do → values that ask for nothing."""
+FormT = TypeVar("FormT", bound=_Form)
+
+
+def parse(form: type[FormT], body: bytes) -> FormT:
+    """The checked `body`; ApiError 400 naming the field. Fields that no form knows are ignored."""
+    try:
+        parsed = form.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = _param(first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{param}: {message}" if param else message, param=param) from None
+    for name, value in (parsed.model_extra or {}).items():
+        if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
+            raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+    return parsed
+
+
+def _param(location: tuple[int | str, ...]) -> str | None:
+    """`("messages", 0, "content", 1, "image_url", "image_url")` → `messages[0].content[1].image_url`."""
+    path = ""
+    for i, step in enumerate(location):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif i < 2 or location[i - 2] != "content":  # else the kind of a part, which pydantic adds
+            path += f".{step}" if path else step
+    return path or None
+
+
+# ---------------------------------------------------------------------------------------------- chat
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A checked chat request: what `ChatSession.from_turns` takes, pictures still as addresses."""
+
+    turns: list[Turn]
+    images: list[str]
+    system: str | None
+    sampling: Sampling
+
+
+def question(form: ChatForm, limits: Limits) -> Question:
+    """The turns and settings that `form` asks for; ApiError 400 for wrong order and for what is above a limit."""
+    first, *rest = form.messages
+    system = first.text if first.role in ("system", "developer") else None
+    messages = form.messages if system is None else rest
+    start = len(form.messages) - len(messages)
+    for i, message in enumerate(messages):
+        where, wanted = f"messages[{start + i}]", ("user", "assistant")[i % 2]
+        if message.role != wanted:
+            found = f"found {message.role!r}"
+            raise ApiError(400, f"{where}: the role here must be {wanted!r}, {found}", param=f"{where}.role")
+        if wanted == "user" and not message.text.strip() and not message.images:
+            raise ApiError(400, f"{where}: the message is empty", param=f"{where}.content")
+    if len(messages) % 2 == 0:
+        raise ApiError(400, "messages: the last one must be from role 'user'", param="messages")
+    if any(message.images for message in form.messages if message.role != "user"):
+        raise ApiError(400, "messages: only messages from role 'user' may hold pictures", param="messages")
+    images = [url for message in messages for url in message.images]
+    check_amount(len(images), sum(len(message.text) for message in form.messages), limits, "messages")
+    name = "max_tokens" if form.max_completion_tokens is None else "max_completion_tokens"
+    tokens = getattr(form, name) or limits.new_tokens
+    if tokens > limits.new_tokens:
+        raise ApiError(400, f"{name}: {tokens} is above this server's limit of {limits.new_tokens}", param=name)
+    return Question(
+        turns=[_turn(message) for message in messages],
+        images=images,
+        system=system,
+        sampling=Sampling(
+            temperature=Sampling.temperature if form.temperature is None else form.temperature,
+            top_p=Sampling.top_p if form.top_p is None else form.top_p,
+            max_new_tokens=tokens,
+            stop=tuple(form.stop or ()),
+            seed=form.seed,
+        ),
+    )
+
+
+def _turn(message: Message) -> Turn:
+    images = [{"type": "image"} for _ in message.images]
+    return {
+        "from": "human" if message.role == "user" else "gpt",
+        "value": [*images, {"type": "text", "text": message.text}],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- sizes, pictures
+def check_amount(images: int, characters: int, limits: Limits, param: str) -> None:
+    """ApiError 400 for more pictures or text than one request may bring."""
+    if images > limits.images:
+        raise ApiError(400, f"{param}: {images} pictures are above this server's limit of {limits.images}", param=param)
+    if characters > limits.prompt_chars:
+        message = f"{param}: {characters:,} characters are above this server's limit of {limits.prompt_chars:,}"
+        raise ApiError(400, message, param=param, code="string_above_max_length")
+
+
+async def picture_bytes(urls: list[str], limits: Limits, allow_image_urls: bool, param: str) -> list[bytes]:
+    """The encoded pictures of data URLs and, where allowed, of public addresses; ApiError 400 with the reason."""
+    pictures, total = [], 0
+    for number, url in enumerate(urls):
+        try:
+            if url[:5].lower() == "data:":
+                pictures.append(_data_url(url))
+            elif allow_image_urls:
+                pictures.append(await download_image(url, limits))
+            else:
+                raise UserError(
+                    "send it as data:image/…;base64,… (this server does not fetch from addresses; its owner can allow "
+                    "that by --allow-image-urls)"
+                )
+            total += len(pictures[-1])
+            if total > limits.body_bytes:
+                raise UserError(f"the pictures together are above this server's limit of {limits.body_bytes:,} bytes")
+        except UserError as error:
+            raise bad_picture(number, error, param) from None
+    return pictures
+
+
+def bad_picture(number: int, error: UserError, param: str) -> ApiError:
+    return ApiError(400, f"picture {number}: {error}", param=param, code="invalid_image")
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise UserError("a data URL must look like data:image/png;base64,…")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError("its base64 is broken") from None

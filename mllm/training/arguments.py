@@ -1,0 +1,243 @@
+"""The flags of scripts/train_llava.sh: LLaVA's own names, and what they are when not given."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from clips.common.errors import UserError
+from clips.common.runtime import has_bf16
+from mllm.model.llm import DEFAULT_LLM
+from mllm.training.stages import STAGES, Stage
+
+HELP = (
+    "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG."
+)
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 128, 256, 0.05
+
+
+def flag(default: Any, text: str, *aliases: str) -> Any:
+    """A field whose flag is explained by `text`; a * at its end stands for "the default depends on the stage"."""
+    shown = "" if "default" in text else " (default: the stage's)" if text.endswith("*") else f" (default: {default})"
+    return field(default=default, metadata={"help": text.rstrip("*") + shown, "aliases": aliases})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """One stage. None: the stage's default (`resolve` fills it in)."""
+
+    stage: int = flag(1, "1 aligns the projector, 2 tunes on instructions")
+    vision_tower: str = flag("clips", "encoder: clips, clip, random, blind, open_clip:…, hf:…, timm:…", "--vision")
+    model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")
+    output_dir: str | None = flag(None, "run directory (default: runs/llava-ENCODER)")
+    data_path: str | None = flag(None, "LLaVA JSON or JSONL (default: the demo data)")
+    image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")
+    version: str | None = flag(None, "conversation format: plain, v1, llama_3, chatml, auto*")
+    pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (stage 2 default: that of stage 1)")
+    mm_projector_type: Literal["mlp2x_gelu", "linear"] = flag("mlp2x_gelu", "projector")
+    mm_projector_init: Literal["random", "captions"] | None = flag(
+        None, "start of stage 1: random, or captions: closed form, image tokens regressed on the words of the captions*"
+    )
+    mm_vision_select_layer: int | None = flag(None, "hidden state of the encoder that the projector sees*")
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")
+    image_aspect_ratio: Literal["square", "pad"] | None = flag(None, "square: the encoder's own way; pad: LLaVA's*")
+    group_by_modality_length: bool | None = flag(None, "batches of one modality and similar lengths (default: stage 2)")
+    model_max_length: int = flag(2048, "longest sample in tokens")
+
+    unfreeze_mm_vision_tower: bool = flag(False, "train the encoder too")
+    tune_mm_mlp_adapter: bool = flag(False, "train the projector only")
+    freeze_mm_mlp_adapter: bool = flag(False, "keep the projector as it is")
+    freeze_backbone: bool = flag(False, "keep the language model as it is")
+    lora_enable: bool | None = flag(None, "LoRA on the language model's linear layers in stage 2*")
+    lora_r: int | None = flag(None, f"rank (default: {LORA_R})")
+    lora_alpha: int | None = flag(None, f"scale × rank (default: {LORA_ALPHA})")
+    lora_dropout: float | None = flag(None, f"dropout before the adapters (default: {LORA_DROPOUT})")
+    bits: Literal[4, 8, 16] = flag(16, "4 or 8: quantised language model (bitsandbytes) with LoRA")
+
+    learning_rate: float | None = flag(None, "peak learning rate*")
+    mm_projector_lr: float | None = flag(None, "that of the projector, where it is another")
+    mm_vision_tower_lr: float | None = flag(None, "that of the encoder, where it is another")
+    weight_decay: float = flag(0.0, "AdamW's weight decay")
+    warmup_ratio: float = flag(0.03, "share of the steps that warm up")
+    lr_scheduler_type: str = flag("cosine", "schedule of transformers.Trainer")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    num_train_epochs: float | None = flag(None, "passes over the data (default: 1)")
+    max_steps: int | None = flag(None, "optimizer steps, instead of epochs (default: -1, epochs count)")
+    batch_size: int | None = flag(None, "samples of one optimizer step over all ranks*")
+    per_device_train_batch_size: int | None = flag(None, "samples of one forward pass (default: 16)")
+    gradient_accumulation_steps: int | None = flag(None, "forward passes of one step (default: from --batch_size)")
+    seed: int = flag(0, "seed of the projector, the adapters and the order")
+
+    bf16: bool | None = flag(None, "bf16 arithmetic (default: where the device has it)")
+    gradient_checkpointing: bool | None = flag(None, "recompute activations in the backward pass (default: on GPUs)")
+    deepspeed: str | None = flag(None, "DeepSpeed config, or none (default: for several ranks, ds_configs/llava_zero*)")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
+    feature_cache: bool = flag(True, "compute the features of a frozen encoder once")
+    cache_dir: str | None = flag(None, "where they are kept (default: ~/.cache/clips-mllm/features)")
+    dataloader_num_workers: int | None = flag(None, "data processes (default: 4 where pictures are decoded for a GPU)")
+    logging_steps: int = flag(10, "steps between two lines of metrics.jsonl")
+    save_steps: int = flag(200, "steps between two checkpoints")
+    save_total_limit: int = flag(2, "checkpoints that are kept")
+    report_to: str = flag("none", "tensorboard, wandb or none")
+    dry_run: bool = flag(False, "print the command and the plan, train nothing")
+
+    def resolve(self, world_size: int) -> TrainArguments:
+        """The same with every default filled in; raises UserError for values that do not fit each other."""
+        stage = self.description
+        is_demo = self.data_path is None
+        defaults: dict[str, Any] = {"num_train_epochs": 1.0, "max_steps": -1, "lora_enable": self.bits < 16}
+        defaults |= {"lora_r": LORA_R, "lora_alpha": LORA_ALPHA, "lora_dropout": LORA_DROPOUT}
+        defaults |= stage.llava | {"group_by_modality_length": stage.number == 2}
+        if self.lora_enable or self.bits < 16:
+            defaults |= stage.lora
+        if is_demo:
+            defaults |= stage.demo
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        defaults |= {
+            "output_dir": os.path.join("runs", f"llava-{self.vision_tower.partition(':')[0]}"),
+            "bf16": has_bf16(torch.device("cuda" if on_gpu else "cpu")),
+            "gradient_checkpointing": on_gpu,
+            "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
+        }
+        missing = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        filled = replace(self, **{name: value for name, value in defaults.items() if name in missing})
+        if stage.number == 2:  # it starts from stage 1's projector
+            filled = replace(filled, mm_projector_init=None)
+        if filled.bits < 16 and not filled.lora_enable and stage.number == 2:
+            raise UserError(f"--bits {filled.bits} cannot train the language model's own weights: add --lora_enable")
+        return filled._with_batches(world_size, {name: getattr(self, name) for name in BATCHES})
+
+    def _with_batches(self, world_size: int, given: dict[str, int | None]) -> TrainArguments:
+        """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`."""
+        total, micro, accumulation = self.batch_size, self.per_device_train_batch_size, given[BATCHES[2]]
+        if given["batch_size"] is None and accumulation is not None:
+            total = (micro or 16) * world_size * accumulation
+        if given["per_device_train_batch_size"] is None:
+            share = total // (world_size * (accumulation or 1))
+            micro = max(1, share if accumulation else min(micro or 16, share))
+        steps = total // (micro * world_size)
+        wanted = accumulation or steps
+        if steps == 0 or steps * micro * world_size != total or wanted != steps:
+            raise UserError(
+                f"--batch_size {total} is not {world_size} rank(s) × --per_device_train_batch_size {micro} × "
+                f"{'--gradient_accumulation_steps ' + str(wanted) if wanted != steps else 'a whole number'}: "
+                "change one of them"
+            )
+        return replace(
+            self, batch_size=total, per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, steps)
+        )
+
+    @property
+    def description(self) -> Stage:
+        if self.stage not in STAGES:
+            raise UserError(f"--stage {self.stage} is not known; choose 1 (align) or 2 (instruct)")
+        return STAGES[self.stage]
+
+    @property
+    def caches_features(self) -> bool:
+        return self.feature_cache and not self.unfreeze_mm_vision_tower
+
+    def what_trains(self) -> dict[str, Any]:
+        """The fields that change the result: what a resumed run must have in common with its beginning."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_RESULT}
+
+
+BATCHES = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+NOT_RESULT = {
+    *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "dataloader_num_workers"),
+    *("logging_steps", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
+}
+ALREADY_SO = {
+    "mm_use_im_start_end": "False",
+    "mm_use_im_patch_token": "False",
+    "lazy_preprocess": "True",
+    "evaluation_strategy": "no",
+    "save_strategy": "steps",
+    "tf32": None,
+    "per_device_eval_batch_size": None,
+    "model_type": None,
+}
+"""Flags of LLaVA's scripts that may stand in a command but have one value here (None: any, without effect)."""
+
+
+def parse_train_arguments(argv: list[str]) -> TrainArguments:
+    """The flags of one stage; `--align.FLAG` and `--instruct.FLAG` count in that stage only.
+
+    `--version plain` counts in stage 1 only, and every other version in stage 2 only, so that one command line can
+    run both stages. Raises UserError for a LLaVA flag whose value is not supported.
+    """
+    stage = _stage_of(argv)
+    flags = vars(parser().parse_args(flags_of_stage(argv, stage.name)))
+    for name, value in ALREADY_SO.items():
+        given = flags.pop(name)
+        if given is not None and value is not None and given.lower() != value.lower():
+            raise UserError(f"--{name} {given} is not supported; here it is always {value}")
+    del flags["local_rank"]
+    arguments = TrainArguments(**flags)
+    if arguments.version is not None and (arguments.version == "plain") != (stage.name == "align"):
+        if f"--{stage.name}.version" in argv:
+            raise UserError(f"--{stage.name}.version {arguments.version}: plain is the format of stage 1, only of it")
+        arguments = replace(arguments, version=None)
+    return arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag per field of `TrainArguments`, with its default, and LLaVA's that have one value here."""
+    p = argparse.ArgumentParser(
+        prog="train_llava.sh",
+        usage="%(prog)s [--vision NAME] [--stage 1|2] [flags]",
+        description=HELP,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(TrainArguments)
+    for f in dataclasses.fields(TrainArguments):
+        kinds = [kind for kind in get_args(hints[f.name]) if kind is not type(None)]
+        kind = hints[f.name] if get_origin(hints[f.name]) is Literal or not kinds else kinds[0]
+        options: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            options = {"type": _boolean, "nargs": "?", "const": True}
+        elif get_origin(kind) is Literal:
+            options = {"type": type(get_args(kind)[0]), "choices": get_args(kind)}
+        names = [f"--{f.name}", *(alias for alias in f.metadata["aliases"]), f"--{f.name.replace('_', '-')}"]
+        p.add_argument(*dict.fromkeys(names), default=f.default, dest=f.name, help=f.metadata["help"], **options)
+        if f.default is True:
+            p.add_argument(f"--no-{f.name.replace('_', '-')}", dest=f.name, action="store_false", help="switch it off")
+    p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    for name, value in ALREADY_SO.items():
+        p.add_argument(f"--{name}", help=f"accepted as LLaVA's scripts give it ({value or 'without effect'})")
+    return p
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _stage_of(argv: list[str]) -> Stage:
+    given = [argv[i + 1 : i + 2] for i, word in enumerate(argv) if word == "--stage"] or [["1"]]
+    number = "".join(given[-1])
+    if number not in ("1", "2"):
+        raise UserError(f"--stage {number} is not known; choose 1 (align) or 2 (instruct)")
+    return STAGES[int(number)]
+
+
+def flags_of_stage(argv: list[str], stage: str) -> list[str]:
+    """`argv` without the other stage's own flags, and with this stage's own flags last, without their prefix."""
+    common: list[str] = []
+    own: list[str] = []
+    target: list[str] = common
+    for word in argv:
+        if word.startswith("--"):
+            prefix, dot, rest = word[2:].partition(".")
+            is_own = bool(dot) and prefix in {s.name for s in STAGES.values()}
+            target = common if not is_own else own if prefix == stage else []
+            word = f"--{rest}" if is_own else word
+        target.append(word)
+    return common + own

@@ -1,0 +1,159 @@
+"""Image features computed once, and the training forward that starts from them instead of from pixels.
+
+While the vision tower is frozen an image's tokens never change, so epochs, stages, seeds and runs share them on disk.
+
+Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 where a value would overflow) and
+`<random>.json` with its n keys. A pair is complete once its .json is there (both are renamed into place), and never
+changes after; so several processes may write, and a killed one leaves nothing behind that counts.
+float16 keeps 11 bits: features differ by at most 2^-11 of their value from freshly computed ones.
+
+Shapes: B images · N image tokens · W width of a token · L positions · D width of a word embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clips.common.errors import UserError
+from clips.data.sample import BrokenSample
+from mllm.data.images import ImageStore, pixel_loader
+from mllm.encoders.encoder import VisionEncoder
+from mllm.encoders.registry import image_pixels
+
+FILE_BYTES = 256 * 2**20
+"""Size of one cache file."""
+
+
+class FeatureCache:
+    """Features of one encoder for the pictures of one store; `get` is a `load_images` for `mllm.data.dataset.Collator`.
+
+    A picture's key is the hash of its bytes (and of the store's padding), so names and folders do not matter.
+    Picklable: a copy in a data worker can `get`, not `fill`.
+    """
+
+    def __init__(self, encoder: VisionEncoder, store: ImageStore, root: Path | str) -> None:
+        self.encoder: VisionEncoder | None = encoder
+        self.store = store
+        self.shape = (encoder.num_tokens, encoder.width)
+        self.directory = Path(root) / encoder.fingerprint[:32]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "ENCODER.txt").write_text(encoder.describe() + "\n")
+        self._rows: dict[str, tuple[str, int]] = {}  # key → file, row
+        self._keys: dict[str, str] = {}  # name → key
+        self._files: set[str] = set()
+        self._arrays: dict[str, np.ndarray] = {}
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"encoder": None, "_arrays": {}}
+
+    def refresh(self) -> None:
+        """Take up what other processes have written since."""
+        for path in sorted(self.directory.glob("*.json")):
+            if path.stem not in self._files:
+                self._files.add(path.stem)
+                self._rows |= {key: (path.stem, row) for row, key in enumerate(json.loads(path.read_text()))}
+
+    def get(self, names: Sequence[str]) -> Tensor:
+        """Features [B, N, W] in fp32 of pictures that were filled in; KeyError for others."""
+        features = np.empty((len(names), *self.shape), dtype=np.float32)
+        for i, name in enumerate(names):
+            file, row = self._rows[self._key(name)]
+            if file not in self._arrays:
+                self._arrays[file] = np.load(self.directory / f"{file}.npy", mmap_mode="r")
+            features[i] = self._arrays[file][row]
+        return torch.from_numpy(features)
+
+    def fill(
+        self,
+        names: Sequence[str],
+        *,
+        batch_size: int = 64,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> int:
+        """Encode the pictures of `names` that are not there yet; returns how many.
+
+        Of several ranks each encodes its share; wait for the others (a barrier), then `refresh`.
+        Raises UserError for a broken picture, and before anything is computed when the disk has too little room.
+        """
+        if self.encoder is None:
+            raise RuntimeError("a copy of the cache in another process cannot fill it")
+        self.refresh()
+        missing: dict[str, str] = {}  # key → name
+        for name in names:
+            if self._key(name) not in self._rows:
+                missing.setdefault(self._key(name), name)
+        todo = list(missing.values())[rank::world_size]
+        if not todo:
+            return 0
+        bytes_each = 2 * self.shape[0] * self.shape[1]
+        needed, free = bytes_each * len(missing), shutil.disk_usage(self.directory).free
+        if needed > 0.95 * free:
+            raise UserError(
+                f"caching the features of {len(missing):,} images takes {needed / 1e9:.1f} GB, {self.directory} has "
+                f"{free / 1e9:.1f} GB free: choose another cache folder or --no-feature-cache"
+            )
+        per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
+        model = self.encoder.model.to(device)
+        load = partial(_load_or_error, pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor)))
+        with tqdm(total=len(todo), unit="img", desc="image features") as bar:
+            for start in range(0, len(todo), per_file):
+                chunk = todo[start : start + per_file]
+                parts = []
+                for pixels in DataLoader(chunk, batch_size, collate_fn=load, num_workers=workers):
+                    if isinstance(pixels, UserError):
+                        raise pixels
+                    with torch.inference_mode():
+                        parts.append(self.encoder.features(pixels.to(device, model.dtype)).float().cpu().numpy())
+                    bar.update(len(pixels))
+                self._write([self._key(name) for name in chunk], np.concatenate(parts))
+        self.refresh()
+        return len(todo)
+
+    def _key(self, name: str) -> str:
+        if name not in self._keys:
+            try:
+                digest = hashlib.blake2b(self.store.read(name), digest_size=16)
+            except BrokenSample as broken:
+                raise UserError(f"picture {broken.key} in {self.store.location}: {broken.reason}") from None
+            if self.store.aspect_ratio == "pad":
+                digest.update(f"pad {self.store.background}".encode())
+            self._keys[name] = digest.hexdigest()
+        return self._keys[name]
+
+    def _write(self, keys: list[str], features: np.ndarray) -> None:
+        with np.errstate(over="ignore"):
+            half = features.astype(np.float16)
+        path = self.directory / uuid.uuid4().hex
+        with open(f"{path}.npy.partial", "wb") as file:
+            np.save(file, half if np.isfinite(half).all() else features)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(f"{path}.json.partial").write_text(json.dumps(keys))
+        for suffix in (".npy", ".json"):  # the .json last: it makes the pair count
+            os.replace(f"{path}{suffix}.partial", f"{path}{suffix}")
+
+
+def _load_or_error(load: Callable[[list[str]], Tensor], names: list[str]) -> Tensor | UserError:
+    """The user's mistake as a value: raised in a data worker it would reach the user wrapped in a traceback."""
+    try:
+        return load(names)
+    except UserError as error:
+        return error

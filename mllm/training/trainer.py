@@ -1,0 +1,232 @@
+"""transformers' Trainer on LLaVA models: loss over labelled positions, one order for any number of ranks, resume.
+
+A checkpoint holds the trained parameters only, by name, whatever they are (projector, adapters, language model);
+everything else is rebuilt from its source. Under DeepSpeed they are in the engine's own files instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    LlavaForConditionalGeneration,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from clips.common.errors import NotFiniteError
+from clips.common.files import seal
+from clips.common.signals import StopSignal
+from clips.common.tensors import read_weights, write_weights
+from mllm.data.dataset import Collator, LlavaDataset
+from mllm.data.sampler import EpochSampler
+from mllm.model.forward import causal_lm_loss, embed_inputs
+from mllm.training.checkpoints import prune
+from mllm.training.stages import parameter_groups
+
+TRAINED = "trained.safetensors"
+
+
+class TrainingModel(nn.Module):
+    """What the Trainer wraps: a batch → its loss. `model` is the LLaVA model, or that with adapters (PeftModel)."""
+
+    accepts_loss_kwargs = True  # the Trainer hands over the number of labels of the whole step
+
+    def __init__(self, model: nn.Module, *, features: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.features = features
+        """Whether batches bring `image_features`, not `pixel_values`."""
+
+    @property
+    def llava(self) -> LlavaForConditionalGeneration:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        llava = self.llava
+        if not self.features and pixel_values is None:
+            side = llava.config.vision_config.image_size
+            pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
+        embeds = embed_inputs(llava, input_ids, image_features, pixel_values)
+        return {"loss": causal_lm_loss(llava, embeds, attention_mask, labels, num_items_in_batch)}
+
+    def train(self, mode: bool = True) -> TrainingModel:
+        """The encoder stays in eval mode unless it trains."""
+        super().train(mode)
+        tower = self.llava.model.vision_tower
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()
+        return self
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Not strict: a checkpoint of the DeepSpeed engine leaves out what does not train."""
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class Indexed(Dataset):
+    """A data set whose samples know their index, so that one can be named when its loss is not finite."""
+
+    def __init__(self, dataset: LlavaDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index] | {"index": index}
+
+
+@dataclass(frozen=True)
+class IndexedCollator:
+    collator: Collator
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.collator(samples) | {"index": torch.tensor([sample["index"] for sample in samples])}
+
+
+class StopCallback(TrainerCallback):
+    """On SIGTERM or Ctrl-C the step ends, a checkpoint is written and training stops, on every rank alike."""
+
+    def __init__(self) -> None:
+        self.signal = StopSignal()
+        self.stopped = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        requested = torch.tensor(self.signal.requested, device=args.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(requested, op=dist.ReduceOp.MAX)
+        self.stopped = int(requested)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class LlavaTrainer(Trainer):
+    """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples.
+
+    `keep` checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        args: TrainingArguments,
+        *,
+        rates: dict[str, float],
+        sampler: EpochSampler,
+        keep: int,
+        **kwargs: Any,
+    ) -> None:
+        self.rates, self.sampler, self.keep = rates, sampler, keep
+        self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)
+        super().__init__(model, args, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.rates, self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As the Trainer's, and every rank stops before the backward pass when the loss of one is not finite."""
+        indices = inputs.pop("index")
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finite = torch.isfinite(loss.detach()).to(torch.int32)
+        mine = [] if finite else indices.tolist()
+        if self.args.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            self._not_finite(mine)
+        return loss
+
+    def _not_finite(self, mine: list[int]) -> None:
+        """End the run on every rank, naming the samples of the micro-batches whose loss is not finite."""
+        parts = [mine]
+        if self.args.world_size > 1:
+            parts = [[] for _ in range(self.args.world_size)]
+            dist.all_gather_object(parts, mine)
+        records = self.train_dataset.dataset.records
+        names = ", ".join(records[index].name for part in parts for index in part)
+        raise NotFiniteError(
+            f"the loss is not finite at step {self.state.global_step + 1}; no weight was changed by this step. It is "
+            f"that of: {names}. Look at them with scripts/check_data.py, or lower the learning rate"
+        )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+            raise NotFiniteError(
+                f"a gradient is not finite at step {self.state.global_step + 1}; no weight was changed by this step"
+            )
+        return norm
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            dist.barrier()  # every rank has written its files
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            prune(Path(self.args.output_dir), self.keep)  # not before: the older one is all there is until then
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if self.args.should_save and not self.is_deepspeed_enabled:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in self.model.trained().items()}
+            write_weights(tensors, Path(output_dir) / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
+        if saved.keys() != own.keys():
+            raise RuntimeError(f"{resume_from_checkpoint} holds other parameters than those that train")
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def is_interactive() -> bool:
+    return sys.stderr.isatty()

@@ -1,0 +1,124 @@
+"""What the tests of the pretraining command share: starting and watching real processes, small real data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, run_group
+from PIL import Image
+
+from clips.common.runtime import unused_port
+
+SCRIPT = "scripts/pretrain_clips.py"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@dataclass
+class Done:
+    code: int
+    text: str
+
+
+def python(*arguments: str | Path) -> list[str]:
+    return [sys.executable, *map(str, arguments)]
+
+
+def torchrun(*arguments: str | Path) -> list[str]:
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+
+
+def deepspeed(*arguments: str | Path) -> list[str]:
+    port = unused_port()
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
+
+
+def run(command: list[str], timeout: float = 300) -> Done:
+    """Run to the end, as a user would; both streams together."""
+    done = run_group(command, cwd=ROOT, env=ENV, stderr=subprocess.STDOUT, timeout=timeout)
+    return Done(done.returncode, done.stdout)
+
+
+def run_all(commands: dict[str, list[str]]) -> dict[str, Done]:
+    """Independent commands, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+
+
+@contextlib.contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process group of its own, with nothing left of it at the end."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENV, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.005)
+
+
+def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    file = run_dir / name
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def pictures(count: int, kind: str = "PNG") -> list[tuple[bytes, str, str]]:
+    """(picture, web caption, long caption), each different."""
+    samples = []
+    for i in range(count):
+        picture = Image.new("RGB", (40, 36), ((i * 37) % 256, (i * 91) % 256, (i * 53) % 256))
+        picture.paste((255, 255, 255), (i % 30, i % 20, i % 30 + 8, i % 20 + 8))
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        samples.append((buffer.getvalue(), f"stock photo {i}", f"A plain picture. It has number {i}. A box is white."))
+    return samples
+
+
+def write_shard(path: Path, samples: list[tuple[bytes, dict[str, bytes]]], extension: str = "png") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, (picture, rest) in enumerate(samples):
+            for name, data in {extension: picture, **rest}.items():
+                member = tarfile.TarInfo(f"{i:05d}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def recap(web: str, long: str) -> dict[str, bytes]:
+    """The default layout: img2dataset's, with a recaption in .txt."""
+    return {"txt": long.encode(), "json": json.dumps({"org_caption": web}).encode()}
+
+
+def small_data(folder: Path) -> tuple[str, ...]:
+    """Flags that name 64 training samples in two shards, and 16 for validation and test."""
+    samples = [(picture, recap(web, long)) for picture, web, long in pictures(80)]
+    write_shard(folder / "train/0.tar", samples[:40])
+    write_shard(folder / "train/1.tar", samples[40:64])
+    held_out = write_shard(folder / "test.tar", samples[64:])
+    return ("--data", f"{folder}/train", "--val-data", str(held_out), "--test-data", str(held_out))

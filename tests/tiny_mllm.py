@@ -1,0 +1,120 @@
+"""Tiny real parts for tests of mllm/: a CLIPS run with its exports, a language model directory, pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from clips.config import (
+    CaptionsConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    TextConfig,
+    VisionConfig,
+)
+from clips.model.clips import CLIPS
+from clips.weights.formats import write_hf_vit
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPS:
+    """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vision=VisionConfig(width=32, layers=3, heads=4, image_size=32, patch_size=8, pre_norm=pre_norm),
+        text=TextConfig(width=32, layers=1, heads=4, context_length=16, vocab_size=64, pad_mask=True),
+        captioner=None,
+        embed_dim=32,
+    )
+    model = CLIPS(config, 0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPS:
+    """A finished run as `clips.train` leaves it, as far as mllm/ looks: config.json and export/hf_vit."""
+    model = clips_model(pre_norm=pre_norm, seed=seed)
+    run = RunConfig(
+        recipe="test",
+        model=model.config,
+        captions=CaptionsConfig(tokenizer="wordpiece"),
+        task=TaskConfig(objective=objective, caption_weight=0.0),
+        data=DataConfig(),
+        optim=OptimConfig(),
+        phases=(PhaseConfig(name="one", samples=8, batch_size=8, lr=1e-3, image_size=32),),
+    )
+    directory.mkdir(parents=True)
+    run.save(directory / "config.json")
+    write_hf_vit(model, directory / "export" / "hf_vit")
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose padding token is its end token, like SmolLM2's."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, show_progress=False, initial_alphabet=ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["What is in the picture? A red cat and two dogs."] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+        model_max_length=256,
+    )
+
+
+def write_llm(directory: Path, *, tie: bool = True, chat_template: str | None = CHATML, **options: object) -> Path:
+    """A tiny Llama with its tokenizer in `directory`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "initializer_range": 0.3,
+    }
+    LlamaForCausalLM(LlamaConfig(**settings | options)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:
+    """`count` PNGs of several sizes in `directory`; returns their names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        array = random.integers(0, 256, (24 + 4 * (i % 5), 40, 3), dtype=np.uint8)
+        Image.fromarray(array).save(directory / f"{i}.png")
+    return [f"{i}.png" for i in range(count)]

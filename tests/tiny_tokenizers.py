@@ -1,0 +1,75 @@
+"""A tiny tokenizer of each kind that language models have, and the names of the conversation formats."""
+
+from __future__ import annotations
+
+import json
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM
+
+CONTROL = ["<s>", "</s>", "<unk>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
+CONTROL += ["<|start_header_id|>", "<|end_header_id|>"]
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "What is at the top left? A red cat. Two dogs, and 12 trees!\n\nUSER: hello ASSISTANT: hi there  system user",
+    "The model's   answer\nis <image> or <|im_end|> in a text; USER: where? ASSISTANT: below the green apple.",
+    V1_SYSTEM,
+    LLAMA_3_SYSTEM,
+] * 3
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Tiny BPE: `gpt2` and `llama3` are byte-level; the sentencepiece kinds put a space before texts and add a bos."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=CONTROL, show_progress=False, initial_alphabet=ByteLevel.alphabet()
+    )
+    if kind in ("gpt2", "llama3"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        if kind == "llama3":
+            split = pre_tokenizers.Split(Regex(LLAMA_3_REGEX), behavior="isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, ByteLevel(False, use_regex=False)])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(CORPUS, trainer)
+    else:
+        specials = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        if kind == "sentencepiece":
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        else:  # as Llama 2's own tokenizer.json
+            tokenizer.pre_tokenizer = None
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        # Byte tokens are ordinary vocabulary, not special: only the model's byte fallback may produce them.
+        tree = json.loads(tokenizer.to_str())
+        tree["added_tokens"] = tree["added_tokens"][: len(CONTROL)]
+        tokenizer = Tokenizer.from_str(json.dumps(tree))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    eos = "<|im_end|>" if kind == "gpt2" else "<|eot_id|>" if kind == "llama3" else "</s>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token=eos,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=[token for token in CONTROL if token not in ("<s>", eos, "<unk>", "<pad>")],
+        chat_template=CHATML,
+    )
+
+
+KINDS = ("gpt2", "llama3", "sentencepiece", "sentencepiece_legacy")
+TOKENIZERS = {kind: make_tokenizer(kind) for kind in KINDS}
+FORMATS = ("plain", "v1", "llama_3", "chatml", "auto")

@@ -1,0 +1,258 @@
+"""Checkpoints: written whole or not at all, refused when damaged, never silently started over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from clips.common import files
+from clips.common.errors import NoCheckpointError, UserError
+from clips.common.runtime import init_distributed
+from clips.training.prepare import _hold
+from clips.weights import checkpoint
+from clips.weights.checkpoint import TrainState
+
+FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
+    weights = {"a.weight": torch.full((size, 4), float(step)), "scale": torch.tensor(2.5)}
+    optimizer = {"a.weight/exp_avg": torch.arange(size * 4.0).view(size, 4) * step}
+    state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3, best=12.5)
+    state.logit_scale.append((8 * step, 14.25))
+    return checkpoint.save(run_dir, weights, optimizer, state, keep)
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    found = checkpoint.latest(tmp_path)
+    assert found.path == path == checkpoint.load(path).path
+    assert asdict(found.state) | {"logit_scale": []} == asdict(
+        TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3, best=12.5)
+    )
+    assert [tuple(pair) for pair in found.state.logit_scale] == [(24, 14.25)]
+    assert found.weights().keys() == {"a.weight", "scale"}
+    assert torch.equal(found.weights()["a.weight"], torch.full((64, 4), 3.0))
+    assert found.weights()["scale"].shape == ()
+    assert torch.equal(found.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
+    assert sorted(p.name for p in path.iterdir()) == FILES
+    assert json.loads((path / "MANIFEST.json").read_text()).keys() == set(FILES[1:])
+
+
+def test_nothing_written_yet(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+    for step in (9, 10, 11, 100):  # by number, not by text
+        write(tmp_path, step, keep=2)
+        assert (tmp_path / "LATEST").read_text() == f"step-{step:08d}\n"
+    assert names(tmp_path) == ["step-00000011", "step-00000100"]
+    assert checkpoint.latest(tmp_path).state.step == 100
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "bit", "missing", "empty"])
+def test_a_damaged_one_is_refused_and_the_previous_used(
+    tmp_path: Path, file: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 1)
+    bad = write(tmp_path, 2)
+    target = bad / file
+    if damage == "missing":
+        target.unlink()
+    elif damage == "bit":
+        flip_bit(target, target.stat().st_size // 2, bit=3)
+    else:
+        target.write_bytes(target.read_bytes()[: -1 if damage == "truncated" and file != "MANIFEST.json" else 0])
+    assert checkpoint.latest(tmp_path).state.step == 1
+    warning = capsys.readouterr().err
+    assert "warning" in warning
+    assert str(bad) in warning
+    with pytest.raises(UserError, match="step-00000002"):
+        checkpoint.load(bad)
+    write(tmp_path, 2)  # trained again, the same step replaces the bad one
+    assert checkpoint.latest(tmp_path).state.step == 2
+
+
+def test_every_bit_of_the_weights_is_guarded(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, size=2)
+    file = path / "model.safetensors"
+    for offset in range(0, file.stat().st_size, 7):
+        flip_bit(file, offset, bit=offset % 8)
+        with pytest.raises(NoCheckpointError):
+            checkpoint.latest(tmp_path)
+        flip_bit(file, offset, bit=offset % 8)
+    assert checkpoint.latest(tmp_path).state.step == 1
+
+
+def test_none_good_although_some_were_written(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_bit(write(tmp_path, step) / "state.json", 3)
+    with pytest.raises(NoCheckpointError, match="no usable checkpoint") as caught:
+        checkpoint.latest(tmp_path)
+    assert caught.value.exit_code == 5
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_all_deleted_although_some_were_written(tmp_path: Path) -> None:
+    for file in write(tmp_path, 1).iterdir():
+        file.unlink()
+    (tmp_path / "checkpoints/step-00000001").rmdir()
+    with pytest.raises(NoCheckpointError):
+        checkpoint.latest(tmp_path)
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    """A real process, killed by SIGKILL when half of the files are written."""
+    write(tmp_path, 1)
+    script = (
+        "import os, signal, sys; from pathlib import Path; import torch; from clips.weights import checkpoint\n"
+        "whole = checkpoint.save_file\n"
+        "def dying(tensors, path):\n"
+        "    whole(tensors, path)\n"
+        "    if path.name.startswith('optimizer'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.save_file = dying\n"
+        "tensors = {'a': torch.ones(5)}\n"
+        "checkpoint.save(Path(sys.argv[1]), tensors, tensors, checkpoint.TrainState(seed=0, step=2), 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert names(tmp_path) == [".step-00000002.tmp", "step-00000001"]
+    assert checkpoint.latest(tmp_path).state.step == 1
+    assert ".step-00000002.tmp" in names(tmp_path), "whoever only looks must leave a save that is underway alone"
+    checkpoint.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 150_000], ids=["state", "model", "optimizer"])
+def test_a_full_disk_leaves_the_old_ones_intact(tmp_path: Path, limit: int) -> None:
+    """The system itself refuses to write beyond `limit` bytes of a file, in the middle of different files."""
+    old = write(tmp_path, 1, size=1_000)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    script = (
+        "import resource, sys; from pathlib import Path; import torch; from clips.weights import checkpoint\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "state = checkpoint.TrainState(seed=0, step=2, logit_scale=[(i, 1.0) for i in range(1000)])\n"
+        "weights, optimizer = {'a': torch.ones(3_000)}, {'a': torch.ones(100_000)}\n"
+        f"if {limit} < 2_000: weights = optimizer = {{'a': torch.ones(5)}}\n"
+        "try:\n"
+        "    checkpoint.save(Path(sys.argv[1]), weights, optimizer, state, 2)\n"
+        "except OSError as error:\n"
+        "    print('refused:', error); sys.exit(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 9, done.stderr
+    assert "too large" in done.stdout
+    assert names(tmp_path) == ["step-00000001"]
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert checkpoint.latest(tmp_path).state.step == 1
+    assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    pickle.loads(pickle.dumps(Bomb(fired)))
+    assert fired.exists()
+    fired.unlink()  # the bomb works
+
+    file = tmp_path / "model.pt"
+    file.write_bytes(pickle.dumps(Bomb(fired)))
+    with pytest.raises(UserError, match=r"--resume .*model\.pt.*directory"):
+        checkpoint.load(file)
+
+    # In a directory with right hashes, in the place of a weight file
+    path = write(tmp_path / "run", 1)
+    (path / "model.safetensors").write_bytes(pickle.dumps(Bomb(fired)))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["model.safetensors"] = files._sha256(path / "model.safetensors")
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        checkpoint.load(path).weights()
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '"text"', '{"model.safetensors": "0"}'])
+def test_a_directory_of_something_else_is_refused(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "MANIFEST.json").write_text(manifest)
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="--resume"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match=r"--resume .*nowhere"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    (path / "state.json").write_text('{"seed": 0, "steps_of_old": 3}')
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["state.json"] = files._sha256(path / "state.json")
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="steps_of_old"):
+        checkpoint.load(path)
+
+
+def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "LATEST"
+    files.write_atomically(file, "old\n")
+
+    def crash(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(file, "new and longer\n")
+    assert file.read_text() == "old\n"
+
+
+def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains in"):
+            _hold(tmp_path)
+    _hold(tmp_path)
+    _hold(tmp_path)  # the same process may ask again
+
+
+def test_tasks_of_srun_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=8, but no RANK"):
+        init_distributed(torch.device("cpu"))

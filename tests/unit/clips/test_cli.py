@@ -1,0 +1,189 @@
+"""Flags are few and frozen: a change here is a change of the commands that people and READMEs use."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+
+from clips.common.errors import UserError
+from clips.config import Fields, difference, parse_fields
+from clips.recipes import RECIPES, debug_twin, recipe
+from clips.training.cli import config_from_flags
+
+FROZEN = {
+    "pretrain_clips": {
+        "--recipe": "demo",
+        "--name": None,
+        "--output-dir": "runs",
+        "--data": None,
+        "--val-data": None,
+        "--test-data": None,
+        "--fields": None,
+        "--image-root": None,
+        "--samples": None,
+        "--batch-size": None,
+        "--seed": 0,
+        "--device": "auto",
+        "--ds-config": None,
+        "--timeout-minutes": 30,
+        "--resume": "auto",
+        "--allow-config-change": False,
+        "--set": [],
+        "--debug": False,
+        "--dry-run": False,
+        "--wandb": False,
+        "--local_rank": -1,
+    },
+    "evaluate_clips": {
+        "--model": None,
+        "--data": None,
+        "--fields": [],
+        "--karpathy": None,
+        "--image-root": None,
+        "--split": "test",
+        "--classes": None,
+        "--probe-train": None,
+        "--limit": None,
+        "--image-size": None,
+        "--batch-size": None,
+        "--device": "auto",
+        "--out": None,
+    },
+    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None},
+}
+
+
+def script(name: str) -> argparse.ArgumentParser:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.parser()
+
+
+def pretrain(*flags: str):
+    return config_from_flags(script("pretrain_clips").parse_args(flags))
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_flags_and_their_defaults_are_frozen(name: str) -> None:
+    actions = [action for action in script(name)._actions if action.dest != "help"]
+    assert {action.option_strings[-1]: action.default for action in actions} == FROZEN[name]
+    assert not any(action.required for action in actions), "every command runs bare"
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_help_shows_every_flag_and_its_default(name: str) -> None:
+    done = run_python(f"scripts/{name}.py", "--help", env={"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    for action in script(name)._actions:
+        if action.help is argparse.SUPPRESS or action.dest == "help":
+            continue
+        assert action.option_strings[-1] in done.stdout
+        assert action.help, f"{action.option_strings} has no help"
+        if name == "pretrain_clips":
+            default = action.default if isinstance(action.default, (str, int)) and action.default is not False else ""
+            assert f"(default: {default}" in action.help, action.option_strings
+    assert "default: None" not in done.stdout
+    assert "--local_rank" not in done.stdout
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_help_imports_nothing_heavy(name: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{name}', '--help']\n"
+        f"try: runpy.run_path('scripts/{name}.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_wrong_flags_fail_before_deepspeed_is_imported() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['pretrain_clips.py', '--recipe', 'b32']\n"
+        "try: runpy.run_path('scripts/pretrain_clips.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 2, stop.code\n"
+        "assert not {'deepspeed', 'transformers', 'torch._dynamo'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"choose one of: {', '.join(RECIPES)}" in done.stderr
+
+
+def test_the_bare_command_is_the_demo_recipe() -> None:
+    assert pretrain() == recipe("demo")
+    assert pretrain("--debug") == debug_twin(recipe("demo"))
+    assert pretrain("--local_rank=0") == recipe("demo"), "the deepspeed launcher adds it"
+
+
+def test_flags_go_where_they_say() -> None:
+    run = pretrain(
+        *("--data", "a/*.tar", "--val-data", "v.csv", "--test-data", "t.csv", "--image-root", "pics"),
+        *("--fields", "image=file", "web=alt", "--fields", "long=recaption", "--seed", "3"),
+    )
+    assert difference(recipe("demo"), run) == [
+        'data.fields.image: "jpg;jpeg;png;webp" → "file"',
+        'data.fields.long: "txt" → "recaption"',
+        'data.fields.web: "json:org_caption" → "alt"',
+        'data.image_root: null → "pics"',
+        'data.test: null → "t.csv"',
+        'data.train: "demo" → "a/*.tar"',
+        'data.val: null → "v.csv"',
+        "train.seed: 0 → 3",
+    ]
+
+
+def test_samples_and_batch_size_fit_together() -> None:
+    run = pretrain("--samples", "64", "--batch-size", "16")  # 64 alone is less than one batch of the recipe
+    assert [(phase.samples, phase.batch_size) for phase in run.phases] == [(64, 16)]
+    run = pretrain("--samples", "64", "--set", "phases.0.batch_size=8")
+    assert run.phases[0].batch_size == 8
+    with pytest.raises(UserError, match="samples 64 is below one batch of 128"):
+        pretrain("--samples", "64")
+
+
+def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
+    full = recipe("b16")
+    run = pretrain("--recipe", "b16", "--data", "x.tar", "--samples", "1000000")
+    for small, large in zip(run.phases, full.phases, strict=True):
+        assert small.samples == 1_000_000
+        assert small.warmup_samples / small.samples == pytest.approx(large.warmup_samples / large.samples, abs=1e-6)
+    run = pretrain("--samples", "1280", "--set", "phases.0.warmup_samples=5")
+    assert run.phases[0].warmup_samples == 5, "--set has the last word"
+
+
+def test_set_comes_last_and_may_be_repeated() -> None:
+    run = pretrain("--seed", "3", "--set", "train.seed=4", "optim.kind=adamw", "--set", "train.precision=fp32")
+    assert (run.train.seed, run.optim.kind, run.train.precision) == (4, "adamw", "fp32")
+
+
+def test_paper_recipes_ask_for_data_and_their_debug_twins_do_not() -> None:
+    with pytest.raises(UserError, match="recipe l14 needs training data: --data"):
+        pretrain("--recipe", "l14")
+    assert pretrain("--recipe", "l14", "--debug").data.train == "demo"
+    assert pretrain("--recipe", "l14", "--debug", "--data", "my.csv").data.train == "my.csv"
+
+
+def test_fields() -> None:
+    assert parse_fields([], Fields()) == Fields()
+    assert parse_fields(["web=json:alt;json:title"], Fields()) == Fields(web="json:alt;json:title")
+    assert parse_fields(["long=a=b"], Fields()).long == "a=b"
+    for wrong in ("text=alt", "web", "web=", "=alt", "web:alt"):
+        with pytest.raises(UserError, match="PART=FIELD with PART one of: image, web, long"):
+            parse_fields([wrong], Fields())
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_scripts_are_short(name: str) -> None:
+    """A script parses flags and calls one function; the frozen flags themselves do not count."""
+    lines = Path(ROOT / "scripts" / f"{name}.py").read_text().splitlines()
+    body = lines[lines.index("def main() -> None:") :]
+    assert len(body) <= 12

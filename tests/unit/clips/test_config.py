@@ -1,0 +1,204 @@
+"""The configuration: validated, rebuilt from its JSON form, changed and compared by field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+from conftest import tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clips.common.errors import UserError
+from clips.config import (
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    TextConfig,
+    VisionConfig,
+    difference,
+    from_dict,
+)
+from clips.recipes import RECIPES, debug_twin, recipe
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_config_json_alone_rebuilds_every_recipe(name: str, debug: bool, tmp_path: Path) -> None:
+    run = debug_twin(recipe(name)) if debug else recipe(name)
+    run.save(tmp_path / "config.json")
+    loaded = RunConfig.load(tmp_path / "config.json")
+    assert loaded == run  # tuples again, not lists
+    assert difference(run, loaded) == []
+    assert isinstance(loaded.phases, tuple)
+    assert isinstance(loaded.optim.betas, tuple)
+    assert (loaded.model.captioner is None) == (name == "clip_baseline")
+
+
+def test_frozen_and_keyword_only() -> None:
+    run = tiny_run()
+    with pytest.raises(FrozenInstanceError):
+        run.recipe = "other"
+    with pytest.raises(TypeError):
+        OptimConfig("adamw")
+
+
+def test_samples_and_steps_count_whole_batches() -> None:
+    run = tiny_run()
+    a = replace(run.phases[0], samples=100, batch_size=8)  # 12 steps, 4 samples left over
+    b = replace(run.phases[0], samples=64, batch_size=16)
+    run = replace(run, phases=(a, b))
+    assert (a.steps, b.steps, run.steps) == (12, 4, 16)
+    assert run.samples == 12 * 8 + 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.vision.widht=8", r"--set model\.vision\.widht: no field 'widht'; known here: width, layers"),
+        ("nothing", r"must look like part\.field=value"),
+        ("phases.3.lr=1", r"'3' is not an index below 1"),
+        ("phases.x.lr=1", r"'x' is not an index"),
+        ("train.seed.deep=1", "no field 'deep'; known here: none"),
+        ("train.seed=one", r"config\.train\.seed must be int, found 'one'"),
+        ("train.seed=1.5", r"config\.train\.seed must be int"),
+        ("train.seed=true", r"config\.train\.seed must be int, found True"),
+        ("train.compile=1", r"config\.train\.compile must be bool"),
+        ("train.precision=fp64", r"train\.precision = 'fp64' is not known; choose one of: bf16, fp32"),
+        ("train.accumulation=0", r"train\.accumulation must be at least 1"),
+        ("optim.kind=sgd", r"optim\.kind = 'sgd' is not known; choose one of: adamw, muon"),
+        ("optim.betas=[0.9]", r"optim\.betas must have 2 items, found 1"),
+        ("optim.betas=0.9", r"optim\.betas must be a list"),
+        ("optim.betas=[0.9, null]", r"optim\.betas\.1 must be float"),
+        ("model.vision=null", r"model\.vision must be an object"),
+        ("model.vision.width=30", r"vision\.width 30 must be divisible by 4"),
+        ("model.vision.heads=3", r"vision\.width 32 is not divisible by heads 3"),
+        ("model.vision.patch_size=15", "image size 32 is not a multiple of the patch size 15"),
+        ("model.text.context_length=4", r"text\.context_length 4 is below 5"),
+        ("model.captioner=null", r"task\.caption_weight is above 0 but model\.captioner is null"),
+        ("phases.0.image_size=40", "image size 40 is not a multiple of the patch size 16"),
+        ("phases.0.image_size=0", "image size 0"),
+        ("phases.0.schedule=step", "schedule = 'step' is not known; choose one of: cosine, trapezoid"),
+        ("phases.0.batch_size=0", "phase a: batch_size must be positive"),
+        ("phases.0.batch_size=65", "phase a: samples 64 is below one batch of 65"),
+        ("phases=[]", "at least one phase"),
+        ("task.synthetic_share=1.5", "synthetic_share 1.5 is not in"),
+        ("captions.strategy=first", "choose one of: sentence, truncation, random_mask, block_mask, full"),
+        ("captions.tokenizer=t5", "choose one of: bert, clip, wordpiece"),
+    ],
+)
+def test_wrong_values_are_named(assignment: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        tiny_run().override([assignment])
+    assert caught.value.exit_code == 2
+
+
+def test_muon_with_clipping_is_refused() -> None:
+    assert OptimConfig(kind="adamw", clip_grad=1.0).clip_grad == 1.0
+    with pytest.raises(UserError, match="clip_grad must be 0 with Muon"):
+        OptimConfig(kind="muon", clip_grad=1.0)
+    with pytest.raises(UserError, match="clip_grad"):
+        tiny_run().override(["optim.kind=muon", "optim.clip_grad=1"])
+
+
+def test_direct_construction_is_validated_too() -> None:
+    for wrong in (
+        lambda: VisionConfig(width=30, layers=1, heads=2),  # not divisible by 4
+        lambda: TextConfig(width=32, layers=1, heads=3),
+        lambda: TaskConfig(objective="both"),
+        lambda: PhaseConfig(name="p", samples=8, batch_size=8, lr=1.0, image_size=32, schedule="none"),
+    ):
+        with pytest.raises(UserError):
+            wrong()
+
+
+def test_override_sets_one_field_and_leaves_the_rest() -> None:
+    run = replace(tiny_run(), phases=tiny_run().phases * 2)
+    changed = run.override(
+        ["train.seed=5", "data.train=/shards/{00..09}.tar", "phases.1.lr=3", "optim.betas=[0.8,0.9]"]
+    )
+    assert difference(run, changed) == [
+        'data.train: "demo" → "/shards/{00..09}.tar"',
+        "optim.betas.0: 0.9 → 0.8",
+        "optim.betas.1: 0.95 → 0.9",
+        "phases.1.lr: 0.01 → 3.0",
+        "train.seed: 0 → 5",
+    ]
+    assert isinstance(changed.phases[1].lr, float)
+    assert run == replace(tiny_run(), phases=tiny_run().phases * 2)  # the old one is untouched
+
+
+def test_override_of_every_phase_and_of_text_values() -> None:
+    run = replace(tiny_run(), phases=tiny_run().phases * 3)
+    changed = run.override(["phases.*.muon_lr=0.5", "data.val=a=b.csv", "data.image_root=null", "data.test=3x"])
+    assert [phase.muon_lr for phase in changed.phases] == [0.5] * 3
+    assert changed.data.val == "a=b.csv"  # only the first = separates
+    assert changed.data.image_root is None
+    assert changed.data.test == "3x"
+
+
+def test_overrides_are_checked_together() -> None:
+    """Either alone would not fit: 64 samples are less than one batch of 128, and 4 than one of 8."""
+    changed = tiny_run().override(["phases.*.batch_size=128", "phases.*.samples=128"])
+    assert (changed.phases[0].batch_size, changed.phases[0].samples) == (128, 128)
+    assert tiny_run().override(["phases.*.samples=4", "phases.*.batch_size=2"]).phases[0].steps == 2
+
+
+def test_from_dict_names_unknown_and_missing_fields() -> None:
+    tree = tiny_run().to_dict()
+    with pytest.raises(UserError, match=r"config\.data has unknown fields: trian; known: train, val"):
+        from_dict(RunConfig, tree | {"data": {"trian": "x"}})
+    without = {key: value for key, value in tree["model"].items() if key != "embed_dim"}
+    with pytest.raises(UserError, match=r"config\.model lacks the fields: embed_dim"):
+        from_dict(RunConfig, tree | {"model": without})
+    assert from_dict(RunConfig, {k: v for k, v in tree.items() if k != "train"}).train.seed == 0  # has a default
+
+
+def test_integers_are_taken_for_floats_but_not_booleans() -> None:
+    tree = tiny_run().to_dict()
+    assert from_dict(RunConfig, tree | {"task": {"caption_weight": 2}}).task.caption_weight == 2.0
+    with pytest.raises(UserError, match="caption_weight must be float, found True"):
+        from_dict(RunConfig, tree | {"task": {"caption_weight": True}})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"recipe": 3}', "\x00"])
+def test_an_unreadable_config_file_is_a_users_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError):
+        RunConfig.load(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"missing\.json"):
+        RunConfig.load(tmp_path / "missing.json")
+
+
+def test_difference_of_phases_and_of_a_missing_part() -> None:
+    run = tiny_run()
+    more = replace(run, phases=run.phases * 2)
+    (line,) = difference(run, more)
+    assert line.startswith("phases: [")
+    without = replace(run, model=replace(run.model, captioner=None), task=TaskConfig(caption_weight=0, caption_chunk=7))
+    lines = difference(run, without)
+    assert any(line.startswith("model.captioner: {") and line.endswith("→ null") for line in lines)
+
+
+LEAVES = {
+    "train.seed": st.integers(0, 2**31),
+    "data.train": st.text(min_size=1),
+    "data.val": st.none() | st.text(),
+    "optim.weight_decay": st.floats(0, 1),
+    "train.compile": st.booleans(),
+    "captions.strategy": st.sampled_from(["sentence", "truncation", "random_mask", "block_mask", "full"]),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=LEAVES))
+@settings(deadline=None)
+def test_any_override_survives_the_file_and_is_what_difference_reports(values: dict[str, object]) -> None:
+    run = tiny_run()
+    changed = run.override([f"{path}={json.dumps(value)}" for path, value in values.items()])
+    assert from_dict(RunConfig, json.loads(json.dumps(changed.to_dict()))) == changed
+    tree = run.to_dict()
+    expected = {path for path, value in values.items() if tree[path.split(".")[0]][path.split(".")[1]] != value}
+    assert {line.split(":")[0] for line in difference(run, changed)} == expected

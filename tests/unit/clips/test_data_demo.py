@@ -1,0 +1,240 @@
+"""The demo data: true captions, held-out layouts, the same bytes for a seed, never a half-built folder."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clips.common.errors import UserError
+from clips.config import DataConfig, Fields
+from clips.data import demo
+from clips.data.demo import (
+    BACKGROUNDS,
+    CONCEPTS,
+    NUMBERS,
+    PLACES,
+    PROMPTS,
+    demo_split,
+    describe,
+    draw_scene,
+    ensure_demo,
+    render,
+    split_of,
+    split_scene,
+)
+from clips.data.images import decode_image
+from clips.data.sentences import split_sentences
+from clips.data.sources import open_source
+from clips.data.splits import open_split
+
+SIZES = {"train": 60, "val": 20, "test": 20}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo(tmp_path_factory.mktemp("demo") / "data", sizes=SIZES)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and ".idx." not in path.name]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_what_is_written(built: Path) -> None:
+    for split, size in SIZES.items():
+        source = open_source(demo_split(built, split), Fields(), need_long=True)
+        assert len(source) == size
+        for i in range(size):
+            sample = source.read(i)
+            scene, description = split_scene(split, i, 0)
+            assert np.asarray(decode_image(sample.image)).shape == (64, 64, 3)
+            assert sample.web == description.web
+            assert split_sentences(sample.long) == description.sentences == sample.extra["sentences"]
+            assert sample.extra["objects"][0]["concept"] == scene.things[0].concept
+            assert sample.extra.get("label") == (scene.things[0].concept if len(scene.things) == 1 else None)
+    classes = json.loads((built / "concepts.json").read_text())
+    assert classes["classes"] == list(CONCEPTS)
+    assert len(classes["templates"]) == 8
+    attribution = (built / "ATTRIBUTION.md").read_text()
+    assert "CC BY-SA 4.0" in attribution
+    assert "OpenMoji" in attribution
+
+
+def test_the_same_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    assert contents(ensure_demo(tmp_path / "again", sizes=SIZES)) == contents(built)
+    other = contents(ensure_demo(tmp_path / "other", sizes=SIZES, seed=1))
+    assert other["train/00000.tar"] != contents(built)["train/00000.tar"]
+
+
+def test_a_finished_build_is_reused_and_another_replaced(tmp_path: Path) -> None:
+    directory = ensure_demo(tmp_path / "data", sizes=SIZES)
+    times = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    ensure_demo(directory, sizes=SIZES)
+    assert times == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    ensure_demo(directory, sizes=SIZES | {"train": 30})
+    assert len(open_source(demo_split(directory, "train"), Fields(), need_long=True)) == 30
+
+
+def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(demo, "_write_notes", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_demo(tmp_path / "data", sizes=SIZES)
+    assert not (tmp_path / "data").exists()
+    (tmp_path / ".data.building" / "train").mkdir(parents=True)  # as SIGKILL leaves it
+    (tmp_path / ".data.building" / "train" / "00000.tar").write_bytes(b"half")
+    ensure_demo(tmp_path / "data", sizes=SIZES)
+    assert not (tmp_path / ".data.building").exists()
+    assert len(open_source(demo_split(tmp_path / "data", "train"), Fields(), need_long=True)) == 60
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        ensure_demo(tmp_path, sizes=SIZES)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="cannot be written"):
+        ensure_demo(tmp_path / "thesis.txt" / "demo", sizes=SIZES)
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def no_resvg(name: str, *arguments: object, **options: object) -> object:
+        if name == "resvg_py":
+            raise ImportError(name, name=name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", no_resvg)
+    with pytest.raises(UserError, match=re.escape('resvg_py: pip install -e ".[demo]"')):
+        ensure_demo(tmp_path / "data", sizes=SIZES)
+
+
+def test_open_split_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
+    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
+    assert len(open_split(data, "test", need_long=True)) == 20
+
+
+def test_test_layouts_never_occur_in_training() -> None:
+    scenes = {
+        split: [split_scene(split, i, 0)[0] for i in range(n)]
+        for split, n in (("train", 4000), ("val", 500), ("test", 500))
+    }
+    layouts, pairs = {}, {}
+    for split, drawn in scenes.items():
+        several = [scene for scene in drawn if len(scene.things) > 1]
+        layouts[split] = {frozenset((t.concept, t.place) for t in scene.things) for scene in several}
+        pairs[split] = {(s.things[0].concept, s.background) for s in drawn if len(s.things) == 1}
+        assert all(split_of(scene) == split for scene in drawn)
+    for kept in (layouts, pairs):
+        assert not kept["train"] & kept["test"]
+        assert not kept["train"] & kept["val"]
+        assert not kept["val"] & kept["test"]
+
+
+def test_every_concept_is_tested_equally_often() -> None:
+    scenes = [split_scene("test", i, 0)[0] for i in range(1000)]
+    labels = Counter(scene.things[0].concept for scene in scenes if len(scene.things) == 1)
+    assert labels.keys() == CONCEPTS.keys()
+    assert min(labels.values()) >= 6
+    assert len(CONCEPTS) == 64
+
+
+def test_scenes_show_what_they_say() -> None:
+    """Against the pixels: the background's colour, and something drawn inside each box only."""
+    for number in range(200):
+        scene, _ = split_scene("train", number, 0)
+        pixels = np.asarray(decode_image(render(scene))).astype(int)
+        assert np.abs(np.array(scene.colour) - BACKGROUNDS[scene.background]).max() <= demo.COLOUR_JITTER
+        drawn = (pixels != scene.colour).any(-1)
+        inside = np.zeros_like(drawn)
+        for thing in scene.things:
+            left, top, right, bottom = thing.box
+            assert 0 <= left < right <= 64
+            assert 0 <= top < bottom <= 64
+            assert drawn[top:bottom, left:right].mean() > 0.1
+            inside[top:bottom, left:right] = True
+            x, y = (left + right) / 128, (top + bottom) / 128
+            assert thing.place == min(
+                ([*PLACES] if len(scene.things) == 1 else [*PLACES][:4]),
+                key=lambda place, x=x, y=y: np.hypot(x - PLACES[place][0], y - PLACES[place][1]),
+            )
+        assert not drawn[~inside].any()
+
+
+def named(text: str) -> set[str]:
+    return {concept for concept in CONCEPTS if re.search(rf"\b{concept}\b", text.lower())}
+
+
+def test_captions_tell_the_truth() -> None:
+    wrong = 0
+    for number in range(1500):
+        scene, description = split_scene("train", number, 0)
+        concepts = {thing.concept for thing in scene.things}
+        places = {thing.place: thing.concept for thing in scene.things}
+        for sentence in [*description.sentences, description.caption]:
+            text = sentence.lower()
+            assert named(text)
+            assert named(text) <= concepts
+            colours = set(re.findall(r"[a-z]+", text.replace("red apple", ""))) & BACKGROUNDS.keys()
+            assert colours <= {scene.background}
+            assert " a a" not in text
+            assert not re.search(r"\ba [aeiou]", text)
+            for word in NUMBERS:
+                if f" {word} thing" in text:
+                    assert word == NUMBERS[len(scene.things)]
+            match = re.match(r"the (.+) is (to the left of|to the right of|above|below) the (.+) in this", text)
+            if match:
+                (ax, ay), (bx, by) = (PLACES[next(p for p, c in places.items() if c == n)] for n in match.group(1, 3))
+                assert {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}[
+                    match.group(2)
+                ]
+            for size, place in re.findall(
+                r"(small|medium|large).*?(top left|top right|bottom left|bottom right|center)", text
+            ):
+                assert next(t.size for t in scene.things if t.place == place) == size
+        assert named(description.caption) == concepts
+        assert all(place in description.caption for place in places)
+        assert description.web_is_wrong == (not named(description.web) & concepts)
+        wrong += description.web_is_wrong
+    assert wrong / 1500 == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_whole_sentence_pairs_things_with_their_places() -> None:
+    """Every phrasing of the sentence about everything: each place stands beside its own thing."""
+    concepts, rng = ["lion", "red apple", "key"], random.Random(0)
+    for _ in range(200):
+        scene = draw_scene(rng, concepts)
+        description = describe(scene, rng)
+        whole = [s.lower() for s in description.sentences if all(t.place in s.lower() for t in scene.things)]
+        assert len(whole) == 1
+        place = "|".join(PLACES)
+        found = re.findall(rf"a (lion|red apple|key)(?: is)? at the ({place})", whole[0]) or [
+            (c, p) for p, c in re.findall(rf"at the ({place}) there is a (lion|red apple|key)", whole[0])
+        ]
+        assert sorted(found) == sorted((t.concept, t.place) for t in scene.things)
+
+
+def test_text_lengths_overlap() -> None:
+    """Both text encoders must see the lengths that they are tested on (shared/DATA.md)."""
+    web, sentences = [], []
+    for number in range(500):
+        _, description = split_scene("train", number, 0)
+        web.append(len(description.web.split()))
+        sentences += [len(sentence.split()) for sentence in description.sentences]
+    assert np.percentile(web, 75) >= np.percentile(sentences, 10)
+    prompts = [len(prompt.format("lion").split()) for prompt in PROMPTS]
+    assert min(web) <= min(prompts)
+    assert max(prompts) <= np.percentile(sentences, 75)

@@ -1,0 +1,298 @@
+"""Batches are a pure function of (seed, position), whatever the ranks, workers and breakages."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.config import AugmentConfig, Fields, RunConfig, TaskConfig
+from clips.data.images import eval_transform
+from clips.data.loader import MAX_ATTEMPTS, _dead_worker, make_loader
+from clips.data.sample import BrokenSample, RawSample
+from clips.data.sentences import split_sentences
+from clips.data.sources import Source, open_source
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from tests.conftest import tiny_run
+
+COUNT = 40
+WEB = [f"web text number {i}" for i in range(COUNT)]
+LONG = [f"First {i} here. Second {i} there. Third {i} far away." for i in range(COUNT)]
+
+
+def picture(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
+    with tarfile.open(path, "w") as tar:
+        for i in range(COUNT):
+            image = picture(i)[:60] if i in broken else picture(i)
+            record = json.dumps({"org_caption": WEB[i], "index": i}).encode()
+            for extension, data in (("png", image), ("json", record), ("txt", LONG[i].encode())):
+                info = tarfile.TarInfo(f"{i:03d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return open_source(str(path), Fields(), need_long=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return write_set(tmp_path_factory.mktemp("set") / "a.tar")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return build_tokenizer("wordpiece", WEB + LONG, vocab_size=200)
+
+
+def a_run(*, workers: int = 0, accumulation: int = 1, **changes: object) -> RunConfig:
+    run = tiny_run()
+    text, captioner = replace(run.model.text, context_length=40), replace(run.model.captioner, length=48)
+    augment = AugmentConfig(min_crop_area=0.5, jitter=0.3, grayscale=0.2)
+    return replace(
+        run,
+        model=replace(run.model, text=text, captioner=captioner),
+        data=replace(run.data, workers=workers),
+        train=replace(run.train, accumulation=accumulation),
+        phases=(replace(run.phases[0], augment=augment),),
+    )
+
+
+def batches(source, tokenizer, run, *, start=0, stop=6, first_position=0, rank=0, world_size=1) -> list[dict]:
+    places = {"start": start, "stop": stop, "first_position": first_position, "rank": rank, "world_size": world_size}
+    return list(make_loader(source, tokenizer, run, run.phases[0], **places))
+
+
+def numbers(batch: dict) -> list[int]:
+    return [int(key.rpartition("#")[2]) for key in batch["keys"]]
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name], name
+
+
+def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = a_run()
+    run = replace(run, phases=(replace(run.phases[0], augment=AugmentConfig()),))
+    transform = eval_transform(32)
+
+    def as_decoded(text: str) -> str:
+        return tokenizer.decode(tokenizer.encode([text])[0])
+
+    for batch in batches(source, tokenizer, run):
+        for row, i in enumerate(numbers(batch)):
+            assert torch.equal(batch["images"][row], transform(Image.open(io.BytesIO(picture(i)))))
+            assert tokenizer.decode(batch["web"][row]) == as_decoded(WEB[i])
+            assert tokenizer.decode(batch["sub"][row]) in map(as_decoded, split_sentences(LONG[i]))
+            assert tokenizer.decode(batch["caption"][row]) == as_decoded(LONG[i])
+        assert batch["images"].dtype == torch.float32
+        assert batch["skipped"] == []
+
+
+def test_epochs_follow_each_other(source: Source, tokenizer: CaptionTokenizer) -> None:
+    found = [i for batch in batches(source, tokenizer, a_run(), stop=15) for i in numbers(batch)]
+    for epoch in range(3):
+        assert sorted(found[epoch * COUNT : (epoch + 1) * COUNT]) == list(range(COUNT))
+    assert found[:COUNT] != found[COUNT : 2 * COUNT]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(source: Source, tokenizer: CaptionTokenizer, workers: int) -> None:
+    alone = batches(source, tokenizer, a_run())
+    for a, b in zip(alone, batches(source, tokenizer, a_run(workers=workers)), strict=True):
+        assert_same(a, b)
+
+
+def test_a_resumed_phase_goes_on_exactly(source: Source, tokenizer: CaptionTokenizer) -> None:
+    whole = batches(source, tokenizer, a_run(accumulation=2), first_position=16)
+    tail = batches(source, tokenizer, a_run(accumulation=2), first_position=16, start=4)
+    assert whole[0]["positions"][0] == 16
+    assert len(whole) == 12
+    for a, b in zip(whole[8:], tail, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_each_micro_batch_out(source: Source, tokenizer: CaptionTokenizer, world_size: int) -> None:
+    alone = batches(source, tokenizer, a_run(accumulation=2))
+    ranks = [
+        batches(source, tokenizer, a_run(accumulation=2), rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert torch.equal(torch.cat([part["images"] for part in parts]), whole["images"])
+        assert [i for part in parts for i in part["positions"]] == whole["positions"]
+        subs = [tokenizer.decode(row) for part in parts for row in part["sub"]]
+        assert subs == [tokenizer.decode(row) for row in whole["sub"]]
+
+
+def test_seeds_and_positions_draw_anew(source: Source, tokenizer: CaptionTokenizer) -> None:
+    def drawn(seed: int) -> dict[int, list[str]]:
+        run = a_run()
+        run = replace(run, train=replace(run.train, seed=seed))
+        found: dict[int, list[str]] = {}
+        for batch in batches(source, tokenizer, run, stop=50):
+            for i, row in zip(numbers(batch), batch["sub"], strict=True):
+                found.setdefault(i, []).append(tokenizer.decode(row))
+        return found
+
+    first = drawn(0)
+    assert all(len(texts) == 10 for texts in first.values())
+    assert sum(len(set(texts)) == 3 for texts in first.values()) > COUNT * 0.8, "every sentence gets its turn"
+    assert first == drawn(0) != drawn(1)
+
+
+def test_the_clip_objective_has_one_text(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = replace(a_run(), task=TaskConfig(objective="clip", synthetic_share=0.2))
+    run = replace(run, model=replace(run.model, captioner=None))
+    long = []
+    for batch in batches(source, tokenizer, run, stop=150):
+        assert not {"sub", "caption"} & batch.keys()
+        long += [tokenizer.decode(row).startswith("first") for row in batch["web"]]
+    assert np.mean(long) == pytest.approx(0.2, abs=0.04)
+
+
+def test_without_a_captioner_no_caption_is_made(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = replace(a_run(), task=TaskConfig(caption_weight=0))
+    run = replace(run, model=replace(run.model, captioner=None))
+    assert "caption" not in batches(source, tokenizer, run)[0]
+
+
+def test_padding_follows_the_model(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = a_run()
+    assert batches(source, tokenizer, run)[0]["web"].shape[1] < 40
+    run = replace(run, model=replace(run.model, text=replace(run.model.text, pad_mask=False)))
+    assert batches(source, tokenizer, run)[0]["web"].shape[1] == 40
+
+
+@pytest.mark.parametrize(("batch_size", "mend"), [(9, "8 or 12"), (3, "size of 4")])
+def test_an_indivisible_batch_is_refused(source, tokenizer, batch_size: int, mend: str) -> None:
+    run = a_run(accumulation=2)
+    run = replace(run, phases=(replace(run.phases[0], batch_size=batch_size),))
+    with pytest.raises(UserError, match=mend):
+        batches(source, tokenizer, run, world_size=2)
+
+
+BROKEN = {3, 4, 5, 17, 30}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_samples_are_replaced_and_listed(tmp_path: Path, source, tokenizer, workers: int) -> None:
+    damaged = write_set(tmp_path / "a.tar", BROKEN)
+    whole = batches(source, tokenizer, a_run(), stop=5)
+    found = batches(damaged, tokenizer, a_run(workers=workers), stop=5)
+    skipped = [entry for batch in found for entry in batch["skipped"]]
+    assert {int(key.rpartition("#")[2]) for key, _ in skipped} >= BROKEN
+    assert all("image" in reason for _, reason in skipped)
+    for a, b in zip(whole, found, strict=True):
+        for row, (i, j) in enumerate(zip(numbers(a), numbers(b), strict=True)):
+            assert j not in BROKEN
+            assert (i == j) == (i not in BROKEN)
+            if i == j:
+                assert torch.equal(a["images"][row], b["images"][row]), "a breakage must not move its neighbours"
+
+
+def test_substitutes_do_not_depend_on_ranks(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    damaged = write_set(tmp_path / "a.tar", BROKEN)
+    alone = [numbers(batch) for batch in batches(damaged, tokenizer, a_run())]
+    ranks = [batches(damaged, tokenizer, a_run(), rank=rank, world_size=2) for rank in range(2)]
+    assert [numbers(a) + numbers(b) for a, b in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_a_whole_sample_is_broken(tmp_path: Path, tokenizer, workers: int) -> None:
+    damaged = write_set(tmp_path / "a.tar", set(range(COUNT)))
+    with pytest.raises(BrokenDataError, match=rf"{MAX_ATTEMPTS} samples[^$]*a\.tar#\d+: image") as raised:
+        batches(damaged, tokenizer, a_run(workers=workers))
+    assert raised.value.exit_code == 4
+
+
+class Wrapped(Source):
+    """A source that does something at its sample 7."""
+
+    def __init__(self, source: Source, act: object) -> None:
+        self.source, self.act, self.shard_sizes = source, act, source.shard_sizes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> RawSample:
+        if index == 7:
+            self.act()
+        return self.source.read(index)
+
+
+def refuse() -> None:
+    raise UserError("row 7 leads out")
+
+
+def fail() -> None:
+    raise ZeroDivisionError("a defect")
+
+
+def broken() -> None:
+    raise BrokenSample("k#7", "no")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_keep_their_type(source, tokenizer, workers: int) -> None:
+    with pytest.raises(UserError, match=r"^row 7 leads out$"):
+        batches(Wrapped(source, refuse), tokenizer, a_run(workers=workers))
+    with pytest.raises(ZeroDivisionError, match="a defect") as raised:
+        batches(Wrapped(source, fail), tokenizer, a_run(workers=workers))
+    assert not workers or "in fail" in str(raised.value), "the worker's traceback must be there"
+    found = batches(Wrapped(source, broken), tokenizer, a_run(workers=workers))
+    assert ("k#7", "no") in [entry for batch in found for entry in batch["skipped"]]
+
+
+def test_a_killed_worker_is_named_where_its_batch_is_awaited(source, tokenizer) -> None:
+    run = a_run(workers=1)
+    loader = make_loader(
+        source, tokenizer, run, run.phases[0], start=0, stop=1000, first_position=0, rank=0, world_size=1
+    )
+    others = set(multiprocessing.active_children())
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # the main process is busy with its step: nothing may interrupt it here
+    with pytest.raises(CommandError, match=rf"{worker.pid}.* died"):
+        for _ in loader:
+            pass
+
+
+def test_a_worker_s_closed_socket_is_its_death_only_where_it_is_dead() -> None:
+    context = multiprocessing.get_context("fork")
+    alive, dead = (context.Process(target=time.sleep, args=(seconds,), daemon=True) for seconds in (60, 0))
+    for worker in (alive, dead):
+        worker.start()
+    assert f"(pid(s) {dead.pid})" in _dead_worker(EOFError(), [alive, dead])
+    assert _dead_worker(ConnectionRefusedError("of the data's own"), [alive]) is None
+    assert _dead_worker(OSError("no worker at all"), []) is None
+    alive.kill()
+
+
+def test_ctrl_c_does_not_kill_workers(source, tokenizer) -> None:
+    run = a_run(workers=1)
+    places = {"start": 0, "stop": 20, "first_position": 0, "rank": 0, "world_size": 1}
+    loader = make_loader(source, tokenizer, run, run.phases[0], **places)
+    next(loader)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGINT)
+    assert len(list(loader)) == 19

@@ -1,0 +1,496 @@
+"""Tar shards and tables: what is there is found, what is damaged is named, what climbs out is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from clips.common.errors import UserError
+from clips.config import Fields
+from clips.data.sample import BrokenSample
+from clips.data.sources import Source, expand, open_source
+
+FIELDS = Fields(image="jpg;png", web="json:org_caption", long="txt")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(value: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(i: int, **changes: bytes | None) -> dict[str, bytes]:
+    members = {
+        "png": picture(i % 256),
+        "json": json.dumps({"org_caption": f"web {i}", "label": i}).encode(),
+        "txt": f"Long {i}.".encode(),
+    }
+    members |= changes
+    return {f"s{i:03d}.{extension}": data for extension, data in members.items() if data is not None}
+
+
+def write_tar(path: Path, members: Mapping[str, bytes], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shard(path: Path, first: int, count: int) -> Path:
+    return write_tar(path, {k: v for i in range(first, first + count) for k, v in sample(i).items()})
+
+
+def numbers(source: Source) -> list[int]:
+    return [source.read(i).extra["label"] for i in range(len(source))]
+
+
+def open_tar(spec: object, fields: Fields = FIELDS, need_long: bool = True) -> Source:
+    return open_source(str(spec), fields, need_long=need_long)
+
+
+# ---------------------------------------------------------------------------------------------- tar shards
+
+
+def test_samples_are_read_by_index(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", 0, 3)
+    shard(tmp_path / "b.tar", 3, 5)
+    source = open_tar(tmp_path)
+    assert source.shard_sizes == [3, 5]
+    for i in (7, 0, 3, 2):
+        found = source.read(i)
+        assert (found.web, found.long, found.image) == (f"web {i}", f"Long {i}.", picture(i))
+        assert found.extra["label"] == i
+        assert found.key.endswith(f"{'ab'[i >= 3]}.tar#s{i:03d}")
+    assert list(source.captions()) == [text for i in range(8) for text in (f"web {i}", f"Long {i}.")]
+    with pytest.raises(IndexError):
+        source.read(8)
+
+
+def test_every_way_to_name_shards(tmp_path: Path) -> None:
+    files = [shard(tmp_path / f"{i:05d}.tar", i, 1) for i in range(4)]
+    for spec in (
+        tmp_path,
+        tmp_path / "*.tar",
+        tmp_path / "{00000..00003}.tar",
+        ";".join(map(str, files)),
+        f"file://{tmp_path}/*.tar",
+    ):
+        assert numbers(open_tar(spec)) == [0, 1, 2, 3], spec
+    assert expand(f"{tmp_path}/{{00001..00002}}.tar") == [str(file) for file in files[1:3]]
+
+
+def test_fsspec_urls(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        memory.pipe(f"/set/{i}.tar", shard(tmp_path / "x.tar", 2 * i, 2).read_bytes())
+    assert numbers(open_tar("memory://set/*.tar")) == [0, 1, 2, 3]
+    assert numbers(open_tar("memory://set/{0..1}.tar")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "spec", ["{d}/none", "{d}/none*.tar", "{d}/{{0..3}}.tar", "", "{d}", "{d}/a.txt", "{d}/a.tar.gz"]
+)
+def test_nothing_there(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(UserError):
+        open_tar(spec.format(d=tmp_path))
+
+
+def test_the_index_follows_its_shard(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", 0, 2)
+    assert len(open_tar(path)) == 2
+    (index,) = tmp_path.glob(".a.tar.*.idx.npz")
+    written = index.stat().st_mtime_ns
+    assert numbers(open_tar(path)) == [0, 1]
+    assert index.stat().st_mtime_ns == written, "an index that fits is used again"
+    shard(path, 10, 3)
+    assert numbers(open_tar(path)) == [10, 11, 12]
+    assert len(list(tmp_path.glob(".a.tar.*"))) == 1, "the old index is gone"
+
+
+def test_an_index_that_cannot_stand_beside_goes_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard(tmp_path / "a.tar", 0, 2)
+    touch = Path.touch
+
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        if self.parent == tmp_path:
+            raise PermissionError(f"read-only: {self}")
+        touch(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert numbers(open_tar(path)) == [0, 1]
+    assert len(list((tmp_path / "cache").rglob("*.idx.npz"))) == 1
+    assert not list(tmp_path.glob(".a.tar.*"))
+
+
+def test_it_travels_to_a_worker_and_opens_its_own_files(tmp_path: Path) -> None:
+    source = open_tar(shard(tmp_path / "a.tar", 0, 3))
+    source.read(0)
+    assert numbers(pickle.loads(pickle.dumps(source))) == [0, 1, 2]
+    source.read(0)
+    position = source._shard(0).file.tell()
+    if (child := os.fork()) == 0:
+        os._exit(0 if numbers(source) == [0, 1, 2] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert source._shard(0).file.tell() == position, "a forked process must not move its parent's file"
+
+
+def test_field_alternatives_and_nested_extensions(tmp_path: Path) -> None:
+    members = {
+        "d/a.seg.png": b"mask", "d/a.jpg": b"one", "d/a.txt": b" web a ", "d/a.long.txt": b"long a", "d/a.cls": b"7\n",
+        "d/b.png": b"two", "d/b.json": b'{"alt": "web b", "long": "long b"}', "d/.hidden": b"x", "README": b"x",
+    }  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    source = open_tar(tmp_path, Fields(image="jpg;png", web="json:alt;txt", long="long.txt;json:long"))
+    found = [source.read(i) for i in range(2)]
+    assert [(s.image, s.web, s.long) for s in found] == [(b"one", "web a", "long a"), (b"two", "web b", "long b")]
+    assert found[0].extra == {"cls": "7"}
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_foreign_names(tmp_path: Path, format: int) -> None:
+    stem = ("a" * 90 + "/") + "b" * 90 if format == tarfile.USTAR_FORMAT else "ä/" * 60 + "日" * 100
+    members = {f"{stem}{name.removeprefix('s000')}": data for name, data in sample(0).items()}
+    write_tar(tmp_path / "a.tar", members, format=format)
+    source = open_tar(tmp_path)
+    assert source.read(0).key.endswith(f"#{stem}")
+    assert source.read(0).web == "web 0"
+
+
+def test_wrong_fields_list_what_is_there(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", 0, 2)
+    cases = [
+        (Fields(image="jpeg"), "has no images"),
+        (Fields(web="json:caption"), "has no web captions"),
+        (Fields(web="caption"), "has no web captions"),
+        (Fields(long="json:long"), "has no long captions, which this training needs"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(UserError, match=message) as raised:
+            open_tar(tmp_path, fields)
+        for name in ("png", "txt", "json:org_caption", "json:label", "--fields"):
+            assert name in str(raised.value)
+
+
+def test_long_captions_are_asked_for_only_when_needed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {k: v for i in range(2) for k, v in sample(i, txt=None).items()})
+    with pytest.raises(UserError, match="long captions"):
+        open_tar(tmp_path)
+    source = open_tar(tmp_path, need_long=False)
+    assert [source.read(i).long for i in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"json": b'{"org_caption": '}, "bad JSON"),
+        ({"json": b"[" * 100_000}, "bad JSON"),
+        ({"json": b"[1]"}, "not a JSON object"),
+        ({"json": b'{"org_caption": null}'}, "web caption is empty"),
+        ({"json": b'{"org_caption": 3}'}, "web caption is int"),
+        ({"json": b'{"label": 1}'}, "web caption is empty"),
+        ({"json": b'{"org_caption": "  "}'}, "web caption is empty"),
+        ({"json": b'{"org_caption": "\xff"}'}, "bad JSON"),
+        ({"txt": b""}, "long caption is empty"),
+        ({"txt": b" \n"}, "long caption is empty"),
+        ({"txt": "é".encode("latin-1")}, "not UTF-8"),
+        ({"png": b""}, "image: the file is empty"),
+    ],
+)
+def test_a_broken_sample_has_a_reason(tmp_path: Path, changes: dict[str, bytes], reason: str) -> None:
+    write_tar(tmp_path / "a.tar", sample(0) | sample(1, **changes) | sample(2))
+    source = open_tar(tmp_path)
+    with pytest.raises(BrokenSample, match=reason) as raised:
+        source.read(1)
+    assert raised.value.key.endswith("a.tar#s001")
+    assert source.read(2).web == "web 2"
+    assert len(list(source.captions())) in (4, 6)
+
+
+def test_a_missing_member_leaves_its_sample_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", sample(0) | sample(1, txt=None) | sample(2) | sample(3, png=None))
+    assert numbers(open_tar(tmp_path)) == [0, 2]
+    assert "a.tar: 2 samples are left out" in caplog.text
+    assert "s001, without long" in caplog.text
+
+
+def test_a_duplicate_key_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, value in ((0, b"first"), (1, b"other"), (0, b"second")):
+            for name, data in sample(i, txt=value).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    source = open_tar(path)
+    assert [source.read(i).long for i in range(len(source))] == ["first", "other"]
+    assert "s000.png appears twice" in caplog.text
+
+
+def headers(path: Path) -> dict[str, int]:
+    with tarfile.open(path) as tar:
+        return {member.name: member.offset for member in tar}
+
+
+def test_a_damaged_header_costs_its_sample_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = shard(tmp_path / "a.tar", 0, 6)
+    data = bytearray(path.read_bytes())
+    at = headers(path)["s002.json"]
+    data[at : at + 512] = os.urandom(512)
+    path.write_bytes(data)
+    assert numbers(open_tar(path)) == [0, 1, 3, 4, 5]
+    assert f"a.tar: damaged at byte {at}, after member s002.png" in caplog.text
+
+
+def test_a_negative_size_is_damage_and_no_endless_way_back(tmp_path: Path) -> None:
+    """CVE-2025-8194: a base-256 size below zero with a valid checksum."""
+    path = shard(tmp_path / "a.tar", 0, 6)
+    data = bytearray(path.read_bytes())
+    at = headers(path)["s002.json"]
+    header = data[at : at + 512]
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    data[at : at + 512] = header
+    path.write_bytes(data)
+    assert numbers(open_tar(path)) == [0, 1, 3, 4, 5]
+
+
+def test_a_hole_of_zeros_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = shard(tmp_path / "a.tar", 0, 6)
+    data, places = bytearray(path.read_bytes()), headers(path)
+    begin, end = places["s002.png"], places["s004.png"]
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    assert numbers(open_tar(path)) == [0, 1, 4, 5]
+    assert "after member s001.txt" in caplog.text
+
+
+@pytest.mark.parametrize("keep", ["inside the data", "inside a header"])
+def test_a_truncated_shard(tmp_path: Path, keep: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = shard(tmp_path / "a.tar", 0, 6)
+    at = headers(path)["s004.json"]
+    path.write_bytes(path.read_bytes()[: at + (520 if keep == "inside the data" else 100)])
+    assert numbers(open_tar(path)) == [0, 1, 2, 3]
+    assert ("member s004.json is cut off" if keep == "inside the data" else "ends inside a header") in caplog.text
+
+
+def test_a_shard_that_shrinks_under_the_run_breaks_samples(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", 0, 3)
+    source = open_tar(path)
+    with open(path, "r+b") as file:
+        file.truncate(headers(path)["s002.png"])
+    assert source.read(0).web == "web 0"
+    with pytest.raises(BrokenSample, match="cut off"):
+        source.read(2)
+
+
+def test_no_tar_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(os.urandom(4096))
+    with pytest.raises(UserError, match="no samples"):
+        open_tar(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../s001.png", "/etc/s001.png", "d/../../s001.png", "./../s001.png"])
+def test_a_climbing_member_is_refused(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "a.tar", sample(0) | {name: picture()})
+    with pytest.raises(UserError, match="outside the shard"):
+        open_tar(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_is_refused(tmp_path: Path, kind: bytes) -> None:
+    path = shard(tmp_path / "a.tar", 0, 1)
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("s001.png")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"s001\.png.* is a link"):
+        open_tar(path)
+
+
+def test_samples_agree_with_tarfile_on_random_shards(tmp_path: Path) -> None:
+    """Against an independent reading: tarfile, grouped as webdataset's documentation says."""
+    rng = np.random.default_rng(0)
+    members = {
+        f"{'d/' * int(rng.integers(3))}k{i}.{extension}": rng.bytes(int(rng.integers(0, 3000)))
+        for i in range(50)
+        for extension in ("jpg", "seg.png", "bin")
+        if rng.random() < 0.8
+    }
+    texts = {f"{key}.{e}": f"{key} {e}".encode() for key in {n.partition(".")[0] for n in members} for e in ("a", "b")}
+    path = write_tar(tmp_path / "a.tar", members | texts)
+    with tarfile.open(path) as tar:
+        expected = {
+            m.name.partition(".")[0]: tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg") and m.size
+        }
+    source = open_tar(path, Fields(image="jpg", web="a", long="b"))
+    found = {}
+    for i in range(len(source)):
+        with contextlib.suppress(BrokenSample):  # the empty pictures
+            found[source.read(i).key.partition("#")[2]] = source.read(i).image
+    assert found == expected
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+ROWS = [
+    {"image": "pics/0.png", "alt": 'a "quoted", text', "long": "Line one.\nLine two.", "label": "x"},
+    {"image": "pics/1.png", "alt": "ünïcode", "long": "Long 1.", "label": "y"},
+    {"image": "pics/2.png", "alt": "", "long": "Long 2.", "label": "z"},
+    {"image": "pics/gone.png", "alt": "web 3", "long": "Long 3.", "label": "x"},
+]
+TABLE_FIELDS = Fields(image="image", web="alt", long="long")
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    (path.parent / "pics").mkdir(exist_ok=True)
+    for i in range(3):
+        (path.parent / f"pics/{i}.png").write_bytes(picture(i))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_tables(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"t{suffix}", ROWS)
+    for source in (open_tar(path, TABLE_FIELDS), pickle.loads(pickle.dumps(open_tar(path, TABLE_FIELDS)))):
+        assert len(source) == 4
+        for i in range(2):
+            found = source.read(i)
+            assert (found.image, found.web, found.long) == (picture(i), ROWS[i]["alt"], ROWS[i]["long"])
+            assert found.extra == {"label": ROWS[i]["label"]}
+            assert found.key == f"{path}#{i}"
+        with pytest.raises(BrokenSample, match="web caption is empty"):
+            source.read(2)
+        with pytest.raises(BrokenSample, match=r"gone\.png"):
+            source.read(3)
+        assert len(list(source.captions())) == 6
+
+
+def test_many_rows_and_several_tables(tmp_path: Path) -> None:
+    rows = [{"image": "pics/0.png", "alt": f"web {i}", "long": f"Long {i}."} for i in range(2500)]
+    write_table(tmp_path / "a.parquet", rows[:1100])
+    write_table(tmp_path / "b.parquet", rows[1100:])
+    source = open_tar(tmp_path, TABLE_FIELDS)
+    assert source.shard_sizes == [1100, 1400]
+    assert [source.texts(i)[0] for i in range(2500)] == [row["alt"] for row in rows]
+
+
+def test_pictures_inside_parquet(tmp_path: Path) -> None:
+    rows = [
+        {"image": {"bytes": picture(i), "path": None}, "raw": picture(i), "alt": f"w {i}", "long": "L."} for i in (0, 1)
+    ]
+    path = write_table(tmp_path / "t.parquet", rows)
+    for column in ("image", "raw"):
+        source = open_tar(path, Fields(image=column, web="alt", long="long"))
+        assert [source.read(i).image for i in (0, 1)] == [picture(0), picture(1)]
+        assert list(source.captions()) == ["w 0", "L.", "w 1", "L."]
+
+
+def test_table_fields_list_the_columns(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.csv", ROWS)
+    with pytest.raises(UserError, match="image, alt, long, label"):
+        open_tar(path)
+    with pytest.raises(UserError, match="long captions, which this training needs"):
+        open_tar(path, Fields(image="image", web="alt", long="caption"))
+    assert open_tar(path, Fields(image="image", web="alt", long="no"), need_long=False).read(0).long is None
+
+
+def test_bad_rows_break_themselves_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table(tmp_path / "t.csv", ROWS)
+    text = (
+        (tmp_path / "t.csv").read_bytes()
+        + b"pics/0.png,too,many,cells,here\n"
+        + b"pics/0.png,\xff,L,x\npics/0.png,ok,L,x\n"
+    )
+    (tmp_path / "t.csv").write_bytes(text)
+    source = open_tar(tmp_path / "t.csv", TABLE_FIELDS)
+    assert "5 columns instead of 4" in caplog.text
+    with pytest.raises(BrokenSample, match="decode"):
+        source.read(4)
+    assert source.read(5).web == "ok"
+
+    lines = [json.dumps(ROWS[0]), '{"image": ', "[1, 2]", "", json.dumps(ROWS[1])]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = open_tar(tmp_path / "t.jsonl", TABLE_FIELDS)
+    assert len(source) == 4
+    assert source.read(3).web == "ünïcode"
+    for i in (1, 2):
+        with pytest.raises(BrokenSample, match=rf"t\.jsonl#{i}"):
+            source.read(i)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_empty_and_unreadable_tables(tmp_path: Path, name: str) -> None:
+    for data in (b"", b"PAR1"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError):
+            open_tar(tmp_path / name, TABLE_FIELDS)
+
+
+def test_a_climbing_image_path_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture())
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "inside.png").symlink_to(root / "pics" / "0.png")
+    bad = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "link.png",
+        "pics/../../secret.png",
+        "https://a.example/b.png",
+    ]
+    rows = [{"image": path, "alt": "w", "long": "L."} for path in [*bad, "inside.png", "pics/../pics/0.png"]]
+    source = open_tar(write_table(root / "t.csv", rows), TABLE_FIELDS)
+    for i in range(len(bad)):
+        with pytest.raises(UserError, match="leads out of"):
+            source.read(i)
+    assert source.read(5).image == source.read(6).image == picture(0)
+
+
+def test_image_root(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"image": "0.png", "alt": "w", "long": "L."}])
+    source = open_source(str(tmp_path / "t.csv"), TABLE_FIELDS, image_root=str(tmp_path / "pics"), need_long=True)
+    assert source.read(0).image == picture(0)
+    fsspec.filesystem("memory").pipe("/root/0.png", picture(0))
+    source = open_source(str(tmp_path / "t.csv"), TABLE_FIELDS, image_root="memory://root", need_long=True)
+    assert source.read(0).image == picture(0)
+
+
+def test_tables_and_shards_do_not_mix(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", 0, 1)
+    write_table(tmp_path / "t.csv", ROWS)
+    with pytest.raises(UserError, match="mixes"):
+        open_tar(f"{tmp_path}/a.tar;{tmp_path}/t.csv")

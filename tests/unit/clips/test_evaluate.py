@@ -1,0 +1,236 @@
+"""Metrics against slow references, ties at chance level, test sets and class lists with their errors."""
+
+import io
+import itertools
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clips.common.errors import NotFiniteError, UserError
+from clips.data.sample import BrokenSample
+from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, load_classes
+
+
+def slow_recall(images, texts, text_to_image, strings, k):
+    """Plain loops, no ties: (image → text, text → image) recall at k in percent."""
+    captions = [{s for s, i in zip(strings, text_to_image, strict=True) if i == image} for image in range(len(images))]
+    i2t = t2i = 0
+    for image in range(len(images)):
+        order = sorted(range(len(texts)), key=lambda t: -float(images[image] @ texts[t]))[:k]
+        i2t += any(strings[t] in captions[image] for t in order)
+    for text in range(len(texts)):
+        order = sorted(range(len(images)), key=lambda i: -float(texts[text] @ images[i]))[:k]
+        t2i += any(strings[text] in captions[image] for image in order)
+    return 100 * i2t / len(images), 100 * t2i / len(texts)
+
+
+@pytest.fixture
+def random_set():
+    torch.manual_seed(0)
+    text_to_image = [i // 3 for i in range(90)]
+    strings = [f"caption {i % 40}" for i in range(90)]  # strings recur in other images
+    by_string = {s: torch.randn(16) for s in sorted(set(strings))}
+    images = F.normalize(torch.randn(30, 16), dim=1)
+    # texts lean towards their image, so that recall is neither 0 nor 100 %
+    noise = torch.stack([by_string[s] for s in strings])
+    return (
+        images,
+        F.normalize(images[text_to_image] + 0.35 * noise + 1e-3 * torch.randn(90, 16), dim=1),
+        text_to_image,
+        strings,
+    )
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_retrieval_equals_plain_loops(random_set, chunk):
+    found = retrieval_metrics(*random_set, chunk=chunk)
+    for k in (1, 5, 10):
+        i2t, t2i = slow_recall(*random_set, k)
+        assert found[f"i2t_r{k}"].value == pytest.approx(i2t, abs=1e-3)
+        assert found[f"t2i_r{k}"].value == pytest.approx(t2i, abs=1e-3)
+    assert 5 < found["i2t_r1"].value < 100
+    assert found["i2t_r1"].items == 30
+    assert found["t2i_r1"].items == 90
+
+
+@pytest.mark.parametrize(("better", "tied", "positives"), [(0, 3, 1), (0, 2, 2), (1, 3, 2), (2, 0, 1), (3, 2, 1)])
+def test_expected_hits_is_the_mean_over_all_orders_of_the_ties(better, tied, positives):
+    for k in (1, 2, 3, 5):
+        orders = list(itertools.permutations([True] * positives + [False] * tied))
+        mean = sum(any(order[: max(0, k - better)]) for order in orders) / len(orders)
+        found = expected_hits(torch.tensor([better]), torch.tensor([tied]), torch.tensor([positives]), k)
+        assert found.item() == pytest.approx(mean)
+
+
+def test_constant_features_score_chance(random_set):
+    _, _, text_to_image, strings = random_set
+    constant = F.normalize(torch.ones(1, 16), dim=1)
+    # the rounding of a kernel must not break the ties either
+    shaken = constant.expand(30, -1) + 1e-8 * torch.randn(30, 16)
+    found = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, strings)
+    for figure in found.values():
+        assert figure.value == pytest.approx(figure.chance, abs=1e-6)
+    unique = retrieval_metrics(shaken, constant.expand(90, -1), text_to_image, [str(i) for i in range(90)])
+    assert unique["t2i_r1"].value == pytest.approx(100 / 30, abs=1e-3)
+    assert unique["i2t_r1"].value == pytest.approx(100 * 3 / 90, abs=1e-3)
+    assert unique["t2i_r10"].value == pytest.approx(100 * 10 / 30, abs=1e-3)
+
+
+def test_chance_is_what_random_features_reach(random_set):
+    _, _, text_to_image, strings = random_set
+    torch.manual_seed(1)
+    runs = [
+        retrieval_metrics(
+            F.normalize(torch.randn(30, 64), dim=1), F.normalize(torch.randn(90, 64), dim=1), text_to_image, strings
+        )
+        for _ in range(60)
+    ]
+    for name in ("i2t_r5", "t2i_r5"):
+        mean = sum(run[name].value for run in runs) / len(runs)
+        assert mean == pytest.approx(runs[0][name].chance, rel=0.15)
+
+
+def test_identical_captions_are_hits():
+    images = torch.eye(2)
+    texts = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # both captions look like image 1
+    assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a dog"])["t2i_r1"].value == 100
+    assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a cat"])["t2i_r1"].value == 50
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = torch.eye(3)
+    bad = features.clone()
+    bad[1] = torch.nan
+    with pytest.raises(NotFiniteError, match="text features"):
+        retrieval_metrics(features, bad, [0, 1, 2], ["a", "b", "c"])
+    with pytest.raises(ValueError, match="every image at least one"):
+        retrieval_metrics(features, features, [0, 1, 1], ["a", "b", "c"])
+
+
+def test_zero_shot_ensemble_and_single_prompts():
+    # class 0 along x, class 1 along y; prompt 1 of class 1 alone points to x and misleads
+    prompts = F.normalize(torch.tensor([[[1.0, 0.1], [0.9, 0.1]], [[0.0, 1.0], [1.0, 0.0]]]), dim=-1)
+    images = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=-1)
+    found = zero_shot_metrics(images, prompts, [0, 1])
+    assert found["top1"].value == 100
+    assert found["top1"].chance == 50
+    # prompt 0: both right. prompt 1: image 0 goes to class 1, image 1 to class 0
+    assert found["single_prompt_top1"].value == pytest.approx(50)
+    assert found["top5"].value == 100  # five of two classes
+
+
+def test_zero_shot_of_constant_features_is_chance():
+    constant = F.normalize(torch.ones(1, 8), dim=-1)
+    found = zero_shot_metrics(constant.expand(20, -1), constant.expand(10, 3, -1), [i % 10 for i in range(20)])
+    assert found["top1"].value == pytest.approx(10)
+    assert found["top5"].value == pytest.approx(50)
+
+
+def test_linear_probe_separates_what_is_separable():
+    generator = torch.Generator().manual_seed(0)
+    labels = [i % 4 for i in range(200)]
+    features = 3 * torch.eye(4)[labels] + torch.randn(200, 4, generator=generator)
+    figure = linear_probe(features[:100], labels[:100], features[100:], labels[100:])
+    assert figure.value > 80
+    assert figure.items == 100
+    assert figure.chance == 25
+
+
+def picture(colour="red"):
+    out = io.BytesIO()
+    Image.new("RGB", (12, 8), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def karpathy_file(folder, entries):
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"images": entries}))
+    return path
+
+
+def test_karpathy_takes_the_split_and_five_captions(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014/a.png").write_bytes(picture())
+    sentences = [{"raw": f"caption {i}"} for i in range(7)]
+    path = karpathy_file(
+        tmp_path,
+        [
+            {"filepath": "val2014", "filename": "a.png", "split": "test", "sentences": sentences},
+            {"filepath": "val2014", "filename": "b.png", "split": "restval", "sentences": sentences},
+        ],
+    )
+    items = KarpathySet(path, tmp_path)
+    assert len(items) == 1
+    assert items.read(0).captions == {"sentence": [f"caption {i}" for i in range(5)]}
+    with pytest.raises(UserError, match="restval, test"):
+        KarpathySet(path, tmp_path, split="validation")
+    with pytest.raises(UserError, match="--image-root"):
+        KarpathySet(path, tmp_path / "val2014")
+
+
+def test_karpathy_path_that_climbs_out_is_refused(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture())
+    entry = {"filename": "../secret.png", "split": "test", "sentences": [{"raw": "x"}]}
+    items = KarpathySet(karpathy_file(tmp_path, [entry]), root)
+    with pytest.raises(BrokenSample, match="out of the image folder"):
+        items.read(0)
+
+
+def test_not_a_karpathy_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"annotations": []}')
+    with pytest.raises(UserError, match="Karpathy"):
+        KarpathySet(tmp_path / "x.json", tmp_path)
+
+
+def test_folder_per_class(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture())
+    (tmp_path / "dog/notes.txt").write_text("not a picture")
+    items = FolderSet(tmp_path)
+    assert [items.read(i).label for i in range(len(items))] == ["cat", "dog"]
+    with pytest.raises(UserError, match="one folder per class"):
+        FolderSet(tmp_path / "cat")
+
+
+def test_class_lists(tmp_path):
+    imagenet = load_classes("imagenet")
+    assert (len(imagenet.names), len(imagenet.templates)) == (1000, 80)
+    assert "a bad photo of a tench." in imagenet.prompts()
+
+    (tmp_path / "plain.txt").write_text("cat\n\ndog\n")
+    assert load_classes(tmp_path / "plain.txt").names == ("cat", "dog")
+    (tmp_path / "own.json").write_text('{"classes": ["cat", "dog"], "templates": ["a {}", "the {}"]}')
+    own = load_classes(tmp_path / "own.json")
+    assert own.prompts() == ["a cat", "the cat", "a dog", "the dog"]
+    assert own.index(["dog", "cat"]) == [1, 0]
+    with pytest.raises(UserError, match="bird"):
+        own.index(["bird"])
+
+    for name, content in [
+        ("none.json", "{}"),
+        ("twice.txt", "cat\ncat"),
+        ("hole.json", '{"classes": ["a"], "templates": ["x"]}'),
+        ("broken.json", "{"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            load_classes(tmp_path / name)
+    with pytest.raises(UserError, match="absent"):
+        load_classes(tmp_path / "absent.txt")
+
+
+def test_imagenet_folders_are_classes_in_sorted_order():
+    synsets = [f"n{10_000_000 + 7 * i}" for i in range(3)]
+    classes = Classes(("tench", "goldfish", "shark"), ("{}",))
+    shuffled = random.Random(0).sample(synsets, 3)
+    assert classes.index(shuffled) == [synsets.index(name) for name in shuffled]
+    with pytest.raises(UserError):
+        classes.index(synsets[:2])  # one missing: the order would be wrong

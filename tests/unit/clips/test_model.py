@@ -1,0 +1,192 @@
+"""Towers and captioner: published sizes, masks entry by entry, padding, resolutions, generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, tiny_batch, tiny_run
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+
+from clips.model.captioner import caption_mask
+from clips.model.clips import CLIPS, PRESETS
+from clips.model.layers import attention
+from clips.model.text import visible_slots
+from clips.model.vision import VisionTower, sincos_positions
+
+VOCAB, CONTEXT, QUERIES = 32_000, 80, 128
+#: vision width/layers, text and decoder width/layers, embedding width, patch (shared table of the paper).
+PUBLISHED = {
+    "S/16": ((384, 12), (384, 12), 384, 16),
+    "B/16": ((768, 12), (512, 12), 512, 16),
+    "L/14": ((1024, 24), (768, 12), 768, 14),
+    "H/14": ((1280, 32), (1024, 24), 1024, 14),
+}
+
+
+def block_parameters(width: int) -> int:
+    """qkv and projection, two MLP layers of ratio 4, all with biases, and two LayerNorms."""
+    return (3 * width * width + 3 * width) + (width * width + width) + (8 * width * width + 5 * width) + 4 * width
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_the_presets(name: str) -> None:
+    (vw, vl), (tw, tl), embed, patch = PUBLISHED[name]
+    with torch.device("meta"):
+        counts = CLIPS(PRESETS[name], pad_id=0).parameter_counts()
+    vision = 3 * patch * patch * vw + vw + vw + vl * block_parameters(vw) + 2 * vw + vw * embed
+    text = VOCAB * tw + CONTEXT * tw + tl * block_parameters(tw) + 2 * tw + tw * embed
+    captioner = vw * tw + tw * tw + QUERIES * tw + tl * block_parameters(tw) + 2 * tw + tw * VOCAB + VOCAB
+    assert counts == {
+        "vision": vision,
+        "text": text,
+        "captioner": captioner,
+        "total": vision + text + captioner + 1,
+    }
+
+
+def test_vision_towers_have_the_usual_vit_sizes() -> None:
+    """ViT-S/B/L/H without head: 21.7, 85.8, 303.2 and 630.8 M (the positions are fixed, so not counted)."""
+    for name, millions in {"S/16": 21.6, "B/16": 85.6, "L/14": 302.9, "H/14": 630.5}.items():
+        with torch.device("meta"):
+            tower = CLIPS(PRESETS[name], pad_id=0).visual
+        size = sum(p.numel() for p in tower.parameters()) - tower.proj.weight.numel()
+        assert size / 1e6 == pytest.approx(millions, abs=0.2), name
+
+
+def test_sincos_positions_are_those_of_open_clip() -> None:
+    ours = sincos_positions(64, 5).numpy()
+    np.testing.assert_allclose(ours, get_2d_sincos_pos_embed(64, 5, cls_token=True), atol=1e-6)
+
+
+def test_another_resolution_changes_only_the_positions() -> None:
+    config = tiny_run().model.vision
+    tower = VisionTower(config, 32)
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    tower.set_image_size(64)
+    assert tower(torch.randn(1, 3, 64, 64))[1].shape == (1, 1 + 16, 32)
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
+    with pytest.raises(ValueError, match="set_image_size"):
+        tower(torch.randn(1, 3, 32, 32))
+
+
+def test_image_embedding_leaves_the_cls_token_out() -> None:
+    torch.manual_seed(0)
+    tower = VisionTower(tiny_run().model.vision, 32)
+    pooled, tokens = tower(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(pooled, tower.norm(tokens[:, 1:].mean(1)))
+
+
+def test_pre_norm_is_an_option_that_adds_one_layer_norm() -> None:
+    config = tiny_run().model.vision
+    extra = (
+        VisionTower(replace(config, pre_norm=True), 32).state_dict().keys()
+        - VisionTower(config, 32).state_dict().keys()
+    )
+    assert extra == {"pre_norm.weight", "pre_norm.bias"}
+
+
+@pytest.mark.parametrize("visible", [None, [[1, 1, 0], [1, 1, 1]]])
+def test_caption_mask_entry_by_entry(visible: list | None) -> None:
+    """[2 image tokens; 3 web states; 4 positions]: the rule of the paper, spelled out for each entry."""
+    images, states, positions = 2, 3, 4
+    prefix = images + states
+    marks = None if visible is None else torch.tensor(visible, dtype=torch.bool)
+    mask = caption_mask(prefix, positions, marks, torch.device("cpu"))
+    mask = mask.expand(2, 1, -1, -1) if visible is None else mask
+    for b in range(2):
+        for row in range(prefix + positions):
+            for column in range(prefix + positions):
+                if column < images:
+                    expected = True
+                elif column < prefix:
+                    expected = visible is None or bool(visible[b][column - images])
+                else:
+                    expected = row >= prefix and column <= row  # queries see earlier ones and themselves
+                assert mask[b, 0, row, column].item() is expected, (b, row, column)
+
+
+def test_visible_slots_is_stock_open_clips_legacy_cls_mask() -> None:
+    ids = torch.tensor([[1, 9, 2, 0, 0, 3], [1, 9, 9, 9, 2, 3]])  # bos words eos pad… CLS
+    assert visible_slots(ids, 0).tolist() == [
+        [True, True, True, True, False, False],
+        [True, True, True, True, True, True],
+    ]
+
+
+def test_masked_padding_gives_the_same_features_at_any_length() -> None:
+    model = random_model(tiny_run(pad_mask=True)).eval()
+    short = torch.tensor([[1, 5, 6, 2, 0, 3]])
+    long = torch.tensor([[1, 5, 6, 2] + [0] * 11 + [3]])
+    torch.testing.assert_close(model.encode_text(short), model.encode_text(long), atol=1e-6, rtol=1e-5)
+
+
+def test_attended_padding_refuses_a_text_that_does_not_fill_the_context() -> None:
+    model = CLIPS(tiny_run(pad_mask=False).model, pad_id=0)
+    with pytest.raises(ValueError, match="context is 16"):
+        model.encode_text(torch.tensor([[1, 5, 2, 3]]))
+
+
+def test_attention_is_softmax_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    visible = torch.rand(2, 1, 5, 5) < 0.7
+    visible[..., 0] = True
+    scores = torch.einsum("bhld,bhsd->bhls", q, k) / 2
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(attention(q, k, v, visible), expected)
+    coarse = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible)
+    torch.testing.assert_close(coarse.float(), expected, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("pad_mask", [True, False])
+def test_generating_with_the_cache_equals_recomputing_everything(pad_mask: bool) -> None:
+    model = random_model(tiny_run(inputs="tokens", pad_mask=pad_mask)).eval()
+    batch = tiny_batch(1, size=3)
+    web = batch["web"]
+    if not pad_mask:
+        web = torch.cat([web[:, :-1], torch.zeros(3, 4, dtype=torch.long), web[:, -1:]], dim=1)
+    out = model.caption(batch["images"], web, bos_id=1, eos_id=2)
+    _, tokens = model.visual(batch["images"])
+    _, states, visible = model.text(web)
+    ids = torch.ones(3, 1, dtype=torch.long)
+    done = torch.zeros(3, dtype=torch.bool)
+    for k in range(out.shape[1]):
+        hidden = model.captioner(tokens[:, 1:], states, visible, ids)
+        token = model.captioner.head(hidden[:, -1]).argmax(-1).masked_fill(done, 0)
+        assert out[:, k].tolist() == token.tolist(), k
+        done |= token == 2
+        ids = torch.cat([ids, token[:, None]], dim=1)
+
+
+def test_queries_read_out_stops_at_eos() -> None:
+    torch.manual_seed(0)
+    model = CLIPS(tiny_run().model, pad_id=0).eval()
+    model.captioner.head.bias.data[2] = 100  # always eos
+    out = model.caption(torch.randn(1, 3, 32, 32), tiny_batch(1, size=1)["web"], bos_id=1, eos_id=2)
+    assert out.tolist() == [[2] + [0] * 14]
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    def gradients(enabled: bool) -> dict[str, torch.Tensor]:
+        model = random_model(tiny_run())
+        model.set_activation_checkpointing(enabled)
+        batch = tiny_batch(0)
+        out = model(batch["images"], [batch["web"], batch["sub"]], batch["caption"])
+        (out.image_features.sum() + out.text_features[1].sum() + out.caption_states.sum()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(grad, checkpointed[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_logit_scale_is_at_most_100() -> None:
+    model = CLIPS(tiny_run().model, pad_id=0)
+    model.logit_scale.data.fill_(9.0)
+    assert model(torch.randn(2, 3, 32, 32), [tiny_batch(0, size=2)["web"]]).logit_scale.item() == pytest.approx(
+        100, rel=1e-5
+    )

@@ -1,0 +1,184 @@
+"""The table of what can be trained, against the paper's numbers; the schedules against slow formulas."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import tiny_run
+
+from clips.common.errors import UserError
+from clips.config import PhaseConfig
+from clips.data.tokenizer import build_tokenizer
+from clips.model.clips import CLIPS
+from clips.recipes import RECIPES, debug_twin, recipe
+from clips.training.loop import due, lr_factor
+
+PAPER = ("s16", "b16", "l14", "h14")
+# shared by the four: (image size or None for the preset's own, samples or None, batch, lr per 256, warm-up samples)
+PAPER_PHASES = [
+    (None, None, 32_768, 8e-6, 51_000_000),
+    (224, 512_000_000, 16_384, 4e-7, 26_000_000),
+    (336, 128_000_000, 8_192, 1e-7, 0),
+]
+LOW_RESOLUTION = {"s16": 112, "b16": 112, "l14": 84, "h14": 84}
+# vision width/layers/heads, text and decoder width/layers/heads, patch, embedding (CLIPS, "Architecture")
+TOWERS = {
+    "s16": ((384, 12, 6), (384, 12, 6), 16, 384),
+    "b16": ((768, 12, 12), (512, 12, 8), 16, 512),
+    "l14": ((1024, 24, 16), (768, 12, 12), 14, 768),
+    "h14": ((1280, 32, 16), (1024, 24, 16), 14, 1024),
+}
+
+
+def test_the_table_of_recipes() -> None:
+    assert list(RECIPES) == ["demo", "clip_baseline", *PAPER]
+    for name, make in RECIPES.items():
+        assert recipe(name) == make()
+        assert recipe(name).recipe == name
+        assert "scripts/pretrain_clips.py" in make.__doc__, "the command that runs it stands at its top"
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="'b32' is not known; choose one of: demo, clip_baseline, s16, b16, l14, h14"):
+        recipe("b32")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipes_are_the_papers(name: str) -> None:
+    run = recipe(name)
+    assert len(run.phases) == 3
+    for phase, (size, samples, batch, lr_per_256, warmup) in zip(run.phases, PAPER_PHASES, strict=True):
+        assert phase.image_size == (size or LOW_RESOLUTION[name])
+        assert phase.samples == (samples or phase.samples)
+        assert phase.batch_size == batch
+        assert phase.lr * 256 / batch == pytest.approx(lr_per_256, rel=1e-12)
+        assert phase.warmup_samples == warmup
+        assert phase.schedule == "cosine"
+        assert phase.augment.min_crop_area == 0.4
+    first, *later = run.phases
+    assert (first.augment.jitter, first.augment.grayscale) == (0.4, 0.2)
+    assert all((phase.augment.jitter, phase.augment.grayscale) == (0, 0) for phase in later)
+    assert (run.optim.kind, run.optim.betas, run.optim.weight_decay) == ("adamw", (0.9, 0.95), 0.2)
+    assert (run.task.objective, run.task.contrastive_weight, run.task.caption_weight) == ("clips", 1.0, 2.0)
+    assert (run.captions.tokenizer, run.captions.strategy) == ("bert", "sentence")
+    vision, text, captioner = run.model.vision, run.model.text, run.model.captioner
+    tower, language, patch, embed = TOWERS[name]
+    assert (vision.width, vision.layers, vision.heads) == tower
+    assert (text.width, text.layers, text.heads) == (captioner.width, captioner.layers, captioner.heads) == language
+    assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, 336)
+    assert (text.context_length, text.vocab_size, captioner.length) == (80, 32_000, 128)
+    assert not vision.pre_norm
+    assert run.data.train == "", "there is no default for somebody's own data"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_muon_is_offered_for_paper_recipes(name: str) -> None:
+    run = recipe(name).override(["optim.kind=muon", "phases.*.muon_lr=0.02"])
+    assert run.optim.kind == "muon"
+    assert [phase.muon_lr for phase in run.phases] == [0.02] * 3
+
+
+def test_the_demo_uses_muon_and_its_baseline_differs_in_the_objective_only() -> None:
+    demo, baseline = recipe("demo"), recipe("clip_baseline")
+    assert demo.optim.kind == "muon"
+    assert all(phase.muon_lr > 0 for phase in demo.phases)
+    assert demo.samples == baseline.samples == 80_000
+    assert (baseline.task.objective, baseline.task.synthetic_share, baseline.model.captioner) == ("clip", 0.2, None)
+    assert baseline.data == demo.data
+    assert baseline.optim.kind == demo.optim.kind
+    assert (baseline.model.vision, baseline.model.text) == (demo.model.vision, demo.model.text)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_debug_twin_of_three_steps(name: str) -> None:
+    run, full = debug_twin(recipe(name)), recipe(name)
+    assert run.steps == 3
+    assert [phase.name for phase in run.phases] == [phase.name for phase in full.phases]
+    for small, large in zip(run.phases, full.phases, strict=True):
+        assert (small.schedule, small.augment) == (large.schedule, large.augment)
+        assert small.steps == 3 // len(full.phases)
+    assert len({phase.image_size for phase in run.phases}) == len(full.phases), "positions are recomputed here too"
+    assert (run.optim, run.task, run.captions) == (full.optim, full.task, full.captions)
+    assert run.model.vision.patch_size == full.model.vision.patch_size
+    assert (run.model.captioner is None) == (full.model.captioner is None)
+    model = CLIPS(run.model, pad_id=0)
+    vocabulary = run.model.text.vocab_size * run.model.text.width * (2 if run.model.captioner else 1)
+    assert sum(p.numel() for p in model.parameters()) < vocabulary + 200_000
+    for phase in run.phases:
+        model.visual.set_image_size(phase.image_size)
+        assert len(model.visual.pos_embed) == 1 + (phase.image_size // run.model.vision.patch_size) ** 2
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_tokenizer_of_a_paper_recipe_fits_its_table(name: str) -> None:
+    run = recipe(name)
+    tokenizer = build_tokenizer(run.captions.tokenizer, None, vocab_size=run.model.text.vocab_size)
+    assert tokenizer.vocab_size <= run.model.text.vocab_size
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id) == (0, 1, 2, 101)
+
+
+def phase(samples: int, warmup: int, schedule: str, batch: int = 10) -> PhaseConfig:
+    small = tiny_run().phases[0]
+    return replace(small, samples=samples, batch_size=batch, warmup_samples=warmup, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_the_warm_up_is_a_straight_line_to_the_peak(schedule: str) -> None:
+    p = phase(1000, 200, schedule)  # 100 steps, 20 of warm-up
+    factors = [lr_factor(p, step) for step in range(p.steps)]
+    assert factors[:20] == pytest.approx([0.05 * (i + 1) for i in range(20)])
+    assert factors[19] == 1.0
+    assert max(factors) == 1.0
+    assert min(factors) > 0
+    assert lr_factor(phase(1000, 0, schedule), 0) == 1.0, "no warm-up: the peak from the first step"
+
+
+def test_cosine_against_points_worked_out_by_hand() -> None:
+    p = phase(1200, 200, "cosine")  # 120 steps: 20 of warm-up, then a half wave over 100
+    wave = {20: 1.0, 45: (2 + math.sqrt(2)) / 4, 70: 0.5, 95: (2 - math.sqrt(2)) / 4}
+    for step, expected in wave.items():
+        assert lr_factor(p, step) == pytest.approx(expected)
+    assert 0 < lr_factor(p, 119) < 3e-4
+    falling = [lr_factor(p, step) for step in range(20, 120)]
+    assert falling == sorted(falling, reverse=True)
+    # the half wave is symmetric about its middle
+    assert [lr_factor(p, 20 + i) + lr_factor(p, 120 - i) for i in range(1, 100)] == pytest.approx([1.0] * 99)
+
+
+def test_trapezoid_against_points_worked_out_by_hand() -> None:
+    p = phase(900, 90, "trapezoid")  # 90 steps: 9 up, flat to 60, then 30 down
+    factors = [lr_factor(p, step) for step in range(p.steps)]
+    assert factors[8:61] == [1.0] * 53
+    assert factors[61:] == pytest.approx([(90 - step) / 30 for step in range(61, 90)])
+    assert factors[-1] == pytest.approx(1 / 30), "the last step still learns"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_short_and_odd_phases(schedule: str) -> None:
+    for p in (
+        phase(10, 0, schedule),  # one step
+        phase(10, 1000, schedule),  # a warm-up longer than the phase
+        phase(30, 15, schedule),  # a warm-up of one step and a half
+        phase(35, 30, schedule),  # all warm-up
+    ):
+        factors = [lr_factor(p, step) for step in range(p.steps)]
+        assert all(0 < factor <= 1 for factor in factors)
+    assert lr_factor(phase(10, 1000, schedule), 0) == pytest.approx(0.01)
+
+
+def test_peak_rates_of_a_paper_recipe_come_once_per_phase() -> None:
+    for p in recipe("l14").phases:
+        warmup = math.ceil(p.warmup_samples / p.batch_size)
+        assert lr_factor(p, warmup) == pytest.approx(1.0, abs=1e-5)
+        assert lr_factor(p, p.steps - 1) < 1e-6
+
+
+def test_due_once_for_every_multiple_that_a_step_crosses() -> None:
+    from clips.weights.checkpoint import TrainState
+
+    p = phase(1000, 0, "cosine", batch=30)
+    hits = [n for n in range(1, 34) if due(100, TrainState(seed=0, samples=30 * n), p)]
+    assert hits == [n for n in range(1, 34) if any(30 * (n - 1) < 100 * k <= 30 * n for k in range(1, 11))]
+    assert not any(due(0, TrainState(seed=0, samples=30 * n), p) for n in range(1, 34))

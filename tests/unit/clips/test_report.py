@@ -1,0 +1,267 @@
+"""A small run on small demo shards: measured, its examples collected, its page written."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import re
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from clips.common.errors import UserError
+from clips.config import (
+    CaptionerConfig,
+    CaptionsConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TaskConfig,
+    TextConfig,
+    VisionConfig,
+)
+from clips.data.demo import ensure_demo
+from clips.data.images import decode_image
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.evaluate import encode_images, encode_texts, evaluate, evaluate_from_flags, measure, tower_size
+from clips.evaluation.examples import Examples, _half_misses, collect_examples
+from clips.evaluation.report import read_run, write_report
+from clips.evaluation.testsets import open_test_set
+from clips.model.clips import CLIPS
+from clips.weights.export import export_from_flags, write_native
+from clips.weights.load import load_model
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(model, run, tokenizer): untrained, on 24 to 40 demo scenes a split used as ordinary shards."""
+    folder = ensure_demo(
+        tmp_path_factory.mktemp("data") / "demo", sizes={"train": 40, "val": 24, "test": 24}, image_size=32
+    )
+    texts = ["a cat on the left of a red dog.", "the background is blue", "there are three birds, at the top right."]
+    tokenizer = build_tokenizer("wordpiece", texts * 4, vocab_size=128)
+    run = RunConfig(
+        recipe="small",
+        model=ModelConfig(
+            vision=VisionConfig(width=16, layers=1, heads=2, image_size=32, patch_size=16),
+            text=TextConfig(
+                width=16, layers=1, heads=2, context_length=24, vocab_size=tokenizer.vocab_size, pad_mask=True
+            ),
+            captioner=CaptionerConfig(width=16, layers=1, heads=2, length=8, inputs="tokens"),
+            embed_dim=16,
+        ),
+        captions=CaptionsConfig(tokenizer="wordpiece"),
+        task=TaskConfig(),
+        data=DataConfig(**{split: str(folder / split) for split in ("train", "val", "test")}, workers=0),
+        optim=OptimConfig(),
+        phases=(PhaseConfig(name="only", samples=8, batch_size=8, lr=1e-3, image_size=32),),
+        eval=EvalConfig(batch_size=7, max_images=16),
+    )
+    torch.manual_seed(0)
+    return CLIPS(run.model, tokenizer.pad_id), run, tokenizer
+
+
+def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
+    model, run, tokenizer = small
+    flat = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "evaluation.json")
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["skipped_images"] == 0
+    assert {name: figure["value"] for name, figure in content["figures"].items()} == flat
+    for name in ("sentence_i2t_r1", "part_t2i_r10", "web_i2t_r5", "zero_shot_top1", "linear_probe_top1"):
+        assert 0 <= flat[name] <= 100
+    figures = content["figures"]
+    # half of the demo's test scenes hold one thing and serve classification, the others retrieval
+    assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
+    assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
+    assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
+
+
+def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
+    model, run, tokenizer = small
+    model.train()
+    model.visual.set_image_size(48)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flat = evaluate(model, tokenizer, run, "val", image_size=32)
+    assert "linear_probe_top1" not in flat
+    assert model.training
+    assert tower_size(model) == 48
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model.visual.set_image_size(32)
+    items, _ = open_test_set(run.data, "val")
+    assert len(encode_images(model, items, batch_size=8, limit=16).indices) == 16
+
+
+def test_features_do_not_depend_on_the_batch(small):
+    model, run, tokenizer = small
+    items, _ = open_test_set(run.data, "test")
+    one, many = (encode_images(model, items, batch_size=size) for size in (1, 24))
+    assert torch.allclose(one.features, many.features, atol=1e-6)
+    texts = ["a cat", "the dog on the left of a blue bird", "a cat", ""]
+    features = encode_texts(model, tokenizer, texts, batch_size=2)
+    alone = torch.cat([encode_texts(model, tokenizer, [text], batch_size=1) for text in texts])
+    assert torch.allclose(features, alone, atol=1e-6)
+
+
+def test_a_missing_split_names_the_flag(small):
+    model, run, tokenizer = small
+    without = dataclasses.replace(run, data=dataclasses.replace(run.data, val=None))
+    with pytest.raises(UserError, match="--val-data"):
+        evaluate(model, tokenizer, without, "val")
+
+
+def test_broken_images_are_left_out_and_counted(small, tmp_path):
+    model, run, tokenizer = small
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key in range(4):
+            data = picture.getvalue()[: 40 if key == 2 else None]
+            caption = json.dumps({"org_caption": f"picture {key}"}).encode()
+            for name, content in ((f"{key}.png", data), (f"{key}.json", caption)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    items, _ = open_test_set(dataclasses.replace(run.data, test=str(tmp_path)), "test")
+    images = encode_images(model, items, batch_size=3)
+    assert images.indices == [0, 1, 3]
+    assert len(images.skipped) == 1
+    figures = measure(model, tokenizer, images, batch_size=4)
+    assert figures["web_i2t_r1"].items == 3
+
+
+def metrics(run_dir):
+    run_dir.mkdir(exist_ok=True)
+    lines = [
+        {
+            "kind": "train",
+            "step": i,
+            "samples": 8 * i,
+            "loss": 5 - 0.1 * i,
+            "contrastive_loss": 3.0,
+            "caption_loss": 1.0,
+        }
+        | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": None, "samples_per_s": 700.0, "data_wait_share": 0.01}
+        for i in range(1, 10)
+    ]
+    lines.append({"kind": "eval", "step": 9, "samples": 72, "split": "val", "sentence_i2t_r1": 12.0})
+    text = "\n".join(map(json.dumps, lines))
+    (run_dir / "metrics.jsonl").write_text(text + '\n{"kind": "train", "st')  # cut by a killed run
+    return run_dir
+
+
+def test_report_is_one_offline_page(small, tmp_path):
+    model, run, tokenizer = small
+    run_dir = metrics(tmp_path / "my-run")
+    run.save(run_dir / "config.json")
+    evaluate(model, tokenizer, run, "test", out=run_dir / "evaluation.json")
+    examples = collect_examples(model, tokenizer, run, "test", n=4)
+    assert len(examples.retrieval) == len(examples.captions) == len(examples.zero_shot) == 4
+    examples.retrieval[0].query = "<script>alert(1)</script>"
+
+    page = write_report(run_dir, examples).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    sources = re.findall(r'(?:src|srcset|href)="([^"]{0,30})', page)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page
+    assert "prefers-color-scheme: dark" in page
+    for text in (examples.captions[0].truth, examples.zero_shot[0].label, "chance", "my-run"):
+        assert text in page
+    names = {path.name for path in page_files(run_dir)}
+    assert names == {"index.html", "curves.png", "retrieval.png", "zero_shot.png", "captions.png"}
+    for path in page_files(run_dir):
+        if path.suffix == ".png":
+            assert decode_image(path.read_bytes()).width > 300
+
+
+def page_files(run_dir):
+    return list((run_dir / "report").iterdir())
+
+
+def test_report_of_a_run_without_examples_or_evaluation(tmp_path):
+    run_dir = metrics(tmp_path / "bare")
+    page = write_report(run_dir).read_text()
+    assert "Zero-shot predictions" not in page
+    assert "Curves" in page
+    assert len(read_run(run_dir).train) == 9
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        write_report(tmp_path, Examples())
+
+
+def test_examples_are_half_misses_where_there_are_enough():
+    hits = [True] * 10 + [False] * 3
+    for n, wrong in ((4, 2), (8, 3), (13, 3)):
+        chosen = _half_misses(hits, n)
+        assert len(set(chosen)) == n
+        assert sum(not hits[i] for i in chosen) == wrong
+    assert len(_half_misses([False] * 5, 4)) == 4
+    assert _half_misses([True], 4) == [0]
+
+
+def command(name):
+    """The parser of a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.parser()
+
+
+def test_commands_evaluate_and_export(small, tmp_path, capsys):
+    model, run, tokenizer = small
+    native = tmp_path / "native"
+    write_native(model, run, tokenizer, native)
+    export_from_flags(command("export_clips").parse_args(["--model", str(native), "--image-size", "48"]))
+    assert "48 px" in capsys.readouterr().out
+    stock = native / "export/open_clip"
+
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (tmp_path / "classes" / ["cat", "dog"][i % 2]).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+        picture.save(tmp_path / "classes" / ["cat", "dog"][i % 2] / f"{i}.jpg")
+    (tmp_path / "names.txt").write_text("cat\ndog\nbird")
+    entries = [
+        {"filename": f"cat/{i}.jpg", "split": "test", "sentences": [{"raw": f"a {w} cat {i}"} for w in "abcde"]}
+        for i in range(0, 12, 2)
+    ]
+    (tmp_path / "flickr.json").write_text(json.dumps({"images": entries}))
+
+    def figures(model_path, *flags):
+        out = tmp_path / "out.json"
+        parsed = command("evaluate_clips").parse_args(["--model", str(model_path), "--out", str(out), *map(str, flags)])
+        evaluate_from_flags(parsed)
+        return json.loads(out.read_text())["figures"]
+
+    classes = tmp_path / "classes"
+    found = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
+    assert found["zero_shot_top1"]["items"] == 12
+    assert found["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
+    assert found["linear_probe_top1"]["value"] > 70  # tested on what it was fitted on
+    found = figures(native, "--karpathy", tmp_path / "flickr.json", "--image-root", classes)
+    assert (found["sentence_i2t_r1"]["items"], found["sentence_t2i_r1"]["items"]) == (6, 30)
+    assert "zero_shot_top1" in figures(native)  # the run's own test split
+    (tmp_path / "names.txt").write_text("bird")
+    with pytest.raises(UserError, match="cat"):
+        figures(stock, "--data", classes, "--classes", tmp_path / "names.txt")
+
+
+def test_load_model_finds_runs_and_exports(small, tmp_path):
+    model, run, tokenizer = small
+    with pytest.raises(UserError, match="no trained run"):
+        load_model(None, tmp_path / "runs")
+    write_native(model, run, tokenizer, tmp_path / "runs/first/export/native")
+    (tmp_path / "runs/empty").mkdir()
+    for path in (None, tmp_path / "runs/first", tmp_path / "runs/first/export", tmp_path / "runs/first/export/native"):
+        loaded = load_model(path, tmp_path / "runs")
+        assert loaded.run == run
+        assert not loaded.model.training
+    with pytest.raises(UserError, match="holds no trained model"):
+        load_model(tmp_path / "runs/empty")

@@ -1,0 +1,416 @@
+"""The chat of a tiny real model: prompts are training's, cached answers those computed afresh, streams clean."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_chat import SHORT
+from tiny_mllm import write_llm
+from tiny_tokenizers import FORMATS, KINDS, TOKENIZERS
+from tokenizers import decoders
+
+from clips.common.errors import UserError
+from mllm.chat.benchmark import TARGETS, benchmark_chat
+from mllm.chat.model import ChatModel, Sampling
+from mllm.chat.session import ChatSession, turn_text
+from mllm.chat.stream import _Streamer
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.dataset import LlavaDataset
+from mllm.data.images import ImageStore
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model, save_model
+from mllm.model.llm import load_llm
+from mllm.model.load import model_name
+
+
+@pytest.fixture(scope="module")
+def images(place: Path) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted((place / "images").iterdir())]
+
+
+def ask(session: ChatSession, *arguments, **options) -> str:
+    return "".join(session.ask(*arguments, **options))
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+QUESTIONS = [
+    " What  is\tit? \n",
+    "Typed <image> and <|im_end|> </s> \n\n<|eot_id|>",
+    "ünï 漢字 🦊",
+    "<image>",
+    "last one",
+]
+
+
+@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_what_training_builds(model: ChatModel, images: list, kind: str, version: str) -> None:
+    """For every turn: the prompt's ids are those in front of the answer's labels in the training sample."""
+    system = "Be <image> brief." if version not in ("plain",) else None
+    encoder = ConversationEncoder(TOKENIZERS[kind], version, 3)
+    chat = ChatModel.__new__(ChatModel)  # the prompt depends on nothing but the encoder
+    chat.encoder, chat.tokens_per_image, chat.context_length = encoder, 3, None
+    session = ChatSession(chat, system=system)
+    counts = [1] if version == "plain" else [2, 0, 1, 0, 0]
+    for question, count in zip(QUESTIONS, counts, strict=False):
+        parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+        session.turns.append({"from": "human", "value": parts})
+        session.images += images[:1] * count
+        answer = {"from": "gpt", "value": [{"type": "text", "text": " An <image> answer. "}]}
+        first = [{"from": "system", "value": [{"type": "text", "text": system}]}] if system else []
+        sample = encoder.encode([*first, *session.turns, answer], len(session.images), "sample")
+        prompt = session.prompt_ids(session.turns, len(session.images))
+        trained = [i for i, label in enumerate(sample.labels) if label != IGNORE]
+        answer_at = next(i for i in reversed(trained) if i - 1 not in trained)
+        assert prompt == sample.input_ids[:answer_at]
+        session.turns.append(answer)
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+def fresh(session: ChatSession, sampling: Sampling = SHORT) -> str:
+    """The last answer computed by a session that knows nothing."""
+    again = ChatSession.from_turns(session.model, session.turns[:-1], session.images, session.system)
+    text = "".join(again.answer(sampling))
+    assert again.last.cached_tokens == 0
+    return text
+
+
+def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list, request) -> None:
+    session = ChatSession(model)
+    encoded: list[int] = []
+    tower = model.model.model.vision_tower
+    hook = tower.register_forward_pre_hook(
+        lambda _, arguments, options: encoded.append(len((*arguments, *options.values())[0])),
+        with_kwargs=True,
+    )
+    request.addfinalizer(hook.remove)
+    answers = []
+
+    def check(text: str, pictures_encoded: int) -> None:
+        count = sum(encoded)
+        encoded.clear()
+        assert count == pictures_encoded
+        assert text == turn_text(session.turns[-1])
+        assert text == fresh(session)
+        encoded.clear()
+        answers.append(text)
+
+    check(ask(session, "What is in the picture?", [images[0]], SHORT), 1)
+    assert session.last.cached_tokens == 0
+    check(ask(session, "And two dogs?", (), SHORT), 0)
+    first_prompt = len(session.prompt_ids(session.turns[:1], 1))
+    assert session.last.cached_tokens >= first_prompt
+    check(ask(session, "A red cat?", [images[1], images[2]], SHORT), 2)
+    check("".join(session.retry(SHORT)), 0)
+    assert session.last.prompt_tokens - session.last.cached_tokens == 1  # only the token that makes the next one
+    assert answers[-1] == answers[-2]
+    assert session.undo() == "A red cat?"
+    assert session.images == [images[0]]
+    check(ask(session, "A red cat?", [images[2], images[1]], SHORT), 2)  # other pictures at the same places
+    session.set_system("Be rude.")
+    check(ask(session, "What?", (), SHORT), 3)  # the system text stands before everything
+    session.reset()
+    check(ask(session, "What is in the picture?", [images[3]], SHORT), 1)
+    assert len(set(answers)) > 4  # otherwise equality would say nothing
+
+
+def test_an_answer_is_bare_generate_s(model: ChatModel, images: list) -> None:
+    session = ChatSession(model)
+    text = ask(session, "What is it?", images[:2], SHORT)
+    messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "What is it?"}]}]
+    prompt = model.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = model.processor(images=images[:2], text=prompt, return_tensors="pt")
+    output = model.model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    assert text == model.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert session.last.new_tokens == len(new)
+    assert session.last.prompt_tokens == inputs["input_ids"].shape[1]
+    assert session.last.finish_reason == ("stop" if new[-1] in model.encoder.stop_ids else "length")
+
+
+def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list) -> None:
+    """As of layers with a sliding window that has moved on."""
+    session = ChatSession(model)
+    ask(session, "What is it?", images[:1], SHORT)
+
+    def refuse(count: int) -> None:
+        raise RuntimeError("the window has moved")
+
+    session._cache.crop = refuse
+    again = "".join(session.retry(Sampling(max_new_tokens=4)))
+    assert session.last.cached_tokens == 0
+    assert again == fresh(session, Sampling(max_new_tokens=4))
+
+
+def test_sampling_repeats_with_its_seed_only(model: ChatModel, images: list) -> None:
+    def draw(seed: int | None, top_p: float = 1.0) -> str:
+        sampling = Sampling(temperature=1.5, top_p=top_p, seed=seed, max_new_tokens=8)
+        return ask(ChatSession(model), "What is it?", images[:1], sampling)
+
+    before = torch.random.get_rng_state()
+    drawn = [draw(seed) for seed in (1, 2, 3, 1, 2, 3)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert drawn[:3] == drawn[3:]
+    assert len(set(drawn)) == 3
+    assert len({draw(None) for _ in range(3)}) == 3
+    assert draw(1, top_p=1e-9) == draw(2, top_p=1e-9) == ask(ChatSession(model), "What is it?", images[:1], SHORT)
+
+
+# ---------------------------------------------------------------------------------------------- the stream
+
+
+def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], _Streamer]:
+    streamer = _Streamer(tokenizer, stop, threading.Event())
+    streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in ids:
+        if not streamer.stopped:
+            streamer.put(torch.tensor([token]))
+    streamer.end()
+    pieces = []
+    while not streamer.pieces.empty():
+        pieces.append(streamer.pieces.get())
+    return pieces, streamer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_whole_characters_and_join_to_the_text(kind: str) -> None:
+    tokenizer = copy.deepcopy(TOKENIZERS[kind])
+    if kind.startswith("sentencepiece"):
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)  # as Llama 2's
+    text = "Hi, a 🦊 and 漢字 \n\n ünd\ttwo  spaces: é!"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces, _ = stream(tokenizer, [*ids, tokenizer.eos_token_id])
+    assert "".join(pieces) == text
+    assert len(pieces) > 8
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert stream(tokenizer, tokenizer(" \n ", add_special_tokens=False)["input_ids"])[0] == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [(("STOP",), "one ST OP two"), (("two", "OP t"), "one ST"), (("\n\n",), "one ST OP two STO"), (("ne ST",), "o")],
+)
+def test_a_stop_text_does_not_leak(stop: tuple[str, ...], expected: str) -> None:
+    tokenizer = TOKENIZERS["gpt2"]
+    text = "one ST OP two STO\n\nSTOP after" if stop != ("STOP",) else "one ST OP two STOP after"
+    pieces, streamer = stream(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], stop)
+    assert "".join(pieces) == expected
+    assert streamer.stopped
+    started, streamer = stream(tokenizer, tokenizer("it is ST", add_special_tokens=False)["input_ids"], ("STOP",))
+    assert "".join(started) == "it is ST"  # the start of a stop text that did not come
+    assert not streamer.stopped
+
+
+def test_a_stop_text_ends_generation(model: ChatModel, images: list) -> None:
+    session = ChatSession(model)
+    long = Sampling(max_new_tokens=24)
+    whole = ask(session, "What is it?", images[:1], long)
+    stop = whole[len(whole) // 2 :][:2]
+    cut = "".join(session.retry(Sampling(max_new_tokens=24, stop=(stop,))))
+    assert cut == whole[: whole.index(stop)].rstrip()
+    assert session.last.finish_reason == "stop"
+    assert session.last.new_tokens < 24
+    assert "".join(session.retry(long)) == whole == fresh(session, long)  # the cache is in order after it
+
+
+def test_cancelling_keeps_what_was_said(model: ChatModel, images: list) -> None:
+    session, cancel = ChatSession(model), threading.Event()
+    sampling = Sampling(max_new_tokens=200)
+    whole = ask(ChatSession(model), "What is it?", images[:1], sampling)
+    said = []
+    for piece in session.ask("What is it?", images[:1], sampling, cancel):
+        said.append(piece)
+        cancel.set()
+    assert session.last.finish_reason == "cancelled"
+    assert 0 < session.last.new_tokens < 200
+    assert turn_text(session.turns[-1]) == "".join(said)
+    assert whole.startswith("".join(said))
+    answers = session.retry(sampling)
+    next(answers)
+    answers.close()  # a reader who leaves
+    assert session.last.finish_reason == "cancelled"
+    assert len(session.turns) == 2
+    text = ask(session, "And then?", (), SHORT)
+    assert text == fresh(session)
+    cancel.set()
+    assert ask(session, "Never read", (), SHORT, cancel) == ""
+    assert session.last.new_tokens == 0
+    assert turn_text(session.turns[-1]) == ""
+    assert ask(session, "Still there?", (), SHORT) == fresh(session)
+
+
+def test_a_failure_leaves_the_talk_as_it_was(model: ChatModel, images: list, monkeypatch) -> None:
+    session = ChatSession(model)
+    ask(session, "What is it?", images[:1], SHORT)
+    before = (list(session.turns), list(session.images), session.last)
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "generate", fail)
+        with pytest.raises(UserError, match="too little memory"):
+            ask(session, "And?", images[1:2], SHORT)
+        with pytest.raises(UserError, match="too little memory"):
+            list(session.retry(SHORT))
+    with pytest.raises(UserError, match="the question is empty"):
+        session.ask("  ")
+    with pytest.raises(
+        UserError,
+        match=r"takes 5\d\d tokens .* reads 512 at most \(16 for each picture\).*take turns back or start anew",
+    ):
+        session.ask("w\n" * 250)
+    assert (session.turns, session.images, session.last) == before
+    assert ask(session, "And?", (), SHORT) == fresh(session)
+    assert session.last.cached_tokens == 0
+
+
+def test_an_answer_ends_where_the_context_does(model: ChatModel) -> None:
+    session = ChatSession(model)
+    overhead = len(session.prompt_ids([{"from": "human", "value": "w"}], 0)) - 1
+    question = "w\n" * 251
+    while len(session.prompt_ids([{"from": "human", "value": question}], 0)) > 508:
+        question = question[:-2]
+    list(session.ask(question, (), Sampling(max_new_tokens=100)))
+    assert overhead < session.last.prompt_tokens < 512
+    assert session.last.prompt_tokens + session.last.new_tokens <= 512
+
+
+def test_sessions_share_a_model(model: ChatModel, images: list) -> None:
+    alone = [ask(ChatSession(model), f"Question {i}?", images[i % 4 : i % 4 + 1], SHORT) for i in range(8)]
+    together: list[str | None] = [None] * 8
+
+    def talk(i: int) -> None:
+        together[i] = ask(ChatSession(model), f"Question {i}?", images[i % 4 : i % 4 + 1], SHORT)
+
+    threads = [threading.Thread(target=talk, args=(i,)) for i in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert together == alone
+
+
+def test_stats(model: ChatModel, images: list) -> None:
+    session = ChatSession(model)
+    begin = time.perf_counter()
+    ask(session, "What is it?", images[:1], Sampling(max_new_tokens=16))
+    seconds = time.perf_counter() - begin
+    last = session.last
+    assert 0 < last.first_token_s < seconds
+    assert last.first_token_s + (last.new_tokens - 1) / last.tokens_per_s <= seconds
+
+
+# ---------------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "1"),
+        ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("max_new_tokens", 0), ("max_new_tokens", -5),
+        ("max_new_tokens", 1.5), ("stop", ("",)), ("stop", "a"), ("seed", -1), ("seed", 1.0), ("seed", 2**63),
+    ],
+)  # fmt: skip
+def test_sampling_names_the_wrong_field(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^{field} must be"):
+        Sampling(**{field: value})
+
+
+def test_undo_retry_and_system_say_what_is_missing(model: ChatModel) -> None:
+    session = ChatSession(model)
+    with pytest.raises(UserError, match="nothing to take back"):
+        session.undo()
+    with pytest.raises(UserError, match="no question yet"):
+        session.retry()
+    with pytest.raises(UserError, match="the last turn of a prompt must be the human's"):
+        ChatSession.from_turns(model, [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], []).answer()
+    plain = ChatModel(model.model, model.processor, model.directory, "plain")
+    with pytest.raises(UserError, match="format plain has no place for a system text"):
+        ChatSession(plain, system="Be kind.")
+
+
+def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
+    session = ChatSession(model, system="Be kind.")
+    ask(session, "What is <image>?", images[:2], SHORT)
+    ask(session, "And?", images[2:3], SHORT)
+    path, *beside = session.save(tmp_path / "new" / "talk.json")
+    assert [file.name for file in beside] == ["talk_0.png", "talk_1.png", "talk_2.png"]
+    (record,) = json.loads(path.read_text())
+    assert record["conversations"][0] == {"from": "system", "value": "Be kind."}
+    assert record["conversations"][3]["value"] == "<image>\nAnd?"
+    (sample,) = LlavaDataset(path, model.encoder, ImageStore(path.parent))  # it is training data
+    prompt = session.prompt_ids(session.turns[:-1], 3)
+    assert sample["input_ids"][: len(prompt)] == prompt
+    assert ImageStore(path.parent).load("talk_1.png").tobytes() == images[1].tobytes()
+    text = session.save(tmp_path / "talk.md")[0].read_text()
+    assert "**You:** What is <image>?" in text
+    assert text.index("![](talk_1.png)") < text.index("What is") < text.index("![](talk_2.png)") < text.index("And?")
+    with pytest.raises(UserError, match=r"name it \.json"):
+        session.save(tmp_path / "talk.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        session.save(tmp_path / "file" / "talk.json")
+
+
+def test_a_model_without_a_usable_template_gets_a_format_that_fits(model: ChatModel, capsys) -> None:
+    tokenizer = model.processor.tokenizer
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        chat = ChatModel(model.model, model.processor, "owner/some-model")
+        assert "format chatml is used" in capsys.readouterr().err
+        with pytest.raises(UserError, match="llama_3 needs the special tokens"):
+            ChatModel(model.model, model.processor, "some-model", "llama_3")
+    finally:
+        tokenizer.chat_template = template
+    assert chat.encoder.format.name == "chatml"
+    assert chat.name == "some-model"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list, bits: int) -> None:
+    write_llm(tmp_path / "llm", hidden_size=64, max_position_embeddings=512)  # whole blocks of 64
+    vision = load_vision("clips", runs=place / "runs")
+    save_model(*build_model(vision, load_llm(str(tmp_path / "llm"))), tmp_path / "llava" / "model", card={})
+    chat = ChatModel.load(str(tmp_path / "llava" / "model"), device="cpu", bits=bits)
+    assert any("bit" in type(layer).__name__ for layer in chat.model.modules())
+    session = ChatSession(chat)
+    assert ask(session, "What is it?", images[:1], SHORT) == turn_text(session.turns[-1])
+    assert session.last.new_tokens > 0
+
+
+def test_newest_model_by_default(place: Path, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    chat = ChatModel.load()
+    assert (chat.name, chat.directory) == ("llava", "runs/llava/model")
+    assert (chat.tokens_per_image, chat.context_length) == (16, 512)
+    monkeypatch.chdir(place / "images")
+    with pytest.raises(UserError, match="no trained model"):
+        ChatModel.load()
+    assert model_name(str(place / "runs" / "llava" / "model")) == "llava"
+
+
+def test_the_benchmark_compares_like_with_like(place: Path, tmp_path: Path, capsys) -> None:
+    """Its figures are the machine's business; here that both sides do the same work, and what it writes."""
+    path = tmp_path / "out" / "chat.json"
+    name = str(place / "runs" / "llava" / "model")
+    result = benchmark_chat(name, device="cpu", dtype="auto", repeats=2, new_tokens=12, out=str(path))
+    assert json.loads(path.read_text()) == result
+    assert (result["model"], result["new_tokens"]) == ("llava", 12)
+    for row in result["rows"]:
+        assert row["first"] > 0
+        assert row["second"] > 0
+        assert row["ratio"] > 0
+    printed = capsys.readouterr().out
+    assert all(title.split(",")[0] in printed for title in TARGETS)
+    with pytest.raises(UserError, match="--repeats 0"):
+        benchmark_chat(name, device="cpu", dtype="auto", repeats=0, new_tokens=12, out=None)

@@ -1,0 +1,119 @@
+"""The pre-flight finds what would stop a training, and says so."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from rich.console import Console
+from tiny_tokenizers import make_tokenizer
+
+from clips.common.errors import UserError
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.images import ImageStore
+from mllm.training.check_data import check_data, inspect_data, render_example
+
+CONTEXT = 120
+
+
+def sample(number: int, image: str | None, *values: str) -> dict:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return {"id": f"s{number}", "conversations": turns} | ({"image": image} if image else {})
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ConversationEncoder:
+    return ConversationEncoder(make_tokenizer("gpt2"), "chatml", 4, CONTEXT)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (20, 30), "green").save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG nothing")
+    records = [
+        sample(0, "a.png", "<image>\nWhat?", "A cat.", "Where?", "Left"),
+        sample(1, "a.png", "What?\n<image>", "A dog."),
+        sample(2, None, "Say the word <image> in a text", "fine"),
+        sample(3, "b.png", "<image>", "cat " * 200),
+        sample(4, "none.png", "<image>", "x"),
+        sample(5, "broken.png", "<image>", "x"),
+        sample(6, "a.png", "no placeholder", "x"),
+        sample(7, None, "word " * 200, "never seen"),
+        {"id": "s8"},
+        sample(9, "../a.png", "<image>", "x"),
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    (tmp_path / "good.json").write_text(json.dumps(records[:4]))
+    return tmp_path
+
+
+def test_everything_is_counted(data, encoder):
+    report, good = inspect_data(data / "data.json", encoder, ImageStore(data / "images"))
+    assert (report.samples, len(good)) == (10, 6)
+    assert (report.text_only, report.images, report.images_decoded) == (1, 4, 3)
+    assert (report.questions, report.answers) == (7, 7)
+    assert report.typed_image_words == 1
+    assert report.truncated == 2  # 3 and 7; of 7 nothing that is trained is left
+    found = {(problem.index, problem.id, problem.kind) for problem in report.problems}
+    assert found == {
+        (4, "s4", "missing image"),
+        (5, "s5", "broken image"),
+        (6, "s6", "conversation"),
+        (7, "s7", "conversation"),
+        (8, "s8", "record"),
+        (9, "s9", "record"),
+    }
+    assert "every label is masked" in next(p.message for p in report.problems if p.index == 7)
+    encoded = [encoder.encode(record.turns, len(record.images), "x") for record in good]
+    assert report.tokens == sum(len(e.input_ids) for e in encoded)
+    assert report.trained_tokens == sum(y != IGNORE for e in encoded for y in e.labels)
+    assert sum(count for *_, count in report.histogram) == 7
+    assert report.histogram[-1] == (CONTEXT, None, 2)
+
+
+def test_check_writes_and_refuses(data, encoder, tmp_path):
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with pytest.raises(UserError, match="6 problem"):
+        check_data(data / "data.json", encoder, ImageStore(data / "images"), tmp_path / "out", console=console)
+    printed = console.file.getvalue()
+    assert "sample 5 (id s5)" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["problems"]) == 6
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        assert sheet.width > 500
+    report = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", console=console)
+    assert report.problems == []
+
+
+def test_decode_limit_still_finds_missing_images(data, encoder):
+    report, _ = inspect_data(data / "data.json", encoder, ImageStore(data / "images"), decode_limit=1)
+    assert report.images_decoded == 1
+    assert report.count("missing image") == 1
+
+
+def test_example_colours_exactly_the_trained_tokens(data, encoder):
+    _, good = inspect_data(data / "good.json", encoder, ImageStore(data / "images"))
+    text = render_example(encoder, good[0])
+    trained = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold green"]
+    assert trained == ["A cat.<|im_end|>", "Left<|im_end|>"]
+    assert "[4 × <image>]" in text.plain
+
+
+def test_script_exits_with_2(data, tmp_path):
+    make_tokenizer("gpt2").save_pretrained(tmp_path / "llm")
+    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--model_name_or_path", str(tmp_path / "llm")]
+    command += ["--image_folder", str(data / "images"), "--output", str(tmp_path / "out"), "--num_image_tokens", "4"]
+    bad = subprocess.run([*command, "--data_path", str(data / "data.json")], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "would stop the training" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    good = subprocess.run([*command, "--data_path", str(data / "good.json")], capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr

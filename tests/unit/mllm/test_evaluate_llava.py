@@ -1,0 +1,248 @@
+"""Answers of a tiny real model, and every figure against a slow reference or a published scorer's numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_mllm import pictures, write_llm, write_run
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from clips.common.errors import UserError
+from mllm.data.images import ImageStore
+from mllm.data.questions import Question, read_questions
+from mllm.encoders.registry import load_vision
+from mllm.evaluation.cider import cider, words
+from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
+from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
+from mllm.model.llava import build_model, save_model
+from mllm.model.llm import load_llm
+from mllm.model.load import load_model, newest_model
+
+Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    write_run(root / "runs" / "clips-demo")
+    write_llm(root / "llm")
+    model, processor = build_model(load_vision("clips", runs=root / "runs"), load_llm(str(root / "llm")), seed=3)
+    # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
+    save_model(model, processor, root / "runs" / "llava" / "model", card={})
+    pictures(root / "images", 6)
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(place: Path) -> Loaded:
+    return load_model(str(place / "runs" / "llava" / "model"), torch.device("cpu"))
+
+
+def questions() -> list[Question]:
+    texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
+    with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
+    return [with_image[0], Question(id="t", text="Say a word"), *with_image[1:], Question(id="u", text="Two words now")]
+
+
+def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
+    model, processor = loaded
+    asked, store = questions(), ImageStore(place / "images")
+    batched = generate_answers(model, processor, asked, store, batch_size=4, max_new_tokens=8)
+    single = generate_answers(model, processor, asked, store, batch_size=1, max_new_tokens=8)
+    assert batched == single
+    assert len(set(batched)) > 3  # otherwise equality would say nothing
+    for question, answer in zip(asked, batched, strict=True):
+        content = [{"type": "image"}] if question.image else []
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        images = [store.load(question.image)] if question.image else None
+        inputs = processor(images=images, text=prompt, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        stock = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == stock.strip()
+
+
+def test_a_typed_image_token_is_text(place: Path, loaded: Loaded) -> None:
+    asked = [Question(id=0, text="What does <image> mean?", image="0.png")]
+    assert len(generate_answers(*loaded, asked, ImageStore(place / "images"), max_new_tokens=4)) == 1
+
+
+def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) -> None:
+    store = ImageStore(place / "images")
+    with pytest.raises(UserError, match=r"question 7.*no --image-folder"):
+        generate_answers(*loaded, [Question(id=7, text="What?", image="0.png")], None)
+    with pytest.raises(UserError, match=r"question 7.*missing\.png"):
+        generate_answers(*loaded, [Question(id=7, text="What?", image="missing.png")], store)
+    with pytest.raises(UserError, match=r"question 7 takes \d+ tokens, the model's context is 256"):
+        generate_answers(*loaded, [Question(id=7, text="word " * 300)], store)
+    for line, named in [
+        ({"text": "What?"}, "question_id"),
+        ({"question_id": 1, "image": "a.png"}, "text"),
+        ({"question_id": 1, "text": "What?", "image": 3}, "image"),
+        ({"question_id": 1, "text": "What?", "references": "one"}, "references"),
+    ]:
+        path = tmp_path / "question.jsonl"
+        path.write_text(json.dumps({"question_id": 0, "text": "Fine?"}) + "\n" + json.dumps(line) + "\n")
+        with pytest.raises(UserError, match=f"record 1 .*{named}"):
+            read_questions(path)
+
+
+def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path) -> None:
+    lines = [
+        {"question_id": 11, "image": "0.png", "text": "What is it?", "category": "conv"},
+        {"question_id": 12, "text": "Is it?", "kind": "yes_no", "answer": "Yes"},
+        {"question_id": 13, "image": "1.png", "text": "Describe it.", "references": ["a red cat"]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = argparse.Namespace(
+        model_path=str(newest_model(place / "runs")), question_file=str(tmp_path / "mine.jsonl"), answers_file=None,
+        image_folder=str(place / "images"), out=None, batch_size=2, max_new_tokens=4, limit=None, dtype="auto",
+        device="cpu",
+    )  # fmt: skip
+    figures = evaluate_from_flags(flags)
+    out = place / "runs" / "llava" / "evaluation"
+    answers = [json.loads(line) for line in (out / "mine.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in answers] == [11, 12, 13]
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= answers[0].keys()
+    assert answers[0]["prompt"] == "What is it?"
+    assert answers[0]["model_id"] == "llava"
+    assert "correct" not in answers[0]
+    assert answers[1]["expected"] == "Yes"
+    assert json.loads((out / "figures.json").read_text()) == figures
+    assert set(figures) == {"model", "dtype", "exact_match", "yes_no", "cider"}
+    assert figures["exact_match"]["overall"]["n"] == 1
+    flags.answers_file, flags.out = str(tmp_path / "kept" / "answers.jsonl"), str(tmp_path / "elsewhere")
+    evaluate_from_flags(flags)
+    assert len((tmp_path / "kept" / "answers.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "elsewhere" / "figures.json").is_file()
+    flags.question_file = None
+    with pytest.raises(UserError, match="--question-file"):
+        evaluate_from_flags(flags)
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("A fox.", "a fox", True),
+        ("fox", "A fox", True),
+        ("  The  fox", "fox", True),
+        ("An apple", "apple.", True),
+        ("At the top left", "top left", False),
+        ("foxes", "fox", False),
+        ("theatre", "atre", False),
+        ("", "fox", False),
+        ("3.5", "35", False),
+    ],
+)
+def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, expected: str, right: bool) -> None:
+    assert is_right(answer, expected) == right
+    assert normalise(normalise(answer)) == normalise(answer)
+
+
+def test_accuracy_per_kind_with_wilson_s_interval() -> None:
+    asked = [Question(id=i, text="?", kind="count" if i < 4 else "where", answer="One") for i in range(10)]
+    asked.append(Question(id=10, text="?"))  # without an answer: not counted
+    figures = exact_match_figures(asked, ["one"] * 3 + ["two"] * 3 + ["one"] * 4 + ["one"])
+    assert list(figures) == ["count", "where", "overall"]
+    assert (figures["count"]["accuracy"], figures["where"]["accuracy"]) == (0.75, 4 / 6)
+    n, p, z = 10, 0.7, 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert figures["overall"] == pytest.approx({"accuracy": p, "low": centre - half, "high": centre + half, "n": n})
+
+
+def test_yes_no_figures_are_pope_s() -> None:
+    assert [says_yes(t) for t in ("Yes.", "No, there is none", "There is not", "Nothing", "Yes. No doubt", "")] == [
+        *(True, False, False, True, True, True)
+    ]
+    rng = random.Random(0)
+    expected = [rng.random() < 0.5 for _ in range(200)]
+    said = [rng.random() < 0.6 for _ in expected]
+    figures = yes_no_figures(["Yes" if s else "No" for s in said], expected)
+    tp = fp = tn = fn = 0  # POPE's evaluate.py, counted one by one
+    for s, e in zip(said, expected, strict=True):
+        tp, fp, tn, fn = tp + (s and e), fp + (s and not e), tn + (not s and not e), fn + (not s and e)
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    assert figures == pytest.approx(
+        {
+            "accuracy": (tp + tn) / 200,
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall),
+            "yes_share": (tp + fp) / 200,
+            "n": 200,
+        }
+    )
+    assert yes_no_figures(["No"], [True])["f1"] == 0
+
+
+REFERENCES = [
+    ["a red fox at the top left and two cars", "the fox is at the top left"],
+    ["three green trees on a blue background"],
+    ["a cat at the center", "one cat in the center of the picture", "a cat"],
+    ["two dogs at the bottom right and a car at the top"],
+]
+CANDIDATES = [
+    "a red fox at the top left",
+    "three trees on a green background with three green trees",
+    "a dog at the center",
+    "two dogs at the bottom right and a car at the top",
+]
+# What pycocoevalcap 1.2's CiderScorer(n=4, sigma=6.0) gives for them.
+PUBLISHED = [5.372361089019258, 3.061392999540089, 1.3792252890493037, 10.0]
+
+
+def test_cider_is_coco_caption_s() -> None:
+    mean, each = cider(CANDIDATES, REFERENCES)
+    assert each == pytest.approx(PUBLISHED, abs=1e-9)
+    assert mean == pytest.approx(sum(PUBLISHED) / 4, abs=1e-9)
+
+
+def test_cider_against_a_slow_reference_from_the_paper() -> None:
+    """Equations 1-3 of the paper with CIDEr-D's clipping and length penalty, n-gram by n-gram without counters."""
+    rng = random.Random(1)
+    vocabulary = ["a", "red", "cat", "two", "dogs", "on", "the", "left", "of", "blue", "box"]
+
+    def sentence() -> str:
+        return " ".join(rng.choices(vocabulary, k=rng.randint(2, 10)))
+
+    references = [[sentence() for _ in range(rng.randint(1, 3))] for _ in range(12)]
+    candidates = [sentence() for _ in references]
+
+    def grams(text: str, n: int) -> list[str]:
+        tokens = text.split()
+        return [" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+    def weight(gram: str, text: str, n: int) -> float:
+        containing = sum(any(gram in grams(r, n) for r in texts) for texts in references)
+        return grams(text, n).count(gram) * (math.log(len(references)) - math.log(max(1, containing)))
+
+    def similarity(candidate: str, reference: str) -> float:
+        total = 0.0
+        for n in range(1, 5):
+            every = set(grams(candidate, n)) | set(grams(reference, n))
+            dot = sum(min(weight(g, candidate, n), weight(g, reference, n)) * weight(g, reference, n) for g in every)
+            norm = math.prod(math.sqrt(sum(weight(g, t, n) ** 2 for g in every)) for t in (candidate, reference))
+            total += dot / norm if norm else 0.0
+        difference = len(grams(candidate, 2)) - len(grams(reference, 2))
+        return 10 * total / 4 * math.exp(-(difference**2) / 72)
+
+    expected = [sum(similarity(c, r) for r in rs) / len(rs) for c, rs in zip(candidates, references, strict=True)]
+    assert cider(candidates, references)[1] == pytest.approx(expected)
+
+
+def test_cider_words_and_edges() -> None:
+    assert words("A fox, at the top-left; it's  red.") == ["a", "fox", "at", "the", "top-left", "it's", "red"]
+    assert cider(["", "a b c d e"], [["a fox"], ["a b c d e"]])[1][0] == 0.0
+    assert cider(["x y z w q", "a b c d e"], [["x y z w q"], ["a b c d e"]])[0] == pytest.approx(10.0)
+    assert cider([], []) == (0.0, [])

@@ -1,0 +1,270 @@
+"""Feature cache against fresh features, and the training forward against the stock one."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from tiny_mllm import pictures, write_llm, write_run
+from torch.nn.functional import cross_entropy
+
+from clips.common.errors import UserError
+from mllm.data.dataset import Collator
+from mllm.data.images import ImageStore
+from mllm.encoders.registry import load_vision
+from mllm.model.forward import causal_lm_loss, embed_inputs
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.training import features as features_module
+from mllm.training.features import FeatureCache
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Encoder, model (all parameters trainable) and processor."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_run(folder / "run")
+    encoder = load_vision(f"clips:{folder / 'run'}")
+    model, processor = build_model(encoder, load_llm(str(write_llm(folder / "llm"))))
+    return encoder, model.requires_grad_(True), processor
+
+
+@pytest.fixture
+def store(tmp_path):
+    names = pictures(tmp_path / "images", 11)
+    return ImageStore(tmp_path / "images"), names
+
+
+def fresh(encoder, store, names):
+    images = [store.load(name) for name in names]
+    return encoder.features(encoder.image_processor(images=images, return_tensors="pt")["pixel_values"])
+
+
+def assert_close(cached, expected):
+    assert cached.dtype == torch.float32
+    assert cached.shape == expected.shape
+    limit = 2**-11 * expected.abs() + 1e-5 * expected.abs().max()  # float16, and another batch size
+    assert ((cached - expected).abs() <= limit).all()
+
+
+# ---------------------------------------------------------------------------------------------- cache
+
+
+def test_cache_equals_fresh_features(parts, store, tmp_path, monkeypatch):
+    encoder, (store, names) = parts[0], store
+    monkeypatch.setattr(features_module, "FILE_BYTES", 1)  # one batch a file
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+    assert cache.fill(names, batch_size=4) == 11
+    assert len(list(cache.directory.glob("*.npy"))) == 3
+    order = [names[i] for i in (7, 0, 10, 0, 3)]
+    assert_close(cache.get(order), fresh(encoder, store, order))
+    assert cache.get([]).shape == (0, 16, 32)
+    collator = Collator(pad_id=0, load_images=cache.get, image_key="image_features")
+    batch = collator([{"input_ids": [1, 2], "labels": [1, 2], "images": order[:2]}])
+    assert torch.equal(batch["image_features"], cache.get(order[:2]))
+
+
+def test_cache_is_shared_by_later_runs_names_and_folders(parts, store, tmp_path):
+    encoder, (store, names) = parts[0], store
+    FeatureCache(encoder, store, tmp_path / "cache").fill(names[:6])
+    shutil.copytree(store.location, tmp_path / "moved")
+    (tmp_path / "moved" / names[2]).rename(tmp_path / "moved" / "other.png")
+    moved = ImageStore(tmp_path / "moved")
+    cache = FeatureCache(encoder, moved, tmp_path / "cache")
+    assert cache.fill(["other.png", names[0], names[0], names[7]]) == 1
+    assert_close(cache.get(["other.png"]), fresh(encoder, store, [names[2]]))
+
+
+def test_changed_picture_encoder_or_padding_is_encoded_again(parts, store, tmp_path):
+    encoder, (store, names) = parts[0], store
+    FeatureCache(encoder, store, tmp_path / "cache").fill(names)
+    shutil.copy(store.location / names[1], store.location / names[0])
+    assert FeatureCache(encoder, store, tmp_path / "cache").fill(names) == 0  # the same picture twice
+    pictures(store.location, 1, seed=9)
+    again = FeatureCache(encoder, store, tmp_path / "cache")
+    assert again.fill(names) == 1
+    assert_close(again.get(names[:1]), fresh(encoder, store, names[:1]))
+    padded = ImageStore(store.location, "pad")
+    cache = FeatureCache(encoder, padded, tmp_path / "cache")
+    assert cache.fill(names) == 11
+    assert_close(cache.get(names), fresh(encoder, padded, names))
+    write_run(tmp_path / "other", seed=8)
+    other = load_vision(f"clips:{tmp_path / 'other'}")
+    cache = FeatureCache(other, store, tmp_path / "cache")
+    assert cache.fill(names) == 11
+    assert_close(cache.get(names), fresh(other, store, names))
+
+
+def test_ranks_share_the_work(parts, store, tmp_path):
+    encoder, (store, names) = parts[0], store
+    ranks = [FeatureCache(encoder, store, tmp_path / "cache") for _ in range(2)]
+    counts = [ranks[0].fill(names, rank=0, world_size=2)]
+    shutil.move(ranks[0].directory, tmp_path / "hidden")  # as if both had started at once
+    ranks[1].directory.mkdir()
+    counts.append(ranks[1].fill(names, rank=1, world_size=2))
+    for path in (tmp_path / "hidden").glob("*.*"):
+        shutil.copy(path, ranks[1].directory)
+    assert counts == [6, 5]
+    for cache in ranks:
+        cache.refresh()
+        assert_close(cache.get(names), fresh(encoder, store, names))
+
+
+def test_workers_read_a_tar_and_a_pickled_copy(parts, store, tmp_path):
+    encoder, (store, names) = parts[0], store
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for name in names:
+            tar.add(store.location / name, name)
+    packed = ImageStore(tmp_path / "images.tar")
+    cache = FeatureCache(encoder, packed, tmp_path / "cache")
+    assert cache.fill(names, batch_size=3, workers=2) == 11
+    copy = pickle.loads(pickle.dumps(cache))
+    assert_close(copy.get(names), fresh(encoder, store, names))
+    with pytest.raises(RuntimeError, match="cannot fill"):
+        copy.fill(names)
+
+
+def test_interrupted_write_leaves_nothing_that_counts(parts, store, tmp_path, monkeypatch):
+    encoder, (store, names) = parts[0], store
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features_module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(names)
+    monkeypatch.undo()
+    again = FeatureCache(encoder, store, tmp_path / "cache")
+    with pytest.raises(KeyError):
+        again.get(names[:1])
+    assert again.fill(names) == 11
+
+
+def test_values_beyond_float16_are_kept(parts, store, tmp_path):
+    encoder, (store, names) = parts[0], store
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+    huge = np.full((1, 16, 32), 1e6, dtype=np.float32)
+    cache._write([cache._key(names[0])], huge)
+    cache.refresh()
+    assert torch.equal(cache.get(names[:1]), torch.from_numpy(huge))
+
+
+def test_broken_picture_and_full_disk(parts, store, tmp_path, monkeypatch):
+    encoder, (store, names) = parts[0], store
+    cache = FeatureCache(encoder, store, tmp_path / "cache")
+    (store.location / "bad.png").write_bytes(b"\x89PNG nonsense")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"^picture bad\.png"):
+            cache.fill(["bad.png"], workers=workers)
+    with pytest.raises(UserError, match=r"gone\.png"):
+        cache.fill(["gone.png"])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"takes 0\.0 GB.*--no-feature-cache"):
+        cache.fill(names)
+
+
+# ---------------------------------------------------------------------------------------------- training forward
+
+
+def batch_of(processor, names, folder):
+    """Two samples with one and two images, right-padded, and labels on some positions."""
+    from PIL import Image
+
+    texts = ["<image>What is it? A red cat.", "And <image> or <image>? Two dogs in the picture"]
+    images = [Image.open(folder / name).convert("RGB") for name in names[:3]]
+    processor.tokenizer.padding_side = "right"
+    batch = processor(images=[[images[0]], images[1:]], text=texts, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].clone()
+    labels[labels == processor.image_token_id] = -100
+    labels[batch["attention_mask"] == 0] = -100
+    labels[:, :3] = -100
+    return batch, labels
+
+
+def test_embeddings_loss_and_gradients_equal_the_stock_forward(parts, store):
+    encoder, model, processor = parts
+    store, names = store
+    batch, labels = batch_of(processor, names, store.location)
+    stock = model(**batch, labels=labels)
+    stock.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert sum("multi_modal_projector" in name for name in expected) == 4
+    features = encoder.features(batch["pixel_values"]).detach()
+    for given in ({"image_features": features}, {"pixel_values": batch["pixel_values"]}):
+        model.zero_grad()
+        embeds = embed_inputs(model, batch["input_ids"], **given)
+        logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        assert torch.allclose(logits, stock.logits, atol=1e-5)
+        loss = causal_lm_loss(model, embeds, batch["attention_mask"], labels)
+        assert loss.item() == pytest.approx(stock.loss.item(), abs=1e-5)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if name in expected and not ("vision_tower" in name and "image_features" in given):
+                assert torch.allclose(parameter.grad, expected[name], atol=1e-4 * expected[name].abs().max()), name
+
+
+def test_logits_exist_only_for_labelled_positions(parts, store):
+    _, model, processor = parts
+    store, names = store
+    batch, labels = batch_of(processor, names, store.location)
+    embeds = embed_inputs(model, batch["input_ids"], pixel_values=batch["pixel_values"])
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[0]))
+    loss = causal_lm_loss(model, embeds, batch["attention_mask"], labels)
+    hook.remove()
+    count = int((labels[:, 1:] != -100).sum())
+    assert rows == [count]
+    logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+    slow = sum(
+        cross_entropy(logits[i, j], labels[i, j + 1])
+        for i in range(labels.shape[0])
+        for j in range(labels.shape[1] - 1)
+        if labels[i, j + 1] != -100
+    )
+    assert loss.item() == pytest.approx(slow.item() / count, rel=1e-5)
+    scaled = causal_lm_loss(model, embeds, batch["attention_mask"], labels, num_items=4 * count)
+    assert scaled.item() == pytest.approx(loss.item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["features", "pixels", "neither"])
+def test_batch_without_images_runs_every_module_at_weight_zero(parts, kind):
+    _, model, processor = parts
+    ids = processor.tokenizer(["Two dogs in a picture"], return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(ids)
+    empty = {
+        "features": {"image_features": torch.zeros(0, 16, 32)},
+        "pixels": {"pixel_values": torch.zeros(0, 3, 32, 32)},
+    }
+    ran = []
+    modules = [model.model.multi_modal_projector] + [model.model.vision_tower] * (kind == "pixels")
+    hooks = [module.register_forward_hook(lambda module, args, output: ran.append(module)) for module in modules]
+    model.zero_grad()
+    loss = causal_lm_loss(model, embed_inputs(model, ids, **empty.get(kind, {})), mask, ids)
+    for hook in hooks:
+        hook.remove()
+    assert len(ran) == len(modules)
+    assert loss.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    loss.backward()
+    for parameter in model.model.multi_modal_projector.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_batch_without_labels_and_wrong_counts(parts):
+    _, model, processor = parts
+    ids = processor.tokenizer(["Two dogs"], return_tensors="pt")["input_ids"]
+    model.zero_grad()
+    loss = causal_lm_loss(model, embed_inputs(model, ids), torch.ones_like(ids), torch.full_like(ids, -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert model.lm_head.weight.grad is not None
+    with pytest.raises(ValueError, match="0 image placeholders, but 16 image tokens"):
+        embed_inputs(model, ids, image_features=torch.zeros(1, 16, 32))
+    with pytest.raises(ValueError, match="1 image placeholders, but 0"):
+        embed_inputs(model, torch.tensor([[5, model.config.image_token_id]]))

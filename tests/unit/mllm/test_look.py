@@ -1,0 +1,116 @@
+"""Zero-shot labels and the patch map of a tiny CLIPS export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_web import picture, write_export
+
+from clips.common.errors import UserError
+from clips.data.images import eval_transform
+from mllm.chat.patch_map import MAX_LABELS, Look, overlay
+
+LABELS = ("a cat", "dog", "act", "god")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "pre_norm"])
+def look(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Look:
+    run = tmp_path_factory.mktemp("runs") / "clips"
+    write_export(run, pre_norm=request.param)
+    return Look.load(run, device="cpu")
+
+
+def text_features(look: Look, texts: list[str]) -> torch.Tensor:
+    ids = look.tokenizer(texts, look.model.config.text.context_length, trim=True)
+    with torch.no_grad():
+        return look.model.encode_text(ids)
+
+
+def image_feature(look: Look, image: Image.Image) -> torch.Tensor:
+    with torch.no_grad():
+        return look.model.encode_image(eval_transform(32)(image)[None])[0]
+
+
+def test_patches_add_up_to_the_encoder_s_own_similarity(look: Look) -> None:
+    image, sentence = picture(), "a dog and a cat at a dog"
+    expected = float(image_feature(look, image) @ text_features(look, [sentence])[0])
+    found = look.match(image, sentence)
+    assert found.patches.shape == (4, 4)
+    assert found.similarity == pytest.approx(expected, abs=1e-5)
+    assert found.usual == 0
+    assert found.patches.mean() == pytest.approx(expected, abs=1e-5)
+    assert found.patches.std() > 1e-3
+    relative = look.match(image, sentence, LABELS)
+    assert relative.similarity == pytest.approx(expected, abs=1e-5)
+    assert relative.patches.mean() == pytest.approx(relative.similarity - relative.usual, abs=1e-5)
+    assert abs(relative.usual) > 1e-4
+
+
+def test_rows_of_the_map_go_down_and_columns_to_the_right(look: Look) -> None:
+    """The term of a patch is that of its token, in the order in which the tower cuts the image."""
+    image = picture()
+    with torch.no_grad():
+        pooled, tokens = look.model.visual(eval_transform(32)(image)[None])
+        length = look.model.visual.proj(pooled).norm()
+        row, column = 2, 1
+        token = tokens[0, 1 + 4 * row + column]
+        mean = tokens[0, 1:].mean(dim=0)
+        norm = look.model.visual.norm
+        scaled = (token - token.mean()) / (mean.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
+        expected = look.model.visual.proj(scaled) @ text_features(look, ["a cat is a cat"])[0] / length
+    assert look.match(image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_zero_shot_is_clip_s(look: Look) -> None:
+    image = picture(seed=1)
+    odds = look.zero_shot(image, LABELS)
+    assert set(odds) == set(LABELS)
+    assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
+    assert list(odds.values()) == sorted(odds.values(), reverse=True)
+    names = torch.stack(
+        [
+            F.normalize(text_features(look, [template.format(label) for template in look.templates]).mean(0), dim=0)
+            for label in LABELS
+        ]
+    )
+    scale = look.model.logit_scale.detach().exp().clamp(max=100)
+    expected = (scale * names @ image_feature(look, image)).softmax(0)
+    assert [odds[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_labels_are_cleaned_and_bounded(look: Look) -> None:
+    assert set(look.zero_shot(picture(), [" a  cat", "a cat", "", "dog"])) == {"a cat", "dog"}
+    for wrong in ([], ["cat", "cat "], [str(i) for i in range(MAX_LABELS + 1)]):
+        with pytest.raises(UserError, match="labels"):
+            look.zero_shot(picture(), wrong)
+    with pytest.raises(UserError, match="type a word"):
+        look.match(picture(), "  ")
+
+
+def test_very_long_texts_and_odd_images_are_answered(look: Look) -> None:
+    match = look.match(picture(1, 300), "cat " * 5000, LABELS)
+    assert np.isfinite(match.patches).all()
+    assert overlay(picture(1, 300), match.patches).size == (2, 512)
+
+
+def test_overlay_tints_the_best_patch_only() -> None:
+    image = Image.new("RGB", (80, 40), (0, 0, 200))
+    patches = np.full((4, 4), -1.0)
+    patches[0, 3] = 0.5
+    shown = np.asarray(overlay(image, patches)).astype(int)
+    assert shown.shape == (256, 512, 3)
+    best, others = shown[:64, 384:], shown[64:]
+    assert best[10, 10, 0] > best[10, 10, 1]  # orange over blue
+    assert np.ptp(others[100, 100]) == 0  # grey
+    assert (others == others[0, 0]).all()
+    assert np.ptp(np.asarray(overlay(image, np.zeros((4, 4))))) == 0
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no trained model"):
+        Look.load(tmp_path, device="cpu")

@@ -1,0 +1,380 @@
+"""LLaVA data: records, pictures, order, collation; and the demo data made of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_tokenizers import make_tokenizer
+from torch.utils.data import DataLoader
+
+from clips.common.errors import UserError
+from clips.data.demo import PLACES, ensure_demo
+from clips.data.sample import BrokenSample
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.dataset import Collator, LlavaDataset, pad_rows, parse_record
+from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, ensure_llava_demo
+from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.sampler import EpochSampler
+
+TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ConversationEncoder:
+    return ConversationEncoder(make_tokenizer("gpt2"), "chatml", TOKENS, 2048)
+
+
+def record(name: str | None, question: str = "What?", answer: str = "A cat.", **extra) -> dict:
+    value = f"<image>\n{question}" if name else question
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"id": f"id-{name}", "conversations": turns} | ({"image": name} if name else {}) | extra
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    images = tmp_path / "images" / "sub"
+    images.mkdir(parents=True)
+    for number, size in enumerate([(8, 8), (12, 6), (5, 9)]):
+        Image.new("RGB", size, (40 * number, 10, 200)).save(images / f"{number}.png")
+    return tmp_path / "images"
+
+
+def write(path: Path, records: list) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records))
+    return path
+
+
+def test_a_question_that_fills_the_context_is_named_before_the_first_step(tmp_path, encoder):
+    fits, long = record(None, "word " * 300), record(None, "word " * 3000)
+    assert len(LlavaDataset(write(tmp_path / "fits.json", [record(None), fits]), encoder, None)) == 2
+    with pytest.raises(UserError, match=r"sample 1 .*every label is masked.*the first 2048 tokens"):
+        LlavaDataset(write(tmp_path / "long.json", [record(None), long]), encoder, None)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, encoder):
+    two = record("sub/0.png", "And <image>?") | {"image": ["sub/0.png", "sub/1.png"]}
+    records = [record("sub/0.png", "a line\u2028separator"), record(None), two]
+    dataset = LlavaDataset(write(tmp_path / f"data{suffix}", records), encoder, ImageStore(folder))
+    assert [dataset[i]["images"] for i in range(3)] == [["sub/0.png"], [], ["sub/0.png", "sub/1.png"]]
+    assert [dataset[i]["input_ids"].count(encoder.image_id) for i in range(3)] == [TOKENS, 0, 2 * TOKENS]
+    signs = [length > 0 for length in dataset.modality_lengths]
+    assert signs == [True, False, True]
+    assert dataset.truncated == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("text", "'conversations'"),
+        ({"id": "x"}, "'conversations'"),
+        (record("../secret.png"), "leaves the image folder"),
+        (record("/etc/passwd"), "leaves the image folder"),
+        (record("sub/0.png") | {"image": [1]}, "'image' must be"),
+        (record("sub/9.png"), "'sub/9.png' is not in"),
+        (record("sub"), "'sub' is not in"),
+        (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "2 image.s. but 1 <image>"),
+        (record(None) | {"conversations": []}, "not empty"),
+    ],
+)
+def test_a_bad_record_names_index_and_id(bad, message, tmp_path, folder, encoder):
+    path = write(tmp_path / "data.json", [record(None), bad])
+    with pytest.raises(UserError, match=message) as caught:
+        LlavaDataset(path, encoder, ImageStore(folder))
+    assert f"sample 1 (id {bad.get('id', 1) if isinstance(bad, dict) else '?'})" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[", "not JSON"), ("{}", "list of records"), ("[]", "not empty")])
+def test_unreadable_files(text, message, tmp_path, encoder):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        LlavaDataset(path, encoder, None)
+    with pytest.raises(UserError, match="cannot be read"):
+        LlavaDataset(tmp_path / "none.json", encoder, None)
+    (tmp_path / "data.jsonl").write_text('{"id": 1}\n{')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        LlavaDataset(tmp_path / "data.jsonl", encoder, None)
+
+
+def test_images_without_a_folder(tmp_path, encoder):
+    with pytest.raises(UserError, match="does not exist; name it with --image_folder"):
+        ImageStore(tmp_path / "none")
+    with pytest.raises(UserError, match="no --image_folder is given"):
+        LlavaDataset(write(tmp_path / "data.json", [record("a.png")]), encoder, None)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path, folder):
+    Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "inside.png").symlink_to(folder / "sub" / "0.png")
+    store = ImageStore(folder)
+    assert "link out of" in store.problem("link.png")
+    with pytest.raises(BrokenSample):
+        store.read("link.png")
+    assert store.load("inside.png").size == (8, 8)
+
+
+def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    store, names = ImageStore(tmp_path / "images.tar"), [f"sub/{i}.png" for i in range(3)]
+    expected = [ImageStore(folder).read(name) for name in names]
+    assert [store.read(name) for name in names] == expected  # opens the file before the workers fork
+    assert [pickle.loads(pickle.dumps(store)).read(name) for name in names] == expected
+    loader = DataLoader(names * 40, batch_size=1, num_workers=2, collate_fn=lambda batch: store.read(batch[0]))
+    assert list(loader) == expected * 40
+    assert store.problem("link.png")
+    (tmp_path / "no.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match="neither a folder nor an uncompressed tar"):
+        ImageStore(tmp_path / "no.tar")
+
+
+def test_pad_is_llavas_expand2square(folder):
+    store = ImageStore(folder, "pad", background=(0.5, 0.25, 1.0))
+    padded = np.asarray(store.load("sub/1.png"))  # 12 wide, 6 high
+    assert padded.shape == (12, 12, 3)
+    assert (padded[:3] == [127, 63, 255]).all()
+    assert (padded[9:] == [127, 63, 255]).all()
+    assert (padded[3:9] == [40, 10, 200]).all()
+    with pytest.raises(UserError, match="square or pad"):
+        ImageStore(folder, "anyres")
+
+
+def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
+    records = [record("sub/1.png", "A longer question here?"), record(None), record("sub/0.png")]
+    dataset = LlavaDataset(write(tmp_path / "data.json", records), encoder, ImageStore(folder))
+    asked = []
+
+    def load(names: list[str]) -> torch.Tensor:
+        asked.append(names)
+        return torch.arange(len(names))
+
+    pad = encoder.tokenizer.pad_token_id
+    samples = [dataset[i] for i in range(3)]
+    batch = Collator(pad, load, image_key="image_rows")(samples)
+    assert asked == [["sub/1.png", "sub/0.png"]]
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        assert batch["input_ids"][row, :length].tolist() == sample["input_ids"]
+        assert (batch["input_ids"][row, length:] == pad).all()
+        assert batch["labels"][row, :length].tolist() == sample["labels"]
+        assert (batch["labels"][row, length:] == IGNORE).all()
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
+    assert "image_rows" not in Collator(pad, load, image_key="image_rows")([dataset[1]])
+    assert pad_rows([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
+
+
+def test_a_broken_picture_is_named(folder):
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UserError, match=r"picture broken.png .*check_data"):
+        pixel_loader(ImageStore(folder), lambda image: torch.zeros(3, 2, 2))(["sub/0.png", "broken.png"])
+
+
+def test_truncated_samples_are_counted_across_workers(tmp_path, encoder):
+    short = ConversationEncoder(encoder.tokenizer, "chatml", TOKENS, 80)
+    records = [record(None, "word", "cat " * 60), record(None), record(None, "word", "dog " * 80)]
+    dataset = LlavaDataset(write(tmp_path / "data.json", records), short, None)
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=list)
+    for _ in range(2):
+        assert max(len(batch[0]["input_ids"]) for batch in loader) == 80
+    assert dataset.truncated == 2
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def lengths(count: int = 403) -> list[int]:
+    rng = np.random.default_rng(0)
+    return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, count)]
+
+
+def sampler(seed: int = 0, epoch: int = 0, chunks: int = 4, batch_size: int = 2, group: bool = True) -> list[int]:
+    order = EpochSampler(lengths(), batch_size=batch_size, chunks=chunks, seed=seed, group_by_modality_length=group)
+    order.set_epoch(epoch)
+    assert len(order) == 403
+    return list(order)
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_order_is_a_pure_function_of_seed_and_epoch(group):
+    first = sampler(group=group)
+    assert sorted(first) == list(range(403))
+    assert sampler(group=group) == first
+    assert sampler(epoch=1, group=group) != first
+    assert sampler(seed=1, group=group) != first
+
+
+def test_grouping_keeps_modality_and_balances():
+    sizes = np.array(lengths())
+    order = np.array(sampler())
+    left_over = sum((count % 8) for count in ((sizes > 0).sum(), (sizes < 0).sum()))
+    whole = order[: len(order) - left_over].reshape(-1, 4, 2)
+    spread = []
+    for batch in whole:
+        assert len({*(sizes[batch.ravel()] > 0)}) == 1, "one modality in a global batch"
+        sums = np.abs(sizes[batch]).sum(axis=1)
+        spread.append(np.ptp(np.abs(sizes[batch])))
+        assert sums.max() - sums.min() <= np.abs(sizes[batch]).max()
+    assert np.mean(spread) < 60, "similar lengths: random batches of 8 spread over 390 words"
+    assert len(whole) > 40
+    means = [np.abs(sizes[batch]).mean() for batch in whole]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4, "the batches are shuffled, not sorted"
+
+
+def test_global_batches_do_not_depend_on_ranks():
+    """4 micro-batches of 2 and 2 of 4 (another number of ranks): the same samples in every optimizer step."""
+    a, b = np.array(sampler(chunks=4, batch_size=2)), np.array(sampler(chunks=2, batch_size=4))
+    for start in range(0, 392, 8):
+        assert sorted(a[start : start + 8]) == sorted(b[start : start + 8])
+
+
+# --- the demo data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("demo")
+    ensure_demo(root / "scenes", sizes={"train": 200, "val": 2, "test": 150})
+    options = {"align": 120, "instruct": 80, "text_only": 10, "per_kind": 40}
+    return ensure_llava_demo(root / "llava", root / "scenes", **options), root
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def truths(root: Path) -> dict[str, dict]:
+    found = {}
+    for split in ("train", "test"):
+        for path in sorted((root / "scenes" / split).glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    if member.name.endswith(".json"):
+                        found[f"{member.name[:-5]}.png"] = json.load(io.TextIOWrapper(tar.extractfile(member)))
+    return found
+
+
+def placed(truth: dict) -> dict[str, str]:
+    return {thing["concept"]: thing["place"] for thing in truth["objects"]}
+
+
+def at(place: str) -> str:
+    return "in the center" if place == "center" else f"at the {place}"
+
+
+def test_demo_answers_are_true(demo):
+    """Every question about a picture is answered again from the scene's own truth, by reading the question."""
+    directory, root = demo
+    truth = truths(root)
+    asked = [(q["image"], q["text"], q["answer"], q["kind"]) for q in rows(directory / QUESTIONS)]
+    for sample in json.loads((directory / "instruct.json").read_text()):
+        values = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
+        if "image" in sample:
+            asked += [(sample["image"], q, a, None) for q, a in zip(values[::2], values[1::2], strict=True)]
+    seen = Counter()
+    for image, question, answer, kind in asked:
+        things, background = placed(truth[image]), truth[image]["background"]
+        here = [thing for thing, place in things.items() if at(place) in question]
+        named = [thing for thing in things if f" {thing}" in question]
+        if answer in ("Yes", "No"):
+            found = "yes_no"
+            if "background" in question:
+                true = f"background {background}?" in question
+            elif " at the " in question or " in the center" in question:
+                true = f"a {here[0]}?" in question or f"a {here[0]} {at(things[here[0]])}?" in question
+            else:
+                true = any(f" a {thing}" in question for thing in things)
+            assert answer == ("Yes" if true else "No"), (question, truth[image])
+        elif answer in ("One", "Two", "Three"):
+            found = "count"
+            assert ["One", "Two", "Three"].index(answer) + 1 == len(things)
+        elif answer.lower() in map(at, PLACES):
+            found = "where"
+            assert any(answer.lower() == at(things[thing]) for thing in named), (question, answer, things)
+        elif answer.lower() == background:
+            found = "background"
+            assert "color" in question
+        elif len(answer.split()) <= 4 and answer.startswith("A ") and not answer.endswith("."):
+            found = "identity"
+            assert answer[2:] in (here or list(things)[:1]), (question, answer, things)
+        else:
+            found = "description"
+            assert all(thing in answer.lower() for thing in things)
+        assert kind in (None, found)
+        seen[found] += 1
+    assert set(seen) == {*KINDS, "description"}
+
+
+def test_demo_questions_are_balanced_and_held_out(demo):
+    directory, root = demo
+    truth = truths(root)
+    questions = rows(directory / QUESTIONS)
+    assert Counter(q["kind"] for q in questions) == dict.fromkeys(KINDS, 40)
+    assert [q["question_id"] for q in questions] == list(range(len(questions)))
+    assert len({(q["image"], q["text"]) for q in questions}) == len(questions)
+    assert Counter(q["answer"] for q in questions if q["kind"] == "yes_no") == {"Yes": 20, "No": 20}
+    assert max(Counter(q["answer"] for q in questions if q["kind"] == "count").values()) <= 14
+
+    def layout(name: str) -> tuple:
+        things = placed(truth[name])
+        return (*things, truth[name]["background"]) if len(things) == 1 else tuple(sorted(things.items()))
+
+    trained = {sample["image"] for sample in json.loads((directory / "align.json").read_text())}
+    instruct = {s["image"] for s in json.loads((directory / "instruct.json").read_text()) if "image" in s}
+    assert len(trained) == 120
+    assert len(instruct) == 80
+    assert not trained & instruct
+    tested = {q["image"] for q in questions} | {row["image"] for row in rows(directory / DESCRIPTIONS)}
+    assert not {layout(name) for name in trained | instruct} & {layout(name) for name in tested}
+
+
+def test_demo_loads_as_any_llava_data(demo, encoder):
+    directory, _ = demo
+    store = ImageStore(directory / IMAGES)
+    plain = ConversationEncoder(encoder.tokenizer, "plain", TOKENS, 256)
+    align = LlavaDataset(directory / "align.json", plain, store)
+    assert encoder.tokenizer.decode([y for y in align[0]["labels"] if y != IGNORE]).startswith("A ")
+    instruct = LlavaDataset(directory / "instruct.json", encoder, store)
+    assert sum(length < 0 for length in instruct.modality_lengths) == 10
+    assert store.load(instruct.records[0].images[0] if instruct.records[0].images else "train-000000.png").size == (
+        64,
+        64,
+    )
+    turns = [len(r.turns) // 2 for r in instruct.records if r.images]
+    assert 0.25 < np.mean(np.array(turns) == 1) < 0.55, "short captions stand alone"
+    assert 3 <= np.mean([n for n in turns if n > 1]) <= 5
+
+
+def test_demo_is_deterministic_and_kept(demo, tmp_path):
+    directory, root = demo
+    options = {"align": 120, "instruct": 80, "text_only": 10, "per_kind": 40}
+    before = (directory / "align.json").stat().st_mtime_ns
+    ensure_llava_demo(directory, root / "scenes", **options)
+    assert (directory / "align.json").stat().st_mtime_ns == before
+    again = ensure_llava_demo(tmp_path / "again", root / "scenes", **options)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            assert (again / path.relative_to(directory)).read_bytes() == path.read_bytes()
+    with pytest.raises(UserError, match="has 200 train scenes, 300 are needed"):
+        ensure_llava_demo(tmp_path / "more", root / "scenes", align=200, instruct=100)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no LLaVA demo data"):
+        ensure_llava_demo(tmp_path / "other", root / "scenes", **options)
+
+
+def test_parse_record_reads_numbers_as_ids():
+    assert parse_record({"id": 7, "conversations": []}, 3).name == "sample 3 (id 7)"

@@ -1,0 +1,229 @@
+"""Projectors: LLaVA's own modules and files, refusals, and the closed-form start."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from clips.common.errors import UserError
+from mllm.model.projector import (
+    init_projector,
+    load_projector,
+    projector_activation,
+    projector_kind,
+    save_projector,
+    trainable_layers,
+)
+from mllm.model.projector_start import caption_targets, least_squares_init, start_from_captions
+
+
+def make(kind="mlp2x_gelu", width=24, dim=64, seed=0):
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=width, num_attention_heads=2),
+        text_config=LlamaConfig(hidden_size=dim, num_attention_heads=2),
+        projector_hidden_act=projector_activation(kind),
+    )
+    torch.manual_seed(seed)
+    projector = LlavaMultiModalProjector(config)
+    init_projector(projector)
+    return projector
+
+
+def llava_module(kind, width=24, dim=64):
+    """`build_vision_projector` of haotian-liu/LLaVA (llava/model/multimodal_projector/builder.py)."""
+    if kind == "linear":
+        return nn.Linear(width, dim)
+    return nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("file", ["mm_projector.bin", "mm_projector.safetensors"])
+def test_files_of_llava_both_ways(tmp_path, kind, file):
+    original = llava_module(kind)
+    tensors = {f"model.mm_projector.{name}": tensor for name, tensor in original.state_dict().items()}
+    torch.save(tensors, tmp_path / "llava.bin")
+    projector = make(kind)
+    load_projector(projector, tmp_path / "llava.bin")
+    x = torch.randn(5, 24)
+    assert torch.allclose(projector(x), original(x), atol=1e-6)
+
+    save_projector(projector, tmp_path / "out" / file)
+    path = tmp_path / "out" / file
+    written = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    again = make(kind, seed=1)
+    load_projector(again, tmp_path / "out")  # the directory stands for the file in it
+    assert torch.equal(again(x), projector(x))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model.mm_projector.", "base_model.model.model.mm_projector."])
+def test_other_prefixes_of_llava(tmp_path, prefix):
+    original = llava_module("mlp2x_gelu")
+    torch.save({prefix + name: tensor for name, tensor in original.state_dict().items()}, tmp_path / "p.bin")
+    projector = make()
+    load_projector(projector, tmp_path / "p.bin")
+    assert torch.equal(projector.linear_2.weight, original[2].weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_reads_the_names_of_transformers_among_other_weights(tmp_path, kind):
+    source, target = make(kind, seed=3), make(kind)
+    tensors = {f"model.multi_modal_projector.{name}": tensor for name, tensor in source.state_dict().items()}
+    torch.save(tensors | {"lm_head.weight": torch.zeros(3)}, tmp_path / "model.bin")
+    load_projector(target, tmp_path / "model.bin")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_linear_is_one_linear_layer_and_trains_only_that():
+    projector = make("linear")
+    x = torch.randn(7, 24)
+    assert torch.allclose(projector(x), projector.linear_1(x), atol=1e-6)
+    assert projector_kind(projector) == "linear"
+    assert list(trainable_layers(projector)) == ["linear_1"]
+    assert list(trainable_layers(make())) == ["linear_1", "linear_2"]
+
+
+def test_refusals(tmp_path):
+    projector = make()
+    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    save_projector(make(width=32), tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"\(64, 32\), this model needs \(64, 24\)"):
+        load_projector(projector, tmp_path / "wide.safetensors")
+    save_projector(make("linear"), tmp_path / "linear.bin")
+    with pytest.raises(UserError, match="holds a linear projector, this model has mlp2x_gelu"):
+        load_projector(projector, tmp_path / "linear.bin")
+    save_projector(make(), tmp_path / "mlp.bin")
+    with pytest.raises(UserError, match="holds a mlp2x_gelu projector, this model has linear"):
+        load_projector(make("linear"), tmp_path / "mlp.bin")
+    torch.save({"model.mm_projector.0.weight": torch.zeros(64, 24)}, tmp_path / "part.bin")
+    with pytest.raises(UserError, match=r"holds no linear or mlp2x_gelu projector; its tensors: linear_1\.weight"):
+        load_projector(projector, tmp_path / "part.bin")
+    with pytest.raises(UserError, match="holds no mm_projector"):
+        load_projector(projector, tmp_path)
+    with pytest.raises(UserError, match="'mlp3x_gelu' is not known; choose one of: mlp2x_gelu, linear"):
+        projector_activation("mlp3x_gelu")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in projector.state_dict().items())
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_run"),)
+
+    with open(tmp_path / "mm_projector.bin", "wb") as file:
+        pickle.dump({"model.mm_projector.weight": Evil()}, file)
+    with pytest.raises(UserError, match="refused"):
+        load_projector(make("linear"), tmp_path)
+    assert not (tmp_path / "was_run").exists()
+
+
+def ridge_reference(x, y, ridge):
+    """Ridge regression with an unpenalised intercept, through the augmented normal equations."""
+    x, y = x.double(), y.double()
+    penalty = ridge * x.var(dim=0, correction=0).mean() * len(x)
+    augmented = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    regular = penalty * torch.eye(augmented.shape[1], dtype=x.dtype)
+    regular[-1, -1] = 0
+    solution = torch.linalg.solve(augmented.T @ augmented + regular, augmented.T @ y)
+    return solution[:-1].T, solution[-1]
+
+
+def test_least_squares_linear_equals_ridge_regression():
+    x, y = torch.randn(300, 24) * 3 + 1, torch.randn(300, 64)
+    projector = make("linear")
+    r2 = least_squares_init(projector, x, y, ridge=0.05)
+    weight, bias = ridge_reference(x, y, 0.05)
+    assert torch.allclose(projector.linear_1.weight.double(), weight, atol=1e-6)
+    assert torch.allclose(projector.linear_1.bias.double(), bias, atol=1e-6)
+    residual = (projector(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert r2 == pytest.approx(1 - residual.item(), abs=1e-5)
+    assert torch.equal(projector.linear_2.weight, torch.eye(64))
+
+
+def test_least_squares_mlp_reaches_linear_maps_and_more():
+    """24 features fit twice into 64 hidden units, so a linear target is met; a curved one better than linearly."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 24) @ torch.randn(24, 24) + 2
+    linear = x @ torch.randn(24, 64) + torch.randn(64)
+    mlp, straight = make(), make("linear")
+    assert least_squares_init(mlp, x, linear, ridge=1e-6) > 0.9999
+    assert torch.allclose(mlp(x), linear, atol=0.05 * linear.std())
+    z = (x - x.mean(0)) / x.std(0)
+    curved = linear / linear.std() + (z @ torch.randn(24, 64) / 5).abs()
+    assert least_squares_init(mlp, x, curved, ridge=1e-4) > least_squares_init(straight, x, curved, ridge=1e-4) + 0.01
+
+
+def test_least_squares_with_more_features_than_hidden_units():
+    torch.manual_seed(0)
+    basis = torch.randn(6, 100)  # 100 features of rank 6 plus a little noise
+    hidden = torch.randn(1000, 6)
+    x = hidden @ basis + 0.01 * torch.randn(1000, 100)
+    projector = make(width=100, dim=32)
+    assert least_squares_init(projector, x, hidden @ torch.randn(6, 32)) > 0.95
+    with pytest.raises(ValueError, match=r"100 → 32"):
+        least_squares_init(projector, x, torch.randn(1000, 31))
+
+
+def test_caption_targets_weigh_words_by_rarity():
+    embeddings = torch.randn(10, 4)
+    captions = [[1, 2], [1, 3, 3], [1, 2, 4], [1, 2]]  # 1 in all, 2 in three, 3 and 4 in one of four
+    targets = caption_targets(captions, embeddings)
+    assert torch.allclose(targets[0], embeddings[2], atol=1e-4)
+    assert torch.allclose(targets[1], embeddings[3], atol=1e-4)
+    two, four = math.log(4 / 3), math.log(4)
+    assert torch.allclose(targets[2], (two * embeddings[2] + four * embeddings[4]) / (two + four), atol=1e-4)
+    with pytest.raises(ValueError, match="without a token"):
+        caption_targets([[1], []], embeddings)
+
+
+def scenes(count: int = 2000) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
+    """Looks of 8 things and of background, captions of images of four such patches, and their features."""
+    torch.manual_seed(0)
+    looks = torch.randn(9, 24)
+    shown = torch.randint(0, 9, (count, 4))  # 8 is background, which no caption names
+    captions = [[20, *{int(thing) for thing in row if thing < 8}, 21] for row in shown]
+    return looks, captions, looks[shown] + 0.3 * torch.randn(count, 4, 24)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(kind):
+    looks, captions, features = scenes()
+    words, projector = torch.randn(40, 64) * 3 + 1, make(kind)
+    r2 = start_from_captions(projector, features, captions, words)
+    assert 0.1 < r2 < 0.9
+    everything = projector(features).flatten(0, 1)
+    tokens = projector(looks[:8]) - everything.mean(0)
+    names = words[:8] - words[:8].mean(0)
+    assert (nn.functional.cosine_similarity(tokens[:, None], names[None], dim=-1).argmax(1) == torch.arange(8)).all()
+    assert torch.allclose(everything.mean(0), words.mean(0), atol=0.02), "the words' mean"
+    spread = [(rows - rows.mean(0)).square().sum(-1).mean().sqrt().item() for rows in (everything, words)]
+    assert spread[0] == pytest.approx(spread[1], rel=0.1), "and spread, up to the overlap of fitted and random part"
+
+
+def test_a_start_from_captions_without_image_information_stays_finite_and_small():
+    _, captions, features = scenes()
+    words, projector = torch.randn(40, 64), make()
+    start_from_captions(projector, torch.ones_like(features), captions, words)
+    tokens = projector(torch.ones(1, 24))
+    assert torch.allclose(tokens, words.mean(0), atol=0.05)  # words lie 8 from their mean
+
+
+def test_a_start_from_captions_keeps_what_captions_do_not_tell():
+    """A feature that no caption speaks of (say, the patch's place) can still be read from the tokens, linearly."""
+    _, captions, features = scenes()
+    features[..., 0] = torch.randn(features.shape[:2])
+    projector = make()
+    start_from_captions(projector, features, captions, torch.randn(40, 64))
+    x, y = projector(features).flatten(0, 1).double(), features[..., 0].flatten().double()
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    rest = y - x @ torch.linalg.lstsq(x, y).solution
+    assert rest.square().mean() < 0.05 * y.var()

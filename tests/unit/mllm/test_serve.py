@@ -1,0 +1,568 @@
+"""The server over HTTP, with a tiny real model in this process: answers, refusals, queue, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from openai import OpenAI
+from PIL import Image
+from tiny_serve import (
+    BAD,
+    BLUE,
+    CHAT,
+    LONG,
+    RED,
+    data_url,
+    picture,
+    user,
+    with_picture,
+    write_models,
+)
+
+from clips.common.errors import UserError
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel, Sampling
+from mllm.chat.session import ChatSession
+from mllm.serve.app import Encoder, _bind, create_app
+from mllm.serve.queue import Desk
+from mllm.serve.schemas import UNSUPPORTED
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    write_models(root, context=32_768)
+    return root
+
+
+@pytest.fixture(scope="module")
+def chat(place: Path) -> ChatModel:
+    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(place: Path) -> Encoder:
+    return Encoder.load(place / "runs" / "clips-demo", "cpu")
+
+
+@contextlib.contextmanager
+def served(chat: ChatModel, encoder: Encoder | str, limits: Limits, **options: object) -> Iterator[str]:
+    """The server's address while it runs in a thread."""
+    bound = _bind("127.0.0.1", 0)
+    app = create_app(chat, encoder, limits, **options)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(chat: ChatModel, encoder: Encoder) -> Iterator[str]:
+    limits = Limits(new_tokens=30_000, body_bytes=2 * 2**20, fetch_seconds=2, waiting=40, inputs=30)
+    with served(chat, encoder, limits, allow_image_urls=True) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: OpenAI, *messages: dict, **options: object) -> openai.types.chat.ChatCompletion:
+    return client.chat.completions.create(model="llava", messages=list(messages), **{"max_tokens": 8} | options)
+
+
+def post(address: str, body: object, path: str = "/v1/chat/completions", **options: object) -> httpx2.Response:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | options.pop("headers", {})
+    return httpx2.post(address + path, content=data, headers=headers, timeout=60, trust_env=False, **options)
+
+
+def figure(address: str, name: str) -> float:
+    """One figure of /metrics, for example `clips_requests_running`."""
+    lines = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def test_an_answer_is_the_chat_sessions(client: OpenAI, chat: ChatModel) -> None:
+    """With two pictures, a system text and an earlier turn: what `ChatSession` says to the same turns."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user("What is it?", picture(RED)),
+        {"role": "assistant", "content": "A red one."},
+        user(picture(BLUE), "And ", "this?"),
+    ]
+    done = ask(client, *messages, max_tokens=12)
+    session = ChatSession(chat, system="Be brief.")
+    session.turns = [
+        {"from": "human", "value": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"from": "gpt", "value": [{"type": "text", "text": "A red one."}]},
+    ]
+    session.images = [Image.new("RGB", (40, 28), "red")]
+    expected = "".join(session.ask("And this?", [Image.new("RGB", (40, 28), "blue")], Sampling(max_new_tokens=12)))
+    assert expected
+    assert done.choices[0].message.content == expected
+    assert done.choices[0].message.role == "assistant"
+    assert done.choices[0].finish_reason == "length"
+    assert (done.object, done.model) == ("chat.completion", "llava")
+    assert done.usage.prompt_tokens == session.last.prompt_tokens
+    assert done.usage.completion_tokens == 12
+    assert done.usage.total_tokens == done.usage.prompt_tokens + 12
+    swapped = ask(client, *[*messages[:3], user(picture(RED), "And this?")], max_tokens=12)
+    assert swapped.choices[0].message.content != expected
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
+    message = user("What is it?", picture(RED))
+    whole = ask(client, message, max_tokens=40)
+    chunks = list(ask(client, message, max_tokens=40, stream=True, stream_options={"include_usage": True}))
+    *answer, usage = chunks
+    pieces = [chunk.choices[0].delta.content for chunk in answer if chunk.choices[0].delta.content]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert answer[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in answer][-2:] == [None, "length"]
+    assert (usage.choices, usage.usage) == ([], whole.usage)
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in ask(client, message, stream=True))
+
+
+def test_the_first_pieces_come_before_the_answer_is_done(client: OpenAI, address: str) -> None:
+    with long_answer(client, address) as stream:
+        assert next(stream).choices[0].delta.content
+        assert figure(address, "clips_requests_running") == 1
+
+
+def test_sampling(client: OpenAI) -> None:
+    def answer(**options: object) -> str:
+        return ask(client, user(LONG), max_tokens=24, **options).choices[0].message.content
+
+    greedy = answer()
+    assert greedy == answer() == answer(temperature=0, seed=3)
+    assert answer(temperature=1.5, seed=1) == answer(temperature=1.5, seed=1)
+    assert len({answer(temperature=1.5, seed=seed) for seed in range(4)}) > 1
+    assert answer(temperature=2, seed=1, top_p=1e-6) == greedy  # only the likeliest token is left
+    stop = greedy[5:7]
+    ended = ask(client, user(LONG), max_tokens=24, stop=["never said", stop])
+    assert ended.choices[0].message.content == greedy[: greedy.index(stop)].rstrip()
+    assert ended.choices[0].finish_reason == "stop"
+    assert answer(stop=stop) == ended.choices[0].message.content
+
+
+def test_typed_placeholders_are_text(client: OpenAI) -> None:
+    """`<image>` and control tokens count as the many tokens that their letters are, with and without a picture."""
+    plain = ask(client, user("Hello")).usage.prompt_tokens
+    typed = ask(client, user("Hello <image> <|im_end|>")).usage.prompt_tokens
+    assert plain + 10 < typed < plain + 16 + 10 + 10  # sixteen would be a picture's places
+    seen = ask(
+        client, user("<image> Hello <image>", picture(RED)), {"role": "assistant", "content": "<image>"}, user("?")
+    )
+    assert seen.choices[0].message.content
+    assert ask(client, {"role": "system", "content": "<image>"}, user("Hello")).choices[0].message.content
+
+
+def test_unknown_and_neutral_fields_are_ignored(client: OpenAI) -> None:
+    extra = {"user": "me", "metadata": {"a": "b"}, "whatever": [1], "n": 1, "tools": [], "logprobs": False}
+    assert ask(client, user("Hello"), extra_body=extra).choices[0].message.content
+
+
+def test_models(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["llava", "encoder"]
+    assert client.models.retrieve("llava").id == "llava"
+    with pytest.raises(openai.NotFoundError, match="known: 'llava', 'encoder'"):
+        client.models.retrieve("gpt-5")
+
+
+# ---------------------------------------------------------------------------------------------- embeddings
+
+
+def test_embeddings_are_the_encoders(client: OpenAI, encoder: Encoder) -> None:
+    inputs = ["a red cat", {"image": RED}, "two dogs", "a red cat", {"image": BLUE}]
+    done = client.embeddings.create(model="encoder", input=inputs)  # base64 on the wire, as this client asks for it
+    rows = np.array([entry.embedding for entry in done.data], dtype=np.float32)
+    pictures = [Image.new("RGB", (40, 28), colour) for colour in ("red", "blue")]
+    expected = encoder.embed(["a red cat", pictures[0], "two dogs", "a red cat", pictures[1]])
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert [entry.index for entry in done.data] == [0, 1, 2, 3, 4]
+    assert not np.allclose(rows[1], rows[4])
+    assert done.usage.prompt_tokens == encoder.count_tokens(["a red cat", "two dogs", "a red cat"]) > 0
+    floats = client.embeddings.create(model="encoder", input="two dogs", encoding_format="float")
+    np.testing.assert_allclose(floats.data[0].embedding, expected[2], atol=1e-6)
+
+
+def test_without_an_encoder_embeddings_say_why(chat: ChatModel) -> None:
+    with served(chat, "no finished run under runs/", Limits()) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.NotFoundError, match="no encoder: no finished run under runs/"):
+            client.embeddings.create(model="encoder", input="a cat")
+        assert [model.id for model in client.models.list()] == ["llava"]
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("body", "param", "message"), [pytest.param(*case, id=name) for name, case in BAD.items()])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_400_and_the_reason(
+    address: str, body: object, param: str | None, message: str, stream: bool
+) -> None:
+    if isinstance(body, dict):
+        body = body | {"stream": stream}
+    response = post(address, body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+    assert message in error["message"]
+    assert len(error["message"]) < 500
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"] == "context_length_exceeded") == ("the model reads" in message)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://2130706433:{port}/health"),
+        *("http://[::1]:{port}/health", "http://10.0.0.1/x.png", "http://169.254.169.254/latest/meta-data"),
+        *("file:///etc/hostname", "ftp://8.8.8.8/x.png", "/etc/hostname"),
+    ],
+)
+def test_nothing_private_is_fetched(address: str, url: str) -> None:
+    httpx2.get(f"{address}/health", timeout=60, trust_env=False)
+    asked = 'clips_requests_total{route="/health",status="200"}'
+    before = figure(address, asked)
+    response = post(address, with_picture(url.format(port=address.rpartition(":")[2])))
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_image"
+    assert "addresses only" in response.json()["error"]["message"]
+    assert figure(address, asked) == before
+
+
+def test_addresses_are_not_fetched_unless_allowed(chat: ChatModel, encoder: Encoder) -> None:
+    with served(chat, encoder, Limits()) as address:
+        response = post(address, with_picture("http://8.8.8.8/x.png"))
+        assert response.status_code == 400
+        assert "--allow-image-urls" in response.json()["error"]["message"]
+        response = post(address, {"model": "encoder", "input": {"image": "http://8.8.8.8/x"}}, "/v1/embeddings")
+        assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "encoder", "input": []}, "input"),
+        ({"model": "encoder"}, "input"),
+        ({"model": "encoder", "input": [[1, 2]]}, "input[0]"),
+        ({"model": "encoder", "input": [{"image": RED, "text": "both"}]}, "input[0]"),
+        ({"model": "encoder", "input": ["a"] * 31}, "input"),
+        ({"model": "encoder", "input": [{"image": RED}] * 21}, "input"),
+        ({"model": "encoder", "input": "a" * 100_001}, "input"),
+        ({"model": "encoder", "input": {"image": data_url(b"text")}}, "input"),
+        ({"model": "encoder", "input": "a", "dimensions": 8}, "dimensions"),
+        ({"model": "encoder", "input": "a", "encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_a_bad_embeddings_request_gets_400(address: str, body: dict, param: str) -> None:
+    response = post(address, body, "/v1/embeddings")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("GET", "/docs", 404), ("POST", "/v1/completions", 404), ("GET", "/v1/chat/completions", 405)],
+)
+def test_other_paths_and_methods(address: str, method: str, path: str, status: int) -> None:
+    response = httpx2.request(method, address + path, trust_env=False)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+def test_an_unknown_model_gets_404(address: str, path: str) -> None:
+    body = {"model": "gpt-5", "messages": [user("Hello")], "input": "Hello"}
+    response = post(address, body, path)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_another_content_type_gets_415(address: str) -> None:
+    """What a foreign web page can send without asking."""
+    assert post(address, CHAT, headers={"Content-Type": "text/plain"}).status_code == 415
+    assert post(address, CHAT, headers={"Content-Type": "application/json; charset=utf-8"}).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_huge_upload_gets_413(address: str, declared: bool) -> None:
+    size = 2 * 2**20 + 1
+    body = b" " * size if declared else (b" " * 100_000 for _ in range(size // 100_000 + 1))
+    headers = {"Content-Type": "application/json"}
+    response = httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60, trust_env=False)
+    assert response.status_code == 413
+    assert "above this server's limit" in response.json()["error"]["message"]
+
+
+def test_a_defect_gives_no_trace(chat: ChatModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of a stream."""
+
+    def broken(self: ChatSession, *_: object) -> Iterator[str]:
+        yield "Well"
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(ChatSession, "answer", broken)
+    with served(chat, encoder, Limits()) as address:
+        response = post(address, CHAT)
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert "secret" not in response.text
+        assert "Traceback" not in response.text
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match="the server failed"):
+            list(ask(client, user("Hello"), stream=True))
+        monkeypatch.undo()
+        assert post(address, CHAT).status_code == 200
+
+
+def test_every_unsupported_field_is_refused(address: str) -> None:
+    for name in UNSUPPORTED:
+        response = post(address, CHAT | {name: "something"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+# ---------------------------------------------------------------------------------------------- the key
+
+
+def test_the_key(chat: ChatModel, encoder: Encoder) -> None:
+    with served(chat, encoder, Limits(), api_key="s3cret-ü") as address:
+        for path in ("/v1/models", "/metrics", "/v1/unknown"):
+            assert httpx2.get(address + path, timeout=60, trust_env=False).status_code == 401
+        assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
+        for key in ("", "Bearer", "Bearer s3cret", "Bearer s3cret-ü ü", "Basic s3cret-ü"):
+            response = post(address, CHAT, headers={"Authorization": key.encode()})
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert post(address, CHAT, headers={"Authorization": "Bearer s3cret-ü".encode()}).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------- many, and leaving
+
+
+def test_twenty_at_once(client: OpenAI, address: str) -> None:
+    """Each gets the answer it gets alone, streamed or not."""
+    questions = [user(f"Question {i}?", *([picture(RED)] if i % 3 == 0 else [])) for i in range(20)]
+
+    def one(i: int) -> str:
+        if i % 2:
+            return ask(client, questions[i], max_tokens=16).choices[0].message.content
+        chunks = ask(client, questions[i], max_tokens=16, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(one, range(20)))
+    assert answers == [one(i) for i in range(20)]
+    assert len(set(answers)) > 10
+
+
+@contextlib.contextmanager
+def long_answer(client: OpenAI, address: str) -> Iterator[openai.Stream]:
+    """An answer in the making that takes a minute, until left."""
+    stream = ask(client, user(LONG), max_tokens=30_000, stream=True)
+    try:
+        next(stream)
+        assert figure(address, "clips_requests_running") == 1
+        yield stream
+    finally:
+        stream.close()
+
+
+def test_a_full_queue_gets_429(chat: ChatModel, encoder: Encoder) -> None:
+    with served(chat, encoder, Limits(new_tokens=30_000, waiting=1)) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        results = []
+        waiting = threading.Thread(daemon=True, target=lambda: results.append(ask(client, user("Hello"))))
+        with long_answer(client, address):
+            waiting.start()
+            wait_until(lambda: figure(address, "clips_requests_waiting") == 1)
+            for body in (CHAT, with_picture(data_url(b"x" * 3_000_000))):
+                response = post(address, body)
+                assert response.status_code == 429
+                assert response.headers["retry-after"] == "2"
+                assert response.json()["error"]["type"] == "rate_limit_error"
+            assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
+        waiting.join(20)
+        assert results[0].choices[0].message.content
+        assert post(address, CHAT).status_code == 200
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(client: OpenAI, address: str) -> None:
+    with long_answer(client, address):
+        pass
+    wait_until(lambda: figure(address, "clips_requests_running") == 0)
+    assert ask(client, user("Hello")).choices[0].message.content
+
+
+def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, address: str) -> None:
+    """Also one whose answer is not streamed, in the queue and in the making."""
+    impatient = client.with_options(timeout=0.7)
+    with long_answer(client, address):
+        for stream in (False, True):
+            with pytest.raises(openai.APITimeoutError):
+                ask(impatient, user("Hello"), stream=stream)
+        wait_until(lambda: figure(address, "clips_requests_waiting") == 0)
+        assert figure(address, "clips_requests_running") == 1
+    with pytest.raises(openai.APITimeoutError):
+        ask(impatient, user(LONG), max_tokens=30_000)
+    wait_until(lambda: figure(address, "clips_requests_running") == 0)
+    assert ask(client, user("Hello")).choices[0].message.content
+
+
+def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None:
+    with served(chat, encoder, Limits(new_tokens=30_000, seconds=1)) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        done = ask(client, user(LONG), max_tokens=30_000)
+        assert done.choices[0].finish_reason == "length"
+        assert 0 < done.usage.completion_tokens < 30_000
+
+
+def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None:
+    def dripping() -> Iterator[bytes]:
+        yield b"{"
+        time.sleep(2)
+        yield b"}"
+
+    with served(chat, encoder, Limits(seconds=1)) as address:
+        headers = {"Content-Type": "application/json"}
+        response = httpx2.post(
+            f"{address}/v1/embeddings", content=dripping(), headers=headers, timeout=60, trust_env=False
+        )
+        assert response.status_code == 408
+
+
+def test_metrics(client: OpenAI, address: str) -> None:
+    before = {kind: figure(address, f'clips_tokens_total{{kind="{kind}"}}') for kind in ("prompt", "completion")}
+    usage = ask(client, user("Hello"), max_tokens=5).usage
+    assert figure(address, 'clips_tokens_total{kind="prompt"}') == before["prompt"] + usage.prompt_tokens
+    assert figure(address, 'clips_tokens_total{kind="completion"}') == before["completion"] + 5
+    assert figure(address, 'clips_requests_total{route="/v1/chat/completions",status="200"}') >= 1
+    assert figure(address, "clips_first_token_seconds_count") >= 1
+    httpx2.get(f"{address}/some/{'x' * 50}", timeout=60, trust_env=False)
+    text = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text
+    assert 'clips_requests_total{route="other",status="404"}' in text  # strangers cannot add series
+    assert "/some/" not in text
+
+
+def test_work_at_the_desk_is_in_order() -> None:
+    async def main() -> list[int]:
+        desk, order = Desk(10), []
+
+        def work(number: int) -> Iterator[int]:
+            time.sleep(0.02)
+            order.append(number)
+            yield number
+
+        async def one(number: int) -> None:
+            assert [item async for item in desk.run(lambda _: work(number))] == [number]
+
+        await asyncio.gather(*map(one, range(6)))
+        return order
+
+    assert asyncio.run(main()) == list(range(6))
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody() -> None:
+    async def main() -> None:
+        desk = Desk(10)
+        slow = desk.run(lambda _: iter(range(1000)))
+        assert await anext(slow) == 0
+        assert [item async for item in desk.run(lambda _: iter("ab"))] == ["a", "b"]
+        assert [item async for item in slow] == list(range(1, 1000))
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_leaves_cancels_the_work() -> None:
+    async def main() -> None:
+        desk, seen = Desk(10), threading.Event()
+
+        def work(cancel: threading.Event) -> Iterator[int]:
+            yield 1
+            if cancel.wait(10):
+                seen.set()
+
+        items = desk.run(work)
+        assert await anext(items) == 1
+        assert desk.busy
+        await items.aclose()
+        assert await asyncio.to_thread(seen.wait, 10)
+        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+
+    asyncio.run(main())
+
+
+def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
+    """Six clients that leave at once must not have six works running beside each other."""
+
+    async def main() -> None:
+        desk, running, most = Desk(10), [], []
+
+        def work(cancel: threading.Event) -> Iterator[int]:
+            running.append(1)
+            most.append(len(running))
+            yield 1
+            time.sleep(0.2)  # it does not look at `cancel`, as decoding a picture does not
+            running.pop()
+
+        for _ in range(6):
+            items = desk.run(work)
+            assert await anext(items) == 1
+            await items.aclose()
+        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+        assert most == [1] * 6
+
+    asyncio.run(main())
+
+
+def test_a_taken_port_is_the_users_mistake() -> None:
+    with _bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        with pytest.raises(UserError, match="--port"):
+            _bind("127.0.0.1", bound.getsockname()[1])
+    with pytest.raises(UserError, match="--host"):
+        _bind("203.0.113.1", 0)
+    with pytest.raises(UserError, match="--port"):
+        _bind("127.0.0.1", 70_000)
+
+
+def test_base64_is_what_the_client_decodes(address: str, encoder: Encoder) -> None:
+    body = {"model": "encoder", "input": "two dogs", "encoding_format": "base64"}
+    wire = post(address, body, "/v1/embeddings").json()["data"][0]["embedding"]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(wire), "<f4"), encoder.embed(["two dogs"])[0])

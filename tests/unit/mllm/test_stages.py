@@ -1,0 +1,247 @@
+"""The freeze table, LLaVA's flags and the batch arithmetic, on tiny real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_mllm import write_llm, write_run
+from torch import nn
+
+from clips.common.errors import UserError
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
+from mllm.training.plan import command_line, steps_of
+from mllm.training.prepare import lora_config
+from mllm.training.stages import (
+    PARTS,
+    STAGES,
+    apply_plan,
+    assert_plan,
+    count_parameters,
+    freeze_plan,
+    learning_rates,
+    parameter_groups,
+    part_of,
+)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stages")
+    write_run(root / "runs" / "clips-demo")
+    write_llm(root / "llm")
+    return root
+
+
+def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
+    return build_model(load_vision("clips", runs=places / "runs"), load_llm(str(places / "llm")), projector=projector)[
+        0
+    ]
+
+
+def arguments(*words: str) -> TrainArguments:
+    return parse_train_arguments(list(words))
+
+
+# What each stage must train, written out again and independent of the table: (stage, options) → parts.
+EXPECTED = [
+    (1, {}, {"projector"}),
+    (1, {"lora": True}, {"projector"}),
+    (1, {"bits": 4}, {"projector"}),
+    (2, {}, {"projector", "language_model"}),
+    (2, {"lora": True}, {"projector", "lora"}),
+    (2, {"lora": True, "bits": 4}, {"projector", "lora"}),
+    (2, {"unfreeze_mm_vision_tower": True}, {"projector", "language_model", "vision_tower"}),
+    (2, {"tune_mm_mlp_adapter": True}, {"projector"}),
+    (2, {"freeze_backbone": True}, {"projector"}),
+    (2, {"freeze_mm_mlp_adapter": True}, {"language_model"}),
+]
+
+
+@pytest.mark.parametrize(("number", "options", "expected"), EXPECTED)
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
+def test_exactly_the_parts_of_the_freeze_table_get_gradients(
+    places: Path, number: int, options: dict, expected: set[str], projector: str
+) -> None:
+    plan = freeze_plan(STAGES[number], **options)
+    model = build(places, projector)
+    if plan["language_model"] == "lora":
+        model = get_peft_model(model, lora_config(model, arguments("--lora_enable").resolve(1)))
+    apply_plan(model, plan)
+    assert_plan(model, plan)
+    # By hand: names of transformers and PEFT, not the module under test.
+    for name, parameter in model.named_parameters():
+        is_lora = "lora_A" in name or "lora_B" in name
+        if "vision_tower" in name:
+            trains = "vision_tower" in expected
+        elif "multi_modal_projector" in name:
+            trains = "projector" in expected and not (projector == "linear" and "linear_2" in name)
+        else:
+            trains = "language_model" in expected or (is_lora and "lora" in expected)
+        assert parameter.requires_grad == trains, name
+
+
+def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(places: Path) -> None:
+    model = build(places)
+    adapted = get_peft_model(model, lora_config(model, arguments("--lora_enable").resolve(1)))
+    found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(found) == 2 * len(kinds)
+    assert all("language_model.layers" in name and name.rpartition(".")[2] in kinds for name in found)
+
+
+def test_a_model_that_departs_from_the_table_is_refused_by_name(places: Path) -> None:
+    model, plan = build(places), freeze_plan(STAGES[1])
+    apply_plan(model, plan)
+    next(model.model.vision_tower.parameters()).requires_grad_(True)
+    with pytest.raises(RuntimeError, match="vision_tower"):
+        assert_plan(model, plan)
+    apply_plan(model, plan)
+    with pytest.raises(RuntimeError, match="language_model"):
+        assert_plan(model, freeze_plan(STAGES[2], lora=True))
+
+
+def test_contradicting_flags_are_refused() -> None:
+    with pytest.raises(UserError, match="lora_enable"):
+        freeze_plan(STAGES[2], bits=4)
+    with pytest.raises(UserError, match="nothing to train"):
+        freeze_plan(STAGES[1], freeze_mm_mlp_adapter=True)
+    with pytest.raises(UserError, match="lora_enable"):
+        arguments("--stage", "2", "--bits", "8", "--lora_enable", "False").resolve(1)
+
+
+def test_counts_are_those_of_the_model_and_tied_weights_count_once(places: Path) -> None:
+    model = build(places)
+    counts = count_parameters(model)
+    assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
+    assert counts["projector"][0] == 32 * 48 + 48 + 48 * 48 + 48
+
+
+def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay_on_vectors(places: Path) -> None:
+    model = build(places)
+    apply_plan(model, freeze_plan(STAGES[2]))
+    groups = parameter_groups(model, learning_rates(1e-4, mm_projector_lr=3e-3), weight_decay=0.1)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert rates.keys() == {id(p) for p in trained.values()}
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    for name, parameter in trained.items():
+        rate = 3e-3 if "multi_modal_projector" in name else 1e-4
+        assert rates[id(parameter)] == (rate, 0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def test_an_encoder_that_stage_two_would_not_see_is_not_trained_in_stage_one() -> None:
+    with pytest.raises(UserError, match=r"--instruct\.unfreeze_mm_vision_tower"):
+        freeze_plan(STAGES[1], unfreeze_mm_vision_tower=True)
+
+
+def test_llava_s_own_command_lines_are_understood() -> None:
+    """scripts/v1_5/finetune_lora.sh of LLaVA, word for word except for paths and its zero3 file."""
+    line = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed none
+        --model_name_or_path lmsys/vicuna-13b-v1.5 --version v1 --data_path ./playground/data/llava_v1_5_mix665k.json
+        --image_folder ./playground/data --vision_tower openai/clip-vit-large-patch14-336
+        --pretrain_mm_mlp_adapter ./mm_projector.bin --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+        --mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad
+        --group_by_modality_length True --bf16 True --output_dir ./checkpoints/llava-v1.5-13b-lora
+        --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
+        --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 50000
+        --save_total_limit 1 --learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
+        --dataloader_num_workers 4 --lazy_preprocess True --report_to wandb"""
+    parsed = arguments("--stage", "2", *line.split()).resolve(8)
+    assert (parsed.version, parsed.lora_enable, parsed.lora_r, parsed.lora_alpha) == ("v1", True, 128, 256)
+    assert (parsed.learning_rate, parsed.mm_projector_lr, parsed.batch_size) == (2e-4, 2e-5, 128)
+    assert parsed.mm_vision_select_layer == -2
+    assert parsed.image_aspect_ratio == "pad"
+    assert parsed.report_to == "wandb"
+    with pytest.raises(UserError, match="mm_use_im_start_end"):
+        arguments("--mm_use_im_start_end", "True")
+
+
+def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> None:
+    own = ("--data_path", "x.json", "--device", "cpu")
+    align, full = arguments(*own).resolve(1), arguments("--stage", "2", *own).resolve(1)
+    lora = arguments("--stage", "2", "--lora_enable", *own).resolve(1)
+    assert (align.version, align.learning_rate, align.batch_size, align.image_aspect_ratio) == (
+        *("plain", 1e-3, 256, "square"),
+    )
+    assert (full.learning_rate, full.batch_size, full.lora_enable, full.image_aspect_ratio) == (2e-5, 128, False, "pad")
+    assert (lora.learning_rate, lora.mm_projector_lr, lora.lora_r, lora.lora_alpha) == (2e-4, 2e-5, 128, 256)
+    assert (full.group_by_modality_length, align.group_by_modality_length) == (True, False)
+    assert (full.warmup_ratio, full.lr_scheduler_type, full.weight_decay) == (0.03, "cosine", 0.0)
+    demo = arguments("--stage", "2").resolve(1)
+    assert demo.lora_enable
+    assert demo.learning_rate == STAGES[2].demo["learning_rate"]
+
+
+def test_flags_of_one_stage_and_the_version_of_both() -> None:
+    words = ["--seed", "3", "--align.learning_rate", "1e-2", "--instruct.lora_r", "4", "--version", "v1"]
+    assert flags_of_stage(words, "align") == ["--seed", "3", "--version", "v1", "--learning_rate", "1e-2"]
+    assert flags_of_stage(words, "instruct") == ["--seed", "3", "--version", "v1", "--lora_r", "4"]
+    one, two = arguments("--stage", "1", *words), arguments("--stage", "2", *words)
+    assert (one.learning_rate, one.lora_r, one.resolve(1).version) == (1e-2, None, "plain")
+    assert (two.learning_rate, two.lora_r, two.resolve(1).version) == (None, 4, "v1")
+    with pytest.raises(UserError, match="plain"):
+        arguments("--align.version", "v1")
+    with pytest.raises(UserError, match="--stage 3"):
+        arguments("--stage", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "expected"),
+    [
+        ({"batch_size": 128}, 1, (128, 16, 8)),
+        ({"batch_size": 128}, 8, (128, 16, 1)),
+        ({"batch_size": 4}, 2, (4, 2, 1)),
+        ({"per_device_train_batch_size": 4}, 2, (256, 4, 32)),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 2, (24, 4, 3)),
+        ({"batch_size": 6, "per_device_train_batch_size": 4}, 2, None),
+        ({"batch_size": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 2, None),
+    ],
+)
+def test_batch_is_ranks_times_accumulation_times_micro_batch(flags: dict, ranks: int, expected: tuple | None) -> None:
+    words = ["--data_path", "x.json"] + [str(w) for name, value in flags.items() for w in (f"--{name}", value)]
+    if expected is None:
+        with pytest.raises(UserError, match="batch_size"):
+            arguments(*words).resolve(ranks)
+        return
+    found = arguments(*words).resolve(ranks)
+    assert (found.batch_size, found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
+
+
+def test_the_printed_command_gives_the_same_arguments_again() -> None:
+    words = "--stage 2 --vision random --lora_enable --data_path a.json --no-feature-cache --seed 4 --batch_size 8"
+    resolved = arguments(*words.split()).resolve(1)
+    again = command_line(resolved, 1).split()
+    assert again[:2] == ["python", "scripts/train_llava.py"]
+    assert arguments(*again[2:]).resolve(1) == resolved
+
+
+@pytest.mark.parametrize(("samples", "epochs", "steps"), [(24, 2.0, 6), (25, 1.0, 4), (8, 0.5, 1), (1, 1.0, 1)])
+def test_steps_are_those_of_the_trainer(samples: int, epochs: float, steps: int) -> None:
+    words = f"--data_path x --batch_size 8 --per_device_train_batch_size 2 --num_train_epochs {epochs}"
+    assert steps_of(arguments(*words.split()).resolve(2), samples, 2) == steps
+
+
+def test_unfrozen_encoder_really_learns(places: Path) -> None:
+    from mllm.training.trainer import TrainingModel
+
+    model = build(places)
+    apply_plan(model, freeze_plan(STAGES[2], unfreeze_mm_vision_tower=True))
+    training = TrainingModel(model, features=False).train()
+    image_id = model.config.image_token_id
+    ids = torch.tensor([[5] + [image_id] * 16 + [6, 7]])
+    loss = training(ids, ids.masked_fill(ids == image_id, -100), torch.ones_like(ids), None, torch.randn(1, 3, 32, 32))
+    loss["loss"].backward()
+    gradient = model.model.vision_tower.embeddings.patch_embeddings.projection.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0

@@ -1,0 +1,276 @@
+"""The terminal's commands, dropped files, bad pictures, and the file of questions that goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from tiny_chat import SHORT
+
+from clips.common.errors import UserError
+from clips.data.images import MAX_BYTES
+from mllm.chat.model import ChatModel, Sampling
+from mllm.chat.session import ChatSession, turn_text
+from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files, load_picture
+from mllm.data.images import ImageStore
+from mllm.data.questions import read_questions
+from mllm.evaluation.evaluate import generate_answers
+
+
+@pytest.fixture
+def talk(model: ChatModel) -> Talk:
+    return Talk(ChatSession(model), SHORT)
+
+
+def say(talk: Talk, *lines: str) -> None:
+    """Run the talk on these lines, as if typed, then Ctrl-D."""
+    waiting = iter(lines)
+
+    def read() -> str:
+        line = next(waiting, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    talk.run(read)
+
+
+def questions(talk: Talk) -> list[str]:
+    return [turn_text(turn) for turn in talk.session.turns[::2]]
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A picture under a name that must be quoted or escaped."""
+    path = tmp_path / "my red 'cat' (1).png"
+    Image.new("RGB", (8, 6), "red").save(path)
+    return path
+
+
+def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    escaped = str(odd)
+    for character in " '()":
+        escaped = escaped.replace(character, "\\" + character)
+    for line in (str(odd), f'"{odd}"', escaped, odd.as_uri(), f"  {odd} ", odd.name, "~/" + odd.name, "./" + odd.name):
+        (found,) = dropped_files(line)
+        assert load_picture(found).size == (8, 6), line
+    Image.new("RGB", (2, 2)).save("b.png")
+    assert dropped_files(f'{escaped} "b.png"') == [str(odd), "b.png"]
+    Path("notes").write_text("")
+    texts = ["notes", "What is b.png", "it's b.png", "missing.png", "/help", "", "''", "/", "~", "a" * 10_000, "\0.png"]
+    for line in texts:
+        assert dropped_files(line) == [], line
+
+
+def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_path: Path, capsys) -> None:
+    def png(width: int, height: int) -> bytes:
+        header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+        return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+
+    files = {"text.png": b"hello", "empty.png": b"", "huge.png": png(50_000, 50_000), "big.png": b"x" * (MAX_BYTES + 1)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    Image.new("RGB", (50, 50)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
+    for name in (*files, "cut.png", "missing.png", "."):
+        say(talk, f"/image {tmp_path / name}")
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {tmp_path / name}: ")
+    say(talk, "/image", "/image http://127.0.0.1:1/a.png", "/image ftp://a/b.png", f"{tmp_path / 'text.png'}")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in printed] == ["error:"] * 4
+    assert "public addresses only" in printed[1]
+    assert talk.waiting == []
+    say(talk, "Still there?")
+    assert questions(talk) == ["Still there?"]
+
+
+# ---------------------------------------------------------------------------------------------- the talk
+
+
+def test_a_talk_with_every_command(talk: Talk, odd: Path, tmp_path: Path, capsys) -> None:
+    say(talk, f"/image {odd}", str(odd))
+    assert len(talk.waiting) == 2
+    assert "picture 2: " in capsys.readouterr().out
+    say(talk, "/undo")
+    assert talk.waiting == []
+    say(talk, str(odd), "What is <image>?", shlex.quote(str(odd)), "And this?", "Why?")
+    assert questions(talk) == ["What is <image>?", "And this?", "Why?"]
+    assert len(talk.session.images) == 2
+    capsys.readouterr()
+    say(talk, "/undo", "/undo")
+    assert capsys.readouterr().out == "taken back: Why?\ntaken back: And this?\n"
+    assert len(talk.session.images) == 1
+    first = turn_text(talk.session.turns[-1])
+    say(talk, "/retry")
+    assert len(capsys.readouterr().out) == len(first + "\n")
+    assert turn_text(talk.session.turns[-1]) == first
+    say(talk, "/retry 5")
+    assert turn_text(talk.session.turns[-1]) != first
+    assert talk.sampling.temperature == 0
+    say(talk, "/system Be rude.")
+    assert talk.session.system == "Be rude."
+    say(talk, f"/save {tmp_path / 'talk.json'}", f"/save {tmp_path / 'talk.md'}")
+    assert (tmp_path / "talk.json").is_file()
+    assert "What is <image>?" in (tmp_path / "talk.md").read_text()
+    capsys.readouterr()
+    say(talk, "/help")
+    printed = capsys.readouterr().out
+    for name in ("image", "retry", "undo", "reset", "system", "save", "help", "exit"):
+        assert f"/{name} " in printed
+    say(talk, "/system", "/reset", "", "   ")
+    assert talk.session.turns == []
+    assert talk.session.system is None
+    say(talk, "/exit", "Never asked")
+    assert talk.session.turns == []
+
+
+def test_mistakes_are_one_line_each(talk: Talk, capsys) -> None:
+    lines = ["/what", "/retry", "/retry hot", "/retry -1", "/undo", "/save", "/save talk.txt", "w " * 5000]
+    say(talk, *lines)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(lines)
+    assert all(line.startswith("error: ") for line in printed)
+    assert "/help lists the commands" in printed[0]
+    assert "/undo" in printed[-1]
+
+
+def test_ctrl_c_stops_the_answer_only(talk: Talk, capsys, monkeypatch) -> None:
+    talk.sampling = Sampling(max_new_tokens=400)
+    pieces = []
+
+    def interrupted_print(text: str = "", **options) -> None:
+        pieces.append(text)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt  # where Ctrl-C strikes most of the time
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", interrupted_print)
+        say(talk, "What is it?")
+    assert talk.session.last.finish_reason == "cancelled"
+    assert talk.session.last.new_tokens < 400
+    talk.sampling = SHORT
+    talk.stats = True
+    say(talk, "And now?")
+    assert questions(talk) == ["What is it?", "And now?"]
+    assert "tokens at" in capsys.readouterr().out
+
+    def pressed() -> str:
+        if not hints:
+            hints.append(1)
+            raise KeyboardInterrupt
+        raise EOFError
+
+    hints: list[int] = []
+    talk.run(pressed)
+    assert "/exit leaves" in capsys.readouterr().out
+
+
+def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
+    talk.show(piece for piece in ["a\x1b[2Jb\x07", "c\x9b31md\n\te"])
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffd31md\n\te\n"
+
+
+# ---------------------------------------------------------------------------------------------- files of questions
+
+
+@pytest.fixture
+def asked(place: Path, tmp_path: Path) -> Path:
+    lines = [
+        {"question_id": i if i % 2 else f"q{i}", "text": f"What is {i}? <image>", "category": "x"}
+        | ({"image": f"{i % 4}.png"} if i != 3 else {})
+        | ({"answer": "yes"} if i == 5 else {})
+        for i in range(7)
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_question_file_is_answered_and_goes_on(model: ChatModel, place: Path, asked: Path, tmp_path: Path) -> None:
+    output, folder = tmp_path / "new" / "answers.jsonl", str(place / "images")
+    assert answer_file(model, asked, output, folder, SHORT, None) == 7
+    whole = read(output)
+    expected = generate_answers(
+        model.model, model.processor, read_questions(asked), ImageStore(folder), batch_size=1, max_new_tokens=8
+    )
+    assert [line["text"] for line in whole] == expected
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= whole[0].keys()
+    assert (whole[0]["question_id"], whole[0]["model_id"], whole[5]["expected"]) == ("q0", "llava", "yes")
+    assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
+
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])  # killed while it wrote the fourth
+    assert answer_file(model, asked, output, folder, SHORT, None) == 4
+    again = read(output)
+    assert [line["question_id"] for line in again] == [line["question_id"] for line in whole]
+    assert [line["answer_id"] for line in again[:3]] == [line["answer_id"] for line in whole[:3]]
+    assert [line["text"] for line in again] == expected
+    assert answer_file(model, asked, output, folder, SHORT, None) == 0
+    assert read(output) == again
+
+
+def test_one_bad_question_holds_up_no_other(model: ChatModel, place: Path, asked: Path, tmp_path: Path) -> None:
+    records = read(asked)
+    records[1]["image"], records[2]["text"] = "gone.png", "w " * 5000
+    asked.write_text("".join(json.dumps(line) + "\n" for line in records))
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(UserError, match=r"2 of 7 .*question 1: gone\.png.*question q2: the talk takes"):
+        answer_file(model, asked, output, str(place / "images"), SHORT, None)
+    assert len(read(output)) == 5
+    others = {"{}\n" + output.read_text(): "line 1 is not", asked.read_text(): "line 1 is not", "Dear aunt,": "not end"}
+    for content, reason in others.items():  # no answers: such a file stays as it is
+        output.write_text(content)
+        with pytest.raises(UserError, match=reason):
+            answer_file(model, asked, output, str(place / "images"), SHORT, None)
+        assert output.read_text() == content
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def flags(*arguments: str) -> argparse.Namespace:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import chat
+    finally:
+        sys.path.pop(0)
+    return chat.parser().parse_args(arguments)
+
+
+def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
+    picture = str(place / "images" / "0.png")
+    common = ["--model-path", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
+    chat_from_flags(flags(*common, "--prompt", "What is it?", "--image-file", picture, "--stats"))
+    printed = capsys.readouterr()
+    expected = "".join(ChatSession(model).ask("What is it?", [load_picture(picture)], SHORT))
+    assert printed.out == expected + "\n"
+    assert "cached" in printed.err
+    with pytest.raises(UserError, match="--input and --output go together"):
+        chat_from_flags(flags(*common, "--input", "a.jsonl"))
+    with pytest.raises(UserError, match="the talk takes"):
+        chat_from_flags(flags(*common, "--prompt", "w " * 5000))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="temperature must be"):
+        chat_from_flags(flags(*common, "--prompt", "What?", "--temperature", "-1"))
+    with pytest.raises(UserError, match=r"missing\.png: there is no such file"):
+        chat_from_flags(flags(*common, "--prompt", "What?", "--image-file", "missing.png"))
+    with pytest.raises(UserError, match="format 'mine' is not known"):
+        chat_from_flags(flags(*common, "--prompt", "What?", "--conv-mode", "mine"))

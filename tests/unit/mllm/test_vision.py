@@ -1,0 +1,415 @@
+"""The vision registry: every encoder equals its original and what stock LLaVA computes; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_mllm import tiny_tokenizer, write_run
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ResNetConfig,
+    ResNetModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from clips.common.errors import UserError
+from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
+from clips.data.tokenizer import build_tokenizer
+from clips.weights.formats import write_open_clip
+from mllm.encoders.plain_vit import check_equal
+from mllm.encoders.registry import VISION, load_vision
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs/ with two CLIPS runs (`new` is the newest), a baseline, an unfinished one and one of another kind."""
+    runs = tmp_path_factory.mktemp("runs")
+    for age, (name, objective, seed) in enumerate([("base", "clip", 3), ("new", "clips", 2), ("old", "clips", 1)]):
+        write_run(runs / name, objective, seed=seed)
+        written = runs / name / "export" / "hf_vit" / "config.json"
+        os.utime(written, (1e9 - age, 1e9 - age))
+    (runs / "llava" / "export" / "hf_vit").mkdir(parents=True)
+    (runs / "llava" / "export" / "hf_vit" / "config.json").write_text("{}")
+    (runs / "llava" / "config.json").write_text("not json")
+    return runs
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def stock_tokens(encoder, pixel_values):
+    """What the projector of a stock model gets, seen by a hook on it."""
+    config = LlavaConfig(
+        vision_config=encoder.config,
+        text_config=LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
+        vision_feature_layer=encoder.select_layer,
+        vision_feature_select_strategy=encoder.select_feature,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(encoder.model.state_dict())
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.get_image_features(pixel_values=pixel_values)
+    return seen[0]
+
+
+def stock_token_count(encoder):
+    """How many placeholders a stock processor puts for one image."""
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    processor = LlavaProcessor(
+        image_processor=encoder.image_processor,
+        tokenizer=tokenizer,
+        patch_size=encoder.patch_size,
+        num_additional_image_tokens=encoder.prefix_tokens,
+        vision_feature_select_strategy=encoder.select_feature,
+    )
+    ids = processor(images=np.zeros((50, 30, 3), dtype=np.uint8), text="a <image>?")["input_ids"][0]
+    return ids.count(processor.image_token_id)
+
+
+def assert_fits_stock(encoder, images):
+    with torch.no_grad():
+        features = encoder.features(images)
+    assert features.shape == (2, encoder.num_tokens, encoder.width)
+    assert torch.equal(features, stock_tokens(encoder, images))
+    assert stock_token_count(encoder) == encoder.num_tokens
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_clips_equals_the_trained_tower(tmp_path, images, pre_norm):
+    trained = write_run(tmp_path / "run", pre_norm=pre_norm)
+    last = load_vision(f"clips:{tmp_path / 'run'}", select_layer=-1)
+    with torch.no_grad():
+        expected = trained.visual(images)[1][:, 1:]
+        assert torch.allclose(last.features(images), expected, atol=1e-4 * expected.abs().max())
+        before_last = _tokens(trained.visual, images, blocks=2)
+    encoder = load_vision(f"clips:{tmp_path / 'run'}")
+    assert torch.allclose(encoder.features(images), before_last, atol=1e-4 * before_last.abs().max())
+    assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens) == (16, 32, 1)
+    assert_fits_stock(encoder, images)
+
+
+def _tokens(visual, images, blocks):
+    x = visual.patch_embed(images).flatten(2).transpose(1, 2)
+    x = visual.pre_norm(torch.cat([visual.cls_token.expand(len(x), 1, -1), x], 1) + visual.pos_embed)
+    for block in list(visual.blocks)[:blocks]:
+        x = block(x)
+    return x[:, 1:]
+
+
+def test_default_is_the_newest_run_of_its_objective(runs):
+    assert load_vision("clips", runs=runs).fingerprint == load_vision(f"clips:{runs / 'new'}").fingerprint
+    assert load_vision("clip", runs=runs).fingerprint == load_vision(f"clip:{runs / 'base' / 'export'}").fingerprint
+    older = load_vision(f"clips:{runs / 'old' / 'export' / 'hf_vit'}")
+    assert older.fingerprint != load_vision("clips", runs=runs).fingerprint
+
+
+def test_nothing_trained_yet_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"pretrain_clips\.py --recipe clip_baseline"):
+        load_vision("clip", runs=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no encoder"):
+        load_vision(f"clips:{tmp_path / 'empty'}")
+
+
+def test_random_is_seeded_and_untrained(runs, images):
+    one, same, other = (load_vision("random", runs=runs, seed=seed) for seed in (1, 1, 2))
+    trained = load_vision("clips", runs=runs)
+    assert one.fingerprint == same.fingerprint
+    assert len({one.fingerprint, other.fingerprint, trained.fingerprint}) == 3
+    assert torch.equal(one.model.embeddings.position_embeddings, trained.model.embeddings.position_embeddings)
+    features = one.features(images)
+    assert (features[0] - features[1]).abs().mean() > 0.1  # it does see the image
+    assert one.num_tokens == trained.num_tokens
+    assert_fits_stock(one, images)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_blind_sees_nothing(tmp_path, images, pre_norm):
+    write_run(tmp_path / "run", pre_norm=pre_norm)
+    blind = load_vision(f"blind:{tmp_path / 'run'}")
+    features = blind.features(images)
+    assert torch.equal(features[0], features[1])
+    assert features.isfinite().all()
+    assert features[0].std(dim=0).mean() > 0.01  # positions are still there
+    assert_fits_stock(blind, images)
+
+
+def open_clip_directory(directory, **vision):
+    """A random open_clip model on disk; returns it."""
+    vision_cfg = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8, **vision}
+    text_cfg = {"width": 32, "heads": 4, "layers": 1, "vocab_size": 64, "context_length": 16}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision_cfg, text_cfg=text_cfg).eval()
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    directory.mkdir()
+    config = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision_cfg, "text_cfg": text_cfg},
+        "preprocess_cfg": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    }
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("vision", "kind"),
+    [
+        ({}, "clip_vision_model"),
+        ({"ls_init_value": 0.1}, "clip_vision_model"),
+        ({"no_ln_pre": True, "pos_embed_type": "sin_cos_2d", "pool_type": "avg"}, "vit"),
+    ],
+)
+def test_open_clip(tmp_path, images, vision, kind):
+    original = open_clip_directory(tmp_path / "model", **vision)
+    encoder = load_vision(f"open_clip:local-dir:{tmp_path / 'model'}")
+    assert encoder.config.model_type == kind
+    with torch.no_grad():
+        expected = original.visual.forward_intermediates(
+            images, indices=[1], output_fmt="NLC", output_extra_tokens=True, normalize_intermediates=False
+        )["image_intermediates"][0]
+    tokens = encoder.features(images)
+    assert torch.allclose(tokens, expected, atol=1e-4 * expected.abs().max())
+    assert_fits_stock(encoder, images)
+    assert encoder.image_processor.size["shortest_edge"] == 32  # open_clip's default: shortest side, then crop
+    assert list(encoder.image_processor.image_mean) == list(IMAGENET_MEAN)
+    # A CLIPS release in this format is found by `clips:` too.
+    assert load_vision(f"clips:{tmp_path / 'model'}").fingerprint == encoder.fingerprint
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_both_exports_of_one_model_see_the_same(tmp_path, images, pre_norm):
+    trained = write_run(tmp_path / "run", pre_norm=pre_norm)
+    tokenizer = build_tokenizer("wordpiece", ["a red dog and two cats"], vocab_size=64)
+    write_open_clip(trained, tokenizer, tmp_path / "run" / "export" / "open_clip")
+    hf_vit = load_vision(f"clips:{tmp_path / 'run'}").features(images)
+    stock = load_vision(f"open_clip:local-dir:{tmp_path / 'run' / 'export' / 'open_clip'}").features(images)
+    assert torch.allclose(hf_vit, stock, atol=1e-5 * hf_vit.abs().max())
+
+
+def test_open_clip_refusals(tmp_path):
+    with pytest.raises(UserError, match="open_clip has no model 'ViT-X'"):
+        load_vision("open_clip:ViT-X/openai")
+    with pytest.raises(UserError, match="needs its weights"):
+        load_vision("open_clip:ViT-B-32")
+    open_clip_directory(tmp_path / "qk", block_type="custom", qk_norm=True)
+    with pytest.raises(UserError, match=r"stock LLaVA model.*CustomResidualAttentionBlock"):
+        load_vision(f"open_clip:local-dir:{tmp_path / 'qk'}")
+
+
+def timm_directory(directory, name="vit_tiny_patch16_224", **options):
+    """A random timm model on disk; returns it."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
+    model = timm.create_model(name, **sizes | options).eval()
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    directory.mkdir()
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "model_args": sizes | options,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "interpolation": "bilinear",
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "crop_pct": 0.8,
+            "crop_mode": "center",
+            "num_classes": 0,
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "vit"),
+        ({"init_values": 0.1, "no_embed_class": True, "global_pool": "avg", "qkv_bias": False}, "vit"),
+        ({"pre_norm": True}, "clip_vision_model"),
+        ({"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"}, "siglip_vision_model"),
+    ],
+)
+def test_timm(tmp_path, images, options, kind):
+    original = timm_directory(tmp_path / "model", **options)
+    encoder = load_vision(f"timm:local-dir:{tmp_path / 'model'}")
+    assert encoder.config.model_type == kind
+    with torch.no_grad():
+        expected = original.forward_intermediates(images, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
+    assert torch.allclose(encoder.features(images), expected, atol=1e-4 * expected.abs().max())
+    assert encoder.select_feature == ("full" if kind == "siglip_vision_model" else "default")
+    assert_fits_stock(encoder, images)
+    # timm's preprocessing, as timm does it: resize the short side to 32 / 0.8, crop 32.
+    assert encoder.image_processor.size["shortest_edge"] == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "normalises inside attention"),
+        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "no absolute position"),
+    ],
+)
+def test_timm_refuses_what_does_not_map(tmp_path, name, options, reason):
+    timm_directory(tmp_path / "model", name, **options)
+    with pytest.raises(UserError, match=reason):
+        load_vision(f"timm:local-dir:{tmp_path / 'model'}")
+
+
+def test_timm_unknown_and_not_a_vit(tmp_path):
+    with pytest.raises(UserError, match="timm has no model"):
+        load_vision("timm:vit_of_dreams")
+    model = timm.create_model("resnet10t", num_classes=0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 0}))
+    save_file(model.state_dict(), tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match="it is a ResNet, not a plain VisionTransformer"):
+        load_vision(f"timm:local-dir:{tmp_path / 'model'}")
+
+
+def test_a_wrong_mapping_is_noticed(tmp_path, images):
+    original = timm_directory(tmp_path / "model")
+    encoder = load_vision(f"timm:local-dir:{tmp_path / 'model'}")
+    with torch.no_grad():
+        encoder.model.layers[1].mlp.fc1.bias[0] += 1.0
+    with pytest.raises(UserError, match="not what transformers' ViTModel computes"):
+        check_equal(encoder.model, original, original.blocks[-1])
+
+
+def hf_directory(directory, kind):
+    """A random transformers model with its usual image processor; returns the vision model."""
+    torch.manual_seed(4)
+    if kind == "clip":
+        vision = SMALL | {"intermediate_size": 64}
+        text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text))
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    elif kind == "siglip":
+        model = SiglipVisionModel(SiglipVisionConfig(**SMALL, intermediate_size=64))
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    elif kind == "dinov2":
+        model = Dinov2Model(Dinov2Config(**SMALL | {"image_size": 48}))
+        processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    else:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3))
+        processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.eval().save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return getattr(model, "vision_model", model), processor
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "select"),
+    [("clip", 16, "default"), ("siglip", 16, "full"), ("dinov2", 16, "default"), ("registers", 19, "default")],
+)
+def test_hf(tmp_path, images, kind, tokens, select):
+    original, processor = hf_directory(tmp_path, kind)
+    encoder = load_vision(f"hf:{tmp_path}")
+    assert (encoder.num_tokens, encoder.select_feature) == (tokens, select)
+    with torch.no_grad():
+        expected = original(images, output_hidden_states=True).hidden_states[-2]
+    assert torch.allclose(encoder.features(images), expected[:, select == "default" :], atol=1e-5)
+    assert_fits_stock(encoder, images)
+    picture = np.random.default_rng(0).integers(0, 256, (70, 45, 3), dtype=np.uint8)
+    pixels = [p(images=picture, return_tensors="pt")["pixel_values"] for p in (processor, encoder.image_processor)]
+    assert torch.allclose(*pixels, atol=1e-5)
+    full = load_vision(f"hf:{tmp_path}", select_feature="full", select_layer=[-2, 1])
+    assert full.width == 64
+    assert_fits_stock(full, images)
+
+
+def test_hf_refusals(tmp_path):
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(UserError, match=r"kind 'resnet'.*known kinds: .*dinov2"):
+        load_vision(f"hf:{tmp_path / 'resnet'}")
+    with pytest.raises(UserError, match="no directory nowhere"):
+        load_vision("hf:nowhere")
+    hf_directory(tmp_path / "cut", "clip")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    short = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.fc1" not in name}
+    save_file(short, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"do not fit.*missing .*fc1"):
+        load_vision(f"hf:{tmp_path / 'cut'}")
+    hf_directory(tmp_path / "code", "clip")
+    config = json.loads((tmp_path / "code" / "config.json").read_text())
+    config["vision_config"]["auto_map"] = {"AutoModel": "evil.Evil"}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="asks for Python code"):
+        load_vision(f"hf:{tmp_path / 'code'}")
+
+
+def test_unknown_names_and_layers(runs):
+    with pytest.raises(UserError, match=r"'dino' is not known; known are: clips, clip, random, blind, open"):
+        load_vision("dino")
+    with pytest.raises(UserError, match="hf needs an argument"):
+        load_vision("hf")
+    with pytest.raises(UserError, match="has layers -4 … 3"):
+        load_vision("clips", runs=runs, select_layer=-5)
+    assert list(VISION) == ["clips", "clip", "random", "blind", "open_clip", "hf", "timm"]
+
+
+def test_fingerprint_follows_weights_layer_and_preprocessing(runs, tmp_path):
+    base = load_vision("clips", runs=runs)
+    shutil.copytree(runs / "new", tmp_path / "moved")
+    assert load_vision(f"clips:{tmp_path / 'moved'}").fingerprint == base.fingerprint
+    variants = [
+        load_vision("clips", runs=runs, select_layer=-1),
+        load_vision("clips", runs=runs, select_feature="full"),
+        load_vision("clips", runs=runs, image_aspect_ratio="pad"),
+        load_vision(f"clips:{runs / 'old'}"),
+    ]
+    changed = load_vision("clips", runs=runs)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.fc1.weight[0, 0] += 1e-3
+    prints = {base.fingerprint, changed.fingerprint, *(encoder.fingerprint for encoder in variants)}
+    assert len(prints) == 6
+
+
+def test_pad_keeps_the_whole_picture(runs):
+    """A wide picture: `square` squashes it, `pad` puts bars of the mean colour above and below."""
+    picture = np.zeros((16, 32, 3), dtype=np.uint8)
+    square, pad = (
+        load_vision("clips", runs=runs, image_aspect_ratio=ratio).image_processor(images=picture, return_tensors="pt")[
+            "pixel_values"
+        ][0]
+        for ratio in ("square", "pad")
+    )
+    assert square.shape == pad.shape == (3, 32, 32)
+    assert pad[:, :6].abs().max() < 0.03  # the mean colour, up to rounding to 8 bits
+    assert torch.allclose(pad[:, 10:22], square[:, 10:22])
+    assert "padded to a square" in load_vision("clips", runs=runs, image_aspect_ratio="pad").describe()

@@ -1,0 +1,221 @@
+"""What stands behind the page, without a browser (tests/e2e/test_web.py has one): talks, model lines, examples."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_web import picture, write_export, write_llava
+
+from clips.common.errors import UserError
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel
+from mllm.chat.web import _Models, _trained, about, example_questions
+from mllm.chat.web_talk import _answer, _begin, _forget, _stop, _Talk
+
+LIMITS = Limits(prompt_chars=500, images=2, new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("web")
+    write_export(root / "runs" / "demo")
+    write_llava(root / "runs" / "one", root / "runs" / "demo")
+    picture().save(root / "scene.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> ChatModel:
+    return ChatModel.load(str(place / "runs" / "one" / "model"), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def every_token_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm.chat.web_talk.SHOWN_EVERY_S", -1)
+
+
+def stream(talk: _Talk, model: ChatModel, **options: Any):
+    settings = {"column": 0, "temperature": 0.0, "length": 30, "limits": LIMITS, "again": False} | options
+    return _answer(talk, model=lambda: model, **settings)
+
+
+def said(talk: _Talk, column: int = 0) -> list[str]:
+    return [message["content"] for message in talk.messages[column] if message["role"] == "assistant"]
+
+
+def ask(talk: _Talk, text: str, files: list[str] | None = None, columns: int = 1) -> dict[str, Any]:
+    return _begin({"text": text, "files": files or []}, talk, columns, LIMITS)
+
+
+def test_a_question_streams_and_both_turns_are_shown(model: ChatModel, place: Path) -> None:
+    talk = _Talk()
+    box = ask(talk, " What <image>? ", [str(place / "scene.png")])
+    assert box["stop_btn"] is True
+    assert talk.busy
+    with pytest.raises(UserError, match="still being answered"):
+        ask(talk, "Another?")
+    *pieces, last = stream(talk, model)
+    assert len(pieces) > 3
+    assert [len(messages) for messages, _, _ in pieces] == [1] + [2] * (len(pieces) - 1)
+    messages, box, remark = last
+    assert messages[0]["content"] == [
+        {"path": str(place / "scene.png")},
+        {"type": "text", "text": "What &lt;image&gt;?"},
+    ]
+    assert messages[1]["content"] == html.escape(talk.sessions[0].turns[1]["value"][0]["text"], quote=False) != ""
+    assert remark.startswith("30 tokens")
+    assert "cut off" in remark
+    assert box["submit_btn"] is True
+    assert not talk.busy
+    assert len(talk.sessions[0].turns) == 2
+
+
+def test_a_quick_answer_is_shown_in_few_steps(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm.chat.web_talk.SHOWN_EVERY_S", 3600)
+    talk = _Talk()
+    ask(talk, "What?")
+    asked, first, last = (messages for messages, _, _ in stream(talk, model))
+    assert len(asked) == 1
+    assert len(last[1]["content"]) > len(first[1]["content"])
+    assert last[1]["content"] == html.escape(talk.sessions[0].turns[1]["value"][0]["text"], quote=False)
+
+
+def test_no_answer_is_longer_than_the_limit(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "What?")
+    assert list(stream(talk, model, length=10**9))[-1][2].startswith("40 tokens")
+
+
+def test_a_stopped_answer_stays_and_can_be_asked_for_again(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "What?")
+    long = {"length": 200, "limits": Limits(new_tokens=200)}  # it is stopped well before its end
+    answers = stream(talk, model, **long)
+    next(answers), next(answers)
+    assert "stop_btn" not in _stop(talk)  # the browser may hear of it after the answer's end
+    assert "stopped" in list(answers)[-1][2]
+    (first,) = said(talk)
+    list(stream(talk, model, again=True, **long))
+    (second,) = said(talk)
+    assert second.startswith(first)
+    assert len(second) > len(first)
+
+
+def test_both_columns_answer_one_question_and_the_box_waits_for_the_slower(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "What?", columns=2)
+    left, right = stream(talk, model), stream(talk, model, column=1)
+    next(right)
+    *_, (_, box, _) = left
+    assert "submit_btn" not in box
+    *_, (_, box, _) = right
+    assert box["submit_btn"] is True
+    assert said(talk, 0) == said(talk, 1)
+
+
+def test_a_new_conversation_is_not_written_into_by_the_old_answer(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "Old?")
+    old = stream(talk, model)
+    next(old), next(old)
+    _forget(talk, 0)
+    assert not talk.busy
+    ask(talk, "New?")
+    list(stream(talk, model))
+    # The page is told again what the talk is now: what the old answer sent may be underway.
+    assert [messages for messages, _, _ in old] == [talk.messages[0]]
+    assert talk.messages[0][0]["content"] == [{"type": "text", "text": "New?"}]
+    assert len(talk.sessions[0].turns) == 2
+
+
+def test_a_question_that_cannot_be_answered_comes_back(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "What?")
+    list(stream(talk, model))
+    before = list(talk.messages[0])
+    ask(talk, "ü" * 400)
+    messages, box, remark = list(stream(talk, model))[-1]
+    assert messages == before
+    assert box["value"] == {"text": "ü" * 400, "files": []}
+    assert not remark
+    assert not talk.busy
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "message"),
+    [
+        ("", None, "Ask something"),
+        ("?" * 501, None, "501 characters, the limit is 500"),
+        ("What?", [b""], "the file is empty"),
+        ("What?", [b"text"], "cannot be read"),
+        ("What?", [b"a", b"b", b"c"], "3 pictures are too many"),
+    ],
+)
+def test_bad_questions_are_refused_with_a_reason(
+    tmp_path: Path, text: str, data: list[bytes] | None, message: str
+) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(len(data or []))]
+    for path, content in zip(paths, data or [], strict=True):
+        path.write_bytes(content)
+    talk = _Talk()
+    with pytest.raises(UserError, match=message):
+        ask(talk, text, list(map(str, paths)))
+    assert not talk.busy
+
+
+def test_models_are_loaded_once_and_no_others(place: Path) -> None:
+    name, loaded = str(place / "runs" / "one" / "model"), []
+    models = _Models([name], lambda name: loaded.append(name) or name)
+    assert models.get(name) == models.get(name) == name
+    assert loaded == [name]
+    assert models.choices() == [("one", name)]
+    with pytest.raises(UserError, match="there is no model"):
+        models.get("somebody/else")
+    assert _trained(place / "runs") == [name]
+
+
+def test_the_line_about_a_model(place: Path) -> None:
+    directory = place / "runs" / "one" / "model"
+    assert about(str(directory)) == "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
+    card = (directory / "README.md").read_text()
+    for description, expected in {
+        "hf:openai/clip-vit (CLIPVisionModel from /x/snapshots/1; 224 px, 256 tokens × 9, layer -2, patch tokens)": (
+            "hf clip-vit, 224 px, 256 tokens × 9"
+        ),
+        "blind (ViTModel from the architecture of runs/a/export/hf_vit, the same tokens for every image, seed 0; "
+        "32 px, 16 tokens × 32, layer -2, patch tokens)": "blind, 32 px, 16 tokens × 32",
+        "anything else": "vit, 16 tokens",
+    }.items():
+        lines = [line if "| Vision" not in line else f"| Vision encoder | {description} |" for line in card.split("\n")]
+        (directory / "README.md").write_text("\n".join(lines))
+        assert about(str(directory)).endswith(f"encoder {expected}")
+    (directory / "README.md").write_text(card)
+
+
+def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
+    assert example_questions(tmp_path) == []
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, kind in enumerate(["what"] * 4 + ["where"] * 4):
+        (tmp_path / "images" / f"{number}.png").touch()
+        rows.append(json.dumps({"question_id": number, "image": f"{number}.png", "text": f"{number}?", "kind": kind}))
+    rows.append(json.dumps({"question_id": 8, "image": "gone.png", "text": "8?", "kind": "gone"}))
+    (tmp_path / "question.jsonl").write_text("\n".join(rows))
+    assert [text for _, text in example_questions(tmp_path)] == ["0?", "4?", "1?", "5?", "2?", "6?"]
+
+
+def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
+    talk = _Talk()
+    ask(talk, "Old?")
+
+    def load() -> ChatModel:
+        _forget(talk, 0)
+        return model
+
+    list(_answer(talk, 0, load, 0.0, 30, LIMITS, again=False))
+    assert not talk.sessions
+    assert not talk.messages

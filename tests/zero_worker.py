@@ -1,0 +1,114 @@
+"""Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
+
+python zero_worker.py OUT KIND [RESTORE]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import random_model, tiny_batch, tiny_run
+
+from clips.common.runtime import init_distributed, shutdown
+from clips.training.engine import Engine
+from clips.training.task import Task
+
+CPU = torch.device("cpu")
+STAGES = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+}
+
+
+class Pulled(Task):
+    """Its gradient pulls at the temperature alone, up or down, whatever the batch says."""
+
+    direction = 1.0
+
+    def _loss(self, batch: dict, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        loss, parts = super()._loss(batch, images)
+        return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
+
+
+def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task) -> Engine:
+    run = tiny_run(kind=kind)
+    model = random_model(run)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
+
+
+def train(engine: Engine, first: int, last: int) -> list[float]:
+    losses = []
+    rank, share = dist.get_rank(), 8 // dist.get_world_size()
+    for step in range(first, last):
+        engine.set_lr(1e-2, 2e-2)
+        batch = {key: value[rank * share : (rank + 1) * share] for key, value in tiny_batch(step).items()}
+        loss, _ = engine(batch)
+        engine.backward(loss)
+        assert engine.agree(loss, stop=False) == (True, False)
+        engine.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / dist.get_world_size())
+    return losses
+
+
+def temperatures_at_the_limit(engine: Engine) -> list[float]:
+    """The temperature that a forward pass uses, before and after a step up beyond the limit and one down."""
+    found = []
+    for direction in (-1.0, 1.0, 1.0):
+        engine.engine.module.direction = direction
+        engine.set_lr(3.0, 0.0)
+        loss, parts = engine({key: value[:4] for key, value in tiny_batch(0).items()})
+        found.append(parts["logit_scale"].item())
+        engine.backward(loss)
+        engine.agree(loss, stop=False)
+        engine.step()
+        engine.limit_logit_scale()
+    return found
+
+
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    return engine.gather_weights() | engine.gather_optimizer()
+
+
+def main(out: str, kind: str, restore: str | None = None) -> None:
+    init_distributed(CPU)
+    results = {}
+    for name, zero in STAGES.items():
+        if restore is not None:
+            saved = torch.load(restore, weights_only=True)
+            engine = build(kind, zero, saved["weights"])
+            engine.restore_optimizer(saved["optimizer"], steps=3)
+            results[name] = {"losses": train(engine, 3, 6), "state": whole_state(engine)}
+            continue
+        engine = build(kind, zero)
+        losses = train(engine, 0, 3)
+        parts = [engine.gather_weights(), engine.gather_optimizer()]
+        losses += train(engine, 3, 6)
+        state = whole_state(engine)
+        dist.broadcast_object_list(parts)
+        again = build(kind, zero, parts[0])
+        again.restore_optimizer(parts[1], steps=3)
+        results[name] = {
+            "losses": losses,
+            "state": state,
+            "resumed_losses": train(again, 3, 6),
+            "resumed_state": whole_state(again),
+            "middle": {"weights": parts[0], "optimizer": parts[1]},
+        }
+        if kind == "adamw":
+            results[name]["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
