@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from clips.common.errors import UserError
 from clips.data.sidecar import open_binary, sidecar

@@ -30,8 +30,8 @@ from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import PROTOCOLS, open_test_set
-from clips.studies import equal_time as compare
-from clips.studies.cells import Cell
+from clips.studies.cells import Cell, train
+from clips.studies.cells import figures as run_directory_figures
 from clips.studies.claims import (
     CLAIMS,
     CONTEXT,
@@ -88,7 +88,7 @@ def reproduce(
     output.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     seconds = _seconds_before(output) if all(one.is_finished(output) for one in everything) else None
-    compare.train(everything, output, jobs, console)
+    train(everything, output, jobs, console)
     variants = {name: variant_record(name, cells, output) for name, cells in grid.items()}
     result = {
         "command": shlex.join(["python", *sys.argv]),
@@ -162,7 +162,7 @@ def variant_record(name: str, cells: list[Cell], output: Path) -> dict[str, Any]
 def run_figures(run: Path) -> dict[str, float]:
     """A run's figures and the means of both ways. Raises UserError when its test set does not give them all."""
     try:
-        found = compare.figures(run, FIGURES)
+        found = run_directory_figures(run, FIGURES)
     except KeyError as error:
         raise UserError(
             f"{run}/evaluation.json has no {error}: the claims are measured on the demo's test set, or on one whose "

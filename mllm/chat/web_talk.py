@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import math
 import threading
 import time
 import traceback
@@ -125,7 +126,7 @@ def _answer(
     cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
     begin, before = time.monotonic(), talk.messages.get(column, [])
     asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
-    text, remark, late, shown_at = "", "", False, 0.0
+    text, remark, late, shown_at = "", "", False, -math.inf
     box = {"value": question.message} if question else {}  # comes back where nothing is answered
     try:
         yield asked, gr.skip(), "…"

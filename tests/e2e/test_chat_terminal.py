@@ -15,10 +15,13 @@ from typing import Any
 import pexpect
 import pyte
 import pytest
+import tiny_chat
 from conftest import ROOT, run_python
 from tiny_web import write_export, write_llava
 
 pytestmark = pytest.mark.slow
+
+place = tiny_chat.place  # a fixture
 
 TIMEOUT = 200  # seconds, for machines that are busy with something else
 UP, LEFT, TAB, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\t", "\x03", "\x04"

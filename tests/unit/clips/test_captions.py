@@ -328,7 +328,7 @@ def many_ties() -> list[str]:
 def test_wordpiece_training_is_deterministic(tmp_path):
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-        "from test_captions import many_ties; from clips.captions import build_tokenizer; "
+        "from test_captions import many_ties; from clips.data.tokenizer import build_tokenizer; "
         "build_tokenizer('wordpiece', iter(many_ties()), vocab_size=300).save(Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "other")], check=True)
@@ -366,5 +366,5 @@ def test_errors_name_the_mend(tmp_path):
 
 
 def test_import_is_light():
-    script = "import sys, clips.captions; assert {'open_clip', 'transformers', 'ftfy'}.isdisjoint(sys.modules)"
+    script = "import sys, clips.data.tokenizer; assert {'open_clip', 'transformers', 'ftfy'}.isdisjoint(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

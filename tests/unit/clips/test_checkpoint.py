@@ -236,7 +236,7 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     def crash(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_fsync", crash)
+    monkeypatch.setattr(files, "_fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(file, "new and longer\n")
     assert file.read_text() == "old\n"

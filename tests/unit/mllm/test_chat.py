@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 from PIL import Image
 from tiny_chat import SHORT
@@ -28,6 +29,8 @@ from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.load import model_name
+
+model, place = tiny_chat.model, tiny_chat.place  # fixtures
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,8 @@ from clips.data.sources import open_source
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import debug_twin, recipe
 from mllm.compare import figures as compare_figures
-from mllm.compare import run as compare
-from mllm.compare.checks import check_cells, check_inputs, load_encoders
-from mllm.compare.plan import Cell, Plan, is_done
+from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
+from mllm.compare.plan import RECIPES, Cell, Plan, is_done, stage_samples
 from mllm.compare.report import markdown, sentence, write_report
 from mllm.compare.run import run_cell
 from mllm.compare.view import print_plan, seconds_of_cell
@@ -182,22 +181,22 @@ def test_the_seed_of_a_cell_is_that_of_the_random_encoder_too(place: Path) -> No
 def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tmp_path: Path) -> None:
     """Both recipes agree in data, seed, steps and order; a run that saw more samples is no baseline."""
     runs = []
-    for kind, name in compare.RECIPES.items():
+    for kind, name in RECIPES.items():
         run, config = tmp_path / kind, recipe(name)
         run.mkdir()
         config.save(run / "config.json")
         line = {"kind": "train", "step": 625, "samples": 80_000}
         (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         runs.append(run)
-    compare.assert_same_samples(*runs)
+    assert_same_samples(*runs)
     (runs[1] / "metrics.jsonl").write_text(json.dumps(line | {"samples": 147_000, "step": 1148}) + "\n")
     with pytest.raises(UserError, match=r"no fair baseline.*\n.*samples and steps seen: .*80000.*147000"):
-        compare.assert_same_samples(*runs)
+        assert_same_samples(*runs)
     config = recipe("clip_baseline")
     longer = dataclasses.replace(config.phases[0], samples=147_000)
     dataclasses.replace(config, phases=(longer,)).save(runs[1] / "config.json")
     with pytest.raises(UserError, match="phases"):
-        compare.assert_same_samples(*runs)
+        assert_same_samples(*runs)
 
 
 def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -
     source = open_source(str(tmp_path / "table.jsonl"), Fields(image="path", web="alt", long="caption"), need_long=True)
     tokenizer = build_tokenizer("wordpiece", [row["caption"] for row in rows], vocab_size=100)
     batches = []
-    for name in compare.RECIPES.values():
+    for name in RECIPES.values():
         run = debug_twin(recipe(name))
         data = BatchDataset(source, tokenizer, run, run.phases[0])
         batches.append([data[range(begin, begin + 8)] for begin in range(0, 32, 8)])
@@ -251,12 +250,12 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = plan_of(place), plan_of(place, quick=True)
     cell = full.cells[0]
-    assert compare.stage_samples(full, cell, 1) == 12
-    assert compare.stage_samples(quick, cell, 1) == 2
-    assert compare.stage_samples(dataclasses.replace(quick, budget=0.5), cell, 1) == 6
+    assert stage_samples(full, cell, 1) == 12
+    assert stage_samples(quick, cell, 1) == 2
+    assert stage_samples(dataclasses.replace(quick, budget=0.5), cell, 1) == 6
     steps = plan_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
     assert (steps.arguments(cell, 2).max_steps, steps.arguments(cell, 1).max_steps) == (6, -1)
-    assert compare.stage_samples(steps, cell, 2) == 24
+    assert stage_samples(steps, cell, 2) == 24
     assert [plan.evaluation["limit"] for plan in (full, quick, dataclasses.replace(quick, limit=7))] == [None, 400, 7]
     demo = dataclasses.replace(full, train_flags=())
     assert (demo.share, full.share) == (0.75, 1.0)

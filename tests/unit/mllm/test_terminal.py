@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tiny_chat
 from conftest import ROOT
 from PIL import Image
 from tiny_chat import SHORT
@@ -22,6 +23,8 @@ from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files
 from mllm.data.images import ImageStore
 from mllm.data.questions import read_questions
 from mllm.evaluation.evaluate import generate_answers
+
+model, place = tiny_chat.model, tiny_chat.place  # fixtures
 
 
 @pytest.fixture
