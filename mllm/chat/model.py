@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
 from mllm.data.conversation import ConversationEncoder
-from mllm.model.load import load_model, model_name, newest_model
+from mllm.model.load import load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 
 
@@ -119,10 +119,10 @@ class ChatModel:
         place = choose_device(device)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         if bits == 16:
-            return ChatModel(*load_model(directory, place, kind), directory, conv_mode)
+            return ChatModel(*load_llava(directory, place, kind), directory, conv_mode)
         # Quantised layer by layer on the way to the device, which need not hold the whole language model.
         kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        model, processor = load_model(directory, torch.device("cpu"), kind)
+        model, processor = load_llava(directory, torch.device("cpu"), kind)
         quantize(model.model.language_model, bits, kind, place)
         return ChatModel(model.to(place), processor, directory, conv_mode)
 

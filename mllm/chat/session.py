@@ -1,8 +1,8 @@
-"""One chat with pictures behind terminal, web page and server: the model, the talk so far, its KV cache, the stream.
+"""One talk about pictures, behind terminal, web page and server: its turns, and how the next answer comes to be.
 
 Prompts come from `ConversationEncoder.prompt` alone, so chat sees exactly what training builds for the same turns;
-tokens come from transformers' `generate`. What is here is the bookkeeping between the two: which part of a prompt the
-cache already holds, and which text may be shown yet.
+tokens come from transformers' `generate`. Between the two stand `PrefixCache` (which part of a prompt the model has
+read already) and `AnswerStreamer` (which text may be shown yet).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import DynamicCache, GenerationConfig, LlavaForConditionalGeneration, StoppingCriteriaList
+from transformers import GenerationConfig, LlavaForConditionalGeneration, StoppingCriteriaList
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
-from mllm.chat.stream import _Stop, _Streamer
+from mllm.chat.prefix_cache import PrefixCache
+from mllm.chat.stream import AnswerStreamer, StopWhenDone
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.encoders.registry import image_pixels
 
@@ -52,7 +53,7 @@ class ChatSession:
         self.images: list[Image] = []
         self.last: Stats | None = None
         self.set_system(system)
-        self._forget()
+        self._prefix = PrefixCache(model.encoder.image_id, model.tokens_per_image)
 
     @classmethod
     def from_turns(
@@ -115,7 +116,7 @@ class ChatSession:
     def reset(self) -> None:
         """Start anew; the system text stays."""
         self.turns, self.images, self.last = [], [], None
-        self._forget()
+        self._prefix.forget()
 
     def save(self, path: Path | str) -> list[Path]:
         """Write the talk as LLaVA's JSON or as Markdown, by the suffix, and its pictures as PNGs beside it.
@@ -154,40 +155,6 @@ class ChatSession:
             lines.append(f"**{'You' if turn['from'] == 'human' else 'Model'}:** {turn_text(turn)}")
         return "\n\n".join(lines) + "\n"
 
-    def _forget(self) -> None:
-        self._cache: DynamicCache | None = None
-        self._cached: list[Any] = []  # what `_keys` gives for the tokens in the cache
-        self._cached_images: list[Image] = []  # keeps them alive, for their identity is their key
-
-    def _keys(self, ids: Sequence[int], images: Sequence[Image]) -> list[Any]:
-        """What must be equal for a token's cache to be usable: the id, of an image's token which image it is."""
-        keys: list[Any] = list(ids)
-        places = [i for i, token in enumerate(ids) if token == self.model.encoder.image_id]
-        for number, place in enumerate(places):
-            keys[place] = ("image", id(images[number // self.model.tokens_per_image]))
-        return keys
-
-    def _reuse(self, keys: list[Any]) -> int:
-        """Cut the cache back to its longest common prefix with `keys`; returns that prefix' length.
-
-        At least one token is left to compute, and an image is reused whole or not at all.
-        """
-        limit = min(len(keys) - 1, len(self._cached))
-        shared = next((i for i in range(limit) if keys[i] != self._cached[i]), limit)
-        while shared and isinstance(keys[shared], tuple) and self._inside_image(keys[:shared]):
-            shared -= 1
-        if self._cache is not None and shared < len(self._cached):
-            try:
-                self._cache.crop(shared - len(self._cached))
-            except (RuntimeError, ValueError):  # layers with a sliding window have dropped what would be needed
-                shared = 0
-        if shared == 0:
-            self._forget()
-        return shared
-
-    def _inside_image(self, keys: list[Any]) -> bool:
-        return sum(isinstance(key, tuple) for key in keys) % self.model.tokens_per_image != 0
-
     def _answer(
         self, turns: list[Turn], images: list[Image], sampling: Sampling, cancel: threading.Event | None
     ) -> Iterator[str]:
@@ -200,7 +167,7 @@ class ChatSession:
                 f"the talk takes {len(ids):,} tokens with this question, and the model reads {context:,} at most "
                 f"({self.model.tokens_per_image:,} for each picture): ask shorter, take turns back or start anew"
             )
-        streamer = _Streamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
+        streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
         return self._stream(turns, images, ids, sampling, streamer, start)
 
     def _stream(
@@ -209,7 +176,7 @@ class ChatSession:
         images: list[Image],
         ids: list[int],
         sampling: Sampling,
-        streamer: _Streamer,
+        streamer: AnswerStreamer,
         start: float,
     ) -> Iterator[str]:
         said: list[str] = []
@@ -217,13 +184,13 @@ class ChatSession:
         future = self.model.worker.submit(self._generate, ids, images, sampling, streamer)
         future.add_done_callback(lambda _: streamer.pieces.put(None))
         try:
-            for piece in iter(streamer.pieces.get, None):
+            for piece in iter(streamer.pieces.get, None):  # waits here, in the reader's thread
                 said.append(piece)
                 yield piece
             heard_all = True
         finally:  # also when the reader closes the stream or presses Ctrl-C
             streamer.cancelled |= not heard_all
-            wait([future])
+            wait([future])  # the worker sees it after its next token; until then it still writes to this talk's cache
             if future.exception() is None:
                 answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(said)}]}
                 self.turns, self.images = [*turns, answer], images
@@ -231,20 +198,19 @@ class ChatSession:
         future.result()  # raises what the worker raised
 
     @torch.inference_mode()
-    def _generate(self, ids: list[int], images: list[Image], sampling: Sampling, streamer: _Streamer) -> int:
+    def _generate(self, ids: list[int], images: list[Image], sampling: Sampling, streamer: AnswerStreamer) -> int:
         """Feed the streamer, in the worker's thread; returns how many tokens of the prompt came from the cache."""
         if streamer.is_cancelled():
             return 0
         model, encoder = self.model.model, self.model.encoder
-        keys = self._keys(ids, images)
-        shared = self._reuse(keys)
+        shared = self._prefix.reuse(ids, images)
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
         if unread:
             pixels = [image_pixels(self.model.processor.image_processor, image) for image in unread]
             inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
-        cache = self._cache if self._cache is not None else DynamicCache(config=model.config.get_text_config())
-        self._cache = None  # counts again once generate has come back whole
+        cache = self._prefix.take(model.config.get_text_config())
+        # The state of the random numbers is put back: a seed of one talk does not repeat another's answers.
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
@@ -255,19 +221,13 @@ class ChatSession:
                     **{_CACHE: cache},
                     generation_config=self._settings(sampling, len(ids)),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Stop(streamer)]),
+                    stopping_criteria=StoppingCriteriaList([StopWhenDone(streamer)]),
                 )
         except torch.OutOfMemoryError:
-            self._forget()
             raise UserError(
                 f"the device has too little memory for a prompt of {len(ids):,} tokens: ask shorter or start anew"
             ) from None
-        except BaseException:
-            self._forget()
-            raise
-        self._cache = cache
-        self._cached = [*keys, *output[0, len(ids) :].tolist()][: cache.get_seq_length()]
-        self._cached_images = images
+        self._prefix.keep(cache, ids, output[0, len(ids) :].tolist(), images)
         return shared
 
     def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:

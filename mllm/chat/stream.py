@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from mllm.chat.model import Stats
 
 
-class _Streamer(BaseStreamer):
+class AnswerStreamer(BaseStreamer):
     """Turns tokens into pieces of text that are final: whole characters, no part of a stop text, no outer spaces.
 
     `pieces` receives them; the worker's end is marked there by None, from outside.
@@ -43,6 +43,8 @@ class _Streamer(BaseStreamer):
             return
         self._times = [*self._times[:1], time.perf_counter()]
         self._ids += value.flatten().tolist()
+        # What a token adds depends on those before it (a space, the bytes of one character), so a few are decoded anew
+        # with it; from the start of the answer would take ever longer.
         text, known = self._decode(self._begin), len(self._decode(self._begin, self._end))
         if len(text) > known and not text.endswith("\ufffd"):  # else the last character is not whole yet
             self._begin, self._end = self._end, len(self._ids)
@@ -63,7 +65,7 @@ class _Streamer(BaseStreamer):
         if found:
             text, self.stopped = text[: min(found)], True
         ready = text if last or found else text[: len(text) - self._possible_stop(text)]
-        ready = ready.rstrip()
+        ready = ready.rstrip()  # spaces wait for what follows, for at the end of an answer they are cut
         self._pending = text[len(ready) :]
         if not self._started:
             ready = ready.lstrip()
@@ -90,10 +92,10 @@ class _Streamer(BaseStreamer):
         )
 
 
-class _Stop(StoppingCriteria):
+class StopWhenDone(StoppingCriteria):
     """Ends generation at a stop text, and when nobody waits for the rest."""
 
-    def __init__(self, streamer: _Streamer) -> None:
+    def __init__(self, streamer: AnswerStreamer) -> None:
         self._streamer = streamer
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -11,9 +11,7 @@ is removed at the end.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -28,88 +26,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clips.common.errors import UserError
 from clips.data.demo import CONCEPTS
+from mllm.chat import web_talk
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.patch_map import Look, overlay
+from mllm.chat.web_models import ModelPool, example_questions, trained_models
 from mllm.chat.web_style import CSS, THEME
-from mllm.chat.web_talk import _answer, _asking, _begin, _forget, _read, _ready, _stop, _Talk
-from mllm.data.demo import IMAGES, QUESTIONS
-from mllm.data.questions import read_questions
-from mllm.encoders.hub import resolve
+from mllm.chat.web_talk import Talk
 from mllm.encoders.load import newest_export
-from mllm.model.load import model_name, newest_model
 
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'; "
     "frame-ancestors 'self'"
 )
-EXAMPLES = 6
 FILE_TYPES = ["image"]
 BARS = 8
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: no programming interface beside scripts/serve.py, no spinner over what is being read."""
-
-
-class _Models:
-    """The models by the names they were given by; each is loaded when it is first asked, and shared by all visitors."""
-
-    def __init__(self, names: Sequence[str], load: Callable[[str], ChatModel]) -> None:
-        self.names = list(names)
-        self.lines = {name: about(name) for name in names}
-        self._load, self._loaded, self._lock = load, {}, threading.Lock()
-
-    def get(self, name: str) -> ChatModel:
-        if name not in self.names:  # what the browser sends is not trusted
-            raise UserError(f"there is no model {name!r} here")
-        with self._lock:
-            if name not in self._loaded:
-                self._loaded[name] = self._load(name)
-            return self._loaded[name]
-
-    def choices(self) -> list[tuple[str, str]]:
-        """(label, name): the short name where it is clear."""
-        short = list(map(model_name, self.names))
-        return [(s if short.count(s) == 1 else name, name) for s, name in zip(short, self.names, strict=True)]
-
-
-def about(name: str) -> str:
-    """One line: which model, which encoder, how many tokens an image takes. Read from files, nothing is loaded."""
-    directory = resolve(name, "model")
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        llm, vision = config["text_config"]["model_type"], config["vision_config"]["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"model {name}: its config.json is not that of a LLaVA model ({error!r})") from None
-    card = directory / "README.md"
-    row = re.search(ENCODER_ROW, card.read_text() if card.is_file() else "", re.MULTILINE)
-    encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens"
-    if row:
-        encoder = f"{row['kind']} {row['run'] or Path(row['argument'] or '').name}".strip() + f", {row['facts']}"
-    return f"{model_name(name)} · language model {llm} · encoder {encoder}"
-
-
-ENCODER_ROW = (
-    r"^\| Vision encoder \| (?P<kind>\w+)(?::(?P<argument>\S+))? "
-    r"\(\w+ from (?:(?:\S*/)?(?P<run>[^/\s;]+)/export/hf_vit|[^;]+); (?P<facts>.+), layer .*\) \|$"
-)
-"""The card's line (`VisionEncoder.describe`), from which paths and layers are left out."""
-
-
-def example_questions(data: Path) -> list[tuple[str, str]]:
-    """(picture, question) of demo test scenes, one of each kind of question first; none where `data` is not there."""
-    if not (data / QUESTIONS).is_file():
-        return []
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for question in read_questions(data / QUESTIONS):
-        if question.image and (data / IMAGES / question.image).is_file():
-            kinds.setdefault(question.kind, []).append((str(data / IMAGES / question.image), question.text))
-    # One of each kind, then the second of each, …
-    turns = zip(*(_padded(found, EXAMPLES) for found in kinds.values()), strict=True)
-    return [example for turn in turns for example in turn if example][:EXAMPLES]
-
-
-def _padded(items: list[Any], length: int) -> list[Any]:
-    return [*items[:length], *[None] * (length - len(items))]
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -125,9 +58,9 @@ def _friendly() -> Iterator[None]:
         raise gr.Error("The server met an error; its terminal says which.", print_exception=False) from None
 
 
-def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
+def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
     """The components and events of one tab with `columns` conversations under one box."""
-    talk = gr.State(_Talk())
+    talk = gr.State(Talk())
     chosen, lines, chats, remarks = [], [], [], []
     many = len(models.names) > 1
     if columns > 1 and not many:
@@ -157,18 +90,18 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
         with gr.Column(min_width=300), gr.Accordion("Camera", open=False):
             camera = _Picture(sources=["webcam"], show_label=False, height=280)
 
-    def begin(message: dict[str, Any], talk: _Talk) -> dict[str, Any]:
-        return _begin(message, talk, columns, limits)
+    def begin(message: dict[str, Any], talk: Talk) -> dict[str, Any]:
+        return web_talk.begin(message, talk, columns, limits)
 
     def answer(column: int, again: bool) -> Callable[..., Iterator[tuple[Any, Any, str]]]:
-        def stream(talk: _Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
-            yield from _answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
+        def stream(talk: Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
+            yield from web_talk.answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
             yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice: what came since would be undone
 
         return stream
 
-    def undo(column: int) -> Callable[[_Talk], tuple[Any, Any, Any]]:
-        def take_back(talk: _Talk) -> tuple[Any, Any, Any]:
+    def undo(column: int) -> Callable[[Talk], tuple[Any, Any, Any]]:
+        def take_back(talk: Talk) -> tuple[Any, Any, Any]:
             if talk.busy or column not in talk.sessions:
                 return gr.skip(), gr.skip(), gr.skip()
             text = talk.sessions[column].undo()
@@ -178,17 +111,17 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
 
         return take_back
 
-    def switch(column: int) -> Callable[[str, _Talk], tuple[Any, ...]]:
-        def other(name: str, talk: _Talk) -> tuple[Any, ...]:
-            _forget(talk, column)
-            return models.lines[name], [], "", _ready(talk)
+    def switch(column: int) -> Callable[[str, Talk], tuple[Any, ...]]:
+        def other(name: str, talk: Talk) -> tuple[Any, ...]:
+            web_talk.forget(talk, column)
+            return models.lines[name], [], "", web_talk.ready(talk)
 
         return other
 
-    def new(talk: _Talk) -> list[Any]:
+    def new(talk: Talk) -> list[Any]:
         for column in range(columns):
-            _forget(talk, column)
-        return [*[[]] * columns, *[""] * columns, _ready(talk, value=None)]
+            web_talk.forget(talk, column)
+        return [*[[]] * columns, *[""] * columns, web_talk.ready(talk, value=None)]
 
     def pick(event: gr.SelectData) -> dict[str, Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
@@ -210,13 +143,13 @@ def _conversation(models: _Models, columns: int, examples: list[tuple[str, str]]
         inputs, outputs = [talk, chosen[column], temperature, length], [chat, box, remark]
         for start in started:
             start.success(answer(column, again=False), inputs, outputs, **HIDDEN)
-        chat.retry(_asking, None, box, queue=False, **HIDDEN).then(
+        chat.retry(web_talk.asking, None, box, queue=False, **HIDDEN).then(
             answer(column, again=True), inputs, outputs, **HIDDEN
         )
         chat.undo(_shown(undo(column)), talk, outputs, **HIDDEN)
         changed = [lines[column], chat, remark, box]
         chosen[column].change(_shown(switch(column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
-    box.stop(_shown(_stop), talk, box, queue=False, **HIDDEN)
+    box.stop(_shown(web_talk.stop), talk, box, queue=False, **HIDDEN)
     clear.click(_shown(new), talk, [*chats, *remarks, box], queue=False, **HIDDEN)
     camera.input(_shown(snap), [camera, box], [box, camera], **HIDDEN)
 
@@ -274,7 +207,7 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
             raise UserError(f"there is no encoder {encoder!r} here")
         if len(word) + len(labels) > limits.prompt_chars:
             raise UserError(f"word and labels have more than {limits.prompt_chars:,} characters")
-        look, image, names = looks[encoder](), _read(path, limits), labels.replace("\n", ",").split(",")
+        look, image, names = looks[encoder](), web_talk.read_upload(path, limits), labels.replace("\n", ",").split(",")
         odds = look.zero_shot(image, names)
         word = word.strip() or next(iter(odds))
         match = look.match(image, word, names)
@@ -291,7 +224,7 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
 
 
 def build(
-    models: _Models, looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits
+    models: ModelPool, looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits
 ) -> gr.Blocks:
     """The page; `looks` are the encoders of its third tab, which is left out where there is none."""
     with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
@@ -343,8 +276,8 @@ def launch(
     newest CLIPS and CLIP exports under `runs`; examples come from the demo questions in `data`.
     Raises UserError for a model that cannot be opened and for a port that is taken.
     """
-    names = list(dict.fromkeys(model_names)) or _trained(Path(runs))
-    models = _Models(
+    names = list(dict.fromkeys(model_names)) or trained_models(Path(runs))
+    models = ModelPool(
         names, lambda name: ChatModel.load(name, device=device, dtype=dtype, bits=bits, conv_mode=conv_mode)
     )
     models.get(names[0])
@@ -365,12 +298,6 @@ def launch(
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
         page.block_thread()
     return page
-
-
-def _trained(runs: Path) -> list[str]:
-    newest = newest_model(runs)  # says what to do where there is none
-    found = sorted(runs.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return list(dict.fromkeys(map(str, [newest, *(path.parent for path in found)])))
 
 
 def _looks(runs: Path, device: str) -> dict[str, Callable[[], Look]]:

@@ -1,4 +1,9 @@
-"""The talk behind the web page: who asks, what is shown, and how an answer is stopped."""
+"""The talk behind the web page: what was asked, what is shown of the answer, and how an answer is stopped.
+
+Every function runs in a thread of its own and several may run on one talk: the visitor stops, clears or switches the
+model while an answer streams. So each answer owns an event, and what it writes counts only while that event still
+stands in `Talk.running`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ SHOWN_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Question:
+class UserMessage:
     text: str
     images: list[Image.Image]
     message: dict[str, Any]
@@ -38,12 +43,12 @@ class _Question:
 
 
 @dataclass
-class _Talk:
+class Talk:
     """What one browser session asked in one tab; a column is one conversation with one model."""
 
     sessions: dict[int, ChatSession] = field(default_factory=dict)
     messages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    waiting: dict[int, _Question] = field(default_factory=dict)
+    waiting: dict[int, UserMessage] = field(default_factory=dict)
     """Questions that a column has not begun to answer."""
     running: dict[int, threading.Event] = field(default_factory=dict)
     """Of each column that is answering, what stops it."""
@@ -58,17 +63,17 @@ def _literal(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _read(path: str, limits: Limits) -> Image.Image:
+def read_upload(path: str, limits: Limits) -> Image.Image:
     with open(path, "rb") as file:
         return read_image(file.read(limits.image_bytes + 1), limits)
 
 
-def _asking(**value: Any) -> dict[str, Any]:
+def asking(**value: Any) -> dict[str, Any]:
     """The question's box with its button for stopping."""
     return gr.update(submit_btn=False, stop_btn=True, **value)
 
 
-def _ready(talk: _Talk, **value: Any) -> dict[str, Any]:
+def ready(talk: Talk, **value: Any) -> dict[str, Any]:
     """The box with its button for sending; while something is answered, the button is left to the end of that.
 
     Events reach the browser in any order: one that said "still answering" could come after the answer's end.
@@ -76,7 +81,7 @@ def _ready(talk: _Talk, **value: Any) -> dict[str, Any]:
     return gr.update(**{} if talk.busy else {"submit_btn": True, "stop_btn": False}, **value)
 
 
-def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -> dict[str, Any]:
+def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> dict[str, Any]:
     """Take a question with its pictures; what is wrong with it is said, and then it stays in the box."""
     if talk.busy:
         raise UserError("The last question is still being answered: wait, or stop it.")
@@ -87,21 +92,21 @@ def _begin(message: dict[str, Any], talk: _Talk, columns: int, limits: Limits) -
         raise UserError(f"The question has {len(text):,} characters, the limit is {limits.prompt_chars:,}.")
     if len(paths) > limits.images:
         raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
-    images = [_read(path, limits) for path in paths]
-    question = _Question(text=text, images=images, message={"text": text, "files": paths})
+    images = [read_upload(path, limits) for path in paths]
+    question = UserMessage(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
-    return _asking(value=None)
+    return asking(value=None)
 
 
-def _stop(talk: _Talk) -> dict[str, Any]:
+def stop(talk: Talk) -> dict[str, Any]:
     """End what is being answered and drop what waits."""
     talk.waiting.clear()
     for cancel in list(talk.running.values()):
         cancel.set()
-    return _ready(talk)
+    return ready(talk)
 
 
-def _forget(talk: _Talk, column: int) -> None:
+def forget(talk: Talk, column: int) -> None:
     """Begin a new conversation in one column."""
     for kept in (talk.sessions, talk.messages, talk.waiting):
         kept.pop(column, None)
@@ -109,8 +114,8 @@ def _forget(talk: _Talk, column: int) -> None:
         cancel.set()
 
 
-def _answer(
-    talk: _Talk,
+def answer(
+    talk: Talk,
     column: int,
     model: Callable[[], ChatModel],
     temperature: float,
@@ -121,10 +126,10 @@ def _answer(
     """Stream (messages, box, remark) of one column: the answer to its waiting question, or `again` to its last one."""
     question = talk.waiting.pop(column, None)
     if column in talk.running or (question is None and not again):
-        yield gr.skip(), _ready(talk), gr.skip()
+        yield gr.skip(), ready(talk), gr.skip()
         return
     cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
-    begin, before = time.monotonic(), talk.messages.get(column, [])
+    asked_at, before = time.monotonic(), talk.messages.get(column, [])
     asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
     text, remark, late, shown_at = "", "", False, -math.inf
     box = {"value": question.message} if question else {}  # comes back where nothing is answered
@@ -142,7 +147,7 @@ def _answer(
         with contextlib.closing(pieces):
             for piece in pieces:
                 text += piece
-                if late := time.monotonic() - begin > limits.seconds:
+                if late := time.monotonic() - asked_at > limits.seconds:
                     cancel.set()
                 if talk.running.get(column) is cancel and time.monotonic() - shown_at > SHOWN_EVERY_S:
                     shown_at = time.monotonic()
@@ -162,7 +167,7 @@ def _answer(
             del talk.running[column]
     if mine:
         talk.messages[column] = shown
-        yield shown, _ready(talk, **box), remark
+        yield shown, ready(talk, **box), remark
     else:  # what was sent before may reach the browser after the new conversation did
         yield talk.messages.get(column, []), gr.skip(), gr.skip()
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import IMAGE_TOKEN, _control_pattern, _control_tokens, get_format
+from mllm.data.formats import IMAGE_TOKEN, control_pattern, control_tokens, get_format
 
 IGNORE = -100
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -77,12 +77,12 @@ class ConversationEncoder:
         self.format = get_format(version, tokenizer)
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
-        self._control = {text: tokenizer.convert_tokens_to_ids(text) for text in _control_tokens(tokenizer)}
+        self._control = {text: tokenizer.convert_tokens_to_ids(text) for text in control_tokens(tokenizer)}
         if IMAGE_TOKEN not in self._control:
             raise UserError(f"the tokenizer has no special token {IMAGE_TOKEN}: add it before building conversations")
         self.image_id = self._control[IMAGE_TOKEN]
         self._forbidden = set(self._control.values()) - {tokenizer.unk_token_id}
-        self._pattern = _control_pattern(tokenizer)
+        self._pattern = control_pattern(tokenizer)
         self._at_start = _text_tokenizer(tokenizer, prefix_space=True)
         self._inside = _text_tokenizer(tokenizer, prefix_space=False)
         # SentencePiece kinds put a space before a text: some before each one that follows a control token, some only

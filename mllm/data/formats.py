@@ -145,7 +145,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
         fits = len(system_pieces) == 6 and system_pieces[2:] == [middle, between, second_middle, closing]
     except (TemplateError, ValueError):
         fits = False
-    control = _control_pattern(tokenizer).match(closing.lstrip())
+    control = control_pattern(tokenizer).match(closing.lstrip())
     if not (middle == second_middle and prompt == [first, middle] and closing_1 == closing and control):
         raise UserError(
             "the tokenizer's chat template does not treat every turn alike, or ends answers without a special token, "
@@ -174,7 +174,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
         raise UserError(f"conversation format {name!r} is not known; choose one of: {', '.join(FORMATS)}")
     chosen = FORMATS[name](tokenizer)
     literals = " ".join([chosen.first, chosen.middle, chosen.end, chosen.next])
-    missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(_control_tokens(tokenizer)))
+    missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(control_tokens(tokenizer)))
     if missing:
         raise UserError(
             f"conversation format {name} needs the special tokens {', '.join(missing)}, which this tokenizer does not "
@@ -188,17 +188,12 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     return chosen
 
 
-def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja chat template to save with a model that is trained in format `name`."""
-    return get_format(name, tokenizer).chat_template()
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
-def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches one control token, with the white space that the tokenizer swallows around it (lstrip, rstrip)."""
-    tokens = sorted(_control_tokens(tokenizer).values(), key=lambda token: -len(token.content))
+    tokens = sorted(control_tokens(tokenizer).values(), key=lambda token: -len(token.content))
     alternatives = [r"\s*" * token.lstrip + f"({re.escape(token.content)})" + r"\s*" * token.rstrip for token in tokens]
     return re.compile("|".join(alternatives) or r"(?!)")

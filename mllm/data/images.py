@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -15,30 +15,18 @@ from clips.common.errors import UserError
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
 
-AspectRatio = Literal["square", "pad"]
-
 
 class ImageStore:
     """Pictures by name, from a folder or an uncompressed tar; each process opens the tar for itself.
 
+    They are handed out as they are; their shape is the business of the encoder's image processor.
+
     Args:
         location: the image folder or tar file.
-        aspect_ratio: "square" hands pictures out as they are (the encoder's own preprocessing shapes them);
-            "pad" first pads them to a square.
-        background: colour of the padding, the vision encoder's mean (three numbers of 0…1).
     """
 
-    def __init__(
-        self,
-        location: Path | str,
-        aspect_ratio: AspectRatio = "square",
-        background: Sequence[float] = (0.485, 0.456, 0.406),
-    ) -> None:
-        if aspect_ratio not in get_args(AspectRatio):
-            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is not known; choose square or pad")
+    def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
-        self.aspect_ratio = aspect_ratio
-        self.background = tuple(int(channel * 255) for channel in background)
         self._members: dict[str, tuple[int, int]] | None = None
         self._file: tuple[int, BinaryIO] | None = None
         if self.location.is_dir():
@@ -74,9 +62,8 @@ class ImageStore:
         return self._file[1].read(size)
 
     def load(self, name: str) -> Image.Image:
-        """The picture as RGB, padded to a square if asked; BrokenSample where it cannot be decoded."""
-        image = decode_image(self.read(name), name)
-        return pad_to_square(image, self.background) if self.aspect_ratio == "pad" else image
+        """The picture as RGB; BrokenSample where it cannot be decoded."""
+        return decode_image(self.read(name), name)
 
 
 def _index_tar(path: Path) -> dict[str, tuple[int, int]]:
@@ -88,16 +75,6 @@ def _index_tar(path: Path) -> dict[str, tuple[int, int]]:
             }
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"--image_folder {path} is neither a folder nor an uncompressed tar: {error}") from None
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Centre the picture on a square of `colour` (LLaVA's `expand2square`)."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def pixel_loader(

@@ -57,7 +57,7 @@ def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
     """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
-    questions, store = _spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
         if question.image and store is None:
             raise UserError(
@@ -70,7 +70,7 @@ def open_questions(
     return questions, store
 
 
-def _spread(questions: list[Question], limit: int | None) -> list[Question]:
+def evenly_spread(questions: list[Question], limit: int | None) -> list[Question]:
     """At most `limit` of them, evenly spread, because question files are sorted by kind."""
     if limit is None or limit >= len(questions):
         return questions

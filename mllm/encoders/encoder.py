@@ -128,7 +128,7 @@ class VisionEncoder:
         )
 
 
-VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
 """Config entries that say nothing about the features."""
 
 

@@ -1,8 +1,7 @@
-"""Finding a model directory, on disk or on the Hugging Face hub, and refusing those that ask for code of their own."""
+"""Finding a model directory, on disk or on the Hugging Face hub, and saying what is wrong with one that is unfit."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -21,7 +20,9 @@ from clips.common.errors import UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What a model directory holds beside its weights: configurations and tokenizer files."""
-CODE_KEYS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+NO_CODE = {"trust_remote_code": False}
+"""For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
+class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
 
 
 def cache_root() -> Path:
@@ -33,15 +34,14 @@ def resolve(name: str, what: str) -> Path:
     """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
 
     `what` says what is looked for, in error messages. Safetensors are preferred; torch files are fetched only where
-    there are none, and are read without running pickled code. Raises UserError when nothing is found, when the hub
-    cannot be reached, and when the directory asks for code of its own.
+    there are none, and are read without running pickled code. Raises UserError when nothing is found and when the hub
+    cannot be reached.
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
         if not HUB_ID.fullmatch(name):
             raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
         directory = _download(name, what)
-    refuse_remote_code(directory)
     return directory
 
 
@@ -60,29 +60,6 @@ def _download(name: str, what: str) -> Path:
     return directory
 
 
-def refuse_remote_code(directory: Path) -> None:
-    """Raise UserError when a configuration in `directory` names Python code to be run (`auto_map`)."""
-    for name in CODE_KEYS:
-        path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        if _mentions(content, "auto_map"):
-            raise UserError(
-                f"{path} asks for Python code that comes with the model (auto_map), which this project never runs. "
-                "If transformers knows this kind of model itself, remove auto_map from a local copy."
-            )
-
-
-def _mentions(content: Any, key: str) -> bool:
-    if isinstance(content, dict):
-        return key in content or any(_mentions(value, key) for value in content.values())
-    return isinstance(content, list) and any(_mentions(value, key) for value in content)
-
-
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
     """Turns what a stock loader raises for a damaged or unfit model into a UserError that names the place."""
@@ -96,6 +73,11 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
             f"({_first_line(error)})"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what}: {directory} needs Python code that comes with it (auto_map), which this project never runs: "
+                "choose a model of a kind that transformers knows itself"
+            ) from None
         raise UserError(f"{what}: {directory} cannot be loaded: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)

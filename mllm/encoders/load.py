@@ -25,7 +25,7 @@ from clips.common.errors import UserError
 from clips.model.layers import init_weights
 from clips.model.vision import sincos_positions
 from mllm.encoders.encoder import KINDS, UNUSED
-from mllm.encoders.hub import check_complete, loading, resolve
+from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -34,9 +34,9 @@ TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Checkpoints with a text tower, of which the image tower is taken."""
 
 
-# ---------------------------------------------------------------------------------------------- the registry
+# ---------------------------------------------------------------------------------------------- the kinds
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class VisionRequest:
     """What stands behind the colon of a name, and where and how to look."""
 
     argument: str
@@ -44,20 +44,20 @@ class _Request:
     seed: int
 
 
-_Loaded = tuple[PreTrainedModel, BaseImageProcessor, str]
+LoadedVision = tuple[PreTrainedModel, BaseImageProcessor, str]
 """Model, image processor, source."""
 
 
-def _trained_here(objective: str, recipe: str) -> Callable[[_Request], _Loaded]:
-    def load(request: _Request) -> _Loaded:
+def trained_here(objective: str, recipe: str) -> Callable[[VisionRequest], LoadedVision]:
+    def load(request: VisionRequest) -> LoadedVision:
         directory = resolve(request.argument, "vision encoder") if request.argument else None
         return _load_export(directory or newest_export(request.runs, objective, recipe))
 
     return load
 
 
-def _untrained(blind: bool) -> Callable[[_Request], _Loaded]:
-    def load(request: _Request) -> _Loaded:
+def untrained(blind: bool) -> Callable[[VisionRequest], LoadedVision]:
+    def load(request: VisionRequest) -> LoadedVision:
         model, processor, source = load_clips(request)
         reinitialise(model, request.seed, blind=blind)
         what = "the same tokens for every image" if blind else "untrained"
@@ -66,7 +66,7 @@ def _untrained(blind: bool) -> Callable[[_Request], _Loaded]:
     return load
 
 
-def _load_open_clip(request: _Request) -> _Loaded:
+def load_open_clip(request: VisionRequest) -> LoadedVision:
     import open_clip
 
     argument = request.argument
@@ -106,7 +106,7 @@ def _load_open_clip(request: _Request) -> _Loaded:
     return model, processor, f"open_clip:{argument}"
 
 
-def _load_timm(request: _Request) -> _Loaded:
+def load_timm(request: VisionRequest) -> LoadedVision:
     import timm
 
     name = request.argument
@@ -132,11 +132,11 @@ def _load_timm(request: _Request) -> _Loaded:
     return model, processor, f"timm:{name}"
 
 
-def _load_hf(request: _Request) -> _Loaded:
+def load_hf(request: VisionRequest) -> LoadedVision:
     return _load_transformers(resolve(request.argument, "vision encoder"))
 
 
-load_clips = _trained_here("clips", "demo")
+load_clips = trained_here("clips", "demo")
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -159,22 +159,22 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
     return max(found)[1]
 
 
-def _load_export(directory: Path) -> _Loaded:
+def _load_export(directory: Path) -> LoadedVision:
     """A run, an export, or a model directory in transformers' or open_clip's format."""
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
         if (place / "open_clip_config.json").is_file():
-            return _load_open_clip(_Request(argument=f"local-dir:{place}", runs=Path(), seed=0))
+            return load_open_clip(VisionRequest(argument=f"local-dir:{place}", runs=Path(), seed=0))
     raise UserError(
         f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
         "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
     )
 
 
-def _load_transformers(directory: Path) -> _Loaded:
+def _load_transformers(directory: Path) -> LoadedVision:
     with loading("vision encoder", directory):
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, **NO_CODE)
     kind = KINDS.get(TWO_TOWERS.get(config.model_type, config.model_type))
     if kind is None:
         known = ", ".join([*TWO_TOWERS, *KINDS])
@@ -184,7 +184,7 @@ def _load_transformers(directory: Path) -> _Loaded:
         )
     with loading("vision encoder", directory):
         model, info = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-        stock = AutoImageProcessor.from_pretrained(directory)
+        stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
     check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
         for parameter in model.pooler.parameters():  # unused; zero so that the same encoder has the same weights
@@ -250,7 +250,7 @@ def _mapped(name: str, reader: Callable[[nn.Module], PlainViT], original: nn.Mod
 
 @torch.no_grad()
 def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> None:
-    """Give a CLIPS tower in transformers' form the weights of an untrained one (`clips.tower`'s initialisation).
+    """Give a CLIPS tower in transformers' form the weights of an untrained one (the initialisation of `clips.model`).
 
     `blind`: the patch projection is zero besides, so the tokens hold positions and nothing of the image.
     """

@@ -29,14 +29,14 @@ from clips.common.errors import UserError
 from mllm.encoders.encoder import KINDS, AspectRatio, SelectFeature, VisionEncoder
 from mllm.encoders.hub import loading
 from mllm.encoders.load import (
-    _load_hf,
-    _load_open_clip,
-    _load_timm,
-    _Loaded,
-    _Request,
-    _trained_here,
-    _untrained,
+    LoadedVision,
+    VisionRequest,
     load_clips,
+    load_hf,
+    load_open_clip,
+    load_timm,
+    trained_here,
+    untrained,
 )
 
 
@@ -45,14 +45,14 @@ def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-VISION: dict[str, Callable[[_Request], _Loaded]] = {
+VISION: dict[str, Callable[[VisionRequest], LoadedVision]] = {
     "clips": load_clips,
-    "clip": _trained_here("clip", "clip_baseline"),
-    "random": _untrained(blind=False),
-    "blind": _untrained(blind=True),
-    "open_clip": _load_open_clip,
-    "hf": _load_hf,
-    "timm": _load_timm,
+    "clip": trained_here("clip", "clip_baseline"),
+    "random": untrained(blind=False),
+    "blind": untrained(blind=True),
+    "open_clip": load_open_clip,
+    "hf": load_hf,
+    "timm": load_timm,
 }
 NEEDS_ARGUMENT = {"open_clip": "MODEL/PRETRAINED", "hf": "ID_OR_DIR", "timm": "NAME"}
 
@@ -83,7 +83,7 @@ def load_vision(
     ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
     """
     key, argument = parse_vision_name(name)
-    model, processor, source = VISION[key](_Request(argument=argument, runs=Path(runs), seed=seed))
+    model, processor, source = VISION[key](VisionRequest(argument=argument, runs=Path(runs), seed=seed))
     if image_aspect_ratio == "pad":
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
         processor = LlavaImageProcessor(**settings, do_pad=True)

@@ -25,10 +25,10 @@ from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import pad_rows
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, _spread, open_questions, read_questions
+from mllm.data.questions import Question, evenly_spread, open_questions, read_questions
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line, score
-from mllm.model.load import load_model, model_name, newest_model
+from mllm.model.load import load_llava, model_name, newest_model
 
 
 @torch.inference_mode()
@@ -146,8 +146,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
         files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
-        sets = {key: _spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
-    model, processor = load_model(directory, device, answer_dtype(flags.dtype, device))
+        sets = {key: evenly_spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
+    model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}

@@ -11,7 +11,6 @@ from mllm.data.conversation import IGNORE
 from mllm.encoders.encoder import select_features
 
 
-# ---------------------------------------------------------------------------------------------- training forward
 def embed_inputs(
     model: LlavaForConditionalGeneration,
     input_ids: Tensor,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
@@ -46,6 +45,7 @@ def build_model(
     )
     for part in (config.vision_config, config.text_config):
         part._name_or_path = ""  # a path of this machine
+        part.__dict__.pop("auto_map", None)  # names code that does not come along, and is not needed
     _check_language_model(llm, config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -105,49 +105,27 @@ def _check_logits(model: LlavaForConditionalGeneration, causal: nn.Module, sourc
         )
 
 
-def merge_lora(model: nn.Module) -> LlavaForConditionalGeneration:
-    """The plain model with LoRA adapters added into its weights; a model without adapters is returned as it is.
-
-    Raises UserError for a base in 4 or 8 bits: adding an adapter to quantised weights rounds it away. Load the base
-    in full precision, put the adapter on it, and merge then.
-    """
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    base = model.get_base_model()
-    if getattr(base, "is_quantized", False):
-        raise UserError("LoRA cannot be merged into a quantised base: load the base in bf16 or fp32, then merge")
-    return model.merge_and_unload(safe_merge=True)
-
-
 def save_model(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     directory: Path,
     *,
     card: Mapping[str, str],
-    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
     The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
-    ("Vision encoder" → …, "Stage 1 data" → …). `state_dict` holds gathered weights where the model's own are
-    partitioned (ZeRO-3); the projector's are taken from it too.
+    ("Vision encoder" → …, "Stage 1 data" → …). Under ZeRO-3 call it inside `mllm.training.zero.whole`.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=state_dict)
-    _set_json(partial / "config.json", architectures=[LlavaForConditionalGeneration.__name__])
+    model.save_pretrained(partial)
     processor.save_pretrained(partial)
     # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
     processor.image_processor.save_pretrained(partial)
-    projector = model.model.multi_modal_projector
-    if state_dict is not None:
-        marker = "multi_modal_projector."
-        projector = type(projector)(model.config)
-        projector.load_state_dict({n.split(marker)[1]: t for n, t in state_dict.items() if marker in n})
     # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
-    save_projector(projector, partial / "mm_projector.bin")
+    save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
     (partial / "README.md").write_text(model_card(model, directory.name, card))
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
@@ -182,7 +160,3 @@ print(chat(text=messages, max_new_tokens=64, return_full_text=False)[0]["generat
 
 `mm_projector.bin` holds the projector under LLaVA's names.
 """
-
-
-def _set_json(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2, sort_keys=True) + "\n")

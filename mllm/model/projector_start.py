@@ -16,7 +16,6 @@ LARGEST_FACTOR, RANDOM_SHARE = 10.0, 0.1
 """Of `start_from_captions`."""
 
 
-# ---------------------------------------------------------------------------------------------- a closed-form start
 @torch.no_grad()
 def least_squares_init(
     projector: LlavaMultiModalProjector,
@@ -102,17 +101,18 @@ def _match_embeddings(projector: LlavaMultiModalProjector, rows: Tensor, embeddi
     """Scale and shift the last trained layer's outputs over `rows` [n, W], and add the random map to it."""
     *before, last = trainable_layers(projector).values()
     inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
-    words_spread = _spread(embeddings.float())
+    words_distance = _distance_from_mean(embeddings.float())
     random = torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(seed)).to(inputs.device)
     weight = torch.zeros_like(random)
     for part, share in ((last.weight.float(), 1 - RANDOM_SHARE), (random, RANDOM_SHARE)):
         # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
-        factor = share**0.5 * words_spread / torch.maximum(_spread(inputs @ part.T), words_spread / LARGEST_FACTOR)
+        distance = torch.maximum(_distance_from_mean(inputs @ part.T), words_distance / LARGEST_FACTOR)
+        factor = share**0.5 * words_distance / distance
         weight += factor * part
     _assign(last, weight, embeddings.float().mean(dim=0) - weight @ inputs.mean(dim=0))
 
 
-def _spread(x: Tensor) -> Tensor:
+def _distance_from_mean(x: Tensor) -> Tensor:
     """Root mean square distance of the rows from their mean."""
     return (x - x.mean(dim=0)).square().sum(dim=-1).mean().sqrt()
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from clips.common.errors import UserError
-from mllm.model.llava import merge_lora
 
 
 def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -70,17 +68,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
             _replace(model, name, new)
     return model
-
-
-def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> nn.Module:
-    """The plain model with the adapters added to the dequantised weights, so that it computes what was trained.
-
-    `model` is used up. Adding them to the original weights instead would be another model than the trained one.
-    """
-    config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
-    plain = get_peft_model(dequantize(model.unload(), dtype), config)
-    set_peft_model_state_dict(plain, adapters)
-    return merge_lora(plain)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -50,13 +50,13 @@ from mllm.serve.queue import Desk, Figures, Gate, T, error_response, read_body, 
 from mllm.serve.schemas import (
     ApiError,
     ChatForm,
+    ChatRequest,
     EmbeddingForm,
-    Question,
     bad_picture,
+    chat_request,
     check_amount,
     parse,
     picture_bytes,
-    question,
 )
 
 ENCODER = "encoder"
@@ -171,7 +171,7 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         form = parse(ChatForm, await body_of(request))
         check_model(form.model, chat.name)
-        asked = question(form, limits)
+        asked = chat_request(form, limits)
         data = await unless_gone(request, picture_bytes(asked.images, limits, allow_image_urls, "messages"))
         items = desk.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
@@ -220,7 +220,7 @@ def create_app(
 
 
 def _answer(
-    chat: ChatModel, asked: Question, data: list[bytes], limits: Limits, cancel: threading.Event
+    chat: ChatModel, asked: ChatRequest, data: list[bytes], limits: Limits, cancel: threading.Event
 ) -> Iterator[str | Stats]:
     """The pieces of the answer, then what it took."""
     try:
@@ -313,7 +313,7 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
     """Load model and encoder, then open the port and answer until a signal; UserError for what cannot be served."""
     limits = limits_from_flags(flags)
     api_key = flags.api_key or os.environ.get("CLIPS_API_KEY") or None
-    with _bind(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
+    with bind_port(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
         chat = ChatModel.load(flags.model_path, **model_options(flags))
         encoder = _find_encoder(flags)
         app = create_app(chat, encoder, limits, api_key=api_key, allow_image_urls=flags.allow_image_urls)
@@ -326,7 +326,7 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
             raise Stopped("stopped by Ctrl-C", exit_code=130) from None
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind_port(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet; UserError when the address is taken or not this machine's."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

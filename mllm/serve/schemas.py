@@ -171,7 +171,7 @@ def _param(location: tuple[int | str, ...]) -> str | None:
 
 # ---------------------------------------------------------------------------------------------- chat
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ChatRequest:
     """A checked chat request: what `ChatSession.from_turns` takes, pictures still as addresses."""
 
     turns: list[Turn]
@@ -180,7 +180,7 @@ class Question:
     sampling: Sampling
 
 
-def question(form: ChatForm, limits: Limits) -> Question:
+def chat_request(form: ChatForm, limits: Limits) -> ChatRequest:
     """The turns and settings that `form` asks for; ApiError 400 for wrong order and for what is above a limit."""
     first, *rest = form.messages
     system = first.text if first.role in ("system", "developer") else None
@@ -203,7 +203,7 @@ def question(form: ChatForm, limits: Limits) -> Question:
     tokens = getattr(form, name) or limits.new_tokens
     if tokens > limits.new_tokens:
         raise ApiError(400, f"{name}: {tokens} is above this server's limit of {limits.new_tokens}", param=name)
-    return Question(
+    return ChatRequest(
         turns=[_turn(message) for message in messages],
         images=images,
         system=system,

@@ -8,11 +8,8 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-
 from clips.common.errors import UserError
-from clips.common.runtime import has_bf16
-from mllm.model.llm import DEFAULT_LLM
+from mllm.model.defaults import DEFAULT_LLM
 from mllm.training.stages import STAGES, Stage
 
 HELP = (
@@ -88,6 +85,10 @@ class TrainArguments:
 
     def resolve(self, world_size: int) -> TrainArguments:
         """The same with every default filled in; raises UserError for values that do not fit each other."""
+        import torch  # not at the top: --help is answered without it
+
+        from clips.common.runtime import has_bf16
+
         stage = self.description
         is_demo = self.data_path is None
         defaults: dict[str, Any] = {"num_train_epochs": 1.0, "max_steps": -1, "lora_enable": self.bits < 16}

@@ -27,8 +27,9 @@ from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import Record, parse_record, read_json_records
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
-from mllm.encoders.hub import loading, resolve
-from mllm.model.llm import DEFAULT_LLM, find_default
+from mllm.encoders.hub import NO_CODE, loading, resolve
+from mllm.model.defaults import DEFAULT_LLM
+from mllm.model.llm import find_default
 
 BINS = 8
 """Bars of the length histogram up to the context; a last one counts what is longer."""
@@ -83,7 +84,7 @@ def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
     """The tokenizer of language model `name` with `<image>` added, without loading the model's weights."""
     directory = find_default()[0] if name == DEFAULT_LLM else resolve(name, "language model")
     with loading("language model", directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 

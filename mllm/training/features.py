@@ -1,4 +1,4 @@
-"""Image features computed once, and the training forward that starts from them instead of from pixels.
+"""Image features computed once and kept on disk, so that training starts from them instead of from pixels.
 
 While the vision tower is frozen an image's tokens never change, so epochs, stages, seeds and runs share them on disk.
 
@@ -7,7 +7,7 @@ Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (
 changes after; so several processes may write, and a killed one leaves nothing behind that counts.
 float16 keeps 11 bits: features differ by at most 2^-11 of their value from freshly computed ones.
 
-Shapes: B images · N image tokens · W width of a token · L positions · D width of a word embedding.
+Shapes: B images · N image tokens · W width of a token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FILE_BYTES = 256 * 2**20
 class FeatureCache:
     """Features of one encoder for the pictures of one store; `get` is a `load_images` for `mllm.data.dataset.Collator`.
 
-    A picture's key is the hash of its bytes (and of the store's padding), so names and folders do not matter.
+    A picture's key is the hash of its bytes, so names and folders do not matter.
     Picklable: a copy in a data worker can `get`, not `fill`.
     """
 
@@ -133,8 +133,6 @@ class FeatureCache:
                 digest = hashlib.blake2b(self.store.read(name), digest_size=16)
             except BrokenSample as broken:
                 raise UserError(f"picture {broken.key} in {self.store.location}: {broken.reason}") from None
-            if self.store.aspect_ratio == "pad":
-                digest.update(f"pad {self.store.background}".encode())
             self._keys[name] = digest.hexdigest()
         return self._keys[name]
 

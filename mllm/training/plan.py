@@ -13,7 +13,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from mllm.training.arguments import TrainArguments
-from mllm.training.stages import PARTS, Training, count_parameters, learning_rates
+from mllm.training.freeze import count_parameters, learning_rates
+from mllm.training.stages import PARTS, Training
 
 
 def command_line(arguments: TrainArguments, world_size: int) -> str:

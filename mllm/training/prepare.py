@@ -1,9 +1,7 @@
-"""Everything before a stage's first step: encoder, language model, data, projector, freeze plan."""
+"""Everything a stage needs before its first step: encoder, language model, data, projector, freeze plan, batches."""
 
 from __future__ import annotations
 
-import copy
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlavaProcessor
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common.errors import UserError
-from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
@@ -26,20 +24,20 @@ from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector
-from mllm.model.projector_start import start_from_captions
 from mllm.model.quantize import quantize
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
+from mllm.training.freeze import apply_plan
 from mllm.training.log import read_json
-from mllm.training.stages import Training, apply_plan, freeze_plan
+from mllm.training.lora import add_lora
+from mllm.training.stages import Training, freeze_plan
 
 PROJECTOR = "mm_projector.bin"
 SHORT = 512
 """Up to this many tokens torch's fused attention is slower on CPUs in bf16 than plain products: a step of SmolLM2-135M
 on 32 samples of 40 tokens took 3.1 s of one core with it and 2.1 s without."""
-START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
-"""A closed-form start takes this many images, and this many tokens of each; read in batches of START_BATCH."""
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+START_IMAGES = 8_192
+"""The closed-form start (mllm/training/caption_start.py) takes this many images at most."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +55,6 @@ class Prepared:
     """For the plan and the model card."""
 
 
-# ---------------------------------------------------------------------------------------------- before the first step
 def prepare(
     arguments: TrainArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> Prepared:
@@ -91,16 +88,7 @@ def prepare(
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, vision.num_tokens, max_length)
     dataset = LlavaDataset(data_path, encoder, store)
     projector = model.model.multi_modal_projector
-    start = _projector_start(arguments, run_dir)
-    if start is not None:
-        load_projector(projector, start)
-        started = f"from {start}"
-    elif arguments.stage == 2:  # a dry run
-        started = "from stage 1"
-    else:
-        fitted = f"fitted in closed form to the captions of {min(len(dataset), START_IMAGES):,} samples"
-        started = fitted if arguments.mm_projector_init == "captions" else "random"
-        started += f", seed {arguments.seed}"
+    started = _start_projector(projector, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -110,8 +98,7 @@ def prepare(
     if arguments.gradient_checkpointing:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     if plan["language_model"] == "lora":
-        torch.manual_seed(arguments.seed)
-        model = get_peft_model(model, lora_config(model, arguments))
+        model = add_lora(model, arguments)
     apply_plan(model, plan)
     facts = {
         "vision encoder": vision.describe(),
@@ -146,8 +133,22 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
 
 
-def _projector_start(arguments: TrainArguments, run_dir: Path) -> Path | None:
-    """The file that the projector starts from; None for a random start."""
+def _start_projector(
+    projector: LlavaMultiModalProjector, arguments: TrainArguments, run_dir: Path, samples: int
+) -> str:
+    """Load the file that the projector starts from, if there is one; returns in words how it starts."""
+    start = _projector_file(arguments, run_dir)
+    if start is not None:
+        load_projector(projector, start)
+        return f"from {start}"
+    if arguments.stage == 2:  # a dry run
+        return "from stage 1"
+    fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
+    return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
+
+
+def _projector_file(arguments: TrainArguments, run_dir: Path) -> Path | None:
+    """The file that the projector starts from; None for a random or a fitted start."""
     if arguments.pretrain_mm_mlp_adapter is not None:
         return Path(arguments.pretrain_mm_mlp_adapter)
     if arguments.stage == 1:
@@ -182,51 +183,13 @@ def check_aligned(run_dir: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def lora_config(model: nn.Module, arguments: TrainArguments) -> LoraConfig:
-    """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
-    layers = model.model.language_model.named_modules()
-    kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
-    return LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=rf".*language_model\..*\.({'|'.join(kinds)})",
-        task_type="CAUSAL_LM",
-    )
-
-
-def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any] | None:
-    """The engine's settings: the file that was named, or this stage's own where there are several ranks.
-
-    Raises UserError for an unreadable file, and for quantised weights under ZeRO-3, which cannot take them apart.
-    """
-    name = arguments.deepspeed
-    if name == "none" or (name is None and world_size == 1):
-        return None
-    quantized = arguments.bits < 16
-    path = Path(name) if name else DS_CONFIGS / f"llava_zero{2 if quantized else arguments.description.zero}.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
-    if quantized and zero_stage(config) == 3:
-        raise UserError(
-            f"--bits {arguments.bits} does not go with ZeRO-3: give --deepspeed ds_configs/llava_zero2.json"
-        )
-    return config
-
-
-def zero_stage(config: dict[str, Any] | None) -> int:
-    return (config or {}).get("zero_optimization", {}).get("stage", 0)
-
-
 def longest(dataset: LlavaDataset) -> int:
     """Roughly the longest sample in tokens (1.4 per word), for the memory estimate."""
     length = int(1.4 * max(abs(n) for n in dataset.modality_lengths))
     return min(length, dataset.encoder.max_length or length)
 
 
-def _collator(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
+def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
     pad_id = prepared.processor.tokenizer.pad_token_id
     if not arguments.caches_features:
         load = pixel_loader(prepared.store, partial(image_pixels, prepared.processor.image_processor))
@@ -242,36 +205,3 @@ def _collator(arguments: TrainArguments, prepared: Prepared, device: torch.devic
         dist.barrier()
         cache.refresh()
     return Collator(pad_id, cache.get, "image_features")
-
-
-def _start_from_captions(
-    arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device
-) -> float:
-    """`start_from_captions` on up to `START_IMAGES` samples that have one picture; the same on every rank."""
-    single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
-    generator = torch.Generator().manual_seed(arguments.seed)
-    chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
-    if not chosen:
-        raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
-    captions, parts, encoder = [], [], prepared.vision
-    encoder.model.to(device)
-    for begin in range(0, len(chosen), START_BATCH):
-        samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
-        captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
-        features = collator.load_images([sample["images"][0] for sample in samples])
-        if not arguments.caches_features:  # then these are pixels
-            with torch.no_grad():
-                features = encoder.features(features.to(device)).cpu()
-        kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
-        parts.append(features[:, kept])
-    model = prepared.model
-    projector = model.model.multi_modal_projector  # on a GPU already, or not yet: with DeepSpeed
-    fitted = copy.deepcopy(projector).float().cpu()
-    words = model.get_input_embeddings().weight.cpu()
-    r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
-    for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
-        value = value.data.to(device)  # NCCL takes no other
-        if dist.is_initialized():
-            dist.broadcast(value, src=0)
-        parameter.data.copy_(value)
-    return r2

@@ -11,46 +11,39 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from rich.console import Console
-from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback
 
 from clips.common.errors import Stopped
 from clips.common.files import write_atomically
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import choose_device, init_distributed, shutdown
+from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
-from mllm.model.llava import merge_lora, save_model
-from mllm.model.projector import save_projector
-from mllm.model.quantize import dequantize, merge_quantized_lora
 from mllm.training.arguments import TrainArguments
+from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import newest
-from mllm.training.log import MetricsLog, environment, keep_config, peak_memory_gb, read_json, write_curves
+from mllm.training.finish import print_next, write_results
+from mllm.training.freeze import assert_plan, count_parameters, learning_rates
+from mllm.training.log import MetricsLog, environment, keep_config, peak_memory_gb, write_curves
 from mllm.training.plan import print_plan
-from mllm.training.prepare import (
-    PROJECTOR,
-    Prepared,
-    _collator,
-    _start_from_captions,
-    check_aligned,
-    deepspeed_config,
-    longest,
-    prepare,
-    projector_of,
-    zero_stage,
+from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
+from mllm.training.trainer import (
+    Indexed,
+    IndexedCollator,
+    LlavaTrainer,
+    StopCallback,
+    TrainingModel,
+    training_arguments,
 )
-from mllm.training.stages import assert_plan, count_parameters, learning_rates
-from mllm.training.trainer import Indexed, IndexedCollator, LlavaTrainer, StopCallback, TrainingModel, is_interactive
+from mllm.training.zero import deepspeed_config, whole, zero_stage
 
 
 def run_stage(arguments: TrainArguments) -> None:
@@ -58,9 +51,50 @@ def run_stage(arguments: TrainArguments) -> None:
 
     Raises the errors of clips/common/errors.py; on every rank alike where they do not depend on the rank.
     """
+    begin = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = arguments.resolve(world_size)
     stage, run_dir = arguments.description, Path(arguments.output_dir)
+    process = join(arguments, world_size)
+    prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
+    print_plan(
+        arguments, prepared.model, prepared.plan, prepared.facts, samples=len(prepared.dataset),
+        length=longest(prepared.dataset), zero=zero_stage(process.deepspeed), world_size=process.world_size,
+        console=process.console,
+    )  # fmt: skip
+    if not arguments.dry_run:
+        record_config(arguments, prepared, run_dir, process)
+        if (run_dir / stage.name / "done.json").is_file():
+            process.console.print(f"stage {stage.number} ({stage.name}) is finished already: {run_dir / stage.name}")
+        else:
+            summary = train(arguments, prepared, run_dir, process, begin)
+            with whole(prepared.model, zero_stage(process.deepspeed)):
+                if process.is_main:
+                    write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
+            if dist.is_initialized():
+                dist.barrier()  # no rank ends, and takes the group down, while rank 0 writes
+            print_summary(summary, stage.number, process.console)
+        if process.is_main:
+            write_curves(run_dir)  # after all that counts: a plot that fails costs nothing
+        print_next(stage.number, run_dir, process.console)
+    shutdown()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """This process among those that train the stage together."""
+
+    device: torch.device
+    world_size: int
+    is_main: bool
+    deepspeed: dict[str, Any] | None
+    """The engine's settings; None without DeepSpeed."""
+    console: Console
+    """Prints on the main process only."""
+
+
+def join(arguments: TrainArguments, world_size: int) -> Process:
+    """Choose the device and, with several ranks or DeepSpeed, join the process group."""
     device = choose_device(arguments.device)
     deepspeed = deepspeed_config(arguments, world_size)
     if device.type == "cpu":
@@ -69,67 +103,41 @@ def run_stage(arguments: TrainArguments) -> None:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     console = Console(stderr=True, quiet=not is_main)
-    begin = time.perf_counter()
-    prepared = prepare(arguments, run_dir, device, deepspeed)
-    print_plan(
-        arguments, prepared.model, prepared.plan, prepared.facts, samples=len(prepared.dataset),
-        length=longest(prepared.dataset), zero=zero_stage(deepspeed), world_size=world_size, console=console,
-    )  # fmt: skip
-    if not arguments.dry_run:
-        record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
-        record |= {"facts": prepared.facts, "freeze": prepared.plan, "projector_of": projector_of(arguments, prepared)}
-        if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
-            check_aligned(run_dir, record["projector_of"])
-        keep_config(run_dir, stage.name, record, write=is_main)
-        if (run_dir / stage.name / "done.json").is_file():
-            console.print(f"stage {stage.number} ({stage.name}) is finished already: {run_dir / stage.name}")
-        else:
-            if is_main:
-                write_atomically(run_dir / "env.json", json.dumps(environment(device, world_size), indent=2) + "\n")
-            _train(arguments, prepared, deepspeed, device, console, is_main, begin)
-        _print_next(stage.number, run_dir, console)
-    shutdown()
+    return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
-# ---------------------------------------------------------------------------------------------- training
-def _train(
-    arguments: TrainArguments,
-    prepared: Prepared,
-    deepspeed: dict[str, Any] | None,
-    device: torch.device,
-    console: Console,
-    is_main: bool,
-    begin: float,
-) -> None:
-    stage, run_dir = arguments.description, Path(arguments.output_dir)
-    stage_dir = run_dir / stage.name
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    collator = _collator(arguments, prepared, device)
+def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
+    """Write config.json; UserError where the run directory holds a run that does not go with this stage."""
+    stage = arguments.description
+    record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
+    record |= {"facts": prepared.facts, "freeze": prepared.plan, "projector_of": projector_of(arguments, prepared)}
+    if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
+        check_aligned(run_dir, record["projector_of"])
+    keep_config(run_dir, stage.name, record, write=process.is_main)
+
+
+def train(
+    arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
+) -> dict[str, Any]:
+    """Take the stage's steps and return its summary (done.json); `begin` is when the preparation began.
+
+    Raises Stopped after a signal, once a checkpoint is written.
+    """
+    stage, stage_dir = arguments.description, run_dir / arguments.description.name
+    if process.is_main:
+        described = environment(process.device, process.world_size)
+        write_atomically(run_dir / "env.json", json.dumps(described, indent=2) + "\n")
+    collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
     assert_plan(prepared.model, prepared.plan)
-    log = MetricsLog(run_dir, stage.name, arguments.batch_size, active=is_main)
     stop = StopCallback()
-    trainer = LlavaTrainer(
-        TrainingModel(prepared.model, features=arguments.caches_features),
-        training_arguments(arguments, stage_dir, device, deepspeed),
-        rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
-        sampler=EpochSampler(
-            prepared.dataset.modality_lengths,
-            batch_size=arguments.per_device_train_batch_size,
-            chunks=world_size * arguments.gradient_accumulation_steps,
-            seed=arguments.seed,
-            group_by_modality_length=bool(arguments.group_by_modality_length),
-        ),
-        data_collator=IndexedCollator(collator),
-        train_dataset=Indexed(prepared.dataset),
-        keep=arguments.save_total_limit,
-        callbacks=[log, stop],
-    )
+    log = MetricsLog(run_dir, stage.name, arguments.batch_size, active=process.is_main)
+    trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
-        console.print(f"goes on from {checkpoint}")
+        process.console.print(f"goes on from {checkpoint}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
-        r2 = _start_from_captions(arguments, prepared, collator, device)
-        console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
+        r2 = fit_to_captions(arguments, prepared, collator, process.device)
+        process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
     first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     with naming_lost_ranks(lambda: trainer.state.global_step + 1):
@@ -137,10 +145,10 @@ def _train(
     seconds = time.perf_counter() - start
     if stop.stopped:
         raise Stopped(f"stopped by signal {stop.stopped}; a checkpoint was saved", exit_code=128 + stop.stopped)
-    if world_size > 1:
+    if process.world_size > 1:
         dist.all_reduce(trainer.tokens_seen)
     samples = (result.global_step - first_step) * arguments.batch_size
-    summary = {
+    return {
         "stage": stage.name,
         "steps": result.global_step,
         "samples": result.global_step * arguments.batch_size,
@@ -148,124 +156,41 @@ def _train(
         "prepare_seconds": round(prepared_s, 1),
         "samples_per_s": round(samples / seconds, 2),
         "tokens_per_s": round(int(trainer.tokens_seen) / seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "peak_memory_gb": round(peak_memory_gb(process.device), 2),
         "truncated_samples": prepared.dataset.truncated,
         "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
     }
-    with whole(prepared.model, zero_stage(deepspeed)):
-        if is_main:
-            _write_results(arguments, prepared, stage_dir, summary, cast=not deepspeed)
-    if dist.is_initialized():
-        dist.barrier()
+
+
+def make_trainer(
+    arguments: TrainArguments,
+    prepared: Prepared,
+    stage_dir: Path,
+    process: Process,
+    collator: Collator,
+    callbacks: list[TrainerCallback],
+) -> LlavaTrainer:
+    return LlavaTrainer(
+        TrainingModel(prepared.model, features=arguments.caches_features),
+        training_arguments(arguments, stage_dir, process.device, process.deepspeed),
+        rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
+        sampler=EpochSampler(
+            prepared.dataset.modality_lengths,
+            batch_size=arguments.per_device_train_batch_size,
+            chunks=process.world_size * arguments.gradient_accumulation_steps,
+            seed=arguments.seed,
+            group_by_modality_length=bool(arguments.group_by_modality_length),
+        ),
+        data_collator=IndexedCollator(collator),
+        train_dataset=Indexed(prepared.dataset),
+        keep=arguments.save_total_limit,
+        callbacks=callbacks,
+    )
+
+
+def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:
     console.print(
-        f"stage {stage.number} ({stage.name}): {summary['samples_per_s']:.1f} samples/s, "
+        f"stage {number} ({summary['stage']}): {summary['samples_per_s']:.1f} samples/s, "
         f"{summary['tokens_per_s']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{seconds:.0f} s of training after {prepared_s:.0f} s of preparation"
+        f"{summary['train_seconds']:.0f} s of training after {summary['prepare_seconds']:.0f} s of preparation"
     )
-
-
-def training_arguments(
-    arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
-) -> TrainingArguments:
-    """The Trainer's own arguments; all that this project decides itself is switched off in them."""
-    made = TrainingArguments(
-        output_dir=str(stage_dir),
-        per_device_train_batch_size=arguments.per_device_train_batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        warmup_steps=arguments.warmup_ratio,  # below one: a share of the steps
-        lr_scheduler_type=arguments.lr_scheduler_type,
-        max_grad_norm=arguments.max_grad_norm,
-        num_train_epochs=arguments.num_train_epochs,
-        max_steps=arguments.max_steps,
-        seed=arguments.seed,
-        bf16=bool(arguments.bf16),
-        deepspeed=deepspeed,
-        use_cpu=device.type == "cpu",
-        logging_steps=arguments.logging_steps,
-        logging_nan_inf_filter=False,
-        log_level="error",
-        save_strategy="steps",
-        save_steps=arguments.save_steps,
-        report_to=arguments.report_to,
-        disable_tqdm=not is_interactive(),
-        dataloader_num_workers=arguments.dataloader_num_workers,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        ddp_backend=dist.get_backend() if dist.is_initialized() else None,
-        # The encoder's layers behind the chosen one get no gradient.
-        ddp_find_unused_parameters=arguments.unfreeze_mm_vision_tower,
-    )
-    if device.type == "cuda" and not dist.is_initialized():
-        made._n_gpu = 1  # one process is one GPU; the Trainer would take all it sees, with DataParallel
-    return made
-
-
-@contextmanager
-def whole(model: nn.Module, zero: int) -> Iterator[None]:
-    """Inside, every parameter is whole on every rank (ZeRO-3 gathers them). Collective."""
-    if zero < 3:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        yield
-
-
-def _write_results(
-    arguments: TrainArguments, prepared: Prepared, stage_dir: Path, summary: dict[str, Any], *, cast: bool
-) -> None:
-    """The projector always; after stage 2 adapter and model; at last done.json, which makes the stage count."""
-    model, run_dir = prepared.model, stage_dir.parent
-    llava = model.get_base_model() if isinstance(model, PeftModel) else model
-    save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR)
-    write_curves(run_dir)
-    if arguments.stage == 2:
-        dtype = llava.lm_head.weight.dtype
-        quantized = arguments.bits < 16
-        if isinstance(model, PeftModel):
-            model.save_pretrained(run_dir / "adapter")
-            save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
-            model = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
-        elif quantized:
-            model = dequantize(model, dtype)
-        # Parts may differ in precision while they train; a stock model has one.
-        save_model(
-            model.to(dtype) if cast else model, prepared.processor, run_dir / "model", card=card(run_dir, summary)
-        )
-    write_atomically(stage_dir / "done.json", json.dumps(summary, indent=2) + "\n")
-    for checkpoint in stage_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
-    """What the model card says: what was trained on what, in both stages."""
-    config, rows = read_json(run_dir / "config.json"), {}
-    for stage in ("align", "instruct"):
-        record = config.get(stage)
-        if record is None:
-            continue
-        trains = record["trains"]
-        rows |= {name.capitalize(): record["facts"][name] for name in ("vision encoder", "language model")}
-        rows[f"Stage {stage}: data"] = record["facts"]["data"]
-        rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
-        done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
-        projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
-        rows[f"Stage {stage}: rates"] = (
-            f"learning rate {trains['learning_rate']:g}, projector {projector_rate:g}, "
-            f"batch {trains['batch_size']}, {done.get('samples', '?')} samples, seed {trains['seed']}"
-        )
-    return rows
-
-
-def _print_next(stage: int, run_dir: Path, console: Console) -> None:
-    if stage == 1:
-        console.print(f"{run_dir}/align/{PROJECTOR} holds the projector. Next: stage 2 (--stage 2)", highlight=False)
-    else:
-        console.print(
-            f"{run_dir}/model is the finished model, {run_dir}/curves.png its losses. "
-            f"Next:\n  python scripts/evaluate_llava.py --model-path {run_dir}/model\n  python scripts/chat.py",
-            highlight=False,
-        )

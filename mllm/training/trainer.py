@@ -32,8 +32,9 @@ from clips.common.tensors import read_weights, write_weights
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
+from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import prune
-from mllm.training.stages import parameter_groups
+from mllm.training.freeze import parameter_groups
 
 TRAINED = "trained.safetensors"
 
@@ -228,5 +229,39 @@ class LlavaTrainer(Trainer):
             parameter.copy_(saved[name])
 
 
-def is_interactive() -> bool:
-    return sys.stderr.isatty()
+def training_arguments(
+    arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
+) -> TrainingArguments:
+    """The Trainer's own arguments; all that this project decides itself is switched off in them."""
+    made = TrainingArguments(
+        output_dir=str(stage_dir),
+        per_device_train_batch_size=arguments.per_device_train_batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        warmup_steps=arguments.warmup_ratio,  # below one: a share of the steps
+        lr_scheduler_type=arguments.lr_scheduler_type,
+        max_grad_norm=arguments.max_grad_norm,
+        num_train_epochs=arguments.num_train_epochs,
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+        bf16=bool(arguments.bf16),
+        deepspeed=deepspeed,
+        use_cpu=device.type == "cpu",
+        logging_steps=arguments.logging_steps,
+        logging_nan_inf_filter=False,
+        log_level="error",
+        save_strategy="steps",
+        save_steps=arguments.save_steps,
+        report_to=arguments.report_to,
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_num_workers=arguments.dataloader_num_workers,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        ddp_backend=dist.get_backend() if dist.is_initialized() else None,
+        # The encoder's layers behind the chosen one get no gradient.
+        ddp_find_unused_parameters=arguments.unfreeze_mm_vision_tower,
+    )
+    if device.type == "cuda" and not dist.is_initialized():
+        made._n_gpu = 1  # one process is one GPU; the Trainer would take all it sees, with DataParallel
+    return made

@@ -15,9 +15,10 @@ from transformers import LlavaForConditionalGeneration, SiglipImageProcessor, Si
 
 from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
-from mllm.model.llava import build_model, merge_lora, save_model
+from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector
+from mllm.training.lora import merge_lora
 
 # Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
 STOCK = """
@@ -134,27 +135,6 @@ def test_seed_decides_the_projector_only(tmp_path, built):
         assert torch.equal(tensor, same.state_dict()[name]), name
         differs = not torch.equal(tensor, other.state_dict()[name])
         assert differs == ("multi_modal_projector" in name), name
-
-
-def test_gathered_weights_and_a_subclass_are_saved_as_the_stock_model(tmp_path, built):
-    """What a ZeRO-3 run passes: a subclass whose own weights are stale, and the gathered ones."""
-
-    class Trained(LlavaForConditionalGeneration):
-        pass
-
-    model, processor = built
-    gathered = {name: tensor + 0.5 for name, tensor in model.state_dict().items()}
-    model.__class__ = Trained
-    save_model(model, processor, tmp_path / "model", card={}, state_dict=gathered)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [
-        "LlavaForConditionalGeneration"
-    ]
-    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, gathered[name]), name
-    written = torch.load(tmp_path / "model" / "mm_projector.bin", weights_only=True)
-    name = "model.multi_modal_projector.linear_2.weight"
-    assert torch.equal(written["model.mm_projector.2.weight"], gathered[name])
 
 
 def test_an_older_model_is_replaced_whole(tmp_path, built):

@@ -21,7 +21,7 @@ from clips.common.errors import UserError
 from mllm.chat.benchmark import TARGETS, benchmark_chat
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession, turn_text
-from mllm.chat.stream import _Streamer
+from mllm.chat.stream import AnswerStreamer
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list) -> N
     def refuse(count: int) -> None:
         raise RuntimeError("the window has moved")
 
-    session._cache.crop = refuse
+    session._prefix._cache.crop = refuse
     again = "".join(session.retry(Sampling(max_new_tokens=4)))
     assert session.last.cached_tokens == 0
     assert again == fresh(session, Sampling(max_new_tokens=4))
@@ -172,8 +172,8 @@ def test_sampling_repeats_with_its_seed_only(model: ChatModel, images: list) -> 
 # ---------------------------------------------------------------------------------------------- the stream
 
 
-def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], _Streamer]:
-    streamer = _Streamer(tokenizer, stop, threading.Event())
+def stream(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], AnswerStreamer]:
+    streamer = AnswerStreamer(tokenizer, stop, threading.Event())
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for token in ids:
         if not streamer.stopped:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreT
 
 from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM, chat_template
+from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM
 
 IMAGE_TOKENS = 3
 
@@ -208,7 +208,7 @@ def make_processor(tokenizer, template: str) -> LlavaProcessor:
 def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
     tokenizer = TOKENIZERS[kind]
     encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
-    make_processor(tokenizer, chat_template(version, tokenizer)).save_pretrained(tmp_path)
+    make_processor(tokenizer, encoder.format.chat_template()).save_pretrained(tmp_path)
     processor = LlavaProcessor.from_pretrained(tmp_path)
     picture = Image.new("RGB", (32, 32))
     question = "What's at the top left, \"red\" or {{ 'blue' }}?"

@@ -22,7 +22,7 @@ from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
 from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
-from mllm.model.load import load_model, newest_model
+from mllm.model.load import load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(place: Path) -> Loaded:
-    return load_model(str(place / "runs" / "llava" / "model"), torch.device("cpu"))
+    return load_llava(str(place / "runs" / "llava" / "model"), torch.device("cpu"))
 
 
 def questions() -> list[Question]:

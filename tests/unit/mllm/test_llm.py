@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from clips.common.errors import UserError
 from mllm.model import llm as llm_module
-from mllm.model.llm import DEFAULT_LLM, convert_gguf, find_default, load_llm, packaged_gguf
+from mllm.model.defaults import DEFAULT_LLM
+from mllm.model.llm import convert_gguf, find_default, load_llm, packaged_gguf
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -92,6 +93,22 @@ def test_template_stays_the_same_when_loaded_again(tmp_path):
     assert torch.equal(again.model.lm_head.weight, first.model.lm_head.weight)
 
 
+def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_it(tmp_path):
+    directory = write_llm(tmp_path / "llm")
+    marker = tmp_path / "was_run"
+    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    for file in ("config.json", "tokenizer_config.json"):
+        content = json.loads((directory / file).read_text()) | {"auto_map": code}
+        (directory / file).write_text(json.dumps(content))
+    llm = load_llm(str(directory))
+    assert not marker.exists()
+    llm.tokenizer.save_pretrained(tmp_path / "again")
+    saved = (tmp_path / "again" / "tokenizer_config.json").read_text()
+    assert "auto_map" not in saved, "what is passed on needs no code"
+    assert "trust_remote_code" not in saved
+
+
 def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"language model: there is no directory \./nothing"):
         load_llm("./nothing")
@@ -99,8 +116,9 @@ def test_refusals(tmp_path, monkeypatch):
     config = json.loads((directory / "config.json").read_text())
     marker = tmp_path / "was_run"
     (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
-    with pytest.raises(UserError, match=r"config\.json asks for Python code.*never runs"):
+    code = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (directory / "config.json").write_text(json.dumps(config | code))
+    with pytest.raises(UserError, match=r"language model: .*llm needs Python code.*never runs"):
         load_llm(str(directory))
     assert not marker.exists()
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))

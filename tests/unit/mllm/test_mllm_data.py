@@ -142,17 +142,6 @@ def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
         ImageStore(tmp_path / "no.tar")
 
 
-def test_pad_is_llavas_expand2square(folder):
-    store = ImageStore(folder, "pad", background=(0.5, 0.25, 1.0))
-    padded = np.asarray(store.load("sub/1.png"))  # 12 wide, 6 high
-    assert padded.shape == (12, 12, 3)
-    assert (padded[:3] == [127, 63, 255]).all()
-    assert (padded[9:] == [127, 63, 255]).all()
-    assert (padded[3:9] == [40, 10, 200]).all()
-    with pytest.raises(UserError, match="square or pad"):
-        ImageStore(folder, "anyres")
-
-
 def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
     records = [record("sub/1.png", "A longer question here?"), record(None), record("sub/0.png")]
     dataset = LlavaDataset(write(tmp_path / "data.json", records), encoder, ImageStore(folder))

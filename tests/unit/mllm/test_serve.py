@@ -36,7 +36,7 @@ from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import Encoder, _bind, create_app
+from mllm.serve.app import Encoder, bind_port, create_app
 from mllm.serve.queue import Desk
 from mllm.serve.schemas import UNSUPPORTED
 
@@ -61,7 +61,7 @@ def encoder(place: Path) -> Encoder:
 @contextlib.contextmanager
 def served(chat: ChatModel, encoder: Encoder | str, limits: Limits, **options: object) -> Iterator[str]:
     """The server's address while it runs in a thread."""
-    bound = _bind("127.0.0.1", 0)
+    bound = bind_port("127.0.0.1", 0)
     app = create_app(chat, encoder, limits, **options)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -552,14 +552,14 @@ def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
 
 
 def test_a_taken_port_is_the_users_mistake() -> None:
-    with _bind("127.0.0.1", 0) as bound:
+    with bind_port("127.0.0.1", 0) as bound:
         bound.listen()
         with pytest.raises(UserError, match="--port"):
-            _bind("127.0.0.1", bound.getsockname()[1])
+            bind_port("127.0.0.1", bound.getsockname()[1])
     with pytest.raises(UserError, match="--host"):
-        _bind("203.0.113.1", 0)
+        bind_port("203.0.113.1", 0)
     with pytest.raises(UserError, match="--port"):
-        _bind("127.0.0.1", 70_000)
+        bind_port("127.0.0.1", 70_000)
 
 
 def test_base64_is_what_the_client_decodes(address: str, encoder: Encoder) -> None:

@@ -15,19 +15,17 @@ from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
-from mllm.training.plan import command_line, steps_of
-from mllm.training.prepare import lora_config
-from mllm.training.stages import (
-    PARTS,
-    STAGES,
+from mllm.training.freeze import (
     apply_plan,
     assert_plan,
     count_parameters,
-    freeze_plan,
     learning_rates,
     parameter_groups,
     part_of,
 )
+from mllm.training.lora import lora_config
+from mllm.training.plan import command_line, steps_of
+from mllm.training.stages import PARTS, STAGES, freeze_plan
 
 
 @pytest.fixture(scope="module")

@@ -367,10 +367,28 @@ def test_hf_refusals(tmp_path):
         load_vision(f"hf:{tmp_path / 'cut'}")
     hf_directory(tmp_path / "code", "clip")
     config = json.loads((tmp_path / "code" / "config.json").read_text())
-    config["vision_config"]["auto_map"] = {"AutoModel": "evil.Evil"}
+    marker = tmp_path / "was_run"
+    (tmp_path / "code" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     (tmp_path / "code" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="asks for Python code"):
+    with pytest.raises(UserError, match="code needs Python code that comes with it"):
         load_vision(f"hf:{tmp_path / 'code'}")
+    assert not marker.exists()
+
+
+def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_it(tmp_path):
+    """Many models on the hub carry `auto_map` from before transformers took their kind in."""
+    hf_directory(tmp_path / "plain", "clip")
+    shutil.copytree(tmp_path / "plain", tmp_path / "code")
+    marker = tmp_path / "was_run"
+    (tmp_path / "code" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    code = {"config.json": ("AutoConfig", "AutoModel"), "preprocessor_config.json": ("AutoImageProcessor",)}
+    for file, names in code.items():
+        content = json.loads((tmp_path / "code" / file).read_text())
+        content["auto_map"] = dict.fromkeys(names, "evil.Evil")
+        (tmp_path / "code" / file).write_text(json.dumps(content))
+    assert load_vision(f"hf:{tmp_path / 'code'}").fingerprint == load_vision(f"hf:{tmp_path / 'plain'}").fingerprint
+    assert not marker.exists()
 
 
 def test_unknown_names_and_layers(runs):

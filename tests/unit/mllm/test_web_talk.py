@@ -13,8 +13,8 @@ from tiny_web import picture, write_export, write_llava
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.web import _Models, _trained, about, example_questions
-from mllm.chat.web_talk import _answer, _begin, _forget, _stop, _Talk
+from mllm.chat.web_models import ModelPool, about, example_questions, trained_models
+from mllm.chat.web_talk import Talk, answer, begin, forget, stop
 
 LIMITS = Limits(prompt_chars=500, images=2, new_tokens=40)
 
@@ -38,21 +38,21 @@ def every_token_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm.chat.web_talk.SHOWN_EVERY_S", -1)
 
 
-def stream(talk: _Talk, model: ChatModel, **options: Any):
+def stream(talk: Talk, model: ChatModel, **options: Any):
     settings = {"column": 0, "temperature": 0.0, "length": 30, "limits": LIMITS, "again": False} | options
-    return _answer(talk, model=lambda: model, **settings)
+    return answer(talk, model=lambda: model, **settings)
 
 
-def said(talk: _Talk, column: int = 0) -> list[str]:
+def said(talk: Talk, column: int = 0) -> list[str]:
     return [message["content"] for message in talk.messages[column] if message["role"] == "assistant"]
 
 
-def ask(talk: _Talk, text: str, files: list[str] | None = None, columns: int = 1) -> dict[str, Any]:
-    return _begin({"text": text, "files": files or []}, talk, columns, LIMITS)
+def ask(talk: Talk, text: str, files: list[str] | None = None, columns: int = 1) -> dict[str, Any]:
+    return begin({"text": text, "files": files or []}, talk, columns, LIMITS)
 
 
 def test_a_question_streams_and_both_turns_are_shown(model: ChatModel, place: Path) -> None:
-    talk = _Talk()
+    talk = Talk()
     box = ask(talk, " What <image>? ", [str(place / "scene.png")])
     assert box["stop_btn"] is True
     assert talk.busy
@@ -76,7 +76,7 @@ def test_a_question_streams_and_both_turns_are_shown(model: ChatModel, place: Pa
 
 def test_a_quick_answer_is_shown_in_few_steps(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm.chat.web_talk.SHOWN_EVERY_S", 3600)
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "What?")
     asked, first, last = (messages for messages, _, _ in stream(talk, model))
     assert len(asked) == 1
@@ -85,18 +85,18 @@ def test_a_quick_answer_is_shown_in_few_steps(model: ChatModel, monkeypatch: pyt
 
 
 def test_no_answer_is_longer_than_the_limit(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "What?")
     assert list(stream(talk, model, length=10**9))[-1][2].startswith("40 tokens")
 
 
 def test_a_stopped_answer_stays_and_can_be_asked_for_again(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "What?")
     long = {"length": 200, "limits": Limits(new_tokens=200)}  # it is stopped well before its end
     answers = stream(talk, model, **long)
     next(answers), next(answers)
-    assert "stop_btn" not in _stop(talk)  # the browser may hear of it after the answer's end
+    assert "stop_btn" not in stop(talk)  # the browser may hear of it after the answer's end
     assert "stopped" in list(answers)[-1][2]
     (first,) = said(talk)
     list(stream(talk, model, again=True, **long))
@@ -106,7 +106,7 @@ def test_a_stopped_answer_stays_and_can_be_asked_for_again(model: ChatModel) -> 
 
 
 def test_both_columns_answer_one_question_and_the_box_waits_for_the_slower(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "What?", columns=2)
     left, right = stream(talk, model), stream(talk, model, column=1)
     next(right)
@@ -118,11 +118,11 @@ def test_both_columns_answer_one_question_and_the_box_waits_for_the_slower(model
 
 
 def test_a_new_conversation_is_not_written_into_by_the_old_answer(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "Old?")
     old = stream(talk, model)
     next(old), next(old)
-    _forget(talk, 0)
+    forget(talk, 0)
     assert not talk.busy
     ask(talk, "New?")
     list(stream(talk, model))
@@ -133,7 +133,7 @@ def test_a_new_conversation_is_not_written_into_by_the_old_answer(model: ChatMod
 
 
 def test_a_question_that_cannot_be_answered_comes_back(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "What?")
     list(stream(talk, model))
     before = list(talk.messages[0])
@@ -161,7 +161,7 @@ def test_bad_questions_are_refused_with_a_reason(
     paths = [tmp_path / f"{number}.png" for number in range(len(data or []))]
     for path, content in zip(paths, data or [], strict=True):
         path.write_bytes(content)
-    talk = _Talk()
+    talk = Talk()
     with pytest.raises(UserError, match=message):
         ask(talk, text, list(map(str, paths)))
     assert not talk.busy
@@ -169,13 +169,13 @@ def test_bad_questions_are_refused_with_a_reason(
 
 def test_models_are_loaded_once_and_no_others(place: Path) -> None:
     name, loaded = str(place / "runs" / "one" / "model"), []
-    models = _Models([name], lambda name: loaded.append(name) or name)
+    models = ModelPool([name], lambda name: loaded.append(name) or name)
     assert models.get(name) == models.get(name) == name
     assert loaded == [name]
     assert models.choices() == [("one", name)]
     with pytest.raises(UserError, match="there is no model"):
         models.get("somebody/else")
-    assert _trained(place / "runs") == [name]
+    assert trained_models(place / "runs") == [name]
 
 
 def test_the_line_about_a_model(place: Path) -> None:
@@ -209,13 +209,13 @@ def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
 
 
 def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
-    talk = _Talk()
+    talk = Talk()
     ask(talk, "Old?")
 
     def load() -> ChatModel:
-        _forget(talk, 0)
+        forget(talk, 0)
         return model
 
-    list(_answer(talk, 0, load, 0.0, 30, LIMITS, again=False))
+    list(answer(talk, 0, load, 0.0, 30, LIMITS, again=False))
     assert not talk.sessions
     assert not talk.messages

@@ -1,0 +1,78 @@
+"""What a finished stage leaves: its projector, after stage 2 adapter, model and card, and the mark that it is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+
+from clips.common.files import write_atomically
+from mllm.model.llava import save_model
+from mllm.model.projector import save_projector
+from mllm.model.quantize import dequantize
+from mllm.training.arguments import TrainArguments
+from mllm.training.log import read_json
+from mllm.training.lora import merge_lora, merge_quantized_lora
+from mllm.training.prepare import PROJECTOR, Prepared
+
+
+def write_results(
+    arguments: TrainArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
+) -> None:
+    """The projector always; after stage 2 adapter and model; at last done.json, which makes the stage count.
+
+    `cast` brings every part to one precision, as a stock model has; under DeepSpeed they are so already.
+    """
+    model, stage_dir = prepared.model, run_dir / summary["stage"]
+    llava = model.get_base_model() if isinstance(model, PeftModel) else model
+    save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR)
+    if arguments.stage == 2:
+        dtype = llava.lm_head.weight.dtype
+        quantized = arguments.bits < 16
+        if isinstance(model, PeftModel):
+            model.save_pretrained(run_dir / "adapter")
+            save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
+            model = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
+        elif quantized:
+            model = dequantize(model, dtype)
+        save_model(
+            model.to(dtype) if cast else model, prepared.processor, run_dir / "model", card=card(run_dir, summary)
+        )
+    write_atomically(stage_dir / "done.json", json.dumps(summary, indent=2) + "\n")
+    for checkpoint in stage_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
+    """What the model card says: what was trained on what, in both stages."""
+    config, rows = read_json(run_dir / "config.json"), {}
+    for stage in ("align", "instruct"):
+        record = config.get(stage)
+        if record is None:
+            continue
+        trains = record["trains"]
+        rows |= {name.capitalize(): record["facts"][name] for name in ("vision encoder", "language model")}
+        rows[f"Stage {stage}: data"] = record["facts"]["data"]
+        rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
+        done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
+        projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
+        rows[f"Stage {stage}: rates"] = (
+            f"learning rate {trains['learning_rate']:g}, projector {projector_rate:g}, "
+            f"batch {trains['batch_size']}, {done.get('samples', '?')} samples, seed {trains['seed']}"
+        )
+    return rows
+
+
+def print_next(stage: int, run_dir: Path, console: Console) -> None:
+    if stage == 1:
+        console.print(f"{run_dir}/align/{PROJECTOR} holds the projector. Next: stage 2 (--stage 2)", highlight=False)
+    else:
+        console.print(
+            f"{run_dir}/model is the finished model, {run_dir}/curves.png its losses. "
+            f"Next:\n  python scripts/evaluate_llava.py --model-path {run_dir}/model\n  python scripts/chat.py",
+            highlight=False,
+        )

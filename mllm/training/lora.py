@@ -1,0 +1,59 @@
+"""LoRA in a LLaVA model: adapters on the language model's linear layers, and their merging into its weights.
+
+The only module of `mllm` that makes or merges adapters; chat and server load merged models and never import PEFT.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from clips.common.errors import UserError
+from mllm.model.quantize import dequantize
+from mllm.training.arguments import TrainArguments
+
+
+def add_lora(model: nn.Module, arguments: TrainArguments) -> PeftModel:
+    """`model` with fresh adapters, the same on every rank."""
+    torch.manual_seed(arguments.seed)
+    return get_peft_model(model, lora_config(model, arguments))
+
+
+def lora_config(model: nn.Module, arguments: TrainArguments) -> LoraConfig:
+    """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
+    layers = model.model.language_model.named_modules()
+    kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
+    return LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=rf".*language_model\..*\.({'|'.join(kinds)})",
+        task_type="CAUSAL_LM",
+    )
+
+
+def merge_lora(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The plain model with LoRA adapters added into its weights; a model without adapters is returned as it is.
+
+    Raises UserError for a base in 4 or 8 bits: adding an adapter to quantised weights rounds it away. Load the base
+    in full precision, put the adapter on it, and merge then.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        raise UserError("LoRA cannot be merged into a quantised base: load the base in bf16 or fp32, then merge")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> nn.Module:
+    """The plain model with the adapters added to the dequantised weights, so that it computes what was trained.
+
+    `model` is used up. Adding them to the original weights instead would be another model than the trained one.
+    """
+    config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
+    plain = get_peft_model(dequantize(model.unload(), dtype), config)
+    set_peft_model_state_dict(plain, adapters)
+    return merge_lora(plain)
