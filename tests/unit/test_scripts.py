@@ -47,8 +47,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script: Path) -> None:
     assert "default" in done.stdout
     imported = set(re.findall(r"^import time:.*\|\s+(\w+)$", done.stderr, flags=re.MULTILINE))
     assert "argparse" in imported
-    if script.name != "train_llava.py":  # its flags are a dataclass whose defaults come with the stages
-        assert not imported & HEAVY
+    assert not imported & HEAVY
 
 
 @pytest.mark.parametrize("script", named([path for path in PYTHON_SCRIPTS if "def parser(" in path.read_text()]))
