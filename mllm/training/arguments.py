@@ -190,6 +190,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
 
 def parser() -> argparse.ArgumentParser:
     """One flag per field of `TrainArguments`, with its default, and LLaVA's that have one value here."""
+    # Not transformers.HfArgumentParser: importing it takes a second that --help and a mistyped flag would wait.
     p = argparse.ArgumentParser(
         prog="train_llava.sh",
         usage="%(prog)s [--vision NAME] [--stage 1|2] [flags]",

@@ -64,7 +64,7 @@ class TrainingModel(nn.Module):
         num_items_in_batch: Tensor | None = None,
     ) -> dict[str, Tensor]:
         llava = self.llava
-        if not self.features and pixel_values is None:
+        if not self.features and pixel_values is None:  # a batch without images, see `embed_inputs`
             side = llava.config.vision_config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
         embeds = embed_inputs(llava, input_ids, image_features, pixel_values)
@@ -79,7 +79,7 @@ class TrainingModel(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Not strict: a checkpoint of the DeepSpeed engine leaves out what does not train."""
+        """Never strict: a checkpoint of the DeepSpeed engine leaves out what does not train."""
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -117,6 +117,7 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        # A signal may reach one rank only, or two ranks in different steps; all must stop after the same one.
         requested = torch.tensor(self.signal.requested, device=args.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(requested, op=dist.ReduceOp.MAX)
@@ -145,11 +146,12 @@ class LlavaTrainer(Trainer):
         self.rates, self.sampler, self.keep = rates, sampler, keep
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)
         super().__init__(model, args, **kwargs)
-        self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)  # MetricsLog prints
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.rates, self.args.weight_decay)
+            # torch's own defaults, spelled out: they are part of what a run is.
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
         return self.optimizer
 
@@ -167,6 +169,7 @@ class LlavaTrainer(Trainer):
         indices = inputs.pop("index")
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finite = torch.isfinite(loss.detach()).to(torch.int32)
+        # Agreed on before the backward pass: the ranks meet in it, and would wait for ever for one that has stopped.
         mine = [] if finite else indices.tolist()
         if self.args.world_size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -213,6 +216,7 @@ class LlavaTrainer(Trainer):
             write_weights(tensors, Path(output_dir) / TRAINED)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The Trainer leaves frozen weights out of PEFT models only, and does not see one in `TrainingModel`.
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -222,6 +226,7 @@ class LlavaTrainer(Trainer):
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer would look for a whole model, under file names of its own.
         saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
         if saved.keys() != own.keys():
             raise RuntimeError(f"{resume_from_checkpoint} holds other parameters than those that train")
