@@ -8,13 +8,11 @@ read already) and `AnswerStreamer` (which text may be shown yet).
 from __future__ import annotations
 
 import inspect
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -24,11 +22,9 @@ from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.prefix_cache import PrefixCache
 from mllm.chat.stream import AnswerStreamer, StopWhenDone
-from mllm.data.formats import IMAGE_TOKEN
+from mllm.chat.transcript import Turn, count_images, save_transcript, turn_text
 from mllm.encoders.registry import image_pixels
 
-Turn = dict[str, Any]
-"""`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 _CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # transformers renamed the argument
 
@@ -110,7 +106,7 @@ class ChatSession:
         if self.turns[-1]["from"] == "gpt":
             self.turns = self.turns[:-1]
         *self.turns, question = self.turns
-        self.images = self.images[: len(self.images) - _count_images(question)]
+        self.images = self.images[: len(self.images) - count_images(question)]
         return turn_text(question)
 
     def reset(self) -> None:
@@ -119,41 +115,8 @@ class ChatSession:
         self._prefix.forget()
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write the talk as LLaVA's JSON or as Markdown, by the suffix, and its pictures as PNGs beside it.
-
-        Returns the files written. A text that spells `<image>` is kept as a list of parts, so that it stays text.
-        """
-        path = Path(path)
-        if path.suffix not in (".json", ".md"):
-            raise UserError(f"{path}: name it .json (LLaVA's format) or .md (Markdown)")
-        names = [f"{path.stem}_{number}.png" for number in range(len(self.images))]
-        write = self._llava if path.suffix == ".json" else self._markdown
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(write(names, path.stem), encoding="utf-8")
-            for name, image in zip(names, self.images, strict=True):
-                image.save(path.with_name(name))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-        return [path, *(path.with_name(name) for name in names)]
-
-    def _llava(self, names: list[str], title: str) -> str:
-        turns = [{"from": "system", "value": self.system}] if self.system else []
-        for turn in self.turns:
-            text, value = turn_text(turn), turn["value"]
-            if turn["from"] == "gpt" or IMAGE_TOKEN not in text:
-                value = "\n".join([*[IMAGE_TOKEN] * _count_images(turn), text])
-            turns.append({"from": turn["from"], "value": value})
-        record = {"id": title, "image": names, "conversations": turns, "model": self.model.name}
-        return json.dumps([record], indent=2, ensure_ascii=False) + "\n"
-
-    def _markdown(self, names: list[str], title: str) -> str:
-        lines, left = [f"# {title}", f"Model: {self.model.name}"], iter(names)
-        lines += [f"**System:** {self.system}"] if self.system else []
-        for turn in self.turns:
-            lines += [f"![]({next(left)})" for _ in range(_count_images(turn))]
-            lines.append(f"**{'You' if turn['from'] == 'human' else 'Model'}:** {turn_text(turn)}")
-        return "\n\n".join(lines) + "\n"
+        """Write the talk to `path` (.json or .md) and its pictures beside it, see `save_transcript`."""
+        return save_transcript(path, self.turns, self.images, system=self.system, model=self.model.name)
 
     def _answer(
         self, turns: list[Turn], images: list[Image], sampling: Sampling, cancel: threading.Event | None
@@ -246,12 +209,3 @@ class ChatSession:
             pad_token_id=encoder.stop_ids[0] if pad is None else pad,
             **drawn,
         )
-
-
-def turn_text(turn: Turn) -> str:
-    """The text of a turn, without its pictures."""
-    return "".join(part["text"] for part in turn["value"] if part["type"] == "text").strip()
-
-
-def _count_images(turn: Turn) -> int:
-    return sum(part["type"] == "image" for part in turn["value"])

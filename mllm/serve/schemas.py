@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits, download_image
 from mllm.chat.model import Sampling
-from mllm.chat.session import Turn
+from mllm.chat.transcript import Turn
 
 
 class ApiError(Exception):

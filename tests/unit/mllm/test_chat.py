@@ -20,8 +20,9 @@ from tokenizers import decoders
 from clips.common.errors import UserError
 from mllm.chat.benchmark import TARGETS, benchmark_chat
 from mllm.chat.model import ChatModel, Sampling
-from mllm.chat.session import ChatSession, turn_text
+from mllm.chat.session import ChatSession
 from mllm.chat.stream import AnswerStreamer
+from mllm.chat.transcript import turn_text
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore

@@ -18,8 +18,9 @@ from tiny_chat import SHORT
 from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
 from mllm.chat.model import ChatModel, Sampling
-from mllm.chat.session import ChatSession, turn_text
+from mllm.chat.session import ChatSession
 from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files, load_picture
+from mllm.chat.transcript import turn_text
 from mllm.data.images import ImageStore
 from mllm.data.questions import read_questions
 from mllm.evaluation.evaluate import generate_answers

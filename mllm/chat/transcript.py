@@ -1,0 +1,68 @@
+"""A talk as a list of turns, and as a file: LLaVA's JSON (which is training data) or Markdown, pictures beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from clips.common.errors import UserError
+from mllm.data.formats import IMAGE_TOKEN
+
+Turn = dict[str, Any]
+"""`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
+
+
+def turn_text(turn: Turn) -> str:
+    """The text of a turn, without its pictures."""
+    return "".join(part["text"] for part in turn["value"] if part["type"] == "text").strip()
+
+
+def count_images(turn: Turn) -> int:
+    return sum(part["type"] == "image" for part in turn["value"])
+
+
+def save_transcript(
+    path: Path | str, turns: Sequence[Turn], images: Sequence[Image], *, system: str | None, model: str
+) -> list[Path]:
+    """Write the talk in the format of `path`'s suffix, and its pictures as PNGs beside it; returns the files.
+
+    A text that spells `<image>` is kept as a list of parts, so that it stays text. UserError for another suffix and
+    for a place that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".md"):
+        raise UserError(f"{path}: name it .json (LLaVA's format) or .md (Markdown)")
+    names = [f"{path.stem}_{number}.png" for number in range(len(images))]
+    as_text = _llava if path.suffix == ".json" else _markdown
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_text(turns, names, path.stem, system, model), encoding="utf-8")
+        for name, image in zip(names, images, strict=True):
+            image.save(path.with_name(name))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    return [path, *(path.with_name(name) for name in names)]
+
+
+def _llava(turns: Sequence[Turn], names: list[str], title: str, system: str | None, model: str) -> str:
+    said = [{"from": "system", "value": system}] if system else []
+    for turn in turns:
+        text, value = turn_text(turn), turn["value"]
+        if turn["from"] == "gpt" or IMAGE_TOKEN not in text:
+            value = "\n".join([*[IMAGE_TOKEN] * count_images(turn), text])
+        said.append({"from": turn["from"], "value": value})
+    record = {"id": title, "image": names, "conversations": said, "model": model}
+    return json.dumps([record], indent=2, ensure_ascii=False) + "\n"
+
+
+def _markdown(turns: Sequence[Turn], names: list[str], title: str, system: str | None, model: str) -> str:
+    lines, left = [f"# {title}", f"Model: {model}"], iter(names)
+    lines += [f"**System:** {system}"] if system else []
+    for turn in turns:
+        lines += [f"![]({next(left)})" for _ in range(count_images(turn))]
+        lines.append(f"**{'You' if turn['from'] == 'human' else 'Model'}:** {turn_text(turn)}")
+    return "\n\n".join(lines) + "\n"
