@@ -81,6 +81,7 @@ class TrainArguments:
     save_steps: int = flag(200, "steps between two checkpoints")
     save_total_limit: int = flag(2, "checkpoints that are kept")
     report_to: str = flag("none", "tensorboard, wandb or none")
+    profile: int = flag(0, "optimizer steps that torch's profiler records into STAGE/profile (default: 0, none)")
     dry_run: bool = flag(False, "print the command and the plan, train nothing")
 
     def resolve(self, world_size: int) -> TrainArguments:
@@ -151,7 +152,7 @@ class TrainArguments:
 BATCHES = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_RESULT = {
     *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "dataloader_num_workers"),
-    *("logging_steps", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing"),
+    *("logging_steps", "save_steps", "save_total_limit", "report_to", "profile", "gradient_checkpointing"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
 ALREADY_SO = {

@@ -2,6 +2,7 @@
 
 runs/NAME/config.json env.json metrics.jsonl curves.png
 runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and done.json
+                      profile/ with --profile
 runs/NAME/instruct/   the same
 runs/NAME/model/      the stock transformers model (adapters merged), mm_projector.bin beside it
 runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.bin
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from clips.common.profile import profiled
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -39,6 +41,7 @@ from mllm.training.trainer import (
     Indexed,
     IndexedCollator,
     LlavaTrainer,
+    ProfileCallback,
     StopCallback,
     TrainingModel,
     training_arguments,
@@ -140,7 +143,11 @@ def train(
         process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
     first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    with naming_lost_ranks(lambda: trainer.state.global_step + 1):
+    with (
+        naming_lost_ranks(lambda: trainer.state.global_step + 1),
+        profiled(stage_dir / "profile", arguments.profile, process.device) as profiler,
+    ):
+        trainer.add_callback(ProfileCallback(profiler))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if stop.stopped:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from clips.common.profile import Profiler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -125,6 +126,16 @@ class StopCallback(TrainerCallback):
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
+
+
+class ProfileCallback(TrainerCallback):
+    """Tells the profiler where an optimizer step ends."""
+
+    def __init__(self, profiler: Profiler) -> None:
+        self.profiler = profiler
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.profiler.step()
 
 
 class LlavaTrainer(Trainer):

@@ -168,6 +168,18 @@ def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_profiled_steps_are_recorded_and_train_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, flags in {"plain": [], "profiled": ["--profile", "2"]}.items():
+        run(place, monkeypatch, *ALIGN, "--max_steps", "5", "--output_dir", f"runs/{name}", *flags)
+    assert losses(place / "runs/profiled") == losses(place / "runs/plain")
+    trace = json.loads((place / "runs/profiled/align/profile/trace-rank0.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 2
+    assert "aten::mm" in (place / "runs/profiled/align/profile/operators-rank0.txt").read_text()
+    assert not (place / "runs/plain/align/profile").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "rel"), [("random", 2e-3), ("captions", 3e-2)])
 def test_feature_cache_on_and_off_train_the_same(
     start: str, rel: float, place: Path, monkeypatch: pytest.MonkeyPatch
