@@ -37,8 +37,8 @@ from clips.data.sentences import sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPS, PRESETS
-from clips.recipes import recipe
+from clips.model.clips import CLIPS
+from clips.recipes import PRESETS, recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from clips.common.errors import UserError
 from clips.common.runtime import choose_device
 from clips.config import RunConfig
 from clips.training.cli import config_from_flags
+from clips.training.cli import parser as pretraining_parser
 from mllm.data.dataset import read_json_records
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.encoders.registry import parse_vision_name
@@ -126,7 +126,7 @@ class Plan:
 
     @cached_property
     def given_for_pretraining(self) -> set[str]:
-        return _given(_pretraining_parser(), self.pretrain_flags)
+        return _given(pretraining_parser(), self.pretrain_flags)
 
     @property
     def is_demo(self) -> bool:
@@ -238,7 +238,7 @@ class Plan:
     def pretraining_config(self, run: Path, kind: str, seed: int) -> RunConfig:
         """What `pretrain_command` makes of its flags; raises UserError for what it would refuse."""
         _, _, *flags = self.pretrain_command(run, kind, seed)
-        return config_from_flags(_pretraining_parser().parse_args(flags))
+        return config_from_flags(pretraining_parser().parse_args(flags))
 
     def retrieval_command(self, run: Path) -> list[str]:
         command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", self.device]
@@ -264,10 +264,6 @@ class Plan:
             content = {"sha256": hashlib.sha256(self.question_file.read_bytes()).hexdigest()}
         questions = self.question_file.name if self.question_file else "the demo's"
         return {"questions": questions, "limit": self.questions, "dtype": str(dtype).removeprefix("torch.")} | content
-
-
-def _pretraining_parser() -> argparse.ArgumentParser:
-    return runpy.run_path(str(SCRIPTS / "pretrain_clips.py"))["parser"]()
 
 
 def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
