@@ -31,7 +31,7 @@ def _preset(patch_size: int, vision: tuple[int, int, int], text: tuple[int, int,
 
 
 #: Width/layers/heads of the image tower, of the text tower and decoder, and the embedding width
-#: (shared/CLIPS.md, the table under "Architecture").
+#: (docs/method.md, the table under "Architecture").
 PRESETS: dict[str, ModelConfig] = {
     "S/16": _preset(16, (384, 12, 6), (384, 12, 6), 384),
     "B/16": _preset(16, (768, 12, 12), (512, 12, 8), 512),
