@@ -205,6 +205,13 @@ def test_paths_in_the_text_exist(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", [pytest.param(page, id=at(page)) for page in PAGES if page.name != "CHANGELOG.md"])
+def test_names_of_the_library_in_the_text_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:clips|mllm)(?:\.\w+)+)", prose(page.read_text())):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
 def test_every_page_is_listed_and_begins_with_its_title() -> None:
     listed = set(links(ROOT / "docs" / "index.md"))
     for page in (ROOT / "docs").glob("*.md"):
