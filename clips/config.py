@@ -50,7 +50,7 @@ Schedule = Literal["cosine", "trapezoid"]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The image tower (shared/CLIPS.md, "Architecture"). `image_size` is the export resolution in pixels."""
+    """The image tower (docs/method.md, "Architecture"). `image_size` is the export resolution in pixels."""
 
     width: int
     layers: int

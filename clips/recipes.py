@@ -66,7 +66,7 @@ def demo() -> RunConfig:
         captions=CaptionsConfig(tokenizer="wordpiece"),
         task=TaskConfig(),
         data=DataConfig(workers=1),
-        # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does (README, "Results").
+        # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does.
         optim=OptimConfig(kind="muon", weight_decay=0.05),
         phases=(
             PhaseConfig(
@@ -88,7 +88,7 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
-    Its learning rates are its own best ones, half of the demo's (README, "CLIPS against CLIP").
+    Its learning rates are its own best ones, half of the demo's (docs/results.md, "CLIPS against CLIP").
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
@@ -103,7 +103,7 @@ def clip_baseline() -> RunConfig:
 
 
 def _paper(name: str, preset: str, low: int, low_samples: int) -> RunConfig:
-    """The paper's three phases (shared/CLIPS.md, "Recipe"): low resolution, 224, 336.
+    """The paper's three phases (docs/method.md, "Recipe"): low resolution, 224, 336.
 
     Learning rates are the published ones per 256 samples times the batch. Text padding is masked, which the
     reference does not do: a text then gives the same features at any padded length, so a batch is padded only

@@ -228,7 +228,7 @@ def test_the_whole_sentence_pairs_things_with_their_places() -> None:
 
 
 def test_text_lengths_overlap() -> None:
-    """Both text encoders must see the lengths that they are tested on (shared/DATA.md)."""
+    """Both text encoders must see the lengths that they are tested on: on others a text encoder fails."""
     web, sentences = [], []
     for number in range(500):
         _, description = split_scene("train", number, 0)
