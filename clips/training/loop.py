@@ -77,7 +77,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
         try:
-            engine.restore_optimizer(previous.optimizer(), state.step)
+            engine.state.restore_optimizer(previous.optimizer(), state.step)
         except KeyError as error:
             raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
     if is_main:
@@ -183,7 +183,7 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
 
 def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
     """Write a checkpoint from rank 0; when that fails every rank ends, and the older checkpoints are intact."""
-    weights, optimizer = engine.gather_weights(), engine.gather_optimizer()
+    weights, optimizer = engine.state.gather_weights(), engine.state.gather_optimizer()
     failure = [None]
     if dist.get_rank() == 0:
         try:
