@@ -6,7 +6,6 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
 from clips.data.loader import start_worker
@@ -257,7 +257,7 @@ def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skip
         "skipped_images": len(skipped),
         "skipped": list(skipped[:20]),
     }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(path), content)
 
 
 def print_figures(figures: dict[str, Figure], title: str) -> None:

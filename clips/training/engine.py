@@ -107,7 +107,7 @@ class Engine:
         self.accumulation = run.train.accumulation
         task.model.set_activation_checkpointing(run.train.activation_checkpointing)
         groups = parameter_groups(task, run.optim)
-        self.split = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups}
+        sizes = {g["name"]: [p.numel() for p in g["params"]] for g in groups}
         zero = ds_config.get("zero_optimization", {})
         if run.optim.kind == "muon" and zero.get("stage") == 3:
             zero["reduce_scatter"] = False  # DeepSpeed refuses Muon with it: the full gradient is needed
@@ -131,6 +131,11 @@ class Engine:
         self.state = ZeroState(self.engine, dict(task.model.named_parameters()), muon, device)
         """The sharded state: to gather for a checkpoint, and to restore from one."""
         self.stage, self.device = self.state.stage, device
+        self.facts = {
+            "zero_stage": self.stage,
+            "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
+        }
+        """What env.json tells of the engine."""
         self._whole_grad_norm: Tensor | None = None
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile

@@ -33,10 +33,6 @@ def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_di
     print_next(run_dir)
 
 
-def is_finished(run_dir: Path) -> bool:
-    return (run_dir / "export").is_dir() and (run_dir / "report" / "index.html").is_file()
-
-
 def print_next(run_dir: Path) -> None:
     Console(stderr=True).print(
         f"\n[bold]{run_dir}[/bold] holds the finished run:\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import CommandError, NotFiniteError, UserError
+from clips.common.files import write_json
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import choose_device, init_distributed, shutdown
+from clips.common.rundir import is_finished
+from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
@@ -22,16 +23,14 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPS
 from clips.training.engine import Engine, read_ds_config
-from clips.training.finish import finish_run, is_finished, print_next
+from clips.training.finish import finish_run, print_next
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
     Options,
     check_ranks_agree,
-    environment,
     open_run_dir,
     prepare_data,
     print_plan,
-    record_config,
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
@@ -81,8 +80,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
         except KeyError as error:
             raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
     if is_main:
-        record_config(run, options.run_dir)
-        (options.run_dir / "env.json").write_text(json.dumps(environment(device, engine), indent=2) + "\n")
+        run.save(options.run_dir / "config.json")
+        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
     try:
         with naming_lost_ranks(lambda: state.step + 1):

@@ -23,7 +23,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from clips.common.errors import UserError
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_atomically
 from clips.config import DataConfig
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
@@ -35,7 +35,6 @@ from mllm.data.questions import read_questions
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.cider import cider
-from mllm.training.log import read_json
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
