@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data (default: no)"
     )
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop (default: no)")
+    p.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
+    )
     p.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (default: no)")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p

@@ -15,6 +15,8 @@ from clips.recipes import debug_twin, recipe
 def pretrain_from_flags(flags: argparse.Namespace) -> None:
     """Build the configuration that `flags` describe and train it."""
     run = config_from_flags(flags)
+    if flags.profile < 0:
+        raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
     from clips.training.loop import pretrain  # to be right
     from clips.training.prepare import (
         Options,  # these import all of torch and deepspeed: not before the flags are known
@@ -28,6 +30,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         allow_config_change=flags.allow_config_change,
         dry_run=flags.dry_run,
         wandb=flags.wandb,
+        profile_steps=flags.profile,
         timeout_minutes=flags.timeout_minutes,
     )
     try:

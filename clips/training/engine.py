@@ -107,6 +107,8 @@ class Engine:
         self.accumulation = run.train.accumulation
         task.model.set_activation_checkpointing(run.train.activation_checkpointing)
         groups = parameter_groups(task, run.optim)
+        # Now: DeepSpeed puts its flat tensors in the place of the groups' parameters.
+        muon = {id(p) for group in groups if group["name"] == "muon" for p in group["params"]}
         sizes = {g["name"]: [p.numel() for p in g["params"]] for g in groups}
         zero = ds_config.get("zero_optimization", {})
         if run.optim.kind == "muon" and zero.get("stage") == 3:
@@ -127,7 +129,6 @@ class Engine:
             config=config,
             dist_init_required=False,
         )
-        muon = {id(p) for group in groups if group["name"] == "muon" for p in group["params"]}
         self.state = ZeroState(self.engine, dict(task.model.named_parameters()), muon, device)
         """The sharded state: to gather for a checkpoint, and to restore from one."""
         self.stage, self.device = self.state.stage, device

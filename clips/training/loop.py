@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from clips.common.errors import CommandError, NotFiniteError, UserError
 from clips.common.files import write_json
+from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
@@ -83,11 +85,12 @@ def pretrain(run: RunConfig, options: Options) -> None:
         run.save(options.run_dir / "config.json")
         write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
-    try:
-        with naming_lost_ranks(lambda: state.step + 1):
-            _train(run, engine, source, tokenizer, state, log, options.run_dir)
-    finally:
-        log.close()
+    with (
+        profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
+        contextlib.closing(log),
+        naming_lost_ranks(lambda: state.step + 1),
+    ):
+        _train(run, engine, source, tokenizer, state, log, profiler, options.run_dir)
     _finish(run, engine, tokenizer, options.run_dir)
     shutdown()
 
@@ -99,6 +102,7 @@ def _train(
     tokenizer: CaptionTokenizer,
     state: TrainState,
     log: RunLog,
+    profiler: Profiler,
     run_dir: Path,
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
@@ -128,6 +132,7 @@ def _train(
                 engine.step()
                 meter.add(parts, batch["skipped"])
             engine.limit_logit_scale()
+            profiler.step()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
             saving = due(run.train.checkpoint_every, state, phase) or last or stopping
@@ -173,7 +178,8 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
     model = engine.plain_model()
     if model is not None:
         size = run.phases[state.phase].image_size
-        figures = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
+        measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
+        figures = {name: figure.value for name, figure in measured.items()}
         log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
         score = figures.get("sentence_t2i_r1", figures.get("part_t2i_r1"))
         state.best = max(filter(None, (state.best, score)), default=None)

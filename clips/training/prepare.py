@@ -37,6 +37,8 @@ class Options:
     allow_config_change: bool = False
     dry_run: bool = False
     wandb: bool = False
+    profile_steps: int = 0
+    """Steps whose operators are recorded into `run_dir`/profile; 0: none."""
     timeout_minutes: float = 30
     """Of a collective: after that the ranks that wait for another end the run."""
 

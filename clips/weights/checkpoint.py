@@ -1,4 +1,4 @@
-"""The only file that writes or reads a checkpoint; mllm/training/checkpoints.py seals and checks the Trainer's with it.
+"""A run's checkpoints, written whole or not at all, hashed, and never silently started over. Only this file writes one.
 
 `checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json`
 with the SHA-256 of each. It is written under a hidden temporary name, flushed to disk and renamed, and then
