@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically
+from clips.common.rundir import METRICS
 from clips.config import DataConfig
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
@@ -337,7 +338,7 @@ def _pretraining(cell: Cell) -> dict[str, Any] | None:
     """What a run of clips/ behind this cell's encoder saw; None where the encoder comes from elsewhere."""
     kind, _, place = cell.vision.partition(":")
     run = Path(place)
-    if kind not in RECIPES or not (run / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
+    if kind not in RECIPES or not (run / "config.json").is_file() or not (run / METRICS).is_file():
         return None
     config = read_json(run / "config.json")
     return {"run": str(run), "recipe": config["recipe"], "seed": config["train"]["seed"]} | steps_seen(run)
