@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clips.common import rundir
 from clips.common.errors import UserError
+from clips.common.files import write_json
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
@@ -308,7 +310,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
 
     @staticmethod
     def load(path: Path) -> RunConfig:
@@ -390,18 +392,8 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as `path: old → new` lines; "auto" asks for what the old run has."""
-    if new.train.precision == "auto":
-        new = replace(new, train=replace(new.train, precision=old.train.precision))
-
-    def walk(a: Any, b: Any, path: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return [
-                line for key in sorted(a.keys() | b.keys()) for line in walk(a.get(key), b.get(key), f"{path}.{key}")
-            ]
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
-        return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
-
-    return walk(*(json.loads(json.dumps(config.to_dict())) for config in (old, new)), "")
+def difference(there: RunConfig, here: RunConfig) -> list[str]:
+    """The fields in which two runs differ, as `path: there → here` lines; "auto" asks for what is there."""
+    if here.train.precision == "auto":
+        here = replace(here, train=replace(here.train, precision=there.train.precision))
+    return rundir.difference(there.to_dict(), here.to_dict())

@@ -66,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data (default: no)"
     )
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop (default: no)")
+    p.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
+    )
     p.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (default: no)")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
@@ -74,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
 def pretrain_from_flags(flags: argparse.Namespace) -> None:
     """Build the configuration that `flags` describe and train it."""
     run = config_from_flags(flags)
+    if flags.profile < 0:
+        raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
     from clips.training.loop import pretrain  # to be right
     from clips.training.prepare import (
         Options,  # these import all of torch and deepspeed: not before the flags are known
@@ -87,6 +96,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         allow_config_change=flags.allow_config_change,
         dry_run=flags.dry_run,
         wandb=flags.wandb,
+        profile_steps=flags.profile,
         timeout_minutes=flags.timeout_minutes,
     )
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
+from clips.common.rundir import read_metrics
 from clips.common.runtime import choose_device
 from clips.config import RunConfig
 from clips.training.cli import config_from_flags
@@ -28,7 +29,6 @@ from mllm.encoders.registry import parse_vision_name
 from mllm.evaluation.evaluate import answer_dtype
 from mllm.training import arguments as train_arguments
 from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
-from mllm.training.log import read_json
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES
 
@@ -291,8 +291,7 @@ def has_benchmarks(plan: Plan, cell: Cell) -> bool:
 
 def steps_seen(run: Path) -> dict[str, int]:
     """Samples and steps of a pretraining run's last logged step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "train"][-1]
+    last = read_metrics(run, "train")[-1]
     return {"samples": last["samples"], "steps": last["step"]}
 
 

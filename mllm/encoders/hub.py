@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -22,11 +21,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What a model directory holds beside its weights: configurations and tokenizer files."""
 CODE_KEYS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-
-
-def cache_root() -> Path:
-    """Folder for things that are computed once: `$CLIPS_MLLM_CACHE`, else `~/.cache/clips-mllm`."""
-    return Path(os.environ.get("CLIPS_MLLM_CACHE") or Path.home() / ".cache" / "clips-mllm")
 
 
 def resolve(name: str, what: str) -> Path:

@@ -9,7 +9,6 @@ runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -26,16 +25,16 @@ from torch import nn
 from transformers import TrainingArguments
 
 from clips.common.errors import Stopped
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_json
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import choose_device, init_distributed, shutdown
+from clips.common.runtime import choose_device, environment, import_deepspeed, init_distributed, shutdown
 from mllm.data.sampler import EpochSampler
 from mllm.model.llava import merge_lora, save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize, merge_quantized_lora
 from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import newest
-from mllm.training.log import MetricsLog, environment, keep_config, peak_memory_gb, read_json, write_curves
+from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
 from mllm.training.plan import print_plan
 from mllm.training.prepare import (
     PROJECTOR,
@@ -85,7 +84,7 @@ def run_stage(arguments: TrainArguments) -> None:
             console.print(f"stage {stage.number} ({stage.name}) is finished already: {run_dir / stage.name}")
         else:
             if is_main:
-                write_atomically(run_dir / "env.json", json.dumps(environment(device, world_size), indent=2) + "\n")
+                write_json(run_dir / "env.json", environment(device, world_size))
             _train(arguments, prepared, deepspeed, device, console, is_main, begin)
         _print_next(stage.number, run_dir, console)
     shutdown()
@@ -208,9 +207,7 @@ def whole(model: nn.Module, zero: int) -> Iterator[None]:
     if zero < 3:
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    with import_deepspeed().zero.GatheredParameters(list(model.parameters())):
         yield
 
 
@@ -235,7 +232,7 @@ def _write_results(
         save_model(
             model.to(dtype) if cast else model, prepared.processor, run_dir / "model", card=card(run_dir, summary)
         )
-    write_atomically(stage_dir / "done.json", json.dumps(summary, indent=2) + "\n")
+    write_json(stage_dir / "done.json", summary)
     for checkpoint in stage_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
