@@ -1,1 +1,73 @@
-"""CLIPS: vision–language pretraining with synthetic captions (arXiv 2411.16828)."""
+"""CLIPS: vision–language pretraining with synthetic captions (arXiv 2411.16828). What others may use of it stands here.
+
+    from clips import CLIPS
+
+    model = CLIPS.from_pretrained("runs/demo")
+
+Each name is imported when it is first asked for, so that `import clips` costs nothing. `mllm` takes from this package
+only these names and `clips.common` (a test).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+FACE = {
+    # a trained encoder, and where it lies
+    "CLIPS": "clips.encoder",
+    "newest_export": "clips.weights.load",
+    # data: what a sample is, decoded within limits
+    "BrokenSample": "clips.data.sample",
+    "RawSample": "clips.data.sample",
+    "MAX_BYTES": "clips.data.images",
+    "MAX_PIXELS": "clips.data.images",
+    "decode_image": "clips.data.images",
+    "open_source": "clips.data.sources",
+    # the demo's world
+    "BACKGROUNDS": "clips.data.demo",
+    "CONCEPTS": "clips.data.demo",
+    "NUMBERS": "clips.data.demo",
+    "PLACES": "clips.data.demo",
+    "demo_split": "clips.data.demo",
+    "ensure_demo": "clips.data.demo",
+    # what a pretraining run is: configuration, flags
+    "DataConfig": "clips.config",
+    "Fields": "clips.config",
+    "RunConfig": "clips.config",
+    "difference": "clips.config",
+    "config_from_flags": "clips.training.cli",
+    "parser": "clips.training.cli",
+    # measuring an encoder
+    "ImageSet": "clips.evaluation.evaluate",
+    "KarpathySet": "clips.evaluation.testsets",
+    "PROBE_SAMPLES": "clips.evaluation.evaluate",
+    "open_test_set": "clips.evaluation.testsets",
+    "probe_images": "clips.evaluation.evaluate",
+    # how a tower is initialised, and its blocks' names in transformers
+    "CLIP_VISION_BLOCK": "clips.weights.formats",
+    "VIT_BLOCK": "clips.weights.formats",
+    "init_weights": "clips.model.layers",
+    "sincos_positions": "clips.model.vision",
+}
+
+if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
+    from clips.config import DataConfig, Fields, RunConfig, difference
+    from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
+    from clips.data.images import MAX_BYTES, MAX_PIXELS, decode_image
+    from clips.data.sample import BrokenSample, RawSample
+    from clips.data.sources import open_source
+    from clips.encoder import CLIPS
+    from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
+    from clips.evaluation.testsets import KarpathySet, open_test_set
+    from clips.model.layers import init_weights
+    from clips.model.vision import sincos_positions
+    from clips.training.cli import config_from_flags, parser
+    from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK
+    from clips.weights.load import newest_export
+
+__all__ = list(FACE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FACE:
+        raise AttributeError(f"module 'clips' has no attribute {name!r}")
+    return getattr(import_module(FACE[name]), name)

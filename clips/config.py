@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clips.common import rundir
 from clips.common.errors import UserError
+from clips.common.files import write_json
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
@@ -43,14 +45,14 @@ CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
 TokenizerKind = Literal["bert", "wordpiece"]
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The image tower (shared/CLIPS.md, "Architecture"). `image_size` is the export resolution in pixels."""
+    """The image tower (docs/method.md, "Architecture"). `image_size` is the export resolution in pixels."""
 
     width: int
     layers: int
@@ -248,7 +250,8 @@ class PhaseConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     seed: int = 0
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
+    """bf16 is autocast over fp32 weights; auto: what the run began in, or bf16 where the device computes in it."""
     accumulation: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
@@ -307,7 +310,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
 
     @staticmethod
     def load(path: Path) -> RunConfig:
@@ -390,16 +393,8 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as `path: old → new` lines."""
-
-    def walk(a: Any, b: Any, path: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return [
-                line for key in sorted(a.keys() | b.keys()) for line in walk(a.get(key), b.get(key), f"{path}.{key}")
-            ]
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
-        return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
-
-    return walk(*(json.loads(json.dumps(config.to_dict())) for config in (old, new)), "")
+def difference(there: RunConfig, here: RunConfig) -> list[str]:
+    """The fields in which two runs differ, as `path: there → here` lines; "auto" asks for what is there."""
+    if here.train.precision == "auto":
+        here = replace(here, train=replace(here.train, precision=there.train.precision))
+    return rundir.difference(there.to_dict(), here.to_dict())

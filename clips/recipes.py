@@ -13,6 +13,7 @@ from dataclasses import replace
 from clips.common.errors import UserError
 from clips.config import (
     AugmentConfig,
+    CaptionerConfig,
     CaptionsConfig,
     DataConfig,
     EvalConfig,
@@ -21,11 +22,37 @@ from clips.config import (
     PhaseConfig,
     RunConfig,
     TaskConfig,
+    TextConfig,
     TrainConfig,
+    VisionConfig,
 )
-from clips.model.clips import PRESETS
 
 MILLION = 1_000_000
+
+
+def _preset(patch_size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int) -> ModelConfig:
+    width, layers, heads = text
+    return ModelConfig(
+        vision=VisionConfig(width=vision[0], layers=vision[1], heads=vision[2], patch_size=patch_size),
+        text=TextConfig(width=width, layers=layers, heads=heads),
+        captioner=CaptionerConfig(width=width, layers=layers, heads=heads),
+        embed_dim=embed_dim,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "S/16": _preset(16, (384, 12, 6), (384, 12, 6), 384),
+    "B/16": _preset(16, (768, 12, 12), (512, 12, 8), 512),
+    "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
+    "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
+    "demo": ModelConfig(
+        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
+        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
+        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
+        embed_dim=128,
+    ),
+}
+"""Name → sizes of the towers and the captioner as published (docs/method.md, "Architecture"), and the demo's."""
 
 
 def demo() -> RunConfig:
@@ -39,7 +66,7 @@ def demo() -> RunConfig:
         captions=CaptionsConfig(tokenizer="wordpiece"),
         task=TaskConfig(),
         data=DataConfig(workers=1),
-        # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does (README, "Results").
+        # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does.
         optim=OptimConfig(kind="muon", weight_decay=0.05),
         phases=(
             PhaseConfig(
@@ -61,7 +88,7 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
-    Its learning rates are its own best ones, half of the demo's (README, "CLIPS against CLIP").
+    Its learning rates are its own best ones, half of the demo's (docs/results.md, "CLIPS against CLIP").
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
@@ -76,7 +103,7 @@ def clip_baseline() -> RunConfig:
 
 
 def _paper(name: str, preset: str, low: int, low_samples: int) -> RunConfig:
-    """The paper's three phases (shared/CLIPS.md, "Recipe"): low resolution, 224, 336.
+    """The paper's three phases (docs/method.md, "Recipe"): low resolution, 224, 336.
 
     Learning rates are the published ones per 256 samples times the batch. Text padding is masked, which the
     reference does not do: a text then gives the same features at any padded length, so a batch is padded only

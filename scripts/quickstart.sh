@@ -20,15 +20,31 @@ echo "== 2. demo data"
 python scripts/build_demo_data.py
 
 echo "== 3. pretrain, evaluate, export and report"
-# One process: the demo's model is too small to be worth several GPUs.
-deepspeed --num_gpus 1 scripts/pretrain_clips.py
+# One process: the demo's model is too small to be worth several GPUs, so there is nothing for a launcher to start.
+python scripts/pretrain_clips.py
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
 NUM_GPUS=1 bash scripts/train_llava.sh --vision clips
 
+figures="$(python - <<'PYTHON'
+import json
+from pathlib import Path
+
+encoder = json.loads(Path("runs/demo/evaluation.json").read_text())["figures"]
+model = json.loads(Path("runs/llava-clips/evaluation/figures.json").read_text())["exact_match"]["overall"]
+r1 = " / ".join(f"{encoder[f'sentence_{way}_r1']['value']:.1f}" for way in ("i2t", "t2i"))
+print(
+    f"encoder: sentence R@1 {r1} %, zero-shot {encoder['zero_shot_top1']['value']:.1f} % of 64 names; "
+    f"model: {model['accuracy']:.1%} of {model['n']:,} held-out questions"
+)
+PYTHON
+)"
 cat <<NEXT
 
-Everything is done. Next:
+Everything is done: runs/demo holds an encoder, runs/llava-clips a model that talks about pictures.
+  $figures
+
+Next:
   cd $PWD && source $venv/bin/activate
   look at                    runs/demo/report/index.html, runs/llava-clips/curves.png
   talk to the model          python scripts/chat.py --image-file data/llava_demo/images/test-000000.png

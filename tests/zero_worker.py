@@ -75,7 +75,7 @@ def temperatures_at_the_limit(engine: Engine) -> list[float]:
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
-    return engine.gather_weights() | engine.gather_optimizer()
+    return engine.state.gather_weights() | engine.state.gather_optimizer()
 
 
 def main(out: str, kind: str, restore: str | None = None) -> None:
@@ -85,17 +85,17 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
         if restore is not None:
             saved = torch.load(restore, weights_only=True)
             engine = build(kind, zero, saved["weights"])
-            engine.restore_optimizer(saved["optimizer"], steps=3)
+            engine.state.restore_optimizer(saved["optimizer"], steps=3)
             results[name] = {"losses": train(engine, 3, 6), "state": whole_state(engine)}
             continue
         engine = build(kind, zero)
         losses = train(engine, 0, 3)
-        parts = [engine.gather_weights(), engine.gather_optimizer()]
+        parts = [engine.state.gather_weights(), engine.state.gather_optimizer()]
         losses += train(engine, 3, 6)
         state = whole_state(engine)
         dist.broadcast_object_list(parts)
         again = build(kind, zero, parts[0])
-        again.restore_optimizer(parts[1], steps=3)
+        again.state.restore_optimizer(parts[1], steps=3)
         results[name] = {
             "losses": losses,
             "state": state,

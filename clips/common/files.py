@@ -1,14 +1,15 @@
-"""Files that a crash cannot leave half written: atomic replacement, and directories sealed by a manifest of hashes."""
+"""Files that a crash cannot leave half written: atomic replacement, locks, directories sealed by their hashes."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
@@ -27,8 +28,8 @@ def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T
 def seal(directory: Path) -> None:
     """Write MANIFEST.json, the SHA-256 of every file below `directory`; before that a checkpoint does not count."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    digests = {str(path.relative_to(directory)): _sha256(path) for path in files}
-    write_atomically(directory / MANIFEST, json.dumps(digests, indent=2) + "\n")
+    digests = {str(path.relative_to(directory)): sha256(path) for path in files}
+    write_json(directory / MANIFEST, digests)
 
 
 def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
@@ -36,7 +37,7 @@ def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
     try:
         digests = json.loads((directory / MANIFEST).read_text())
         for name in dict.fromkeys([*required, *digests]):
-            if digests.get(name) != _sha256(directory / name):
+            if digests.get(name) != sha256(directory / name):
                 raise ValueError(f"{name} does not match its SHA-256 in {MANIFEST}")
     except OSError as error:
         raise ValueError(f"{Path(error.filename or directory).name}: {error.strerror}") from None
@@ -48,12 +49,37 @@ def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` so that a reader, or a crash, sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _fsync(temporary)
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
     os.replace(temporary, path)
 
 
-def _sha256(path: Path) -> str:
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def lock(path: Path, *, wait: bool) -> IO[str]:
+    """Hold the lock file `path` until what is returned is closed, at the latest until this process ends.
+
+    The system lets go when the last process that has it open ends, so a kill leaves no lock behind. Raises
+    BlockingIOError where another process holds it and `wait` is off.
+    """
+    file = open(path, "a")  # noqa: SIM115 - held until the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -61,7 +87,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have what was written to a file, or which names are in a directory, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

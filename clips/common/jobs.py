@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clips.common.errors import CommandError, Stopped
+from clips.common.files import lock
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -25,14 +25,14 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
     A child that outlives a killed parent keeps it, so that a second run never trains beside it.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f".{directory.name}.lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if commands.stopping.wait(1):
-                    raise CommandError("stopped") from None
+    file = None
+    while file is None:
+        try:
+            file = lock(directory.parent / f".{directory.name}.lock", wait=False)
+        except BlockingIOError:
+            if commands.stopping.wait(1):  # asked again and again, so that a signal ends the waiting too
+                raise CommandError("stopped") from None
+    with file:
         yield file.fileno()
 
 

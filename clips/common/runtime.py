@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import socket
 import sys
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from clips.common.errors import UserError
+
+PACKAGES = (
+    *("torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch"),
+    *("numpy",),
+)
+"""Whose versions may explain a difference between two runs."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -74,7 +82,29 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() == "cpu" and not has_bf16(torch.device("cpu")):
+        # DeepSpeed claims bf16 for every CPU, and Muon's products would then be emulated ones.
+        accelerator.is_bf16_supported = lambda: False
     return deepspeed
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """What else than the configuration would explain a difference between two runs: the content of env.json."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
+        "world_size": world_size,
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def shutdown() -> None:

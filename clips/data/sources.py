@@ -25,10 +25,11 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from clips.common.errors import UserError
+from clips.common.paths import inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample, RawSample
-from clips.data.sidecar import is_remote, open_binary
+from clips.data.sidecar import open_binary
 from clips.data.table import SUFFIXES, Table
 from clips.data.tar import ShardIndex, load_index, shard_summary
 
@@ -325,26 +326,16 @@ class TableSource(Source):
             return value
         if not isinstance(value, str) or not value:
             raise BrokenSample(key, f"image: {type(value).__name__} is neither a path nor bytes")
-        path = _inside(self.image_root or posixpath.dirname(table.url) or ".", value, key)
+        try:
+            path = inside(self.image_root or posixpath.dirname(table.url) or ".", value)
+        except ValueError as error:  # not counted as broken: the whole table is meant for another folder
+            raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
         try:
             with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise BrokenSample(key, f"image: {error}") from None
         return data
-
-
-def _inside(root: str, path: str, key: str) -> str:
-    """`path` below `root`, links followed; raises UserError where it leads elsewhere."""
-    if is_remote(root):
-        joined, inside = posixpath.join(root, path), not path.startswith("/") and ".." not in path.split("/")
-    else:
-        real_root = os.path.realpath(root)
-        joined = os.path.realpath(os.path.join(real_root, path))
-        inside = os.path.commonpath([real_root, joined]) == real_root
-    if is_remote(path) or not inside:
-        raise UserError(f"{key}: image path {path!r} leads out of {root!r}; set data.image_root to a folder above it")
-    return joined
 
 
 def _alternatives(spec: str) -> list[tuple[str, str | None]]:

@@ -1,4 +1,4 @@
-"""Random access to tar shards: one pass over the headers gives the place of every sample's members.
+"""Random access to tar files: one pass over the headers gives the place of every member, or of every sample's.
 
 A sample is the members that share a key: the path up to the first dot of the file name, as in webdataset.
 A damaged shard still yields its good samples; what was lost is kept as readable `problems`.
@@ -11,18 +11,21 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from clips.common.errors import UserError
+from clips.common.paths import is_plain
 from clips.data.sidecar import open_binary, sidecar
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 1 << 16
 """Longest extended header that is read, in bytes; a longer one is damage."""
 MAX_PROBLEMS = 50
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, xz and zstd begin."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,24 @@ def load_index(path: Path) -> ShardIndex:
         return ShardIndex(keys, meta["extensions"], stored["offsets"], stored["sizes"])
 
 
+def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used, readably.
+
+    Raises UserError where there is none, and for compressed files, links and names that climb out.
+    """
+    problems: list[str] = []
+    members: dict[str, tuple[int, int]] = {}
+    with open_binary(url) as file:
+        for name, offset, size in _members(file, url, problems):
+            if name in members:
+                problems.append(_twice(name))
+            else:
+                members[name] = (offset, size)
+    if not members:
+        raise UserError(f"{url} is not an uncompressed tar, or an empty one")
+    return members, _bounded(problems)
+
+
 def _write_index(url: str, target: Path) -> None:
     problems: list[str] = []
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -71,7 +92,7 @@ def _write_index(url: str, target: Path) -> None:
                 continue  # as webdataset: no extension, or a hidden file such as macOS's ._x
             members = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
             if extension.lower() in members:
-                problems.append(f"member {name} appears twice; the first is used")
+                problems.append(_twice(name))
             else:
                 members[extension.lower()] = (offset, size)
     extensions = sorted({extension for members in samples.values() for extension in members})
@@ -80,9 +101,7 @@ def _write_index(url: str, target: Path) -> None:
         [[members.get(extension, absent) for extension in extensions] for members in samples.values()], dtype=np.int64
     ).reshape(len(samples), len(extensions), 2)
     layouts = Counter(tuple(sorted(members)) for members in samples.values())
-    if len(problems) > MAX_PROBLEMS:
-        problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
-    meta = {"extensions": extensions, "layouts": list(layouts.items()), "problems": problems}
+    meta = {"extensions": extensions, "layouts": list(layouts.items()), "problems": _bounded(problems)}
     with open(target, "wb") as file:
         np.savez(
             file,
@@ -93,12 +112,23 @@ def _write_index(url: str, target: Path) -> None:
         )
 
 
+def _twice(name: str) -> str:
+    return f"member {name} appears twice; the first is used"
+
+
+def _bounded(problems: list[str]) -> list[str]:
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], f"and {more} more"] if more > 0 else problems
+
+
 def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[str, int, int]]:
     """(name, offset of the data, size) of each regular member; appends to `problems` what cannot be used.
 
     Python's tarfile ends silently at a damaged header; here the scan goes on at the next valid one.
-    Raises UserError for names that climb out of the shard and for links.
+    Raises UserError for compressed files, for names that climb out of the shard and for links.
     """
+    if file.read(6).startswith(COMPRESSED):  # or the search for a next header would read all of it
+        raise UserError(f"{shard} is a compressed file: members are read in place, so unpack it to a plain .tar")
     end = file.seek(0, 2)
     position, last, damaged, zeros, extended = 0, "the beginning", False, False, {}
     while position + BLOCK <= end:
@@ -133,7 +163,7 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
         position = data + -(-size // BLOCK) * BLOCK
         if info.isreg() and not info.issparse():
             name = name.removeprefix("./")
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            if not is_plain(name):
                 raise UserError(f"{shard}: member {name!r} points outside the shard; remove it or repack the shard")
             last = f"member {name}"
             if data + size > end:

@@ -6,7 +6,6 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
 from clips.data.loader import start_worker
@@ -208,8 +210,8 @@ def evaluate(
     full: bool = False,
     image_size: int | None = None,
     out: Path | None = None,
-) -> dict[str, float]:
-    """Measure `model` on a split of its run's data: flat figures in percent (names as in `measure`).
+) -> dict[str, Figure]:
+    """Measure `model` on a split of its run's data (names as in `measure`).
 
     During training at most `eval.max_images` images are used; `full` uses all and adds `linear_probe_top1` where the
     training data has labels. `out` receives the figures with their items and chance levels. The weights must be whole
@@ -229,7 +231,7 @@ def evaluate(
             figures["linear_probe_top1"] = probe
     if out is not None:
         write_figures(out, figures, test_set=split, skipped=images.skipped)
-    return {name: figure.value for name, figure in figures.items()}
+    return figures
 
 
 def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
@@ -257,20 +259,18 @@ def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skip
         "skipped_images": len(skipped),
         "skipped": list(skipped[:20]),
     }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(path), content)
 
 
-def print_figures(figures: dict[str, Figure], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def figures_table(figures: dict[str, Figure], title: str) -> Table:
+    """For people: each figure beside its chance level and the number of items that it was measured on."""
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     for name in ("%", "chance %", "items"):
         table.add_column(name, justify="right")
     for name, figure in figures.items():
         table.add_row(name, f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items:,}")
-    Console().print(table)
+    return table
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
@@ -300,7 +300,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.out) if flags.out else loaded.path / f"evaluation-{name}.json"
     write_figures(out, figures, test_set=name, skipped=images.skipped)
-    print_figures(figures, f"{loaded.path} on {name}")
+    Console().print(figures_table(figures, f"{loaded.path} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 
 

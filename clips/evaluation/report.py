@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.page import data_uri, html_page, section, themed, tile_row
 from clips.common.plots import LIGHT, Panel, curves_plot, pretty
+from clips.common.rundir import read_metrics
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved
 from clips.evaluation.plots import captions_plot, retrieval_plot, verdict, zero_shot_plot
 
@@ -36,21 +37,13 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Raises UserError when `run_dir` holds no metrics.jsonl; a line cut short by a killed run is passed over."""
+    """Raises UserError when `run_dir` holds no metrics.jsonl."""
     run_dir = Path(run_dir)
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl")
-    lines = []
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    config = run_dir / "config.json"
-    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run_dir.glob("evaluation*.json"))]
+    lines = read_metrics(run_dir)
+    evaluations = [read_json(path) for path in sorted(run_dir.glob("evaluation*.json"))]
     return RunRecord(
         name=run_dir.resolve().name,
-        config=json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        config=read_json(run_dir / "config.json"),
         train=[line for line in lines if line.get("kind") == "train"],
         evals=[line for line in lines if line.get("kind") == "eval"],
         figures={found["test_set"]: found["figures"] for found in evaluations},

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from clips.common.errors import UserError
+from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
@@ -124,11 +125,10 @@ class FolderSet:
 
 
 def _read_inside(root: Path, name: str) -> bytes:
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise BrokenSample(name, "the path leads out of the image folder")
     try:
-        return path.read_bytes()
+        return Path(inside(root, name)).read_bytes()
+    except ValueError:
+        raise BrokenSample(name, "the path leads out of the image folder") from None
     except OSError as error:
         raise BrokenSample(name, f"cannot be read: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""The vision tower: a plain ViT with fixed 2-D sin-cos positions (shared/CLIPS.md, "Architecture").
+"""The vision tower: a plain ViT with fixed 2-D sin-cos positions (docs/method.md, "Architecture").
 
 Shapes: B images · P patch size · N = (image_size / P)² patch tokens · D width.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.jobs import Commands, locked
+from clips.common.rundir import is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.recipes import recipe
@@ -63,11 +63,9 @@ class Cell:
         run = output / self.name
         if not (run / "config.json").exists():
             return False
-        if changes := differing_fields(RunConfig.load(run / "config.json"), self.config()):
-            raise UserError(
-                f"{run} holds a run with other settings:\n  " + "\n  ".join(changes) + "\nGive another --output"
-            )
-        return (run / "evaluation.json").exists() and (run / "report" / "index.html").exists()
+        changes = differing_fields(RunConfig.load(run / "config.json"), self.config())
+        refuse(changes, f"{run} holds a run with other settings", "Give another --output")
+        return (run / "evaluation.json").exists() and is_finished(run)
 
 
 def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[Cell, Path]:
@@ -100,9 +98,7 @@ def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[
 
 def figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's test figures in percent, and how long its training steps take on an otherwise idle machine."""
-    found = json.loads((run / "evaluation.json").read_text())["figures"]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
+    found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
     return {name: found[name]["value"] for name in names} | {"train_seconds": round(seconds, 1)}

@@ -11,7 +11,6 @@ where it was. Figures are those of the test split.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +18,8 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
+from clips.common.files import write_json
+from clips.common.rundir import read_metrics
 from clips.recipes import recipe
 from clips.studies.cells import FIGURES, Cell, figures, train
 from clips.studies.welch import difference, show_difference
@@ -64,7 +65,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
         "groups": groups,
         "clips_minus": differences,
     }
-    (output / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output / "comparison.json", result)
     console.print(table(groups, differences))
     console.print(f"written to {output / 'comparison.json'}")
 
@@ -78,8 +79,7 @@ def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> 
 
 def validation_score(run: Path) -> float:
     """Mean of the last validation figures that the search goes by."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "eval"][-1]
+    last = read_metrics(run, "eval")[-1]
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clips.common.errors import UserError
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_atomically
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
@@ -113,8 +113,7 @@ def reproduce(
 
 def _seconds_before(output: Path) -> int | None:
     """How long the runs took that are all there already, by the report that they were trained for."""
-    report = output / "claims.json"
-    return json.loads(report.read_text())["seconds"] if report.is_file() else None
+    return read_json(output / "claims.json").get("seconds")
 
 
 def cell(name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> Cell:
@@ -218,7 +217,7 @@ def judge_llava(report: Path) -> dict[str, Any]:
 
 def environment(cells: Sequence[Cell], output: Path) -> dict[str, Any]:
     """What the runs found, and the processors of this machine."""
-    found = json.loads((output / cells[0].name / "env.json").read_text()) if cells else {}
+    found = read_json(output / cells[0].name / "env.json") if cells else {}
     kept = {name: found[name] for name in ("python", "platform", "device", "packages") if name in found}
     return {"cpus": os.cpu_count(), **kept}
 

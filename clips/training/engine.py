@@ -1,16 +1,19 @@
-"""DeepSpeed, and everything that must know about it: this is the only file that imports it.
+"""The wrapper around DeepSpeed's engine: a Task, its optimizer, and what the loop asks of them.
 
 Choices made here, and why
 - Weights are fp32 and bf16 is autocast inside the forward pass (clips/training/task.py), so the weights, the optimizer
   state and the temperature are exact in every ZeRO stage.
 - AdamW is torch's, with parameter groups made here (no decay on biases, norms and the logit scale). DeepSpeed's
   own Adam would have to be compiled on first use, and decays everything it is given.
-- Muon is DeepSpeed's `MuonWithAuxAdam`, the only Muon that works on ZeRO's flat partitions. It is built here
+- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions. It is built here
   rather than from a JSON section because DeepSpeed would choose the matrices by name; here exactly the blocks'
   2-D weights get Muon. Its scaling of an update is sqrt(max(1, rows / columns)), torch.optim.Muon's "original".
 - Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
-- A checkpoint is gathered by parameter name instead of DeepSpeed's own per-rank pickles: it holds no code,
-  does not depend on the number of ranks or the ZeRO stage, and is exact because everything is fp32.
+- A checkpoint is gathered by parameter name (clips/training/zero_state.py) instead of DeepSpeed's own per-rank
+  pickles: it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
+
+DeepSpeed is imported by three files only: this one, zero_state.py beside it, and clips/common/runtime.py, which
+switches off what would be compiled.
 """
 
 from __future__ import annotations
@@ -30,9 +33,8 @@ from clips.common.runtime import import_deepspeed
 from clips.config import OptimConfig, RunConfig
 from clips.model.clips import CLIPS, MAX_LOGIT_SCALE
 from clips.training.task import Task
+from clips.training.zero_state import ZeroState
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq")
-MUON_STATE = ("momentum_buffer",)
 DEFAULT_DS_CONFIG = {"zero_optimization": {"stage": 0}}
 
 
@@ -104,10 +106,10 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.accumulation = run.train.accumulation
         task.model.set_activation_checkpointing(run.train.activation_checkpointing)
-        self.names = {name: parameter for name, parameter in task.model.named_parameters()}
-        self.groups = parameter_groups(task, run.optim)
-        self.group_of = {id(p): g["name"] for g in self.groups for p in g["params"]}
-        self.split = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in self.groups}
+        groups = parameter_groups(task, run.optim)
+        # Now: DeepSpeed puts its flat tensors in the place of the groups' parameters.
+        muon = {id(p) for group in groups if group["name"] == "muon" for p in group["params"]}
+        sizes = {g["name"]: [p.numel() for p in g["params"]] for g in groups}
         zero = ds_config.get("zero_optimization", {})
         if run.optim.kind == "muon" and zero.get("stage") == 3:
             zero["reduce_scatter"] = False  # DeepSpeed refuses Muon with it: the full gradient is needed
@@ -115,25 +117,27 @@ class Engine:
             "train_micro_batch_size_per_gpu": run.phases[0].batch_size // (self.world_size * self.accumulation),
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": run.optim.clip_grad,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's AdamW with groups of our own
+            "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled for offload
+            "steps_per_print": 10**9,  # clips/training/log.py prints
             "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every micro-batch
         }
         task.to(device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task,
-            optimizer=build_optimizer(self.groups, run.optim),
+            optimizer=build_optimizer(groups, run.optim),
             config=config,
             dist_init_required=False,
         )
-        self.stage = self.engine.zero_optimization_stage()
-        if self.stage == 0 and self.world_size == 1:
-            # Nothing to reduce; DeepSpeed would copy every gradient into buckets and back (72 ms a step at 38 M).
-            self.engine.enable_backward_allreduce = False
-        self.device = device
+        self.state = ZeroState(self.engine, dict(task.model.named_parameters()), muon, device)
+        """The sharded state: to gather for a checkpoint, and to restore from one."""
+        self.stage, self.device = self.state.stage, device
+        self.facts = {
+            "zero_stage": self.stage,
+            "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
+        }
+        """What env.json tells of the engine."""
         self._whole_grad_norm: Tensor | None = None
-        self._create_optimizer_state(steps=0)
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile
         if run.train.compile:
@@ -178,14 +182,7 @@ class Engine:
         Looks at the loss and at every gradient that this rank holds. DeepSpeed itself would let non-finite
         gradients into fp32 weights.
         """
-        if self.stage == 0:
-            grads = [p.grad for p in self.names.values() if p.grad is not None]
-        elif self.optimizer.cpu_offload if self.stage < 3 else self.optimizer.offload_optimizer:
-            flats = self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else []
-            grads = [flat.grad for flat in flats if flat.grad is not None]
-        else:
-            held = self.optimizer.averaged_gradients.values()
-            grads = [grad for part in held if part is not None for grad in part if grad is not None]
+        grads = self.state.gradients()
         total = loss.detach().float()
         if grads:
             norm = torch.stack([part.to(self.device) for part in torch._foreach_norm(grads)]).norm()
@@ -201,137 +198,15 @@ class Engine:
         """After a step, put the temperature back to its limit where it went beyond.
 
         The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
-        Clamped is whatever this rank holds of it, the value that computes and its fp32 master: DeepSpeed's setters
-        change the latter only.
         """
-        parameter = self.names["logit_scale"]
-        held = [parameter.data]
-        if self.stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            held += [parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)]
-        elif self.stage > 0 and parameter._hp_mapping is not None:
-            held.append(parameter._hp_mapping.hp_fragment)
-        for value in held:
-            value.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        for held in self.state.copies("logit_scale"):
+            held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def plain_model(self) -> CLIPS | None:
         """A copy of the model outside DeepSpeed on rank 0, None elsewhere, for evaluation and export. Collective."""
-        weights = self.gather_weights()
+        weights = self.state.gather_weights()
         if dist.get_rank() != 0:
             return None
         model = CLIPS(self.run.model, self.model.text.pad_id)
         model.load_state_dict(weights)
         return model.to(self.device).eval()
-
-    # Checkpoint state: by parameter name, independent of ranks and of the ZeRO stage.
-
-    def gather_weights(self) -> dict[str, Tensor]:
-        """Weights by name on the CPU of rank 0, empty elsewhere. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weights = {}
-        for name, parameter in self.names.items():
-            full = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if dist.get_rank() == 0:
-                weights[name] = full.detach().to("cpu", copy=True)
-        return weights
-
-    def gather_optimizer(self) -> dict[str, Tensor]:
-        """Optimizer state as `name/key` on the CPU of rank 0, empty elsewhere. Collective."""
-        state = {}
-        for name, parameter in self.names.items():
-            for key in self._state_keys(parameter):
-                full = self._get_state(parameter, key)
-                if dist.get_rank() == 0:
-                    state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
-        return state
-
-    def restore_optimizer(self, state: dict[str, Tensor], steps: int) -> None:
-        """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
-
-        The weights are not restored here: they are loaded into the model before the engine is built.
-        """
-        self._create_optimizer_state(steps)
-        for name, parameter in self.names.items():
-            for key in self._state_keys(parameter):
-                self._set_state(parameter, key, state[f"{name}/{key}"].to(self.device))
-
-    def _is_muon(self, parameter: nn.Parameter) -> bool:
-        return self.group_of[id(parameter)] == "muon"
-
-    def _state_keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        return MUON_STATE if self._is_muon(parameter) else ADAM_STATE
-
-    def _get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self.stage == 0:
-            return self.optimizer.state[parameter][key]
-        if not self._keeps_whole_momenta(parameter):
-            return safe_get_full_optimizer_state(parameter, key)
-        full = torch.zeros_like(parameter)
-        momentum, is_owner = self._whole_momentum(parameter)
-        if is_owner:
-            full.copy_(momentum)
-        dist.all_reduce(full)
-        return full
-
-    def _set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if self.stage == 0:
-            self.optimizer.state[parameter][key].copy_(value)
-        elif self.stage == 3:
-            # Equal parts, the last one padded past the end (DeepSpeed's setter of whole values fails on that).
-            flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
-            safe_set_local_optimizer_state(parameter, flat.chunk(self.world_size)[dist.get_rank()], key)
-        elif self._keeps_whole_momenta(parameter):
-            momentum, _ = self._whole_momentum(parameter)
-            if momentum is not None:
-                momentum.copy_(value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def _keeps_whole_momenta(self, parameter: nn.Parameter) -> bool:
-        """ZeRO-1/2 without offload keeps Muon's momentum of a matrix whole on every rank that holds a part of it."""
-        return self.stage in (1, 2) and self._is_muon(parameter) and not self.optimizer.cpu_offload
-
-    def _whole_momentum(self, parameter: nn.Parameter) -> tuple[Tensor | None, bool]:
-        """This rank's copy of the momentum of `parameter`, or None, and whether this rank speaks for it."""
-        optimizer = self.optimizer
-        for i, group in enumerate(optimizer.params_in_partition):
-            offset = 0
-            for j, member in enumerate(group):
-                if member is parameter:
-                    flat = optimizer.optimizer.state[optimizer.single_partition_of_fp32_groups[i]]["momentum_buffer"]
-                    starts_here = j > 0 or optimizer.first_offset[i] == 0
-                    return flat.narrow(0, offset, member.numel()).view_as(member), starts_here
-                offset += member.numel()
-        return None, False
-
-    def _create_optimizer_state(self, steps: int) -> None:
-        """Zero state after `steps` optimizer steps, made before the first step instead of during it.
-
-        ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
-        the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
-        """
-        if self.stage == 0:
-            inner, tensors = self.optimizer, [(p, [p]) for p in self.names.values()]
-        elif self.stage == 3:
-            inner = self.optimizer.optimizer
-            tensors = zip(self.optimizer.fp32_partitioned_groups_flat, self.optimizer.fp16_groups, strict=True)
-        else:
-            inner = self.optimizer.optimizer
-            tensors = zip(self.optimizer.single_partition_of_fp32_groups, self.optimizer.bit16_groups, strict=True)
-        for i, (flat, members) in enumerate(tensors):
-            state = inner.state[flat]
-            for key in self._state_keys(members[0]):
-                state[key] = torch.zeros_like(flat)
-            if self._keeps_whole_momenta(members[0]):
-                state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in self.optimizer.params_in_partition[i]))
-            if not self._is_muon(members[0]):
-                state["step"] = torch.tensor(float(steps), device=flat.device)
-        if self.stage in (1, 2):
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()

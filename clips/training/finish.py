@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from clips.config import RunConfig
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import evaluate
+from clips.evaluation.evaluate import evaluate, figures_table
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPS
@@ -33,10 +32,6 @@ def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_di
     print_next(run_dir)
 
 
-def is_finished(run_dir: Path) -> bool:
-    return (run_dir / "export").is_dir() and (run_dir / "report" / "index.html").is_file()
-
-
 def print_next(run_dir: Path) -> None:
     Console(stderr=True).print(
         f"\n[bold]{run_dir}[/bold] holds the finished run:\n"
@@ -49,12 +44,3 @@ def print_next(run_dir: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def figures_table(figures: dict[str, float], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    table.add_column("%", justify="right")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.1f}")
-    return table

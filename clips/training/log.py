@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, UserError
-from clips.common.files import write_atomically
+from clips.common.rundir import METRICS, keep_lines
 from clips.config import RunConfig
 from clips.weights.checkpoint import TrainState
 
@@ -29,9 +30,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.metrics, self.skips = (
-            self._reopen(run_dir / name, start_step) for name in ("metrics.jsonl", "skipped.jsonl")
-        )
+        self.metrics, self.skips = (self._reopen(run_dir / name, start_step) for name in (METRICS, "skipped.jsonl"))
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         self.wandb = _start_wandb(run, run_dir) if wandb else None
         self.latest: dict[str, Any] = {}
@@ -43,9 +42,7 @@ class RunLog:
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
         """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        keep_lines(path, lambda line: line.get("step", math.inf) <= step)
         return path.open("a", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
@@ -98,14 +95,6 @@ class RunLog:
                 file.close()
             if self.wandb is not None:
                 self.wandb.finish()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a line cut by a crash counts as after everything."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
 
 
 def _start_wandb(run: RunConfig, run_dir: Path) -> Any:

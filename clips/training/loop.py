@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from pathlib import Path
 
@@ -10,8 +10,11 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import CommandError, NotFiniteError, UserError
+from clips.common.files import write_json
+from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import choose_device, init_distributed, shutdown
+from clips.common.rundir import is_finished
+from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
@@ -22,16 +25,15 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPS
 from clips.training.engine import Engine, read_ds_config
-from clips.training.finish import finish_run, is_finished, print_next
+from clips.training.finish import finish_run, print_next
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
     Options,
     check_ranks_agree,
-    environment,
     open_run_dir,
     prepare_data,
     print_plan,
-    record_config,
+    with_precision,
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
@@ -57,6 +59,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
     previous = open_run_dir(run, options)
+    run = with_precision(run, options.run_dir, device)
     if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
         if is_main:
             print_next(options.run_dir)
@@ -77,18 +80,19 @@ def pretrain(run: RunConfig, options: Options) -> None:
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
         try:
-            engine.restore_optimizer(previous.optimizer(), state.step)
+            engine.state.restore_optimizer(previous.optimizer(), state.step)
         except KeyError as error:
             raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
     if is_main:
-        record_config(run, options.run_dir)
-        (options.run_dir / "env.json").write_text(json.dumps(environment(device, engine), indent=2) + "\n")
+        run.save(options.run_dir / "config.json")
+        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
-    try:
-        with naming_lost_ranks(lambda: state.step + 1):
-            _train(run, engine, source, tokenizer, state, log, options.run_dir)
-    finally:
-        log.close()
+    with (
+        profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
+        contextlib.closing(log),
+        naming_lost_ranks(lambda: state.step + 1),
+    ):
+        _train(run, engine, source, tokenizer, state, log, profiler, options.run_dir)
     _finish(run, engine, tokenizer, options.run_dir)
     shutdown()
 
@@ -100,6 +104,7 @@ def _train(
     tokenizer: CaptionTokenizer,
     state: TrainState,
     log: RunLog,
+    profiler: Profiler,
     run_dir: Path,
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
@@ -129,6 +134,7 @@ def _train(
                 engine.step()
                 meter.add(parts, batch["skipped"])
             engine.limit_logit_scale()
+            profiler.step()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
             saving = due(run.train.checkpoint_every, state, phase) or last or stopping
@@ -174,7 +180,8 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
     model = engine.plain_model()
     if model is not None:
         size = run.phases[state.phase].image_size
-        figures = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
+        measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
+        figures = {name: figure.value for name, figure in measured.items()}
         log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
         score = figures.get("sentence_t2i_r1", figures.get("part_t2i_r1"))
         state.best = max(filter(None, (state.best, score)), default=None)
@@ -183,7 +190,7 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
 
 def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
     """Write a checkpoint from rank 0; when that fails every rank ends, and the older checkpoints are intact."""
-    weights, optimizer = engine.gather_weights(), engine.gather_optimizer()
+    weights, optimizer = engine.state.gather_weights(), engine.state.gather_optimizer()
     failure = [None]
     if dist.get_rank() == 0:
         try:

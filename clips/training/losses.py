@@ -46,7 +46,7 @@ def gather_features(x_BE: Tensor) -> Tensor:
 
 
 def info_nce(image_BE: Tensor, text_BE: Tensor, all_image: Tensor, all_text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's rows against the whole global batch (CLIP; shared/CLIPS.md, "Loss").
+    """Symmetric InfoNCE of this rank's rows against the whole global batch (CLIP; docs/method.md, "Loss").
 
     `all_image` and `all_text` [W·B, E] come from `gather_features`. The mean of the ranks' values is the loss of
     the global batch, and the mean of the ranks' gradients (what data parallelism takes) is its gradient.

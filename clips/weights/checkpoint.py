@@ -1,4 +1,4 @@
-"""The only file that writes or reads a checkpoint; mllm/training/checkpoints.py seals and checks the Trainer's with it.
+"""A run's checkpoints, written whole or not at all, hashed, and never silently started over. Only this file writes one.
 
 `checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json`
 with the SHA-256 of each. It is written under a hidden temporary name, flushed to disk and renamed, and then
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clips.common.errors import NoCheckpointError, UserError
-from clips.common.files import _fsync, check_seal, first_usable, seal, write_atomically
+from clips.common.files import check_seal, first_usable, fsync, seal, write_atomically
 from clips.common.tensors import read_weights
 
 
@@ -70,7 +70,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
         (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
         seal(temporary)
         for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
+            fsync(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
@@ -78,7 +78,7 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
         raise
     shutil.rmtree(final, ignore_errors=True)  # a bad one of the same step, or it would have been resumed from
     temporary.rename(final)
-    _fsync(parent)
+    fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
     for old in _steps(parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)

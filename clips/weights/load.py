@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,3 +86,22 @@ def _imported_run(model: ModelConfig) -> RunConfig:
         optim=OptimConfig(),
         phases=(PhaseConfig(name="imported", samples=1, batch_size=1, lr=0.0, image_size=model.vision.image_size),),
     )
+
+
+def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
+    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
+    found = []
+    for config in runs.glob("*/export/hf_vit/config.json"):
+        run_config = config.parents[2] / "config.json"
+        try:
+            task = json.loads(run_config.read_text()).get("task", {})
+        except (OSError, ValueError):
+            continue  # not a finished run of this project; the error below says what is looked for
+        if task.get("objective") == objective:
+            found.append((config.stat().st_mtime, config.parents[1]))
+    if not found:
+        raise UserError(
+            f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
+            f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
+        )
+    return max(found)[1]

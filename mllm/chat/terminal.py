@@ -22,6 +22,7 @@ from prompt_toolkit.history import FileHistory
 from tqdm import tqdm
 
 from clips.common.errors import Stopped, UserError
+from clips.common.paths import cache_root
 from clips.data.images import MAX_BYTES, MAX_PIXELS
 from clips.data.sample import BrokenSample
 from mllm.chat.limits import Limits, fetch_image, read_image
@@ -29,7 +30,6 @@ from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
-from mllm.encoders.hub import cache_root
 from mllm.evaluation.scores import answer_line
 from mllm.model.load import newest_model
 

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clips import CLIPS
 from clips.common.errors import UserError
 from clips.data.demo import CONCEPTS
 from mllm.chat import web_talk
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.patch_map import Look, overlay
+from mllm.chat.patch_map import overlay, patch_map, zero_shot
 from mllm.chat.web_models import ModelPool, example_questions, trained_models
 from mllm.chat.web_style import CSS, THEME
 from mllm.chat.web_talk import Talk
@@ -179,13 +181,13 @@ class _Picture(gr.Image):
 
 
 # ---------------------------------------------------------------------------------------------- the encoder's view
-def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits) -> None:
+def _encoder_view(encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple[str, str]], limits: Limits) -> None:
     """The tab with zero-shot bars and the patch map."""
-    first = next(iter(looks))
+    first = next(iter(encoders))
     with gr.Row(elem_classes="encoder"):
         with gr.Column(min_width=300):
             encoder = gr.Dropdown(
-                list(looks), value=first, label="Encoder", container=False, visible=len(looks) > 1 or "hidden"
+                list(encoders), value=first, label="Encoder", container=False, visible=len(encoders) > 1 or "hidden"
             )
             picture = _Picture(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
             if examples:
@@ -203,14 +205,15 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
     def see(encoder: str, path: str | None, word: str, labels: str) -> tuple[Any, Any, str]:
         if path is None:
             return None, None, "Add a picture."
-        if encoder not in looks:
+        if encoder not in encoders:
             raise UserError(f"there is no encoder {encoder!r} here")
         if len(word) + len(labels) > limits.prompt_chars:
             raise UserError(f"word and labels have more than {limits.prompt_chars:,} characters")
-        look, image, names = looks[encoder](), web_talk.read_upload(path, limits), labels.replace("\n", ",").split(",")
-        odds = look.zero_shot(image, names)
+        opened, image = encoders[encoder](), web_talk.read_upload(path, limits)
+        names = labels.replace("\n", ",").split(",")
+        odds = zero_shot(opened, image, names)
         word = word.strip() or next(iter(odds))
-        match = look.match(image, word, names)
+        match = patch_map(opened, image, word, names)
         text = (
             f"“{word}”: similarity {match.similarity:.2f}, that of an average label {match.usual:.2f}. The map says "
             f"where the difference comes from; the strongest of {match.patches.size} patches adds "
@@ -224,18 +227,18 @@ def _encoder_view(looks: dict[str, Callable[[], Look]], examples: list[tuple[str
 
 
 def build(
-    models: ModelPool, looks: dict[str, Callable[[], Look]], examples: list[tuple[str, str]], limits: Limits
+    models: ModelPool, encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple[str, str]], limits: Limits
 ) -> gr.Blocks:
-    """The page; `looks` are the encoders of its third tab, which is left out where there is none."""
+    """The page; `encoders` are the encoders of its third tab, which is left out where there is none."""
     with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML("<h1>CLIPS-MLLM</h1>", elem_classes="title", padding=False)
         with gr.Tab("Chat"):
             _conversation(models, 1, examples, limits)
         with gr.Tab("Side by side"):
             _conversation(models, 2, examples, limits)
-        if looks:
+        if encoders:
             with gr.Tab("Encoder"):
-                _encoder_view(looks, examples, limits)
+                _encoder_view(encoders, examples, limits)
     return page.queue(max_size=limits.waiting)
 
 
@@ -283,7 +286,7 @@ def launch(
     models.get(names[0])
     folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # the only way to tell gradio where uploads go
-    page = build(models, _looks(Path(runs), device), example_questions(Path(data)), limits)
+    page = build(models, _encoders(Path(runs), device), example_questions(Path(data)), limits)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
@@ -300,20 +303,21 @@ def launch(
     return page
 
 
-def _looks(runs: Path, device: str) -> dict[str, Callable[[], Look]]:
+def _encoders(runs: Path, device: str) -> dict[str, Callable[[], CLIPS]]:
     """The newest CLIPS and CLIP exports by name, each opened once, when it is first needed."""
-    looks = {}
+    encoders = {}
     for objective in ("clips", "clip"):
         with contextlib.suppress(UserError):  # none was trained
             export = newest_export(runs, objective)
-            looks[f"{objective} · {export.parent.name}"] = _once(lambda export=export: Look.load(export, device=device))
-    return looks
+            opened = partial(CLIPS.from_pretrained, export, device=device)
+            encoders[f"{objective} · {export.parent.name}"] = _once(opened)
+    return encoders
 
 
-def _once(load: Callable[[], Look]) -> Callable[[], Look]:
+def _once(load: Callable[[], CLIPS]) -> Callable[[], CLIPS]:
     lock, loaded = threading.Lock(), []
 
-    def get() -> Look:
+    def get() -> CLIPS:
         with lock:
             if not loaded:
                 loaded.append(load())

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.evaluation.testsets import KarpathySet
 from mllm.compare.plan import Plan, steps_seen
 from mllm.data.questions import open_questions
-from mllm.training.log import read_json
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 

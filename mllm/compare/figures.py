@@ -23,7 +23,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from clips.common.errors import UserError
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_atomically
+from clips.common.rundir import METRICS
 from clips.config import DataConfig
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
@@ -35,7 +36,6 @@ from mllm.data.questions import read_questions
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.cider import cider
-from mllm.training.log import read_json
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
@@ -338,7 +338,7 @@ def _pretraining(cell: Cell) -> dict[str, Any] | None:
     """What a run of clips/ behind this cell's encoder saw; None where the encoder comes from elsewhere."""
     kind, _, place = cell.vision.partition(":")
     run = Path(place)
-    if kind not in RECIPES or not (run / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
+    if kind not in RECIPES or not (run / "config.json").is_file() or not (run / METRICS).is_file():
         return None
     config = read_json(run / "config.json")
     return {"run": str(run), "recipe": config["recipe"], "seed": config["train"]["seed"]} | steps_seen(run)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
+from clips.common.rundir import read_metrics
 from clips.common.runtime import choose_device
 from clips.config import RunConfig
 from clips.training.cli import config_from_flags
+from clips.training.cli import parser as pretraining_parser
 from mllm.data.dataset import read_json_records
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.encoders.registry import parse_vision_name
 from mllm.evaluation.evaluate import answer_dtype
 from mllm.training import arguments as train_arguments
 from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
-from mllm.training.log import read_json
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES
 
@@ -126,7 +126,7 @@ class Plan:
 
     @cached_property
     def given_for_pretraining(self) -> set[str]:
-        return _given(_pretraining_parser(), self.pretrain_flags)
+        return _given(pretraining_parser(), self.pretrain_flags)
 
     @property
     def is_demo(self) -> bool:
@@ -238,7 +238,7 @@ class Plan:
     def pretraining_config(self, run: Path, kind: str, seed: int) -> RunConfig:
         """What `pretrain_command` makes of its flags; raises UserError for what it would refuse."""
         _, _, *flags = self.pretrain_command(run, kind, seed)
-        return config_from_flags(_pretraining_parser().parse_args(flags))
+        return config_from_flags(pretraining_parser().parse_args(flags))
 
     def retrieval_command(self, run: Path) -> list[str]:
         command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", self.device]
@@ -266,10 +266,6 @@ class Plan:
         return {"questions": questions, "limit": self.questions, "dtype": str(dtype).removeprefix("torch.")} | content
 
 
-def _pretraining_parser() -> argparse.ArgumentParser:
-    return runpy.run_path(str(SCRIPTS / "pretrain_clips.py"))["parser"]()
-
-
 def _given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
     """Names of the values that `words` give, apart from defaults."""
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
@@ -295,8 +291,7 @@ def has_benchmarks(plan: Plan, cell: Cell) -> bool:
 
 def steps_seen(run: Path) -> dict[str, int]:
     """Samples and steps of a pretraining run's last logged step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "train"][-1]
+    last = read_metrics(run, "train")[-1]
     return {"samples": last["samples"], "steps": last["step"]}
 
 

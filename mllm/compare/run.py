@@ -28,14 +28,13 @@ import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_atomically
 from clips.common.jobs import Commands, locked
+from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
-from clips.training.finish import is_finished
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
 from mllm.compare.plan import RECIPES, Cell, Plan, benchmarks_done, has_benchmarks, is_done, plan_from_flags
 from mllm.compare.view import Grid, print_plan
-from mllm.training.log import read_json
 from mllm.training.stages import STAGES
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from clips.training.finish import is_finished
+from clips.common.files import read_json
+from clips.common.rundir import is_finished
 from mllm.compare.plan import Cell, Plan, _questions, is_done, stage_samples
-from mllm.training.log import read_json
 from mllm.training.stages import STAGES
 
 ASSUMED = {"align": 8.0, "instruct": 4.3, "evaluation": 16.0}

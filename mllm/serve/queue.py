@@ -1,4 +1,4 @@
-"""What stands between the server's routes and the one model behind them: a gate, a desk, and figures of both."""
+"""What stands between the server's routes and the one model behind them: key, places, queue, and their metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mllm.chat.limits import Limits
 from mllm.serve.schemas import ApiError
 
 ROUTES = ("/v1/models", "/v1/chat/completions", "/v1/embeddings", "/health", "/metrics")
-"""Names of routes in the figures; whatever else is asked for is "other"."""
+"""Names of routes in the metrics; whatever else is asked for is "other"."""
 T = TypeVar("T")
 
 
-class Desk:
+class RequestQueue:
     """One request at a time, in the order they come; a reader that leaves frees its place at once."""
 
     def __init__(self, seconds: float) -> None:
@@ -87,7 +87,7 @@ async def unless_gone(request: Request, result: Awaitable[T]) -> T:
         left.cancel()
 
 
-class Figures:
+class Metrics:
     """What /metrics shows, in a registry of its own."""
 
     def __init__(self, busy: Callable[[], bool]) -> None:
@@ -109,11 +109,11 @@ class Figures:
         waiting.set_function(lambda: float(max(0, self.open - busy())))
 
 
-class Gate:
-    """ASGI middleware around everything: the key, a place in the queue before the body is read, figures."""
+class AuthMiddleware:
+    """ASGI middleware around everything: the key, a place in the queue before the body is read, metrics."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, api_key: str | None, figures: Figures) -> None:
-        self.app, self.limits, self.figures = app, limits, figures
+    def __init__(self, app: ASGIApp, *, limits: Limits, api_key: str | None, metrics: Metrics) -> None:
+        self.app, self.limits, self.metrics = app, limits, metrics
         self.authorization = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,12 +133,12 @@ class Gate:
                     await read_body(Request(scope, receive), 0, self.limits.body_bytes)
                 return await error_response(refusal)(scope, receive, watched)
             placed = scope["method"] == "POST"
-            self.figures.open += placed
+            self.metrics.open += placed
             await self.app(scope, receive, watched)
         finally:
-            self.figures.open -= placed
-            self.figures.requests.labels(route, str(status)).inc()
-            self.figures.seconds.labels(route).observe(time.perf_counter() - begin)
+            self.metrics.open -= placed
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         given = dict(scope["headers"]).get(b"authorization", b"")
@@ -149,8 +149,8 @@ class Gate:
         ):
             message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if scope["method"] == "POST" and self.figures.open > self.limits.waiting:
-            message = f"{self.figures.open} requests are being answered or waiting: try again later"
+        if scope["method"] == "POST" and self.metrics.open > self.limits.waiting:
+            message = f"{self.metrics.open} requests are being answered or waiting: try again later"
             return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
         return None
 

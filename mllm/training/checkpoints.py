@@ -1,4 +1,4 @@
-"""Which of the Trainer's checkpoints are whole: each is sealed (clips/weights/checkpoint.py) after it was written."""
+"""Which of the Trainer's checkpoints are whole: each is sealed (clips/common/files.py) after it was written."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
-from clips.common.files import write_atomically
+from clips.common.files import read_json, write_json
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
 from mllm.training.arguments import TrainArguments
-from mllm.training.log import read_json
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
 
@@ -42,7 +40,7 @@ def write_results(
         save_model(
             model.to(dtype) if cast else model, prepared.processor, run_dir / "model", card=card(run_dir, summary)
         )
-    write_atomically(stage_dir / "done.json", json.dumps(summary, indent=2) + "\n")
+    write_json(stage_dir / "done.json", summary)
     for checkpoint in stage_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 

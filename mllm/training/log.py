@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clips.common.errors import UserError
-from clips.common.files import write_atomically
+from clips.common import rundir
+from clips.common.files import read_json, write_json
 from clips.common.plots import LIGHT, Panel, curves_plot
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
@@ -33,36 +24,15 @@ def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: boo
     """
     path = run_dir / "config.json"
     config = read_json(path)
-    before = config.get(stage, {}).get("trains")
-    now = json.loads(json.dumps(record["trains"]))
-    if before is not None and before != now:
-        names = sorted(name for name in before | now if before.get(name) != now.get(name))
-        changes = "\n  ".join(f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names)
-        raise UserError(
-            f"{run_dir} holds a run whose stage {stage} is another one:\n  {changes}\n"
-            "Give the new run another --output_dir, or remove that directory"
+    if stage in config:
+        rundir.refuse(
+            rundir.difference(config[stage]["trains"], record["trains"]),
+            f"{run_dir} holds a run whose stage {stage} is another one",
+            "Give the new run another --output_dir, or remove that directory",
         )
     if write:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(config | {stage: record}, indent=2) + "\n")
-
-
-def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What else would explain a difference between two runs."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
-        "world_size": world_size,
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+        write_json(path, config | {stage: record})
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -76,18 +46,14 @@ class MetricsLog(TrainerCallback):
     """Writes a line of metrics.jsonl and of the terminal for each of the Trainer's log calls; main process only."""
 
     def __init__(self, run_dir: Path, stage: str, batch_size: int, *, active: bool) -> None:
-        self.path, self.stage, self.batch_size, self.active = run_dir / "metrics.jsonl", stage, batch_size, active
+        self.path, self.stage, self.batch_size, self.active = run_dir / rundir.METRICS, stage, batch_size, active
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step)
-        if self.active and self.path.exists():  # what a killed run wrote after the checkpoint that is resumed
-            lines = [line for line in read_metrics(self.path) if self._stays(line, state.global_step)]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def _stays(self, line: dict[str, Any], step: int) -> bool:
-        return line["stage"] != self.stage or line["step"] <= step
+        if self.active:  # a stage that begins anew drops all of its own, the other stage's stay
+            rundir.keep_lines(self.path, lambda line: line["stage"] != self.stage or line["step"] <= state.global_step)
 
     def on_log(
         self,
@@ -116,20 +82,9 @@ class MetricsLog(TrainerCallback):
         )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that was cut by a crash is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
 def write_curves(run_dir: Path) -> None:
     """curves.png: the loss of each stage against samples seen."""
-    lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
+    lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     panels = [Panel(f"{stage}: loss", [line for line in lines if line["stage"] == stage], ["loss"]) for stage in stages]
     if panels:

@@ -13,13 +13,15 @@ from torch import nn
 from transformers import LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from clips.common import rundir
 from clips.common.errors import UserError
+from clips.common.files import read_json
+from clips.common.paths import cache_root
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
-from mllm.encoders.hub import cache_root
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
@@ -28,7 +30,6 @@ from mllm.model.quantize import quantize
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_plan
-from mllm.training.log import read_json
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_plan
 
@@ -174,13 +175,11 @@ def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any
 def check_aligned(run_dir: Path, wanted: dict[str, Any]) -> None:
     """UserError unless stage 1 of this run trained its projector between the same encoder and language model."""
     there = read_json(run_dir / "config.json").get("align", {}).get("projector_of", wanted)
-    differ = [name for name in wanted if there.get(name) != wanted[name]]
-    changes = [f"{name}: {there.get(name)} there, {wanted[name]} here" for name in differ]
-    if changes:
-        raise UserError(
-            f"stage 1 in {run_dir} trained its projector between other parts:\n  " + "\n  ".join(changes) + "\nRun "
-            "stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter"
-        )
+    rundir.refuse(
+        rundir.difference({name: there.get(name) for name in wanted}, wanted),
+        f"stage 1 in {run_dir} trained its projector between other parts",
+        "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
+    )
 
 
 def longest(dataset: LlavaDataset) -> int:

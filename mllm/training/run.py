@@ -10,7 +10,6 @@ runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from clips.common.profile import profiled
 from rich.console import Console
 from transformers import TrainerCallback
 
 from clips.common.errors import Stopped
-from clips.common.files import write_atomically
+from clips.common.files import write_json
+from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import choose_device, init_distributed, shutdown
+from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.training.arguments import TrainArguments
@@ -34,7 +33,7 @@ from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import newest
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_plan, count_parameters, learning_rates
-from mllm.training.log import MetricsLog, environment, keep_config, peak_memory_gb, write_curves
+from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
 from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
 from mllm.training.trainer import (
@@ -128,8 +127,7 @@ def train(
     """
     stage, stage_dir = arguments.description, run_dir / arguments.description.name
     if process.is_main:
-        described = environment(process.device, process.world_size)
-        write_atomically(run_dir / "env.json", json.dumps(described, indent=2) + "\n")
+        write_json(run_dir / "env.json", environment(process.device, process.world_size))
     collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
     assert_plan(prepared.model, prepared.plan)
     stop = StopCallback()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from clips.common.profile import Profiler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
 
 from clips.common.errors import NotFiniteError
 from clips.common.files import seal
+from clips.common.profile import Profiler
 from clips.common.signals import StopSignal
 from clips.common.tensors import read_weights, write_weights
 from mllm.data.dataset import Collator, LlavaDataset

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from clips.common.errors import UserError
+from clips.common.runtime import import_deepspeed
 from mllm.training.arguments import TrainArguments
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -47,7 +48,5 @@ def whole(model: nn.Module, zero: int) -> Iterator[None]:
     if zero < 3:
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    with import_deepspeed().zero.GatheredParameters(list(model.parameters())):
         yield

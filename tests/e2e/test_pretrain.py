@@ -98,7 +98,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ("--debug", "--output-dir", tmp_path, *shards)
+    flags = ("--debug", "--output-dir", tmp_path, *shards, "--profile", "1")
     for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in RECIPES}).items():
         assert done.code == 0, done.text
         run_dir = tmp_path / f"{name}-debug"
@@ -110,6 +110,9 @@ def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], t
             assert shown in done.text
         assert f"python scripts/evaluate_clips.py --model {run_dir}" in done.text
         assert (run_dir / "skipped.jsonl").read_text() == ""
+        assert f"profile of 1 steps: {run_dir}/profile" in done.text
+        recorded = json.loads((run_dir / "profile" / "trace-rank0.json").read_text())["traceEvents"]
+        assert {"aten::mm", "aten::conv2d"} & {event["name"] for event in recorded}
 
 
 def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> None:

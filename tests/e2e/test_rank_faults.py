@@ -1,4 +1,4 @@
-"""One rank, or one of its workers, fails: all end with a reason, and no process is left (FAULTS.md, rows 10 to 13)."""
+"""One rank, or one of its workers, fails: all end with a reason, and no process is left."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import pickle
 import resource
@@ -19,7 +18,6 @@ from conftest import ROOT
 from clips.common import files
 from clips.common.errors import NoCheckpointError, UserError
 from clips.common.runtime import init_distributed
-from clips.training.prepare import _hold
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState
 
@@ -201,7 +199,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     path = write(tmp_path / "run", 1)
     (path / "model.safetensors").write_bytes(pickle.dumps(Bomb(fired)))
     manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["model.safetensors"] = files._sha256(path / "model.safetensors")
+    manifest["model.safetensors"] = files.sha256(path / "model.safetensors")
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"model\.safetensors"):
         checkpoint.load(path).weights()
@@ -223,7 +221,7 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     (path / "state.json").write_text('{"seed": 0, "steps_of_old": 3}')
     manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["state.json"] = files._sha256(path / "state.json")
+    manifest["state.json"] = files.sha256(path / "state.json")
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="steps_of_old"):
         checkpoint.load(path)
@@ -236,19 +234,10 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     def crash(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_fsync", crash)
+    monkeypatch.setattr(files, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(file, "new and longer\n")
     assert file.read_text() == "old\n"
-
-
-def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process trains in"):
-            _hold(tmp_path)
-    _hold(tmp_path)
-    _hold(tmp_path)  # the same process may ask again
 
 
 def test_tasks_of_srun_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

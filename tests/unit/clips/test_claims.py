@@ -247,6 +247,7 @@ def finish(run: Path, config: RunConfig, figures: dict[str, float]) -> None:
     """What a finished run leaves behind, as far as it is read here."""
     (run / "report").mkdir(parents=True)
     (run / "report" / "index.html").write_text("")
+    (run / "export").mkdir()
     config.save(run / "config.json")
     values = {name: {"value": value, "chance": 0.2, "items": 500} for name, value in figures.items()}
     (run / "evaluation.json").write_text(json.dumps({"figures": values}))

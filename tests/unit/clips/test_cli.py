@@ -37,6 +37,7 @@ FROZEN = {
         "--set": [],
         "--debug": False,
         "--dry-run": False,
+        "--profile": 0,
         "--wandb": False,
         "--local_rank": -1,
     },

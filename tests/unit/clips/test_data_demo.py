@@ -7,7 +7,9 @@ import hashlib
 import json
 import random
 import re
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from clips.common.errors import UserError
 from clips.config import DataConfig, Fields
 from clips.data import demo
+from clips.data.built import ensure_built
 from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,
@@ -97,6 +100,44 @@ def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.Mo
     ensure_demo(tmp_path / "data", sizes=SIZES)
     assert not (tmp_path / ".data.building").exists()
     assert len(open_source(demo_split(tmp_path / "data", "train"), Fields(), need_long=True)) == 60
+
+
+def test_one_frame_builds_both_demos(tmp_path: Path) -> None:
+    calls = []
+
+    def write(work: Path) -> dict[str, str]:
+        calls.append(work)
+        (work / "data.txt").write_text(f"build {len(calls)}")
+        return {"note": "for people"}
+
+    def ensure(**changes: int) -> str:
+        wanted = {"version": 1, "seed": 0} | changes
+        return (ensure_built(tmp_path / "d", wanted, write, what="test data") / "data.txt").read_text()
+
+    assert [ensure(), ensure(), ensure(seed=1), ensure(seed=1)] == ["build 1", "build 1", "build 2", "build 2"]
+    stamp = tmp_path / "d" / "manifest.json"
+    assert json.loads(stamp.read_text()) == {"built": {"version": 1, "seed": 1}, "note": "for people"}
+    stamp.write_text(json.dumps({"version": 1, "seed": 1}))  # as the LLaVA demo was stamped once
+    assert ensure(seed=1) == "build 2"
+    with pytest.raises(UserError, match="holds no test data"):
+        ensure(other=1)  # a folder of another kind of data, though it was built here
+    stamp.write_text("[]")
+    with pytest.raises(UserError, match="holds no test data"):
+        ensure()
+    assert (tmp_path / "d" / "data.txt").read_text() == "build 2"
+
+
+def test_of_two_builders_one_waits_and_uses_what_the_other_built(tmp_path: Path) -> None:
+    calls = []
+
+    def write(work: Path) -> dict[str, str]:
+        calls.append(work)
+        time.sleep(0.2)
+        return {}
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: ensure_built(tmp_path / "d", {"version": 1}, write, what="test data"), range(4)))
+    assert len(calls) == 1
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
@@ -228,7 +269,7 @@ def test_the_whole_sentence_pairs_things_with_their_places() -> None:
 
 
 def test_text_lengths_overlap() -> None:
-    """Both text encoders must see the lengths that they are tested on (shared/DATA.md)."""
+    """Both text encoders must see the lengths that they are tested on: on others a text encoder fails."""
     web, sentences = [], []
     for number in range(500):
         _, description = split_scene("train", number, 0)

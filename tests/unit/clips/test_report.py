@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.config import (
@@ -30,7 +31,15 @@ from clips.config import (
 from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.evaluate import encode_images, encode_texts, evaluate, evaluate_from_flags, measure, tower_size
+from clips.evaluation.evaluate import (
+    encode_images,
+    encode_texts,
+    evaluate,
+    evaluate_from_flags,
+    figures_table,
+    measure,
+    tower_size,
+)
 from clips.evaluation.examples import Examples, _half_misses, collect_examples
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
@@ -70,12 +79,17 @@ def small(tmp_path_factory):
 
 def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     model, run, tokenizer = small
-    flat = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "evaluation.json")
+    found = evaluate(model, tokenizer, run, "test", full=True, out=tmp_path / "evaluation.json")
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["skipped_images"] == 0
-    assert {name: figure["value"] for name, figure in content["figures"].items()} == flat
+    assert content["figures"] == {name: dataclasses.asdict(figure) for name, figure in found.items()}
     for name in ("sentence_i2t_r1", "part_t2i_r10", "web_i2t_r5", "zero_shot_top1", "linear_probe_top1"):
-        assert 0 <= flat[name] <= 100
+        assert 0 <= found[name].value <= 100
+    table = Console(width=100, file=io.StringIO())
+    table.print(figures_table(found, "test split"))
+    for name, figure in found.items():
+        row = next(line for line in table.file.getvalue().splitlines() if f" {name} " in line)
+        assert [f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items}"] == re.findall(r"[\d.]+", row)[-3:]
     figures = content["figures"]
     # half of the demo's test scenes hold one thing and serve classification, the others retrieval
     assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
@@ -88,8 +102,7 @@ def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
     model.train()
     model.visual.set_image_size(48)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    flat = evaluate(model, tokenizer, run, "val", image_size=32)
-    assert "linear_probe_top1" not in flat
+    assert "linear_probe_top1" not in evaluate(model, tokenizer, run, "val", image_size=32)
     assert model.training
     assert tower_size(model) == 48
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -118,18 +118,16 @@ def test_links_out_of_the_folder_are_refused(tmp_path, folder):
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "inside.png").symlink_to(folder / "sub" / "0.png")
     store = ImageStore(folder)
-    assert "link out of" in store.problem("link.png")
-    with pytest.raises(BrokenSample):
-        store.read("link.png")
+    for name in ("link.png", "../outside.png", str(tmp_path / "outside.png"), "a\0b.png"):
+        assert "leads out of" in store.problem(name)
+        with pytest.raises(BrokenSample, match="leads out of"):
+            store.read(name)
     assert store.load("inside.png").size == (8, 8)
 
 
 def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, arcname=".")
-        link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
     store, names = ImageStore(tmp_path / "images.tar"), [f"sub/{i}.png" for i in range(3)]
     expected = [ImageStore(folder).read(name) for name in names]
     assert [store.read(name) for name in names] == expected  # opens the file before the workers fork
@@ -137,9 +135,50 @@ def test_tar_gives_the_same_pictures_in_every_process(tmp_path, folder):
     loader = DataLoader(names * 40, batch_size=1, num_workers=2, collate_fn=lambda batch: store.read(batch[0]))
     assert list(loader) == expected * 40
     assert store.problem("link.png")
+
+
+def test_a_tar_that_is_none_or_leads_out_is_refused(tmp_path, folder):
     (tmp_path / "no.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(UserError, match="neither a folder nor an uncompressed tar"):
-        ImageStore(tmp_path / "no.tar")
+    (tmp_path / "short.tar").write_bytes(b"x")
+    for name in ("no.tar", "short.tar"):
+        with pytest.raises(UserError, match=f"{name} is not an uncompressed tar"):
+            ImageStore(tmp_path / name)
+    for kind in ("gz", "bz2", "xz"):
+        with tarfile.open(tmp_path / "packed.tar", f"w:{kind}") as tar:
+            tar.add(folder, arcname=".")
+        with pytest.raises(UserError, match=r"packed\.tar is a compressed file"):
+            ImageStore(tmp_path / "packed.tar")
+    for kind, name, message in (
+        (tarfile.SYMTYPE, "link.png", "is a link; repack"),
+        (tarfile.LNKTYPE, "link.png", "is a link; repack"),
+        (tarfile.REGTYPE, "../secret.png", "points outside"),
+    ):
+        with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+            tar.add(folder, arcname=".")
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        with pytest.raises(UserError, match=message):
+            ImageStore(tmp_path / "bad.tar")
+
+
+def test_a_damaged_tar_gives_what_is_whole_and_says_what_is_not(tmp_path, folder, caplog):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(3):
+            tar.add(folder / "sub" / f"{number}.png", arcname=f"{number}.png")
+        tar.add(folder / "sub" / "1.png", arcname="0.png")
+    with tarfile.open(path) as tar:
+        second = tar.getmember("1.png").offset_data - 512
+    data = bytearray(path.read_bytes())
+    data[second : second + 512] = b"\xff" * 512
+    path.write_bytes(data)
+    store = ImageStore(path)
+    assert [store.problem(f"{number}.png") is None for number in range(3)] == [True, False, True]
+    assert store.read("2.png") == (folder / "sub" / "2.png").read_bytes()
+    assert store.read("0.png") == (folder / "sub" / "0.png").read_bytes()
+    assert "damaged at byte" in caplog.text
+    assert "0.png appears twice; the first is used" in caplog.text
 
 
 def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):

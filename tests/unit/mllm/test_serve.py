@@ -32,12 +32,13 @@ from tiny_serve import (
     write_models,
 )
 
+from clips import CLIPS
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import Encoder, bind_port, create_app
-from mllm.serve.queue import Desk
+from mllm.serve.app import bind_port, create_app, embed
+from mllm.serve.queue import RequestQueue
 from mllm.serve.schemas import UNSUPPORTED
 
 
@@ -54,12 +55,12 @@ def chat(place: Path) -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def encoder(place: Path) -> Encoder:
-    return Encoder.load(place / "runs" / "clips-demo", "cpu")
+def encoder(place: Path) -> CLIPS:
+    return CLIPS.from_pretrained(place / "runs" / "clips-demo", device="cpu")
 
 
 @contextlib.contextmanager
-def served(chat: ChatModel, encoder: Encoder | str, limits: Limits, **options: object) -> Iterator[str]:
+def served(chat: ChatModel, encoder: CLIPS | str, limits: Limits, **options: object) -> Iterator[str]:
     """The server's address while it runs in a thread."""
     bound = bind_port("127.0.0.1", 0)
     app = create_app(chat, encoder, limits, **options)
@@ -76,7 +77,7 @@ def served(chat: ChatModel, encoder: Encoder | str, limits: Limits, **options: o
 
 
 @pytest.fixture(scope="module")
-def address(chat: ChatModel, encoder: Encoder) -> Iterator[str]:
+def address(chat: ChatModel, encoder: CLIPS) -> Iterator[str]:
     limits = Limits(new_tokens=30_000, body_bytes=2 * 2**20, fetch_seconds=2, waiting=40, inputs=30)
     with served(chat, encoder, limits, allow_image_urls=True) as address:
         yield address
@@ -205,12 +206,12 @@ def test_models(client: OpenAI) -> None:
 # ---------------------------------------------------------------------------------------------- embeddings
 
 
-def test_embeddings_are_the_encoders(client: OpenAI, encoder: Encoder) -> None:
+def test_embeddings_are_the_encoders(client: OpenAI, encoder: CLIPS) -> None:
     inputs = ["a red cat", {"image": RED}, "two dogs", "a red cat", {"image": BLUE}]
     done = client.embeddings.create(model="encoder", input=inputs)  # base64 on the wire, as this client asks for it
     rows = np.array([entry.embedding for entry in done.data], dtype=np.float32)
     pictures = [Image.new("RGB", (40, 28), colour) for colour in ("red", "blue")]
-    expected = encoder.embed(["a red cat", pictures[0], "two dogs", "a red cat", pictures[1]])
+    expected = embed(encoder, ["a red cat", pictures[0], "two dogs", "a red cat", pictures[1]])
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     assert [entry.index for entry in done.data] == [0, 1, 2, 3, 4]
@@ -268,7 +269,7 @@ def test_nothing_private_is_fetched(address: str, url: str) -> None:
     assert figure(address, asked) == before
 
 
-def test_addresses_are_not_fetched_unless_allowed(chat: ChatModel, encoder: Encoder) -> None:
+def test_addresses_are_not_fetched_unless_allowed(chat: ChatModel, encoder: CLIPS) -> None:
     with served(chat, encoder, Limits()) as address:
         response = post(address, with_picture("http://8.8.8.8/x.png"))
         assert response.status_code == 400
@@ -332,7 +333,7 @@ def test_a_huge_upload_gets_413(address: str, declared: bool) -> None:
     assert "above this server's limit" in response.json()["error"]["message"]
 
 
-def test_a_defect_gives_no_trace(chat: ChatModel, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_gives_no_trace(chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the middle of a stream."""
 
     def broken(self: ChatSession, *_: object) -> Iterator[str]:
@@ -361,7 +362,7 @@ def test_every_unsupported_field_is_refused(address: str) -> None:
 # ---------------------------------------------------------------------------------------------- the key
 
 
-def test_the_key(chat: ChatModel, encoder: Encoder) -> None:
+def test_the_key(chat: ChatModel, encoder: CLIPS) -> None:
     with served(chat, encoder, Limits(), api_key="s3cret-ü") as address:
         for path in ("/v1/models", "/metrics", "/v1/unknown"):
             assert httpx2.get(address + path, timeout=60, trust_env=False).status_code == 401
@@ -404,7 +405,7 @@ def long_answer(client: OpenAI, address: str) -> Iterator[openai.Stream]:
         stream.close()
 
 
-def test_a_full_queue_gets_429(chat: ChatModel, encoder: Encoder) -> None:
+def test_a_full_queue_gets_429(chat: ChatModel, encoder: CLIPS) -> None:
     with served(chat, encoder, Limits(new_tokens=30_000, waiting=1)) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         results = []
@@ -445,7 +446,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
     assert ask(client, user("Hello")).choices[0].message.content
 
 
-def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None:
+def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: CLIPS) -> None:
     with served(chat, encoder, Limits(new_tokens=30_000, seconds=1)) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         done = ask(client, user(LONG), max_tokens=30_000)
@@ -453,7 +454,7 @@ def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None
         assert 0 < done.usage.completion_tokens < 30_000
 
 
-def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder: Encoder) -> None:
+def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder: CLIPS) -> None:
     def dripping() -> Iterator[bytes]:
         yield b"{"
         time.sleep(2)
@@ -482,7 +483,7 @@ def test_metrics(client: OpenAI, address: str) -> None:
 
 def test_work_at_the_desk_is_in_order() -> None:
     async def main() -> list[int]:
-        desk, order = Desk(10), []
+        queue, order = RequestQueue(10), []
 
         def work(number: int) -> Iterator[int]:
             time.sleep(0.02)
@@ -490,7 +491,7 @@ def test_work_at_the_desk_is_in_order() -> None:
             yield number
 
         async def one(number: int) -> None:
-            assert [item async for item in desk.run(lambda _: work(number))] == [number]
+            assert [item async for item in queue.run(lambda _: work(number))] == [number]
 
         await asyncio.gather(*map(one, range(6)))
         return order
@@ -500,10 +501,10 @@ def test_work_at_the_desk_is_in_order() -> None:
 
 def test_a_reader_that_stops_reading_holds_up_nobody() -> None:
     async def main() -> None:
-        desk = Desk(10)
-        slow = desk.run(lambda _: iter(range(1000)))
+        queue = RequestQueue(10)
+        slow = queue.run(lambda _: iter(range(1000)))
         assert await anext(slow) == 0
-        assert [item async for item in desk.run(lambda _: iter("ab"))] == ["a", "b"]
+        assert [item async for item in queue.run(lambda _: iter("ab"))] == ["a", "b"]
         assert [item async for item in slow] == list(range(1, 1000))
 
     asyncio.run(main())
@@ -511,19 +512,19 @@ def test_a_reader_that_stops_reading_holds_up_nobody() -> None:
 
 def test_a_reader_that_leaves_cancels_the_work() -> None:
     async def main() -> None:
-        desk, seen = Desk(10), threading.Event()
+        queue, seen = RequestQueue(10), threading.Event()
 
         def work(cancel: threading.Event) -> Iterator[int]:
             yield 1
             if cancel.wait(10):
                 seen.set()
 
-        items = desk.run(work)
+        items = queue.run(work)
         assert await anext(items) == 1
-        assert desk.busy
+        assert queue.busy
         await items.aclose()
         assert await asyncio.to_thread(seen.wait, 10)
-        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+        await asyncio.to_thread(wait_until, lambda: not queue.busy)
 
     asyncio.run(main())
 
@@ -532,7 +533,7 @@ def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
     """Six clients that leave at once must not have six works running beside each other."""
 
     async def main() -> None:
-        desk, running, most = Desk(10), [], []
+        queue, running, most = RequestQueue(10), [], []
 
         def work(cancel: threading.Event) -> Iterator[int]:
             running.append(1)
@@ -542,10 +543,10 @@ def test_work_that_was_given_up_keeps_its_turn_until_it_ends() -> None:
             running.pop()
 
         for _ in range(6):
-            items = desk.run(work)
+            items = queue.run(work)
             assert await anext(items) == 1
             await items.aclose()
-        await asyncio.to_thread(wait_until, lambda: not desk.busy)
+        await asyncio.to_thread(wait_until, lambda: not queue.busy)
         assert most == [1] * 6
 
     asyncio.run(main())
@@ -562,7 +563,7 @@ def test_a_taken_port_is_the_users_mistake() -> None:
         bind_port("127.0.0.1", 70_000)
 
 
-def test_base64_is_what_the_client_decodes(address: str, encoder: Encoder) -> None:
+def test_base64_is_what_the_client_decodes(address: str, encoder: CLIPS) -> None:
     body = {"model": "encoder", "input": "two dogs", "encoding_format": "base64"}
     wire = post(address, body, "/v1/embeddings").json()["data"][0]["embedding"]
-    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(wire), "<f4"), encoder.embed(["two dogs"])[0])
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(wire), "<f4"), embed(encoder, ["two dogs"])[0])

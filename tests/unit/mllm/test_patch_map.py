@@ -11,89 +11,92 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_web import picture, write_export
 
+from clips import CLIPS
 from clips.common.errors import UserError
 from clips.data.images import eval_transform
-from mllm.chat.patch_map import MAX_LABELS, Look, overlay
+from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, zero_shot
 
 LABELS = ("a cat", "dog", "act", "god")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "pre_norm"])
-def look(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Look:
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CLIPS:
     run = tmp_path_factory.mktemp("runs") / "clips"
     write_export(run, pre_norm=request.param)
-    return Look.load(run, device="cpu")
+    return CLIPS.from_pretrained(run, device="cpu")
 
 
-def text_features(look: Look, texts: list[str]) -> torch.Tensor:
-    ids = look.tokenizer(texts, look.model.config.text.context_length, trim=True)
+def text_features(encoder: CLIPS, texts: list[str]) -> torch.Tensor:
+    ids = encoder.tokenizer(texts, encoder.model.config.text.context_length, trim=True)
     with torch.no_grad():
-        return look.model.encode_text(ids)
+        return encoder.model.encode_text(ids)
 
 
-def image_feature(look: Look, image: Image.Image) -> torch.Tensor:
+def image_feature(encoder: CLIPS, image: Image.Image) -> torch.Tensor:
     with torch.no_grad():
-        return look.model.encode_image(eval_transform(32)(image)[None])[0]
+        return encoder.model.encode_image(eval_transform(32)(image)[None])[0]
 
 
-def test_patches_add_up_to_the_encoder_s_own_similarity(look: Look) -> None:
+def test_patches_add_up_to_the_encoder_s_own_similarity(encoder: CLIPS) -> None:
     image, sentence = picture(), "a dog and a cat at a dog"
-    expected = float(image_feature(look, image) @ text_features(look, [sentence])[0])
-    found = look.match(image, sentence)
+    expected = float(image_feature(encoder, image) @ text_features(encoder, [sentence])[0])
+    found = patch_map(encoder, image, sentence)
     assert found.patches.shape == (4, 4)
     assert found.similarity == pytest.approx(expected, abs=1e-5)
     assert found.usual == 0
     assert found.patches.mean() == pytest.approx(expected, abs=1e-5)
     assert found.patches.std() > 1e-3
-    relative = look.match(image, sentence, LABELS)
+    relative = patch_map(encoder, image, sentence, LABELS)
     assert relative.similarity == pytest.approx(expected, abs=1e-5)
     assert relative.patches.mean() == pytest.approx(relative.similarity - relative.usual, abs=1e-5)
     assert abs(relative.usual) > 1e-4
 
 
-def test_rows_of_the_map_go_down_and_columns_to_the_right(look: Look) -> None:
+def test_rows_of_the_map_go_down_and_columns_to_the_right(encoder: CLIPS) -> None:
     """The term of a patch is that of its token, in the order in which the tower cuts the image."""
     image = picture()
     with torch.no_grad():
-        pooled, tokens = look.model.visual(eval_transform(32)(image)[None])
-        length = look.model.visual.proj(pooled).norm()
+        pooled, tokens = encoder.model.visual(eval_transform(32)(image)[None])
+        length = encoder.model.visual.proj(pooled).norm()
         row, column = 2, 1
         token = tokens[0, 1 + 4 * row + column]
         mean = tokens[0, 1:].mean(dim=0)
-        norm = look.model.visual.norm
+        norm = encoder.model.visual.norm
         scaled = (token - token.mean()) / (mean.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
-        expected = look.model.visual.proj(scaled) @ text_features(look, ["a cat is a cat"])[0] / length
-    assert look.match(image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
+        expected = encoder.model.visual.proj(scaled) @ text_features(encoder, ["a cat is a cat"])[0] / length
+    assert patch_map(encoder, image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_zero_shot_is_clip_s(look: Look) -> None:
+def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:
     image = picture(seed=1)
-    odds = look.zero_shot(image, LABELS)
+    odds = zero_shot(encoder, image, LABELS)
     assert set(odds) == set(LABELS)
     assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
     assert list(odds.values()) == sorted(odds.values(), reverse=True)
     names = torch.stack(
         [
-            F.normalize(text_features(look, [template.format(label) for template in look.templates]).mean(0), dim=0)
+            F.normalize(
+                text_features(encoder, [template.format(label) for template in encoder.templates]).mean(0), dim=0
+            )
             for label in LABELS
         ]
     )
-    scale = look.model.logit_scale.detach().exp().clamp(max=100)
-    expected = (scale * names @ image_feature(look, image)).softmax(0)
+    scale = encoder.model.logit_scale.detach().exp().clamp(max=100)
+    expected = (scale * names @ image_feature(encoder, image)).softmax(0)
     assert [odds[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_labels_are_cleaned_and_bounded(look: Look) -> None:
-    assert set(look.zero_shot(picture(), [" a  cat", "a cat", "", "dog"])) == {"a cat", "dog"}
+def test_labels_are_cleaned_and_bounded(encoder: CLIPS) -> None:
+    assert set(zero_shot(encoder, picture(), [" a  cat", "a cat", "", "dog"])) == {"a cat", "dog"}
     for wrong in ([], ["cat", "cat "], [str(i) for i in range(MAX_LABELS + 1)]):
         with pytest.raises(UserError, match="labels"):
-            look.zero_shot(picture(), wrong)
+            zero_shot(encoder, picture(), wrong)
     with pytest.raises(UserError, match="type a word"):
-        look.match(picture(), "  ")
+        patch_map(encoder, picture(), "  ")
 
 
-def test_very_long_texts_and_odd_images_are_answered(look: Look) -> None:
-    match = look.match(picture(1, 300), "cat " * 5000, LABELS)
+def test_very_long_texts_and_odd_images_are_answered(encoder: CLIPS) -> None:
+    match = patch_map(encoder, picture(1, 300), "cat " * 5000, LABELS)
     assert np.isfinite(match.patches).all()
     assert overlay(picture(1, 300), match.patches).size == (2, 512)
 
@@ -113,4 +116,4 @@ def test_overlay_tints_the_best_patch_only() -> None:
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no trained model"):
-        Look.load(tmp_path, device="cpu")
+        CLIPS.from_pretrained(tmp_path, device="cpu")

@@ -1,0 +1,44 @@
+"""Where files may stand: the folder for what is computed once, and paths from strangers kept below a root."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from pathlib import Path, PurePosixPath
+
+
+def cache_root() -> Path:
+    """Folder for what is computed once and may be deleted: indexes of read-only data, features, converted models.
+
+    `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
+    """
+    if own := os.environ.get("CLIPS_MLLM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` is a relative path that goes down only, by its text: the check for what is no file yet."""
+    return not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
+
+
+def inside(root: str | Path, name: str) -> str:
+    """The path of `name` below `root` (a folder or an fsspec URL); ValueError where it leads out of it.
+
+    Links are followed, and what is opened is the path without links that was checked. An absolute `name` counts
+    where it is below `root`.
+    """
+    root = str(root)
+    if is_remote(root):
+        if is_plain(name) and not is_remote(name):
+            return posixpath.join(root, name)
+    elif "\0" not in name and not is_remote(name):
+        real_root = os.path.realpath(root)
+        path = os.path.realpath(os.path.join(real_root, name))
+        if Path(path).is_relative_to(real_root):
+            return path
+    raise ValueError(f"{name!r} leads out of {root!r}")

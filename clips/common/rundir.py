@@ -1,0 +1,95 @@
+"""What a run directory holds, for both halves: which configuration, whose lock, which metrics, finished or not.
+
+    runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
+    runs/NAME/env.json        what else would explain a difference between two runs (clips/common/runtime.py)
+    runs/NAME/metrics.jsonl   a line for each log step and evaluation; the last one may be cut short by a kill
+    runs/NAME/.lock           held by the process that trains here
+
+Imports nothing heavy: a plan or a progress bar that asks about fifty runs waits for no torch and no matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from clips.common.errors import UserError
+from clips.common.files import lock, write_atomically
+
+METRICS = "metrics.jsonl"
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a pretraining run has come to its end: exported, and its report written."""
+    return (run_dir / "export").is_dir() and (run_dir / "report" / "index.html").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configurations differ, as `path: there → here` lines; a missing field is None."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [
+                line for key in sorted(a.keys() | b.keys()) for line in walk(a.get(key), b.get(key), f"{path}.{key}")
+            ]
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
+        return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
+
+    return walk(*(json.loads(json.dumps(config)) for config in (there, here)), "")
+
+
+def refuse(changes: Sequence[str], what: str, mend: str) -> None:
+    """Raise UserError listing `changes` where there are any; `what` holds them, `mend` is what to do."""
+    if changes:
+        raise UserError(f"{what}:\n  " + "\n  ".join(changes) + f"\n{mend}")
+
+
+# --------------------------------------------------------------------------------------------------------------- lock
+_held: dict[Path, IO[str]] = {}
+
+
+def hold(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already."""
+    place = run_dir.resolve()
+    if place in _held:
+        return
+    try:
+        _held[place] = lock(run_dir / ".lock", wait=False)
+    except OSError:
+        raise UserError(f"another process trains in {run_dir}: wait for it, stop it, or give another --name") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); one that a kill cut short is passed over.
+
+    Raises UserError where there is no such file.
+    """
+    path = run_dir / METRICS
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
+    found = filter(None, map(_parsed, path.read_text(encoding="utf-8").splitlines()))
+    return [line for line in found if kind is None or line.get("kind") == kind]
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave in a .jsonl file the lines that are `wanted` and whole: what a killed run wrote after its checkpoint goes.
+
+    So no step stands twice when the run goes on from there. A missing file stays missing.
+    """
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [text for text in lines if (line := _parsed(text)) is not None and wanted(line)]
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None

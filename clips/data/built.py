@@ -1,0 +1,63 @@
+"""A folder of made data that is built once: beside its place, under a lock, stamped, and renamed when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clips.common.errors import UserError
+from clips.common.files import lock
+
+STAMP = "manifest.json"
+
+
+def ensure_built(
+    directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
+) -> Path:
+    """Build `directory` by `write(temporary folder)` unless it is stamped with `wanted` already; returns it.
+
+    `wanted` is JSON that decides the content, a version included; what `write` returns is stamped beside it, for
+    people. A build that was interrupted is never used, an older one is replaced, and of several processes one builds
+    while the others wait. Raises UserError when the folder holds something else than `what`, or cannot be written.
+    """
+    if built_as(directory) == wanted:
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with lock(directory.parent / f".{directory.name}.lock", wait=True):
+            if built_as(directory) != wanted:  # by whoever held the lock
+                _build(directory, wanted, write, what)
+    except OSError as error:
+        raise UserError(f"the {what} cannot be written to {directory}: {error}") from None
+    return directory
+
+
+def built_as(directory: Path) -> dict[str, Any] | None:
+    """What `directory` was built as; None where it was not built here."""
+    try:
+        stamp = json.loads((directory / STAMP).read_text(encoding="utf-8"))
+        built = stamp.get("built", stamp)  # the LLaVA demo's stamp was the bare record once
+    except (OSError, ValueError, AttributeError):
+        return None
+    return built if isinstance(built, dict) and "version" in built else None
+
+
+def _build(directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], what: str) -> None:
+    # The same entries in the stamp: an older build of the same kind, and not the folder of another.
+    if directory.exists() and any(directory.iterdir()) and (built_as(directory) or {}).keys() != wanted.keys():
+        raise UserError(f"{directory} exists and holds no {what}: name another folder")
+    work = directory.parent / f".{directory.name}.building"
+    shutil.rmtree(work, ignore_errors=True)  # left by a build that was killed
+    work.mkdir()
+    try:
+        facts = write(work)
+        (work / STAMP).write_text(json.dumps({"built": wanted, **facts}, indent=2) + "\n", encoding="utf-8")
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

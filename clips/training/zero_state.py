@@ -1,0 +1,193 @@
+"""Gradients, weights and optimizer state by parameter name, wherever a ZeRO stage keeps them.
+
+Everything that reads or writes inside DeepSpeed is here: attributes that it does not document, and documented calls
+whose limits were found by trying. tests/dist/test_deepspeed_internals.py names each one and looks for it in engines
+of every stage; run it before raising the cap of `deepspeed` in pyproject.toml.
+
+What stands where, for the flat fp32 tensors that the inner (torch) optimizer steps on:
+
+    stage   one tensor a group is                its members     its gradient before the step
+    0       no flat tensors: each parameter      the parameter   parameter.grad
+    1, 2    single_partition_of_fp32_groups      bit16_groups    averaged_gradients; with offload the tensor's .grad
+    3       fp32_partitioned_groups_flat         fp16_groups     averaged_gradients; with offload out of sight
+
+The names say fp16 and bit16 for historical reasons; here all weights are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+MUON_STATE = ("momentum_buffer",)
+
+
+class ZeroState:
+    """What `engine` (DeepSpeed's) and its optimizer hold of the parameters `names`, in any ZeRO stage.
+
+    `muon`: ids of the parameters that Muon steps; AdamW steps the others. Methods marked collective are called by
+    every rank. State that comes out is on the CPU of rank 0, whole and by name, so it depends neither on the number
+    of ranks nor on the stage, and is exact because everything is fp32.
+    """
+
+    def __init__(self, engine: Any, names: Mapping[str, nn.Parameter], muon: set[int], device: torch.device) -> None:
+        self.optimizer, self.names, self.muon, self.device = engine.optimizer, names, muon, device
+        self.stage: int = engine.zero_optimization_stage()
+        self.world_size = dist.get_world_size()
+        if self.stage == 0 and self.world_size == 1:
+            # Nothing to reduce; DeepSpeed would copy every gradient into buckets and back (72 ms a step at 38 M).
+            engine.enable_backward_allreduce = False
+        self._create_optimizer_state(steps=0)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradients, between the last backward of a step and the step itself.
+
+        With offload they are what DeepSpeed has brought to the CPU by then; of stage 3 nothing can be seen. There
+        DeepSpeed itself leaves a step out whose gradient is not finite (`was_step_applied`).
+        """
+        if self.stage == 0:
+            return [p.grad for p in self.names.values() if p.grad is not None]
+        if self.optimizer.cpu_offload if self.stage < 3 else self.optimizer.offload_optimizer:
+            flats = self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else []
+            return [flat.grad for flat in flats if flat.grad is not None]
+        held = self.optimizer.averaged_gradients.values()  # None stands for a group that was stepped already
+        return [grad for part in held if part is not None for grad in part if grad is not None]
+
+    def copies(self, name: str) -> Iterator[Tensor]:
+        """Whatever this rank holds of a parameter: the value that computes and its fp32 master, to be changed in place.
+
+        DeepSpeed's setters change the master only, and the forward pass would go on with the old value.
+        """
+        parameter = self.names[name]
+        yield parameter.data  # empty in stage 3, outside the forward pass
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            yield parameter.ds_tensor.data
+            yield safe_get_local_fp32_param(parameter)
+        elif self.stage > 0 and parameter._hp_mapping is not None:  # None: another rank's
+            yield parameter._hp_mapping.hp_fragment
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        """Weights by name on the CPU of rank 0, empty elsewhere. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.names.items():
+            full = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            if dist.get_rank() == 0:
+                weights[name] = full.detach().to("cpu", copy=True)
+        return weights
+
+    def gather_optimizer(self) -> dict[str, Tensor]:
+        """Optimizer state as `name/key` on the CPU of rank 0, empty elsewhere. Collective."""
+        state = {}
+        for name, parameter in self.names.items():
+            for key in self._keys(parameter):
+                full = self._get(parameter, key)
+                if dist.get_rank() == 0:
+                    state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
+        return state
+
+    def restore_optimizer(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
+
+        The weights are not restored here: they are loaded into the model before the engine is built. Raises KeyError
+        where `state` is of another kind of optimizer.
+        """
+        self._create_optimizer_state(steps)
+        for name, parameter in self.names.items():
+            for key in self._keys(parameter):
+                self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
+
+    def _is_muon(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self.muon
+
+    def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        return MUON_STATE if self._is_muon(parameter) else ADAM_STATE
+
+    def _get(self, parameter: nn.Parameter, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return self.optimizer.state[parameter][key]
+        if not self._keeps_whole_momenta(parameter):
+            return safe_get_full_optimizer_state(parameter, key)
+        full = torch.zeros_like(parameter)
+        momentum, is_owner = self._whole_momentum(parameter)
+        if is_owner:
+            full.copy_(momentum)
+        dist.all_reduce(full)  # one owner, so the sum is its value
+        return full
+
+    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            self.optimizer.state[parameter][key].copy_(value)
+        elif self.stage == 3:
+            # Equal parts, the last one padded past the end (DeepSpeed's setter of whole values fails on that).
+            flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
+            safe_set_local_optimizer_state(parameter, flat.chunk(self.world_size)[dist.get_rank()], key)
+        elif self._keeps_whole_momenta(parameter):
+            momentum, _ = self._whole_momentum(parameter)
+            if momentum is not None:
+                momentum.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _keeps_whole_momenta(self, parameter: nn.Parameter) -> bool:
+        """ZeRO-1/2 without offload keeps Muon's momentum of a matrix whole on every rank that holds a part of it.
+
+        Newton-Schulz needs the whole matrix, and DeepSpeed's getters know of no state that is not cut as the weights.
+        """
+        return self.stage in (1, 2) and self._is_muon(parameter) and not self.optimizer.cpu_offload
+
+    def _whole_momentum(self, parameter: nn.Parameter) -> tuple[Tensor | None, bool]:
+        """This rank's copy of the momentum of `parameter`, or None, and whether this rank speaks for it.
+
+        The matrices of a rank's partition lie one after the other in one buffer. The first of them may begin on the
+        rank before (`first_offset` > 0), which then speaks for it.
+        """
+        optimizer = self.optimizer
+        for i, group in enumerate(optimizer.params_in_partition):
+            offset = 0
+            for j, member in enumerate(group):
+                if member is parameter:
+                    flat = optimizer.optimizer.state[optimizer.single_partition_of_fp32_groups[i]]["momentum_buffer"]
+                    starts_here = j > 0 or optimizer.first_offset[i] == 0
+                    return flat.narrow(0, offset, member.numel()).view_as(member), starts_here
+                offset += member.numel()
+        return None, False
+
+    def _create_optimizer_state(self, steps: int) -> None:
+        """Zero state after `steps` optimizer steps, made before the first step instead of during it.
+
+        ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
+        the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
+        """
+        optimizer = self.optimizer
+        if self.stage == 0:
+            inner, tensors = optimizer, [(p, [p]) for p in self.names.values()]
+        elif self.stage == 3:
+            inner = optimizer.optimizer
+            tensors = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        else:
+            inner = optimizer.optimizer
+            tensors = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+        for i, (flat, members) in enumerate(tensors):
+            state = inner.state[flat]
+            for key in self._keys(members[0]):  # a group is all Muon's or all AdamW's
+                state[key] = torch.zeros_like(flat)
+            if self._keeps_whole_momenta(members[0]):
+                state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in optimizer.params_in_partition[i]))
+            if not self._is_muon(members[0]):
+                state["step"] = torch.tensor(float(steps), device=flat.device)
+        if self.stage in (1, 2):  # link it to the parameters again, which DeepSpeed does once only
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()

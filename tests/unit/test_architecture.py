@@ -1,0 +1,117 @@
+"""How the modules may know each other: no circle, one direction, one narrow seam, no script run by a library."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+
+import pytest
+from conftest import ROOT
+
+import clips
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("clips", "mllm")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+
+
+def imported(module: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import in a file, those inside functions and for type checkers too."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide where a name comes from"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+def ours(module: str) -> set[str]:
+    """The modules of this project that a file imports; the public face counts as what it hands out."""
+    found = set()
+    for source, name in imported(module):
+        if source == "clips" and name in clips.FACE:
+            found.add(clips.FACE[name])
+        elif f"{source}.{name}" in FILES:
+            found.add(f"{source}.{name}")
+        elif source in FILES:
+            found.add(source)
+    return found - {"clips", "mllm"}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    """Nor one of rooms: what two rooms need of each other belongs below both."""
+    graph = {module: ours(module) for module in FILES if module != "clips"}
+    rooms: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        rooms.setdefault(room(module), set()).update(map(room, targets))
+    for edges in (graph, {name: targets - {name} for name, targets in rooms.items()}):
+        while edges:  # take away what imports nothing that is left, until nothing is left
+            leaves = {name for name, targets in edges.items() if not targets & edges.keys()}
+            assert leaves, f"a circle among: {sorted(edges)}"
+            edges = {name: targets for name, targets in edges.items() if name not in leaves}
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_imports_go_one_way() -> None:
+    for module in FILES:
+        for target in ours(module):
+            if module.startswith("clips"):
+                assert target.startswith("clips"), f"{module} imports {target}"
+            if room(module) in ("mllm.chat", "mllm.serve"):
+                assert room(target) not in ("mllm.training", "mllm.compare"), f"{module} imports {target}"
+            if room(module) == "clips.common":
+                assert room(target) == "clips.common", f"{module} is the ground floor, but imports {target}"
+
+
+def test_no_library_runs_a_script() -> None:
+    """Scripts are started as processes; what they share with a library lives in the library."""
+    for module in FILES:
+        assert not {"runpy", "scripts"} & {source.split(".")[0] for source, _ in imported(module)}, module
+
+
+def test_the_seam_is_the_public_face_and_the_ground_floor() -> None:
+    for module in FILES:
+        if module.startswith("mllm"):
+            for source, name in imported(module):
+                if source == "clips":
+                    assert name in clips.FACE, f"{module}: `from clips import {name}` is not on the face"
+                elif source.startswith("clips."):
+                    assert source.startswith("clips.common"), f"{module} reaches past clips' face: {source}.{name}"
+
+
+def test_the_face_is_complete_and_used() -> None:
+    """Type checkers see what is there at run time, and the language side needs every name (users need CLIPS)."""
+    guard = next(node for node in TREES["clips"].body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in guard.body for alias in node.names}
+    assert typed == clips.FACE
+    for name, module in clips.FACE.items():
+        assert getattr(clips, name) is getattr(importlib.import_module(module), name)
+    used = {
+        name for module in FILES if module.startswith("mllm") for source, name in imported(module) if source == "clips"
+    }
+    assert used == clips.FACE.keys()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        clips.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_s_first_line_says_its_one_idea(module: str) -> None:
+    doc = ast.get_docstring(TREES[module])
+    empty = not TREES[module].body and FILES[module].name == "__init__.py"
+    assert empty or doc, f"{FILES[module]} has no docstring"
+    if doc:
+        assert doc.splitlines()[0].strip().endswith((".", ":")), f"{module}: {doc.splitlines()[0]!r}"
+
+
+def test_no_name_with_an_underscore_crosses_modules() -> None:
+    for module in FILES:
+        for source, name in imported(module):
+            if source.split(".")[0] in ("clips", "mllm"):
+                assert not name.startswith("_"), f"{module} imports {source}.{name}"

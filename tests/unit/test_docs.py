@@ -1,0 +1,293 @@
+"""What README and docs say can be typed and followed: commands parse, links lead on, pictures say how they are made."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+from clips.common.errors import UserError
+from clips.recipes import RECIPES
+from clips.training.cli import config_from_flags
+from mllm.encoders.registry import parse_vision_name
+from mllm.training.arguments import parse_train_arguments
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip"}
+"""First words of commands that are not this project's."""
+LAUNCHERS = {"python", "deepspeed", "torchrun", "bash"}
+MAX_README_LINES = 140
+MAX_IMAGE_BYTES = 200_000
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """`text` without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    lines = "\n".join(blocks(page.read_text(), "bash")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def inline_commands(page: Path) -> list[str]:
+    """Whole commands in the text, as beside tables and under pictures; those with a … are no more than a hint."""
+    found = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) [^`]*scripts/[^`]+)`", prose(page.read_text()))
+    return [command for command in found if "…" not in command]
+
+
+def at(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{at(page)}: {command[:60]}")
+    for page in PAGES
+    for command in dict.fromkeys(commands(page) + inline_commands(page))
+]
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
+
+@functools.cache
+def script_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_stages(words: list[str], *, own_stage: bool) -> None:
+    """The flags of train_llava.sh, read for each stage that it would run."""
+    stages = [words[words.index("--stage") + 1]] if "--stage" in words else ["1", "2"]
+    for stage in stages:
+        arguments = parse_train_arguments(words if own_stage else [*words, "--stage", stage])
+        parse_vision_name(arguments.vision_tower)
+        assert arguments.deepspeed is None or (ROOT / arguments.deepspeed).is_file()
+
+
+def check_python_script(path: Path, words: list[str]) -> None:
+    parser: argparse.ArgumentParser = script_module(path).parser()
+    if "--help" in words:
+        assert parser.format_help()
+        return
+    flags = parser.parse_args(words)  # SystemExit where a flag is unknown
+    if path.name == "pretrain_clips.py":
+        assert config_from_flags(flags).samples > 0  # recipe, fields and --set are what the run would read
+        assert flags.ds_config is None or (ROOT / flags.ds_config).is_file()
+    if path.name == "compare_encoders.py":
+        for name in flags.encoders.split(","):
+            parse_vision_name(name)
+        for stage in ("1", "2"):
+            parse_train_arguments([*shlex.split(flags.train_flags), "--stage", stage])
+
+
+def check_launcher(launcher: str, words: list[str]) -> None:
+    """`words`: what stands between the launcher and the end, the script and its flags included."""
+    if launcher == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        parse_args(words)
+    elif launcher == "torchrun":
+        from torch.distributed.run import parse_args
+
+        parse_args(words)
+
+
+def check(command: str) -> None:
+    """Raise unless `command` is one that its program accepts."""
+    for part in re.split(r"\s+(?:&&|\|)\s+", command):
+        words = shlex.split(part)
+        while re.match(r"[A-Z_]+=", words[0]):  # NUM_GPUS=2 bash …
+            words = words[1:]
+        launcher = words[0]
+        if launcher in OTHERS | {"head"} or words[:2] in (["python", "-c"], ["python", "-m"]):
+            if words[:3] == ["python", "-m", "pytest"]:
+                assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
+            continue
+        assert launcher in LAUNCHERS, f"{launcher} is no program that these pages use"
+        script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+        path, rest = ROOT / words[script], words[script + 1 :]
+        assert path.is_file(), f"{words[script]} is not in the repository"
+        assert (launcher == "bash") == (path.suffix == ".sh")
+        check_launcher(launcher, words[1:])
+        if path.stem == "train_llava":
+            if "--help" not in rest:
+                check_stages(rest, own_stage="--stage" in rest)
+        elif path.suffix == ".py":
+            check_python_script(path, rest)
+        else:
+            assert not rest or path.name == "test.sh", f"{path.name} takes no flags"
+
+
+def test_there_are_commands() -> None:
+    assert len(commands(ROOT / "README.md")) > 10
+    assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_is_accepted(command: str) -> None:
+    check(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python scripts/pretrain_clips.py --no-such-flag",
+        "python scripts/pretrain_clips.py --set model.vision.no_such_field=1",
+        "deepspeed --no_such_flag 2 scripts/pretrain_clips.py",
+        "deepspeed scripts/pretrain_clips.py --ds-config ds_configs/zero9.json",
+        "bash scripts/train_llava.sh --vision no-such-encoder",
+        "bash scripts/train_llava.sh --vision clips --no_such_flag",
+        "python scripts/compare_encoders.py --train-flags '--no_such_flag 1'",
+        "python scripts/no_such_script.py",
+        "bash scripts/quickstart.sh --fast",
+        "conda install clips",
+    ],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    with pytest.raises((SystemExit, UserError, AssertionError)):
+        check(command)
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=at(p)) for p in PAGES if blocks(p.read_text(), "python")])
+def test_python_in_pages_imports_what_is_there(page: Path) -> None:
+    for block in blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("clips", "mllm"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+# ------------------------------------------------------------------------------------------------------ links, names
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text()))
+    return [link for link in found if not re.match(r"https?://|mailto:", link)]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=at(page)) for page in PAGES])
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_relative_to(ROOT), link
+        assert target.is_file(), f"{at(page)}: {link} is not there"
+        assert not anchor or anchor in anchors(target), f"{at(page)}: {link}: no such heading in {at(target)}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=at(page)) for page in PAGES])
+def test_paths_in_the_text_exist(page: Path) -> None:
+    named = re.findall(r"`((?:clips|mllm|scripts|tests|ds_configs|docs)/[\w./-]*)`", prose(page.read_text()))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=at(page)) for page in PAGES if page.name != "CHANGELOG.md"])
+def test_names_of_the_library_in_the_text_exist(page: Path) -> None:
+    for name in re.findall(r"`((?:clips|mllm)(?:\.\w+)+)", prose(page.read_text())):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_page_is_listed_and_begins_with_its_title() -> None:
+    listed = set(links(ROOT / "docs" / "index.md"))
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.read_text().startswith("# ")
+        assert page.name in listed | {"index.md"}
+
+
+def test_every_recipe_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert {name for name in RECIPES if f"`{name}`" not in text} == set()
+
+
+# ------------------------------------------------------------------------------------------------------ the README
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+def test_the_tree_names_the_rooms() -> None:
+    (tree,) = re.findall(r"^```\n(clips/ .*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    for line in tree.splitlines():
+        top, *rooms = re.findall(r"(?<!\S)(\w+)/(?=[\s,;:]|$)", line)
+        assert (ROOT / top).is_dir()
+        assert all((ROOT / top / room).is_dir() for room in rooms)
+        if top in ("clips", "mllm"):  # a room that the tree leaves out
+            assert {path.parent.name for path in (ROOT / top).glob("*/__init__.py")} == set(rooms)
+
+
+def test_what_quickstart_prints_is_quoted_as_it_is() -> None:
+    (quoted,) = re.findall(r"^```\n(  .*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    printed = (ROOT / "scripts" / "quickstart.sh").read_text().splitlines()
+    assert [line for line in quoted.splitlines() if line not in printed] == []
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def images(page: Path) -> list[tuple[Path, str]]:
+    """(file, the text beneath it) of every picture of a page."""
+    found = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)\n\n(.+)$", page.read_text(), flags=re.MULTILINE)
+    assert len(found) == len(re.findall(r"!\[", page.read_text())), f"{at(page)}: a picture without a text beneath"
+    return [((page.parent / name).resolve(), text) for name, text in found]
+
+
+def test_each_picture_is_small_and_says_how_it_is_made() -> None:
+    shown = {file for page in PAGES for file, _ in images(page)}
+    assert set((ROOT / "docs" / "images").iterdir()) == shown  # none that no page shows, none that is not there
+    for file in shown:
+        assert file.suffix in (".png", ".svg")
+        assert file.stat().st_size < MAX_IMAGE_BYTES
+    for page in PAGES:
+        for file, text in images(page):
+            assert f"--out {at(file)}" in " ".join(re.findall(r"`([^`]+)`", text))
+
+
+def test_pictures_of_scenes_name_the_artists() -> None:
+    for page in PAGES:
+        for _, text in images(page):
+            if "screenshot_web.py" in text:
+                assert "OpenMoji" in text
+                assert "CC BY-SA 4.0" in text
+
+
+def test_the_drawn_figures_are_those_of_the_table() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "compare.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text()
+    head, *rows = re.findall(r"^\| (.+) \|$", page[page.index("## What the encoder is worth") :], flags=re.MULTILINE)
+    table = {row.split(" | ")[0].strip("*"): row.split(" | ")[1:] for row in rows}
+    names = head.split(" | ")[1:]
+    kinds = {"accuracy": "all 1,000"}
+    for metric in (name for name in report["encoders"]["clips"]["metrics"] if name.startswith("accuracy")):
+        row = dict(zip(names, table[kinds.get(metric, metric.partition("/")[2])], strict=True))
+        for encoder, content in report["encoders"].items():
+            figure = content["metrics"][metric]
+            assert row[encoder] == f"{100 * figure['mean']:.1f} ± {100 * figure['sd']:.1f}"
+        (difference,) = [d for d in report["differences"] if d["metric"] == metric]
+        numbers = [f"{100 * value:+.1f}".replace("-", "−") for value in (difference["mean"], *difference["ci95"])]
+        assert row["clips − clip [95 %]"].strip("*") == f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"

@@ -1,0 +1,67 @@
+"""One cache folder, and one check that a path from data stays below its root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clips.common.paths import cache_root, inside, is_plain
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CLIPS_MLLM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_root() == Path.home() / ".cache" / "clips-mllm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "clips-mllm"
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "own"))
+    assert cache_root() == tmp_path / "own"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "set"
+    (root / "pics").mkdir(parents=True)
+    (root / "pics" / "0.png").touch()
+    (tmp_path / "set-2").mkdir()
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "up").symlink_to(tmp_path)
+    (root / "in.png").symlink_to(root / "pics" / "0.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "/etc/passwd",
+        "pics/../../secret.png",
+        "out.png",
+        "up/secret.png",
+        "../set-2/a.png",
+        "a\0b",
+        "x://a",
+    ],
+)
+def test_what_leads_out_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="leads out of"):
+        inside(root, name)
+    assert is_plain(name) == (name in ("out.png", "up/secret.png", "x://a")), "by the text alone"
+
+
+def test_what_stays_below_is_its_real_path(root: Path) -> None:
+    real = str((root / "pics" / "0.png").resolve())
+    for name in ("pics/0.png", "in.png", "./pics//0.png", "pics/../pics/0.png", str(root / "pics" / "0.png")):
+        assert inside(root, name) == real
+    assert inside(root, "new/a..png") == str(root.resolve() / "new" / "a..png"), "what is not there yet too"
+    assert inside(root / "up" / "set", "pics/0.png") == real, "the root may be a link itself"
+    assert inside("/", "etc/hosts") == str(Path("/etc/hosts").resolve())
+
+
+def test_below_a_url_only_the_text_is_known() -> None:
+    assert inside("s3://bucket/set", "a/b.png") == "s3://bucket/set/a/b.png"
+    for name in ("../b.png", "/b.png", "a/../../b.png", "http://other/b.png", "a\0"):
+        with pytest.raises(ValueError, match="leads out of"):
+            inside("s3://bucket/set", name)

@@ -1,0 +1,84 @@
+"""What both halves take from a run directory: differences, the lock, lines cut short, whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from clips.common import rundir
+from clips.common.errors import UserError
+from clips.common.files import lock, read_json, write_json
+
+
+def test_differences_are_told_by_path() -> None:
+    there = {"a": 1, "b": {"c": [1, 2], "d": None}, "gone": True, "e": (1,), "f": [{"g": 1}, {"g": 2}]}
+    here = {"a": 1, "b": {"c": [1, 2, 3]}, "e": [1], "f": [{"g": 1}, {"g": 3}], "new": "x"}
+    assert rundir.difference(there, here) == [
+        "b.c: [1, 2] → [1, 2, 3]",
+        "f.1.g: 2 → 3",
+        "gone: true → null",
+        'new: null → "x"',
+    ]
+    assert rundir.difference(there, there) == []
+    rundir.refuse([], "it holds others", "mend it")
+    with pytest.raises(UserError, match=r"^it holds others:\n  x: 1 → 2\n  y: 1 → 2\nmend it$"):
+        rundir.refuse(["x: 1 → 2", "y: 1 → 2"], "it holds others", "mend it")
+
+
+def test_lines_that_are_cut_or_no_objects_are_passed_over(tmp_path: Path) -> None:
+    lines = [{"kind": "train", "step": 1}, {"kind": "eval", "step": 1}, {"kind": "train", "step": 2}]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "metrics.jsonl").write_text(f'{text}\n12\n\nnull\n{{"kind": "train", "st')
+    assert rundir.read_metrics(tmp_path) == lines
+    assert rundir.read_metrics(tmp_path, "train") == [lines[0], lines[2]]
+    with pytest.raises(UserError, match=r"other is not a run: it has no metrics\.jsonl"):
+        rundir.read_metrics(tmp_path / "other")
+
+
+def test_lines_behind_the_checkpoint_go(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rundir.keep_lines(path, lambda line: True)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n{"step":  2}\n{"step": 3}\n{"st')
+    rundir.keep_lines(path, lambda line: line["step"] < 3)
+    assert path.read_text() == '{"step": 1}\n{"step":  2}\n', "a line that stays keeps its bytes"
+
+
+def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
+    with lock(tmp_path / ".lock", wait=False):
+        with pytest.raises(BlockingIOError):
+            lock(tmp_path / ".lock", wait=False)
+        with pytest.raises(UserError, match="another process trains in"):
+            rundir.hold(tmp_path)
+    rundir.hold(tmp_path)
+    rundir.hold(tmp_path)  # the same process may ask again
+    code = f"from pathlib import Path; from clips.common.rundir import hold; hold(Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "another process trains in" in done.stderr
+
+
+def test_finished_is_asked_without_torch_or_matplotlib(tmp_path: Path) -> None:
+    assert not rundir.is_finished(tmp_path)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "report").mkdir()
+    assert not rundir.is_finished(tmp_path)
+    (tmp_path / "report" / "index.html").touch()
+    assert rundir.is_finished(tmp_path)
+    code = "import sys, clips.common.rundir; print(sorted({'torch', 'matplotlib', 'numpy'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "env.json"
+    assert read_json(path) == {}
+    write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": Path})
+    assert read_json(path) == {"a": "é"}
+    assert [found.name for found in tmp_path.iterdir()] == ["env.json"]
