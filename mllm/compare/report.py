@@ -1,6 +1,6 @@
 """The report of a comparison: report.json, report.md, and report.html, one page that needs no network.
 
-Everything stands in report.json (mllm/compare/figures.py); the two others are readings of it. Differences are shown
+Everything stands in report.json (mllm/compare/collect.py); the two others are readings of it. Differences are shown
 in percentage points, and are a win or a loss only where their interval leaves zero out.
 """
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure as Plot
 from clips.common.files import write_atomically
 from clips.common.page import Table, data_uri, html_page, section, themed, tile_row
 from clips.common.plots import SERIES, Theme, pretty
-from mllm.compare.figures import PROBE
+from mllm.compare.probe import PROBE
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
