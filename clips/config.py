@@ -43,7 +43,7 @@ CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
 TokenizerKind = Literal["bert", "clip", "wordpiece"]
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 
@@ -248,7 +248,8 @@ class PhaseConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     seed: int = 0
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
+    """bf16 is autocast over fp32 weights; auto: what the run began in, or bf16 where the device computes in it."""
     accumulation: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
@@ -390,7 +391,9 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as `path: old → new` lines."""
+    """The fields in which two runs differ, as `path: old → new` lines; "auto" asks for what the old run has."""
+    if new.train.precision == "auto":
+        new = replace(new, train=replace(new.train, precision=old.train.precision))
 
     def walk(a: Any, b: Any, path: str) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):

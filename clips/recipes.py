@@ -13,6 +13,7 @@ from dataclasses import replace
 from clips.common.errors import UserError
 from clips.config import (
     AugmentConfig,
+    CaptionerConfig,
     CaptionsConfig,
     DataConfig,
     EvalConfig,
@@ -21,11 +22,37 @@ from clips.config import (
     PhaseConfig,
     RunConfig,
     TaskConfig,
+    TextConfig,
     TrainConfig,
+    VisionConfig,
 )
-from clips.model.clips import PRESETS
 
 MILLION = 1_000_000
+
+
+def _preset(patch_size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int) -> ModelConfig:
+    width, layers, heads = text
+    return ModelConfig(
+        vision=VisionConfig(width=vision[0], layers=vision[1], heads=vision[2], patch_size=patch_size),
+        text=TextConfig(width=width, layers=layers, heads=heads),
+        captioner=CaptionerConfig(width=width, layers=layers, heads=heads),
+        embed_dim=embed_dim,
+    )
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "S/16": _preset(16, (384, 12, 6), (384, 12, 6), 384),
+    "B/16": _preset(16, (768, 12, 12), (512, 12, 8), 512),
+    "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
+    "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
+    "demo": ModelConfig(
+        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
+        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
+        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
+        embed_dim=128,
+    ),
+}
+"""Name → sizes of the towers and the captioner as published (docs/method.md, "Architecture"), and the demo's."""
 
 
 def demo() -> RunConfig:

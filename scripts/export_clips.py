@@ -3,9 +3,6 @@
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clips.common.errors import run_command
 

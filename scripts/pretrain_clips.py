@@ -2,19 +2,13 @@
 """Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption triples with --data."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clips.common.errors import run_command
-from clips.training.cli import parser
+from clips.training.cli import parser, pretrain_from_flags
 
 
 def main() -> None:
-    flags = parser().parse_args()
-    from clips.training.cli import pretrain_from_flags
-
-    pretrain_from_flags(flags)
+    pretrain_from_flags(parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 """Train one stage of a LLaVA-style model (scripts/train_llava.sh runs both and the evaluation)."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clips.common.errors import run_command
 

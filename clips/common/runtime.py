@@ -74,6 +74,11 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available() and not has_bf16(torch.device("cpu")):
+        # Its CPU accelerator claims bf16 on every CPU, and Muon's products would then be emulated ones.
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_bf16_supported = lambda: False
     return deepspeed
 
 

@@ -1,4 +1,4 @@
-"""The CLIPS model: two towers, a captioner, one temperature, and the presets of the paper.
+"""The CLIPS model: two towers, a captioner, one temperature.
 
 Shapes: B samples · E embedding width · N image tokens · T caption positions.
 """
@@ -12,38 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clips.config import CaptionerConfig, ModelConfig, TextConfig, VisionConfig
+from clips.config import ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
-
-
-def _preset(patch_size: int, vision: tuple[int, int, int], text: tuple[int, int, int], embed_dim: int) -> ModelConfig:
-    width, layers, heads = text
-    return ModelConfig(
-        vision=VisionConfig(width=vision[0], layers=vision[1], heads=vision[2], patch_size=patch_size),
-        text=TextConfig(width=width, layers=layers, heads=heads),
-        captioner=CaptionerConfig(width=width, layers=layers, heads=heads),
-        embed_dim=embed_dim,
-    )
-
-
-#: Width/layers/heads of the image tower, of the text tower and decoder, and the embedding width
-#: (shared/CLIPS.md, the table under "Architecture").
-PRESETS: dict[str, ModelConfig] = {
-    "S/16": _preset(16, (384, 12, 6), (384, 12, 6), 384),
-    "B/16": _preset(16, (768, 12, 12), (512, 12, 8), 512),
-    "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
-    "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
-    "demo": ModelConfig(
-        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
-        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
-        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
-        embed_dim=128,
-    ),
-}
 
 
 class Outputs(NamedTuple):

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
-from clips.common.runtime import choose_device, init_distributed
+from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.loader import Batch, make_loader
@@ -37,8 +37,8 @@ from clips.data.sentences import sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPS, PRESETS
-from clips.recipes import recipe
+from clips.model.clips import CLIPS
+from clips.recipes import PRESETS, recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
@@ -153,7 +153,7 @@ def attention_rows(device: torch.device, repeats: int) -> list[Row]:
         visible = None
         if masked:  # every text is filled to three quarters
             visible = (torch.arange(L, device=device) < 3 * L // 4).expand(B, 1, 1, L)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32) if has_bf16(device) else (torch.float32,):  # else it is emulated
             q, k, v, grad = (torch.randn(B, heads, L, width, device=device, dtype=dtype) for _ in range(4))
             inputs = [x.requires_grad_() for x in (q, k, v)]
             parts = {
@@ -189,11 +189,12 @@ SETTINGS = ("demo", "b16 112 px")
 
 def setting(name: str, device: torch.device, demo_dir: str) -> RunConfig:
     """A recipe on the demo data: the demo's own, or the low-resolution phase of B/16 (a sixth of its depth on CPU)."""
-    demo = recipe("demo")
+    precision = "bf16" if has_bf16(device) else "fp32"
+    demo = recipe("demo").override([f"train.precision={precision}"])
     data = replace(demo.data, demo_dir=demo_dir)
     if name == "demo":
         return replace(demo, data=data)
-    b16 = recipe("b16")
+    b16 = recipe("b16").override([f"train.precision={precision}"])
     batch, depth = (256, 1.0) if device.type == "cuda" else (16, 1 / 6)
     phase = replace(b16.phases[0], batch_size=batch, lr=1e-4, warmup_samples=0)
     return replace(b16, model=_shallower(b16.model, depth, phase.image_size), data=data, phases=(phase,))
@@ -270,9 +271,9 @@ RECIPE_SECONDS = 10
 def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
     """The setting's recipe through loader and engine; then steps on ready batches against stock open_clip.
 
-    The comparison is of one process, fp32 weights under bf16 autocast, and fused AdamW on both sides; ours goes
-    through the DeepSpeed engine with its check for finite gradients, open_clip's through the plain loop of its
-    trainer. Two pairs:
+    The comparison is of one process, fp32 weights (under bf16 autocast where the device computes in it), and fused
+    AdamW on both sides; ours goes through the DeepSpeed engine with its check for finite gradients, open_clip's
+    through the plain loop of its trainer. Two pairs:
     - towers: image and two texts, two InfoNCE losses, no captioner; the towers are the same, layer for layer.
       open_clip pads each text to the context, as its tokenizer gives it; "at our length" cuts its texts like ours.
     - captioner: the whole CLIPS objective against open_clip's CoCa of the same widths and depths. CoCa has one text
@@ -341,7 +342,7 @@ def stock_step(model: nn.Module, loss_of: Callable[[Batch], Tensor], device: tor
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
         batch = {key: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for key, x in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             loss = loss_of(batch)
         loss.backward()
         optimizer.step()
@@ -468,7 +469,7 @@ def chunk_row(device: torch.device, repeats: int, chunk: int | None) -> Row:
     targets[:, 3 * T // 4 :] = IGNORE  # padding
 
     def loss() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             if chunk is None:
                 value = F.cross_entropy(head(states).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
             else:

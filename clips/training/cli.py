@@ -1,4 +1,4 @@
-"""From the flags of scripts/pretrain_clips.py to a RunConfig."""
+"""The flags of scripts/pretrain_clips.py, and the RunConfig that they describe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from clips.recipes import debug_twin, recipe
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(
+        description="Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
+        "triples with --data."
+    )
     p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py (default: demo)")
     p.add_argument("--name", help="run directory under --output-dir (default: the recipe's name)")
     p.add_argument("--output-dir", default="runs", help="where runs are written (default: runs)")

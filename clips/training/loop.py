@@ -32,6 +32,7 @@ from clips.training.prepare import (
     prepare_data,
     print_plan,
     record_config,
+    with_precision,
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
@@ -57,6 +58,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
     previous = open_run_dir(run, options)
+    run = with_precision(run, options.run_dir, device)
     if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
         if is_main:
             print_next(options.run_dir)

@@ -27,6 +27,8 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
         self.config = run.task
+        if run.train.precision == "auto":
+            raise ValueError("train.precision is not decided yet: see clips.training.prepare.with_precision")
         self.bf16 = run.train.precision == "bf16"
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

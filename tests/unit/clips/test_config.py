@@ -7,11 +7,13 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny_run
+import torch
+from conftest import random_model, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clips.common.errors import UserError
+from clips.common.runtime import has_bf16
 from clips.config import (
     OptimConfig,
     PhaseConfig,
@@ -23,6 +25,8 @@ from clips.config import (
     from_dict,
 )
 from clips.recipes import RECIPES, debug_twin, recipe
+from clips.training.prepare import with_precision
+from clips.training.task import Task
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -67,7 +71,7 @@ def test_samples_and_steps_count_whole_batches() -> None:
         ("train.seed=1.5", r"config\.train\.seed must be int"),
         ("train.seed=true", r"config\.train\.seed must be int, found True"),
         ("train.compile=1", r"config\.train\.compile must be bool"),
-        ("train.precision=fp64", r"train\.precision = 'fp64' is not known; choose one of: bf16, fp32"),
+        ("train.precision=fp64", r"train\.precision = 'fp64' is not known; choose one of: auto, bf16, fp32"),
         ("train.accumulation=0", r"train\.accumulation must be at least 1"),
         ("optim.kind=sgd", r"optim\.kind = 'sgd' is not known; choose one of: adamw, muon"),
         ("optim.betas=[0.9]", r"optim\.betas must have 2 items, found 1"),
@@ -171,6 +175,20 @@ def test_an_unreadable_config_file_is_a_users_error(text: str, tmp_path: Path) -
         RunConfig.load(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"missing\.json"):
         RunConfig.load(tmp_path / "missing.json")
+
+
+def test_auto_precision_is_what_the_run_began_in_or_what_the_device_computes_in(tmp_path: Path) -> None:
+    auto, bf16, fp32 = (tiny_run().override([f"train.precision={name}"]) for name in ("auto", "bf16", "fp32"))
+    assert difference(bf16, auto) == difference(fp32, auto) == []
+    assert difference(bf16, fp32) == ['train.precision: "bf16" → "fp32"']
+    cpu = torch.device("cpu")
+    assert with_precision(auto, tmp_path, cpu) == (bf16 if has_bf16(cpu) else fp32)
+    for begun in (bf16, fp32):
+        begun.save(tmp_path / "config.json")
+        assert with_precision(auto, tmp_path, cpu) == begun
+    assert with_precision(bf16, tmp_path, cpu) == bf16
+    with pytest.raises(ValueError, match="not decided"):
+        Task(random_model(auto), auto)
 
 
 def test_difference_of_phases_and_of_a_missing_part() -> None:

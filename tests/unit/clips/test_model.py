@@ -11,10 +11,11 @@ from conftest import random_model, tiny_batch, tiny_run
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clips.model.captioner import caption_mask
-from clips.model.clips import CLIPS, PRESETS
+from clips.model.clips import CLIPS
 from clips.model.layers import attention
 from clips.model.text import visible_slots
 from clips.model.vision import VisionTower, sincos_positions
+from clips.recipes import PRESETS
 
 VOCAB, CONTEXT, QUERIES = 32_000, 80, 128
 #: vision width/layers, text and decoder width/layers, embedding width, patch (shared table of the paper).
