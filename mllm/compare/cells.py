@@ -76,10 +76,9 @@ class Cell:
 
 def cells_of(comparison: Comparison) -> list[Cell]:
     """Seed by seed, so that whole comparisons are there early. Raises UserError for an encoder that is not known."""
-    names = encoder_names(comparison)
+    names, directory = encoder_names(comparison), comparison.output / "cells"
     return [
-        Cell(name, *vision_of(comparison, encoder, seed), seed, cells / f"{slug(encoder)}-seed{seed}")
-        for cells in [comparison.output / "cells"]
+        Cell(name, *vision_of(comparison, encoder, seed), seed, directory / f"{slug(encoder)}-seed{seed}")
         for seed in range(comparison.seeds)
         for name, encoder in zip(names, comparison.encoders, strict=True)
     ]

@@ -566,6 +566,18 @@ def test_every_cell_s_config_and_seed_are_in_the_report(report: dict) -> None:
     assert report["command"] == "python scripts/compare_encoders.py --seeds 3"
 
 
+def test_what_a_reader_would_parse_stands_in_fields_of_its_own(report: dict, finished: Comparison) -> None:
+    assert [encoder["kind"] for encoder in report["encoders"].values()] == list(NAMES)
+    kinds = {row["metric"]: row["kind"] for row in report["differences"]}
+    assert kinds == {"accuracy": None} | {f"accuracy/{kind}": kind for kind in ("identity", "where", "yes_no")}
+    assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["test_set"] is None
+    assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
+    fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
+    settings = collect(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
+    start = "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
+    assert settings["stages"]["align"]["projector"] == start
+
+
 def test_examples_are_questions_that_one_model_alone_got_right(report: dict) -> None:
     assert report["examples"]
     for example in report["examples"]:
