@@ -26,7 +26,7 @@ class Variant:
     recipe: str
     settings: tuple[str, ...]
     rate: int
-    """Samples per second on one core, for the estimate of the plan."""
+    """Samples per second on one core, for the estimate of the time."""
 
 
 NO_CAPTIONER = ("model.captioner=null", "task.caption_weight=0")

@@ -5,7 +5,7 @@
 2. Equal samples: both with their best rates, each seed.
 3. Equal time: the baseline again, for as many samples as it can see in the time that CLIPS took.
 
-Every cell is an ordinary run of scripts/pretrain_clips.py under `output/`, so a comparison that is stopped goes on
+Every run is an ordinary one of scripts/pretrain_clips.py under `output/`, so a comparison that is stopped goes on
 where it was. Figures are those of the test split.
 """
 
@@ -21,37 +21,37 @@ from rich.table import Table
 from clips.common.files import write_json
 from clips.common.rundir import read_metrics
 from clips.recipes import recipe
-from clips.studies.cells import FIGURES, Cell, figures, train
+from clips.studies.runs import FIGURES, PretrainingRun, read_figures, train
 from clips.studies.welch import difference, show_difference
 
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
 
 
 def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
-    """Run what is missing of the comparison, `jobs` cells at a time, and write `comparison.json` and a table."""
+    """Run what is missing of the comparison, `jobs` runs at a time, and write `comparison.json` and a table."""
     console = Console(stderr=True)
     recipes = {"CLIPS": "demo", "CLIP": "clip_baseline"}
-    grid = {
+    search = {
         (name, multiplier): tuned(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
         for name in recipes.values()
         for multiplier in MULTIPLIERS
     }
-    runs = train(list(grid.values()), output, jobs, console)
-    scores = {key: validation_score(runs[cell]) for key, cell in grid.items()}
+    directories = train(list(search.values()), output, jobs, console)
+    scores = {key: validation_score(directories[run]) for key, run in search.items()}
     best = {name: max(MULTIPLIERS, key=lambda multiplier: scores[name, multiplier]) for name in recipes.values()}
     console.print(f"kept learning-rate multipliers: {best}")
 
-    def group(name: str, label: str, count: int) -> list[Cell]:
+    def group(name: str, label: str, count: int) -> list[PretrainingRun]:
         return [tuned(name, f"{label}-seed{seed}", best[name], count, seed) for seed in range(seeds)]
 
     equal = {"CLIPS": group("demo", "clips", samples), "CLIP, equal samples": group("clip_baseline", "clip", samples)}
-    runs = train([cell for cells in equal.values() for cell in cells], output, jobs, console)
-    groups = {name: [figures(runs[cell]) for cell in cells] for name, cells in equal.items()}
+    directories = train([run for runs in equal.values() for run in runs], output, jobs, console)
+    groups = {name: [read_figures(directories[run]) for run in runs] for name, runs in equal.items()}
     seconds = {name: min(row["train_seconds"] for row in rows) for name, rows in groups.items()}
     longer = int(samples * seconds["CLIPS"] / seconds["CLIP, equal samples"])
-    cells = group("clip_baseline", "clip-equal-time", longer)
-    runs = train(cells, output, jobs, console)
-    groups["CLIP, equal time"] = [figures(runs[cell]) for cell in cells]
+    runs = group("clip_baseline", "clip-equal-time", longer)
+    directories = train(runs, output, jobs, console)
+    groups["CLIP, equal time"] = [read_figures(directories[run]) for run in runs]
 
     differences = {
         group: {name: difference(groups["CLIPS"], rows, name) for name in FIGURES}
@@ -66,15 +66,15 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
         "clips_minus": differences,
     }
     write_json(output / "comparison.json", result)
-    console.print(table(groups, differences))
+    console.print(table_of_figures(groups, differences))
     console.print(f"written to {output / 'comparison.json'}")
 
 
-def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> Cell:
+def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> PretrainingRun:
     """Recipe `name` with its learning rates multiplied."""
     phase = recipe(name).phases[0]
     rates = (f"phases.0.lr={phase.lr * multiplier}", f"phases.0.muon_lr={phase.muon_lr * multiplier}")
-    return Cell(name, label, samples, seed, rates)
+    return PretrainingRun(name, label, samples, seed, rates)
 
 
 def validation_score(run: Path) -> float:
@@ -83,7 +83,7 @@ def validation_score(run: Path) -> float:
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 
 
-def table(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
+def table_of_figures(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
     out = Table(title="test split, % (mean ± standard deviation over seeds)", title_justify="left")
     out.add_column("figure")
     for group in groups:
@@ -91,8 +91,8 @@ def table(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
     for group in differences:
         out.add_column(f"CLIPS − {group} [95 %]", justify="right")
     for name in (*FIGURES, "train_seconds"):
-        cells = [[row[name] for row in rows] for rows in groups.values()]
-        row = [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{mean(c):.1f}" for c in cells]
+        columns = [[row[name] for row in rows] for rows in groups.values()]
+        row = [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{mean(c):.1f}" for c in columns]
         for by_name in differences.values():
             d = by_name.get(name)
             row.append(show_difference(d) if d else "")

@@ -30,8 +30,6 @@ from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import PROTOCOLS, open_test_set
-from clips.studies.cells import Cell, train
-from clips.studies.cells import figures as run_directory_figures
 from clips.studies.claims import (
     CLAIMS,
     CONTEXT,
@@ -46,6 +44,8 @@ from clips.studies.claims import (
     summary,
     verdict,
 )
+from clips.studies.claims_report import write_reports
+from clips.studies.runs import PretrainingRun, read_figures, train
 from clips.studies.welch import difference
 
 
@@ -72,24 +72,22 @@ def reproduce(
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
     names = list(dict.fromkeys(name for key in claims if key in CLAIMS for name in CLAIMS[key].variants))
-    grid = {name: [cell(name, seed, samples, settings) for seed in range(seeds)] for name in names}
-    everything = [one for cells in grid.values() for one in cells]
-    for one in everything:
-        config = one.config()  # a setting that one variant does not allow is refused before another trains
-        if (config.train.seed, config.samples) != (one.seed, samples):
+    runs_of = {name: [variant_run(name, seed, samples, settings) for seed in range(seeds)] for name in names}
+    everything = [run for runs in runs_of.values() for run in runs]
+    for run in everything:
+        config = run.config()  # a setting that one variant does not allow is refused before another trains
+        if (config.train.seed, config.samples) != (run.seed, samples):
             raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
     llava = judge_llava(llava_report) if LLAVA in claims else None
     console = Console(stderr=True)
-    console.print(plan(grid, claims, output, jobs))
+    console.print(table_of_runs(runs_of, claims, output, jobs))
     if dry_run:
         return
-    from clips.studies.claims_report import write_reports  # matplotlib: not for a plan
-
     output.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    seconds = _seconds_before(output) if all(one.is_finished(output) for one in everything) else None
+    seconds = _seconds_before(output) if all(run.is_finished(output) for run in everything) else None
     train(everything, output, jobs, console)
-    variants = {name: variant_record(name, cells, output) for name, cells in grid.items()}
+    variants = {name: variant_record(name, runs, output) for name, runs in runs_of.items()}
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": seconds or round(time.monotonic() - begin),
@@ -97,8 +95,8 @@ def reproduce(
         "seeds": seeds,
         "jobs": jobs,
         "deciding_figure": DECIDING,
-        "environment": environment(next(iter(grid.values()), []), output),
-        "test_text_tokens": evaluation_text_tokens(output / grid[names[0]][0].name) if names else {},
+        "environment": environment(everything, output),
+        "test_text_tokens": evaluation_text_tokens(output / everything[0].name) if names else {},
         "claims": {key: judge(key, variants) if key in CLAIMS else llava for key in sorted(set(claims))},
         "variants": variants,
     }
@@ -116,52 +114,53 @@ def _seconds_before(output: Path) -> int | None:
     return read_json(output / "claims.json").get("seconds")
 
 
-def cell(name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> Cell:
+def variant_run(name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
     """One run of variant `name`; `settings` are everybody's, the variant's own come last."""
     variant = VARIANTS[name]
-    return Cell(variant.recipe, f"{name}-seed{seed}", samples, seed, (*settings, CONTEXT, *variant.settings))
+    own = (*settings, CONTEXT, *variant.settings)
+    return PretrainingRun(variant.recipe, f"{name}-seed{seed}", samples, seed, own)
 
 
-def plan(grid: dict[str, list[Cell]], claims: Sequence[str], output: Path, jobs: int) -> Table:
-    """Which runs there are, which of them are finished, and how long the others take."""
+def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str], output: Path, jobs: int) -> Table:
+    """Which runs there are of each variant, which of them are finished, and how long the others take."""
     out = Table(title=f"claims {', '.join(claims)}: runs in {output}", title_justify="left")
     for column in ("variant", "claims", "recipe", "settings"):
         out.add_column(column, overflow="fold")
     for column in ("samples", "done", "minutes"):
         out.add_column(column, justify="right")
     total = 0.0
-    for name, cells in grid.items():
+    for name, runs in runs_of.items():
         variant = VARIANTS[name]
-        done = sum(one.is_finished(output) for one in cells)
-        seconds = (len(cells) - done) * (cells[0].samples / variant.rate + OVERHEAD_SECONDS)
+        done = sum(run.is_finished(output) for run in runs)
+        seconds = (len(runs) - done) * (runs[0].samples / variant.rate + OVERHEAD_SECONDS)
         total += seconds
         used = ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants)
-        row = (variant.label, used, variant.recipe, " ".join(variant.settings), f"{cells[0].samples:,}")
-        out.add_row(*row, f"{done}/{len(cells)}", f"{seconds / 60:.1f}")
+        row = (variant.label, used, variant.recipe, " ".join(variant.settings), f"{runs[0].samples:,}")
+        out.add_row(*row, f"{done}/{len(runs)}", f"{seconds / 60:.1f}")
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"
     return out
 
 
-def variant_record(name: str, cells: list[Cell], output: Path) -> dict[str, Any]:
+def variant_record(name: str, runs: list[PretrainingRun], output: Path) -> dict[str, Any]:
     """Everything about a variant that a reader needs: its runs with configuration, command and figures (percent)."""
-    runs = [
+    records = [
         {
-            "name": one.name,
-            "seed": one.seed,
-            "command": shlex.join(["python", *one.command(output)]),
-            "figures": run_figures(output / one.name),
-            "config": RunConfig.load(output / one.name / "config.json").to_dict(),
+            "name": run.name,
+            "seed": run.seed,
+            "command": shlex.join(["python", *run.command(output)]),
+            "figures": run_figures(output / run.name),
+            "config": RunConfig.load(output / run.name / "config.json").to_dict(),
         }
-        for one in cells
+        for run in runs
     ]
-    return {**asdict(VARIANTS[name]), "text_tokens": train_text_tokens(output / cells[0].name), "runs": runs}
+    return {**asdict(VARIANTS[name]), "text_tokens": train_text_tokens(output / runs[0].name), "runs": records}
 
 
 def run_figures(run: Path) -> dict[str, float]:
     """A run's figures and the means of both ways. Raises UserError when its test set does not give them all."""
     try:
-        found = run_directory_figures(run, FIGURES)
+        found = read_figures(run, FIGURES)
     except KeyError as error:
         raise UserError(
             f"{run}/evaluation.json has no {error}: the claims are measured on the demo's test set, or on one whose "
@@ -215,9 +214,9 @@ def judge_llava(report: Path) -> dict[str, Any]:
     return claim | {"contrasts": [entry | {"verdict": verdict(entry["ci95"])}], "verdict": verdict(entry["ci95"])}
 
 
-def environment(cells: Sequence[Cell], output: Path) -> dict[str, Any]:
+def environment(runs: Sequence[PretrainingRun], output: Path) -> dict[str, Any]:
     """What the runs found, and the processors of this machine."""
-    found = read_json(output / cells[0].name / "env.json") if cells else {}
+    found = read_json(output / runs[0].name / "env.json") if runs else {}
     kept = {name: found[name] for name in ("python", "platform", "device", "packages") if name in found}
     return {"cpus": os.cpu_count(), **kept}
 

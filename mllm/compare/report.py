@@ -1,6 +1,6 @@
 """The report of a comparison: report.json, report.md, and report.html, one page that needs no network.
 
-Everything stands in report.json (mllm/compare/figures.py); the two others are readings of it. Differences are shown
+Everything stands in report.json (mllm/compare/collect.py); the two others are readings of it. Differences are shown
 in percentage points, and are a win or a loss only where their interval leaves zero out.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from clips.common.files import write_atomically
+from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, html_page, section, themed, tile_row
 from clips.common.plots import SERIES, Theme, pretty
-from mllm.compare.figures import PROBE
+from mllm.compare.probe import PROBE
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
@@ -31,7 +31,7 @@ Report = dict[str, Any]
 
 def write_report(report: Report, output: Path, image_folder: Path | None) -> Path:
     """Write the three files into `output`, the examples' pictures taken from `image_folder`; returns the page."""
-    write_atomically(output / "report.json", json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report)
     write_atomically(output / "report.md", markdown(report))
     store = ImageStore(image_folder) if image_folder else None
     page = output / "report.html"

@@ -1,10 +1,11 @@
-"""How far a comparison is, for people: the plan, the grid of cells, the time left."""
+"""How far a comparison is, for people: what it will do, the table of its cells, the time left."""
 
 from __future__ import annotations
 
 import math
-import re
-from contextlib import nullcontext
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -12,103 +13,132 @@ from rich.live import Live
 from rich.table import Table
 
 from clips.common.files import read_json
-from clips.common.rundir import is_finished
-from mllm.compare.plan import Cell, Plan, _questions, is_done, stage_samples
+from clips.common.progress import Progress, read_progress, training_progress
+from clips.common.rundir import METRICS, is_finished
+from mllm.compare.cells import Cell, PretrainedEncoder, cells_of, encoder_names, encoders_to_pretrain, is_done
+from mllm.compare.commands import pretrain_config, stage_samples
+from mllm.compare.comparison import Comparison, asks_questions, budget_share, question_files, question_limit
+from mllm.data.dataset import read_json_records
+from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.stages import STAGES
 
 ASSUMED = {"align": 8.0, "instruct": 4.3, "evaluation": 16.0}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
 ASSUMED_PRETRAINING_S = 200.0
 """Seconds of one core for one pretraining run of the demo."""
-# ---------------------------------------------------------------------------------------------- the plan for people
-PROGRESS = re.compile(r"\[(\w+) +([\d,]+)/([\d,]+)\].* left ([\d.]+) min|(answers): +(\d+)%")
+NUMBERS = {stage.name: number for number, stage in STAGES.items()}
+WAITS, PRETRAINING, DONE = "waits", "pretraining", "done"
 
 
-def progress_of(cell: Cell) -> str:
-    """How far the last line of a cell's log says that its part is."""
-    if not cell.log.is_file():
-        return ""
-    with cell.log.open("rb") as file:
-        file.seek(max(0, cell.log.stat().st_size - 4096))
-        found = list(PROGRESS.finditer(file.read().decode(errors="replace")))
-    if not found:
-        return ""
-    _, step, steps, left, _, percent = found[-1].groups()
-    return f"{percent} %" if percent else f"{100 * _number(step) // _number(steps)} %, {left} min left"
+@dataclass
+class State:
+    doing: str
+    """The part that runs (a stage, "evaluation", …), or WAITS or DONE."""
+    since: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
 
 
-def _number(text: str) -> int:
-    return int(text.replace(",", ""))
+class StateTable:
+    """Encoders × seeds with what each run is at; lives on a terminal, elsewhere one line is printed a change."""
 
+    def __init__(self, comparison: Comparison, console: Console) -> None:
+        self.comparison, self.console = comparison, console
+        self.cells, self.encoders = cells_of(comparison), encoders_to_pretrain(comparison)
+        done = {cell: is_done(comparison, cell) for cell in self.cells}
+        done |= {encoder: is_finished(encoder.directory) for encoder in self.encoders}
+        self.states = {run: State(DONE if finished else WAITS) for run, finished in done.items()}
+        self.planned: dict[tuple[str, str], int] = {}
 
-class Grid:
-    """Encoders × seeds with what each cell is at; a table that lives on a terminal, one line a change elsewhere."""
-
-    def __init__(self, plan: Plan, console: Console) -> None:
-        self.plan, self.console = plan, console
-        self.states = {cell: "done" if is_done(plan, cell) else "waits" for cell in plan.cells}
-
-    def say(self, cell: Cell, state: str) -> None:
-        self.states[cell] = state
+    def say(self, run: Cell | PretrainedEncoder, doing: str) -> None:
+        """`run` begins `doing`; called from several threads, each for its own run."""
+        self.states[run] = State(doing)
         if not self.console.is_terminal:
-            self.console.print(f"{cell.name}: {state}{self._accuracy(cell, state)}", highlight=False)
+            what = f"encoder {run.name}" if isinstance(run, PretrainedEncoder) else run.name
+            self.console.print(f"{what}: {doing}{self._accuracy(run)}", highlight=False)
 
-    def _accuracy(self, cell: Cell, state: str) -> str:
-        if state != "done" or not cell.figures.is_file():
+    def _accuracy(self, run: Cell | PretrainedEncoder) -> str:
+        if self.states[run].doing != DONE or not isinstance(run, Cell):
             return ""
-        overall = read_json(cell.figures).get("exact_match", {}).get("overall")
+        overall = read_json(run.figures).get("exact_match", {}).get("overall")
         return f", {overall['accuracy']:.1%} right" if overall else ""
 
+    def progress(self, run: Cell | PretrainedEncoder) -> Progress | None:
+        """How far what `run` is doing has come; None before its first sign of life."""
+        state = self.states[run]
+        metrics = run.directory / METRICS
+        if isinstance(run, PretrainedEncoder):
+            found = training_progress(metrics, self._planned(run, PRETRAINING))
+        elif state.doing in NUMBERS:
+            found = training_progress(metrics, self._planned(run, state.doing), stage=state.doing)
+        else:
+            found = read_progress(run.evaluation / PROGRESS)
+        return found if found and found.time >= state.since else None  # older ones are of a process that was killed
+
+    def _planned(self, run: Cell | PretrainedEncoder, doing: str) -> int:
+        """Samples that it is to see: the same for all cells, and for all encoders of a kind; worked out once."""
+        key = (doing, "" if isinstance(run, Cell) else run.kind)
+        if key not in self.planned:
+            if isinstance(run, Cell):
+                self.planned[key] = stage_samples(self.comparison, run, NUMBERS[doing])
+            else:
+                self.planned[key] = pretrain_config(self.comparison, run).samples
+        return self.planned[key]
+
     def __rich__(self) -> Table:
-        table = Table("encoder", *(f"seed {seed}" for seed in range(self.plan.seeds)), title_justify="left")
-        for name in self.plan.names:
-            table.add_row(name, *(self._text(cell) for cell in self.states if cell.encoder == name))
+        table = Table("encoder", *(f"seed {seed}" for seed in range(self.comparison.seeds)), title_justify="left")
+        for kind in dict.fromkeys(encoder.kind for encoder in self.encoders):
+            table.add_row(f"{kind}, pretraining", *(self._text(run) for run in self.encoders if run.kind == kind))
+        for name in encoder_names(self.comparison):
+            table.add_row(name, *(self._text(cell) for cell in self.cells if cell.encoder == name))
         return table
 
-    def _text(self, cell: Cell) -> str:
-        state = self.states[cell]
-        if state == "waits":
-            return "[dim]waits[/]"
-        if state == "done":
-            return f"[green]done{self._accuracy(cell, state)}[/]"
-        return f"[bold]{state}[/] {progress_of(cell)}"
+    def _text(self, run: Cell | PretrainedEncoder) -> str:
+        doing = self.states[run].doing
+        if doing == WAITS:
+            return f"[dim]{WAITS}[/]"
+        if doing == DONE:
+            return f"[green]{DONE}{self._accuracy(run)}[/]"
+        return f"[bold]{doing}[/] {self.progress(run) or ''}"
 
-    def live(self) -> Any:
+    def live(self) -> AbstractContextManager[Any]:
         is_terminal = self.console.is_terminal
         return Live(get_renderable=self.__rich__, console=self.console) if is_terminal else nullcontext()
 
 
-def seconds_of_cell(plan: Plan) -> tuple[float, str]:
+def seconds_of_cell(comparison: Comparison) -> tuple[float, str]:
     """Estimated seconds of one cell, and where the estimate comes from."""
-    finished = [read_json(cell.directory / "cost.json") for cell in plan.cells if is_done(plan, cell)]
+    cells = cells_of(comparison)
+    finished = [read_json(cell.directory / "cost.json") for cell in cells if is_done(comparison, cell)]
     measured = [sum(costs.values()) for costs in finished if costs]
     if measured:
         return sum(measured) / len(measured), f"the mean of {len(measured)} finished cells"
-    cell, seconds = plan.cells[0], 0.0
+    seconds = 0.0
     for number, stage in STAGES.items():
-        seconds += stage_samples(plan, cell, number) / ASSUMED[stage.name]
-    if plan.asks:
-        seconds += sum(_questions(path, plan.questions) for path in plan.question_files[0]) / ASSUMED["evaluation"]
+        seconds += stage_samples(comparison, cells[0], number) / ASSUMED[stage.name]
+    if asks_questions(comparison):
+        limit = question_limit(comparison)
+        counts = [len(read_json_records(path)) for path in question_files(comparison)[0]]
+        seconds += sum(min(count, limit or count) for count in counts) / ASSUMED["evaluation"]
     rates = ", ".join(f"{rate:g}/s {name}" for name, rate in ASSUMED.items())
     return seconds, f"an assumption for one core, no cell is finished yet ({rates})"
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Encoders to pretrain, the grid, the samples of each stage, and how long it will take."""
-    cell = plan.cells[0]
-    encoders = [path for path in plan.pretraining if not is_finished(path)]
-    todo = [cell for cell in plan.cells if not is_done(plan, cell)]
-    each, source = seconds_of_cell(plan)
-    total = math.ceil(len(todo) / plan.jobs) * each
-    total += math.ceil(len(encoders) / plan.jobs) * ASSUMED_PRETRAINING_S
-    budget = ", ".join(f"{s.name} {stage_samples(plan, cell, n):,} samples" for n, s in STAGES.items())
-    console.print(Grid(plan, console))
+def print_overview(comparison: Comparison, console: Console) -> None:
+    """Encoders to pretrain, the cells, the samples of each stage, and how long it will take."""
+    cells, share = cells_of(comparison), budget_share(comparison)
+    encoders = [encoder for encoder in encoders_to_pretrain(comparison) if not is_finished(encoder.directory)]
+    todo = [cell for cell in cells if not is_done(comparison, cell)]
+    each, source = seconds_of_cell(comparison)
+    total = math.ceil(len(todo) / comparison.jobs) * each
+    total += math.ceil(len(encoders) / comparison.jobs) * ASSUMED_PRETRAINING_S
+    budget = ", ".join(f"{s.name} {stage_samples(comparison, cells[0], n):,} samples" for n, s in STAGES.items())
+    console.print(StateTable(comparison, console))
     facts = {
-        "pretrain": ", ".join(path.name for path in encoders) or "nothing",
-        "cells": f"{len(todo)} of {len(plan.cells)} to run, {plan.jobs} at a time",
-        "each cell": budget + (f" ({plan.share:.0%} of the stages' own)" if plan.share < 1 else ""),
+        "pretrain": ", ".join(encoder.name for encoder in encoders) or "nothing",
+        "cells": f"{len(todo)} of {len(cells)} to run, {comparison.jobs} at a time",
+        "each cell": budget + (f" ({share:.0%} of the stages' own)" if share < 1 else ""),
         "time": f"about {total / 60:.0f} min: {each / 60:.1f} min a cell, {source}",
-        "writes to": str(plan.output),
+        "writes to": str(comparison.output),
     }
     for name, value in facts.items():
         console.print(f"  [bold]{name:<10}[/] {value}", highlight=False, soft_wrap=True)

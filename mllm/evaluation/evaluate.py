@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
 from clips.data.sample import BrokenSample
 from mllm.data.conversation import ConversationEncoder
@@ -30,6 +31,9 @@ from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line, score
 from mllm.model.load import load_llava, model_name, newest_model
 
+PROGRESS = "progress.json"
+"""Beside the answers while they are being given (clips/common/progress.py)."""
+
 
 @torch.inference_mode()
 def generate_answers(
@@ -40,8 +44,9 @@ def generate_answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    answered: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers in the order of `questions`, each asked alone.
+    """Greedy answers in the order of `questions`, each asked alone; `answered` is told the size of each batch.
 
     Batches are padded on the left, so an answer does not depend on its neighbours (up to the arithmetic's rounding).
     Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
@@ -84,6 +89,8 @@ def generate_answers(
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
             bar.update(len(chosen))
+            if answered is not None:
+                answered(len(chosen))
     return answers
 
 
@@ -151,17 +158,19 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    for key, questions in sets.items():
-        begin = time.perf_counter()
-        answers = generate_answers(
-            model, processor, questions, store, batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens
-        )
-        figures |= score(questions, answers)
-        path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
-        path.write_text("".join(lines), encoding="utf-8")
-        console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
+    with ProgressFile(out / PROGRESS, sum(map(len, sets.values()))) as progress:
+        for key, questions in sets.items():
+            begin = time.perf_counter()
+            answers = generate_answers(
+                model, processor, questions, store,
+                batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, answered=progress.advance,
+            )  # fmt: skip
+            figures |= score(questions, answers)
+            path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
+            path.write_text("".join(lines), encoding="utf-8")
+            console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)
     if figures:

@@ -19,7 +19,6 @@ from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import split_scene
 from clips.recipes import recipe
-from clips.studies.cells import Cell
 from clips.studies.claims import (
     BLOCK_WORDS,
     CLAIMS,
@@ -33,9 +32,9 @@ from clips.studies.claims import (
     verdict,
 )
 from clips.studies.claims_report import write_reports
-from clips.studies.reproduce import cell, judge, judge_llava, plan, reproduce, run_figures
+from clips.studies.reproduce import judge, judge_llava, reproduce, run_figures, table_of_runs, variant_run
+from clips.studies.runs import PretrainingRun
 from clips.studies.welch import difference
-from clips.training.cli import config_from_flags
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
@@ -53,13 +52,14 @@ def differing(a: RunConfig, b: RunConfig) -> set[str]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_cells_configuration_is_what_its_command_makes(name: str) -> None:
+def test_a_runs_configuration_is_what_its_command_makes(name: str) -> None:
     """On it rests that a finished run is recognised, and that the report's configurations are true."""
-    one = cell(name, 2, 48_000, ["data.workers=0"])
-    script, *flags = one.command(Path("runs/claims"))
-    assert script == "scripts/pretrain_clips.py"
-    assert config_from_flags(parser_of("pretrain_clips").parse_args(flags)) == one.config()
+    one = variant_run(name, 2, 48_000, ["data.workers=0"])
+    run = recipe(VARIANTS[name].recipe)
+    assert one.command(Path("runs/claims"))[0] == "scripts/pretrain_clips.py"
     assert one.config().samples == 48_000
+    assert one.config().phases[0].warmup_samples == run.phases[0].warmup_samples * 48_000 // run.phases[0].samples
+    assert (one.config().train.eval_every, one.config().train.checkpoint_every) == (0, 0)
     assert one.config().train.seed == 2
     assert one.config().model.text.context_length == 80
     assert one.config().data.workers == 0
@@ -77,17 +77,17 @@ FREE = {
 
 @pytest.mark.parametrize("key", CLAIMS)
 def test_runs_of_a_claim_are_equal_but_for_what_it_is_about(key: str) -> None:
-    configs = [cell(name, 0, 48_000).config() for name in CLAIMS[key].variants]
+    configs = [variant_run(name, 0, 48_000).config() for name in CLAIMS[key].variants]
     found = {field for config in configs[1:] for field in differing(configs[0], config)}
     assert {field for field in found if not any(field.startswith(free) for free in FREE[key])} == set()
     assert len({json.dumps(config.to_dict()) for config in configs}) == len(configs)
-    assert differing(configs[0], cell(CLAIMS[key].variants[0], 1, 48_000).config()) == {"train.seed"}
+    assert differing(configs[0], variant_run(CLAIMS[key].variants[0], 1, 48_000).config()) == {"train.seed"}
 
 
 def test_the_order_of_the_data_is_everybodys() -> None:
     """It depends on the seed and the shards alone, and these are equal."""
     for name in VARIANTS:
-        config = cell(name, 1, 48_000).config()
+        config = variant_run(name, 1, 48_000).config()
         assert (config.train.seed, config.data) == (1, recipe("demo").data)
         assert [phase.batch_size for phase in config.phases] == [recipe("demo").phases[0].batch_size]
 
@@ -99,7 +99,7 @@ def test_every_contrast_is_between_variants_of_its_claim() -> None:
 
 def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     settings = ["captions.strategy=full", "model.text.context_length=32", "optim.weight_decay=0.3"]
-    config = cell("sentence", 0, 48_000, settings).config()
+    config = variant_run("sentence", 0, 48_000, settings).config()
     assert (config.captions.strategy, config.model.text.context_length) == ("sentence", 80)
     assert config.optim.weight_decay == 0.3
 
@@ -109,8 +109,8 @@ def test_the_masks_keep_as_many_words_as_a_sentence_has() -> None:
     assert abs(mean(len(sentence.split()) for text in texts for sentence in text) - BLOCK_WORDS) < 1
 
 
-def test_a_run_with_other_settings_is_not_taken_for_the_cell(tmp_path: Path) -> None:
-    one = Cell("demo", "x", 6_400, 0)
+def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
+    one = PretrainingRun("demo", "x", 6_400, 0)
     assert not one.is_finished(tmp_path)
     finish(tmp_path / "x", one.config(), {})
     assert one.is_finished(tmp_path)
@@ -138,8 +138,8 @@ def test_mistakes(tmp_path: Path, options: dict, message: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = cell("web", 0, 6_400)
+def test_a_dry_run_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = variant_run("web", 0, 6_400)
     finish(tmp_path / done.name, done.config(), {})
     before = sorted(tmp_path.rglob("*"))
     reproduce(tmp_path, ["b"], samples=6_400, dry_run=True)
@@ -150,11 +150,11 @@ def test_a_plan_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys: p
     assert "minutes, 2 runs" in " ".join(printed.split())
 
 
-def test_the_default_grid_fits_the_time() -> None:
+def test_the_default_runs_fit_the_time() -> None:
     """45 minutes with two runs beside each other on two cores."""
     defaults = parser_of("reproduce_claims").parse_args([])
-    grid = {name: [cell(name, seed, defaults.samples) for seed in range(defaults.seeds)] for name in VARIANTS}
-    table = plan(grid, list(CLAIMS), Path("nowhere"), defaults.jobs)
+    runs_of = {name: [variant_run(name, seed, defaults.samples) for seed in range(defaults.seeds)] for name in VARIANTS}
+    table = table_of_runs(runs_of, list(CLAIMS), Path("nowhere"), defaults.jobs)
     assert sum(float(minutes) for minutes in table.columns[-1].cells) / 2 <= 45
 
 

@@ -18,23 +18,31 @@ import torch
 from conftest import ROOT
 from rich.console import Console
 from tiny_mllm import pictures, write_llm, write_run
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import CommandError, UserError
 from clips.common.jobs import Commands, locked
+from clips.common.progress import ProgressFile
 from clips.config import Fields
 from clips.data.loader import BatchDataset
 from clips.data.sources import open_source
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import debug_twin, recipe
-from mllm.compare import figures as compare_figures
-from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
-from mllm.compare.plan import RECIPES, Cell, Plan, is_done, stage_samples
+from clips.training.log import RunLog
+from mllm.compare.cells import RECIPES, Cell, cells_of, encoder_names, encoders_to_pretrain, is_done
+from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, check_request, load_encoders
+from mllm.compare.collect import collect
+from mllm.compare.commands import benchmark_command, pretrain_config, stage_samples, train_arguments
+from mllm.compare.comparison import Comparison, budget_share, evaluation_settings
+from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.report import markdown, sentence, write_report
 from mllm.compare.run import run_cell
-from mllm.compare.view import print_plan, seconds_of_cell
+from mllm.compare.view import PRETRAINING, StateTable, print_overview, seconds_of_cell
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
+from mllm.evaluation.evaluate import PROGRESS
 from mllm.model.projector import save_projector
+from mllm.training.log import MetricsLog
 from mllm.training.prepare import PROJECTOR, encoder_of, prepare
 from mllm.training.stages import STAGES
 
@@ -78,46 +86,46 @@ def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan_of(output: Path, **options: object) -> Plan:
+def comparison_of(output: Path, **options: object) -> Comparison:
     settings = {"encoders": ENCODERS, "seeds": 3, "output": output / "out", "train_flags": FLAGS, "device": "cpu"}
     settings |= {"question_file": Path("question.jsonl"), "question_images": Path("images")}
-    return Plan(**settings | options)
+    return Comparison(**settings | options)
 
 
-def write_cell(plan: Plan, cell: Cell, skill: float) -> None:
+def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
     """A finished cell as run_cell leaves it, without the model; a question is answered right with chance `skill`."""
     config = {}
     for number, stage in STAGES.items():
-        trains = plan.arguments(cell, number).what_trains()
-        trains["vision_fingerprint"] = encoder_of(plan.arguments(cell, number)).fingerprint
+        trains = train_arguments(comparison, cell, number).what_trains()
+        trains["vision_fingerprint"] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
         facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
         config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
         done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
         (cell.directory / stage.name).mkdir(parents=True)
         (cell.directory / stage.name / "done.json").write_text(json.dumps(done))
     write = {"config": config, "env": {"device": "cpu"}, "cost": {"align": 10.0, "instruct": 20.0, "evaluation": 5.0}}
-    write["cell"] = {"evaluation": plan.evaluation}
+    write["cell"] = {"evaluation": evaluation_settings(comparison)}
     for name, content in write.items():
         (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([plan.names.index(cell.encoder), cell.seed])
+    rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
     lines = []
-    for question in map(json.loads, Path(plan.question_file).read_text().splitlines()):
+    for question in map(json.loads, Path(comparison.question_file).read_text().splitlines()):
         right = bool(rng.random() < skill)
         line = {"question_id": question["question_id"], "prompt": question["text"], "image": question["image"]}
         line |= {"kind": question["kind"], "expected": "yes", "text": "yes" if right else "<b>no", "correct": right}
         lines.append(json.dumps(line))
-    cell.figures.parent.mkdir()
-    (cell.figures.parent / f"{plan.question_file.stem}.jsonl").write_text("\n".join(lines) + "\n")
+    cell.evaluation.mkdir()
+    (cell.evaluation / f"{comparison.question_file.stem}.jsonl").write_text("\n".join(lines) + "\n")
     accuracy = np.mean(['"correct": true' in line for line in lines])
     cell.figures.write_text(json.dumps({"exact_match": {"overall": {"accuracy": accuracy}}}))
 
 
 @pytest.fixture
-def finished(place: Path) -> Plan:
-    plan = plan_of(place)
-    for cell in plan.cells:
-        write_cell(plan, cell, SKILL[cell.encoder])
-    return plan
+def finished(place: Path) -> Comparison:
+    comparison = comparison_of(place)
+    for cell in cells_of(comparison):
+        write_cell(comparison, cell, SKILL[cell.encoder])
+    return comparison
 
 
 class Recorder(Commands):
@@ -136,11 +144,11 @@ class Recorder(Commands):
 
 def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
     """Settings, data order, the start of the projector and that of the adapters."""
-    plan = plan_of(place, train_flags=(*FLAGS, "--instruct.lora_enable"), seeds=2)
+    comparison = comparison_of(place, train_flags=(*FLAGS, "--instruct.lora_enable"), seeds=2)
     for stage, dataset_size in ((1, 12), (2, 16)):
         seen = {}
-        for cell in plan.cells:
-            arguments = plan.arguments(cell, stage)
+        for cell in cells_of(comparison):
+            arguments = train_arguments(comparison, cell, stage)
             prepared = prepare(arguments, cell.directory, torch.device("cpu"), None)
             sampler = EpochSampler(
                 prepared.dataset.modality_lengths,
@@ -156,15 +164,15 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
                 save_projector(prepared.model.model.multi_modal_projector, cell.directory / "align" / PROJECTOR)
             seen[cell] = (trains, list(sampler), weights, prepared.dataset[0]["input_ids"])
             assert sorted(seen[cell][1]) == list(range(dataset_size))
-        for seed in range(plan.seeds):
-            first, *others = [seen[cell] for cell in plan.cells if cell.seed == seed]
+        for seed in range(comparison.seeds):
+            first, *others = [seen[cell] for cell in cells_of(comparison) if cell.seed == seed]
             for other in others:
                 assert other[0] == first[0]
                 assert other[1] == first[1]
                 assert other[3] == first[3]
                 assert other[2].keys() == first[2].keys()
                 assert all(torch.equal(other[2][name], first[2][name]) for name in first[2])
-        a, b = (seen[cell] for cell in plan.cells if cell.encoder == "blind")
+        a, b = (seen[cell] for cell in cells_of(comparison) if cell.encoder == "blind")
         assert a[1] != b[1]
         started = [name for name in a[2] if "projector" in name or "lora_A" in name]
         assert any(not torch.equal(a[2][name], b[2][name]) for name in started)
@@ -173,7 +181,7 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
 
 
 def test_the_seed_of_a_cell_is_that_of_the_random_encoder_too(place: Path) -> None:
-    cells = [cell for cell in plan_of(place).cells if cell.encoder == "random"]
+    cells = [cell for cell in cells_of(comparison_of(place)) if cell.encoder == "random"]
     assert {cell.vision for cell in cells} == {"random:clips-run"}
     assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in cells}) == 3
 
@@ -217,57 +225,63 @@ def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -
     assert len({key for batch in batches[0] for key in batch["keys"]}) == 12
 
 
+def pretrained(comparison: Comparison) -> set[str]:
+    return {encoder.name for encoder in encoders_to_pretrain(comparison)}
+
+
 def test_names_stand_for_directories(tmp_path: Path) -> None:
-    plan = Plan(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
-    assert [cell.name for cell in plan.cells][:5] == [
+    comparison = Comparison(encoders=("clips", "clip", "random", "blind"), output=tmp_path)
+    assert [cell.name for cell in cells_of(comparison)][:5] == [
         "clips-seed0",
         "clip-seed0",
         "random-seed0",
         "blind-seed0",
         "clips-seed1",
     ]
-    assert {p.name for p in plan.pretraining} == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(3)}
-    by_name = {cell.name: cell.vision for cell in plan.cells}
+    assert pretrained(comparison) == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(3)}
+    by_name = {cell.name: cell.vision for cell in cells_of(comparison)}
     assert by_name["clip-seed2"] == f"clip:{tmp_path}/encoders/clip-seed2"
     assert by_name["random-seed1"] == f"random:{tmp_path}/encoders/clips-seed1"
-    quick = dataclasses.replace(plan, quick=True)
-    assert {p.name for p in quick.pretraining} == {"clips-seed0", "clip-seed0"}
-    assert {cell.vision for cell in quick.cells if cell.encoder == "clip"} == {f"clip:{tmp_path}/encoders/clip-seed0"}
-    given = Plan(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, output=tmp_path)
-    assert [cell.vision for cell in given.cells] == [
+    quick = dataclasses.replace(comparison, quick=True)
+    assert pretrained(quick) == {"clips-seed0", "clip-seed0"}
+    of_clip = {cell.vision for cell in cells_of(quick) if cell.encoder == "clip"}
+    assert of_clip == {f"clip:{tmp_path}/encoders/clip-seed0"}
+    given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, output=tmp_path)
+    assert [cell.vision for cell in cells_of(given)] == [
         "clips:runs/x-0",
         "blind:runs/x-0",
         "clips:runs/x-1",
         "blind:runs/x-1",
     ]
-    assert not given.pretraining
-    assert given.names == ["clips", "blind"]
-    both = Plan(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
-    assert both.names == ["clips:a", "clips:b", "blind"]
-    assert {p.name for p in Plan(encoders=("random", "blind"), seeds=1, output=tmp_path).pretraining} == {"clips-seed0"}
+    assert not pretrained(given)
+    assert encoder_names(given) == ["clips", "blind"]
+    both = Comparison(encoders=("clips:a", "clips:b", "blind"), seeds=1, output=tmp_path)
+    assert encoder_names(both) == ["clips:a", "clips:b", "blind"]
+    assert pretrained(Comparison(encoders=("random", "blind"), seeds=1, output=tmp_path)) == {"clips-seed0"}
 
 
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
-    full, quick = plan_of(place), plan_of(place, quick=True)
-    cell = full.cells[0]
+    full, quick = comparison_of(place), comparison_of(place, quick=True)
+    cell = cells_of(full)[0]
     assert stage_samples(full, cell, 1) == 12
     assert stage_samples(quick, cell, 1) == 2
     assert stage_samples(dataclasses.replace(quick, budget=0.5), cell, 1) == 6
-    steps = plan_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (steps.arguments(cell, 2).max_steps, steps.arguments(cell, 1).max_steps) == (6, -1)
+    steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
+    assert (train_arguments(steps, cell, 2).max_steps, train_arguments(steps, cell, 1).max_steps) == (6, -1)
     assert stage_samples(steps, cell, 2) == 24
-    assert [plan.evaluation["limit"] for plan in (full, quick, dataclasses.replace(quick, limit=7))] == [None, 400, 7]
+    given = dataclasses.replace(quick, limit=7)
+    assert [evaluation_settings(asked)["limit"] for asked in (full, quick, given)] == [None, 400, 7]
     demo = dataclasses.replace(full, train_flags=())
-    assert (demo.share, full.share) == (0.75, 1.0)
+    assert (budget_share(demo), budget_share(full)) == (0.75, 1.0)
     with pytest.raises(UserError, match=r"--budget 1\.5 must be above 0 and at most 1"):
-        dataclasses.replace(full, budget=1.5)
+        check_request(dataclasses.replace(full, budget=1.5))
 
 
 # ------------------------------------------------------------------------------------------------------ never twice
 
 
-def test_a_finished_cell_is_never_run_again_and_the_rest_of_a_cut_one_is(finished: Plan) -> None:
-    done, cut = finished.cells[:2]
+def test_a_finished_cell_is_never_run_again_and_the_rest_of_a_cut_one_is(finished: Comparison) -> None:
+    done, cut = cells_of(finished)[:2]
     cut.figures.unlink()
     assert [is_done(finished, cell) for cell in (done, cut)] == [True, False]
     commands, said = Recorder(), []
@@ -282,12 +296,12 @@ def test_a_finished_cell_is_never_run_again_and_the_rest_of_a_cut_one_is(finishe
     assert commands.commands[1][2:4] == ["--stage", "2"]
 
 
-def test_a_cell_with_other_settings_is_refused_by_name(finished: Plan) -> None:
+def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
     check_cells(finished)
-    cell = finished.cells[5]
+    cell = cells_of(finished)[5]
     changed = dataclasses.replace(finished, train_flags=(*FLAGS, "--instruct.learning_rate", "0.5"))
     with pytest.raises(
-        UserError, match=rf"cell {finished.cells[0].name} .*\n  instruct.learning_rate: .* there, 0.5 asked"
+        UserError, match=rf"cell {cells_of(finished)[0].name} .*\n  instruct.learning_rate: .* there, 0.5 asked"
     ):
         check_cells(changed)
     path = cell.directory / "config.json"
@@ -301,32 +315,32 @@ def test_a_cell_with_other_settings_is_refused_by_name(finished: Plan) -> None:
         check_cells(finished)
 
 
-def test_other_questions_cost_the_answers_only(finished: Plan, tmp_path: Path) -> None:
+def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: Path) -> None:
     shorter = dataclasses.replace(finished, limit=7)
-    place = finished.cells[0].figures.parent
+    place = cells_of(finished)[0].evaluation
     with pytest.raises(UserError, match=rf"limit: None there, 7 asked\n.*remove {place}"):
         check_cells(shorter)
     mended = tmp_path / "question.jsonl"
     mended.write_text(finished.question_file.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match=r"sha256: \w+ there, \w+ asked"):
         check_cells(dataclasses.replace(finished, question_file=mended))
-    for cell in finished.cells:
-        shutil.rmtree(cell.figures.parent)
+    for cell in cells_of(finished):
+        shutil.rmtree(cell.evaluation)
     check_cells(shorter)
-    assert not is_done(shorter, finished.cells[0])
+    assert not is_done(shorter, cells_of(finished)[0])
 
 
-def test_answers_to_other_questions_are_refused(finished: Plan) -> None:
-    path = finished.cells[2].figures.parent / "question.jsonl"
+def test_answers_to_other_questions_are_refused(finished: Comparison) -> None:
+    path = cells_of(finished)[2].evaluation / "question.jsonl"
     before = path.read_text()
     path.write_text(before.replace('"expected": "yes"', '"expected": "no"'))
-    with pytest.raises(UserError, match=f"cell {finished.cells[2].name} answered other questions"):
-        compare_figures.read_answers(finished)
+    with pytest.raises(UserError, match=f"cell {cells_of(finished)[2].name} answered other questions"):
+        read_answers(finished)
     path.write_text(before)
-    path = finished.cells[3].figures.parent / "question.jsonl"
+    path = cells_of(finished)[3].evaluation / "question.jsonl"
     path.write_text(path.read_text().replace('"where?"', '"Where, please?"'))
-    with pytest.raises(UserError, match=f"cell {finished.cells[3].name} answered other questions"):
-        compare_figures.read_answers(finished)
+    with pytest.raises(UserError, match=f"cell {cells_of(finished)[3].name} answered other questions"):
+        read_answers(finished)
 
 
 def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
@@ -377,6 +391,68 @@ def test_a_failure_beside_a_longer_one_begins_nothing_more() -> None:
     assert set(begun) <= {0, 1, 2}
 
 
+# --------------------------------------------------------------------------------------------------------- progress
+
+
+def log_steps(run_dir: Path, stage: str, steps: range, of: int) -> None:
+    """metrics.jsonl as a stage writes it, one line a step of 4 samples."""
+    log, control = MetricsLog(run_dir, stage, 4, active=True), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(run_dir), use_cpu=True, report_to="none")
+    log.on_train_begin(arguments, TrainerState(global_step=steps.start - 1, max_steps=of), control)
+    for step in steps:
+        state = TrainerState(global_step=step, max_steps=of)
+        log.on_log(arguments, state, control, logs={"loss": 2.0, "learning_rate": 1e-3, "epoch": 0.5})
+
+
+def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
+    comparison = comparison_of(place, train_flags=(*FLAGS, "--max_steps", "8"))
+    cell, table = cells_of(comparison)[0], StateTable(comparison, QUIET)
+    cell.directory.mkdir(parents=True)
+    table.say(cell, "align")
+    assert table.progress(cell) is None
+    log_steps(cell.directory, "align", range(1, 7), of=8)
+    found = table.progress(cell)
+    assert (found.done, found.planned) == (24, 32)
+    assert re.fullmatch(r"75 %, \d+\.\d min left", str(found))
+    with (cell.directory / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "stage": "align", "step": 7, "sam')  # at this moment being written
+    assert table.progress(cell) == found
+    table.say(cell, "instruct")  # the lines of the other stage say nothing about this one
+    assert table.progress(cell) is None
+    table.say(cell, "align")  # nor do those of a process that was killed
+    assert table.progress(cell) is None
+
+
+def test_the_progress_of_pretraining_and_of_answers(place: Path) -> None:
+    comparison = comparison_of(place, encoders=("clips", "blind"), seeds=1, pretrain_flags=("--samples", "6400"))
+    (encoder,), cell = encoders_to_pretrain(comparison), cells_of(comparison)[0]
+    file = (place / "table.txt").open("w")
+    table = StateTable(comparison, Console(file=file, width=200, force_terminal=True))
+    encoder.directory.mkdir(parents=True)
+    table.say(encoder, PRETRAINING)
+    log = RunLog(pretrain_config(comparison, encoder), encoder.directory, start_step=0, wandb=False, active=True)
+    log.record("train", {"step": 5, "samples": 640, "loss": 3.0, "samples_per_s": 48.0})
+    log.record("eval", {"step": 5, "samples": 640, "split": "val", "zero_shot_top1": 3.0})
+    log.close()
+    found = table.progress(encoder)
+    assert (found.done, found.planned, found.seconds_left) == (640, 6400, 120.0)
+    table.say(cell, "evaluation")
+    cell.evaluation.mkdir(parents=True)
+    with ProgressFile(cell.evaluation / PROGRESS, 50) as progress:
+        assert str(table.progress(cell)) == "0 %"
+        progress.written = float("-inf")  # a second later
+        progress.advance(20)
+        progress.advance(5)  # in the same second: not written
+        assert (table.progress(cell).done, table.progress(cell).planned) == (20, 50)
+        table.console.print(table)
+    assert table.progress(cell) is None
+    assert not any(cell.evaluation.iterdir())
+    file.close()
+    shown = (place / "table.txt").read_text()
+    assert "10 %, 2.0 min left" in shown
+    assert re.search(r"40 %, \d+\.\d min left", shown)
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -404,43 +480,42 @@ def test_a_failure_beside_a_longer_one_begins_nothing_more() -> None:
 )
 def test_flags_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        Plan(**{"encoders": ("random", "blind")} | options)
+        check_request(Comparison(**{"encoders": ("random", "blind")} | options))
 
 
 def test_a_flag_that_training_does_not_know_is_refused_before_anything_runs(place: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
-        plan_of(place, train_flags=(*FLAGS, "--lora_rr", "3"))
+        check_inputs(comparison_of(place, train_flags=(*FLAGS, "--lora_rr", "3")))
     assert stopped.value.code == 2
 
 
 def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path) -> None:
-    check_inputs(plan_of(place))
+    check_inputs(comparison_of(place))
     with pytest.raises(UserError, match=r"question 0 has an image, .*--question-images"):
-        check_inputs(plan_of(place, question_images=None))
+        check_inputs(comparison_of(place, question_images=None))
     for change, message in (({"image": "gone.png"}, "question 0: image 'gone.png'"), ({"answer": None}, "nothing to")):
         lines = [json.loads(line) | change for line in Path("question.jsonl").read_text().splitlines()]
         kept = [{key: value for key, value in line.items() if value is not None} for line in lines]
         (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         with pytest.raises(UserError, match=message):
-            check_inputs(plan_of(place, question_file=place / "mine.jsonl"))
+            check_inputs(comparison_of(place, question_file=place / "mine.jsonl"))
     with pytest.raises(UserError, match="is not a Karpathy split file"):
-        check_inputs(plan_of(place, karpathy=place / "mine.jsonl"))
+        check_inputs(comparison_of(place, karpathy=place / "mine.jsonl"))
     with pytest.raises(UserError, match="nowhere"):
-        load_encoders(plan_of(place, encoders=("hf:nowhere", "blind:clips-run")))
+        load_encoders(comparison_of(place, encoders=("hf:nowhere", "blind:clips-run")))
 
 
 def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> None:
-    plan = plan_of(place, encoders=("clips", "clip"))
-    path, (kind, seed) = next(iter(plan.pretraining.items()))
+    comparison = comparison_of(place, encoders=("clips", "clip"))
+    encoder, tiny = encoders_to_pretrain(comparison)[0], dataclasses.replace(comparison, pretrain_flags=("--debug",))
+    path = encoder.directory
     path.mkdir(parents=True)
-    dataclasses.replace(plan, pretrain_flags=("--debug",)).pretraining_config(path, kind, seed).save(
-        path / "config.json"
-    )
+    pretrain_config(tiny, encoder).save(path / "config.json")
     with pytest.raises(UserError, match=rf"encoder {path} holds other settings:\n(.*\n)+.*another --output"):
-        check_inputs(plan)
-    check_inputs(dataclasses.replace(plan, pretrain_flags=("--debug",)))
+        check_inputs(comparison)
+    check_inputs(tiny)
     own = ("--debug", "--set", "task.objective=clips", "task.caption_weight=0")
-    both = dataclasses.replace(plan, output=place / "other", pretrain_flags=own)
+    both = dataclasses.replace(comparison, output=place / "other", pretrain_flags=own)
     with pytest.raises(UserError, match="clip would be trained with the objective clips"):
         check_inputs(both)
 
@@ -449,17 +524,17 @@ def test_encoders_pretrained_with_other_settings_are_refused(place: Path) -> Non
 
 
 @pytest.fixture
-def report(finished: Plan) -> dict:
+def report(finished: Comparison) -> dict:
     measured = {
         cell: {"zero_shot_top1": {"value": 90.0 - cell.seed, "chance": 1.6, "items": 500}}
         if cell.encoder.startswith("cl")
         else {}
-        for cell in finished.cells
+        for cell in cells_of(finished)
     }
-    return compare_figures.collect(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
+    return collect(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
 
 
-def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finished: Plan) -> None:
+def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finished: Comparison) -> None:
     rows = report["differences"]
     assert len(rows) == 6 * 4  # pairs × (all questions and three kinds)
     (row,) = [r for r in rows if r["a"] == NAMES[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
@@ -470,8 +545,8 @@ def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finish
     means = {name: encoder["metrics"]["accuracy"]["mean"] for name, encoder in report["encoders"].items()}
     assert row["mean"] == pytest.approx(means[NAMES[0]] - means["blind"])
     for name, encoder in report["encoders"].items():
-        answers = [json.loads(line)["correct"] for cell in finished.cells if cell.encoder == name
-                   for line in (cell.figures.parent / "question.jsonl").read_text().splitlines()]  # fmt: skip
+        answers = [json.loads(line)["correct"] for cell in cells_of(finished) if cell.encoder == name
+                   for line in (cell.evaluation / "question.jsonl").read_text().splitlines()]  # fmt: skip
         assert encoder["metrics"]["accuracy"]["mean"] == pytest.approx(np.mean(answers))
         assert len(encoder["metrics"]["accuracy"]["by_seed"]) == 3
     kinds = [r for r in rows if (r["a"], r["b"]) == (NAMES[0], "blind") and "/" in r["metric"]]
@@ -491,6 +566,18 @@ def test_every_cell_s_config_and_seed_are_in_the_report(report: dict) -> None:
     assert report["command"] == "python scripts/compare_encoders.py --seeds 3"
 
 
+def test_what_a_reader_would_parse_stands_in_fields_of_its_own(report: dict, finished: Comparison) -> None:
+    assert [encoder["kind"] for encoder in report["encoders"].values()] == list(NAMES)
+    kinds = {row["metric"]: row["kind"] for row in report["differences"]}
+    assert kinds == {"accuracy": None} | {f"accuracy/{kind}": kind for kind in ("identity", "where", "yes_no")}
+    assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["test_set"] is None
+    assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
+    fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
+    settings = collect(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
+    start = "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
+    assert settings["stages"]["align"]["projector"] == start
+
+
 def test_examples_are_questions_that_one_model_alone_got_right(report: dict) -> None:
     assert report["examples"]
     for example in report["examples"]:
@@ -501,7 +588,7 @@ def test_examples_are_questions_that_one_model_alone_got_right(report: dict) -> 
     assert {example["right"] for example in report["examples"]} == set(NAMES[:2])
 
 
-def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Plan) -> None:
+def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Comparison) -> None:
     page = write_report(report, finished.output, Path("images")).read_text()
     assert not re.search(r'(?:src|href|srcset)="(?!data:)', page)
     assert "@import" not in page
@@ -528,18 +615,18 @@ def test_the_words_follow_the_interval() -> None:
     assert sentence(row | {"verdict": "win"}).startswith("x answers 4.0 points [−1.0, +9.0] more questions right")
 
 
-def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Plan) -> None:
-    for cell in finished.cells:
+def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Comparison) -> None:
+    for cell in cells_of(finished):
         if cell.encoder == "random":
-            blind = next(c for c in finished.cells if c.encoder == "blind" and c.seed == cell.seed)
-            (cell.figures.parent / "question.jsonl").write_text((blind.figures.parent / "question.jsonl").read_text())
-    text = markdown(compare_figures.collect(finished, {cell: {} for cell in finished.cells}, []))
+            blind = next(c for c in cells_of(finished) if c.encoder == "blind" and c.seed == cell.seed)
+            (cell.evaluation / "question.jsonl").write_text((blind.evaluation / "question.jsonl").read_text())
+    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "random does not beat blind" in text
     assert "clips does not beat blind" not in text
 
 
-def test_encoders_that_serve_several_seeds_are_named(finished: Plan) -> None:
-    text = markdown(compare_figures.collect(finished, {cell: {} for cell in finished.cells}, []))
+def test_encoders_that_serve_several_seeds_are_named(finished: Comparison) -> None:
+    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "3 training runs stand on fewer different encoders (1 of clips, 1 of clip)" in text
 
 
@@ -549,24 +636,24 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
         for i in range(12)
     ]
     (place / "described.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plan = plan_of(place, encoders=ENCODERS[:2], seeds=1, question_file=place / "described.jsonl")
+    comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=1, question_file=place / "described.jsonl")
     answers = {
         cell: [
             {"question_id": i, "prompt": "Describe.", "image": f"{i}.png", "file": "described"}
             | {"text": f"a red cat number {i} on grass" if good else "nothing"}
             for i in range(12)
         ]
-        for cell, good in zip(plan.cells, (True, False), strict=True)
+        for cell, good in zip(cells_of(comparison), (True, False), strict=True)
     }
-    found = compare_figures.metrics(plan, answers)
+    found = item_scores(comparison, answers)
     assert list(found) == ["cider_d"]
-    summary, (row,) = compare_figures.compare_metrics(plan, found)
+    summary, (row,) = compare_scores(comparison, found)
     assert (row["metric"], row["verdict"], row["p_mcnemar"]) == ("cider_d", "win", None)
     assert summary[NAMES[1]]["cider_d"]["mean"] == 0
 
 
-def test_a_report_of_descriptions_alone_has_its_differences(finished: Plan) -> None:
-    report = compare_figures.collect(finished, {cell: {} for cell in finished.cells}, [])
+def test_a_report_of_descriptions_alone_has_its_differences(finished: Comparison) -> None:
+    report = collect(finished, {cell: {} for cell in cells_of(finished)}, [])
     report["differences"] = [
         row | {"metric": "cider_d"} for row in report["differences"] if row["metric"] == "accuracy"
     ]
@@ -578,23 +665,25 @@ def test_a_report_of_descriptions_alone_has_its_differences(finished: Plan) -> N
         assert "clips − blind" in text
 
 
-def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_lmms_eval_are_joined(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file as lmms-eval 0.7 writes it: task → "metric,filter" → value, with standard errors beside."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    plan = dataclasses.replace(finished, benchmarks=("gqa",))
-    assert plan.benchmark_command(plan.cells[0])[2:7] == ["lmms_eval", "--model", "llava_hf", "--batch_size", "1"]
-    for cell in plan.cells:
+    comparison = dataclasses.replace(finished, benchmarks=("gqa",))
+    more = dataclasses.replace(finished, benchmarks=("gqa", "pope"))
+    cells = cells_of(comparison)
+    assert benchmark_command(comparison, cells[0])[2:7] == ["lmms_eval", "--model", "llava_hf", "--batch_size", "1"]
+    for cell in cells:
         folder = cell.directory / "benchmarks" / "model"
         folder.mkdir(parents=True)
         value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
         found = {"gqa": {"alias": "gqa", "exact_match,none": value, "exact_match_stderr,none": 0.01}}
         (folder / "20260101_000000_results.json").write_text(json.dumps({"results": found}))
-    assert not is_done(plan, plan.cells[0])
-    assert "gqa,pope" in dataclasses.replace(plan, benchmarks=("gqa", "pope")).benchmark_command(plan.cells[0])
-    (plan.cells[0].directory / "benchmarks" / "tasks.json").write_text('{"tasks": ["gqa"]}')
-    assert is_done(plan, plan.cells[0])
-    assert "pope" in dataclasses.replace(plan, benchmarks=("gqa", "pope")).benchmark_command(plan.cells[0])
-    report = compare_figures.collect(plan, {cell: {} for cell in plan.cells}, [])
+    assert not is_done(comparison, cells[0])
+    assert "gqa,pope" in benchmark_command(more, cells[0])
+    (cells[0].directory / "benchmarks" / "tasks.json").write_text('{"tasks": ["gqa"]}')
+    assert is_done(comparison, cells[0])
+    assert "pope" in benchmark_command(more, cells[0])
+    report = collect(comparison, {cell: {} for cell in cells}, [])
     assert report["encoders"]["blind"]["benchmarks"] == {
         "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
     }
@@ -604,14 +693,14 @@ def test_results_of_lmms_eval_are_joined(finished: Plan, monkeypatch: pytest.Mon
     assert "gqa/exact_match" in markdown(report)
 
 
-def test_the_estimate_comes_from_finished_cells_or_says_that_it_is_assumed(finished: Plan, place: Path) -> None:
+def test_the_estimate_comes_from_finished_cells_or_says_that_it_is_assumed(finished: Comparison, place: Path) -> None:
     seconds, source = seconds_of_cell(finished)
     assert (seconds, source) == (35.0, "the mean of 12 finished cells")
-    _, source = seconds_of_cell(plan_of(place / "elsewhere"))
+    _, source = seconds_of_cell(comparison_of(place / "elsewhere"))
     assert "assumption" in source
-    with (place / "plan.txt").open("w") as file:
-        print_plan(finished, Console(file=file, width=200))
-    text = (place / "plan.txt").read_text()
+    with (place / "overview.txt").open("w") as file:
+        print_overview(finished, Console(file=file, width=200))
+    text = (place / "overview.txt").read_text()
     assert "0 of 12 to run" in text
     assert "about 0 min" in text
 

@@ -1,4 +1,4 @@
-"""One pretraining run of an experiment, as a process of its own, and the figures that it leaves."""
+"""The pretraining runs of an experiment, each as a process of its own, and the figures that they leave."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
-from clips.recipes import recipe
+from clips.training.cli import config_from_flags, parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
 FIGURES = (
@@ -31,8 +31,8 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training run: a recipe, at so many samples and with some settings (`--set`) of its own."""
+class PretrainingRun:
+    """A recipe, at so many samples and with some settings (`--set`) of its own."""
 
     recipe: str
     name: str
@@ -49,14 +49,9 @@ class Cell:
         ]
 
     def config(self) -> RunConfig:
-        """What `command` makes of its flags."""
-        run = recipe(self.recipe)
-        warmup = [p.warmup_samples * self.samples // p.samples for p in run.phases]
-        return run.override(
-            [f"train.seed={self.seed}", f"phases.*.samples={self.samples}"]
-            + [f"phases.{i}.warmup_samples={count}" for i, count in enumerate(warmup)]
-            + ["train.eval_every=0", "train.checkpoint_every=0", *self.settings]
-        )
+        """What `command` makes of its flags; raises UserError for settings that it would refuse."""
+        _, *flags = self.command(Path())
+        return config_from_flags(parser().parse_args(flags))
 
     def is_finished(self, output: Path) -> bool:
         """Whether `output` holds it, evaluated. Raises UserError where another run has its name."""
@@ -68,9 +63,9 @@ class Cell:
         return (run / "evaluation.json").exists() and is_finished(run)
 
 
-def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[Cell, Path]:
-    """The run directory of each cell, trained unless it is finished; a bar of the samples that are done."""
-    missing = [cell for cell in cells if not cell.is_finished(output)]
+def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
+    """The directory of each run, trained unless it is finished; a bar of the samples that are done."""
+    missing = [run for run in runs if not run.is_finished(output)]
     commands = Commands(jobs)
     columns = (
         "{task.description}",
@@ -81,22 +76,22 @@ def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not missing) as progress:
-        bar = progress.add_task(f"{len(missing)} runs", total=sum(cell.samples for cell in missing))
+        bar = progress.add_task(f"{len(missing)} runs", total=sum(run.samples for run in missing))
 
-        def run(cell: Cell) -> None:
-            with locked(output / cell.name, commands) as lock:
-                if not cell.is_finished(output):  # by whoever held the lock
-                    console.print(f"training {cell.name}: {cell.samples:,} samples", highlight=False)
-                    _, *flags = cell.command(output)
+        def work(run: PretrainingRun) -> None:
+            with locked(output / run.name, commands) as lock:
+                if not run.is_finished(output):  # by whoever held the lock
+                    console.print(f"training {run.name}: {run.samples:,} samples", highlight=False)
+                    _, *flags = run.command(output)
                     command = [sys.executable, str(SCRIPT), *flags]
-                    commands.run(command, output / f"{cell.name}.log", pass_fds=[lock])
-            progress.advance(bar, cell.samples)
+                    commands.run(command, output / f"{run.name}.log", pass_fds=[lock])
+            progress.advance(bar, run.samples)
 
-        commands.map(run, missing)
-    return {cell: output / cell.name for cell in cells}
+        commands.map(work, missing)
+    return {run: output / run.name for run in runs}
 
 
-def figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
+def read_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's test figures in percent, and how long its training steps take on an otherwise idle machine."""
     found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.

@@ -1,0 +1,155 @@
+"""The cells of a comparison and the encoders that it pretrains: which there are, where, and what of them is done."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from clips.common.errors import UserError
+from clips.common.files import read_json
+from clips.common.progress import last_record
+from clips.common.rundir import METRICS
+from mllm.compare.comparison import Comparison, asks_questions
+from mllm.encoders.registry import parse_vision_name
+
+RECIPES = {"clips": "demo", "clip": "clip_baseline"}
+"""Encoders that are pretrained where they are missing."""
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """An encoder that the comparison pretrains itself: a run of scripts/pretrain_clips.py."""
+
+    kind: str
+    """Of `RECIPES`."""
+    seed: int
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def log(self) -> Path:
+        return self.directory.parent / f"{self.name}.log"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One encoder with one seed: a run directory with both stages, the answers and what they cost."""
+
+    encoder: str
+    """Its name in the report."""
+    kind: str
+    argument: str
+    """What the registry makes the encoder from (mllm/encoders/registry.py): clips and runs/x of clips:runs/x."""
+    seed: int
+    directory: Path
+
+    @property
+    def vision(self) -> str:
+        """What train_llava.py loads."""
+        return f"{self.kind}:{self.argument}" if self.argument else self.kind
+
+    @property
+    def pretraining_run(self) -> Path | None:
+        """The run directory behind an encoder of this project; None for any other, whose `argument` is no such path."""
+        return Path(self.argument) if self.kind in RECIPES and self.argument else None
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def log(self) -> Path:
+        return self.directory.parent / f"{self.name}.log"
+
+    @property
+    def evaluation(self) -> Path:
+        """Directory of its answers and their figures."""
+        return self.directory / "evaluation"
+
+    @property
+    def figures(self) -> Path:
+        return self.evaluation / "figures.json"
+
+
+def cells_of(comparison: Comparison) -> list[Cell]:
+    """Seed by seed, so that whole comparisons are there early. Raises UserError for an encoder that is not known."""
+    names, directory = encoder_names(comparison), comparison.output / "cells"
+    return [
+        Cell(name, *vision_of(comparison, encoder, seed), seed, directory / f"{slug(encoder)}-seed{seed}")
+        for seed in range(comparison.seeds)
+        for name, encoder in zip(names, comparison.encoders, strict=True)
+    ]
+
+
+def encoder_names(comparison: Comparison) -> list[str]:
+    """What the report calls the encoders: by their kind, where there is one of that kind."""
+    kinds = [parse_vision_name(encoder)[0] for encoder in comparison.encoders]
+    return [k if kinds.count(k) == 1 else e for k, e in zip(kinds, comparison.encoders, strict=True)]
+
+
+def slug(encoder: str) -> str:
+    """The encoder's name as part of a directory's."""
+    return re.sub(r"[^\w.-]+", "-", encoder).strip("-")
+
+
+def vision_of(comparison: Comparison, encoder: str, seed: int) -> tuple[str, str]:
+    """(kind, argument) of an encoder in the cells of one seed; `{seed}` in what was given stands for that seed."""
+    kind, argument = parse_vision_name(encoder)
+    if kind in RECIPES and not argument:
+        argument = str(pretrained_directory(comparison, kind, seed))
+    elif kind in ("random", "blind") and not argument:  # the architecture of the CLIPS encoder beside them
+        given = next((name for name in comparison.encoders if parse_vision_name(name)[0] == "clips"), "clips")
+        argument = vision_of(comparison, given, seed)[1]
+    return kind, argument.replace("{seed}", str(seed))
+
+
+def pretraining_seeds(comparison: Comparison) -> int:
+    """Encoders pretrained of each kind."""
+    return comparison.pretraining_seeds or (1 if comparison.quick else comparison.seeds)
+
+
+def pretrained_directory(comparison: Comparison, kind: str, seed: int) -> Path:
+    """Run directory of the encoder that cells of `seed` take."""
+    return comparison.output / "encoders" / f"{kind}-seed{seed % pretraining_seeds(comparison)}"
+
+
+def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
+    """Every encoder that the cells need from here, whether or not it is there already."""
+    needed = {cell.argument for cell in cells_of(comparison)}
+    encoders = [
+        PretrainedEncoder(kind, seed, pretrained_directory(comparison, kind, seed))
+        for kind in RECIPES
+        for seed in range(pretraining_seeds(comparison))
+    ]
+    return [encoder for encoder in encoders if str(encoder.directory) in needed]
+
+
+# ---------------------------------------------------------------------------------------------- what runs have left
+def is_done(comparison: Comparison, cell: Cell) -> bool:
+    answered = cell.figures.is_file() or not asks_questions(comparison)
+    return answered and (cell.directory / "instruct" / "done.json").is_file() and has_benchmarks(comparison, cell)
+
+
+def benchmarks_done(cell: Cell) -> list[str]:
+    return read_json(cell.directory / "benchmarks" / "tasks.json").get("tasks", [])
+
+
+def has_benchmarks(comparison: Comparison, cell: Cell) -> bool:
+    return set(comparison.benchmarks) <= set(benchmarks_done(cell))
+
+
+def vision_fingerprint(cell: Cell) -> str:
+    """Of the encoder that the cell was trained on."""
+    return read_json(cell.directory / "config.json")["instruct"]["trains"]["vision_fingerprint"]
+
+
+def samples_seen(run: Path) -> dict[str, int]:
+    """Samples and steps of a pretraining run's last logged step. Raises UserError where none was logged."""
+    last = last_record(run / METRICS, kind="train")
+    if last is None:
+        raise UserError(f"{run / METRICS} holds no training step: remove {run}, then it is pretrained again")
+    return {"samples": last["samples"], "steps": last["step"]}

@@ -1,0 +1,81 @@
+"""Figures of the encoders themselves: a linear probe on their tokens, and what their own runs have measured.
+
+In percent, as in clips/.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from clips.common.files import read_json, write_json
+from clips.config import DataConfig
+from clips.data.images import decode_image
+from clips.data.sample import BrokenSample
+from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
+from clips.evaluation.testsets import open_test_set
+from mllm.compare.cells import Cell, cells_of, vision_fingerprint
+from mllm.compare.commands import train_arguments
+from mllm.compare.comparison import Comparison, is_demo
+from mllm.encoders.encoder import VisionEncoder
+from mllm.encoders.registry import image_pixels
+from mllm.training.prepare import encoder_of
+
+PROBE = "probe_tokens_top1"
+"""Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
+
+
+def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell, dict[str, dict[str, Any]]]:
+    """Cell → figure → value, chance and items (and, of another test set than the run's own, its name).
+
+    The linear probe is measured here, on the demo, in the same way for every encoder; retrieval and zero-shot are what
+    the encoder's own run directory holds (evaluation*.json), which random, blind and foreign encoders have not.
+    """
+    measured, on_demo = {}, is_demo(comparison)
+    sets = [_labelled("train", PROBE_SAMPLES), _labelled("test", None)] if on_demo else []
+    for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
+        figures: dict[str, dict[str, Any]] = {}
+        run = cell.pretraining_run
+        for path in sorted(run.glob("evaluation*.json")) if run else []:
+            found = read_json(path)
+            if path.stem == "evaluation":
+                figures |= found["figures"]
+            else:
+                other = {"test_set": found["test_set"]}
+                figures |= {f"{found['test_set']}: {name}": f | other for name, f in found["figures"].items()}
+        if on_demo:
+            path = comparison.output / "probes" / f"{vision_fingerprint(cell)[:32]}.json"
+            if not path.is_file():
+                encoder = encoder_of(train_arguments(comparison, cell, 2))
+                figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, vars(figure))
+            figures[PROBE] = read_json(path)
+        measured[cell] = figures
+    return measured
+
+
+def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
+    """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
+    items, _ = open_test_set(DataConfig(train="demo"), split)
+    chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
+    found = [items.read(index) for index in sorted(chosen)]
+    return [(item.image, item.label) for item in found if item.label is not None]
+
+
+@torch.inference_mode()
+def _image_set(encoder: VisionEncoder, labelled: list[tuple[bytes, str]], device: torch.device) -> ImageSet:
+    model, pooled, labels, skipped = encoder.model.to(device), [], [], []
+    for start in range(0, len(labelled), 64):
+        pixels = []
+        for image, label in labelled[start : start + 64]:
+            try:
+                pixels.append(image_pixels(encoder.image_processor, decode_image(image)))
+                labels.append(label)
+            except BrokenSample as broken:
+                skipped.append(str(broken))
+        pooled.append(encoder.features(torch.stack(pixels).to(device, model.dtype)).mean(1).float().cpu())
+    features = torch.cat(pooled)
+    return ImageSet(features, features, [{} for _ in labels], labels, list(range(len(labels))), skipped)
