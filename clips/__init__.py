@@ -22,6 +22,9 @@ FACE = {
     "MAX_PIXELS": "clips.data.images",
     "decode_image": "clips.data.images",
     "open_source": "clips.data.sources",
+    "read_members": "clips.data.tar",
+    "built_as": "clips.data.built",
+    "ensure_built": "clips.data.built",
     # the demo's world
     "BACKGROUNDS": "clips.data.demo",
     "CONCEPTS": "clips.data.demo",
@@ -51,10 +54,12 @@ FACE = {
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
     from clips.config import DataConfig, Fields, RunConfig, difference
+    from clips.data.built import built_as, ensure_built
     from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
     from clips.data.images import MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sources import open_source
+    from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
     from clips.evaluation.testsets import KarpathySet, open_test_set

@@ -69,8 +69,7 @@ def limits_from_flags(flags: argparse.Namespace) -> Limits:
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
     """The picture in `data` as upright RGB; UserError with the reason when it is none or is above a limit."""
-    from clips.data.images import MAX_PIXELS, decode_image
-    from clips.data.sample import BrokenSample
+    from clips import MAX_PIXELS, BrokenSample, decode_image
 
     if len(data) > limits.image_bytes:
         raise UserError(f"the picture has {len(data):,} bytes, the limit is {limits.image_bytes:,}")

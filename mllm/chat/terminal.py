@@ -21,10 +21,9 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from tqdm import tqdm
 
+from clips import MAX_BYTES, MAX_PIXELS, BrokenSample
 from clips.common.errors import Stopped, UserError
 from clips.common.paths import cache_root
-from clips.data.images import MAX_BYTES, MAX_PIXELS
-from clips.data.sample import BrokenSample
 from mllm.chat.limits import Limits, fetch_image, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError

@@ -25,9 +25,8 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clips import CLIPS
+from clips import CLIPS, CONCEPTS
 from clips.common.errors import UserError
-from clips.data.demo import CONCEPTS
 from mllm.chat import web_talk
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel

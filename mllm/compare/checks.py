@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clips import KarpathySet, RunConfig
+from clips import difference as differing_fields
+from clips import parser as pretraining_parser
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.config import RunConfig
-from clips.config import difference as differing_fields
-from clips.evaluation.testsets import KarpathySet
-from clips.training.cli import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import (

@@ -6,9 +6,8 @@ import math
 import sys
 from pathlib import Path
 
-from clips.config import RunConfig
-from clips.training.cli import config_from_flags
-from clips.training.cli import parser as pretraining_parser
+from clips import RunConfig, config_from_flags
+from clips import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder, benchmarks_done
 from mllm.compare.comparison import Comparison, budget_share, question_limit
 from mllm.data.dataset import read_json_records

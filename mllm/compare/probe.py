@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from clips import PROBE_SAMPLES, BrokenSample, DataConfig, ImageSet, decode_image, open_test_set, probe_images
 from clips.common.files import read_json, write_json
-from clips.config import DataConfig
-from clips.data.images import decode_image
-from clips.data.sample import BrokenSample
-from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
-from clips.evaluation.testsets import open_test_set
 from mllm.compare.cells import Cell, cells_of, vision_fingerprint
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, is_demo

@@ -23,12 +23,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clips import (
+    BACKGROUNDS,
+    CONCEPTS,
+    NUMBERS,
+    PLACES,
+    Fields,
+    RawSample,
+    built_as,
+    demo_split,
+    ensure_built,
+    ensure_demo,
+    open_source,
+)
 from clips.common.errors import UserError
-from clips.config import Fields
-from clips.data.built import built_as, ensure_built
-from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
-from clips.data.sample import RawSample
-from clips.data.sources import open_source
 
 VERSION = 2
 """Raise it when texts or files change: older folders are then built anew."""

@@ -11,11 +11,9 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image
 
+from clips import BrokenSample, decode_image, read_members
 from clips.common.errors import UserError
 from clips.common.paths import inside
-from clips.data.images import decode_image
-from clips.data.sample import BrokenSample
-from clips.data.tar import read_members
 
 log = logging.getLogger("mllm.data")
 

@@ -20,10 +20,8 @@ from transformers import (
     ViTModel,
 )
 
-from clips import newest_export
+from clips import init_weights, newest_export, sincos_positions
 from clips.common.errors import UserError
-from clips.model.layers import init_weights
-from clips.model.vision import sincos_positions
 from mllm.encoders.encoder import KINDS, UNUSED
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers

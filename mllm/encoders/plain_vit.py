@@ -24,8 +24,8 @@ from transformers import (
     ViTModel,
 )
 
+from clips import CLIP_VISION_BLOCK, VIT_BLOCK
 from clips.common.errors import UserError
-from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK
 
 TOLERANCE = 1e-3
 """Largest difference of a token, relative to the tokens' largest value, between a mapped model and its original."""

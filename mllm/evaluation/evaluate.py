@@ -18,10 +18,10 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
-from clips.data.sample import BrokenSample
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import pad_rows
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.data.sample import BrokenSample
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import Record, parse_record, read_json_records
 from mllm.data.formats import IMAGE_TOKEN

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.data.sample import BrokenSample
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
