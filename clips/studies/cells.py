@@ -16,6 +16,7 @@ from clips.common.jobs import Commands, locked
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.recipes import recipe
+from clips.training.finish import is_finished
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
 FIGURES = (
@@ -67,7 +68,7 @@ class Cell:
             raise UserError(
                 f"{run} holds a run with other settings:\n  " + "\n  ".join(changes) + "\nGive another --output"
             )
-        return (run / "evaluation.json").exists() and (run / "report" / "index.html").exists()
+        return (run / "evaluation.json").exists() and is_finished(run)
 
 
 def train(cells: list[Cell], output: Path, jobs: int, console: Console) -> dict[Cell, Path]:

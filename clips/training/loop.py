@@ -22,7 +22,7 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPS
 from clips.training.engine import Engine, read_ds_config
-from clips.training.finish import finish_run, is_finished, print_next
+from clips.training.finish import finish_run, has_report, is_finished, print_next
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
     Options,
@@ -57,7 +57,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
     previous = open_run_dir(run, options)
-    if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
+    is_trained = previous is not None and previous.state.samples == run.samples
+    if is_trained and is_finished(options.run_dir) and has_report(options.run_dir):
         if is_main:
             print_next(options.run_dir)
         shutdown()

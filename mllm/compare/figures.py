@@ -120,7 +120,7 @@ def compare_metrics(plan: Plan, found: dict[str, Metric]) -> tuple[dict[str, dic
         bootstrap = Bootstrap(metric.clusters, seeds=plan.seeds)
         for encoder, scores in metric.scores.items():
             estimate = bootstrap.interval(scores)
-            summary[encoder][name] = _spread(scores.mean(1).tolist()) | {
+            summary[encoder][name] = _over_seeds(scores.mean(1).tolist()) | {
                 "ci95": [estimate.low, estimate.high],
                 "items": len(metric.clusters),
             }
@@ -141,7 +141,7 @@ def compare_metrics(plan: Plan, found: dict[str, Metric]) -> tuple[dict[str, dic
     return summary, differences
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "by_seed": list(values)}
 
 
@@ -182,7 +182,7 @@ def compare_benchmarks(plan: Plan) -> tuple[dict[str, dict[str, Any]], list[dict
         by_encoder[cell.encoder].append(benchmark_results(cell))
     every = [results for rows in by_encoder.values() for results in rows]
     names = [name for name in every[0] if all(name in results for results in every)]
-    summary = {e: {name: _spread([row[name] for row in rows]) for name in names} for e, rows in by_encoder.items()}
+    summary = {e: {name: _over_seeds([row[name] for row in rows]) for name in names} for e, rows in by_encoder.items()}
     differences = []
     for a, b in combinations(plan.names, 2):
         for name in names:
@@ -272,7 +272,7 @@ def collect(plan: Plan, measured: dict[Cell, dict[str, dict[str, float]]], comma
         cells = [cell for cell in plan.cells if cell.encoder == encoder]
         shared = [name for name in measured[cells[0]] if all(name in measured[cell] for cell in cells)]
         intrinsic = {
-            name: _spread([measured[cell][name]["value"] for cell in cells])
+            name: _over_seeds([measured[cell][name]["value"] for cell in cells])
             | {key: measured[cells[0]][name][key] for key in ("chance", "items")}
             for name in shared
         }

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, never_in_the_way
 from clips.common.files import write_atomically
+from clips.common.page import save_plot
 from clips.common.plots import LIGHT, Panel, curves_plot
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
@@ -128,9 +129,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_curves(run_dir: Path) -> None:
-    """curves.png: the loss of each stage against samples seen."""
-    lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
-    stages = list(dict.fromkeys(line["stage"] for line in lines))
-    panels = [Panel(f"{stage}: loss", [line for line in lines if line["stage"] == stage], ["loss"]) for stage in stages]
-    if panels:
-        curves_plot(panels, LIGHT).savefig(run_dir / "curves.png")
+    """curves.png: the loss of each stage against samples seen. Where it cannot be drawn, stderr says so."""
+    with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
+        lines = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else []
+        by_stage: dict[str, list[dict[str, Any]]] = {}
+        for line in lines:
+            by_stage.setdefault(line["stage"], []).append(line)
+        if by_stage:
+            panels = [Panel(f"{stage}: loss", found, ["loss"]) for stage, found in by_stage.items()]
+            save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")
