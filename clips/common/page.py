@@ -54,7 +54,7 @@ def render(package: str, template: str, **shown: Any) -> str:
     A name that the template uses and nobody gave raises jinja2.UndefinedError.
     """
     escape = _as_markdown if template.endswith(".md.j2") else _as_html
-    return _environment(package, escape).get_template(template).render(shown)
+    return _environment(package, escape).get_template(template).render(shown).rstrip("\n") + "\n"
 
 
 @cache

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
 from clips.data.loader import start_worker
@@ -264,7 +265,7 @@ def print_figures(figures: dict[str, Figure], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=for_rich(title), title_justify="left")
     table.add_column("figure")
     for name in ("%", "chance %", "items"):
         table.add_column(name, justify="right")

@@ -11,7 +11,7 @@ from clips.common.escape import for_plot
 from clips.data.images import decode_image
 from clips.evaluation.examples import Captioned, Classified, Retrieved
 
-LABEL = 60
+LABEL = 40
 """Characters of a class's name that are drawn."""
 
 
@@ -51,7 +51,7 @@ def zero_shot_plot(examples: list[Classified]) -> Plot:
     for (left, right), example in zip(grid, examples, strict=True):
         left.imshow(np.asarray(decode_image(example.image)))
         left.axis("off")
-        left.set_title(for_plot(example.label, LABEL), fontsize=8)
+        left.set_title(for_plot(example.label, LABEL // 2), fontsize=8)
         colours = ["#1f9d7a" if name == example.label else "#9aa3b2" for name in example.classes]
         places = range(len(example.classes))  # not the names: of two that are cut alike one bar would hide the other
         right.barh(places, example.probabilities, color=colours)

@@ -194,8 +194,8 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
         *blocks,
         Chart(f"claim-{key}.png", claim, variants),
         Paragraph(
-            f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. Whether "
-            "they overlap decides nothing; the table of differences does."
+            f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. "
+            "Whether they overlap decides nothing; the table of differences does."
         ),
         Paragraph("Differences in percentage points with their 95 % intervals:"),
         Table(("comparison", SHORT[DECIDING], "verdict"), decided, _cell_class),

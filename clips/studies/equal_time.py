@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
+from clips.common.escape import for_rich
 from clips.recipes import recipe
 from clips.studies.cells import FIGURES, Cell, figures, train
 from clips.studies.welch import difference, show_difference
@@ -66,7 +67,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     }
     (output / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
     console.print(table(groups, differences))
-    console.print(f"written to {output / 'comparison.json'}")
+    console.print(f"written to {for_rich(str(output / 'comparison.json'))}")
 
 
 def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> Cell:

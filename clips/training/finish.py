@@ -51,7 +51,7 @@ def has_report(run_dir: Path) -> bool:
 
 def print_next(run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
-    report = f"{shown}/{REPORT}" if has_report(run_dir) else "none"
+    report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
     Console(stderr=True).print(
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
