@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clips.common.escape import for_terminal
 
+PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
 """Characters of an error that are printed; it may list keys and reasons from data."""
 
@@ -59,7 +60,7 @@ class Stopped(CommandError):
 def in_one_line(error: BaseException) -> str:
     """`ValueError: …, at report.py:44` (this project's last line): for a message in the place of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    *_, last = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    *_, last = [frame for frame in frames if frame.filename.startswith(PACKAGES)] or frames
     what = " ".join(str(error).split())
     return f"{type(error).__name__}: {what}, at {Path(last.filename).name}:{last.lineno}"
 

@@ -40,7 +40,11 @@ def test_every_template_is_installed(tmp_path: Path) -> None:
     packages = sorted({name.partition("/")[0] for name in wanted})
     found = subprocess.run(
         [sys.executable, "-c", FIND, *packages],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")}, check=True, capture_output=True, text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
+        check=True,
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
     assert set(found.stdout.split()) == wanted

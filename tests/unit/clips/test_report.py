@@ -215,14 +215,14 @@ def test_whatever_a_caption_holds_the_report_shows_it(small, tmp_path, recwarn):
         examples.captions.append(Captioned(image, text, text, text))
     begin = time.process_time()
     page = write_report(run_dir, examples).read_bytes().decode("utf-8")
-    assert time.process_time() - begin < 60  # to wrap a megabyte in one word takes longer
+    assert time.process_time() - begin < 40  # to wrap a megabyte in one word takes longer
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page)
     shown = Shown(page)
     assert not shown.tags & {"script", "a"}
     for text in HOSTILE.values():
         assert shown.texts.count(visible(clip(text))) == 6  # query, label, class, and three captions
     assert len(page_files(run_dir)) == 5
-    assert [str(warning.message) for warning in recwarn] == []
+    assert [w.message for w in recwarn if issubclass(w.category, UserWarning)] == []  # of matplotlib, about the layout
 
 
 def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("warning")]
     assert line.startswith(
-        f"warning: the report of {run_dir} is not written; the run itself is finished. FileExistsError"
+        f"warning: the report of {run_dir} is not written; the run itself is finished. NotADirectoryError"
     )
     assert line.endswith("the same command writes it again")
     assert "Traceback" not in said
