@@ -11,7 +11,7 @@ import re
 
 LONGEST = 2000
 """Characters shown of one text from data; what is longer is cut before anything is made of it."""
-_BREAKS = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\u2028\u2029]")
+_BREAKS = re.compile("\r\n|[\r\x85\u2028\u2029]")
 # Control characters, what turns the direction of the text after it, and half of a character (JSON can hold one, no
 # encoding can): each is shown as U+FFFD.
 _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -37,12 +37,12 @@ def clip(text: str, limit: int = LONGEST) -> str:
 
 def visible(text: str) -> str:
     """`text` with everything in it that acts instead of being seen as U+FFFD; its lines and tabs stay."""
-    return _ACTS.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _ACTS.sub("\ufffd", _BREAKS.sub("\n", text))
 
 
 def one_line(text: str) -> str:
-    """As `visible`, the lines joined by spaces."""
-    return visible(_BREAKS.sub(" ", text))
+    """As `visible`, its lines and tabs joined by spaces."""
+    return visible(text).replace("\n", " ").replace("\t", " ")
 
 
 def for_plot(text: str, limit: int = LONGEST) -> str:
