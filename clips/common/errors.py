@@ -7,7 +7,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clips.common.escape import for_terminal
+
+PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
+LONGEST_MESSAGE = 20_000
+"""Characters of an error that are printed; it may list keys and reasons from data."""
 
 
 class CommandError(Exception):
@@ -48,11 +57,43 @@ class Stopped(CommandError):
         self.exit_code = exit_code
 
 
+def in_one_line(error: BaseException) -> str:
+    """`ValueError: …, at report.py:44` (this project's last line): for a message in the place of a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, last = [frame for frame in frames if frame.filename.startswith(PACKAGES)] or frames
+    what = " ".join(str(error).split())
+    return f"{type(error).__name__}: {what}, at {Path(last.filename).name}:{last.lineno}"
+
+
+@contextmanager
+def reporting(failed: str) -> Iterator[None]:
+    """Where writing a report is all that is left of a command: any failure inside ends it with one line.
+
+    `failed` says what is missing and what is there all the same. Raises CommandError.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        raise CommandError(f"{failed}. {in_one_line(error)}; the same command writes it again") from error
+
+
+@contextmanager
+def never_in_the_way(failed: str) -> Iterator[None]:
+    """Where a report or plot is not worth the run: any failure inside is one line on stderr, and all goes on."""
+    try:
+        yield
+    except Exception as error:
+        message = f"warning: {failed}. {in_one_line(error)}; the same command writes it again"
+        print(for_terminal(message), file=sys.stderr, flush=True)
+
+
 def run_command(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code; a `CommandError` is printed as one message."""
     try:
         main()
     except CommandError as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {for_terminal(str(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0

@@ -19,11 +19,16 @@ from clips.common.errors import UserError
 from clips.common.files import lock, write_atomically
 
 METRICS = "metrics.jsonl"
+REPORT = "report/index.html"
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a pretraining run has come to its end: exported, and its report written."""
-    return (run_dir / "export").is_dir() and (run_dir / "report" / "index.html").is_file()
+    """Whether a pretraining run is trained, measured and exported. Its report is for people, and can be made again."""
+    return (run_dir / "export").is_dir()
+
+
+def has_report(run_dir: Path) -> bool:
+    return (run_dir / REPORT).is_file()
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
@@ -264,7 +265,7 @@ def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skip
 
 def figures_table(figures: dict[str, Figure], title: str) -> Table:
     """For people: each figure beside its chance level and the number of items that it was measured on."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=for_rich(title), title_justify="left")
     table.add_column("figure")
     for name in ("%", "chance %", "items"):
         table.add_column(name, justify="right")

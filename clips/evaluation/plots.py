@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure as Plot
 
+from clips.common.escape import for_plot
 from clips.data.images import decode_image
 from clips.evaluation.examples import Captioned, Classified, Retrieved
+
+LABEL = 40
+"""Characters of a class's name that are drawn."""
 
 
 def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, str, str]]]) -> Plot:
@@ -21,7 +25,7 @@ def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, st
         for axes in line:
             axes.axis("off")
         # A text outside the layout: a title would widen the first column.
-        line[0].text(0, 1.06, _clip(title, 18 * columns), transform=line[0].transAxes, fontsize=8, in_layout=False)
+        line[0].text(0, 1.06, for_plot(title, 18 * columns), transform=line[0].transAxes, fontsize=8, in_layout=False)
         for axes, (image, caption, colour) in zip(line, cells, strict=False):
             axes.imshow(np.asarray(decode_image(image)))
             axes.text(0.5, -0.03, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
@@ -47,9 +51,11 @@ def zero_shot_plot(examples: list[Classified]) -> Plot:
     for (left, right), example in zip(grid, examples, strict=True):
         left.imshow(np.asarray(decode_image(example.image)))
         left.axis("off")
-        left.set_title(example.label, fontsize=8)
+        left.set_title(for_plot(example.label, LABEL // 2), fontsize=8)
         colours = ["#1f9d7a" if name == example.label else "#9aa3b2" for name in example.classes]
-        right.barh(example.classes, example.probabilities, color=colours)
+        places = range(len(example.classes))  # not the names: of two that are cut alike one bar would hide the other
+        right.barh(places, example.probabilities, color=colours)
+        right.set_yticks(places, [for_plot(name, LABEL) for name in example.classes])
         right.invert_yaxis()
         right.set_xlim(0, 1)
         right.tick_params(labelsize=7, length=0)
@@ -64,14 +70,11 @@ def captions_plot(examples: list[Captioned]) -> Plot:
         left.imshow(np.asarray(decode_image(e.image)))
         left.axis("off")
         right.axis("off")
-        text = f"web: {_clip(e.web, 200)}\ntrue: {_clip(e.truth, 280)}\ngenerated: {_clip(e.generated, 280)}"
+        shown = {"web": for_plot(e.web, 200), "true": for_plot(e.truth, 280), "generated": for_plot(e.generated, 280)}
+        text = "\n".join(f"{name}: {caption}" for name, caption in shown.items())
         right.text(0, 0.95, text, va="top", fontsize=7, wrap=True)
     return plot
 
 
 def verdict(rank: int) -> str:
     return "hit" if rank == 1 else f"rank {rank}"
-
-
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -5,10 +5,10 @@ Everything comes from the content of claims.json, so the page can be written aga
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +16,10 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 from scipy import stats
 
-from clips.common.page import Table, html_page, section, themed, tile_row
+from clips.common.errors import reporting
+from clips.common.escape import for_plot
+from clips.common.files import write_atomically
+from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
 from clips.studies.claims import CONTEXT, CONTRADICTED, DECIDING, LLAVA, MEANS, OPEN, REPRODUCED
 from clips.studies.welch import show_difference
@@ -42,15 +45,13 @@ SHORT = {
     "linear_probe_top1": "linear probe",
 }
 DRAWN = ("sentence_r1", "long_r1", "zero_shot_top1", "linear_probe_top1")
-STYLE = """
-.plot { max-width: 640px; margin: 0 auto 14px; }
-.verdict { font-weight: 600; } .verdict.good { color: var(--good); } .verdict.bad { color: var(--bad); }
-.tile b .verdict { display: block; font-size: inherit; } .verdict.open { color: var(--ink); }
-section p { max-width: 76ch; } td.wrap { white-space: normal; min-width: 76px; }
-.tile b { font-size: 1.05rem; line-height: 1.35; }
-@media (max-width: 560px) { table { font-size: .77rem; } th { white-space: normal; } th, td { padding-right: 8px; }
-  td.wrap:first-child { min-width: 92px; } td.verdict { min-width: 80px; } }
-"""
+
+
+@dataclass
+class Paragraph:
+    text: str
+    mark: str = ""
+    """A word that stands out before it, such as Verdict."""
 
 
 @dataclass
@@ -60,24 +61,36 @@ class Chart:
     claim: Mapping[str, Any]
     variants: Mapping[str, Any]
 
+    @property
+    def alt(self) -> str:
+        return self.claim["title"]
+
+    def picture(self) -> Picture:
+        """For the page."""
+        return themed(partial(draw, self), self.alt)
+
+
+Block = Paragraph | Table | Chart
+
 
 @dataclass
 class Section:
     title: str
-    blocks: list[str | Table | Chart]
+    blocks: Sequence[Block]
 
 
 def write_reports(result: dict[str, Any], output: Path) -> None:
-    """Write claims.html, claims.md and a PNG file per chart for the content of claims.json."""
-    found = sections(result)
-    line = _summary(result)
-    tiles = tile_row((_tile(claim), f"({key})", html.escape(claim["title"])) for key, claim in result["claims"].items())
-    page = html_page(TITLE, line, tiles + "".join(map(_html, found)), STYLE)
-    (output / "claims.html").write_text(page, encoding="utf-8")
-    text = f"# {TITLE}\n\n{line}.\n\n" + "\n".join(map(_markdown, found))
-    (output / "claims.md").write_text(text, encoding="utf-8")
-    for chart in (block for part in found for block in part.blocks if isinstance(block, Chart)):
-        draw(chart, LIGHT).savefig(output / chart.name)
+    """Write a PNG file per chart, claims.md and claims.html for the content of claims.json.
+
+    Raises CommandError where that fails.
+    """
+    with reporting(f"the report in {output} cannot be written; every run and {output / 'claims.json'} are there"):
+        shown = {"title": TITLE, "note": _summary(result), "sections": sections(result)}
+        for chart in (block for part in shown["sections"] for block in part.blocks if isinstance(block, Chart)):
+            save_plot(draw(chart, LIGHT), output / chart.name)
+        write_atomically(output / "claims.md", render("clips.studies", "claims.md.j2", **shown))
+        tiles = [(f"({key})", _tile(claim), claim["title"]) for key, claim in result["claims"].items()]
+        write_atomically(output / "claims.html", render("clips.studies", "claims.html.j2", **shown, tiles=tiles))
 
 
 def _summary(result: Mapping[str, Any]) -> str:
@@ -92,23 +105,23 @@ def _summary(result: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _tile(claim: Mapping[str, Any]) -> str:
-    """The verdict in a few coloured words (HTML): a count where the comparisons differ."""
+def _tile(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The verdict in a few words, each with its CSS class: a count where the comparisons differ."""
     verdicts = [contrast["verdict"] for contrast in claim.get("contrasts", [])]
     if len(set(verdicts)) < 2:
-        return f'<span class="verdict {COLOURS.get(claim["verdict"], "")}">{claim["verdict"]}</span>'
-    return "".join(
-        f'<span class="verdict {COLOURS[kind]}">{verdicts.count(kind)} {kind.removesuffix(" here")}</span>'
-        for kind in COLOURS
+        return [(claim["verdict"], COLOURS.get(claim["verdict"], ""))]
+    return [
+        (f"{verdicts.count(kind)} {kind.removesuffix(' here')}", colour)
+        for kind, colour in COLOURS.items()
         if kind in verdicts
-    )
+    ]
 
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """The whole report, in order."""
     claims, variants = result["claims"], result["variants"]
     return [
-        Section("What decides", [_what_decides(result)]),
+        Section("What decides", [Paragraph(_what_decides(result))]),
         *(Section(f"({key}) {claim['title']}", _claim(key, claim, variants)) for key, claim in claims.items()),
         Section("Controls and limits", _controls(result)),
         *([Section("Lengths of the texts", _lengths(result))] if variants else []),
@@ -125,27 +138,30 @@ def _what_decides(result: Mapping[str, Any]) -> str:
     )
 
 
-def _controls(result: Mapping[str, Any]) -> list[str]:
+def _controls(result: Mapping[str, Any]) -> list[Block]:
     count = sum(len(claim["contrasts"]) for claim in result["claims"].values() if "variants" in claim)
-    return [
+    equal = (
         f"Equal in all runs of (a) to (d): {result['samples']:,} samples seen, batch, image tower, and for each seed "
         "the order of the data. Intervals are Welch's over seeds, which count as independent runs: a seed sets order "
         "and the first weights alike, but what that leaves in common after training is small, and pairing by seed "
         "would halve the degrees of freedom. They speak of other seeds on these test images, not of other images. "
         f"They are not corrected for there being {count} comparisons: of twenty without a difference one is "
-        "expected to look like one.",
-        "Limits: the scenes are drawings with exact, generated captions and the models are tiny, so a claim that does "
+        "expected to look like one."
+    )
+    limits = (
+        "the scenes are drawings with exact, generated captions and the models are tiny, so a claim that does "
         "not hold here may hold at the paper's scale, and the other way round. Learning rates are those of the recipes "
         "(demo, and clip_baseline for one text per image), each searched for the recipe itself and not for every "
         "variant. Equal samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead "
-        "of the demo's 32, so that the full captions fit.",
-    ]
+        "of the demo's 32, so that the full captions fit."
+    )
+    return [Paragraph(equal), Paragraph(limits, "Limits")]
 
 
-def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str | Table | Chart]:
-    blocks: list[str | Table | Chart] = [f"The paper: {claim['paper']}", f"Verdict: {claim['verdict']}."]
+def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[Block]:
+    blocks = [Paragraph(claim["paper"], "The paper"), Paragraph(f"{claim['verdict']}.", "Verdict")]
     if "missing" in claim:
-        return [*blocks, f"To get there: {claim['missing']}."]
+        return [*blocks, Paragraph(f"To get there: {claim['missing']}.")]
     if "variants" not in claim:  # LLaVA, from another report
         rows = [
             (f"{c['a']} − {c['b']}", show_difference(c), c["verdict"], str(c["seeds"]), f"{c['items']:,}")
@@ -155,7 +171,11 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
             f"From {claim['report']}: accuracy in percentage points, interval over pictures and seeds by bootstrap; "
             "encoders, samples and limits stand there."
         )
-        return [*blocks, Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows), source]
+        return [
+            *blocks,
+            Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows, _cell_class),
+            Paragraph(source),
+        ]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
@@ -167,29 +187,31 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
         ("train_seconds", "seconds of training, at the run's fastest rate"),
     ]
     table = [
-        (words, *(_spread([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
+        (words, *(_mean_and_sd([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
         for name, words in figures
     ]
     return [
         *blocks,
         Chart(f"claim-{key}.png", claim, variants),
-        f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. Whether "
-        "they overlap decides nothing; the table of differences does.",
-        "Differences in percentage points with their 95 % intervals:",
-        Table(("comparison", SHORT[DECIDING], "verdict"), decided),
-        "The same in figures that do not decide:",
-        Table(("comparison", *(SHORT[name] for name in BESIDE)), beside),
-        f"With care: {claim['caution']}",
-        "Test split, percent, mean ± standard deviation over seeds:",
-        Table(("", *labels.values()), table),
+        Paragraph(
+            f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. "
+            "Whether they overlap decides nothing; the table of differences does."
+        ),
+        Paragraph("Differences in percentage points with their 95 % intervals:"),
+        Table(("comparison", SHORT[DECIDING], "verdict"), decided, _cell_class),
+        Paragraph("The same in figures that do not decide:"),
+        Table(("comparison", *(SHORT[name] for name in BESIDE)), beside, _cell_class),
+        Paragraph(claim["caution"], "With care"),
+        Paragraph("Test split, percent, mean ± standard deviation over seeds:"),
+        Table(("", *labels.values()), table, _cell_class),
     ]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_sd(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def _lengths(result: Mapping[str, Any]) -> list[str | Table]:
+def _lengths(result: Mapping[str, Any]) -> list[Block]:
     tests = ", ".join(f"{name} {tokens:g}" for name, tokens in result["test_text_tokens"].items())
     rows = [
         (variant["label"], *(f"{variant['text_tokens'][name]:g}" if name in variant["text_tokens"] else "" for name in
@@ -197,27 +219,36 @@ def _lengths(result: Mapping[str, Any]) -> list[str | Table]:
         for variant in result["variants"].values()
     ]  # fmt: skip
     return [
-        "A model is measured best with texts as long as those it was trained on. Mean tokens of what the text towers "
-        "were fed; where a variant has one text per image, it is the mix of web and synthetic captions:",
-        Table(("variant", "web caption, or the one text", "piece of the long caption"), rows),
-        f"Mean tokens of the test set's texts: {tests}.",
+        Paragraph(
+            "A model is measured best with texts as long as those it was trained on. Mean tokens of what the text "
+            "towers were fed; where a variant has one text per image, it is the mix of web and synthetic captions:"
+        ),
+        Table(("variant", "web caption, or the one text", "piece of the long caption"), rows, _cell_class),
+        Paragraph(f"Mean tokens of the test set's texts: {tests}."),
     ]
 
 
-def _how_it_ran(result: Mapping[str, Any]) -> list[str | Table]:
+def _how_it_ran(result: Mapping[str, Any]) -> list[Block]:
     rows = [
         (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
         for name, variant in result["variants"].items()
     ]
     environment = {name: value for name, value in result["environment"].items() if name != "packages"}
     packages = result["environment"].get("packages", {})
-    return [
-        f"Command: {result['command']} ({result['seconds'] / 60:.0f} minutes, {result['jobs']} runs beside "
-        "each other; finished runs are not run again)",
-        *([f"Variants, all with {CONTEXT}:", Table(("variant", "recipe", "settings", "runs"), rows)] if rows else []),
-        "Environment: " + ", ".join(f"{name} {value}" for name, value in (environment | packages).items()),
-        "claims.json holds each run's whole configuration, seed, command and figures.",
-    ]
+    took = f"{result['seconds'] / 60:.0f} minutes, {result['jobs']} runs beside each other"
+    described = ", ".join(f"{name} {value}" for name, value in (environment | packages).items())
+    blocks: list[Block] = [Paragraph(f"{result['command']} ({took}; finished runs are not run again)", "Command")]
+    if rows:
+        blocks.append(Paragraph(f"Variants, all with {CONTEXT}:"))
+        blocks.append(Table(("variant", "recipe", "settings", "runs"), rows, _cell_class))
+    blocks.append(Paragraph(described, "Environment"))
+    return [*blocks, Paragraph("claims.json holds each run's whole configuration, seed, command and figures.")]
+
+
+def _cell_class(column: int, text: str) -> str:
+    """Words may wrap, figures with their spread may not."""
+    kind = "" if "±" in text or "[" in text else "wrap"
+    return f"{kind} verdict {COLOURS[text]}" if text in COLOURS else kind
 
 
 # --- the chart
@@ -238,7 +269,7 @@ def draw(chart: Chart, theme: Theme) -> Plot:
             places = [i + width * (number - 1.5) for i in range(len(names))]
             axes.bar(places, means, width * 0.92, color=colour, label=SHORT[figure])
         axes.errorbar(places, means, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
-    axes.set_xticks(range(len(names)), [textwrap.fill(chart.variants[name]["label"], 13) for name in names])
+    axes.set_xticks(range(len(names)), [textwrap.fill(for_plot(chart.variants[name]["label"]), 13) for name in names])
     axes.set_ylim(0, max(100, axes.get_ylim()[1]))
     axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
@@ -252,38 +283,3 @@ def draw(chart: Chart, theme: Theme) -> Plot:
 def _half_width(values: Sequence[float]) -> float:
     """Half of the 95 % t interval of the mean of independent runs."""
     return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
-
-
-# --- the two forms
-def _html(part: Section) -> str:
-    return section(html.escape(part.title), "", "".join(map(_html_block, part.blocks)))
-
-
-def _html_block(block: str | Table | Chart) -> str:
-    if isinstance(block, Chart):
-        return f'<div class="plot">{themed(lambda theme: draw(block, theme), block.claim["title"])}</div>'
-    if isinstance(block, Table):
-        return block.html(_cell_class)
-    mark, _, text = block.partition(": ")
-    if mark in ("The paper", "Verdict", "With care", "Limits", "Command", "Environment"):
-        text = text if mark == "Command" else text[0].upper() + text[1:]
-        return f"<p><b>{mark}.</b> {html.escape(text)}</p>"
-    return f"<p>{html.escape(block)}</p>"
-
-
-def _cell_class(column: int, text: str) -> str:
-    """Words may wrap, figures with their spread may not."""
-    kind = "" if "±" in text or "[" in text else "wrap"
-    return f"{kind} verdict {COLOURS[text]}" if text in COLOURS else kind
-
-
-def _markdown(part: Section) -> str:
-    return f"## {part.title}\n\n" + "\n".join(f"{_markdown_block(block)}\n" for block in part.blocks)
-
-
-def _markdown_block(block: str | Table | Chart) -> str:
-    if isinstance(block, Chart):
-        return f"![{block.claim['title']}]({block.name})"
-    if isinstance(block, Table):
-        return block.markdown()
-    return block

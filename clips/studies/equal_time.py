@@ -18,6 +18,7 @@ from statistics import mean, stdev
 from rich.console import Console
 from rich.table import Table
 
+from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.rundir import read_metrics
 from clips.recipes import recipe
@@ -67,7 +68,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     }
     write_json(output / "comparison.json", result)
     console.print(table_of_figures(groups, differences))
-    console.print(f"written to {output / 'comparison.json'}")
+    console.print(f"written to {for_rich(str(output / 'comparison.json'))}")
 
 
 def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> PretrainingRun:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
@@ -104,9 +105,10 @@ def reproduce(
     write_reports(result, output)
     for key, claim in result["claims"].items():
         console.print(f"({key}) {claim['title']}: [bold]{claim['verdict']}[/bold]", highlight=False)
-    console.print(f"\nwritten to {output}/claims.html, claims.md and claims.json", highlight=False, soft_wrap=True)
+    written = f"{for_rich(str(output))}/claims.html, claims.md and claims.json"
+    console.print(f"\nwritten to {written}", highlight=False, soft_wrap=True)
     if "missing" in result["claims"].get(LLAVA, {}):
-        console.print(f"Next: {result['claims'][LLAVA]['missing']}", highlight=False, soft_wrap=True)
+        console.print(f"Next: {for_rich(result['claims'][LLAVA]['missing'])}", highlight=False, soft_wrap=True)
 
 
 def _seconds_before(output: Path) -> int | None:
@@ -123,7 +125,7 @@ def variant_run(name: str, seed: int, samples: int, settings: Sequence[str] = ()
 
 def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str], output: Path, jobs: int) -> Table:
     """Which runs there are of each variant, which of them are finished, and how long the others take."""
-    out = Table(title=f"claims {', '.join(claims)}: runs in {output}", title_justify="left")
+    out = Table(title=for_rich(f"claims {', '.join(claims)}: runs in {output}"), title_justify="left")
     for column in ("variant", "claims", "recipe", "settings"):
         out.add_column(column, overflow="fold")
     for column in ("samples", "done", "minutes"):
@@ -135,7 +137,7 @@ def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str
         seconds = (len(runs) - done) * (runs[0].samples / variant.rate + OVERHEAD_SECONDS)
         total += seconds
         used = ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants)
-        row = (variant.label, used, variant.recipe, " ".join(variant.settings), f"{runs[0].samples:,}")
+        row = (variant.label, used, variant.recipe, for_rich(" ".join(variant.settings)), f"{runs[0].samples:,}")
         out.add_row(*row, f"{done}/{len(runs)}", f"{seconds / 60:.1f}")
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"

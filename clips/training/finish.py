@@ -6,6 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from clips.common.errors import never_in_the_way
+from clips.common.escape import for_rich
+from clips.common.rundir import REPORT, has_report
 from clips.config import RunConfig
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -28,18 +31,22 @@ def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_di
     differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
-    write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
+    with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
+        (run_dir / REPORT).unlink(missing_ok=True)  # of an earlier end; while it is there no new one would be made
+        write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
     print_next(run_dir)
 
 
 def print_next(run_dir: Path) -> None:
+    shown = for_rich(str(run_dir))
+    report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
     Console(stderr=True).print(
-        f"\n[bold]{run_dir}[/bold] holds the finished run:\n"
-        f"  report      {run_dir}/report/index.html\n"
-        f"  figures     {run_dir}/evaluation.json, {run_dir}/metrics.jsonl\n"
-        f"  encoder     {run_dir}/export/  (native, open_clip, hf_vit)\n"
+        f"\n[bold]{shown}[/bold] holds the finished run:\n"
+        f"  report      {report}\n"
+        f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"
+        f"  encoder     {shown}/export/  (native, open_clip, hf_vit)\n"
         "Next:\n"
-        f"  python scripts/evaluate_clips.py --model {run_dir}\n"
+        f"  python scripts/evaluate_clips.py --model {shown}\n"
         f"  python scripts/export_clips.py --help\n",
         highlight=False,
         soft_wrap=True,

@@ -13,7 +13,7 @@ from clips.common.errors import CommandError, NotFiniteError, UserError
 from clips.common.files import write_json
 from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.rundir import is_finished
+from clips.common.rundir import has_report, is_finished
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
@@ -60,7 +60,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
         micro_batch_size(phase, run.train.accumulation, dist.get_world_size())  # indivisible: say so before phase 1
     previous = open_run_dir(run, options)
     run = with_precision(run, options.run_dir, device)
-    if previous is not None and previous.state.samples == run.samples and is_finished(options.run_dir):
+    is_trained = previous is not None and previous.state.samples == run.samples
+    if is_trained and is_finished(options.run_dir) and has_report(options.run_dir):
         if is_main:
             print_next(options.run_dir)
         shutdown()

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from clips.common import rundir
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from clips.common.runtime import has_bf16
 from clips.config import ModelConfig, PhaseConfig, RunConfig, difference
 from clips.data.sources import Source
@@ -193,19 +194,20 @@ def print_plan(
     table.add_row(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
-    table.add_row("data", f"{split_spec(run.data, 'train')}: {samples:,} samples")
+    table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
     for name in ("val", "test"):
-        table.add_row(f"  {name}", split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)")
+        spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
+        table.add_row(f"  {name}", for_rich(spec))
     for phase in run.phases:
-        table.add_row(f"phase {phase.name}", _phase_line(run, phase, samples, ranks))
+        table.add_row(for_rich(f"phase {phase.name}"), _phase_line(run, phase, samples, ranks))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
     table.add_row("time", f"about {duration(estimated_seconds(run, device, ranks, done))} (rough)")
-    table.add_row("writes to", str(run_dir))
+    table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
-        table.add_row("goes on from", f"{previous.path} ({done:,} samples)")
+        table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))
     Console(stderr=True).print(table)
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.encoders.registry import image_pixels
@@ -157,7 +158,7 @@ def _row(title: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     title = f"{result['model']} on {result['machine']['device']}, {result['machine']['dtype']}"
-    table = Table("figure", "first", "second", "ratio", "target", "met", title=title, title_justify="left")
+    table = Table("figure", "first", "second", "ratio", "target", "met", title=for_rich(title), title_justify="left")
     for row in result["rows"]:
         figures = (f"{row[key]:.4g}" for key in ("first", "second", "ratio"))
         table.add_row(row["figure"], *figures, row["target"], "yes" if row["met"] else "NO")

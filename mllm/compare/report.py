@@ -6,7 +6,6 @@ in percentage points, and are a win or a loss only where their interval leaves z
 
 from __future__ import annotations
 
-import html
 import io
 import json
 from collections.abc import Callable
@@ -16,8 +15,10 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
+from clips.common.errors import reporting
+from clips.common.escape import for_plot
 from clips.common.files import write_atomically, write_json
-from clips.common.page import Table, data_uri, html_page, section, themed, tile_row
+from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
 from mllm.compare.probe import PROBE
 from mllm.data.images import ImageStore
@@ -30,12 +31,16 @@ Report = dict[str, Any]
 
 
 def write_report(report: Report, output: Path, image_folder: Path | None) -> Path:
-    """Write the three files into `output`, the examples' pictures taken from `image_folder`; returns the page."""
-    write_json(output / "report.json", report)
-    write_atomically(output / "report.md", markdown(report))
-    store = ImageStore(image_folder) if image_folder else None
+    """Write the three files into `output`, the examples' pictures taken from `image_folder`; returns the page.
+
+    Raises CommandError where that fails.
+    """
     page = output / "report.html"
-    write_atomically(page, _page(report, store))
+    with reporting(f"the report in {output} cannot be written; every cell is finished"):
+        write_json(output / "report.json", report)
+        write_atomically(output / "report.md", markdown(report))
+        store = ImageStore(image_folder) if image_folder else None
+        write_atomically(page, render("mllm.compare", "report.html.j2", **_shown(report, store)))
     return page
 
 
@@ -52,7 +57,7 @@ def _difference(metric: str, value: float) -> str:
     return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
 
 
-def _spread(metric: str, figure: dict[str, Any]) -> str:
+def _mean_and_sd(metric: str, figure: dict[str, Any]) -> str:
     return _value(metric, figure["mean"]) + (f" ± {_value(metric, figure['sd'])}" if figure["sd"] is not None else "")
 
 
@@ -76,7 +81,7 @@ def sentence(row: dict[str, Any]) -> str:
 
 def floors(report: Report) -> list[str]:
     """What the floors say: who does not stand above `blind`."""
-    encoders = [name for name in report["encoders"] if name.partition(":")[0] == "blind"]
+    encoders = [name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"]
     below = []
     for row in report["differences"]:
         if row["metric"] == "accuracy" and {row["a"], row["b"]} & set(encoders):
@@ -100,13 +105,13 @@ def controls(report: Report) -> list[str]:
     points = [
         f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
         "steps, rates, start of the adapters and way that the projector starts "
-        f"({settings['stages']['align']['projector'].partition(', seed')[0]}; a fit is to each encoder's own features, "
+        f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features, "
         "and the same at every budget). Not equal: the encoder alone.",
         f"Stages: {trains}.",
         f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
     ]
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
-    kinds = {name.partition(":")[0] for name in report["encoders"]}
+    kinds = {encoder["kind"] for encoder in report["encoders"].values()}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
     seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
     return points + [f"Pretrained with this project: {'; '.join(filter(None, seen))}."] * any(seen)
@@ -146,7 +151,7 @@ def not_shown(report: Report) -> list[str]:
     few = [
         f"{count} of {name}"
         for name, count in settings["distinct_encoders"].items()
-        if count < settings["seeds"] and name.partition(":")[0] not in FLOORS
+        if count < settings["seeds"] and report["encoders"][name]["kind"] not in FLOORS
     ]
     if few:
         points.append(
@@ -191,7 +196,7 @@ INTRINSIC_NOTE = (
 def headline_table(report: Report) -> Table:
     metrics = list(next(iter(report["encoders"].values()))["metrics"])
     rows = [
-        [name, *(_spread(metric, encoder["metrics"][metric]) for metric in metrics)]
+        [name, *(_mean_and_sd(metric, encoder["metrics"][metric]) for metric in metrics)]
         for name, encoder in report["encoders"].items()
     ]
     return Table(["encoder", *map(metric_name, metrics)], rows)
@@ -279,104 +284,66 @@ def _environment(report: Report) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- markdown
+# ---------------------------------------------------------------------------------------------- what is shown
 def markdown(report: Report) -> str:
     """The report as text; examples' pictures are in the page only."""
-    parts = ["# What the encoder is worth", _summary(report)]
-    if overall := _overall(report):
-        parts.append("\n".join(f"- {line}" for line in [*map(sentence, overall), *floors(report)]))
-    if report["differences"]:
-        parts += ["## Answers", ANSWERS_NOTE, headline_table(report).markdown()]
-        parts += ["## Differences", STATISTICS]
-        for (a, b), rows in _pairs(report).items():
-            parts += [f"### {a} − {b}", differences_table(rows, lambda row: metric_name(row["metric"])).markdown()]
-    if table := benchmarks_table(report):
-        parts += ["## Benchmarks (lmms-eval)", table.markdown()]
-    if table := intrinsic_table(report):
-        parts += ["## The encoders themselves", INTRINSIC_NOTE, table.markdown()]
-    parts += ["## Controls", "\n".join(f"- {line}" for line in controls(report))]
-    parts += ["## What is not shown", "\n".join(f"- {line}" for line in not_shown(report))]
-    parts += ["## Cost", cost_table(report).markdown(), _environment(report), f"```\n{report['command']}\n```"]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return render("mllm.compare", "report.md.j2", **_both(report))
 
 
-# ---------------------------------------------------------------------------------------------- the page
-STYLE = """
-.forest { display: grid; gap: 9px; } .forest > div { display: grid; gap: 2px 14px; align-items: center;
-  grid-template-columns: minmax(130px, 22%) 1fr minmax(225px, auto); font-variant-numeric: tabular-nums; }
-.forest span:last-child { white-space: nowrap; } .track { position: relative; height: 16px; background: linear-gradient(
-  var(--line), var(--line)) center / 100% 1px no-repeat; }
-.track u { position: absolute; left: 50%; top: -4px; bottom: -5px; width: 1px; background: var(--soft); }
-.track i { position: absolute; top: 6px; height: 4px; border-radius: 2px; background: currentColor; }
-.track b { position: absolute; top: 3px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
-  background: currentColor; }
-.win { color: var(--good); } .loss { color: var(--bad); } .tie { color: var(--soft); }
-.axis { color: var(--soft); font-size: .78rem; } .axis span { display: grid; text-align: center;
-  grid-template-columns: 1fr 1fr 1fr; }
-.axis i:first-child { text-align: left; } .axis i:last-child { text-align: right; }
-.kinds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px 28px; }
-.kinds h3, .sub { font-size: .92rem; margin: 0 0 4px; } .sub { margin: 18px 0 8px; }
-ul { margin: 0; padding-left: 20px; } li { margin: 5px 0; max-width: 82ch; } li.big { font-size: 1.04rem; }
-.answers { font-size: .9rem; } .answers dd b { font-weight: 600; } details { margin-top: 14px; }
-pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 640px) { .forest > div { grid-template-columns: 1fr auto; } .forest .track { grid-row: 2;
-  grid-column: 1 / -1; } .forest .axis span:first-child, .forest .axis span:last-child { display: none; }
-  .forest .axis span { grid-column: 1 / -1; } }
-"""
+def _both(report: Report) -> dict[str, Any]:
+    """What the page and the Markdown have in common; every word that depends on the figures."""
+    overall = _overall(report)
+    return {
+        "title": "What the encoder is worth",
+        "note": _summary(report),
+        "findings": [sentence(row) for row in overall],
+        "floors": floors(report) if overall else [],
+        "headline": headline_table(report) if report["differences"] else None,
+        "statistics": STATISTICS,
+        "pairs": [
+            {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
+            for (a, b), rows in _pairs(report).items()
+        ],
+        "benchmarks": benchmarks_table(report),
+        "intrinsic": intrinsic_table(report),
+        "intrinsic_note": INTRINSIC_NOTE,
+        "controls": controls(report),
+        "not_shown": not_shown(report),
+        "cost": cost_table(report),
+        "environment": _environment(report),
+        "command": report["command"],
+    }
 
 
-def _page(report: Report, store: ImageStore | None) -> str:
-    overall, pairs = _overall(report), _pairs(report)
+def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
+    """What templates/report.html.j2 shows."""
+    shown, overall = _both(report), _overall(report)
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
-    sections = []
-    if overall:
-        says = "".join(f'<li class="big">{html.escape(line)}</li>' for line in map(sentence, overall))
-        says += "".join(f"<li>{html.escape(line)}</li>" for line in floors(report))
-        demo = not_shown(report)[0] if report["settings"]["is_demo"] else ""
-        sections += [
-            tile_row(_tiles(report)),
-            section("What was found", html.escape(demo), f"<ul>{says}</ul>"),
-        ]
-    if report["differences"]:
-        sections += [
-            section("Answers", ANSWERS_NOTE, headline_table(report).html()),
-            section("Differences, points", DIFFERENCES_NOTE, _differences(overall, pairs)),
-        ]
-    if overall:
-        sections.append(section("Kinds of question, % right", "Mean over seeds.", _kinds(report, colours)))
-    if table := benchmarks_table(report):
-        rows = report["benchmark_differences"]
-        sections.append(section("Benchmarks", BENCHMARKS_NOTE, table.html() + _benchmark_differences(rows)))
-    if table := intrinsic_table(report):
-        measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
-        plots = "".join(
+    measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
+    for pair in shown["pairs"]:
+        pair["forest"] = _forest([row for row in pair["rows"] if "/" in row["metric"]], _metric)
+    return shown | {
+        "demo_note": shown["not_shown"][0] if report["settings"]["is_demo"] else "",
+        "tiles": _tiles(report) if overall else [],
+        "forest": _forest(overall, _pair_name),
+        "tests": differences_table(overall, _pair_name),
+        "kinds": _kinds(report, colours) if overall else [],
+        "benchmark_differences": _benchmark_differences(report.get("benchmark_differences", [])),
+        "plots": [
             themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
             for name in INTRINSIC[:3]
             if overall and name in measured
-        )
-        content = f'{table.html()}<br><div class="curves">{plots}</div>'
-        sections.append(section("The encoders themselves", html.escape(INTRINSIC_NOTE), content))
-    cards = "".join(_example_card(example, store) for example in report["examples"])
-    sections += [
-        section("Where two models differ", EXAMPLES_NOTE, cards),
-        section("Controls", "", _list(controls(report))),
-        section("What is not shown", "", _list(not_shown(report))),
-        section("Cost", "Wall-clock seconds of each cell, on the cores that it shared.", cost_table(report).html()),
-        section("Environment", html.escape(_environment(report)), _command(report)),
-    ]
-    return html_page("What the encoder is worth", _summary(report), "".join(sections), STYLE)
-
-
-DIFFERENCES_NOTE = "95 % intervals over other questions and other training runs; they alone decide win, tie or loss."
-ANSWERS_NOTE = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
-BENCHMARKS_NOTE = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
-EXAMPLES_NOTE = (
-    "Seed 0, drawn at random among the questions that one of the first two encoders' models got right and the other "
-    "did not; as many of each way as there are, so they say how the models differ, not how often."
-)
+        ],
+        "examples": [
+            example | {"picture": _thumbnail(store, example["image"]) if store and example["image"] else None}
+            for example in report["examples"]
+        ],
+        "configuration": json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2),
+    }
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """(value, label, note) of each encoder."""
     tiles = []
     for name, encoder in report["encoders"].items():
         figure = encoder["metrics"]["accuracy"]
@@ -386,68 +353,50 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _differences(overall: list[dict[str, Any]], pairs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    content = ""
-    if overall:
-        numbers = differences_table(overall, _pair_name).html()
-        content = f"{_forest(overall, _pair_name)}<details><summary>Tests and numbers</summary>{numbers}</details>"
-    how = f'<p class="note">{html.escape(STATISTICS)}</p>'
-    content += f"<details><summary>How intervals and tests are made</summary>{how}</details>"
-    for i, ((a, b), rows) in enumerate(pairs.items()):
-        title = html.escape(f"{a} − {b}, by kind of question" if overall else f"{a} − {b}")
-        kinds = [row for row in rows if "/" in row["metric"]]
-        table = differences_table(rows, lambda row: metric_name(row["metric"])).html()
-        forest = _forest(kinds, lambda row: metric_name(row["metric"])) if kinds else ""
-        content += f"<details{' open' if i == 0 else ''}><summary>{title}</summary><br>{forest}<br>{table}</details>"
-    return content
+def _metric(row: dict[str, Any]) -> str:
+    return metric_name(row["metric"])
 
 
 def _pair_name(row: dict[str, Any]) -> str:
     return f"{row['a']} − {row['b']}"
 
 
-def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> str:
-    """A row for each difference: interval and mean against zero, on one scale."""
-    reach = max((abs(end) for row in rows for end in row["ci95"]), default=0.0) * 1.05 or 1.0
+def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, Any] | None:
+    """A line for each difference, interval and mean against zero on one scale: places in percent of the width."""
+    if not rows:
+        return None
+    reach = max(abs(end) for row in rows for end in row["ci95"]) * 1.05 or 1.0
 
     def place(value: float) -> float:
         return 50 + 50 * value / reach
 
-    lines = ""
+    lines = []
     for row in rows:
         low, high = map(place, row["ci95"])
-        numbers = f"{_difference(row['metric'], row['mean'])} {_interval(row)}"
-        lines += (
-            f'<div class="{row["verdict"]}"><span style="color:var(--ink)">{html.escape(name(row))}</span>'
-            f'<span class="track"><u></u><i style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
-            f'<b style="left:{place(row["mean"]):.2f}%"></b></span>'
-            f"<span>{numbers} {SIGNS[row['verdict']]}</span></div>"
-        )
-    ends = f"<span><i>−{100 * reach:.0f}</i><i>0</i><i>+{100 * reach:.0f} points</i></span>"
-    return f'<div class="forest">{lines}<div class="axis"><span></span>{ends}<span></span></div></div>'
+        numbers = f"{_difference(row['metric'], row['mean'])} {_interval(row)} {SIGNS[row['verdict']]}"
+        places = {"low": f"{low:.2f}", "width": f"{high - low:.2f}", "mean": f"{place(row['mean']):.2f}"}
+        lines.append({"name": name(row), "verdict": row["verdict"], "numbers": numbers} | places)
+    return {"lines": lines, "reach": f"{100 * reach:.0f}"}
 
 
-def _kinds(report: Report, colours: dict[str, str]) -> str:
-    metrics = [name for name in next(iter(report["encoders"].values()))["metrics"] if name.startswith("accuracy")]
-    blocks = ""
-    for metric in metrics:
-        bars = "".join(
-            f'<div class="bar"><span>{html.escape(name)}</span><span><i style="width:'
-            f'{100 * encoder["metrics"][metric]["mean"]:.1f}%;background:{colours[name]}"></i></span>'
-            f"<span>{_value(metric, encoder['metrics'][metric]['mean'])}</span></div>"
-            for name, encoder in report["encoders"].items()
-        )
-        items = next(iter(report["encoders"].values()))["metrics"][metric]["items"]
-        blocks += f"<div><h3>{html.escape(metric_name(metric))} <small>({items:,})</small></h3>{bars}</div>"
-    return f'<div class="kinds">{blocks}</div>'
+def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
+    """Bars of every encoder for each kind of question."""
+    encoders = report["encoders"]
+    first = next(iter(encoders.values()))["metrics"]
+    blocks = []
+    for metric in (name for name in first if name.startswith("accuracy")):
+        means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
+        bars = [(name, f"{100 * mean:.1f}", colours[name], _value(metric, mean)) for name, mean in means.items()]
+        blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})
+    return blocks
 
 
-def _benchmark_differences(rows: list[dict[str, Any]]) -> str:
+def _benchmark_differences(rows: list[dict[str, Any]]) -> Table:
     table = []
     for row in rows:
         interval = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
         table.append([f"{_pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
-    return f"<details><summary>Differences</summary>{Table(['', 'mean', '95 % interval'], table).html()}</details>"
+    return Table(["", "mean", "95 % interval"], table)
 
 
 def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Theme) -> Plot:
@@ -464,22 +413,11 @@ def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Th
     for name, encoder in report["encoders"].items():
         if figure in encoder["intrinsic"]:
             right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
-            axes.scatter(encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=name)
+            axes.scatter(
+                encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=for_plot(name, 60)
+            )
     plot.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink, handletextpad=0)
     return plot
-
-
-def _example_card(example: dict[str, Any], store: ImageStore | None) -> str:
-    answers = "".join(
-        f'<dt>{html.escape(name)} <span class="badge {"hit" if name == example["right"] else "miss"}">'
-        f"{'right' if name == example['right'] else 'wrong'}</span></dt><dd>{html.escape(text)}</dd>"
-        for name, text in example["answers"].items()
-    )
-    picture = f'<img src="{_thumbnail(store, example["image"])}" alt="">' if store and example["image"] else ""
-    return (
-        f'<div class="card split">{picture}<div><p><b>{html.escape(example["question"])}</b></p>'
-        f'<dl class="answers">{answers}<dt>truth</dt><dd>{html.escape(example["truth"])}</dd></dl></div></div>'
-    )
 
 
 def _thumbnail(store: ImageStore, name: str) -> str:
@@ -487,15 +425,3 @@ def _thumbnail(store: ImageStore, name: str) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(out, "PNG")
     return data_uri(out.getvalue())
-
-
-def _list(points: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in points) + "</ul>"
-
-
-def _command(report: Report) -> str:
-    cells = html.escape(json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2))
-    return (
-        f'<pre class="command">{html.escape(report["command"])}</pre>'
-        f"<details><summary>Settings and the configuration of every cell</summary><pre>{cells}</pre></details>"
-    )

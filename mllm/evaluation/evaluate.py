@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 
 from clips import BrokenSample
 from clips.common.errors import UserError
+from clips.common.escape import for_rich
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
 from mllm.data.conversation import ConversationEncoder
@@ -110,10 +111,11 @@ def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question) ->
 def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
     tables = []
     if "exact_match" in figures:
-        table = Table("kind", "right", "95 % interval", "questions", title=title, title_justify="left")
+        table = Table("kind", "right", "95 % interval", "questions", title=for_rich(title), title_justify="left")
         for kind, row in figures["exact_match"].items():
             interval = f"{row['low']:.1%} … {row['high']:.1%}"
-            table.add_row(kind, f"{row['accuracy']:.1%}", interval, f"{row['n']:,}", end_section=kind != "overall")
+            cells = (for_rich(kind), f"{row['accuracy']:.1%}", interval, f"{row['n']:,}")
+            table.add_row(*cells, end_section=kind != "overall")
         tables.append(table)
     others = {f"yes/no: {name}": f"{value:.1%}" for name, value in figures.get("yes_no", {}).items() if name != "n"}
     if "cider" in figures:
@@ -170,13 +172,15 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
-            console.print(f"{len(answers):,} answers in {time.perf_counter() - begin:.0f} s → {path}", highlight=False)
+            seconds = time.perf_counter() - begin
+            console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)
     if figures:
         figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
         (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-        console.print(f"figures → {out / 'figures.json'}\nNext: python scripts/chat.py --model-path {directory}")
+        shown = for_rich(str(out / "figures.json"))
+        console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.escape import LONGEST, for_markdown
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llm import LanguageModel
@@ -126,7 +127,7 @@ def save_model(
     processor.image_processor.save_pretrained(partial)
     # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
     save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
-    (partial / "README.md").write_text(model_card(model, directory.name, card))
+    (partial / "README.md").write_text(model_card(model, directory.name, card), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
@@ -134,13 +135,13 @@ def save_model(
 def model_card(model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str]) -> str:
     """Markdown with the hub's header: what was trained on what, and how to load it."""
     config = model.config
-    rows = "\n".join(f"| {key} | {str(value).replace('|', '/').replace(chr(10), ' ')} |" for key, value in card.items())
+    rows = "\n".join(f"| {key} | {for_markdown(str(value), LONGEST)} |" for key, value in card.items())
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
 tags: [llava, clips-mllm]
 ---
-# {name}
+# {for_markdown(name)}
 
 A LLaVA-style model: `{config.vision_config.model_type}` vision encoder, `{config.text_config.model_type}` language
 model, {config.image_seq_length} tokens per image. It was trained with CLIPS-MLLM and loads without it.

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
+from clips.common.escape import clip, for_rich, one_line, visible
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import Record, parse_record, read_json_records
 from mllm.data.formats import IMAGE_TOKEN
@@ -191,7 +192,7 @@ def render_example(encoder: ConversationEncoder, record: Record) -> Text:
             runs.append((style, []))
         runs[-1][1].append(token)
     for style, ids in runs:
-        shown = f"[{len(ids)} × {IMAGE_TOKEN}]" if style == "magenta" else encoder.tokenizer.decode(ids)
+        shown = f"[{len(ids)} × {IMAGE_TOKEN}]" if style == "magenta" else visible(encoder.tokenizer.decode(ids))
         text.append(shown, style=style)
     return text
 
@@ -215,13 +216,14 @@ def contact_sheet(store: ImageStore, records: Iterable[Record], path: Path) -> i
         picture = ImageOps.contain(picture, (CELL - 4, CELL - 4))
         sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
         answer = next((turn["value"] for turn in reversed(record.turns) if ROLES[turn["from"]] == "gpt"), "")
-        draw.text((left + 4, top + CELL), f"{record.id[:24]}\n{' '.join(str(answer).split())[:26]}", fill="black")
+        words = " ".join(clip(str(answer)).split())
+        draw.text((left + 4, top + CELL), f"{one_line(record.id[:24])}\n{one_line(words[:26])}", fill="black")
     sheet.save(path)
     return count
 
 
 def print_report(report: DataReport, example: Text | None, console: Console) -> None:
-    table = Table(title=f"{report.data_path} · format {report.format}", show_header=False)
+    table = Table(title=for_rich(f"{report.data_path} · format {report.format}"), show_header=False)
     share = report.trained_tokens / report.tokens if report.tokens else 0.0
     rows: list[tuple[str, Any]] = [
         (
@@ -248,7 +250,7 @@ def print_report(report: DataReport, example: Text | None, console: Console) -> 
         console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
         console.print(example)
     for problem in report.problems[:SHOWN_PROBLEMS]:
-        console.print(Text(f"{problem.kind}: {problem.message}", style="red"))
+        console.print(Text(one_line(clip(f"{problem.kind}: {problem.message}")), style="red"))
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"… and {len(report.problems) - SHOWN_PROBLEMS:,} more, all in the summary", style="red")
 
@@ -273,9 +275,9 @@ def check_data(
     print_report(report, render_example(encoder, example) if example else None, console)
     output.mkdir(parents=True, exist_ok=True)
     (output / "summary.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    console.print(f"\nwrote {output / 'summary.json'}", highlight=False)
+    console.print(f"\nwrote {for_rich(str(output / 'summary.json'))}", highlight=False)
     if store is not None and contact_sheet(store, records, output / "contact_sheet.png"):
-        console.print(f"wrote {output / 'contact_sheet.png'}", highlight=False)
+        console.print(f"wrote {for_rich(str(output / 'contact_sheet.png'))}", highlight=False)
     if report.problems:
         raise UserError(
             f"{len(report.problems):,} problem(s) in {data_path} would stop the training; all are listed in "

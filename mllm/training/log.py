@@ -13,7 +13,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clips.common import rundir
+from clips.common.errors import never_in_the_way
 from clips.common.files import read_json, write_json
+from clips.common.page import save_plot
 from clips.common.plots import LIGHT, Panel, curves_plot
 
 
@@ -83,9 +85,12 @@ class MetricsLog(TrainerCallback):
 
 
 def write_curves(run_dir: Path) -> None:
-    """curves.png: the loss of each stage against samples seen."""
-    lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
-    stages = list(dict.fromkeys(line["stage"] for line in lines))
-    panels = [Panel(f"{stage}: loss", [line for line in lines if line["stage"] == stage], ["loss"]) for stage in stages]
-    if panels:
-        curves_plot(panels, LIGHT).savefig(run_dir / "curves.png")
+    """curves.png: the loss of each stage against samples seen. Where it cannot be drawn, stderr says so."""
+    with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
+        lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
+        by_stage: dict[str, list[dict[str, Any]]] = {}
+        for line in lines:
+            by_stage.setdefault(line["stage"], []).append(line)
+        if by_stage:
+            panels = [Panel(f"{stage}: loss", found, ["loss"]) for stage, found in by_stage.items()]
+            save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from clips.common.escape import for_rich
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import count_parameters, learning_rates
 from mllm.training.stages import PARTS, Training
@@ -118,4 +119,4 @@ def print_plan(
     facts["writes to"] = str(Path(arguments.output_dir))
     facts["command"] = command_line(arguments, world_size)
     for name, value in facts.items():
-        console.print(f"  [bold]{name:<16}[/] {value}", highlight=False, soft_wrap=True)
+        console.print(f"  [bold]{name:<16}[/] {for_rich(value)}", highlight=False, soft_wrap=True)

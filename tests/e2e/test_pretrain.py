@@ -115,6 +115,25 @@ def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], t
         assert {"aten::mm", "aten::conv2d"} & {event["name"] for event in recorded}
 
 
+def test_a_report_that_fails_costs_the_run_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = tmp_path / "demo-debug"
+    command = python(SCRIPT, "--debug", "--output-dir", tmp_path, *shards)
+    run_dir.mkdir()
+    (run_dir / "report").write_text("in the way")
+    done = run(command)
+    assert done.code == 0, done.text
+    assert f"warning: the report of {run_dir} is not written; the run itself is finished" in done.text
+    assert "Traceback" not in done.text
+    assert (run_dir / "evaluation.json").is_file()
+    assert (run_dir / "export" / "native" / "model.safetensors").is_file()
+
+    (run_dir / "report").unlink()
+    done = run(command)
+    assert done.code == 0, done.text
+    assert_finished(run_dir)
+    assert [line["step"] for line in trace(run_dir)] == [1, 2, 3]  # nothing was trained again
+
+
 def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> None:
     """One process, two ranks under torchrun (ZeRO-3) and under deepspeed: the same losses and the same figures."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from hostile import HOSTILE
+from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_mllm import pictures, write_llm, write_run
@@ -90,7 +93,7 @@ def test_saved_model_is_stock(tmp_path, variant):
     vision = load_vision(name, **options)
     llm = load_llm(str(write_llm(tmp_path / "llm", tie=tie)))
     model, processor = build_model(vision, llm, projector=projector, seed=3)
-    card = {"Vision encoder": vision.describe(), "Language model": llm.source, "Stage 1": "nothing | yet"}
+    card = {"Vision encoder": vision.describe(), "Language model": llm.source, "Stage 1": HOSTILE["markdown"]}
     save_model(model, processor, tmp_path / "model", card=card)
     (picture,) = pictures(tmp_path / "images", 1)
 
@@ -111,7 +114,8 @@ def test_saved_model_is_stock(tmp_path, variant):
     assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
     for path in [*directory.glob("*.json"), directory / "chat_template.jinja"]:
         assert str(tmp_path) not in path.read_text(), path
-    assert "| Stage 1 | nothing / yet |" in (directory / "README.md").read_text()
+    shown = MarkdownIt("commonmark").enable("table").render((directory / "README.md").read_text("utf-8"))
+    assert f"<td>{html.escape(HOSTILE['markdown'], quote=False)}</td>" in shown
     assert json.loads((directory / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
     again, _ = build_model(vision, llm, projector=projector, seed=4)
     load_projector(again.model.multi_modal_projector, directory)

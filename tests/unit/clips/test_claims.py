@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import importlib.util
 import json
 import re
@@ -13,8 +14,11 @@ from statistics import mean
 import numpy as np
 import pytest
 from conftest import ROOT
+from hostile import HOSTILE
+from markdown_it import MarkdownIt
 
-from clips.common.errors import UserError
+from clips.common.errors import CommandError, UserError
+from clips.common.escape import one_line, visible
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import split_scene
@@ -245,9 +249,7 @@ def test_llava_is_read_from_the_other_report_whichever_way_round(tmp_path: Path)
 
 def finish(run: Path, config: RunConfig, figures: dict[str, float]) -> None:
     """What a finished run leaves behind, as far as it is read here."""
-    (run / "report").mkdir(parents=True)
-    (run / "report" / "index.html").write_text("")
-    (run / "export").mkdir()
+    (run / "export").mkdir(parents=True)
     config.save(run / "config.json")
     values = {name: {"value": value, "chance": 0.2, "items": 500} for name, value in figures.items()}
     (run / "evaluation.json").write_text(json.dumps({"figures": values}))
@@ -342,7 +344,7 @@ def test_the_page_and_the_markdown_say_the_same(tmp_path: Path) -> None:
     assert "http" not in re.sub(r"data:[^\"]+", "", page)
     assert page.count("<picture>") == 4
     assert page.count("t interval of that mean") == 4
-    assert "48,000 samples seen by every run, 3 seeds · the demo&#x27;s drawings" in page
+    assert "48,000 samples seen by every run, 3 seeds · the demo's drawings" in html.unescape(page)
     for key in CLAIMS:
         assert f"(claim-{key}.png)" in text
         assert (tmp_path / f"claim-{key}.png").stat().st_size > 5_000
@@ -355,3 +357,32 @@ def test_llava_alone_that_was_not_run(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "claims.json").read_text())
     assert found["claims"]["e"]["verdict"] == "not run"
     assert "python scripts/compare_encoders.py" in (tmp_path / "claims.html").read_text()
+
+
+def test_texts_of_other_people_are_shown_as_they_are(tmp_path: Path) -> None:
+    """The command, the environment and the path of the other report are not this project's words."""
+    report = compare_report(tmp_path / "report.json", [entry("clips", "clip", "accuracy", [0.004, 0.052])])
+    result = made_up_result(report)
+    for text in HOSTILE.values():
+        result |= {"command": text, "environment": {"device": text, "packages": {"torch": text}}}
+        result["claims"] = {"e": result["claims"]["e"] | {"report": text}}
+        write_reports(result | {"variants": {}}, tmp_path)
+        page, markdown = (tmp_path / "claims.html").read_text("utf-8"), (tmp_path / "claims.md").read_text("utf-8")
+        assert not re.search(r"<(?:script|img|a|i)\b", page)
+        found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
+        assert not re.search(r"<(?:script|img|a|em|s|code|hr|blockquote)\b", found)
+        assert " ".join(one_line(text).split()) in " ".join(html.unescape(found).split())
+        assert visible(text) in html.unescape(page)
+
+
+def test_a_report_that_fails_loses_nothing_and_can_be_made_again(tmp_path: Path) -> None:
+    (tmp_path / "claims.md").mkdir()
+    with pytest.raises(
+        CommandError, match=r"report in .* cannot be written.*claims.json are there. IsADirectoryError"
+    ) as e:
+        reproduce(tmp_path, ["e"], llava_report=tmp_path / "none.json")
+    assert e.value.exit_code == 1
+    assert (tmp_path / "claims.json").is_file()
+    (tmp_path / "claims.md").rmdir()
+    reproduce(tmp_path, ["e"], llava_report=tmp_path / "none.json")
+    assert (tmp_path / "claims.html").is_file()

@@ -6,15 +6,19 @@ import io
 import json
 import re
 import tarfile
+import time
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hostile import HOSTILE
 from PIL import Image
 from rich.console import Console
 
 from clips.common.errors import UserError
+from clips.common.escape import clip, visible
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
@@ -40,10 +44,11 @@ from clips.evaluation.evaluate import (
     measure,
     tower_size,
 )
-from clips.evaluation.examples import Examples, _half_misses, collect_examples
+from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPS
+from clips.training.finish import finish_run, has_report, is_finished
 from clips.weights.export import export_from_flags, write_native
 from clips.weights.load import load_model
 
@@ -193,6 +198,68 @@ def test_report_is_one_offline_page(small, tmp_path):
     for path in page_files(run_dir):
         if path.suffix == ".png":
             assert decode_image(path.read_bytes()).width > 300
+
+
+class Shown(HTMLParser):
+    """What a page shows: its tags, and the texts in them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_whatever_a_caption_holds_the_report_shows_it(small, tmp_path, recwarn):
+    model, run, tokenizer = small
+    run_dir = metrics(tmp_path / "hostile")
+    kept = collect_examples(model, tokenizer, run, "test", n=1)
+    image, found = kept.captions[0].image, kept.retrieval[0].found
+    examples = Examples()
+    for text in HOSTILE.values():
+        examples.retrieval.append(Retrieved(text, image, found, 2))
+        examples.zero_shot.append(Classified(image, text, [text, "cat"], [0.9, 0.1]))
+        examples.captions.append(Captioned(image, text, text, text))
+    begin = time.process_time()
+    page = write_report(run_dir, examples).read_bytes().decode("utf-8")
+    assert time.process_time() - begin < 40  # to wrap a megabyte in one word takes longer
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page)
+    shown = Shown(page)
+    assert not shown.tags & {"script", "a"}
+    for text in HOSTILE.values():
+        assert shown.texts.count(visible(clip(text))) == 6  # query, label, class, and three captions
+    assert len(page_files(run_dir)) == 5
+    assert [w.message for w in recwarn if issubclass(w.category, UserWarning)] == []  # of matplotlib, about the layout
+
+
+def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path, capsys):
+    model, run, tokenizer = small
+    run_dir = metrics(tmp_path / "my-[bold]run")
+    run.save(run_dir / "config.json")
+    (run_dir / "report").write_text("in the way")
+    finish_run(run, model, tokenizer, run_dir)
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("warning")]
+    assert line.startswith(
+        f"warning: the report of {run_dir} is not written; the run itself is finished. NotADirectoryError"
+    )
+    assert line.endswith("the same command writes it again")
+    assert "Traceback" not in said
+    assert f"--model {run_dir}\n" in said
+    assert is_finished(run_dir)
+    assert not has_report(run_dir)
+    assert json.loads((run_dir / "evaluation.json").read_text())["figures"]
+
+    (run_dir / "report").unlink()
+    finish_run(run, model, tokenizer, run_dir)
+    assert has_report(run_dir)
+    assert "warning" not in capsys.readouterr().err
 
 
 def page_files(run_dir):

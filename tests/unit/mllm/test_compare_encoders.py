@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hostile import HOSTILE
+from markdown_it import MarkdownIt
 from rich.console import Console
 from tiny_mllm import pictures, write_llm, write_run
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import CommandError, UserError
+from clips.common.escape import clip, one_line, visible
 from clips.common.jobs import Commands, locked
 from clips.common.progress import ProgressFile
 from clips.config import Fields
@@ -605,6 +609,41 @@ def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Co
     text = (finished.output / "report.md").read_text()
     assert "| blind |" in text
     assert json.loads((finished.output / "report.json").read_text()) == report
+
+
+def test_texts_of_other_people_are_shown_as_they_are(report: dict, finished: Comparison) -> None:
+    """Questions and answers on the page; names of models and the command in the Markdown too."""
+    example = report["examples"][0]
+    texts = [clip(text) for text in HOSTILE.values()]
+    report["examples"] = [
+        example | {"question": text, "truth": text, "answers": dict.fromkeys(NAMES[:2], text)}
+        for text in HOSTILE.values()
+    ]
+    report["settings"]["language_model"] = texts[0]
+    report["command"] = "\n".join(texts)
+    for encoder, text in zip(report["encoders"].values(), texts, strict=False):
+        encoder["described"] = text
+    page = write_report(report, finished.output, Path("images")).read_text("utf-8")
+    assert not re.search(r"<(?:script|a|em)\b", page)
+    assert "onerror" not in re.sub("<img src=x onerror=", "", html.unescape(page))
+    for text in texts:
+        assert html.unescape(page).count(visible(text)) >= 4  # question, truth, both answers
+    markdown = (finished.output / "report.md").read_text("utf-8")
+    found = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
+    assert not re.search(r"<(?:script|img|a|em|s|blockquote)\b", found)
+    for text in texts[: len(NAMES)]:
+        assert one_line(text) in html.unescape(found)
+    (fence,) = re.findall("<pre><code>(.*?)</code></pre>", found, re.DOTALL)
+    assert html.unescape(fence) == visible(report["command"]) + "\n"
+
+
+def test_a_report_that_fails_loses_nothing_and_can_be_made_again(report: dict, finished: Comparison) -> None:
+    (finished.output / "report.html").mkdir()
+    with pytest.raises(CommandError, match=r"every cell is finished. IsADirectoryError.*writes it again") as failed:
+        write_report(report, finished.output, Path("images"))
+    assert failed.value.exit_code == 1
+    (finished.output / "report.html").rmdir()
+    assert write_report(report, finished.output, Path("images")).is_file()
 
 
 def test_the_words_follow_the_interval() -> None:
