@@ -33,7 +33,7 @@ from clips.config import (
     TrainConfig,
     VisionConfig,
 )
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,10 +59,10 @@ def tiny_run(
     )
 
 
-def random_model(run: RunConfig, seed: int = 0) -> CLIPS:
+def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:
     """A model none of whose weights is zero, unlike at the start of training: every part shows in the output."""
     torch.manual_seed(seed)
-    model = CLIPS(run.model, pad_id=0)
+    model = CLIPSModel(run.model, pad_id=0)
     for parameter in model.parameters():
         if parameter.ndim == 2 and not parameter.any():
             torch.nn.init.xavier_uniform_(parameter)

@@ -22,7 +22,7 @@ from clips.config import (
     TextConfig,
     VisionConfig,
 )
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.formats import write_hf_vit
 
 CHATML = (
@@ -32,7 +32,7 @@ CHATML = (
 )
 
 
-def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPS:
+def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
     """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed."""
     torch.manual_seed(seed)
     config = ModelConfig(
@@ -41,13 +41,13 @@ def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPS:
         captioner=None,
         embed_dim=32,
     )
-    model = CLIPS(config, 0)
+    model = CLIPSModel(config, 0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 
-def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPS:
+def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
     """A finished run as `clips.train` leaves it, as far as mllm/ looks: config.json and export/hf_vit."""
     model = clips_model(pre_norm=pre_norm, seed=seed)
     run = RunConfig(

@@ -15,7 +15,7 @@ from tiny_mllm import clips_model, write_llm, write_run
 
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.export import write_native
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
@@ -35,7 +35,7 @@ def write_models(root: Path, context: int = 4096) -> None:
     config = RunConfig.load(run / "config.json")
     config = dataclasses.replace(config, model=dataclasses.replace(model.config, text=text))
     torch.manual_seed(0)
-    encoder = CLIPS(config.model, tokenizer.pad_id)
+    encoder = CLIPSModel(config.model, tokenizer.pad_id)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     write_native(encoder, config, tokenizer, run / "export" / "native")

@@ -10,14 +10,14 @@ from tiny_mllm import write_llm, write_run
 
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.export import write_native
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 
 
-def write_export(run: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPS:
+def write_export(run: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
     """A finished run with export/hf_vit and export/native."""
     model = write_run(run, objective, pre_norm=pre_norm, seed=seed)
     tokenizer = build_tokenizer("wordpiece", ["a cat", "a dog"] * 8, vocab_size=model.config.text.vocab_size)

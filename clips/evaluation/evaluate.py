@@ -43,7 +43,7 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
@@ -85,7 +85,7 @@ class ImageSet:
 
 @torch.no_grad()
 def encode_images(
-    model: CLIPS,
+    model: CLIPSModel,
     items: TestSet,
     *,
     image_size: int | None = None,
@@ -127,7 +127,7 @@ def encode_images(
 
 
 @torch.no_grad()
-def encode_texts(model: CLIPS, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int) -> Tensor:
+def encode_texts(model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int) -> Tensor:
     """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together."""
     config = model.config.text
     unique = sorted(set(texts), key=lambda text: (len(text), text))
@@ -142,13 +142,13 @@ def encode_texts(model: CLIPS, tokenizer: CaptionTokenizer, texts: Sequence[str]
     return torch.cat(parts)[[row[text] for text in texts]]
 
 
-def tower_size(model: CLIPS) -> int:
+def tower_size(model: CLIPSModel) -> int:
     """The image size, in pixels, that the image tower's positions are set to."""
     return math.isqrt(len(model.visual.pos_embed) - 1) * model.config.vision.patch_size
 
 
 @contextmanager
-def evaluating(model: CLIPS, image_size: int | None = None) -> Iterator[torch.device]:
+def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
     """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
     training, tower, before = model.training, model.visual, tower_size(model)
     model.eval()
@@ -162,14 +162,14 @@ def evaluating(model: CLIPS, image_size: int | None = None) -> Iterator[torch.de
             tower.set_image_size(before)
 
 
-def prompt_features(model: CLIPS, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int) -> Tensor:
+def prompt_features(model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int) -> Tensor:
     """L2-normalised features [C, P, E] of every class in every template."""
     features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size)
     return features.view(len(classes.names), len(classes.templates), -1)
 
 
 def measure(
-    model: CLIPS, tokenizer: CaptionTokenizer, images: ImageSet, classes: Classes | None = None, *, batch_size: int
+    model: CLIPSModel, tokenizer: CaptionTokenizer, images: ImageSet, classes: Classes | None = None, *, batch_size: int
 ) -> dict[str, Figure]:
     """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are.
 
@@ -203,7 +203,7 @@ def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
 
 
 def evaluate(
-    model: CLIPS,
+    model: CLIPSModel,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
     split: Split = "val",

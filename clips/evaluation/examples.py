@@ -22,7 +22,7 @@ from clips.evaluation.evaluate import (
     tower_size,
 )
 from clips.evaluation.testsets import PROTOCOLS, classes_of, open_test_set
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 
 THUMBNAIL = 144
 """Longest side of an example's picture, pixels."""
@@ -66,7 +66,7 @@ class Examples:
 
 @torch.no_grad()
 def collect_examples(
-    model: CLIPS,
+    model: CLIPSModel,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
     split: Split = "test",

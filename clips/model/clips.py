@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
     """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1; None without a captioner."""
 
 
-class CLIPS(nn.Module):
+class CLIPSModel(nn.Module):
     """Image tower, text tower and, where configured, the captioner."""
 
     def __init__(self, config: ModelConfig, pad_id: int) -> None:

@@ -37,7 +37,7 @@ from clips.data.sentences import sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
@@ -319,7 +319,7 @@ def recipe_row(name: str, device: torch.device, demo_dir: str) -> Row:
 
 def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
     torch.manual_seed(0)
-    model = CLIPS(run.model, tokenizer.pad_id)
+    model = CLIPSModel(run.model, tokenizer.pad_id)
     model.visual.set_image_size(run.phases[0].image_size)
     engine = Engine(Task(model, run), run, device, DEFAULT_DS_CONFIG)
     engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)

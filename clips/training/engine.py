@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from clips.common.errors import NotFiniteError, UserError
 from clips.common.runtime import import_deepspeed
 from clips.config import OptimConfig, RunConfig
-from clips.model.clips import CLIPS, MAX_LOGIT_SCALE
+from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.training.task import Task
 from clips.training.zero_state import ZeroState
 
@@ -202,11 +202,11 @@ class Engine:
         for held in self.state.copies("logit_scale"):
             held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def plain_model(self) -> CLIPS | None:
+    def plain_model(self) -> CLIPSModel | None:
         """A copy of the model outside DeepSpeed on rank 0, None elsewhere, for evaluation and export. Collective."""
         weights = self.state.gather_weights()
         if dist.get_rank() != 0:
             return None
-        model = CLIPS(self.run.model, self.model.text.pad_id)
+        model = CLIPSModel(self.run.model, self.model.text.pad_id)
         model.load_state_dict(weights)
         return model.to(self.device).eval()

@@ -15,11 +15,11 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate, figures_table
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.report import write_report
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.export import export_all, sample_inputs
 
 
-def finish_run(run: RunConfig, model: CLIPS, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
+def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
     """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
     console = Console(stderr=True)
     size = run.phases[-1].image_size

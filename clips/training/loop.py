@@ -23,7 +23,7 @@ from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.training.engine import Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
 from clips.training.log import Meter, RunLog
@@ -69,7 +69,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     source, tokenizer = prepare_data(run, options)
     check_ranks_agree(previous, source)
     torch.manual_seed(run.train.seed)
-    model = CLIPS(run.model, tokenizer.pad_id)
+    model = CLIPSModel(run.model, tokenizer.pad_id)
     if is_main:
         print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous)
     if options.dry_run:

@@ -23,7 +23,7 @@ from clips.config import ModelConfig, PhaseConfig, RunConfig, difference
 from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
 
 
@@ -184,7 +184,7 @@ def duration(seconds: float) -> str:
 
 
 def print_plan(
-    run: RunConfig, model: CLIPS, samples: int, run_dir: Path, device: torch.device, ranks: int,
+    run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
     previous: checkpoint.Checkpoint | None,
 ) -> None:  # fmt: skip
     """What is about to happen, before it happens."""

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from clips.config import RunConfig
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
 
 
 class Task(nn.Module):
     """Model and objective as one module, so that DeepSpeed wraps a forward pass that ends in the loss."""
 
-    def __init__(self, model: CLIPS, run: RunConfig) -> None:
+    def __init__(self, model: CLIPSModel, run: RunConfig) -> None:
         super().__init__()
         self.model = model
         self.config = run.task

@@ -31,7 +31,7 @@ from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.formats import logit_scale_parameter, write_hf_vit, write_open_clip
 from clips.weights.load import load_model, load_native
 
@@ -45,7 +45,7 @@ class ExportError(Exception):
 
 
 def export_all(
-    model: CLIPS,
+    model: CLIPSModel,
     run: RunConfig,
     tokenizer: CaptionTokenizer,
     directory: Path,
@@ -65,7 +65,7 @@ def export_all(
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
     if sample_images.shape[2:] != (size, size):
         raise ValueError(f"sample images are {tuple(sample_images.shape[2:])}, the export is for {size} pixels")
-    trained = CLIPS(run.model, tokenizer.pad_id)
+    trained = CLIPSModel(run.model, tokenizer.pad_id)
     trained.load_state_dict({name: value.float().cpu() for name, value in model.state_dict().items()})
     trained.eval()
     images, texts = sample_images.float().cpu(), list(sample_texts)
@@ -84,7 +84,7 @@ def export_all(
 
 @torch.no_grad()
 def check_exports(
-    trained: CLIPS, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
+    trained: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
 ) -> dict[str, float]:
     """Load the three formats of `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
     import open_clip
@@ -141,7 +141,7 @@ def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, norm(tokens[:, 1:].mean(dim=1))
 
 
-def write_native(model: CLIPS, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
+def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     run.save(directory / "config.json")
     write_weights(model.state_dict(), directory / "model.safetensors")

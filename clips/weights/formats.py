@@ -19,7 +19,7 @@ from clips.common.tensors import assign_weights, read_weights, write_weights
 from clips.config import ModelConfig, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer
-from clips.model.clips import CLIPS, MAX_LOGIT_SCALE
+from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
 
@@ -90,12 +90,12 @@ def _open_clip_names(config: ModelConfig) -> dict[str, str]:
 OPEN_CLIP_TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
 
 
-def logit_scale_parameter(model: CLIPS) -> Tensor:
+def logit_scale_parameter(model: CLIPSModel) -> Tensor:
     """The temperature as training uses it (at most MAX_LOGIT_SCALE), a scalar as open_clip keeps it."""
     return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
 
 
-def _positions_with_bias(model: CLIPS) -> Tensor:
+def _positions_with_bias(model: CLIPSModel) -> Tensor:
     """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
     table = model.visual.pos_embed.clone()
     table[1:] += model.visual.patch_embed.bias
@@ -155,7 +155,7 @@ def open_clip_config(config: ModelConfig, pad_id: int, eos_id: int) -> dict[str,
     }
 
 
-def write_open_clip(model: CLIPS, tokenizer: CaptionTokenizer, directory: Path) -> None:
+def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
     """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
     state = model.state_dict()
     tensors = {theirs: state[ours] for ours, theirs in _open_clip_names(model.config).items()}
@@ -171,7 +171,7 @@ def write_open_clip(model: CLIPS, tokenizer: CaptionTokenizer, directory: Path) 
     write_weights(tensors, directory / "open_clip_model.safetensors")
 
 
-def import_open_clip(directory: Path) -> tuple[CLIPS, CaptionTokenizer]:
+def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     """Read a CLIPS checkpoint in open_clip's format (config, weights and tokenizer files in `directory`).
 
     Works for the exports written here and for others of the same architecture whose positions are the fixed sin-cos
@@ -194,7 +194,7 @@ def import_open_clip(directory: Path) -> tuple[CLIPS, CaptionTokenizer]:
         source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
     tokenizer = CaptionTokenizer.load(directory)
 
-    model = CLIPS(config, tokenizer.pad_id)
+    model = CLIPSModel(config, tokenizer.pad_id)
     copied = _open_clip_names(config)
     special = {"logit_scale", "visual.class_embedding", "visual.positional_embedding"} | (
         {"text.cls_emb"} & set(source)
@@ -257,7 +257,7 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def write_hf_vit(model: CLIPS, directory: Path) -> None:
+def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
     """The image tower as `ViTModel` (or `CLIPVisionModel` when `vision.pre_norm`), its processor and the projection.
 
     Names are those of the files on the hub, which every release of transformers reads.

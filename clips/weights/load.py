@@ -10,17 +10,17 @@ from clips.common.errors import UserError
 from clips.common.tensors import assign_weights, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
 from clips.weights.formats import import_open_clip
 
 
-def load_native(directory: Path) -> tuple[CLIPS, RunConfig, CaptionTokenizer]:
+def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
     directory = Path(directory)
     run = RunConfig.load(directory / "config.json")
     tokenizer = CaptionTokenizer.load(directory / "tokenizer")
-    model = CLIPS(run.model, tokenizer.pad_id)
+    model = CLIPSModel(run.model, tokenizer.pad_id)
     assign_weights(model, read_weights(directory / "model.safetensors"), directory)
     return model.eval(), run, tokenizer
 
@@ -29,7 +29,7 @@ def load_native(directory: Path) -> tuple[CLIPS, RunConfig, CaptionTokenizer]:
 class LoadedModel:
     """A trained model, in eval mode, fp32, on the CPU."""
 
-    model: CLIPS
+    model: CLIPSModel
     run: RunConfig
     tokenizer: CaptionTokenizer
     path: Path
@@ -53,7 +53,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
         run = RunConfig.load(path / "config.json")
         tokenizer = CaptionTokenizer.load(path / "tokenizer")
-        model = CLIPS(run.model, tokenizer.pad_id)
+        model = CLIPSModel(run.model, tokenizer.pad_id)
         assign_weights(model, found.weights(), found.path)
         model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
         return LoadedModel(model.eval(), run, tokenizer, path)

@@ -27,6 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
@@ -101,12 +102,13 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         )
     report = collect(comparison, measure_encoders(comparison, choose_device(comparison.device)), command)
     page = write_report(report, comparison.output, image_folder)
+    output = for_rich(str(comparison.output))
     console.print(
-        f"\n[bold]{comparison.output}[/bold] holds the comparison:\n"
-        f"  page        {page}\n"
-        f"  figures     {comparison.output}/report.json, {comparison.output}/report.md\n"
-        f"  cells       {comparison.output}/cells/  (each a run directory with its model)\n"
-        f"Next:\n  python scripts/chat.py --model-path {cells[0].directory}/model",
+        f"\n[bold]{output}[/bold] holds the comparison:\n"
+        f"  page        {for_rich(str(page))}\n"
+        f"  figures     {output}/report.json, {output}/report.md\n"
+        f"  cells       {output}/cells/  (each a run directory with its model)\n"
+        f"Next:\n  python scripts/chat.py --model-path {for_rich(str(cells[0].directory))}/model",
         highlight=False,
         soft_wrap=True,
     )

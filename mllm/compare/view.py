@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from clips.common.escape import for_rich
 from clips.common.files import read_json
 from clips.common.progress import Progress, read_progress, training_progress
 from clips.common.rundir import METRICS, is_finished
@@ -54,7 +55,7 @@ class StateTable:
         self.states[run] = State(doing)
         if not self.console.is_terminal:
             what = f"encoder {run.name}" if isinstance(run, PretrainedEncoder) else run.name
-            self.console.print(f"{what}: {doing}{self._accuracy(run)}", highlight=False)
+            self.console.print(f"{for_rich(what)}: {doing}{self._accuracy(run)}", highlight=False)
 
     def _accuracy(self, run: Cell | PretrainedEncoder) -> str:
         if self.states[run].doing != DONE or not isinstance(run, Cell):
@@ -141,4 +142,4 @@ def print_overview(comparison: Comparison, console: Console) -> None:
         "writes to": str(comparison.output),
     }
     for name, value in facts.items():
-        console.print(f"  [bold]{name:<10}[/] {value}", highlight=False, soft_wrap=True)
+        console.print(f"  [bold]{name:<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)

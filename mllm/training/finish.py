@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
+from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
@@ -66,11 +67,12 @@ def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
 
 
 def print_next(stage: int, run_dir: Path, console: Console) -> None:
+    shown = for_rich(str(run_dir))
     if stage == 1:
-        console.print(f"{run_dir}/align/{PROJECTOR} holds the projector. Next: stage 2 (--stage 2)", highlight=False)
+        lines = f"{shown}/align/{PROJECTOR} holds the projector. Next: stage 2 (--stage 2)"
     else:
-        console.print(
-            f"{run_dir}/model is the finished model, {run_dir}/curves.png its losses. "
-            f"Next:\n  python scripts/evaluate_llava.py --model-path {run_dir}/model\n  python scripts/chat.py",
-            highlight=False,
+        lines = (
+            f"{shown}/model is the finished model, {shown}/curves.png its losses. "
+            f"Next:\n  python scripts/evaluate_llava.py --model-path {shown}/model\n  python scripts/chat.py"
         )
+    console.print(lines, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from clips.common.errors import Stopped
+from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
@@ -67,7 +68,9 @@ def run_stage(arguments: TrainArguments) -> None:
     if not arguments.dry_run:
         record_config(arguments, prepared, run_dir, process)
         if (run_dir / stage.name / "done.json").is_file():
-            process.console.print(f"stage {stage.number} ({stage.name}) is finished already: {run_dir / stage.name}")
+            process.console.print(
+                f"stage {stage.number} ({stage.name}) is finished already: {for_rich(str(run_dir / stage.name))}"
+            )
         else:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero_stage(process.deepspeed)):
@@ -135,7 +138,7 @@ def train(
     trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
-        process.console.print(f"goes on from {checkpoint}")
+        process.console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
         r2 = fit_to_captions(arguments, prepared, collator, process.device)
         process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)

@@ -28,7 +28,7 @@ from clips.config import (
 )
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.weights.export import ExportError, export_all
 from clips.weights.formats import import_open_clip
 from clips.weights.load import load_native
@@ -103,7 +103,7 @@ def build(kind, pad_mask=False, pre_norm=False):
     tokenizer = build_tokenizer(kind, corpus, vocab_size=200) if kind == "wordpiece" else build_tokenizer(kind, None)
     run = run_config(tokenizer, kind, pad_mask, pre_norm)
     torch.manual_seed(0)
-    model = CLIPS(run.model, tokenizer.pad_id).eval()
+    model = CLIPSModel(run.model, tokenizer.pad_id).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

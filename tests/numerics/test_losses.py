@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from conftest import random_model, tiny_batch, tiny_run
 
 from clips.config import RunConfig
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.recipes import debug_twin, recipe
 from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
 from clips.training.task import Task
@@ -33,7 +33,7 @@ def slow_info_nce(image: torch.Tensor, text: torch.Tensor, scale: float) -> floa
     return sum(losses) / len(losses)
 
 
-def slow_caption_loss(model: CLIPS, states: torch.Tensor, targets: torch.Tensor) -> float:
+def slow_caption_loss(model: CLIPSModel, states: torch.Tensor, targets: torch.Tensor) -> float:
     total, count = 0.0, 0
     for state_row, target_row in zip(states, targets.tolist(), strict=True):
         for state, target in zip(state_row, target_row, strict=True):
@@ -54,7 +54,7 @@ def test_info_nce_equals_the_double_loop() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_caption_loss_equals_the_loop_over_positions_whatever_the_chunk(chunk: int) -> None:
     torch.manual_seed(0)
-    model = CLIPS(tiny_run().model, pad_id=0)
+    model = CLIPSModel(tiny_run().model, pad_id=0)
     states = torch.randn(4, 9, 32, requires_grad=True)
     targets = torch.randint(0, 64, (4, 9))
     targets[torch.rand(4, 9) < 0.4] = IGNORE

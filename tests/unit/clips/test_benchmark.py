@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_python, tiny_batch, tiny_run
 
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.studies import benchmark
 
@@ -49,7 +49,7 @@ def test_the_stock_towers_are_as_large_as_ours(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(benchmark, "stock_step", lambda model, loss_of, device: built.append(model))
     tokenizer = type("Ids", (), {"pad_id": 0, "eos_id": 2})()
     with torch.device("meta"):
-        ours = CLIPS(run.model, pad_id=0).parameter_counts()
+        ours = CLIPSModel(run.model, pad_id=0).parameter_counts()
         benchmark._stock_towers(run, tokenizer, CPU, full_context=True)
     stock = sum(p.numel() for p in built[0].parameters() if p.requires_grad)
     width, text_width = run.model.vision.width, run.model.text.width

@@ -11,7 +11,7 @@ from conftest import random_model, tiny_batch, tiny_run
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clips.model.captioner import caption_mask
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.model.text import visible_slots
 from clips.model.vision import VisionTower, sincos_positions
@@ -36,7 +36,7 @@ def block_parameters(width: int) -> int:
 def test_parameter_counts_of_the_presets(name: str) -> None:
     (vw, vl), (tw, tl), embed, patch = PUBLISHED[name]
     with torch.device("meta"):
-        counts = CLIPS(PRESETS[name], pad_id=0).parameter_counts()
+        counts = CLIPSModel(PRESETS[name], pad_id=0).parameter_counts()
     vision = 3 * patch * patch * vw + vw + vw + vl * block_parameters(vw) + 2 * vw + vw * embed
     text = VOCAB * tw + CONTEXT * tw + tl * block_parameters(tw) + 2 * tw + tw * embed
     captioner = vw * tw + tw * tw + QUERIES * tw + tl * block_parameters(tw) + 2 * tw + tw * VOCAB + VOCAB
@@ -52,7 +52,7 @@ def test_vision_towers_have_the_usual_vit_sizes() -> None:
     """ViT-S/B/L/H without head: 21.7, 85.8, 303.2 and 630.8 M (the positions are fixed, so not counted)."""
     for name, millions in {"S/16": 21.6, "B/16": 85.6, "L/14": 302.9, "H/14": 630.5}.items():
         with torch.device("meta"):
-            tower = CLIPS(PRESETS[name], pad_id=0).visual
+            tower = CLIPSModel(PRESETS[name], pad_id=0).visual
         size = sum(p.numel() for p in tower.parameters()) - tower.proj.weight.numel()
         assert size / 1e6 == pytest.approx(millions, abs=0.2), name
 
@@ -125,7 +125,7 @@ def test_masked_padding_gives_the_same_features_at_any_length() -> None:
 
 
 def test_attended_padding_refuses_a_text_that_does_not_fill_the_context() -> None:
-    model = CLIPS(tiny_run(pad_mask=False).model, pad_id=0)
+    model = CLIPSModel(tiny_run(pad_mask=False).model, pad_id=0)
     with pytest.raises(ValueError, match="context is 16"):
         model.encode_text(torch.tensor([[1, 5, 2, 3]]))
 
@@ -164,7 +164,7 @@ def test_generating_with_the_cache_equals_recomputing_everything(pad_mask: bool)
 
 def test_queries_read_out_stops_at_eos() -> None:
     torch.manual_seed(0)
-    model = CLIPS(tiny_run().model, pad_id=0).eval()
+    model = CLIPSModel(tiny_run().model, pad_id=0).eval()
     model.captioner.head.bias.data[2] = 100  # always eos
     out = model.caption(torch.randn(1, 3, 32, 32), tiny_batch(1, size=1)["web"], bos_id=1, eos_id=2)
     assert out.tolist() == [[2] + [0] * 14]
@@ -186,7 +186,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_the_logit_scale_is_at_most_100() -> None:
-    model = CLIPS(tiny_run().model, pad_id=0)
+    model = CLIPSModel(tiny_run().model, pad_id=0)
     model.logit_scale.data.fill_(9.0)
     assert model(torch.randn(2, 3, 32, 32), [tiny_batch(0, size=2)["web"]]).logit_scale.item() == pytest.approx(
         100, rel=1e-5

@@ -11,7 +11,7 @@ from conftest import tiny_run
 from clips.common.errors import UserError
 from clips.config import PhaseConfig
 from clips.data.tokenizer import build_tokenizer
-from clips.model.clips import CLIPS
+from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe
 from clips.training.loop import due, lr_factor
 
@@ -103,7 +103,7 @@ def test_every_recipe_has_a_debug_twin_of_three_steps(name: str) -> None:
     assert (run.optim, run.task, run.captions) == (full.optim, full.task, full.captions)
     assert run.model.vision.patch_size == full.model.vision.patch_size
     assert (run.model.captioner is None) == (full.model.captioner is None)
-    model = CLIPS(run.model, pad_id=0)
+    model = CLIPSModel(run.model, pad_id=0)
     vocabulary = run.model.text.vocab_size * run.model.text.width * (2 if run.model.captioner else 1)
     assert sum(p.numel() for p in model.parameters()) < vocabulary + 200_000
     for phase in run.phases:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.escape import clip, visible
+from clips.common.rundir import has_report
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
@@ -47,8 +48,8 @@ from clips.evaluation.evaluate import (
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
-from clips.model.clips import CLIPS
-from clips.training.finish import finish_run, has_report, is_finished
+from clips.model.clips import CLIPSModel
+from clips.training.finish import finish_run
 from clips.weights.export import export_from_flags, write_native
 from clips.weights.load import load_model
 
@@ -79,7 +80,7 @@ def small(tmp_path_factory):
         eval=EvalConfig(batch_size=7, max_images=16),
     )
     torch.manual_seed(0)
-    return CLIPS(run.model, tokenizer.pad_id), run, tokenizer
+    return CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer
 
 
 def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
