@@ -68,9 +68,8 @@ def run_stage(arguments: TrainArguments) -> None:
     if not arguments.dry_run:
         record_config(arguments, prepared, run_dir, process)
         if (run_dir / stage.name / "done.json").is_file():
-            process.console.print(
-                f"stage {stage.number} ({stage.name}) is finished already: {for_rich(str(run_dir / stage.name))}"
-            )
+            place = for_rich(str(run_dir / stage.name))
+            process.console.print(f"stage {stage.number} ({stage.name}) is finished already: {place}")
         else:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero_stage(process.deepspeed)):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.escape import clip, visible
-from clips.common.rundir import has_report
+from clips.common.rundir import has_report, is_finished
 from clips.config import (
     CaptionerConfig,
     CaptionsConfig,
