@@ -15,9 +15,9 @@ started from, so that all paths are relative. Models are as small as they can be
     expected/        what the old code made of it: features, and the weights where the killed runs came to in the end
 
 Changed after the old code wrote them, and nothing else:
-- left out: TensorBoard's files (named after the host), logs, locks, curves, tokenizer caches, a comparison's page;
-  of the comparison the cells' weights, checkpoints and all exports but the one that the cells load
-- the pictures in report/ are left out, inside its page too; env.json and report.json say "Linux" without the kernel's version
+- left out: TensorBoard's files (named after the host), logs, locks, curves, the pictures in report/ (inside its page
+  too), a comparison's page; of the comparison also weights and checkpoints, but for the exports that its cells load
+- env.json and report.json say "Linux" without the kernel's version
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ COMMANDS = {
     "chat": "chat.py --model-path runs/llava/model --device cpu",
     "compare": "compare_encoders.py --encoders clips,clip --seeds 1 --jobs 1 --output runs/compare --device cpu "
     f"--question-file question.jsonl --question-images images '--pretrain-flags={PRETRAIN} --samples 48 --set {TINY}' "
-    f"'--train-flags={LLAVA} --num_train_epochs 16'",
+    f"'--train-flags={LLAVA} --num_train_epochs 12'",
 }
 """Name → script and flags; the tests give the same ones to today's scripts."""
 
@@ -96,7 +96,7 @@ class OldCode:
 
     def command(self, name: str) -> list[str]:
         script, *flags = shlex.split(COMMANDS[name])
-        return [sys.executable, str(self.checkout / "scripts" / script), *flags]
+        return [sys.executable, f"../checkout/scripts/{script}", *flags]  # a report quotes its command
 
     def run(self, name: str, text: str | None = None) -> None:
         print(f"--- {name}", file=sys.stderr)
@@ -231,14 +231,16 @@ def pack(place: Path, output: Path) -> None:
 
 
 def main() -> None:
-    (checkout,) = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory) / "place"
-        place.mkdir()
-        make(OldCode(Path(checkout).resolve(), place, Path(directory) / "cache"), place)
-        tidy(place)
-        assert_names_nobody(place, [directory, str(Path(checkout).resolve()), str(Path.home())], platform.node())
-        pack(place, OUTPUT)
+    checkout = Path(sys.argv[1]).resolve()
+    directory = Path(tempfile.mkdtemp())  # stays if something fails
+    (directory / "checkout").symlink_to(checkout)
+    place = directory / "place"
+    place.mkdir()
+    make(OldCode(checkout, place, directory / "cache"), place)
+    tidy(place)
+    assert_names_nobody(place, [str(directory), str(checkout), str(Path.home())], platform.node())
+    pack(place, OUTPUT)
+    shutil.rmtree(directory)
     print(f"{OUTPUT}: {OUTPUT.stat().st_size / 1e3:.0f} KB", file=sys.stderr)
 
 
