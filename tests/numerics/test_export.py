@@ -44,8 +44,8 @@ TEXTS = [
 VARIANTS = [  # tokenizer, pad_mask, pre_norm
     ("bert", False, False),
     ("bert", True, True),
-    ("clip", False, True),
-    ("clip", True, False),
+    ("bert", False, True),
+    ("bert", True, False),
     ("wordpiece", False, False),
     ("wordpiece", True, False),
 ]
