@@ -1,4 +1,4 @@
-"""From captions to token ids: sentences, sub-captions, tokenizers.
+"""Tokenizers (bert, wordpiece): from captions to token ids in the layout of CLIPS.
 
 The text layout is that of CLIPS (in open_clip: `tokenizer_mode="clips"`):
 
