@@ -91,14 +91,13 @@ def pretrain_config(comparison: Comparison, encoder: PretrainedEncoder) -> RunCo
     return config_from_flags(pretraining_parser().parse_args(flags))
 
 
-def retrieval_command(comparison: Comparison, run: Path) -> list[str]:
-    """Retrieval of a pretraining run's encoder on the Karpathy split of `--karpathy`."""
-    split = comparison.karpathy
+def retrieval_command(comparison: Comparison, split: Path, run: Path) -> list[str]:
+    """Retrieval of a pretraining run's encoder on the Karpathy file `split`."""
     command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", comparison.device]
     command += ["--karpathy", str(split), "--image-root", str(comparison.image_root or split.parent)]
-    return [*command, "--out", str(retrieval_figures(comparison, run))]
+    return [*command, "--out", str(retrieval_figures(split, run))]
 
 
-def retrieval_figures(comparison: Comparison, run: Path) -> Path:
+def retrieval_figures(split: Path, run: Path) -> Path:
     """Where `retrieval_command` leaves its figures."""
-    return run / f"evaluation-{comparison.karpathy.stem}.json"
+    return run / f"evaluation-{split.stem}.json"

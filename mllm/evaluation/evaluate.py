@@ -73,16 +73,17 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].image is None, len(prompts[i])))
+    order = sorted(range(len(questions)), key=lambda i: (not questions[i].image, len(prompts[i])))
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
-        for chosen in _chunks(order, batch_size, lambda i: questions[i].image is None):
+        for chosen in _chunks(order, batch_size, lambda i: not questions[i].image):
             rows = [prompts[i] for i in chosen]
             inputs = {
                 "input_ids": pad_rows(rows, tokenizer.pad_token_id, left=True),
                 "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=True),
             }
-            if questions[chosen[0]].image is not None:
-                pixels = [_pixels(processor, store, questions[i]) for i in chosen]
+            shown = [(questions[i], name) for i in chosen if (name := questions[i].image)]
+            if shown and store is not None:  # without a store no question has an image: see above
+                pixels = [_pixels(processor, store, question, name) for question, name in shown]
                 inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = model.generate(**inputs, generation_config=settings)
@@ -101,9 +102,9 @@ def _chunks(order: list[int], size: int, key: Any) -> list[list[int]]:
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question) -> torch.Tensor:
+def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question, name: str) -> torch.Tensor:
     try:
-        return image_pixels(processor.image_processor, store.load(question.image))
+        return image_pixels(processor.image_processor, store.load(name))
     except BrokenSample as broken:
         raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
 

@@ -48,7 +48,8 @@ def loaded(place: Path) -> Loaded:
 def questions() -> list[Question]:
     texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
     with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
-    return [with_image[0], Question(id="t", text="Say a word"), *with_image[1:], Question(id="u", text="Two words now")]
+    without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", image="")]
+    return [with_image[0], without[0], *with_image[1:], without[1]]
 
 
 def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
