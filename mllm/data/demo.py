@@ -111,6 +111,7 @@ class Picture:
     def of(sample: RawSample, name: str) -> Picture:
         things = sorted((list(PLACES).index(thing["place"]), thing["concept"]) for thing in sample.extra["objects"])
         placed = tuple((concept, list(PLACES)[place]) for place, concept in things)
+        assert sample.long is not None  # `_write_pictures` opens the scenes with need_long
         return Picture(name, sample.image, placed, sample.extra["background"], sample.long)
 
     @property

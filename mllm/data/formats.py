@@ -131,7 +131,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
     def cut(messages: list[dict[str, str]], generate: bool = False) -> list[str]:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         return re.split("|".join(message["content"] for message in messages), text)
 
     try:
@@ -186,6 +186,12 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
         system = chosen.system and (leading + chosen.system[0], chosen.system[1])
         chosen = replace(chosen, first=leading + chosen.first, system=system)
     return chosen
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token that the vocabulary has."""
+    found: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
+    return found
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

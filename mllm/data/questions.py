@@ -59,12 +59,14 @@ def open_questions(
     """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
     questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
-        if question.image and store is None:
+        if not question.image:
+            continue
+        if store is None:
             raise UserError(
                 f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
                 "of compare_encoders.py: --question-images)"
             )
-        problem = store.problem(question.image) if question.image else None
+        problem = store.problem(question.image)
         if problem:
             raise UserError(f"{path}: question {question.id}: {problem}")
     return questions, store

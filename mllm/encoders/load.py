@@ -13,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    BaseImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
     PreTrainedModel,
@@ -22,7 +21,7 @@ from transformers import (
 
 from clips import init_weights, newest_export, sincos_positions
 from clips.common.errors import UserError
-from mllm.encoders.encoder import KINDS, UNUSED
+from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
 
@@ -42,7 +41,7 @@ class VisionRequest:
     seed: int
 
 
-LoadedVision = tuple[PreTrainedModel, BaseImageProcessor, str]
+LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
 """Model, image processor, source."""
 
 
@@ -162,7 +161,9 @@ def _load_transformers(directory: Path) -> LoadedVision:
             f"stock LLaVA model here; known kinds: {known}"
         )
     with loading("vision encoder", directory):
-        model, info = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        # With its loading info it returns a pair, which its annotation does not say.
+        loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
     check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
@@ -215,7 +216,7 @@ def _image_processor(
     )
 
 
-def _mapped(name: str, reader: Callable[[nn.Module], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
+def _mapped(name: str, reader: Callable[[Any], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
     try:
         model = to_transformers(reader(original))
     except (NotPlain, AttributeError) as error:
@@ -236,7 +237,7 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
     if not isinstance(model, (ViTModel, CLIPVisionModel)):
         raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")
     is_clip = isinstance(model, CLIPVisionModel)
-    embeddings = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
+    embeddings: Any = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
     patch = embeddings.patch_embedding if is_clip else embeddings.patch_embeddings.projection
     positions = embeddings.position_embedding.weight if is_clip else embeddings.position_embeddings[0]
     cls_token = embeddings.class_embedding if is_clip else embeddings.cls_token

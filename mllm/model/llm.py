@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root
-from mllm.data.formats import IMAGE_TOKEN, get_format
+from mllm.data.formats import IMAGE_TOKEN, get_format, token_id
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
@@ -38,7 +39,7 @@ class LanguageModel:
 
     @property
     def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return token_id(self.tokenizer, IMAGE_TOKEN)
 
     @property
     def context_length(self) -> int | None:
@@ -56,7 +57,9 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
     with loading("language model", directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
-        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
+        # With its loading info it returns a pair, which its annotation does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
+        model, info = loaded
     check_complete(info, "language model", directory)
     # How it was loaded here, and code that does not come along: no part of a model that is passed on.
     for key in ("is_local", "local_files_only", "auto_map"):
@@ -68,7 +71,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     if version != "plain":
         chosen = get_format(version, tokenizer)
         tokenizer.chat_template = chosen.chat_template()
-        _stop_at(model, tokenizer.convert_tokens_to_ids(chosen.end.strip()))
+        _stop_at(model, token_id(tokenizer, chosen.end.strip()))
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
 
 
@@ -91,13 +94,15 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if PAD_TOKEN in wanted:
         tokenizer.pad_token = PAD_TOKEN
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    words: Any = model.get_input_embeddings()
+    if len(tokenizer) > words.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # resizing replaces them
+    tables = {id(layer.weight): layer.weight for layer in layers}
     for table in tables.values():
         table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return [token for token in wanted if tokenizer.convert_tokens_to_ids(token) >= old_length]
+    return [token for token in wanted if token_id(tokenizer, token) >= old_length]
 
 
 def _forget_sampling(config: GenerationConfig) -> None:

@@ -19,10 +19,14 @@ def part_of(name: str) -> str:
     return "projector" if "multi_modal_projector." in name else "language_model"
 
 
+def llava_of(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The LLaVA model that `model` is or holds (a PeftModel holds it with adapters inside)."""
+    return next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
+
+
 def wanted(model: nn.Module, plan: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """(name, parameter, whether it trains by `plan`) of every parameter of a LLaVA model, with adapters or without."""
-    llava = next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
-    projector = llava.model.multi_modal_projector
+    projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
     projector_trains = {id(p) for layer in trainable_layers(projector).values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
