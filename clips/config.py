@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,8 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _one_of(name: str, value: str, choices: type) -> None:
+def _one_of(name: str, value: str, choices: Any) -> None:
+    """`choices` is a Literal type."""
     known = typing.get_args(choices)
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
@@ -336,6 +338,7 @@ class RunConfig:
 
 def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
     key, *rest = keys
+    targets: Sequence[int | str]
     if isinstance(tree, list):
         targets = range(len(tree)) if key == "*" else [int(key)] if key.isdigit() and int(key) < len(tree) else []
         _require(bool(targets), f"--set {path}: {key!r} is not an index below {len(tree)} (or *)")
@@ -374,7 +377,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
         known = typing.get_args(cls)
         _require(value in known, f"{where} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
         return value
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
         unknown = sorted(set(value) - set(hints))

@@ -55,12 +55,12 @@ class CaptionTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, special: dict[str, str]) -> None:
-        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`."""
+        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`, else ValueError."""
         tokenizer.encode_special_tokens = True  # not part of the JSON form, hence set here and by __reduce__
         self._tokenizer = tokenizer
         self._special = special
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (tokenizer.token_to_id(special[r]) for r in _ROLES[:4])
+        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (_id_of(tokenizer, special[r]) for r in _ROLES[:4])
 
     def __reduce__(self):
         return CaptionTokenizer, (self._tokenizer, self._special)
@@ -74,10 +74,11 @@ class CaptionTokenizer:
         """The text of one row of ids; special tokens are dropped."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
 
-    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.LongTensor:
+    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.Tensor:
+        """`encode`, then `text_ids`: int64 [B, L]."""
         return self.text_ids(self.encode(texts), context_length, trim=trim)
 
-    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.LongTensor:
+    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.Tensor:
         """`[bos … eos pad … CLS]` as int64 [B, L], at most `context_length - 3` tokens of each text kept.
 
         trim=False: L = context_length. trim=True: L - 1 = min(longest `bos … eos` + 1, context_length - 1), so
@@ -90,7 +91,7 @@ class CaptionTokenizer:
         rows[:, -1] = self.cls_id
         return torch.from_numpy(rows)
 
-    def caption_ids(self, encoded: list[list[int]], length: int) -> torch.LongTensor:
+    def caption_ids(self, encoded: list[list[int]], length: int) -> torch.Tensor:
         """`[bos … eos pad …]` as int64 [B, T], T ≤ `length` the longest of the batch.
 
         A caption that is cut keeps its eos, as `labels_for_regress` in OpenVision's `bert_ops.py` does.
@@ -133,6 +134,13 @@ class CaptionTokenizer:
                 f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
                 "and tokenizer_config.json that were saved with the model"
             ) from error
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the special token {token!r} is not in its vocabulary")
+    return found
 
 
 def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:

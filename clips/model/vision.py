@@ -28,6 +28,9 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 class VisionTower(nn.Module):
+    pos_embed: Tensor
+    """[1 + N, D], a buffer that `set_image_size` registers."""
+
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
@@ -39,7 +42,7 @@ class VisionTower(nn.Module):
         self.proj = nn.Linear(config.width, embed_dim, bias=False)
         init_weights(self)
         nn.init.normal_(self.patch_embed.weight, std=(3 * config.patch_size**2) ** -0.5)
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.get_parameter("bias"))
         self.set_image_size(config.image_size)
 
     def set_image_size(self, image_size: int) -> None:

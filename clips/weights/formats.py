@@ -98,7 +98,7 @@ def logit_scale_parameter(model: CLIPSModel) -> Tensor:
 def _positions_with_bias(model: CLIPSModel) -> Tensor:
     """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
     table = model.visual.pos_embed.clone()
-    table[1:] += model.visual.patch_embed.bias
+    table[1:] += model.visual.patch_embed.get_parameter("bias")
     return table
 
 
@@ -266,7 +266,7 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     vision, tower = model.config.vision, model.visual
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": vision.width,
         "num_hidden_layers": vision.layers,
         "num_attention_heads": vision.heads,
@@ -276,6 +276,7 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
     }
+    config: CLIPVisionConfig | ViTConfig
     if vision.pre_norm:
         config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim, architectures=["CLIPVisionModel"])
         tensors = {
@@ -310,14 +311,14 @@ def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 def _hf_blocks(blocks: nn.ModuleList, prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors of all blocks under transformers' names; the joint qkv projection is split in three."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         for ours, theirs in names.items():
             name = f"{prefix}.{i}.{theirs}"
             if ours in ("attn.q", "attn.k", "attn.v"):
                 part = "qkv".index(ours[-1])
-                tensors[f"{name}.weight"] = block.attn.qkv.weight.chunk(3)[part]
-                tensors[f"{name}.bias"] = block.attn.qkv.bias.chunk(3)[part]
+                tensors[f"{name}.weight"] = block.get_parameter("attn.qkv.weight").chunk(3)[part]
+                tensors[f"{name}.bias"] = block.get_parameter("attn.qkv.bias").chunk(3)[part]
             else:
                 tensors |= _parameters(name, block.get_submodule(ours))
     return tensors
