@@ -111,6 +111,7 @@ def _take_turns(
 
 def _last(session: ChatSession, answer: Callable[[ChatSession], Any]) -> Measured:
     list(answer(session))
+    assert session.last is not None  # an answer has come to its end
     return session.last.first_token_s, session.last.tokens_per_s
 
 

@@ -142,7 +142,7 @@ async def _public_address(scheme: str, host: str, port: int | None) -> str:
         found = await asyncio.get_running_loop().getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except OSError:
         raise UserError(f"the picture's address cannot be read: {host!r} has no address") from None
-    addresses = [entry[4][0] for entry in found]
+    addresses = [str(entry[4][0]) for entry in found]
     if not all(map(is_public, addresses)):
         raise UserError("pictures are fetched from public addresses only")
     return addresses[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         number, texts = (int, float), self.stop
-        rules = {
+        rules: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
             "temperature": (number, lambda value: 0 <= value < math.inf, "a number of 0 or more"),
             "top_p": (number, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
             "max_new_tokens": (int, lambda value: value >= 1, "a whole number above 0"),
@@ -122,6 +123,7 @@ class ChatModel:
             return ChatModel(*load_llava(directory, place, kind), directory, conv_mode)
         # Quantised layer by layer on the way to the device, which need not hold the whole language model.
         kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        model: Any  # transformers declares `to` so that mypy misses its self
         model, processor = load_llava(directory, torch.device("cpu"), kind)
         quantize(model.model.language_model, bits, kind, place)
         return ChatModel(model.to(place), processor, directory, conv_mode)

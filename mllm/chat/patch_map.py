@@ -101,5 +101,5 @@ def overlay(image: Image.Image, patches: np.ndarray) -> Image.Image:
     columns = np.arange(size[0]) * len(patches) // size[0]
     strength = strength[rows][:, columns, None].astype(np.float32)
     grey = 255 - 0.45 * (255 - picture.mean(axis=-1, keepdims=True))
-    shown = grey + strength * (0.6 * picture + 0.4 * np.float32(COLOUR) - grey)
+    shown = grey + strength * (0.6 * picture + 0.4 * np.array(COLOUR, dtype=np.float32) - grey)
     return Image.fromarray(shown.clip(0, 255).astype(np.uint8))

@@ -64,8 +64,11 @@ def take_picture(
     served = launch(model_names, port=port, device=device, block=False)
     try:
         with browser() as opened:
-            look = {"viewport": {"width": width, "height": height}, "color_scheme": "dark" if dark else "light"}
-            page = opened.new_page(**look, device_scale_factor=2)
+            page = opened.new_page(
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if dark else "light",
+                device_scale_factor=2,
+            )
             page.set_default_timeout(PATIENCE_MS)
             open_tab(page, f"http://127.0.0.1:{port}", tab)
             panel = page.get_by_role("tabpanel").filter(visible=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class ChatSession:
         images: Sequence[Image] = (),
         sampling: Sampling = GREEDY,
         cancel: threading.Event | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Stream the answer to a new question in pieces; joined they are the answer.
 
         Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as far as it got.
@@ -88,11 +88,11 @@ class ChatSession:
         question = {"from": "human", "value": [*({"type": "image"} for _ in images), {"type": "text", "text": text}]}
         return self._answer([*self.turns, question], [*self.images, *images], sampling, cancel)
 
-    def answer(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Iterator[str]:
+    def answer(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Generator[str, None, None]:
         """Stream the answer to the last turn, which must be the human's."""
         return self._answer(self.turns, self.images, sampling, cancel)
 
-    def retry(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Iterator[str]:
+    def retry(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Generator[str, None, None]:
         """Stream another answer to the last question, in place of the one it has."""
         if not self.turns:
             raise UserError("there is no question yet")
@@ -120,7 +120,7 @@ class ChatSession:
 
     def _answer(
         self, turns: list[Turn], images: list[Image], sampling: Sampling, cancel: threading.Event | None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Check what is asked, now; then return the stream."""
         start = time.perf_counter()
         ids = self.prompt_ids(turns, len(images))
@@ -141,7 +141,7 @@ class ChatSession:
         sampling: Sampling,
         streamer: AnswerStreamer,
         start: float,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         said: list[str] = []
         heard_all = False
         future = self.model.worker.submit(self._generate, ids, images, sampling, streamer)

@@ -26,7 +26,8 @@ class AnswerStreamer(BaseStreamer):
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
         self.cancelled = False
         self.stopped = False
-        self._tokenizer, self._stop, self._cancel = tokenizer, stop, cancel
+        self._tokenizer: Any = tokenizer  # its `decode` is declared for one text and for many
+        self._stop, self._cancel = stop, cancel
         self._ids: list[int] | None = None  # None until the prompt has gone by
         self._begin = self._end = 0  # ids whose text is the context of the next one's; the text up to _end is out
         self._pending = ""

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Talk:
             number = len(self.session.images) + len(self.waiting)
             print(f"picture {number}: {place} ({image.width} × {image.height}), goes with your next question")
 
-    def show(self, answer: Iterator[str]) -> None:
+    def show(self, answer: Generator[str, None, None]) -> None:
         """Print an answer as it comes; Ctrl-C ends it."""
         try:
             with closing(answer):
@@ -323,7 +323,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         raise Stopped("stopped", exit_code=130) from None
     finally:
         print(flush=True)
-    if flags.stats:
+    if flags.stats and session.last:
         print(stats_line(session.last), file=sys.stderr)
 
 

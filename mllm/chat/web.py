@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ CONTENT_POLICY = (
 )
 FILE_TYPES = ["image"]
 BARS = 8
-HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: no programming interface beside scripts/serve.py, no spinner over what is being read."""
 
 
@@ -294,7 +295,7 @@ def launch(
         )  # fmt: skip
     except OSError:
         raise UserError(f"port {port} of {host} cannot be used: another program has it; choose one by --port") from None
-    page.folder = folder  # lives as long as the page
+    weakref.finalize(page, folder.cleanup)  # uploads live as long as the page
     print(f"The page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
     if block:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
@@ -314,7 +315,8 @@ def _encoders(runs: Path, device: str) -> dict[str, Callable[[], CLIPS]]:
 
 
 def _once(load: Callable[[], CLIPS]) -> Callable[[], CLIPS]:
-    lock, loaded = threading.Lock(), []
+    lock = threading.Lock()
+    loaded: list[CLIPS] = []
 
     def get() -> CLIPS:
         with lock:

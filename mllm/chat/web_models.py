@@ -26,7 +26,8 @@ class ModelPool:
     def __init__(self, names: Sequence[str], load: Callable[[str], ChatModel]) -> None:
         self.names = list(names)
         self.lines = {name: about(name) for name in names}
-        self._load, self._loaded, self._lock = load, {}, threading.Lock()
+        self._load, self._lock = load, threading.Lock()
+        self._loaded: dict[str, ChatModel] = {}
 
     def get(self, name: str) -> ChatModel:
         if name not in self.names:  # what the browser sends is not trusted

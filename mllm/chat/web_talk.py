@@ -78,7 +78,8 @@ def ready(talk: Talk, **value: Any) -> dict[str, Any]:
 
     Events reach the browser in any order: one that said "still answering" could come after the answer's end.
     """
-    return gr.update(**{} if talk.busy else {"submit_btn": True, "stop_btn": False}, **value)
+    buttons: dict[str, Any] = {} if talk.busy else {"submit_btn": True, "stop_btn": False}
+    return gr.update(**buttons, **value)
 
 
 def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def answer(
         return
     cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
     asked_at, before = time.monotonic(), talk.messages.get(column, [])
-    asked = before[:-1] if again else [*before, {"role": "user", "content": question.content()}]
+    asked = before[:-1] if question is None or again else [*before, {"role": "user", "content": question.content()}]
     text, remark, late, shown_at = "", "", False, -math.inf
     box = {"value": question.message} if question else {}  # comes back where nothing is answered
     try:
@@ -141,9 +142,10 @@ def answer(
             session = ChatSession(loaded)
             if talk.running.get(column) is cancel:  # else a new conversation began while the model was loaded
                 talk.sessions[column] = session
-        pieces = (
-            session.retry(sampling, cancel) if again else session.ask(question.text, question.images, sampling, cancel)
-        )
+        if question is None or again:
+            pieces = session.retry(sampling, cancel)
+        else:
+            pieces = session.ask(question.text, question.images, sampling, cancel)
         with contextlib.closing(pieces):
             for piece in pieces:
                 text += piece
@@ -153,6 +155,7 @@ def answer(
                     shown_at = time.monotonic()
                     talk.messages[column] = [*asked, {"role": "assistant", "content": _literal(text)}]
                     yield talk.messages[column], gr.skip(), "…"
+        assert session.last is not None  # an answer has come to its end
         shown, remark, box = [*asked, {"role": "assistant", "content": _literal(text)}], _remark(session.last, late), {}
     except UserError as error:
         shown = before

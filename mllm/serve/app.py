@@ -138,9 +138,11 @@ def create_app(
             usage = form.stream_options is not None and bool(form.stream_options.include_usage)
             events = _events(_chain(first, items), head, usage, metrics)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        *pieces, stats = await unless_gone(request, _collect(items))
+        said = await unless_gone(request, _collect(items))
+        text = "".join(item for item in said if isinstance(item, str))
+        [stats] = [item for item in said if isinstance(item, Stats)]
         _count(metrics, stats)
-        message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
+        message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(stats)}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(stats)})
 
@@ -164,12 +166,12 @@ def create_app(
 
         [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
         metrics.tokens.labels("embedding").inc(tokens)
-        as_asked = _base64 if form.encoding_format == "base64" else np.ndarray.tolist
+        vectors = [_base64(row) for row in rows] if form.encoding_format == "base64" else rows.tolist()
         return JSONResponse(
             {
                 "object": "list",
                 "model": ENCODER,
-                "data": [{"object": "embedding", "index": i, "embedding": as_asked(row)} for i, row in enumerate(rows)],
+                "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(vectors)],
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )
@@ -180,10 +182,10 @@ def create_app(
 def embed(encoder: CLIPS, inputs: list[str | Image]) -> np.ndarray:
     """L2-normalised float32 [I, E], one row per text or picture."""
     rows = torch.empty(len(inputs), encoder.embed_dim)
-    texts = [i for i, entry in enumerate(inputs) if isinstance(entry, str)]
-    images = [i for i, entry in enumerate(inputs) if not isinstance(entry, str)]
-    rows[texts] = encoder.encode_text([inputs[i] for i in texts])
-    rows[images] = encoder.encode_image([inputs[i] for i in images])
+    texts = {i: entry for i, entry in enumerate(inputs) if isinstance(entry, str)}
+    images = {i: entry for i, entry in enumerate(inputs) if not isinstance(entry, str)}
+    rows[list(texts)] = encoder.encode_text(list(texts.values()))
+    rows[list(images)] = encoder.encode_image(list(images.values()))
     return rows.numpy()
 
 
@@ -198,6 +200,7 @@ def _answer(
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
+    assert session.last is not None  # an answer has come to its end
     yield session.last
 
 
@@ -242,9 +245,9 @@ async def _events(
             if include_usage:
                 yield _event(chunk | {"choices": [], "usage": _usage(item)})
     except Exception as error:
-        known = isinstance(error, ApiError)
-        yield _event((error if known else ApiError(500, "the server failed; its log says how")).body)
-        if not known:
+        known = error if isinstance(error, ApiError) else None
+        yield _event((known or ApiError(500, "the server failed; its log says how")).body)
+        if known is None:
             raise
     yield "data: [DONE]\n\n"
 
@@ -327,12 +330,12 @@ def _greeting(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if api_key else ""
-    has_encoder = isinstance(encoder, CLIPS)
+    embeddings = f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"
     fetched = "fetched from public addresses" if allow_image_urls else "data URLs only"
     lines = [
         f"chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, "
         f"context {chat.context_length or 'unknown'}",
-        f"embeddings  {f'{ENCODER} ({encoder.path})' if has_encoder else f'none: {encoder}'}",
+        f"embeddings  {embeddings}",
         f"a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}",
         f"a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters",
         f"an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait",

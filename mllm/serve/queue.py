@@ -7,7 +7,7 @@ import hmac
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request
@@ -40,7 +40,8 @@ class RequestQueue:
         `cancel` is set when the reader leaves and when the time is up. The turn ends with the work, not with the
         reading, so a client that reads slowly holds up nobody.
         """
-        loop, items, cancel, end = asyncio.get_running_loop(), asyncio.Queue(), threading.Event(), object()
+        loop, cancel, end = asyncio.get_running_loop(), threading.Event(), object()
+        items: asyncio.Queue[Any] = asyncio.Queue()  # `end` comes after the last one
 
         def in_thread() -> None:
             for item in work(cancel):
