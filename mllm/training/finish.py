@@ -39,8 +39,9 @@ def write_results(
         elif quantized:
             model = dequantize(model, dtype)
         save_model(
-            model.to(dtype) if cast else model, prepared.processor, run_dir / "model", card=card(run_dir, summary)
-        )
+            model.to(dtype) if cast else model, prepared.processor, run_dir / "model",
+            vision=prepared.vision, card=card(run_dir, summary),
+        )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
     for checkpoint in stage_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
