@@ -21,10 +21,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat")
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", max_position_embeddings=512)
-    model, processor = build_model(load_vision("clips", runs=root / "runs"), load_llm(str(root / "llm")), seed=3)
+    vision = load_vision("clips", runs=root / "runs")
+    model, processor = build_model(vision, load_llm(str(root / "llm")), seed=3)
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
-    save_model(model, processor, root / "runs" / "llava" / "model", card={})
+    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
     pictures(root / "images", 4)
     return root
 

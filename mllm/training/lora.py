@@ -5,8 +5,10 @@ The only module of `mllm` that makes or merges adapters; chat and server load me
 
 from __future__ import annotations
 
+import warnings
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -18,7 +20,7 @@ from mllm.training.arguments import ResolvedArguments
 def add_lora(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> PeftModel:
     """`model` with fresh adapters, the same on every rank."""
     torch.manual_seed(arguments.seed)
-    return get_peft_model(model, lora_config(model, arguments))
+    return _with_adapters(model, lora_config(model, arguments))
 
 
 def lora_config(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> LoraConfig:
@@ -32,6 +34,12 @@ def lora_config(model: LlavaForConditionalGeneration, arguments: ResolvedArgumen
         target_modules=rf".*language_model\..*\.({'|'.join(kinds)})",
         task_type="CAUSAL_LM",
     )
+
+
+def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
+    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers has given up
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForConditionalGeneration:
@@ -54,6 +62,6 @@ def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> LlavaForCondit
     `model` is used up. Adding them to the original weights instead would be another model than the trained one.
     """
     config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
-    plain = get_peft_model(dequantize(model.unload(), dtype), config)
+    plain = _with_adapters(dequantize(model.unload(), dtype), config)
     set_peft_model_state_dict(plain, adapters)
     return merge_lora(plain)

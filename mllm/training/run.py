@@ -4,7 +4,7 @@ runs/NAME/config.json env.json metrics.jsonl curves.png
 runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and done.json
                       profile/ with --profile
 runs/NAME/instruct/   the same
-runs/NAME/model/      the stock transformers model (adapters merged), mm_projector.bin beside it
+runs/NAME/model/      the stock transformers model (adapters merged); mm_projector.bin and clips_mllm.json beside it
 runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.bin
 """
 

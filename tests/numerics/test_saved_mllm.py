@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
+from mllm.model.load import vision_facts
 from mllm.model.projector import load_projector
 from mllm.training.lora import merge_lora
 
@@ -94,7 +95,7 @@ def test_saved_model_is_stock(tmp_path, variant):
     llm = load_llm(str(write_llm(tmp_path / "llm", tie=tie)))
     model, processor = build_model(vision, llm, projector=projector, seed=3)
     card = {"Vision encoder": vision.describe(), "Language model": llm.source, "Stage 1": HOSTILE["markdown"]}
-    save_model(model, processor, tmp_path / "model", card=card)
+    save_model(model, processor, tmp_path / "model", vision=vision, card=card)
     (picture,) = pictures(tmp_path / "images", 1)
 
     stock = run_stock(tmp_path / "model", tmp_path / "images" / picture, tmp_path)
@@ -116,6 +117,8 @@ def test_saved_model_is_stock(tmp_path, variant):
         assert str(tmp_path) not in path.read_text(), path
     shown = MarkdownIt("commonmark").enable("table").render((directory / "README.md").read_text("utf-8"))
     assert f"<td>{html.escape(HOSTILE['markdown'], quote=False)}</td>" in shown
+    assert vision_facts(directory) == vision.facts
+    assert vision.facts["num_tokens"] == vision.num_tokens
     assert json.loads((directory / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
     again, _ = build_model(vision, llm, projector=projector, seed=4)
     load_projector(again.model.multi_modal_projector, directory)
@@ -145,7 +148,8 @@ def test_an_older_model_is_replaced_whole(tmp_path, built):
     model, processor = built
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model-00001-of-00002.safetensors").write_bytes(b"old")
-    save_model(model, processor, tmp_path / "model", card={})
+    vision = load_vision(f"clips:{tmp_path / 'tower'}")
+    save_model(model, processor, tmp_path / "model", vision=vision, card={})
     assert not list(tmp_path.glob("model/model-*"))
     assert not (tmp_path / "model.partial").exists()
 

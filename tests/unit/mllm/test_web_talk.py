@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.web_models import ModelPool, about, example_questions, trained_models
 from mllm.chat.web_talk import Talk, answer, begin, forget, stop
+from mllm.model.load import FACTS
 
 LIMITS = Limits(prompt_chars=500, images=2, new_tokens=40)
 
@@ -181,19 +183,22 @@ def test_models_are_loaded_once_and_no_others(place: Path) -> None:
 def test_the_line_about_a_model(place: Path) -> None:
     directory = place / "runs" / "one" / "model"
     assert about(str(directory)) == "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
-    card = (directory / "README.md").read_text()
-    for description, expected in {
-        "hf:openai/clip-vit (CLIPVisionModel from /x/snapshots/1; 224 px, 256 tokens × 9, layer -2, patch tokens)": (
-            "hf clip-vit, 224 px, 256 tokens × 9"
-        ),
-        "blind (ViTModel from the architecture of runs/a/export/hf_vit, the same tokens for every image, seed 0; "
-        "32 px, 16 tokens × 32, layer -2, patch tokens)": "blind, 32 px, 16 tokens × 32",
-        "anything else": "vit, 16 tokens",
-    }.items():
-        lines = [line if "| Vision" not in line else f"| Vision encoder | {description} |" for line in card.split("\n")]
-        (directory / "README.md").write_text("\n".join(lines))
-        assert about(str(directory)).endswith(f"encoder {expected}")
-    (directory / "README.md").write_text(card)
+
+
+def test_the_line_about_a_model_that_was_made_elsewhere_is_what_its_config_says(place: Path, tmp_path: Path) -> None:
+    shutil.copy(place / "runs" / "one" / "model" / "config.json", tmp_path)
+    assert about(str(tmp_path)).endswith(" · language model llama · encoder vit, 16 tokens")
+
+
+def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp_path: Path) -> None:
+    shutil.copy(place / "runs" / "one" / "model" / "config.json", tmp_path)
+    facts = {"kind": "hf", "weights": "<b>*x*", "image_size": 224, "padded": True, "num_tokens": 256, "width": 9}
+    (tmp_path / FACTS).write_text(json.dumps({"vision_encoder": facts}))
+    assert about(str(tmp_path)).endswith(r"encoder hf \<b>\*x\*, 224 px, padded to a square, 256 tokens × 9")
+    for damaged in ('{"vision_encoder', "[]", "{}", json.dumps({"vision_encoder": facts | {"width": None}})):
+        (tmp_path / FACTS).write_text(damaged)
+        with pytest.raises(UserError, match="clips_mllm.json is damaged"):
+            about(str(tmp_path))
 
 
 def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
