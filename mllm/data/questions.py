@@ -76,10 +76,10 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
 
     All have the size of the first, except for the last, which is smaller; few questions make fewer chunks.
     """
-    if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
-        raise UserError(
-            f"--chunk-idx {chunk_idx}: of --num-chunks {num_chunks} it must be one of 0 to {num_chunks - 1}"
-        )
+    if num_chunks < 1:
+        raise UserError(f"--num-chunks must be at least 1, found {num_chunks}")
+    if not 0 <= chunk_idx < num_chunks:
+        raise UserError(f"--chunk-idx {chunk_idx}: of {num_chunks} chunks it must be one of 0 to {num_chunks - 1}")
     size = math.ceil(len(questions) / num_chunks)
     chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
     if not chunk:

@@ -139,7 +139,7 @@ def test_every_reader_asks_as_training_did(
 
 @pytest.mark.parametrize("version", [v for v in FORMATS if v != "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, version: str) -> None:
+def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, version: str, capsys) -> None:
     """Its template writes the bos that its tokenizer adds too, and nothing else says the format."""
     tokenizer = make_tokenizer(kind)
     training = ConversationEncoder(tokenizer, version, 4)
@@ -150,6 +150,7 @@ def test_a_model_saved_before_the_format_was_is_read_by_rendering(kind: str, ver
         assert found.prompt(asked, 0) == training.prompt(asked, 0)
     assert found.format.system == training.format.system
     assert found.stop_ids == training.stop_ids
+    assert capsys.readouterr().err == "", "it is exactly this format"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,9 +168,9 @@ LLAVA_HF = (  # llava-hf/llava-1.5-7b-hf
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', "
-    "'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', "
-    "'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "'text') %}{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ content['text'] + ' '}}{% endgeneration %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
