@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import IMAGE_TOKEN, control_pattern, control_tokens, get_format, token_id
+from mllm.data.formats import IMAGE_TOKEN, closest_format, control_pattern, control_tokens, get_format, token_id
 
 IGNORE = -100
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -197,6 +198,27 @@ class ConversationEncoder:
             pieces += [literal[position : match.start()], self._control[match[match.lastindex]]]
             position = match.end()
         return [piece for piece in [*pieces, literal[position:]] if piece != ""]
+
+
+def answering_encoder(tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int) -> ConversationEncoder:
+    """The encoder of a finished model's prompts, for evaluation, chat and server alike.
+
+    `conv_mode` "auto" is the format that the model was trained with, see `mllm.data.formats`. Where nothing says it and
+    no format renders as the chat template does, the one with the same headers of turns counts, and stderr says so;
+    UserError where there is none.
+    """
+    try:
+        return ConversationEncoder(tokenizer, conv_mode, num_image_tokens)
+    except UserError:
+        close = closest_format(tokenizer) if conv_mode == "auto" else None
+        if close is None:
+            raise
+    print(
+        f"note: the model's chat template has the turns of format {close.name} but differs from it; {close.name} is "
+        "used (another: --conv-mode)",
+        file=sys.stderr,
+    )
+    return ConversationEncoder(tokenizer, close.name, num_image_tokens)
 
 
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:

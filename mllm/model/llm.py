@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root
-from mllm.data.formats import IMAGE_TOKEN, get_format, token_id
+from mllm.data.formats import IMAGE_TOKEN, get_format, leave_bos_to_template, save_format, token_id
 from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
@@ -61,7 +61,8 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" where there is none; "plain" is for alignment only and leaves both as they
-    are. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for remote code.
+    are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
+    and for models that ask for remote code.
     """
     directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
     with loading("language model", directory):
@@ -77,10 +78,12 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     add_special_tokens(model, tokenizer)
     if version == "auto" and not tokenizer.chat_template:
         version = "v1"
-    if version != "plain":
-        chosen = get_format(version, tokenizer)
+    chosen = get_format(version, tokenizer)
+    if chosen.name != "plain":
         tokenizer.chat_template = chosen.chat_template()
+        leave_bos_to_template(tokenizer)
         _stop_at(model, token_id(tokenizer, chosen.end.strip()))
+    save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
 
 
