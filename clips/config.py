@@ -43,6 +43,7 @@ def _one_of(name: str, value: str, choices: Any) -> None:
 
 
 Objective = Literal["clips", "clip"]
+PositionTable = Literal["sincos", "sincos_reference"]
 CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
@@ -64,10 +65,16 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
+    pos_embed: PositionTable = "sincos"
+    """The fixed position table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints
+    published with it, whose frequencies have another denominator (see clips/model/vision.py)."""
+    patch_bias: bool = True
+    """A bias in the patch convolution; the reference has none."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(self.width % 4 == 0, f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)")
+        _one_of("vision.pos_embed", self.pos_embed, PositionTable)
         check_image_size(self.image_size, self.patch_size)
 
     def tokens(self, image_size: int | None = None) -> int:
@@ -113,6 +120,8 @@ class CaptionerConfig:
     """Caption positions: `bos … eos` of the long caption is cut to this many tokens."""
     inputs: CaptionerInputs = "queries"
     mlp_ratio: float = 4.0
+    head_bias: bool = True
+    """A bias in the head over the vocabulary; the reference has none."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")

@@ -272,7 +272,7 @@ def _render(
     """`talk` with all its texts in order, or None; some templates take texts only as lists of parts."""
     if not template:
         return None
-    listed = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
+    listed: list[Any] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
     for turns in (talk, listed):
         try:
             text: Any = tokenizer.apply_chat_template(

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from clips import init_weights, newest_export, sincos_positions
+from clips import LAYER_NORM_EPS, init_weights, newest_export, read_open_clip_config, sincos_positions
 from clips.common.errors import UserError
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
@@ -64,9 +64,13 @@ def untrained(blind: bool) -> Callable[[VisionRequest], LoadedVision]:
 
 
 def load_open_clip(request: VisionRequest) -> LoadedVision:
+    return _load_open_clip(request.argument)
+
+
+def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
+    """`eps`: that of the LayerNorms, where the model's configuration does not tell it."""
     import open_clip
 
-    argument = request.argument
     if argument.startswith(("local-dir:", "hf-hub:")):
         place = argument.partition(":")[2]
         model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder')}", None
@@ -84,6 +88,10 @@ def load_open_clip(request: VisionRequest) -> LoadedVision:
             raise UserError(f"open_clip has no weights {pretrained!r} for {model_name}; it has: {', '.join(tags)}")
     with loading("vision encoder", f"open_clip:{argument}"):
         visual = open_clip.create_model(model_name, pretrained=pretrained).visual.float().eval()
+    if eps is not None:
+        for module in visual.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
     preprocess = visual.preprocess_cfg
     if preprocess["resize_mode"] == "longest":
         raise UserError(
@@ -143,11 +151,20 @@ def _load_export(directory: Path) -> LoadedVision:
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
         if (place / "open_clip_config.json").is_file():
-            return load_open_clip(VisionRequest(argument=f"local-dir:{place}", runs=Path(), seed=0))
+            return _load_open_clip(f"local-dir:{place}", eps=LAYER_NORM_EPS if _is_clips(place) else None)
     raise UserError(
         f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
         "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
     )
+
+
+def _is_clips(directory: Path) -> bool:
+    """Whether the open_clip model there is one of CLIPS, whose eps some of its files leave out."""
+    try:
+        read_open_clip_config(directory)
+    except UserError:
+        return False
+    return True
 
 
 def _load_transformers(directory: Path) -> LoadedVision:
