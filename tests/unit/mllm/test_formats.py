@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from pathlib import Path
 
 import httpx2
@@ -208,3 +209,20 @@ def test_a_broken_saved_format_is_named(change: object) -> None:
         tokenizer.init_kwargs[SAVED] = good | change if isinstance(change, dict) else change
     with pytest.raises(UserError, match=r"tokenizer_config\.json: conversation_format is not"):
         get_format("auto", tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_finds_its_format_again(kind: str, tmp_path: Path) -> None:
+    """`auto` without a template is v1, in the encoder too; a data worker's copy of the encoder keeps the bos."""
+    bare = make_tokenizer(kind)
+    bare.chat_template = None
+    config = LlamaConfig(vocab_size=len(bare), hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    bare.save_pretrained(tmp_path / "llm")
+    llm = load_llm(str(tmp_path / "llm"))
+    training = ConversationEncoder(llm.tokenizer, "auto", 4)
+    expected = trained_prompt(ConversationEncoder(bare, "v1", 4), FIRST, ANSWER, SECOND)
+    assert trained_prompt(training, FIRST, ANSWER, SECOND) == expected
+    for version in ("auto", "v1"):
+        copy = pickle.loads(pickle.dumps(ConversationEncoder(llm.tokenizer, version, 4)))
+        assert trained_prompt(copy, FIRST, ANSWER, SECOND) == expected
