@@ -77,7 +77,7 @@ def memory_estimate_gb(
 def print_plan(
     arguments: ResolvedArguments,
     model: nn.Module,
-    plan: dict[str, Training],
+    freeze: dict[str, Training],
     rows: dict[str, str],
     *,
     samples: int,
@@ -95,8 +95,8 @@ def print_plan(
     rates = learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr)
     for part in PARTS:
         total, trained = counts[part]
-        rate = "–" if plan[part] == "frozen" else f"{rates[part]:g}"
-        how = plan[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
+        rate = "–" if freeze[part] == "frozen" else f"{rates[part]:g}"
+        how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
         table.add_row(part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate)
     console.print(table)
     memory = memory_estimate_gb(llava_of(model), counts, arguments, length=length, zero=zero, world_size=world_size)

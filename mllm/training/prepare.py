@@ -29,9 +29,9 @@ from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
 from mllm.training.arguments import ResolvedArguments, TrainArguments
 from mllm.training.features import FeatureCache
-from mllm.training.freeze import apply_plan
+from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
-from mllm.training.stages import Training, freeze_plan
+from mllm.training.stages import Training, freeze_table
 
 PROJECTOR = "mm_projector.bin"
 SHORT = 512
@@ -50,7 +50,7 @@ class Prepared:
     vision: VisionEncoder
     dataset: LlavaDataset
     store: ImageStore | None
-    plan: dict[str, Training]
+    freeze: dict[str, Training]
     facts: dict[str, str]
     """For the plan and the model card."""
 
@@ -63,7 +63,7 @@ def prepare(
     The model is whole on every rank here, on the CPU; ZeRO-3 takes it apart when the engine is made.
     """
     stage = arguments.description
-    plan = freeze_plan(
+    freeze = freeze_table(
         stage, lora=bool(arguments.lora_enable), bits=arguments.bits,
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
@@ -72,7 +72,7 @@ def prepare(
     store = ImageStore(image_folder) if image_folder else None
     vision = encoder_of(arguments)
     # fp32 wherever a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
-    half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or plan["language_model"] != "full")
+    half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     llm = load_llm(
         arguments.model_name_or_path,
         version=arguments.version,
@@ -97,8 +97,8 @@ def prepare(
         llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
         llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    model = add_lora(llava, arguments) if plan["language_model"] == "lora" else llava
-    apply_plan(model, plan)
+    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
+    apply_freeze(model, freeze)
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
@@ -107,7 +107,7 @@ def prepare(
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
-        model=model, processor=processor, vision=vision, dataset=dataset, store=store, plan=plan, facts=facts
+        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
     )
 
 

@@ -33,7 +33,7 @@ from mllm.training.arguments import ResolvedArguments, TrainArguments
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import newest
 from mllm.training.finish import print_next, write_results
-from mllm.training.freeze import assert_plan, count_parameters, learning_rates
+from mllm.training.freeze import assert_freeze, count_parameters, learning_rates
 from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
 from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
@@ -61,7 +61,7 @@ def run_stage(flags: TrainArguments) -> None:
     process = join(arguments, world_size)
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
     print_plan(
-        arguments, prepared.model, prepared.plan, prepared.facts, samples=len(prepared.dataset),
+        arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
         length=longest(prepared.dataset), zero=zero_stage(process.deepspeed), world_size=process.world_size,
         console=process.console,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Pat
     """Write config.json; UserError where the run directory holds a run that does not go with this stage."""
     stage = arguments.description
     record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
-    record |= {"facts": prepared.facts, "freeze": prepared.plan, "projector_of": projector_of(arguments, prepared)}
+    record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         check_aligned(run_dir, record["projector_of"])
     keep_config(run_dir, stage.name, record, write=process.is_main)
@@ -131,7 +131,7 @@ def train(
     if process.is_main:
         write_json(run_dir / "env.json", environment(process.device, process.world_size))
     collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
-    assert_plan(prepared.model, prepared.plan)
+    assert_freeze(prepared.model, prepared.freeze)
     stop = StopCallback()
     log = MetricsLog(run_dir, stage.name, arguments.batch_size, active=process.is_main)
     trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
