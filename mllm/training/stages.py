@@ -19,7 +19,7 @@ FREEZE: dict[str, dict[str, Training]] = {
     "instruct": {"vision_tower": "frozen", "projector": "full", "language_model": "full"},
     "instruct, lora": {"vision_tower": "frozen", "projector": "full", "language_model": "lora"},
 }
-"""Stage → what trains in it. Flags move single entries: see `freeze_plan`."""
+"""Stage → what trains in it. Flags move single entries: see `freeze_table`."""
 
 
 @dataclass(frozen=True, kw_only=True)
