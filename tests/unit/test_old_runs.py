@@ -32,10 +32,9 @@ from mllm.encoders.registry import load_vision
 ARCHIVE = ROOT / "tests" / "data" / "before_the_move.tar.xz"
 FEATURES = {"atol": 1e-6, "rtol": 0.0}
 """Of L2-normalised features, which one forward pass gives."""
-LOSSES = {"rel": 1e-3}
-WEIGHTS = {"atol": 1e-3, "rtol": 0.0}
-"""After dozens of steps: AdamW divides a gradient by its own size, so that rounding decides the way of a weight whose
-gradient is next to nothing. On the machine that made the archive losses and weights are equal bit by bit."""
+AFTER_TRAINING = {"atol": 1e-5, "rtol": 1e-5}
+"""Of losses and weights after dozens of steps. On the machine that made the archive they are equal bit by bit; with the
+kernels of processors without AVX they differ by 3e-7 at most."""
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,19 @@ def assert_went_on(run_dir: Path, weights: str, expected: Path) -> None:
     """Every step stands once in metrics.jsonl, and losses and final weights are those that the old code came to."""
     found, wanted = losses(run_dir / "metrics.jsonl"), losses(expected.with_suffix(".jsonl"))
     assert [line[:2] for line in found] == [line[:2] for line in wanted]
-    assert [line[2] for line in found] == pytest.approx([line[2] for line in wanted], **LOSSES)
-    torch.testing.assert_close(load_file(run_dir / weights), load_file(expected), **WEIGHTS)
+    logged = [torch.tensor([line[2] for line in lines]) for lines in (found, wanted)]
+    torch.testing.assert_close(*logged, **AFTER_TRAINING)
+    tensors = [without_key_biases(load_file(path)) for path in (run_dir / weights, expected)]
+    torch.testing.assert_close(*tensors, **AFTER_TRAINING)
+
+
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Attention does not see a bias of its keys, so its gradient is nothing but rounding, of which AdamW, which divides
+    a gradient by its own size, makes whole steps: on another processor they go elsewhere."""
+    for name, tensor in weights.items():
+        if name.endswith("attn.qkv.bias"):
+            tensor.chunk(3)[1].zero_()
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------- pretraining
