@@ -7,7 +7,7 @@
 Everything in it was written by that commit's own scripts on one CPU thread, in an empty directory that they were
 started from, so that all paths are relative. Models are as small as they can be; nothing but their tests needs them.
 
-    data/ images/ align.json instruct.json question.jsonl llm/    what the commands read
+    data/ images/ llm/ align.json instruct.json question.jsonl blends.jsonl        what the commands read
     runs/finished    a pretraining run to its end (Muon)          runs/llava            both stages, evaluated
     runs/stopped     killed after its first checkpoint (AdamW)    runs/llava-stopped    killed in stage 2 (LoRA)
     runs/compare     two encoders pretrained, two cells           talk.json talk_0.png  /save of a chat with runs/llava
@@ -37,6 +37,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ COMMANDS = {
     "--image-folder images --dtype float32 --device cpu",
     "chat": "chat.py --model-path runs/llava/model --device cpu",
     "compare": "compare_encoders.py --encoders clips,clip --seeds 1 --jobs 1 --output runs/compare --device cpu "
-    f"--question-file question.jsonl --question-images images '--pretrain-flags={PRETRAIN} --samples 48 --set {TINY}' "
+    f"--question-file blends.jsonl --question-images images '--pretrain-flags={PRETRAIN} --samples 48 --set {TINY}' "
     f"'--train-flags={LLAVA} --num_train_epochs 12'",
 }
 """Name → script and flags; the tests give the same ones to today's scripts."""
@@ -112,8 +113,8 @@ class OldCode:
         process.wait()
 
 
-def picture(colour: str, number: int) -> bytes:
-    image = Image.new("RGB", (32, 28), COLOURS[colour])
+def picture(colour: tuple[int, ...], number: int) -> bytes:
+    image = Image.new("RGB", (32, 28), colour)
     image.paste((0, 0, 0), (number % 20, number % 16, number % 20 + 6, number % 16 + 6))
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -128,25 +129,35 @@ def write_inputs(place: Path, old: OldCode) -> None:
             for number in numbers:
                 colour = list(COLOURS)[number % 4]
                 long = f"A {colour} picture. It has a black box. The number is {number}."
-                parts = {"png": picture(colour, number), "txt": long.encode()}
+                parts = {"png": picture(COLOURS[colour], number), "txt": long.encode()}
                 parts["json"] = json.dumps({"org_caption": f"{colour} picture {number}"}).encode()
                 for extension, data in parts.items():
                     member = tarfile.TarInfo(f"{number:03d}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     (place / "images").mkdir()
-    align, instruct, questions = [], [], []
+    align, instruct, questions, blends = [], [], [], []
+
+    def ask(asked: list[dict], name: str, kind: str, answer: str) -> None:
+        question = {"question_id": len(asked), "image": name, "text": "Which colour?", "kind": kind, "answer": answer}
+        asked.append(question)
+
     for number in range(8):
         colour, name = list(COLOURS)[number % 4], f"{number}.png"
-        (place / "images" / name).write_bytes(picture(colour, 3 * number))
+        (place / "images" / name).write_bytes(picture(COLOURS[colour], 3 * number))
         for records, answer in ((align, f"A {colour} picture"), (instruct, colour)):
             said = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": answer}]
             records.append({"id": name, "image": name, "conversations": said})
-        questions.append({"question_id": number, "image": name, "text": "Which colour?", "kind": "colour"})
-        questions[-1]["answer"] = colour
+        for asked in (questions, blends):
+            ask(asked, name, "colour", colour)
+    for number, (more, less) in enumerate(permutations(COLOURS, 2), 8):
+        blend = tuple((6 * a + 4 * b) // 10 for a, b in zip(COLOURS[more], COLOURS[less], strict=True))
+        (place / "images" / f"{number}.png").write_bytes(picture(blend, number))
+        ask(blends, f"{number}.png", "blend", more)  # colours not trained on: the encoders' answers differ
     (place / "align.json").write_text(json.dumps(align))
     (place / "instruct.json").write_text(json.dumps(instruct))
-    (place / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for name, asked in (("question", questions), ("blends", blends)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "initializer_range": 0.1}
     old.module("tiny_mllm").write_llm(place / "llm", **tiny)
 

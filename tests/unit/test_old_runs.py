@@ -7,6 +7,7 @@ are compared within tolerances, for matrix products round differently on other p
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -32,10 +33,9 @@ from mllm.encoders.registry import load_vision
 ARCHIVE = ROOT / "tests" / "data" / "before_the_move.tar.xz"
 FEATURES = {"atol": 1e-6, "rtol": 0.0}
 """Of L2-normalised features, which one forward pass gives."""
-LOSSES = {"rel": 1e-3}
-WEIGHTS = {"atol": 1e-3, "rtol": 0.0}
-"""After dozens of steps: AdamW divides a gradient by its own size, so that rounding decides the way of a weight whose
-gradient is next to nothing. On the machine that made the archive losses and weights are equal bit by bit."""
+AFTER_TRAINING = {"atol": 1e-5, "rtol": 1e-5}
+"""Of losses and weights after dozens of steps. On the machine that made the archive they are equal bit by bit; with the
+kernels of processors without AVX they differ by 3e-7 at most."""
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,35 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {name: leaf for key, value in items for name, leaf in leaves(value, f"{path}/{key}").items()}
 
 
+def assert_same_figures(old: Any, new: Any) -> None:
+    """Everything in the JSON `old` stands in `new` too, numbers within rounding; `new` may hold more."""
+    before, after = leaves(old), leaves(new)
+    pairs = {path: (value, after.get(path, "lacking")) for path, value in before.items()}
+    assert pairs
+    assert not {path: (a, b) for path, (a, b) in pairs.items() if a != b and not is_rounding(a, b)}
+
+
+def is_rounding(a: Any, b: Any) -> bool:
+    return isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+
+
 def assert_went_on(run_dir: Path, weights: str, expected: Path) -> None:
     """Every step stands once in metrics.jsonl, and losses and final weights are those that the old code came to."""
     found, wanted = losses(run_dir / "metrics.jsonl"), losses(expected.with_suffix(".jsonl"))
     assert [line[:2] for line in found] == [line[:2] for line in wanted]
-    assert [line[2] for line in found] == pytest.approx([line[2] for line in wanted], **LOSSES)
-    torch.testing.assert_close(load_file(run_dir / weights), load_file(expected), **WEIGHTS)
+    logged = [torch.tensor([line[2] for line in lines]) for lines in (found, wanted)]
+    torch.testing.assert_close(*logged, **AFTER_TRAINING)
+    tensors = [without_key_biases(load_file(path)) for path in (run_dir / weights, expected)]
+    torch.testing.assert_close(*tensors, **AFTER_TRAINING)
+
+
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Attention does not see a bias of its keys, so its gradient is nothing but rounding, of which AdamW, which divides
+    a gradient by its own size, makes whole steps: on another processor they go elsewhere."""
+    for name, tensor in weights.items():
+        if name.endswith("attn.qkv.bias"):
+            tensor.chunk(3)[1].zero_()
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------- pretraining
@@ -189,10 +212,8 @@ def test_a_finished_model_answers_questions_as_it_did(place: Path) -> None:
     same_command(place, "evaluate", "--out", "new")
     found, wanted = (json_lines(folder / "question.jsonl") for folder in (place / "new", old))
     assert [(line["question_id"], line["text"]) for line in found] == [(q["question_id"], q["text"]) for q in wanted]
-    found, wanted = (leaves(json.loads((folder / "figures.json").read_text())) for folder in (place / "new", old))
-    figures = {path: value for path, value in wanted.items() if path.startswith("/exact_match")}
-    assert figures
-    assert {path: found.get(path) for path in figures} == pytest.approx(figures)
+    found, wanted = (json.loads((folder / "figures.json").read_text()) for folder in (place / "new", old))
+    assert_same_figures(wanted["exact_match"], found["exact_match"])
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -213,6 +234,7 @@ def test_a_finished_comparison_runs_nothing_again_and_reports_the_same(place: Pa
     assert {part: files(comparison / part) for part in before} == before
     new = json.loads((comparison / "report.json").read_text())
     assert new["time"] != old["time"], "it was written again"
-    found, wanted = leaves(new), leaves({key: old[key] for key in old.keys() - {"command", "time", "environment"}})
-    assert {path: found.get(path, "lacking") for path in wanted} == pytest.approx(wanted)
+    for stage in old["settings"]["stages"].values():
+        del stage["projector"]  # where it started from, which is worded otherwise since
+    assert_same_figures({key: old[key] for key in old.keys() - {"command", "time", "environment"}}, new)
     assert (comparison / "report.html").stat().st_size > 10_000
