@@ -197,7 +197,7 @@ def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp
     assert about(str(tmp_path)).endswith(r"encoder hf \<b>\*x\*, 224 px, padded to a square, 256 tokens × 9")
     for damaged in ('{"vision_encoder', "[]", "{}", json.dumps({"vision_encoder": facts | {"width": None}})):
         (tmp_path / FACTS).write_text(damaged)
-        with pytest.raises(UserError, match="clips_mllm.json is damaged"):
+        with pytest.raises(UserError, match=r"clips_mllm\.json is damaged"):
             about(str(tmp_path))
 
 
