@@ -45,10 +45,12 @@ FACE = {
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
-    # how a tower is initialised, and its blocks' names in transformers
+    # how a tower is initialised and normalised, its blocks' names in transformers, its configuration in open_clip
     "CLIP_VISION_BLOCK": "clips.weights.formats",
+    "LAYER_NORM_EPS": "clips.model.layers",
     "VIT_BLOCK": "clips.weights.formats",
     "init_weights": "clips.model.layers",
+    "read_open_clip_config": "clips.weights.formats",
     "sincos_positions": "clips.model.vision",
 }
 
@@ -63,10 +65,10 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.encoder import CLIPS
     from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
     from clips.evaluation.testsets import KarpathySet, open_test_set
-    from clips.model.layers import init_weights
+    from clips.model.layers import LAYER_NORM_EPS, init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
-    from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK
+    from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK, read_open_clip_config
     from clips.weights.load import newest_export
 
 __all__ = list(FACE)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +36,14 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _one_of(name: str, value: str, choices: type) -> None:
+def _one_of(name: str, value: str, choices: Any) -> None:
+    """`choices` is a Literal type."""
     known = typing.get_args(choices)
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
 
 Objective = Literal["clips", "clip"]
+PositionTable = Literal["sincos", "sincos_reference"]
 CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
@@ -62,10 +65,16 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
+    pos_embed: PositionTable = "sincos"
+    """The fixed position table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints
+    published with it, whose frequencies have another denominator (see clips/model/vision.py)."""
+    patch_bias: bool = True
+    """A bias in the patch convolution; the reference has none."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(self.width % 4 == 0, f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)")
+        _one_of("vision.pos_embed", self.pos_embed, PositionTable)
         check_image_size(self.image_size, self.patch_size)
 
     def tokens(self, image_size: int | None = None) -> int:
@@ -111,6 +120,8 @@ class CaptionerConfig:
     """Caption positions: `bos … eos` of the long caption is cut to this many tokens."""
     inputs: CaptionerInputs = "queries"
     mlp_ratio: float = 4.0
+    head_bias: bool = True
+    """A bias in the head over the vocabulary; the reference has none."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
@@ -336,6 +347,7 @@ class RunConfig:
 
 def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
     key, *rest = keys
+    targets: Sequence[int | str]
     if isinstance(tree, list):
         targets = range(len(tree)) if key == "*" else [int(key)] if key.isdigit() and int(key) < len(tree) else []
         _require(bool(targets), f"--set {path}: {key!r} is not an index below {len(tree)} (or *)")
@@ -374,7 +386,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
         known = typing.get_args(cls)
         _require(value in known, f"{where} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
         return value
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
         unknown = sorted(set(value) - set(hints))

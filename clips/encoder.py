@@ -11,7 +11,7 @@ E width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,7 +51,8 @@ class CLIPS:
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
-        """Open a run directory, a native or open_clip export, or, with None, the newest run under runs/.
+        """Open a run directory, a native or open_clip export, an official CLIPS or OpenVision checkpoint in open_clip's
+        layout, or, with None, the newest run under runs/.
 
         `device`: auto, cpu or cuda. UserError where there is no trained model.
         """
@@ -89,10 +90,9 @@ class CLIPS:
     def encode_image(self, images: Images) -> Tensor:
         """L2-normalised features [B, E] on the CPU."""
         if isinstance(images, Tensor):
-            batches = images.split(BATCH)
+            batches: Iterable[Tensor] = images.split(BATCH)
         else:
-            one = isinstance(images, (Image.Image, str, Path))
-            pictures = [images] if one else list(images)
+            pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
             starts = range(0, len(pictures), BATCH)
             batches = (
                 normalise([self._transform.pixels(_open(image)) for image in pictures[start : start + BATCH]])

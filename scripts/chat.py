@@ -11,7 +11,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model-path", metavar="DIR_OR_HUB_ID", help="the model; without it the newest runs/*/model")
     p.add_argument("--image-file", action="append", metavar="PATH_OR_URL", help="a picture; repeat for several")
-    p.add_argument("--conv-mode", default="auto", help="conversation format: auto, v1, chatml, llama_3 or plain")
+    p.add_argument(
+        "--conv-mode", default="auto", help="conversation format: auto (as trained), v1, chatml, llama_3 or plain"
+    )
     p.add_argument("--system", help="system text in place of the format's own")
     p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
     p.add_argument("--top_p", "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")

@@ -16,6 +16,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="folder for answers and figures (default: evaluation/ beside the model)")
     p.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
+    p.add_argument(
+        "--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain (default: auto)"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws (default: 0)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of drawn answers (default: 0)")
+    p.add_argument("--num-chunks", type=int, default=1, help="parts of the questions, for several at once (default: 1)")
+    p.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0 (default: 0)")
     p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread (default: all)")
     p.add_argument(
         "--dtype",

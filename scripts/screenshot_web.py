@@ -23,10 +23,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from mllm.chat.screenshot import take_picture
+    from mllm.chat.screenshot import take_screenshot
 
     look = {"width": flags.width, "height": flags.height, "dark": flags.dark, "device": flags.device}
-    take_picture(flags.out, flags.model_path, tab=flags.tab, example=flags.example, **look)
+    take_screenshot(flags.out, flags.model_path, tab=flags.tab, example=flags.example, **look)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="arithmetic of the model")
     p.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
     p.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
-    p.add_argument("--conv-mode", default="auto", help="conversation format: auto, v1, llama_3, chatml, plain")
+    p.add_argument(
+        "--conv-mode", default="auto", help="conversation format: auto (as trained), v1, llama_3, chatml, plain"
+    )
     add_limit_flags(p)
     return p
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what is missing, then lint and run every test. Arguments go to pytest:
+# Install what is missing, then lint, check the types and run every test. Arguments go to pytest:
 #
 #   bash scripts/test.sh                    # everything
 #   bash scripts/test.sh -m "not slow"      # only what takes seconds
@@ -13,4 +13,5 @@ install demo chat dev
 install_browser
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest "$@"

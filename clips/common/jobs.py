@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from clips.common.errors import CommandError, Stopped
 from clips.common.files import lock
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager

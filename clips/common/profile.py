@@ -52,7 +52,7 @@ def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[Prof
         return
     rank = dist.get_rank() if dist.is_initialized() else 0
     on_gpu = device.type == "cuda"
-    tables = []
+    tables: list[str] = []
 
     def write(found: profile) -> None:
         if profiler.seen <= SKIPPED + WARM:  # at the end of a block that was too short

@@ -44,7 +44,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
         return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
 
-    return walk(*(json.loads(json.dumps(config)) for config in (there, here)), "")
+    return walk(json.loads(json.dumps(there)), json.loads(json.dumps(here)), "")
 
 
 def refuse(changes: Sequence[str], what: str, mend: str) -> None:

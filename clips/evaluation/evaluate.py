@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,8 +177,7 @@ def measure(
     Where only some images carry a label, these are for classification and the others for retrieval (the demo).
     Without `classes` the labels themselves are the classes, in open_clip's general templates.
     """
-    figures = {}
-    labelled = [row for row, label in enumerate(images.labels) if label is not None]
+    figures: dict[str, Figure] = {}
     for protocol in PROTOCOLS:
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
@@ -187,13 +187,18 @@ def measure(
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
         found = retrieval_metrics(images.features[rows], features, owners, texts)
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
-    if labelled:
-        labels = [images.labels[row] for row in labelled]
+    if labelled := labelled_rows(images):
+        labels = list(labelled.values())
         classes = classes or classes_of(labels)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size)
-        found = zero_shot_metrics(images.features[labelled], prompts, classes.index(labels))
+        found = zero_shot_metrics(images.features[list(labelled)], prompts, classes.index(labels))
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
     return figures
+
+
+def labelled_rows(images: ImageSet) -> dict[int, str]:
+    """The images that carry a label, row → label."""
+    return {row: label for row, label in enumerate(images.labels) if label is not None}
 
 
 def retrieval_rows(images: ImageSet, protocol: str) -> list[int]:
@@ -219,14 +224,14 @@ def evaluate(
     on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
     """
     items, classes = open_test_set(run.data, split, run.captions.splitter)
-    options = {
+    options: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": run.eval.batch_size,
         "workers": run.data.workers,
     }
     images = encode_images(model, items, limit=None if full else run.eval.max_images, **options)
     figures = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size)
-    if full and any(label is not None for label in images.labels):
+    if full and labelled_rows(images):
         train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
         if (probe := probe_images(train, images)) is not None:
             figures["linear_probe_top1"] = probe
@@ -237,17 +242,16 @@ def evaluate(
 
 def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
     """Linear probe from the labelled images of one set to those of another; None when there is nothing to separate."""
-    names = sorted({label for label in train.labels if label is not None})
-    number = {name: i for i, name in enumerate(names)}
-    fit = [row for row, label in enumerate(train.labels) if label is not None]
-    check = [row for row, label in enumerate(test.labels) if label in number]
-    if len(names) < 2 or not check:
+    fit = labelled_rows(train)
+    number = {name: i for i, name in enumerate(sorted(set(fit.values())))}
+    check = {row: label for row, label in labelled_rows(test).items() if label in number}
+    if len(number) < 2 or not check:
         return None
     return linear_probe(
-        train.pooled[fit],
-        [number[train.labels[row]] for row in fit],
-        test.pooled[check],
-        [number[test.labels[row]] for row in check],
+        train.pooled[list(fit)],
+        [number[label] for label in fit.values()],
+        test.pooled[list(check)],
+        [number[label] for label in check.values()],
     )
 
 

@@ -17,6 +17,7 @@ from clips.evaluation.evaluate import (
     encode_images,
     encode_texts,
     evaluating,
+    labelled_rows,
     prompt_features,
     retrieval_rows,
     tower_size,
@@ -100,20 +101,20 @@ def collect_examples(
             found = [thumbnail(scene[j]) for j in best]
             examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
 
-    labelled = [row for row, label in enumerate(images.labels) if label is not None]
-    if labelled:
-        classes = classes or classes_of([images.labels[row] for row in labelled])
+    if labels_by_row := labelled_rows(images):
+        labelled, names = list(labels_by_row), list(labels_by_row.values())
+        classes = classes or classes_of(names)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
         weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100).cpu()
         odds = (scale * images.features[labelled] @ weights.T).softmax(dim=-1)
-        labels = classes.index([images.labels[row] for row in labelled])
+        labels = classes.index(names)
         right = (odds.argmax(dim=1) == torch.tensor(labels)).tolist()
         for i in _half_misses(right, n):
-            best = odds[i].topk(min(5, len(classes.names)))
-            names = [classes.names[j] for j in best.indices]
+            likely = odds[i].topk(min(5, len(classes.names)))
+            guesses = [classes.names[j] for j in likely.indices]
             examples.zero_shot.append(
-                Classified(thumbnail(labelled[i]), classes.names[labels[i]], names, best.values.tolist())
+                Classified(thumbnail(labelled[i]), classes.names[labels[i]], guesses, likely.values.tolist())
             )
 
     if model.captioner is not None:

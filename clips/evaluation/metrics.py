@@ -55,8 +55,8 @@ def _hits(scores: Tensor, positive: Tensor, ks: Sequence[int]) -> tuple[Tensor, 
     near = (scores >= best - TIE) & ~above
     better, near_right = above.sum(1), (near & positive).sum(1)
     tied, right = near.sum(1) - near_right, positive.sum(1)
-    counts = [count.cpu() for count in (better, tied, near_right)]
-    chance = [torch.zeros(len(scores)), (scores.shape[1] - right).cpu(), right.cpu()]
+    counts = (better.cpu(), tied.cpu(), near_right.cpu())
+    chance = (torch.zeros(len(scores)), (scores.shape[1] - right).cpu(), right.cpu())
     return (
         torch.stack([expected_hits(*counts, k) for k in ks]),
         torch.stack([expected_hits(*chance, k) for k in ks]),
@@ -120,8 +120,9 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     classes = F.normalize(prompt_features.float().mean(dim=1), dim=-1)
     ensemble = _hits(image_features.float() @ classes.T, right, ks)
     single = [_hits(image_features.float() @ prompt_features[:, p].float().T, right, ks) for p in range(P)]
-    averaged = tuple(torch.stack([hits[i] for hits in single]).mean(dim=0) for i in (0, 1))
-    return _figures(["top1", "top5"], [ensemble]) | _figures(["single_prompt_top1", "single_prompt_top5"], [averaged])
+    hits, chances = (torch.stack([found[i] for found in single]).mean(dim=0) for i in (0, 1))
+    alone = _figures(["single_prompt_top1", "single_prompt_top5"], [(hits, chances)])
+    return _figures(["top1", "top5"], [ensemble]) | alone
 
 
 def linear_probe(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int]) -> Figure:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Plot
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from clips.common.escape import for_plot
 from clips.data.images import decode_image
@@ -18,8 +19,8 @@ LABEL = 40
 def _picture_rows(titles: Sequence[str], rows: Sequence[Sequence[tuple[bytes, str, str]]]) -> Plot:
     """Rows of pictures (encoded image, caption, frame colour or ""), each under its title; for the PNG files."""
     columns = max(map(len, rows))
-    plot = Plot(figsize=(1.5 * columns, 2.0 * len(rows)), dpi=110, facecolor="white", layout="constrained")
-    plot.get_layout_engine().set(h_pad=0.14)
+    layout = ConstrainedLayoutEngine(h_pad=0.14)
+    plot = Plot(figsize=(1.5 * columns, 2.0 * len(rows)), dpi=110, facecolor="white", layout=layout)
     grid = plot.subplots(len(rows), columns, squeeze=False)
     for line, title, cells in zip(grid, titles, rows, strict=True):
         for axes in line:

@@ -73,13 +73,12 @@ def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
     directory = Path(run_dir) / "report"
     directory.mkdir(exist_ok=True)
     save_plot(curves_plot(panels(record), LIGHT), directory / "curves.png")
-    for name, draw, found in (
-        ("retrieval", retrieval_plot, examples.retrieval),
-        ("zero_shot", zero_shot_plot, examples.zero_shot),
-        ("captions", captions_plot, examples.captions),
-    ):
-        if found:
-            save_plot(draw(found), directory / f"{name}.png")
+    if examples.retrieval:
+        save_plot(retrieval_plot(examples.retrieval), directory / "retrieval.png")
+    if examples.zero_shot:
+        save_plot(zero_shot_plot(examples.zero_shot), directory / "zero_shot.png")
+    if examples.captions:
+        save_plot(captions_plot(examples.captions), directory / "captions.png")
     page = directory / "index.html"
     write_atomically(page, render("clips.evaluation", "report.html.j2", **_shown(record, examples)))
     return page

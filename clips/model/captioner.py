@@ -44,7 +44,7 @@ class Captioner(nn.Module):
         self.token_embed = nn.Embedding(text.vocab_size, config.width) if config.inputs == "tokens" else None
         self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, gelu="tanh")
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(config.width, text.vocab_size)
+        self.head = nn.Linear(config.width, text.vocab_size, bias=config.head_bias)
         init_weights(self)
         if self.token_embed is None:
             nn.init.normal_(self.queries)  # N(0, 1), as in the paper

@@ -15,9 +15,10 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device, has_bf16, init_distributed
-from clips.config import ModelConfig, RunConfig
+from clips.config import CaptionerConfig, ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.loader import Batch, make_loader
 from clips.data.sentences import sub_caption
@@ -91,8 +92,15 @@ def _print(title: str, rows: list[Row]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
+def captioner_of(model: ModelConfig) -> CaptionerConfig:
+    """Its captioner, which every model measured here has; ValueError where there is none."""
+    if model.captioner is None:
+        raise ValueError("what is measured here needs a model with a captioner: model.captioner is null")
+    return model.captioner
+
+
 # ------------------------------------------------------------------------------------------------------- measuring
-def fastest(parts: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
     """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
     times = {name: float("inf") for name in parts}
     for turn in range(repeats + 1):
@@ -157,10 +165,8 @@ def attention_rows(device: torch.device, repeats: int) -> list[Row]:
             q, k, v, grad = (torch.randn(B, heads, L, width, device=device, dtype=dtype) for _ in range(4))
             inputs = [x.requires_grad_() for x in (q, k, v)]
             parts = {
-                "plain": lambda i=inputs, m=visible, g=grad: torch.autograd.grad(plain_attention(*i, m), i, g),
-                "fused": lambda i=inputs, m=visible, g=grad: torch.autograd.grad(
-                    F.scaled_dot_product_attention(*i, attn_mask=m), i, g
-                ),
+                "plain": partial(_both_passes, plain_attention, inputs, visible, grad),
+                "fused": partial(_both_passes, F.scaled_dot_product_attention, inputs, visible, grad),
             }
             seconds = fastest(parts, repeats, device)
             rows.append({
@@ -171,11 +177,17 @@ def attention_rows(device: torch.device, repeats: int) -> list[Row]:
     return rows
 
 
+def _both_passes(
+    attention: Callable[..., Tensor], inputs: Sequence[Tensor], visible: Tensor | None, grad: Tensor
+) -> None:
+    torch.autograd.grad(attention(*inputs, visible), inputs, grad)
+
+
 def _attention_places() -> Iterator[tuple[str, int, int, int, bool]]:
     """(name, heads, head width, length, masked) of each attention of the presets."""
     for name, size in (("demo", 64), ("S/16", 112), ("B/16", 224), ("L/14", 336)):
         model = PRESETS[name]
-        vision, text, captioner = model.vision, model.text, model.captioner
+        vision, text, captioner = model.vision, model.text, captioner_of(model)
         patches = vision.tokens(size)
         yield f"{name} image, {size} px", vision.heads, vision.width // vision.heads, patches + 1, False
         yield f"{name} text", text.heads, text.width // text.heads, text.context_length, True
@@ -201,10 +213,13 @@ def setting(name: str, device: torch.device, demo_dir: str) -> RunConfig:
 
 
 def _shallower(model: ModelConfig, depth: float, image_size: int) -> ModelConfig:
-    vision, text, captioner = (
-        replace(part, layers=round(part.layers * depth)) for part in (model.vision, model.text, model.captioner)
+    vision, text, captioner = model.vision, model.text, captioner_of(model)
+    return replace(
+        model,
+        vision=replace(vision, layers=round(vision.layers * depth), image_size=image_size),
+        text=replace(text, layers=round(text.layers * depth)),
+        captioner=replace(captioner, layers=round(captioner.layers * depth)),
     )
-    return replace(model, vision=replace(vision, image_size=image_size), text=text, captioner=captioner)
 
 
 def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
@@ -223,17 +238,18 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers."""
     run = setting(name, device, demo_dir)
     source, tokenizer = _open(run)
-    count, text, rng = 256, run.model.text, random.Random(0)
+    count, text, captioner, rng = 256, run.model.text, captioner_of(run.model), random.Random(0)
     raw = [source.read(i) for i in range(count)]
     images = [decode_image(sample.image) for sample in raw]
     preprocess = Preprocess(run.phases[0].image_size, run.phases[0].augment)
     pixels = [preprocess.pixels(image, rng) for image in images]
     subs = [sub_caption(sample.web, sample.long, run.captions, rng) for sample in raw]
+    longs = [sample.long or "" for sample in raw]  # all are there: the source is opened with need_long
 
     def tokenise() -> None:
         for texts in ([sample.web for sample in raw], subs):
             tokenizer(texts, text.context_length, trim=text.pad_mask)
-        tokenizer.caption_ids(tokenizer.encode([sample.long for sample in raw]), run.model.captioner.length)
+        tokenizer.caption_ids(tokenizer.encode(longs), captioner.length)
 
     parts = {
         "read": lambda: [source.read(i) for i in range(count)],
@@ -334,8 +350,8 @@ def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
     return step
 
 
-def stock_step(model: nn.Module, loss_of: Callable[[Batch], Tensor], device: torch.device) -> Step:
-    """open_clip's training step: autocast, backward, optimizer, clamp of the temperature."""
+def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.device) -> Step:
+    """The training step of an open_clip `model`: autocast, backward, optimizer, clamp of the temperature."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -376,7 +392,7 @@ def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.devic
     import open_clip
 
     config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
-    captioner = run.model.captioner
+    captioner = captioner_of(run.model)
     text = config["text_cfg"] | {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
     decoder = {
         "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
@@ -461,7 +477,7 @@ def chunk_rows(device: torch.device, repeats: int) -> list[Row]:
 
 
 def chunk_row(device: torch.device, repeats: int, chunk: int | None) -> Row:
-    captioner, vocabulary = PRESETS["B/16"].captioner, PRESETS["B/16"].text.vocab_size
+    captioner, vocabulary = captioner_of(PRESETS["B/16"]), PRESETS["B/16"].text.vocab_size
     B, T = 512 if device.type == "cuda" else 64, captioner.length - 1
     head = nn.Linear(captioner.width, vocabulary, device=device)
     states = torch.randn(B, T, captioner.width, device=device, requires_grad=True)

@@ -85,8 +85,9 @@ def write_reports(result: dict[str, Any], output: Path) -> None:
     Raises CommandError where that fails.
     """
     with reporting(f"the report in {output} cannot be written; every run and {output / 'claims.json'} are there"):
-        shown = {"title": TITLE, "note": _summary(result), "sections": sections(result)}
-        for chart in (block for part in shown["sections"] for block in part.blocks if isinstance(block, Chart)):
+        parts = sections(result)
+        shown = {"title": TITLE, "note": _summary(result), "sections": parts}
+        for chart in (block for part in parts for block in part.blocks if isinstance(block, Chart)):
             save_plot(draw(chart, LIGHT), output / chart.name)
         write_atomically(output / "claims.md", render("clips.studies", "claims.md.j2", **shown))
         tiles = [(f"({key})", _tile(claim), claim["title"]) for key, claim in result["claims"].items()]

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clips.common.errors import UserError
+from clips.common.errors import CommandError, UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
 from clips.config import RunConfig
@@ -89,7 +89,7 @@ def reproduce(
     seconds = _seconds_before(output) if all(run.is_finished(output) for run in everything) else None
     train(everything, output, jobs, console)
     variants = {name: variant_record(name, runs, output) for name, runs in runs_of.items()}
-    result = {
+    result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": seconds or round(time.monotonic() - begin),
         "samples": samples,
@@ -219,16 +219,22 @@ def judge_llava(report: Path) -> dict[str, Any]:
 def environment(runs: Sequence[PretrainingRun], output: Path) -> dict[str, Any]:
     """What the runs found, and the processors of this machine."""
     found = read_json(output / runs[0].name / "env.json") if runs else {}
-    kept = {name: found[name] for name in ("python", "platform", "device", "packages") if name in found}
+    names = ("python", "platform", "device", "packages")
+    kept: dict[str, Any] = {name: found[name] for name in names if name in found}
     return {"cpus": os.cpu_count(), **kept}
 
 
 def train_text_tokens(run_dir: Path, samples: int = 256) -> dict[str, float]:
-    """Mean tokens of the texts that a run's text tower was fed (bos, eos and CLS not counted), from its own loader."""
+    """Mean tokens of the texts that a run's text tower was fed (bos, eos and CLS not counted), from its own data.
+
+    Raises CommandError where the data cannot be read any more.
+    """
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
     source = open_split(run.data, "train", need_long=True)
     batch = BatchDataset(source, tokenizer, run, run.phases[0])[range(samples)]
+    if isinstance(batch, CommandError):
+        raise batch
     texts = {name: batch[name] for name in ("web", "sub") if name in batch}
     return {name: round(float((ids != tokenizer.pad_id).sum(1).float().mean()) - 3, 1) for name, ids in texts.items()}
 

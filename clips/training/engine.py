@@ -45,6 +45,7 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
     tagged with `use_muon`, which DeepSpeed's ZeRO optimizers read.
     """
     members: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    parameter: Any  # nn.Parameter knows of no `use_muon`
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -62,7 +63,7 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    adam = {"betas": optim.betas, "eps": optim.eps}
+    adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -147,7 +148,7 @@ class Engine:
         return self.engine(batch)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> CLIPSModel:
         return self.engine.module.model
 
     def set_lr(self, lr: float, muon_lr: float) -> None:

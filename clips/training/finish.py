@@ -10,7 +10,7 @@ from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.rundir import REPORT, has_report
 from clips.config import RunConfig
-from clips.data.splits import open_split, split_spec
+from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate, figures_table
 from clips.evaluation.examples import collect_examples
@@ -23,7 +23,8 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
     console = Console(stderr=True)
     size = run.phases[-1].image_size
-    split = next((name for name in ("test", "val") if split_spec(run.data, name)), None)
+    held_out: tuple[Split, ...] = ("test", "val")
+    split = next((name for name in held_out if split_spec(run.data, name)), None)
     if split is not None:
         figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
         console.print(figures_table(figures, f"{split} split"))

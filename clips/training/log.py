@@ -37,7 +37,9 @@ class RunLog:
         self.started = time.monotonic()
         interactive = sys.stderr.isatty()
         self.bar = tqdm(total=run.samples, unit="sample", unit_scale=True, disable=not interactive, smoothing=0.05)
-        self.total, self.first = run.samples, None
+        self.total = run.samples
+        self.first: tuple[int, float] | None = None
+        """(samples, time) of the first line, from which the time left is told."""
 
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
@@ -118,7 +120,8 @@ class Meter:
     def _reset(self, samples: int) -> None:
         self.since, self.waiting, self.samples = time.perf_counter(), 0.0, samples
         self.sums: dict[str, torch.Tensor] = {}
-        self.count, self.skipped = 0, []
+        self.count = 0
+        self.skipped: list[tuple[str, str]] = []
 
     def timed(self, loader: Any) -> Any:
         """Iterate `loader`, measuring the time in which the loop waits for it."""

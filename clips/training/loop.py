@@ -129,7 +129,7 @@ def _train(
                 seen.append((loss.detach(), batch["keys"]))
                 engine.backward(loss)
                 if micro == run.train.accumulation - 1:
-                    finite, stopping = engine.agree(loss, stop.requested)
+                    finite, stopping = engine.agree(loss, bool(stop.requested))
                     if not finite:
                         _not_finite(seen, state, phase)
                 engine.step()
@@ -192,7 +192,7 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
 def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
     """Write a checkpoint from rank 0; when that fails every rank ends, and the older checkpoints are intact."""
     weights, optimizer = engine.state.gather_weights(), engine.state.gather_optimizer()
-    failure = [None]
+    failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             checkpoint.save(run_dir, weights, optimizer, state, run.train.keep_checkpoints)

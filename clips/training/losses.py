@@ -6,6 +6,7 @@ Shapes: B local batch · W ranks · E embedding width · D decoder width · V vo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,14 +28,14 @@ class _AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x_BE: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BE: Tensor) -> Tensor:
         ctx.local = len(x_BE)
         parts = [torch.empty_like(x_BE) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x_BE.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad[dist.get_rank() * ctx.local :][: ctx.local]

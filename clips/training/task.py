@@ -50,12 +50,11 @@ class Task(nn.Module):
             contrastive = torch.stack(pairs).mean()
         loss = self.config.contrastive_weight * contrastive
         parts = {"contrastive_loss": contrastive.detach(), "logit_scale": out.logit_scale.detach()}
-        if out.caption_states is not None and self.config.caption_weight:
+        captioner = self.model.captioner
+        if captioner is not None and out.caption_states is not None and self.config.caption_weight:
             caption = batch["caption"]
             targets = caption[:, 1:].masked_fill(caption[:, 1:] == self.model.text.pad_id, IGNORE)
-            total, count = caption_loss(
-                out.caption_states, targets, self.model.captioner.head, self.config.caption_chunk
-            )
+            total, count = caption_loss(out.caption_states, targets, captioner.head, self.config.caption_chunk)
             caption_mean = mean_over_ranks(total, count)
             loss = loss + self.config.caption_weight * caption_mean
             parts["caption_loss"] = caption_mean.detach()

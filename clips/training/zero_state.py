@@ -16,7 +16,7 @@ The names say fp16 and bit16 for historical reasons; here all weights are fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class ZeroState:
 
         DeepSpeed's setters change the master only, and the forward pass would go on with the old value.
         """
-        parameter = self.names[name]
+        parameter: Any = self.names[name]  # with the attributes that DeepSpeed adds
         yield parameter.data  # empty in stage 3, outside the forward pass
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
@@ -120,7 +120,7 @@ class ZeroState:
             return safe_get_full_optimizer_state(parameter, key)
         full = torch.zeros_like(parameter)
         momentum, is_owner = self._whole_momentum(parameter)
-        if is_owner:
+        if momentum is not None and is_owner:
             full.copy_(momentum)
         dist.all_reduce(full)  # one owner, so the sum is its value
         return full
@@ -172,13 +172,13 @@ class ZeroState:
         the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
         """
         optimizer = self.optimizer
+        inner = optimizer if self.stage == 0 else optimizer.optimizer
+        tensors: Iterable[tuple[Tensor, Sequence[nn.Parameter]]]
         if self.stage == 0:
-            inner, tensors = optimizer, [(p, [p]) for p in self.names.values()]
+            tensors = [(p, [p]) for p in self.names.values()]
         elif self.stage == 3:
-            inner = optimizer.optimizer
             tensors = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
         else:
-            inner = optimizer.optimizer
             tensors = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
         for i, (flat, members) in enumerate(tensors):
             state = inner.state[flat]

@@ -18,6 +18,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
-from clips.data.splits import open_split, split_spec
+from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights.formats import logit_scale_parameter, write_hf_vit, write_open_clip
@@ -128,12 +129,14 @@ def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" would break the training line
+    loaded: Any  # a pair, which transformers' annotation does not say
     if json.loads((directory / "config.json").read_text())["model_type"] == "clip_vision_model":
-        model, info = CLIPVisionModel.from_pretrained(directory, output_loading_info=True)
-        norm = getattr(model, "vision_model", model).post_layernorm
+        loaded = CLIPVisionModel.from_pretrained(directory, output_loading_info=True)
+        norm = getattr(loaded[0], "vision_model", loaded[0]).post_layernorm
     else:
-        model, info = ViTModel.from_pretrained(directory, add_pooling_layer=False, output_loading_info=True)
-        norm = model.layernorm
+        loaded = ViTModel.from_pretrained(directory, add_pooling_layer=False, output_loading_info=True)
+        norm = loaded[0].layernorm
+    model, info = loaded
     if left := {kind: names for kind, names in info.items() if names}:
         raise ExportError(f"{directory}: transformers did not take the weights one to one: {left}")
     logging.enable_progress_bar()
@@ -178,7 +181,8 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     if flags.data is not None:
         source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
     else:
-        split = next(name for name in ("test", "val", "train") if split_spec(run.data, name))
+        splits: tuple[Split, ...] = ("test", "val", "train")
+        split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.path / "export")

@@ -1,30 +1,39 @@
 """The same weights under the names of others: open_clip (both ways) and transformers.
 
-open_clip's and CLIP's patch convolutions have no bias. Ours is added to the positions of the patch tokens, which
-is the same sum. Padding: see clips/model/text.py and `open_clip_config`.
+open_clip's and CLIP's patch convolutions have no bias. Ours, if there is one (`vision.patch_bias`), is added to the
+positions of the patch tokens, which is the same sum. Padding: see clips/model/text.py and `open_clip_config`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.tensors import assign_weights, read_weights, write_weights
-from clips.config import ModelConfig, TextConfig, VisionConfig
+from clips.config import ModelConfig, PositionTable, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
-from clips.data.tokenizer import CaptionTokenizer
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
 
 POSITION_TOLERANCE = 1e-4
-"""How far positions read from a file may be from the sin-cos table plus a constant."""
+"""How far positions read from a file may be from a sin-cos table plus a constant."""
+NO_PATCH_BIAS = 1e-5
+"""Up to here that constant is the rounding of a table that was computed in fp32, and no patch bias."""
+CLIPA_CONTEXT = 32
+"""Slots of CLIPA's text towers, by which alone their configurations differ from those of CLIPS."""
+BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
+"""What `hf_tokenizer_name` says where this project's BERT tokenizer is meant."""
 #: our name → open_clip's, inside a block
 OPEN_CLIP_BLOCK = {
     "norm1.weight": "ln_1.weight",
@@ -98,7 +107,8 @@ def logit_scale_parameter(model: CLIPSModel) -> Tensor:
 def _positions_with_bias(model: CLIPSModel) -> Tensor:
     """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
     table = model.visual.pos_embed.clone()
-    table[1:] += model.visual.patch_embed.bias
+    if model.visual.patch_embed.bias is not None:
+        table[1:] += model.visual.patch_embed.bias
     return table
 
 
@@ -174,27 +184,23 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
 def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     """Read a CLIPS checkpoint in open_clip's format (config, weights and tokenizer files in `directory`).
 
-    Works for the exports written here and for others of the same architecture whose positions are the fixed sin-cos
-    table plus a constant; anything else is refused with a UserError. There is no captioner in such a file.
+    Works for the exports written here, for the checkpoints of CLIPS and OpenVision as their authors publish them, and
+    for others of the same architecture whose positions are one of the fixed sin-cos tables plus a constant; anything
+    else is refused with a UserError. There is no captioner in such a file.
     LayerNorm's eps and the kind of GELU are always CLIPS' own (1e-6, tanh in text): files converted from the JAX
     original leave them at open_clip's defaults, which moves features by about 1e-3.
+    Tokenizer files may be missing where the configuration names BERT's.
     """
     directory = Path(directory)
-    config_path = directory / "open_clip_config.json"
-    try:
-        stock = json.loads(config_path.read_text())["model_cfg"]
-        config = _model_config(stock)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path} is not an open_clip configuration of a CLIPS model: {error!r}") from None
+    config = read_open_clip_config(directory)
     files = sorted(directory.glob("open_clip*.safetensors")) or sorted(directory.glob("open_clip*.bin"))
     if not files:
         raise UserError(f"{directory} holds no open_clip*.safetensors or open_clip*.bin")
     source = read_weights(files[0])
     if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors stand at the top
         source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
-    tokenizer = CaptionTokenizer.load(directory)
+    tokenizer = _open_clip_tokenizer(directory, config.text.vocab_size)
 
-    model = CLIPSModel(config, tokenizer.pad_id)
     copied = _open_clip_names(config)
     special = {"logit_scale", "visual.class_embedding", "visual.positional_embedding"} | (
         {"text.cls_emb"} & set(source)
@@ -204,20 +210,78 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
         raise UserError(f"{files[0]} lacks {', '.join(missing[:5])}: not a CLIPS model as its configuration says")
     tensors = {ours: source[theirs] for ours, theirs in copied.items()}
     tensors |= {ours: source[theirs].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
-    positions = source["visual.positional_embedding"] - sincos_positions(
-        config.vision.width, config.vision.image_size // config.vision.patch_size
-    )
-    bias = positions[1:].mean(dim=0)
-    if (positions[1:] - bias).abs().max() > POSITION_TOLERANCE:
-        raise UserError(f"{files[0]}: the image positions are learned, not the fixed sin-cos table of CLIPS")
-    tensors["visual.patch_embed.bias"] = bias
-    tensors["visual.cls_token"] = source["visual.class_embedding"] + positions[0]
+    stored = source["visual.positional_embedding"].float()
+    vision, bias = _recognise_positions(stored, config.vision, files[0])
+    if bias is not None:
+        tensors["visual.patch_embed.bias"] = bias
+    tensors["visual.cls_token"] = source["visual.class_embedding"] + stored[0]  # the tables' first row is zero
     if "text.cls_emb" in source:
         tensors["text.token_embed.weight"] = tensors["text.token_embed.weight"].clone()
         tensors["text.token_embed.weight"][tokenizer.cls_id] = source["text.cls_emb"]
+    model = CLIPSModel(dataclasses.replace(config, vision=vision), tokenizer.pad_id)
     tensors["logit_scale"] = source["logit_scale"].reshape(model.logit_scale.shape)
     assign_weights(model, tensors, files[0])
     return model.eval(), tokenizer
+
+
+def _recognise_positions(stored: Tensor, vision: VisionConfig, path: Path) -> tuple[VisionConfig, Tensor | None]:
+    """Which table `stored` [1 + N, D] is, and the patch bias [D] that was added to it (None: no bias).
+
+    Returns `vision` with both; raises UserError where no table fits.
+    """
+    grid = vision.image_size // vision.patch_size
+    if stored.shape != (1 + grid**2, vision.width):
+        raise UserError(
+            f"{path}: visual.positional_embedding has shape {tuple(stored.shape)}, but {grid} × {grid} patches of "
+            f"width {vision.width} need {(1 + grid**2, vision.width)}: image_size, patch_size or width of "
+            "open_clip_config.json are not those of the weights"
+        )
+    found: dict[PositionTable, tuple[float, Tensor]] = {}
+    for table in typing.get_args(PositionTable):
+        rest = stored[1:] - sincos_positions(vision.width, grid, table)[1:]
+        bias = rest.mean(dim=0)
+        found[table] = (rest - bias).abs().max().item(), bias
+    table = min(found, key=lambda name: found[name][0])
+    difference, bias = found[table]
+    if not difference <= POSITION_TOLERANCE:  # also when it is NaN
+        differences = ", ".join(f"{largest:.1e} from {name}" for name, (largest, _) in found.items())
+        raise UserError(
+            f"{path}: the image positions are learned, not a fixed sin-cos table of CLIPS: visual.positional_embedding "
+            f"differs by up to {differences}"
+        )
+    has_bias = bias.abs().max().item() > NO_PATCH_BIAS
+    return dataclasses.replace(vision, pos_embed=table, patch_bias=has_bias), bias if has_bias else None
+
+
+def _open_clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
+    """The tokenizer in `directory`, or this project's own BERT where the configuration names it and brings no files.
+
+    UserError where there is neither, or more ids than the text tower's `vocab_size`.
+    """
+    text = json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    has_files = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    if text.get("hf_tokenizer_name") in BERT_NAMES and not has_files:
+        tokenizer = build_tokenizer("bert")
+    else:
+        tokenizer = CaptionTokenizer.load(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, text_cfg.vocab_size of open_clip_config.json "
+            f"is {vocab_size}: they are not of one model"
+        )
+    return tokenizer
+
+
+def read_open_clip_config(directory: Path) -> ModelConfig:
+    """What `directory`/open_clip_config.json says of a CLIPS model; UserError where it is another architecture.
+
+    `pos_embed` and `patch_bias` are not in it but in the weights (`import_open_clip`).
+    """
+    path = directory / "open_clip_config.json"
+    try:
+        return _model_config(json.loads(path.read_text())["model_cfg"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not an open_clip configuration of a CLIPS model: {error!r}") from None
 
 
 def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
@@ -254,6 +318,11 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
                     f"{part}.{key} is {stock[part].get(key)!r}, a CLIPS model has {ours[part].get(key)!r}: "
                     "this is another architecture"
                 )
+    if not pad_mask and "tokenizer_mode" not in text and config.text.context_length == CLIPA_CONTEXT:
+        raise UserError(
+            f"text_cfg.context_length is {CLIPA_CONTEXT} and there is no tokenizer_mode: this is a CLIPA model, whose "
+            'texts are laid out in another way; a CLIPS model of this length says tokenizer_mode "clips"'
+        )
     return config
 
 
@@ -266,7 +335,7 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     vision, tower = model.config.vision, model.visual
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": vision.width,
         "num_hidden_layers": vision.layers,
         "num_attention_heads": vision.heads,
@@ -276,6 +345,7 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
     }
+    config: CLIPVisionConfig | ViTConfig
     if vision.pre_norm:
         config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim, architectures=["CLIPVisionModel"])
         tensors = {
@@ -291,6 +361,7 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
         tensors = {
             "embeddings.cls_token": tower.cls_token[None, None],
             "embeddings.position_embeddings": tower.pos_embed[None],
+            "embeddings.patch_embeddings.projection.bias": torch.zeros(vision.width),  # ViTModel always has one
             **_parameters("embeddings.patch_embeddings.projection", tower.patch_embed),
             **_parameters("layernorm", tower.norm),
             **_hf_blocks(tower.blocks, "encoder.layer", VIT_BLOCK),
@@ -310,14 +381,14 @@ def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 def _hf_blocks(blocks: nn.ModuleList, prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors of all blocks under transformers' names; the joint qkv projection is split in three."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         for ours, theirs in names.items():
             name = f"{prefix}.{i}.{theirs}"
             if ours in ("attn.q", "attn.k", "attn.v"):
                 part = "qkv".index(ours[-1])
-                tensors[f"{name}.weight"] = block.attn.qkv.weight.chunk(3)[part]
-                tensors[f"{name}.bias"] = block.attn.qkv.bias.chunk(3)[part]
+                tensors[f"{name}.weight"] = block.get_parameter("attn.qkv.weight").chunk(3)[part]
+                tensors[f"{name}.bias"] = block.get_parameter("attn.qkv.bias").chunk(3)[part]
             else:
                 tensors |= _parameters(name, block.get_submodule(ours))
     return tensors

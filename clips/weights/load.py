@@ -39,6 +39,7 @@ class LoadedModel:
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, an export directory, or a native or open_clip export; None: the newest run under `runs`.
 
+    Official checkpoints of CLIPS and OpenVision are of open_clip's kind.
     Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
     """
     path = Path(path) if path is not None else _newest_run(Path(runs))

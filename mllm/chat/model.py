@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
-from mllm.data.conversation import ConversationEncoder
+from mllm.data.conversation import answering_encoder
 from mllm.model.load import load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 
@@ -82,9 +81,8 @@ class ChatModel:
     `worker`; whatever else uses the model is submitted there too.
 
     Args:
-        conv_mode: a name of `mllm.data.formats.FORMATS`. "auto": the model's own chat template; where it has none that
-            treats all turns alike (LLaVA-1.5's on the hub has not), chatml or llama_3 if the tokenizer has their
-            control tokens, else v1.
+        conv_mode: a name of `mllm.data.formats.FORMATS`; "auto" is the format that the model was trained with, see
+            `mllm.data.conversation.answering_encoder`.
     """
 
     def __init__(
@@ -100,7 +98,7 @@ class ChatModel:
         self.name = model_name(directory)
         self.tokens_per_image: int = model.config.image_seq_length
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = _encoder(processor.tokenizer, conv_mode, self.tokens_per_image)
+        self.encoder = answering_encoder(processor.tokenizer, conv_mode, self.tokens_per_image)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @staticmethod
@@ -127,30 +125,3 @@ class ChatModel:
         model, processor = load_llava(directory, torch.device("cpu"), kind)
         quantize(model.model.language_model, bits, kind, place)
         return ChatModel(model.to(place), processor, directory, conv_mode)
-
-
-LLAVA_MODES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
-"""LLaVA's values of --conv-mode and what they are called here."""
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens: int) -> ConversationEncoder:
-    version = LLAVA_MODES.get(version, version)
-    try:
-        return ConversationEncoder(tokenizer, version, num_image_tokens)
-    except UserError:
-        if version != "auto":
-            raise
-    for version in ("chatml", "llama_3"):
-        try:
-            encoder = ConversationEncoder(tokenizer, version, num_image_tokens)
-            break
-        except UserError:
-            continue  # its control tokens are missing
-    else:
-        encoder = ConversationEncoder(tokenizer, "v1", num_image_tokens)
-    print(
-        f"note: the model has no chat template that treats every turn alike; format {encoder.format.name} is used "
-        "(another: --conv-mode)",
-        file=sys.stderr,
-    )
-    return encoder

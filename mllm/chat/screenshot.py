@@ -49,7 +49,7 @@ def open_tab(page: Page, url: str, tab: str) -> None:
     page.locator(".box textarea:visible, .encoder:visible").first.wait_for()
 
 
-def take_picture(
+def take_screenshot(
     out: Path, model_names: Sequence[str], *, tab: str, example: int, width: int, height: int, dark: bool, device: str
 ) -> None:
     """Serve the page, ask the demo's example number `example` (from 0) in `tab` of TABS, write what is then seen.

@@ -32,24 +32,24 @@ from mllm.data.questions import Question, read_questions
 from mllm.evaluation.scores import answer_line
 from mllm.model.load import newest_model
 
-OWN_PICTURES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
+OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
 """For pictures that the person at the keyboard names."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """A model may write escape sequences; a terminal must not carry them out."""
 
 
-def load_picture(place: str) -> Image:
+def load_image(place: str) -> Image:
     """The picture behind a path, a file:// or an http(s) address; UserError with the reason where there is none."""
     try:
         if place.startswith(("http://", "https://")):
-            return read_image(fetch_image(place, OWN_PICTURES), OWN_PICTURES)
+            return read_image(fetch_image(place, OWN_IMAGES), OWN_IMAGES)
         path = _local_path(place)
         if not os.path.isfile(path):
             raise UserError("there is no such file")
-        if os.path.getsize(path) > OWN_PICTURES.image_bytes:
-            raise UserError(f"the file is larger than {OWN_PICTURES.image_bytes:,} bytes")
-        return read_image(Path(path).read_bytes(), OWN_PICTURES)
+        if os.path.getsize(path) > OWN_IMAGES.image_bytes:
+            raise UserError(f"the file is larger than {OWN_IMAGES.image_bytes:,} bytes")
+        return read_image(Path(path).read_bytes(), OWN_IMAGES)
     except (UserError, OSError) as error:
         raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -123,7 +123,7 @@ class Talk:
     def attach(self, places: Sequence[str]) -> None:
         """Pictures for the next question."""
         for place in places:
-            image = load_picture(place)
+            image = load_image(place)
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
             print(f"picture {number}: {place} ({image.width} × {image.height}), goes with your next question")
@@ -300,7 +300,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     if flags.web:
         _web(flags, options)
         return
-    images = [load_picture(place) for place in flags.image_file or ()]
+    images = [load_image(place) for place in flags.image_file or ()]
     model = ChatModel.load(flags.model_path, **options)
     if flags.input:
         output = Path(flags.output)

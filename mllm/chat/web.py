@@ -90,7 +90,7 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
                 1, limits.new_tokens, min(256, limits.new_tokens), step=1, label="Longest answer", info="in tokens"
             )
         with gr.Column(min_width=300), gr.Accordion("Camera", open=False):
-            camera = _Picture(sources=["webcam"], show_label=False, height=280)
+            camera = _ImagePath(sources=["webcam"], show_label=False, height=280)
 
     def begin(message: dict[str, Any], talk: Talk) -> dict[str, Any]:
         return web_talk.begin(message, talk, columns, limits)
@@ -171,7 +171,7 @@ def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
     )  # fmt: skip
 
 
-class _Picture(gr.Image):
+class _ImagePath(gr.Image):
     """A picture as the path of its file: only clips/data/images.py opens what strangers send."""
 
     is_template = True
@@ -189,7 +189,7 @@ def _encoder_view(encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple
             encoder = gr.Dropdown(
                 list(encoders), value=first, label="Encoder", container=False, visible=len(encoders) > 1 or "hidden"
             )
-            picture = _Picture(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
+            picture = _ImagePath(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
             if examples:
                 gr.Examples([[path] for path, _ in examples[:5]], picture, label="Demo scenes")
             word = gr.Textbox(label="Look for", placeholder="a word or a sentence", submit_btn=True)

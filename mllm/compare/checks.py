@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +132,20 @@ def _refuse(place: Path, what: str, changes: list[str]) -> None:
 
 def assert_same_samples(clips: Path, clip: Path) -> None:
     """UserError unless both pretraining runs saw the same samples in as many steps of the same batches."""
-    changes = [
-        f"{name}: {ours} and {theirs}" for name, ours, theirs in _pretraining_settings(clips, clip) if ours != theirs
-    ]
+    ours, theirs = _what_was_seen(clips), _what_was_seen(clip)
+    changes = [f"{name}: {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     if changes:
         raise UserError(f"{clip} is no fair baseline of {clips}, they saw different things:\n  " + "\n  ".join(changes))
 
 
-def _pretraining_settings(*runs: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(name, of the first, of the second) of what decides which samples a run sees, and what it came to."""
-    configs, seen = [read_json(run / "config.json") for run in runs], [samples_seen(run) for run in runs]
-    yield "data", *(config["data"] for config in configs)
-    yield "seed", *(config["train"]["seed"] for config in configs)
-    yield "image tower", *(config["model"]["vision"] for config in configs)
+def _what_was_seen(run: Path) -> dict[str, Any]:
+    """What decides which samples a pretraining run sees, and what it came to."""
+    config = read_json(run / "config.json")
     rates = ("lr", "muon_lr")  # each has its own best ones
-    yield "phases", *([{k: v for k, v in p.items() if k not in rates} for p in c["phases"]] for c in configs)
-    yield "samples and steps seen", *seen
+    return {
+        "data": config["data"],
+        "seed": config["train"]["seed"],
+        "image tower": config["model"]["vision"],
+        "phases": [{k: v for k, v in phase.items() if k not in rates} for phase in config["phases"]],
+        "samples and steps seen": samples_seen(run),
+    }

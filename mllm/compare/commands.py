@@ -11,7 +11,7 @@ from clips import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder, benchmarks_done
 from mllm.compare.comparison import Comparison, budget_share, question_limit
 from mllm.data.dataset import read_json_records
-from mllm.training.arguments import TrainArguments, parse_train_arguments
+from mllm.training.arguments import ResolvedArguments, TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES
 
@@ -34,7 +34,7 @@ def train_flags(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
     return flags
 
 
-def train_arguments(comparison: Comparison, cell: Cell, stage: int) -> TrainArguments:
+def train_arguments(comparison: Comparison, cell: Cell, stage: int) -> ResolvedArguments:
     """The same as the run itself will read them; raises UserError for flags that it would refuse."""
     return parse_train_arguments(train_flags(comparison, cell, stage)).resolve(comparison.gpus)
 
@@ -91,14 +91,13 @@ def pretrain_config(comparison: Comparison, encoder: PretrainedEncoder) -> RunCo
     return config_from_flags(pretraining_parser().parse_args(flags))
 
 
-def retrieval_command(comparison: Comparison, run: Path) -> list[str]:
-    """Retrieval of a pretraining run's encoder on the Karpathy split of `--karpathy`."""
-    split = comparison.karpathy
+def retrieval_command(comparison: Comparison, split: Path, run: Path) -> list[str]:
+    """Retrieval of a pretraining run's encoder on the Karpathy file `split`."""
     command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", comparison.device]
     command += ["--karpathy", str(split), "--image-root", str(comparison.image_root or split.parent)]
-    return [*command, "--out", str(retrieval_figures(comparison, run))]
+    return [*command, "--out", str(retrieval_figures(split, run))]
 
 
-def retrieval_figures(comparison: Comparison, run: Path) -> Path:
+def retrieval_figures(split: Path, run: Path) -> Path:
     """Where `retrieval_command` leaves its figures."""
-    return run / f"evaluation-{comparison.karpathy.stem}.json"
+    return run / f"evaluation-{split.stem}.json"

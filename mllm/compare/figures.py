@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
@@ -70,7 +70,7 @@ def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]
     clusters = [line.get("image") or f"question {line['question_id']}" for line in first]
     found: dict[str, ItemScores] = {}
 
-    def add(name: str, items: list[int], scores: dict[Cell, Sequence[float]], kind: str | None = None) -> None:
+    def add(name: str, items: list[int], scores: Mapping[Cell, Sequence[float]], kind: str | None = None) -> None:
         by_encoder = defaultdict(list)
         for cell in cells:
             by_encoder[cell.encoder].append([float(value) for value in scores[cell]])
@@ -114,7 +114,7 @@ def compare_scores(
         for a, b in combinations(names, 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
             estimate = bootstrap.interval(between)
-            row = {"a": a, "b": b, "metric": name, "kind": metric.kind}
+            row: dict[str, Any] = {"a": a, "b": b, "metric": name, "kind": metric.kind}
             row |= {"mean": estimate.mean, "ci95": [estimate.low, estimate.high]}
             row |= {"seeds": seeds, "items": items, "verdict": estimate.verdict}
             row |= {"items_needed": bootstrap.items_needed(between), "p_mcnemar": None, "p_holm": None}

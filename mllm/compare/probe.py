@@ -5,7 +5,7 @@ In percent, as in clips/.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -53,7 +53,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
     return measured
 
 
-def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
+def _labelled(split: Literal["train", "test"], limit: int | None) -> list[tuple[bytes, str]]:
     """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
     items, _ = open_test_set(DataConfig(train="demo"), split)
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
@@ -63,7 +63,10 @@ def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
 
 @torch.inference_mode()
 def _image_set(encoder: VisionEncoder, labelled: list[tuple[bytes, str]], device: torch.device) -> ImageSet:
-    model, pooled, labels, skipped = encoder.model.to(device), [], [], []
+    model: Any = encoder.model  # the `to` of transformers is typed as a function of the model
+    model.to(device)
+    pooled, skipped = [], []
+    labels: list[str | None] = []
     for start in range(0, len(labelled), 64):
         pixels = []
         for image, label in labelled[start : start + 64]:

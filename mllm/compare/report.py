@@ -237,8 +237,8 @@ def _percent(figure: dict[str, Any] | None) -> str:
 
 
 def cost_table(report: Report) -> Table:
-    parts = ("align", "instruct", "evaluation", "benchmarks")
-    parts = [part for part in parts if any(part in cell["cost"] for cell in report["cells"])]
+    known = ("align", "instruct", "evaluation", "benchmarks")
+    parts = [part for part in known if any(part in cell["cost"] for cell in report["cells"])]
     rows, every = [], [sum(cell["cost"].values()) for cell in report["cells"]]
     for cell, together in zip(report["cells"], every, strict=True):
         seconds = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]

@@ -94,12 +94,14 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
             lambda cell: run_cell(comparison, cell, commands, table.say),
             [cell for cell in cells if not is_done(comparison, cell)],
         )
-    if comparison.karpathy:
-        runs = sorted({cell.pretraining_run for cell in cells} - {None})
-        todo = [run for run in runs if not retrieval_figures(comparison, run).is_file()]
-        commands.map(
-            lambda run: commands.run(retrieval_command(comparison, run), comparison.output / f"{run.name}.log"), todo
-        )
+    split = comparison.karpathy
+    if split is not None:
+        runs = sorted({run for cell in cells if (run := cell.pretraining_run) is not None})
+
+        def retrieve(run: Path) -> None:
+            commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
+
+        commands.map(retrieve, [run for run in runs if not retrieval_figures(split, run).is_file()])
     report = collect(comparison, measure_encoders(comparison, choose_device(comparison.device)), command)
     page = write_report(report, comparison.output, image_folder)
     output = for_rich(str(comparison.output))

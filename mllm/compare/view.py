@@ -45,7 +45,7 @@ class StateTable:
     def __init__(self, comparison: Comparison, console: Console) -> None:
         self.comparison, self.console = comparison, console
         self.cells, self.encoders = cells_of(comparison), encoders_to_pretrain(comparison)
-        done = {cell: is_done(comparison, cell) for cell in self.cells}
+        done: dict[Cell | PretrainedEncoder, bool] = {cell: is_done(comparison, cell) for cell in self.cells}
         done |= {encoder: is_finished(encoder.directory) for encoder in self.encoders}
         self.states = {run: State(DONE if finished else WAITS) for run, finished in done.items()}
         self.planned: dict[tuple[str, str], int] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import IMAGE_TOKEN, control_pattern, control_tokens, get_format
+from mllm.data.formats import IMAGE_TOKEN, closest_format, control_pattern, control_tokens, get_format, token_id
 
 IGNORE = -100
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -77,7 +78,7 @@ class ConversationEncoder:
         self.format = get_format(version, tokenizer)
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
-        self._control = {text: tokenizer.convert_tokens_to_ids(text) for text in control_tokens(tokenizer)}
+        self._control = {text: token_id(tokenizer, text) for text in control_tokens(tokenizer)}
         if IMAGE_TOKEN not in self._control:
             raise UserError(f"the tokenizer has no special token {IMAGE_TOKEN}: add it before building conversations")
         self.image_id = self._control[IMAGE_TOKEN]
@@ -105,8 +106,9 @@ class ConversationEncoder:
         nothing would be trained.
         """
         ids, trained = self._ids(self._segments(turns, images, sample), sample)
-        truncated = self.max_length is not None and len(ids) > self.max_length
-        if truncated:
+        truncated = False
+        if self.max_length is not None and len(ids) > self.max_length:
+            truncated = True
             room = self.max_length - ids.count(self.image_id)
             if room < 0:
                 raise UserError(
@@ -138,13 +140,13 @@ class ConversationEncoder:
 
     def _segments(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> list[Segment]:
         """The conversation in order: literals of the format, the sample's texts (`_Text`) and images."""
-        turns = check_turns(turns, sample)
-        bodies = place_images(turns, images, sample)
-        if self.format.name == "plain" and (images == 0 or [role for role, _ in turns] not in PLAIN_ROLES):
+        checked = check_turns(turns, sample)
+        bodies = place_images(checked, images, sample)
+        if self.format.name == "plain" and (images == 0 or [role for role, _ in checked] not in PLAIN_ROLES):
             raise UserError(f"{sample}: format plain takes one image question and one caption, nothing else")
         segments: list[Segment] = []
         opening = self.format.first
-        for (role, _), body in zip(turns, bodies, strict=True):
+        for (role, _), body in zip(checked, bodies, strict=True):
             trained = role == "gpt"
             if role == "system":
                 if self.format.system is None:
@@ -158,7 +160,7 @@ class ConversationEncoder:
                     body = [part for part in body if isinstance(part, _Image)]
             parts = [self.format.lead, *body] if role != "system" else body
             # The lead and a text right after it are one segment, so that "▁word" is one token.
-            if len(parts) > 1 and isinstance(parts[1], str):
+            if len(parts) > 1 and isinstance(parts[0], str) and isinstance(parts[1], str):
                 parts[:2] = [parts[0] + parts[1]]
             segments += [(part if isinstance(part, _Image) else _Text(part), trained) for part in parts]
             if role == "human":
@@ -192,9 +194,31 @@ class ConversationEncoder:
         pieces: list[str | int] = []
         position = 0
         for match in self._pattern.finditer(literal):
+            assert match.lastindex is not None  # every alternative of the pattern has one group
             pieces += [literal[position : match.start()], self._control[match[match.lastindex]]]
             position = match.end()
         return [piece for piece in [*pieces, literal[position:]] if piece != ""]
+
+
+def answering_encoder(tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int) -> ConversationEncoder:
+    """The encoder of a finished model's prompts, for evaluation, chat and server alike.
+
+    `conv_mode` "auto" is the format that the model was trained with, see `mllm.data.formats`. Where nothing says it and
+    no format renders as the chat template does, the one with the same headers of turns counts, and stderr says so;
+    UserError where there is none.
+    """
+    try:
+        return ConversationEncoder(tokenizer, conv_mode, num_image_tokens)
+    except UserError:
+        close = closest_format(tokenizer) if conv_mode == "auto" else None
+        if close is None:
+            raise
+    print(
+        f"note: the model's chat template has the turns of format {close.name} but differs from it; {close.name} is "
+        "used (another: --conv-mode)",
+        file=sys.stderr,
+    )
+    return ConversationEncoder(tokenizer, close.name, num_image_tokens)
 
 
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:

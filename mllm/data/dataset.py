@@ -94,9 +94,9 @@ class LlavaDataset(Dataset):
         problems: dict[str, str | None] = {}
         for record in self.records:
             encoder.check(record.turns, len(record.images), record.name)
-            if record.images and store is None:
-                raise UserError(f"{record.name} has an image, but no --image_folder is given")
             for name in record.images:
+                if store is None:
+                    raise UserError(f"{record.name} has an image, but no --image_folder is given")
                 if name not in problems:
                     problems[name] = store.problem(name)
                 if problems[name]:

@@ -98,7 +98,7 @@ IS_BACKGROUND = ("Is the background {color}?", "Is the picture's background {col
 
 
 @dataclass(frozen=True)
-class Picture:
+class DemoScene:
     """One demo scene with its truth; `things` are (name, place) in reading order."""
 
     name: str
@@ -108,10 +108,11 @@ class Picture:
     description: str
 
     @staticmethod
-    def of(sample: RawSample, name: str) -> Picture:
+    def of(sample: RawSample, name: str) -> DemoScene:
         things = sorted((list(PLACES).index(thing["place"]), thing["concept"]) for thing in sample.extra["objects"])
         placed = tuple((concept, list(PLACES)[place]) for place, concept in things)
-        return Picture(name, sample.image, placed, sample.extra["background"], sample.long)
+        assert sample.long is not None  # `_write_pictures` opens the scenes with need_long
+        return DemoScene(name, sample.image, placed, sample.extra["background"], sample.long)
 
     @property
     def caption(self) -> str:
@@ -139,39 +140,39 @@ Asked = tuple[str, str]
 """Question and answer."""
 
 
-def ask_identity(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+def ask_identity(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     thing, place = about
-    wordings = WHAT_AT if len(picture.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
+    wordings = WHAT_AT if len(scene.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
     return rng.choice(wordings).format(at=_at(place)), f"A {thing}"
 
 
-def ask_count(picture: Picture, about: Thing, rng: random.Random) -> Asked:
-    return rng.choice(HOW_MANY), _capital(NUMBERS[len(picture.things)])
+def ask_count(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+    return rng.choice(HOW_MANY), _capital(NUMBERS[len(scene.things)])
 
 
-def ask_where(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+def ask_where(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     thing, place = about
     return rng.choice(WHERE).format(thing=thing), _capital(_at(place))
 
 
-def ask_background(picture: Picture, about: Thing, rng: random.Random) -> Asked:
-    listed = _listed([thing for thing, _ in picture.things])
-    return rng.choice(BACKGROUND).format(listed=listed), _capital(picture.background)
+def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
+    listed = _listed([thing for thing, _ in scene.things])
+    return rng.choice(BACKGROUND).format(listed=listed), _capital(scene.background)
 
 
-def ask_yes_no(picture: Picture, about: Thing, rng: random.Random) -> Asked:
+def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     """As many yes as no for every form. Where it can, a "no" names something that is in the picture elsewhere."""
     yes = rng.random() < 0.5
     thing, place = about
     form = rng.choice((IS_THERE, IS_AT, IS_BACKGROUND))
-    absent = rng.choice([name for name in CONCEPTS if name not in dict(picture.things)])
-    others = [name for name, _ in picture.things if name != thing]
+    absent = rng.choice([name for name in CONCEPTS if name not in dict(scene.things)])
+    others = [name for name, _ in scene.things if name != thing]
     named = thing if yes else rng.choice(others) if form is IS_AT and others else absent
-    color = picture.background if yes else rng.choice([name for name in BACKGROUNDS if name != picture.background])
+    color = scene.background if yes else rng.choice([name for name in BACKGROUNDS if name != scene.background])
     return rng.choice(form).format(thing=named, at=_at(place), color=color), "Yes" if yes else "No"
 
 
-KINDS: dict[str, Callable[[Picture, Thing, random.Random], Asked]] = {
+KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked]] = {
     "identity": ask_identity,
     "count": ask_count,
     "where": ask_where,
@@ -180,32 +181,32 @@ KINDS: dict[str, Callable[[Picture, Thing, random.Random], Asked]] = {
 }
 
 
-def align_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
-    return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
+def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
+    return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
 
 
-def instruct_record(picture: Picture, rng: random.Random) -> dict[str, Any]:
+def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     """A short caption, or different questions of all kinds, places and yes/no most often, in random order.
 
     What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
     for by its place and by its name in one conversation.
     """
     if rng.random() < CAPTION_SHARE:
-        return _record(picture.name, [(rng.choice(CAPTION_PROMPTS), picture.caption)], picture.name, rng)
+        return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
     asked: dict[str, str] = {}
     kinds = [*KINDS, "where", "yes_no"]
     rng.shuffle(kinds)
-    things = rng.sample(picture.things, len(picture.things))
+    things = rng.sample(scene.things, len(scene.things))
     for kind in kinds[: rng.randint(*TURNS)]:
         once = kind in ("identity", "where")
         if things or not once:
-            about = things.pop() if once else rng.choice(picture.things)
-            question, answer = KINDS[kind](picture, about, rng)
+            about = things.pop() if once else rng.choice(scene.things)
+            question, answer = KINDS[kind](scene, about, rng)
             asked.setdefault(question, answer)
     turns = list(asked.items())
     if rng.random() < DESCRIBED_SHARE:
-        turns.append((rng.choice(SHOW), picture.description))
-    return _record(picture.name, turns, picture.name, rng)
+        turns.append((rng.choice(SHOW), scene.description))
+    return _record(scene.name, turns, scene.name, rng)
 
 
 def text_record(number: int, rng: random.Random) -> dict[str, Any]:
@@ -246,15 +247,15 @@ def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random
     return {"id": Path(name).stem, "image": image, "conversations": turns}
 
 
-def eval_questions(pictures: list[Picture], per_kind: int, seed: int) -> list[dict[str, Any]]:
+def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
     """`per_kind` different questions of each kind, answers as evenly spread as the pictures allow (yes/no: exactly)."""
     questions = []
     for kind, ask in KINDS.items():
         rng = random.Random(f"{seed}/questions/{kind}")
         by_answer: dict[str, list[tuple[str, str]]] = {}
-        for picture in rng.sample(pictures, len(pictures)):
-            question, answer = ask(picture, rng.choice(picture.things), rng)
-            by_answer.setdefault(answer, []).append((picture.name, question))
+        for scene in rng.sample(scenes, len(scenes)):
+            question, answer = ask(scene, rng.choice(scene.things), rng)
+            by_answer.setdefault(answer, []).append((scene.name, question))
         chosen: list[tuple[str, str, str]] = []
         while len(chosen) < per_kind and any(by_answer.values()):
             for answer in sorted(by_answer):
@@ -296,15 +297,15 @@ def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, 
     """Every file named at the top into `work`."""
     (work / IMAGES).mkdir()
     align, instruct, seed = wanted["align"], wanted["instruct"], wanted["seed"]
-    train = _write_pictures(demo_dir, "train", align + instruct, work / IMAGES)
-    test = _write_pictures(demo_dir, "test", None, work / IMAGES)
-    align_records = [align_record(picture, random.Random(f"{seed}/align/{picture.name}")) for picture in train[:align]]
-    records = [instruct_record(picture, random.Random(f"{seed}/instruct/{picture.name}")) for picture in train[align:]]
+    train = _write_images(demo_dir, "train", align + instruct, work / IMAGES)
+    test = _write_images(demo_dir, "test", None, work / IMAGES)
+    align_records = [align_record(scene, random.Random(f"{seed}/align/{scene.name}")) for scene in train[:align]]
+    records = [instruct_record(scene, random.Random(f"{seed}/instruct/{scene.name}")) for scene in train[align:]]
     records += [text_record(number, random.Random(f"{seed}/text/{number}")) for number in range(wanted["text_only"])]
     random.Random(f"{seed}/order").shuffle(records)
     descriptions = [
-        {"question_id": number, "image": picture.name, "text": SHOW[0], "references": [picture.description]}
-        for number, picture in enumerate(test[: wanted["per_kind"]])
+        {"question_id": number, "image": scene.name, "text": SHOW[0], "references": [scene.description]}
+        for number, scene in enumerate(test[: wanted["per_kind"]])
     ]
     (work / ALIGN).write_text(json.dumps(align_records, indent=1))
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))
@@ -317,7 +318,7 @@ def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, 
     return {}
 
 
-def _write_pictures(demo_dir: Path, split: str, count: int | None, target: Path) -> list[Picture]:
+def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -> list[DemoScene]:
     source = open_source(demo_split(demo_dir, split), Fields(), need_long=True)
     count = len(source) if count is None else count
     if count > len(source):
@@ -325,12 +326,12 @@ def _write_pictures(demo_dir: Path, split: str, count: int | None, target: Path)
             f"{demo_dir} has {len(source)} {split} scenes, {count} are needed: build more scenes, or ask for fewer "
             "alignment and instruction pictures"
         )
-    pictures = []
+    scenes = []
     for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False):
-        picture = Picture.of(source.read(index), f"{split}-{index:06d}.png")
-        (target / picture.name).write_bytes(picture.data)
-        pictures.append(picture)
-    return pictures
+        scene = DemoScene.of(source.read(index), f"{split}-{index:06d}.png")
+        (target / scene.name).write_bytes(scene.data)
+        scenes.append(scene)
+    return scenes
 
 
 DEMO_DIR = Path("data/llava_demo")

@@ -1,12 +1,18 @@
-"""Conversation formats: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own, as Jinja templates."""
+"""Conversation formats: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own, as Jinja templates.
+
+A model keeps the format that it was trained with beside its tokenizer, as data (`save_format`). `auto` reads that, and
+where there is none finds the format by rendering.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
@@ -20,6 +26,10 @@ LLAMA_3_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+
+
+SAVED = "conversation_format"
+"""Key of tokenizer_config.json; a stock transformers tokenizer carries it along unread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class Format:
     """Starts each question and each answer, inside the text's own segment (`v1`: the space after the colon)."""
     keeps_question: bool = True
     """False for `plain`: of the question only the images stay."""
+    bos: str = ""
+    """What the tokenizer put in front of every text; `first` and `system` start with it."""
 
     def chat_template(self) -> str:
         """Jinja template with these pieces, for content as a string or as a list of image and text parts."""
@@ -123,15 +135,31 @@ def _chatml(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
+    """What the model was saved with; else the named format that renders as its chat template, else that one's pieces.
+
+    Formats that render alike have the same ids, so it does not matter which of them is found first.
+    """
+    saved = saved_format(tokenizer)
+    if saved is not None:
+        return saved
+    own = _renderings(tokenizer, tokenizer.chat_template)
+    alike = (known for known in _expressible(tokenizer) if own == _renderings(tokenizer, known.chat_template()))
+    return next(alike, None) or _cut(tokenizer)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
     """Cut the tokenizer's own chat template into pieces by rendering it around sentinel texts."""
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: choose --version v1, llama_3 or chatml")
+        raise UserError(
+            "the tokenizer has no chat template: choose --version (evaluation, chat and server: --conv-mode) v1, "
+            "llama_3 or chatml"
+        )
     system, *texts = [f"sentinel{i}text" for i in range(5)]
     roles = ["user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
     def cut(messages: list[dict[str, str]], generate: bool = False) -> list[str]:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         return re.split("|".join(message["content"] for message in messages), text)
 
     try:
@@ -166,10 +194,13 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 FORMATS = {"plain": _plain, "v1": _v1, "llama_3": _llama_3, "chatml": _chatml, "auto": _auto}
+LLAVA_NAMES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
+"""LLaVA's other names of formats, and what they are called here."""
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     """The pieces of format `name` for `tokenizer`; UserError for an unknown name or missing control tokens."""
+    name = LLAVA_NAMES.get(name, name)
     if name not in FORMATS:
         raise UserError(f"conversation format {name!r} is not known; choose one of: {', '.join(FORMATS)}")
     chosen = FORMATS[name](tokenizer)
@@ -181,11 +212,150 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
             "have: choose --version auto or v1"
         )
     # What the tokenizer puts in front of every text (a bos) belongs to the pieces, so that ids and template agree.
-    leading = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-    if leading and not chosen.first.startswith(leading):
-        system = chosen.system and (leading + chosen.system[0], chosen.system[1])
-        chosen = replace(chosen, first=leading + chosen.first, system=system)
-    return chosen
+    bos = _leading_bos(tokenizer)
+    if bos and not chosen.first.startswith(bos):
+        system = chosen.system and (bos + chosen.system[0], chosen.system[1])
+        chosen = replace(chosen, first=bos + chosen.first, system=system)
+    return replace(chosen, bos=bos)
+
+
+def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
+    """The one named format whose headers of turns are those of the tokenizer's chat template, or None.
+
+    White space, the end-of-sequence token and what stands before the first question are not compared: LLaVA-1.5's
+    template on the hub has v1's headers, but neither its system text nor its end of an answer.
+    """
+    own = _headers(tokenizer, tokenizer.chat_template)
+    if own is None:
+        return None
+    alike = [known for known in _expressible(tokenizer) if own == _headers(tokenizer, known.chat_template())]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _expressible(tokenizer: PreTrainedTokenizerBase) -> list[Format]:
+    """The named formats of a talk whose control tokens the tokenizer has."""
+    found = []
+    for name in ("v1", "llama_3", "chatml"):
+        try:
+            found.append(get_format(name, tokenizer))
+        except UserError:
+            continue  # that is the question asked here
+    return found
+
+
+_TALK = [
+    {"role": role, "content": f"sentinel{i}text"}
+    for i, role in enumerate(["system", "user", "assistant", "user", "assistant"])
+]
+
+
+def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str | None] | None:
+    """Prompts and whole talks, with and without a system text (None where the template refuses one), less the bos."""
+    bos = _leading_bos(tokenizer)
+    talks = [(_TALK[start:stop], stop % 2 == 0) for start in (1, 0) for stop in (2, 3, 4, 5)]
+    texts = [_render(tokenizer, template, talk, generate) for talk, generate in talks]
+    return None if texts[0] is None else [text and text.removeprefix(bos) for text in texts]
+
+
+def _headers(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str] | None:
+    """What stands after the first question, the first answer and the second question, eos and white space removed."""
+    text = _render(tokenizer, template, _TALK[1:4], generate=True)
+    if text is None:
+        return None
+    pieces = re.split("|".join(turn["content"] for turn in _TALK[1:4]), text)[1:]
+    return ["".join(piece.replace(tokenizer.eos_token or "", "").split()) for piece in pieces]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, talk: list[dict[str, str]], generate: bool
+) -> str | None:
+    """`talk` with all its texts in order, or None; some templates take texts only as lists of parts."""
+    if not template:
+        return None
+    listed: list[Any] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
+    for turns in (talk, listed):
+        try:
+            text: Any = tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=generate
+            )
+        except (TemplateError, TypeError, ValueError):
+            continue
+        if re.findall(r"sentinel\dtext", text) == [turn["content"] for turn in talk]:
+            return text
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- kept with a model
+def save_format(tokenizer: PreTrainedTokenizerBase, chosen: Format) -> None:
+    """Keep `chosen` with the tokenizer: it is saved and loaded with it, and `get_format("auto", …)` gives it back."""
+    tokenizer.init_kwargs[SAVED] = asdict(chosen)
+
+
+def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
+    """What `save_format` kept; UserError where tokenizer_config.json holds something else."""
+    saved = tokenizer.init_kwargs.get(SAVED)
+    if saved is None:
+        return None
+    problem = f"{tokenizer.name_or_path}/tokenizer_config.json: {SAVED} is not a conversation format; remove the field"
+    try:
+        system = saved["system"] and tuple(saved["system"])
+        found = Format(**saved | {"system": system})
+    except (KeyError, TypeError):
+        raise UserError(problem) from None
+    texts = [value for name, value in asdict(found).items() if name not in ("system", "keeps_question")]
+    if not (
+        all(isinstance(text, str) for text in [*texts, *(system or ())])
+        and (system is None or len(system) == 2)
+        and isinstance(found.keeps_question, bool)
+    ):
+        raise UserError(problem)
+    return found
+
+
+def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop the tokenizer from adding a bos, for a chat template that writes it.
+
+    Else `processor(text=rendered)` has two. A template without it would not do: `tokenizer.apply_chat_template`, and
+    servers with it, never let the tokenizer add one.
+    """
+    if not _adds_bos(tokenizer):
+        return
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(Tokenizer(models.BPE()).to_str())  # the smallest one that a post-processor can be read from
+    part = json.loads(backend.to_str())["post_processor"]
+    state["post_processor"] = _without_token(part, tokenizer.bos_token)
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:
+    """A post-processor's description whose templates do not add `token`."""
+    if part["type"] == "Sequence":
+        return part | {"processors": [_without_token(inner, token) for inner in part["processors"]]}
+    if part["type"] == "TemplateProcessing":
+        kept = {
+            name: [piece for piece in part[name] if piece.get("SpecialToken", {}).get("id") != token]
+            for name in ("single", "pair")
+        }
+        return part | kept
+    return part
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The bos that belongs before every conversation: what the tokenizer adds, or added when the model was saved."""
+    saved = saved_format(tokenizer)
+    if saved is not None:
+        return saved.bos
+    return tokenizer.bos_token if _adds_bos(tokenizer) else ""
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token that the vocabulary has."""
+    found: Any = tokenizer.convert_tokens_to_ids(token)  # a list only for a list of tokens
+    return found
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

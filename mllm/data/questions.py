@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,36 @@ def open_questions(
     """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
     questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
-        if question.image and store is None:
+        if not question.image:
+            continue
+        if store is None:
             raise UserError(
                 f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
                 "of compare_encoders.py: --question-images)"
             )
-        problem = store.problem(question.image) if question.image else None
+        problem = store.problem(question.image)
         if problem:
             raise UserError(f"{path}: question {question.id}: {problem}")
     return questions, store
+
+
+def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> list[Question]:
+    """The part `chunk_idx` of `num_chunks`, split as LLaVA's get_chunk does; UserError for one that is not there.
+
+    All have the size of the first, except for the last, which is smaller; few questions make fewer chunks.
+    """
+    if num_chunks < 1:
+        raise UserError(f"--num-chunks must be at least 1, found {num_chunks}")
+    if not 0 <= chunk_idx < num_chunks:
+        raise UserError(f"--chunk-idx {chunk_idx}: of {num_chunks} chunks it must be one of 0 to {num_chunks - 1}")
+    size = math.ceil(len(questions) / num_chunks)
+    chunk = questions[chunk_idx * size : (chunk_idx + 1) * size]
+    if not chunk:
+        raise UserError(
+            f"--chunk-idx {chunk_idx} of {num_chunks} is empty: {len(questions)} questions, {size} in a chunk; "
+            "choose fewer --num-chunks"
+        )
+    return chunk
 
 
 def evenly_spread(questions: list[Question], limit: int | None) -> list[Question]:

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BaseImageProcessor,
+    CLIPImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    LlavaImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
@@ -24,6 +25,8 @@ from transformers import (
 
 SelectFeature = Literal["default", "full"]
 AspectRatio = Literal["square", "pad"]
+ImageProcessor = CLIPImageProcessor | LlavaImageProcessor
+"""LLaVA's is CLIP's with padding to a square."""
 UNUSED = ("pooler.", "head.", "vision_model.head.")
 """Parameters behind the token features; no part of what an encoder is."""
 
@@ -57,7 +60,7 @@ class VisionEncoder:
     source: str
     """Where the weights came from, for people."""
     model: PreTrainedModel
-    image_processor: BaseImageProcessor
+    image_processor: ImageProcessor
     select_layer: int | list[int] = -2
     """Index into the hidden states (0 = embeddings); several layers are concatenated along the width."""
     select_feature: SelectFeature = "default"

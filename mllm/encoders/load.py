@@ -13,16 +13,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    BaseImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
     PreTrainedModel,
     ViTModel,
 )
 
-from clips import init_weights, newest_export, sincos_positions
+from clips import LAYER_NORM_EPS, init_weights, newest_export, read_open_clip_config, sincos_positions
 from clips.common.errors import UserError
-from mllm.encoders.encoder import KINDS, UNUSED
+from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
 
@@ -42,7 +41,7 @@ class VisionRequest:
     seed: int
 
 
-LoadedVision = tuple[PreTrainedModel, BaseImageProcessor, str]
+LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
 """Model, image processor, source."""
 
 
@@ -65,9 +64,13 @@ def untrained(blind: bool) -> Callable[[VisionRequest], LoadedVision]:
 
 
 def load_open_clip(request: VisionRequest) -> LoadedVision:
+    return _load_open_clip(request.argument)
+
+
+def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
+    """`eps`: that of the LayerNorms, where the model's configuration does not tell it."""
     import open_clip
 
-    argument = request.argument
     if argument.startswith(("local-dir:", "hf-hub:")):
         place = argument.partition(":")[2]
         model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder')}", None
@@ -85,6 +88,10 @@ def load_open_clip(request: VisionRequest) -> LoadedVision:
             raise UserError(f"open_clip has no weights {pretrained!r} for {model_name}; it has: {', '.join(tags)}")
     with loading("vision encoder", f"open_clip:{argument}"):
         visual = open_clip.create_model(model_name, pretrained=pretrained).visual.float().eval()
+    if eps is not None:
+        for module in visual.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
     preprocess = visual.preprocess_cfg
     if preprocess["resize_mode"] == "longest":
         raise UserError(
@@ -144,11 +151,20 @@ def _load_export(directory: Path) -> LoadedVision:
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
         if (place / "open_clip_config.json").is_file():
-            return load_open_clip(VisionRequest(argument=f"local-dir:{place}", runs=Path(), seed=0))
+            return _load_open_clip(f"local-dir:{place}", eps=LAYER_NORM_EPS if _is_clips(place) else None)
     raise UserError(
         f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
         "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
     )
+
+
+def _is_clips(directory: Path) -> bool:
+    """Whether the open_clip model there is one of CLIPS, whose eps some of its files leave out."""
+    try:
+        read_open_clip_config(directory)
+    except UserError:
+        return False
+    return True
 
 
 def _load_transformers(directory: Path) -> LoadedVision:
@@ -162,7 +178,9 @@ def _load_transformers(directory: Path) -> LoadedVision:
             f"stock LLaVA model here; known kinds: {known}"
         )
     with loading("vision encoder", directory):
-        model, info = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        # With its loading info it returns a pair, which its annotation does not say.
+        loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
     check_complete(info, "vision encoder", directory, allowed=UNUSED)
     if getattr(model, "pooler", None) is not None and info["missing_keys"]:
@@ -215,7 +233,7 @@ def _image_processor(
     )
 
 
-def _mapped(name: str, reader: Callable[[nn.Module], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
+def _mapped(name: str, reader: Callable[[Any], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
     try:
         model = to_transformers(reader(original))
     except (NotPlain, AttributeError) as error:
@@ -236,7 +254,7 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
     if not isinstance(model, (ViTModel, CLIPVisionModel)):
         raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")
     is_clip = isinstance(model, CLIPVisionModel)
-    embeddings = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
+    embeddings: Any = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
     patch = embeddings.patch_embedding if is_clip else embeddings.patch_embeddings.projection
     positions = embeddings.position_embedding.weight if is_clip else embeddings.position_embeddings[0]
     cls_token = embeddings.class_embedding if is_clip else embeddings.cls_token

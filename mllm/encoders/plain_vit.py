@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -59,7 +60,7 @@ class PlainViT:
     image_size: int
 
 
-def read_open_clip(visual: nn.Module) -> PlainViT:
+def read_open_clip(visual: Any) -> PlainViT:
     """Take open_clip's image tower apart; raises NotPlain where it is more than a plain ViT."""
     if type(visual).__name__ == "TimmModel":
         return read_timm(visual.trunk)
@@ -98,7 +99,7 @@ def read_open_clip(visual: nn.Module) -> PlainViT:
     )
 
 
-def read_timm(model: nn.Module) -> PlainViT:
+def read_timm(model: Any) -> PlainViT:
     """Take timm's `VisionTransformer` apart; raises NotPlain where it is more than a plain ViT."""
     kind = type(model).__name__
     _require(kind == "VisionTransformer", f"it is a {kind}, not a plain VisionTransformer")
@@ -163,6 +164,8 @@ def to_transformers(plain: PlainViT) -> PreTrainedModel:
         "image_size": plain.image_size,
         "patch_size": patch_size,
     }
+    cls: type[PreTrainedModel]
+    config: PreTrainedConfig
     tensors: dict[str, Tensor] = {}
 
     def put(name: str, pair: Linear) -> None:
@@ -180,6 +183,7 @@ def to_transformers(plain: PlainViT) -> PreTrainedModel:
         tensors["vision_model.embeddings.patch_embedding.weight"] = weight
         put("vision_model.post_layernorm", plain.norm)
         if plain.cls is not None:
+            assert plain.pre_norm is not None  # a CLS without it is the branch above
             cls, config = CLIPVisionModel, CLIPVisionConfig(**common)
             positions = torch.cat([plain.positions[:1], plain.positions[1:] + bias])
             tensors["vision_model.embeddings.class_embedding"] = plain.cls
@@ -195,7 +199,9 @@ def to_transformers(plain: PlainViT) -> PreTrainedModel:
             put(f"{prefix}.{i}.{names[ours]}", pair)
     # Through from_pretrained, so that the hub's names, which every release of transformers reads, can be used.
     state = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items()}
-    model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    # With its loading info it returns a pair, which its annotation does not say.
+    loaded: Any = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    model, info = loaded
     wrong = {name for name in info["missing_keys"] if not name.startswith("pooler.")} | set(info["unexpected_keys"])
     _require(not wrong, f"these weights have no place: {', '.join(sorted(wrong)[:5])}")
     return model.eval()
@@ -228,13 +234,13 @@ def _require(condition: bool, reason: str) -> None:
         raise NotPlain(reason)
 
 
-def _pair(module: nn.Module) -> Linear:
+def _pair(module: nn.Linear | nn.Conv2d | nn.LayerNorm) -> Linear:
     """Weight and bias of a linear, convolution or norm; a missing bias is zero."""
     bias = module.bias
     return module.weight, torch.zeros(len(module.weight)) if bias is None else bias
 
 
-def _scaled(module: nn.Linear, scale: nn.Module) -> Linear:
+def _scaled(module: nn.Linear, scale: Any) -> Linear:
     """`module` followed by a layer scale (or nothing), as one linear."""
     weight, bias = _pair(module)
     if isinstance(scale, nn.Identity):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +24,11 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
-from mllm.data.conversation import ConversationEncoder
+from mllm.data.conversation import answering_encoder
 from mllm.data.dataset import pad_rows
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, evenly_spread, open_questions, read_questions
+from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line, score
 from mllm.model.load import load_llava, model_name, newest_model
@@ -45,15 +46,22 @@ def generate_answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    conv_mode: str = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
     answered: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers in the order of `questions`, each asked alone; `answered` is told the size of each batch.
+    """Answers in the order of `questions`, each asked alone; `answered` is told the size of each batch.
 
+    `conv_mode` is that of `mllm.data.conversation.answering_encoder`. Temperature 0 is greedy, more draws; the same
+    seed and batch size draw the same.
     Batches are padded on the left, so an answer does not depend on its neighbours (up to the arithmetic's rounding).
     Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
     """
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
-    encoder = ConversationEncoder(tokenizer, "auto", model.config.image_seq_length)
+    encoder = answering_encoder(tokenizer, conv_mode, model.config.image_seq_length)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
@@ -65,27 +73,32 @@ def generate_answers(
         if question.image and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
+    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature else {}
     settings = GenerationConfig(
-        do_sample=False,
+        do_sample=bool(drawn),
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
         eos_token_id=encoder.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
+        **drawn,
     )
     answers = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: (questions[i].image is None, len(prompts[i])))
+    order = sorted(range(len(questions)), key=lambda i: (not questions[i].image, len(prompts[i])))
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
-        for chosen in _chunks(order, batch_size, lambda i: questions[i].image is None):
+        for chosen in _chunks(order, batch_size, lambda i: not questions[i].image):
             rows = [prompts[i] for i in chosen]
             inputs = {
                 "input_ids": pad_rows(rows, tokenizer.pad_token_id, left=True),
                 "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=True),
             }
-            if questions[chosen[0]].image is not None:
-                pixels = [_pixels(processor, store, questions[i]) for i in chosen]
+            shown = [(questions[i], name) for i in chosen if (name := questions[i].image)]
+            if shown and store is not None:  # without a store no question has an image: see above
+                pixels = [_pixels(processor, store, question, name) for question, name in shown]
                 inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            output = model.generate(**inputs, generation_config=settings)
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(seed + chosen[0])
+                output = model.generate(**inputs, generation_config=settings)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text.strip()
@@ -101,9 +114,9 @@ def _chunks(order: list[int], size: int, key: Any) -> list[list[int]]:
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question) -> torch.Tensor:
+def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question, name: str) -> torch.Tensor:
     try:
-        return image_pixels(processor.image_processor, store.load(question.image))
+        return image_pixels(processor.image_processor, store.load(name))
     except BrokenSample as broken:
         raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
 
@@ -156,6 +169,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         store = ImageStore(demo / IMAGES)
         files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
         sets = {key: evenly_spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
+    sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
+    if flags.num_chunks > 1:
+        out = out / f"{flags.num_chunks}_{flags.chunk_idx}"  # several run at once
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -165,7 +181,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             answers = generate_answers(
                 model, processor, questions, store,
-                batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, answered=progress.advance,
+                batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
+                temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
             )  # fmt: skip
             figures |= score(questions, answers)
             path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"

@@ -33,10 +33,11 @@ def embed_inputs(
         image_features = select_features(
             tower, pixels, config.vision_feature_layer, config.vision_feature_select_strategy
         )
+    elif image_features is not None and len(image_features) > 0:
+        has_images = True
     else:
-        has_images = image_features is not None and len(image_features) > 0
-        if not has_images:
-            image_features = torch.zeros(1, 1, projector.linear_1.in_features, device=input_ids.device)
+        has_images = False
+        image_features = torch.zeros(1, 1, projector.linear_1.in_features, device=input_ids.device)
     projected = projector(image_features.to(inputs_embeds.device, projector.linear_1.weight.dtype))
     projected = projected.to(inputs_embeds.dtype)
     positions = input_ids == config.image_token_id

@@ -6,10 +6,11 @@ import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
@@ -37,7 +38,7 @@ def build_model(
             f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
             "choose a smaller image size, a larger patch size or another language model"
         )
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]  # every config takes pad_token_id, none declares it
         vision_config=copy.deepcopy(vision.config),
         text_config=copy.deepcopy(causal.config),
         image_token_index=llm.image_token_id,
@@ -47,7 +48,8 @@ def build_model(
         projector_hidden_act=projector_activation(projector),
         pad_token_id=llm.tokenizer.pad_token_id,
     )
-    for part in (config.vision_config, config.text_config):
+    parts: list[Any] = [config.vision_config, config.text_config]
+    for part in parts:
         part._name_or_path = ""  # a path of this machine
         part.__dict__.pop("auto_map", None)  # names code that does not come along, and is not needed
     _check_language_model(llm, config)
@@ -98,7 +100,7 @@ def _check_language_model(llm: LanguageModel, config: LlavaConfig) -> None:
 
 
 @torch.no_grad()
-def _check_logits(model: LlavaForConditionalGeneration, causal: nn.Module, source: str) -> None:
+def _check_logits(model: LlavaForConditionalGeneration, causal: PreTrainedModel, source: str) -> None:
     ids = torch.arange(1, 9, device=causal.device)[None] % causal.config.vocab_size
     causal.eval()
     ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits
@@ -141,7 +143,7 @@ def save_model(
 
 def model_card(model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str]) -> str:
     """Markdown with the hub's header: what was trained on what, and how to load it."""
-    config = model.config
+    config: Any = model.config
     rows = "\n".join(f"| {key} | {for_markdown(str(value), LONGEST)} |" for key, value in card.items())
     return f"""---
 library_name: transformers

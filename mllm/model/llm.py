@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root
-from mllm.data.formats import IMAGE_TOKEN, get_format
+from mllm.data.formats import IMAGE_TOKEN, get_format, leave_bos_to_template, save_format, token_id
 from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
@@ -48,7 +48,7 @@ class LanguageModel:
 
     @property
     def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return token_id(self.tokenizer, IMAGE_TOKEN)
 
     @property
     def context_length(self) -> int | None:
@@ -61,12 +61,15 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" where there is none; "plain" is for alignment only and leaves both as they
-    are. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for remote code.
+    are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
+    and for models that ask for remote code.
     """
     directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
     with loading("language model", directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
-        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
+        # With its loading info it returns a pair, which its annotation does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
+        model, info = loaded
     check_complete(info, "language model", directory)
     # How it was loaded here, and code that does not come along: no part of a model that is passed on.
     for key in ("is_local", "local_files_only", "auto_map"):
@@ -75,10 +78,12 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     add_special_tokens(model, tokenizer)
     if version == "auto" and not tokenizer.chat_template:
         version = "v1"
-    if version != "plain":
-        chosen = get_format(version, tokenizer)
+    chosen = get_format(version, tokenizer)
+    if chosen.name != "plain":
         tokenizer.chat_template = chosen.chat_template()
-        _stop_at(model, tokenizer.convert_tokens_to_ids(chosen.end.strip()))
+        leave_bos_to_template(tokenizer)
+        _stop_at(model, token_id(tokenizer, chosen.end.strip()))
+    save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
 
 
@@ -101,13 +106,15 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if PAD_TOKEN in wanted:
         tokenizer.pad_token = PAD_TOKEN
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    words: Any = model.get_input_embeddings()
+    if len(tokenizer) > words.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # resizing replaces them
+    tables = {id(layer.weight): layer.weight for layer in layers}
     for table in tables.values():
         table[old_length : len(tokenizer)] = table[:old_length].mean(dim=0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return [token for token in wanted if tokenizer.convert_tokens_to_ids(token) >= old_length]
+    return [token for token in wanted if token_id(tokenizer, token) >= old_length]
 
 
 def _forget_sampling(config: GenerationConfig) -> None:

@@ -30,9 +30,11 @@ def load_llava(
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        # With its loading info it returns a pair, which its annotation does not say.
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
         )
+        model, info = loaded
     check_complete(info, "model", directory)
     return model.to(device).eval(), processor
 

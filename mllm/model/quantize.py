@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -23,6 +25,7 @@ def quantize(model: nn.Module, bits: int, compute_dtype: torch.dtype, device: to
             continue
         size, bias = (layer.in_features, layer.out_features), layer.bias is not None
         weight = layer.weight.detach().clone()
+        new: Any  # the two kinds of layers and of weights have no common type
         if bits == 4:
             new = bnb.nn.Linear4bit(
                 *size, bias, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4", device="meta"
@@ -47,7 +50,8 @@ LARGEST_ERROR = {4: 0.15, 8: 0.05}
 @torch.no_grad()
 def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None:
     # bitsandbytes 0.50 on CPUs dequantises rows whose length is no multiple of the block of 64 wrongly.
-    restored = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).float().to(weight.device)
+    own = layer.get_parameter("weight")
+    restored = dequantize_bnb_weight(own, state=getattr(layer, "state", None)).float().to(weight.device)
     error = ((restored - weight.float()).norm() / weight.float().norm()).item()
     if not error < LARGEST_ERROR[bits]:
         raise UserError(
@@ -63,7 +67,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).to(dtype)
+            own = layer.get_parameter("weight")
+            weight = dequantize_bnb_weight(own, state=getattr(layer, "state", None)).to(dtype)
             new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
             _replace(model, name, new)

@@ -46,11 +46,11 @@ from mllm.serve.schemas import (
     ChatForm,
     ChatRequest,
     EmbeddingForm,
-    bad_picture,
+    bad_image,
     chat_request,
     check_amount,
+    image_bytes,
     parse,
-    picture_bytes,
 )
 
 ENCODER = "encoder"
@@ -130,7 +130,7 @@ def create_app(
         form = parse(ChatForm, await body_of(request))
         check_model(form.model, chat.name)
         asked = chat_request(form, limits)
-        data = await unless_gone(request, picture_bytes(asked.images, limits, allow_image_urls, "messages"))
+        data = await unless_gone(request, image_bytes(asked.images, limits, allow_image_urls, "messages"))
         items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if form.stream:
@@ -157,7 +157,7 @@ def create_app(
         if len(form.input) > limits.inputs:
             raise ApiError(400, f"input: more than this server's limit of {limits.inputs} inputs", param="input")
         check_amount(len(urls), sum(map(len, texts)), limits, "input")
-        data = await unless_gone(request, picture_bytes(urls, limits, allow_image_urls, "input"))
+        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "input"))
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
             pictures = iter(_decode(data, limits, "input"))
@@ -210,7 +210,7 @@ def _decode(data: list[bytes], limits: Limits, param: str) -> list[Image]:
         try:
             images.append(read_image(encoded, limits))
         except UserError as error:
-            raise bad_picture(number, error, param) from None
+            raise bad_image(number, error, param) from None
     return images
 
 

@@ -235,7 +235,7 @@ def check_amount(images: int, characters: int, limits: Limits, param: str) -> No
         raise ApiError(400, message, param=param, code="string_above_max_length")
 
 
-async def picture_bytes(urls: list[str], limits: Limits, allow_image_urls: bool, param: str) -> list[bytes]:
+async def image_bytes(urls: list[str], limits: Limits, allow_image_urls: bool, param: str) -> list[bytes]:
     """The encoded pictures of data URLs and, where allowed, of public addresses; ApiError 400 with the reason."""
     pictures, total = [], 0
     for number, url in enumerate(urls):
@@ -253,11 +253,11 @@ async def picture_bytes(urls: list[str], limits: Limits, allow_image_urls: bool,
             if total > limits.body_bytes:
                 raise UserError(f"the pictures together are above this server's limit of {limits.body_bytes:,} bytes")
         except UserError as error:
-            raise bad_picture(number, error, param) from None
+            raise bad_image(number, error, param) from None
     return pictures
 
 
-def bad_picture(number: int, error: UserError, param: str) -> ApiError:
+def bad_image(number: int, error: UserError, param: str) -> ApiError:
     return ApiError(400, f"picture {number}: {error}", param=param, code="invalid_image")
 
 

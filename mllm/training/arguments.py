@@ -84,7 +84,7 @@ class TrainArguments:
     profile: int = flag(0, "optimizer steps that torch's profiler records into STAGE/profile (default: 0, none)")
     dry_run: bool = flag(False, "print the command and the plan, train nothing")
 
-    def resolve(self, world_size: int) -> TrainArguments:
+    def resolve(self, world_size: int) -> ResolvedArguments:
         """The same with every default filled in; raises UserError for values that do not fit each other."""
         import torch  # not at the top: --help is answered without it
 
@@ -106,20 +106,24 @@ class TrainArguments:
             "gradient_checkpointing": on_gpu,
             "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
         }
-        missing = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
-        filled = replace(self, **{name: value for name, value in defaults.items() if name in missing})
+        filled = dataclasses.asdict(self)
+        filled |= {name: value for name, value in defaults.items() if filled[name] is None}
         if stage.number == 2:  # it starts from stage 1's projector
-            filled = replace(filled, mm_projector_init=None)
-        if filled.bits < 16 and not filled.lora_enable and stage.number == 2:
-            raise UserError(f"--bits {filled.bits} cannot train the language model's own weights: add --lora_enable")
-        return filled._with_batches(world_size, {name: getattr(self, name) for name in BATCHES})
+            filled["mm_projector_init"] = None
+        if self.bits < 16 and not filled["lora_enable"] and stage.number == 2:
+            raise UserError(f"--bits {self.bits} cannot train the language model's own weights: add --lora_enable")
+        batches = self._batches(world_size, filled["batch_size"], filled["per_device_train_batch_size"])
+        return ResolvedArguments(**filled | batches)
 
-    def _with_batches(self, world_size: int, given: dict[str, int | None]) -> TrainArguments:
-        """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`."""
-        total, micro, accumulation = self.batch_size, self.per_device_train_batch_size, given[BATCHES[2]]
-        if given["batch_size"] is None and accumulation is not None:
+    def _batches(self, world_size: int, total: int, micro: int | None) -> dict[str, int]:
+        """`batch_size` = ranks × `gradient_accumulation_steps` × `per_device_train_batch_size`.
+
+        `total` and `micro` are the sizes of step and forward pass, given or else the stage's.
+        """
+        accumulation = self.gradient_accumulation_steps
+        if self.batch_size is None and accumulation is not None:
             total = (micro or 16) * world_size * accumulation
-        if given["per_device_train_batch_size"] is None:
+        if micro is None or self.per_device_train_batch_size is None:
             share = total // (world_size * (accumulation or 1))
             micro = max(1, share if accumulation else min(micro or 16, share))
         steps = total // (micro * world_size)
@@ -130,9 +134,11 @@ class TrainArguments:
                 f"{'--gradient_accumulation_steps ' + str(wanted) if wanted != steps else 'a whole number'}: "
                 "change one of them"
             )
-        return replace(
-            self, batch_size=total, per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, steps)
-        )
+        return {
+            "batch_size": total,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": steps,
+        }
 
     @property
     def description(self) -> Stage:
@@ -149,7 +155,30 @@ class TrainArguments:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in NOT_RESULT}
 
 
-BATCHES = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+@dataclass(frozen=True, kw_only=True)
+class ResolvedArguments(TrainArguments):
+    """One stage with its defaults filled in, by `TrainArguments.resolve`: these fields have a value."""
+
+    output_dir: str
+    version: str
+    mm_vision_select_layer: int
+    image_aspect_ratio: Literal["square", "pad"]
+    group_by_modality_length: bool
+    lora_enable: bool
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    learning_rate: float
+    num_train_epochs: float
+    max_steps: int
+    batch_size: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    bf16: bool
+    gradient_checkpointing: bool
+    dataloader_num_workers: int
+
+
 NOT_RESULT = {
     *("output_dir", "dry_run", "device", "deepspeed", "feature_cache", "cache_dir", "dataloader_num_workers"),
     *("logging_steps", "save_steps", "save_total_limit", "report_to", "profile", "gradient_checkpointing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,17 @@ from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import Collator
 from mllm.model.projector_start import start_from_captions
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments
+from mllm.training.freeze import llava_of
 from mllm.training.prepare import START_IMAGES, Prepared
 
 START_TOKENS, START_BATCH = 16, 64
 """The fit takes this many tokens of each image; images are read in batches of START_BATCH."""
 
 
-def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:
+def fit_to_captions(
+    arguments: ResolvedArguments, prepared: Prepared, collator: Collator, device: torch.device
+) -> float:
     """`start_from_captions` on up to `START_IMAGES` samples that have one picture; the same on every rank."""
     single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -26,7 +30,8 @@ def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Col
     if not chosen:
         raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
     captions, parts, encoder = [], [], prepared.vision
-    encoder.model.to(device)
+    tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
+    tower.to(device)
     for begin in range(0, len(chosen), START_BATCH):
         samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
         captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
@@ -36,10 +41,10 @@ def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Col
                 features = encoder.features(features.to(device)).cpu()
         kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
         parts.append(features[:, kept])
-    model = prepared.model
+    model = llava_of(prepared.model)
     projector = model.model.multi_modal_projector  # on a GPU already, or not yet: with DeepSpeed
     fitted = copy.deepcopy(projector).float().cpu()
-    words = model.get_input_embeddings().weight.cpu()
+    words = model.get_input_embeddings().get_parameter("weight").cpu()
     r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
     for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
         value = value.data.to(device)  # NCCL takes no other

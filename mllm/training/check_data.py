@@ -163,6 +163,8 @@ def _check_images(
     if decode_limit is not None and decode_limit < len(present):
         present = [present[i] for i in np.linspace(0, len(present) - 1, decode_limit).astype(int)]
     report.images_decoded = len(present)
+    if store is None:
+        return
 
     def decode(name: str) -> str | None:
         try:
@@ -172,7 +174,7 @@ def _check_images(
         return None
 
     # Threads, since the decoders release the interpreter; a tar's file position is shared, so there one at a time.
-    workers = 1 if store is not None and store.location.is_file() else 4
+    workers = 1 if store.location.is_file() else 4
     with ThreadPoolExecutor(workers) as pool:
         reasons = track(pool.map(decode, present), "pictures", total=len(present), transient=True)
         for name, reason in zip(present, reasons, strict=True):
@@ -192,7 +194,7 @@ def render_example(encoder: ConversationEncoder, record: Record) -> Text:
             runs.append((style, []))
         runs[-1][1].append(token)
     for style, ids in runs:
-        shown = f"[{len(ids)} × {IMAGE_TOKEN}]" if style == "magenta" else visible(encoder.tokenizer.decode(ids))
+        shown = f"[{len(ids)} × {IMAGE_TOKEN}]" if style == "magenta" else visible(str(encoder.tokenizer.decode(ids)))
         text.append(shown, style=style)
     return text
 

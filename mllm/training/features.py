@@ -111,11 +111,12 @@ class FeatureCache:
                 f"{free / 1e9:.1f} GB free: choose another cache folder or --no-feature-cache"
             )
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
-        model = self.encoder.model.to(device)
+        model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
+        model.to(device)
         load = partial(_load_or_error, pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor)))
         with tqdm(total=len(todo), unit="img", desc="image features") as bar:
             for start in range(0, len(todo), per_file):
-                chunk = todo[start : start + per_file]
+                chunk: Any = todo[start : start + per_file]  # a list is enough for a DataLoader, not for its annotation
                 parts = []
                 for pixels in DataLoader(chunk, batch_size, collate_fn=load, num_workers=workers):
                     if isinstance(pixels, UserError):

@@ -14,32 +14,33 @@ from clips.common.files import read_json, write_json
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments
+from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
 
 
 def write_results(
-    arguments: TrainArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
+    arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
 ) -> None:
     """The projector always; after stage 2 adapter and model; at last done.json, which makes the stage count.
 
     `cast` brings every part to one precision, as a stock model has; under DeepSpeed they are so already.
     """
     model, stage_dir = prepared.model, run_dir / summary["stage"]
-    llava = model.get_base_model() if isinstance(model, PeftModel) else model
+    llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
     save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR)
     if arguments.stage == 2:
         dtype = llava.lm_head.weight.dtype
         quantized = arguments.bits < 16
         if isinstance(model, PeftModel):
-            model.save_pretrained(run_dir / "adapter")
+            model.save_pretrained(str(run_dir / "adapter"))
             save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
-            model = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
+            llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
-            model = dequantize(model, dtype)
+            dequantize(llava, dtype)
         save_model(
-            model.to(dtype) if cast else model, prepared.processor, run_dir / "model",
+            llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model",
             vision=prepared.vision, card=card(run_dir, summary),
         )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
@@ -49,7 +50,8 @@ def write_results(
 
 def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
     """What the model card says: what was trained on what, in both stages."""
-    config, rows = read_json(run_dir / "config.json"), {}
+    config = read_json(run_dir / "config.json")
+    rows: dict[str, str] = {}
     for stage in ("align", "instruct"):
         record = config.get(stage)
         if record is None:

@@ -19,30 +19,34 @@ def part_of(name: str) -> str:
     return "projector" if "multi_modal_projector." in name else "language_model"
 
 
-def wanted(model: nn.Module, plan: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
+def llava_of(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The LLaVA model that `model` is or holds (a PeftModel holds it with adapters inside)."""
+    return next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
+
+
+def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """(name, parameter, whether it trains by `plan`) of every parameter of a LLaVA model, with adapters or without."""
-    llava = next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
-    projector = llava.model.multi_modal_projector
+    projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
     projector_trains = {id(p) for layer in trainable_layers(projector).values() for p in layer.parameters()}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        trains = plan[part] == "full" or (plan[part] == "lora" and ".lora_" in name)
+        trains = freeze[part] == "full" or (freeze[part] == "lora" and ".lora_" in name)
         if part == "projector":
             trains = trains and id(parameter) in projector_trains
         yield name, parameter, trains
 
 
-def apply_plan(model: nn.Module, plan: dict[str, Training]) -> None:
+def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
     """Set `requires_grad` of every parameter."""
-    for _, parameter, trains in wanted(model, plan):
+    for _, parameter, trains in wanted(model, freeze):
         parameter.requires_grad_(trains)
 
 
-def assert_plan(model: nn.Module, plan: dict[str, Training]) -> None:
+def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
     """Raise RuntimeError naming parameters that train against `plan`, and parts that should train and do not."""
-    wrong = [name for name, parameter, trains in wanted(model, plan) if parameter.requires_grad != trains]
-    missing = [part for part in PARTS if plan[part] != "frozen" and not count_parameters(model)[part][1]]
+    wrong = [name for name, parameter, trains in wanted(model, freeze) if parameter.requires_grad != trains]
+    missing = [part for part in PARTS if freeze[part] != "frozen" and not count_parameters(model)[part][1]]
     if wrong or missing:
         raise RuntimeError(f"the freeze table is not kept: {', '.join(wrong[:5] or missing)}")
 

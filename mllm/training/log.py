@@ -65,7 +65,7 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.active or "loss" not in (logs or {}):
+        if not self.active or logs is None or "loss" not in logs:
             return
         now = (time.monotonic(), state.global_step)
         speed = (now[1] - self.last[1]) * self.batch_size / max(now[0] - self.last[0], 1e-9)

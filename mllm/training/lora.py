@@ -14,16 +14,16 @@ from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from mllm.model.quantize import dequantize
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments
 
 
-def add_lora(model: nn.Module, arguments: TrainArguments) -> PeftModel:
+def add_lora(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> PeftModel:
     """`model` with fresh adapters, the same on every rank."""
     torch.manual_seed(arguments.seed)
     return _with_adapters(model, lora_config(model, arguments))
 
 
-def lora_config(model: nn.Module, arguments: TrainArguments) -> LoraConfig:
+def lora_config(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> LoraConfig:
     """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
@@ -42,13 +42,13 @@ def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def merge_lora(model: nn.Module) -> LlavaForConditionalGeneration:
+def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForConditionalGeneration:
     """The plain model with LoRA adapters added into its weights; a model without adapters is returned as it is.
 
     Raises UserError for a base in 4 or 8 bits: adding an adapter to quantised weights rounds it away. Load the base
     in full precision, put the adapter on it, and merge then.
     """
-    if not hasattr(model, "merge_and_unload"):
+    if not isinstance(model, PeftModel):
         return model
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
@@ -56,7 +56,7 @@ def merge_lora(model: nn.Module) -> LlavaForConditionalGeneration:
     return model.merge_and_unload(safe_merge=True)
 
 
-def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> nn.Module:
+def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """The plain model with the adapters added to the dequantised weights, so that it computes what was trained.
 
     `model` is used up. Adding them to the original weights instead would be another model than the trained one.

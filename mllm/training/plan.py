@@ -13,16 +13,16 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.escape import for_rich
-from mllm.training.arguments import TrainArguments
-from mllm.training.freeze import count_parameters, learning_rates
+from mllm.training.arguments import ResolvedArguments, TrainArguments
+from mllm.training.freeze import count_parameters, learning_rates, llava_of
 from mllm.training.stages import PARTS, Training
 
 
-def command_line(arguments: TrainArguments, world_size: int) -> str:
+def command_line(arguments: ResolvedArguments, world_size: int) -> str:
     """The command of this stage, with every flag that is not the parser's own default."""
     words = ["deepspeed", f"--num_gpus={world_size}"] if world_size > 1 else ["python"]
     words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
-    for field in dataclasses.fields(arguments):
+    for field in dataclasses.fields(TrainArguments):
         value = getattr(arguments, field.name)
         if value is None or value == field.default or field.name in ("stage", "dry_run"):
             continue
@@ -30,7 +30,7 @@ def command_line(arguments: TrainArguments, world_size: int) -> str:
     return shlex.join(words)
 
 
-def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
+def steps_of(arguments: ResolvedArguments, samples: int, world_size: int) -> int:
     """Optimizer steps, counted as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
@@ -42,7 +42,7 @@ def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
 def memory_estimate_gb(
     model: LlavaForConditionalGeneration,
     counts: dict[str, tuple[int, int]],
-    arguments: TrainArguments,
+    arguments: ResolvedArguments,
     *,
     length: int,
     zero: int,
@@ -75,9 +75,9 @@ def memory_estimate_gb(
 
 
 def print_plan(
-    arguments: TrainArguments,
+    arguments: ResolvedArguments,
     model: nn.Module,
-    plan: dict[str, Training],
+    freeze: dict[str, Training],
     rows: dict[str, str],
     *,
     samples: int,
@@ -95,12 +95,11 @@ def print_plan(
     rates = learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr)
     for part in PARTS:
         total, trained = counts[part]
-        rate = "–" if plan[part] == "frozen" else f"{rates[part]:g}"
-        how = plan[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
+        rate = "–" if freeze[part] == "frozen" else f"{rates[part]:g}"
+        how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
         table.add_row(part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate)
     console.print(table)
-    llava = next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
-    memory = memory_estimate_gb(llava, counts, arguments, length=length, zero=zero, world_size=world_size)
+    memory = memory_estimate_gb(llava_of(model), counts, arguments, length=length, zero=zero, world_size=world_size)
     steps = steps_of(arguments, samples, world_size)
     batch = " × ".join(
         map(str, (world_size, arguments.gradient_accumulation_steps, arguments.per_device_train_batch_size))

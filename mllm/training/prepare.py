@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from transformers import LlavaProcessor
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common import rundir
@@ -27,11 +27,11 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments, TrainArguments
 from mllm.training.features import FeatureCache
-from mllm.training.freeze import apply_plan
+from mllm.training.freeze import apply_freeze
 from mllm.training.lora import add_lora
-from mllm.training.stages import Training, freeze_plan
+from mllm.training.stages import Training, freeze_table
 
 PROJECTOR = "mm_projector.bin"
 SHORT = 512
@@ -45,26 +45,25 @@ START_IMAGES = 8_192
 class Prepared:
     """Everything a stage needs before its first step."""
 
-    model: nn.Module
-    """`LlavaForConditionalGeneration`, or that inside a `PeftModel`."""
+    model: LlavaForConditionalGeneration | PeftModel
     processor: LlavaProcessor
     vision: VisionEncoder
     dataset: LlavaDataset
     store: ImageStore | None
-    plan: dict[str, Training]
+    freeze: dict[str, Training]
     facts: dict[str, str]
     """For the plan and the model card."""
 
 
 def prepare(
-    arguments: TrainArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
+    arguments: ResolvedArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> Prepared:
     """Load and assemble encoder, language model, data and the freeze plan; the same on every rank.
 
     The model is whole on every rank here, on the CPU; ZeRO-3 takes it apart when the engine is made.
     """
     stage = arguments.description
-    plan = freeze_plan(
+    freeze = freeze_table(
         stage, lora=bool(arguments.lora_enable), bits=arguments.bits,
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
@@ -73,13 +72,13 @@ def prepare(
     store = ImageStore(image_folder) if image_folder else None
     vision = encoder_of(arguments)
     # fp32 wherever a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
-    half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or plan["language_model"] != "full")
+    half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     llm = load_llm(
         arguments.model_name_or_path,
         version=arguments.version,
         dtype=torch.bfloat16 if half else torch.float32,
     )
-    model, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
+    llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
     if vision.num_tokens >= max_length:
         raise UserError(
@@ -88,19 +87,18 @@ def prepare(
         )
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, vision.num_tokens, max_length)
     dataset = LlavaDataset(data_path, encoder, store)
-    projector = model.model.multi_modal_projector
+    projector = llava.model.multi_modal_projector
     started = _start_projector(projector, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        quantize(model.model.language_model, arguments.bits, compute_dtype, device)
+        quantize(llava.model.language_model, arguments.bits, compute_dtype, device)
     if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:
-        model.model.language_model.set_attn_implementation("eager")
+        llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    if plan["language_model"] == "lora":
-        model = add_lora(model, arguments)
-    apply_plan(model, plan)
+        llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
+    apply_freeze(model, freeze)
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
@@ -109,11 +107,11 @@ def prepare(
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
-        model=model, processor=processor, vision=vision, dataset=dataset, store=store, plan=plan, facts=facts
+        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
     )
 
 
-def encoder_of(arguments: TrainArguments) -> VisionEncoder:
+def encoder_of(arguments: ResolvedArguments) -> VisionEncoder:
     """The vision encoder that resolved flags ask for."""
     return load_vision(
         arguments.vision_tower,
@@ -135,7 +133,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
 
 
 def _start_projector(
-    projector: LlavaMultiModalProjector, arguments: TrainArguments, run_dir: Path, samples: int
+    projector: LlavaMultiModalProjector, arguments: ResolvedArguments, run_dir: Path, samples: int
 ) -> str:
     """Load the file that the projector starts from, if there is one; returns in words how it starts."""
     start = _projector_file(arguments, run_dir)
@@ -148,7 +146,7 @@ def _start_projector(
     return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
 
 
-def _projector_file(arguments: TrainArguments, run_dir: Path) -> Path | None:
+def _projector_file(arguments: ResolvedArguments, run_dir: Path) -> Path | None:
     """The file that the projector starts from; None for a random or a fitted start."""
     if arguments.pretrain_mm_mlp_adapter is not None:
         return Path(arguments.pretrain_mm_mlp_adapter)
@@ -165,7 +163,7 @@ def _projector_file(arguments: TrainArguments, run_dir: Path) -> Path | None:
     )
 
 
-def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any]:
+def projector_of(arguments: ResolvedArguments, prepared: Prepared) -> dict[str, Any]:
     """What a projector stands between: it is of no use between others."""
     fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
     found = {name: getattr(arguments, name) for name in fields}
@@ -188,13 +186,13 @@ def longest(dataset: LlavaDataset) -> int:
     return min(length, dataset.encoder.max_length or length)
 
 
-def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
+def collator_of(arguments: ResolvedArguments, prepared: Prepared, device: torch.device) -> Collator:
     pad_id = prepared.processor.tokenizer.pad_token_id
+    if prepared.store is None:  # no sample has a picture
+        return Collator(pad_id, lambda names: torch.empty(0))
     if not arguments.caches_features:
         load = pixel_loader(prepared.store, partial(image_pixels, prepared.processor.image_processor))
         return Collator(pad_id, load)
-    if prepared.store is None:
-        return Collator(pad_id, lambda names: torch.empty(0), "image_features")
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
     cache = FeatureCache(prepared.vision, prepared.store, root)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

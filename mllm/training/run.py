@@ -29,11 +29,11 @@ from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments, TrainArguments
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import newest
 from mllm.training.finish import print_next, write_results
-from mllm.training.freeze import assert_plan, count_parameters, learning_rates
+from mllm.training.freeze import assert_freeze, count_parameters, learning_rates
 from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
 from mllm.training.plan import print_plan
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
@@ -49,19 +49,19 @@ from mllm.training.trainer import (
 from mllm.training.zero import deepspeed_config, whole, zero_stage
 
 
-def run_stage(arguments: TrainArguments) -> None:
+def run_stage(flags: TrainArguments) -> None:
     """Train one stage, from its newest checkpoint if there is one; a finished stage is left as it is.
 
     Raises the errors of clips/common/errors.py; on every rank alike where they do not depend on the rank.
     """
     begin = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments = arguments.resolve(world_size)
+    arguments = flags.resolve(world_size)
     stage, run_dir = arguments.description, Path(arguments.output_dir)
     process = join(arguments, world_size)
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
     print_plan(
-        arguments, prepared.model, prepared.plan, prepared.facts, samples=len(prepared.dataset),
+        arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
         length=longest(prepared.dataset), zero=zero_stage(process.deepspeed), world_size=process.world_size,
         console=process.console,
     )  # fmt: skip
@@ -97,7 +97,7 @@ class Process:
     """Prints on the main process only."""
 
 
-def join(arguments: TrainArguments, world_size: int) -> Process:
+def join(arguments: ResolvedArguments, world_size: int) -> Process:
     """Choose the device and, with several ranks or DeepSpeed, join the process group."""
     device = choose_device(arguments.device)
     deepspeed = deepspeed_config(arguments, world_size)
@@ -110,18 +110,18 @@ def join(arguments: TrainArguments, world_size: int) -> Process:
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
-def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
+def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
     """Write config.json; UserError where the run directory holds a run that does not go with this stage."""
     stage = arguments.description
     record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
-    record |= {"facts": prepared.facts, "freeze": prepared.plan, "projector_of": projector_of(arguments, prepared)}
+    record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         check_aligned(run_dir, record["projector_of"])
     keep_config(run_dir, stage.name, record, write=process.is_main)
 
 
 def train(
-    arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
+    arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
 ) -> dict[str, Any]:
     """Take the stage's steps and return its summary (done.json); `begin` is when the preparation began.
 
@@ -131,7 +131,7 @@ def train(
     if process.is_main:
         write_json(run_dir / "env.json", environment(process.device, process.world_size))
     collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
-    assert_plan(prepared.model, prepared.plan)
+    assert_freeze(prepared.model, prepared.freeze)
     stop = StopCallback()
     log = MetricsLog(run_dir, stage.name, arguments.batch_size, active=process.is_main)
     trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
@@ -170,7 +170,7 @@ def train(
 
 
 def make_trainer(
-    arguments: TrainArguments,
+    arguments: ResolvedArguments,
     prepared: Prepared,
     stage_dir: Path,
     process: Process,

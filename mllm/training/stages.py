@@ -19,7 +19,7 @@ FREEZE: dict[str, dict[str, Training]] = {
     "instruct": {"vision_tower": "frozen", "projector": "full", "language_model": "full"},
     "instruct, lora": {"vision_tower": "frozen", "projector": "full", "language_model": "lora"},
 }
-"""Stage → what trains in it. Flags move single entries: see `freeze_plan`."""
+"""Stage → what trains in it. Flags move single entries: see `freeze_table`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ STAGES = {
 }
 
 
-def freeze_plan(
+def freeze_table(
     stage: Stage,
     *,
     lora: bool = False,
@@ -104,20 +104,20 @@ def freeze_plan(
 
     Raises UserError where the flags contradict each other or leave nothing to train.
     """
-    plan = dict(FREEZE[f"{stage.name}, lora" if lora and stage.name == "instruct" else stage.name])
+    freeze = dict(FREEZE[f"{stage.name}, lora" if lora and stage.name == "instruct" else stage.name])
     if unfreeze_mm_vision_tower:
         if stage.name == "align":
             raise UserError(
                 "--unfreeze_mm_vision_tower in stage 1 would train an encoder that stage 2 does not see, since stage 1 "
                 "leaves the projector alone: give it for stage 2 (--instruct.unfreeze_mm_vision_tower)"
             )
-        plan["vision_tower"] = "full"
+        freeze["vision_tower"] = "full"
     if tune_mm_mlp_adapter or freeze_backbone:
-        plan["language_model"] = "frozen"
+        freeze["language_model"] = "frozen"
     if freeze_mm_mlp_adapter:
-        plan["projector"] = "frozen"
-    if bits < 16 and plan["language_model"] == "full":
+        freeze["projector"] = "frozen"
+    if bits < 16 and freeze["language_model"] == "full":
         raise UserError(f"--bits {bits} cannot train the language model's own weights: add --lora_enable")
-    if all(how == "frozen" for how in plan.values()):
+    if all(how == "frozen" for how in freeze.values()):
         raise UserError(f"these flags leave nothing to train in stage {stage.number} ({stage.name})")
-    return plan
+    return freeze

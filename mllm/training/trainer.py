@@ -7,6 +7,7 @@ everything else is rebuilt from its source. Under DeepSpeed they are in the engi
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ from clips.common.tensors import read_weights, write_weights
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
-from mllm.training.arguments import TrainArguments
+from mllm.training.arguments import ResolvedArguments
 from mllm.training.checkpoints import prune
-from mllm.training.freeze import parameter_groups
+from mllm.training.freeze import llava_of, parameter_groups
 
 TRAINED = "trained.safetensors"
 
@@ -53,7 +54,7 @@ class TrainingModel(nn.Module):
 
     @property
     def llava(self) -> LlavaForConditionalGeneration:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return llava_of(self.model)
 
     def forward(
         self,
@@ -66,7 +67,7 @@ class TrainingModel(nn.Module):
     ) -> dict[str, Tensor]:
         llava = self.llava
         if not self.features and pixel_values is None:  # a batch without images, see `embed_inputs`
-            side = llava.config.vision_config.image_size
+            side = llava.model.vision_tower.config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
         embeds = embed_inputs(llava, input_ids, image_features, pixel_values)
         return {"loss": causal_lm_loss(llava, embeds, attention_mask, labels, num_items_in_batch)}
@@ -79,7 +80,7 @@ class TrainingModel(nn.Module):
             tower.eval()
         return self
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Never strict: a checkpoint of the DeepSpeed engine leaves out what does not train."""
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -144,6 +145,12 @@ class LlavaTrainer(Trainer):
     `keep` checkpoints stay.
     """
 
+    # What the Trainer holds, more closely than it says itself.
+    model: TrainingModel
+    model_wrapped: Any  # the DeepSpeed engine, where there is one
+    train_dataset: Indexed
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR  # made before the first step
+
     def __init__(
         self,
         model: TrainingModel,
@@ -178,7 +185,8 @@ class LlavaTrainer(Trainer):
     ) -> Any:
         """As the Trainer's, and every rank stops before the backward pass when the loss of one is not finite."""
         indices = inputs.pop("index")
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if isinstance(result, tuple) else result
         finite = torch.isfinite(loss.detach()).to(torch.int32)
         # Agreed on before the backward pass: the ranks meet in it, and would wait for ever for one that has stopped.
         mine = [] if finite else indices.tolist()
@@ -186,7 +194,7 @@ class LlavaTrainer(Trainer):
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite:
             self._not_finite(mine)
-        return loss
+        return result
 
     def _not_finite(self, mine: list[int]) -> None:
         """End the run on every rank, naming the samples of the micro-batches whose loss is not finite."""
@@ -216,15 +224,17 @@ class LlavaTrainer(Trainer):
         if self.args.world_size > 1:
             dist.barrier()  # every rank has written its files
         if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-            prune(Path(self.args.output_dir), self.keep)  # not before: the older one is all there is until then
+            directory = Path(self._get_output_dir(trial))
+            seal(directory / f"checkpoint-{self.state.global_step}")
+            prune(directory, self.keep)  # not before: the older one is all there is until then
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        directory = Path(output_dir or self._get_output_dir(None))
         if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         if self.args.should_save and not self.is_deepspeed_enabled:
             tensors = {name: p.detach().cpu().contiguous() for name, p in self.model.trained().items()}
-            write_weights(tensors, Path(output_dir) / TRAINED)
+            write_weights(tensors, directory / TRAINED)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The Trainer leaves frozen weights out of PEFT models only, and does not see one in `TrainingModel`.
@@ -246,7 +256,7 @@ class LlavaTrainer(Trainer):
 
 
 def training_arguments(
-    arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
+    arguments: ResolvedArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> TrainingArguments:
     """The Trainer's own arguments; all that this project decides itself is switched off in them."""
     made = TrainingArguments(

@@ -69,7 +69,7 @@ def test_every_name_that_is_touched_is_listed_here() -> None:
     tensor = {"data", "grad", "numel", "ndim", "requires_grad", "use_muon"}
     assert accessed(state, "parameter") - tensor == set().union(*PARAMETER.values()) - {"ds_numel"}
     assert accessed(state, "parameter._hp_mapping") == FRAGMENT
-    assert "ds_numel" in (ROOT / "mllm/training/stages.py").read_text()
+    assert "ds_numel" in (ROOT / "mllm/training/freeze.py").read_text()
     assert OPS in (ROOT / "clips/common/runtime.py").read_text()
 
 

@@ -39,7 +39,7 @@ from mllm.model.llava import build_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
 from mllm.model.quantize import quantize
-from mllm.training.freeze import apply_plan
+from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config
 from mllm.training.lora import merge_lora
 from mllm.training.lora import merge_quantized_lora
@@ -352,7 +352,7 @@ def adapted(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> 
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    apply_plan(model, {"vision_tower": "frozen", "projector": "full", "language_model": "lora"})
+    apply_freeze(model, {"vision_tower": "frozen", "projector": "full", "language_model": "lora"})
     return model
 
 

@@ -44,8 +44,8 @@ TEXTS = [
 VARIANTS = [  # tokenizer, pad_mask, pre_norm
     ("bert", False, False),
     ("bert", True, True),
-    ("clip", False, True),
-    ("clip", True, False),
+    ("bert", False, True),
+    ("bert", True, False),
     ("wordpiece", False, False),
     ("wordpiece", True, False),
 ]
@@ -78,11 +78,11 @@ for name in names:
 """
 
 
-def run_config(tokenizer, kind, pad_mask, pre_norm):
+def run_config(tokenizer, kind, pad_mask, pre_norm, **vision):
     return RunConfig(
         recipe="test",
         model=ModelConfig(
-            vision=VisionConfig(width=32, layers=2, heads=2, image_size=48, patch_size=16, pre_norm=pre_norm),
+            vision=VisionConfig(width=32, layers=2, heads=2, image_size=48, patch_size=16, pre_norm=pre_norm, **vision),
             text=TextConfig(
                 width=24, layers=2, heads=2, context_length=20, vocab_size=tokenizer.vocab_size, pad_mask=pad_mask
             ),
@@ -97,11 +97,11 @@ def run_config(tokenizer, kind, pad_mask, pre_norm):
     )
 
 
-def build(kind, pad_mask=False, pre_norm=False):
+def build(kind, pad_mask=False, pre_norm=False, **vision):
     """A model whose every parameter matters: those that start at 0 or 1 are moved."""
     corpus = [text for text in TEXTS for _ in range(3)]
     tokenizer = build_tokenizer(kind, corpus, vocab_size=200) if kind == "wordpiece" else build_tokenizer(kind, None)
-    run = run_config(tokenizer, kind, pad_mask, pre_norm)
+    run = run_config(tokenizer, kind, pad_mask, pre_norm, **vision)
     torch.manual_seed(0)
     model = CLIPSModel(run.model, tokenizer.pad_id).eval()
     with torch.no_grad():
@@ -205,9 +205,18 @@ def test_a_wrong_export_is_not_accepted_and_the_old_one_stays(tmp_path, pictures
     assert (tmp_path / "export/native/model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("pad_mask", [False, True])
-def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask):
-    model, run, tokenizer = build("bert", pad_mask=pad_mask)
+@pytest.mark.parametrize(
+    ("pad_mask", "vision"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"pos_embed": "sincos_reference"}),
+        (True, {"patch_bias": False}),
+        (False, {"pos_embed": "sincos_reference", "patch_bias": False, "pre_norm": True}),
+    ],
+)
+def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
+    model, run, tokenizer = build("bert", pad_mask=pad_mask, **vision)
     export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
     folder = tmp_path / "export/open_clip"
     read, read_tokenizer = import_open_clip(folder)

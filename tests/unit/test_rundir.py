@@ -63,12 +63,14 @@ def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
 
 
 def test_finished_is_asked_without_torch_or_matplotlib(tmp_path: Path) -> None:
+    """A run is finished without its report, which is for people and can be made again."""
     assert not rundir.is_finished(tmp_path)
     (tmp_path / "export").mkdir()
     (tmp_path / "report").mkdir()
-    assert not rundir.is_finished(tmp_path)
-    (tmp_path / "report" / "index.html").touch()
     assert rundir.is_finished(tmp_path)
+    assert not rundir.has_report(tmp_path)
+    (tmp_path / "report" / "index.html").touch()
+    assert rundir.has_report(tmp_path)
     code = "import sys, clips.common.rundir; print(sorted({'torch', 'matplotlib', 'numpy'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -344,6 +346,14 @@ def test_errors_name_the_mend(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no usable tokenizer"):
         CaptionTokenizer.load(tmp_path)
+
+
+def test_special_tokens_that_the_vocabulary_lacks_are_refused(saved, tmp_path):
+    directory = shutil.copytree(saved["wordpiece"], tmp_path / "tokenizer")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cls_token": "[NOWHERE]"}))
+    with pytest.raises(UserError, match=r"'\[NOWHERE\]' is not in its vocabulary"):
+        CaptionTokenizer.load(directory)
 
 
 def test_import_is_light():

@@ -17,11 +17,12 @@ from conftest import ROOT
 from hostile import HOSTILE
 from markdown_it import MarkdownIt
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.escape import one_line, visible
-from clips.config import RunConfig
+from clips.config import DataConfig, Fields, RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import split_scene
+from clips.data.tokenizer import build_tokenizer
 from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_WORDS,
@@ -36,7 +37,15 @@ from clips.studies.claims import (
     verdict,
 )
 from clips.studies.claims_report import write_reports
-from clips.studies.reproduce import judge, judge_llava, reproduce, run_figures, table_of_runs, variant_run
+from clips.studies.reproduce import (
+    judge,
+    judge_llava,
+    reproduce,
+    run_figures,
+    table_of_runs,
+    train_text_tokens,
+    variant_run,
+)
 from clips.studies.runs import PretrainingRun
 from clips.studies.welch import difference
 
@@ -266,6 +275,16 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     finish(tmp_path / "y", recipe("demo"), {"zero_shot_top1": 1.0})
     with pytest.raises(UserError, match=r"evaluation\.json has no 'sentence_i2t_r1'"):
         run_figures(tmp_path / "y")
+
+
+def test_data_that_cannot_be_read_any_more_is_said(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("image,web,long\n" + "gone.png,a cat,A cat sleeps.\n" * 8)
+    data = DataConfig(train=str(tmp_path / "train.csv"), fields=Fields(image="image", web="web", long="long"))
+    config = replace(recipe("demo"), data=data)
+    config.save(tmp_path / "config.json")
+    build_tokenizer("wordpiece", ["a cat"], vocab_size=64).save(tmp_path / "tokenizer")
+    with pytest.raises(BrokenDataError, match=r"gone\.png"):
+        train_text_tokens(tmp_path, samples=8)
 
 
 def made_up(centres: dict[str, float], seeds: int = 3) -> dict[str, dict]:

@@ -106,6 +106,13 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
         assert batch["skipped"] == []
 
 
+def test_a_captioner_needs_a_source_with_long_captions(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    write_set(tmp_path / "a.tar")
+    source = open_source(str(tmp_path / "a.tar"), Fields(long="none"), need_long=False)
+    with pytest.raises(ValueError, match="need_long=True"):
+        batches(source, tokenizer, a_run())
+
+
 def test_epochs_follow_each_other(source: Source, tokenizer: CaptionTokenizer) -> None:
     found = [i for batch in batches(source, tokenizer, a_run(), stop=15) for i in numbers(batch)]
     for epoch in range(3):

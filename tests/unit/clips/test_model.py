@@ -62,6 +62,23 @@ def test_sincos_positions_are_those_of_open_clip() -> None:
     np.testing.assert_allclose(ours, get_2d_sincos_pos_embed(64, 5, cls_token=True), atol=1e-6)
 
 
+def test_the_reference_s_parts_are_absent_not_zero() -> None:
+    run = tiny_run().model
+    reference = replace(
+        run,
+        vision=replace(run.vision, pos_embed="sincos_reference", patch_bias=False),
+        captioner=replace(run.captioner, head_bias=False),
+    )
+    ours, theirs = CLIPSModel(run, pad_id=0), CLIPSModel(reference, pad_id=0)
+    assert set(ours.state_dict()) - set(theirs.state_dict()) == {"visual.patch_embed.bias", "captioner.head.bias"}
+    assert theirs.visual.pos_embed.allclose(sincos_positions(32, 2, "sincos_reference"))
+    assert not theirs.visual.pos_embed.allclose(ours.visual.pos_embed)
+    batch = tiny_batch(1, size=2)
+    out = theirs(batch["images"], [batch["web"]], batch["caption"])
+    theirs.captioner.head(out.caption_states).sum().backward()
+    assert theirs.caption(batch["images"], batch["web"], bos_id=1, eos_id=2).shape[0] == 2
+
+
 def test_another_resolution_changes_only_the_positions() -> None:
     config = tiny_run().model.vision
     tower = VisionTower(config, 32)

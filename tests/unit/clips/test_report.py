@@ -334,6 +334,13 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
         figures(stock, "--data", classes, "--classes", tmp_path / "names.txt")
 
 
+def test_export_of_a_run_without_data_asks_for_some(small, tmp_path):
+    model, run, tokenizer = small
+    write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path)
+    with pytest.raises(UserError, match="--data"):
+        export_from_flags(command("export_clips").parse_args(["--model", str(tmp_path)]))
+
+
 def test_load_model_finds_runs_and_exports(small, tmp_path):
     model, run, tokenizer = small
     with pytest.raises(UserError, match="no trained run"):

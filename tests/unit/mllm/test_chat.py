@@ -366,18 +366,11 @@ def test_saved_talks(model: ChatModel, images: list, tmp_path: Path) -> None:
         session.save(tmp_path / "file" / "talk.json")
 
 
-def test_a_model_without_a_usable_template_gets_a_format_that_fits(model: ChatModel, capsys) -> None:
-    tokenizer = model.processor.tokenizer
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        chat = ChatModel(model.model, model.processor, "owner/some-model")
-        assert "format chatml is used" in capsys.readouterr().err
-        with pytest.raises(UserError, match="llama_3 needs the special tokens"):
-            ChatModel(model.model, model.processor, "some-model", "llama_3")
-    finally:
-        tokenizer.chat_template = template
-    assert chat.encoder.format.name == "chatml"
-    assert chat.name == "some-model"
+def test_a_format_can_be_asked_for_and_must_fit_the_tokenizer(model: ChatModel) -> None:
+    chat = ChatModel(model.model, model.processor, "owner/some-model", "vicuna_v1")
+    assert (chat.encoder.format.name, chat.name) == ("v1", "some-model")
+    with pytest.raises(UserError, match="llama_3 needs the special tokens"):
+        ChatModel(model.model, model.processor, "some-model", "llama_3")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

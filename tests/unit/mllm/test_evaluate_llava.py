@@ -6,10 +6,12 @@ import argparse
 import json
 import math
 import random
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_mllm import pictures, write_llm, write_run
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -49,7 +51,8 @@ def loaded(place: Path) -> Loaded:
 def questions() -> list[Question]:
     texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
     with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
-    return [with_image[0], Question(id="t", text="Say a word"), *with_image[1:], Question(id="u", text="Two words now")]
+    without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", image="")]
+    return [with_image[0], without[0], *with_image[1:], without[1]]
 
 
 def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
@@ -105,7 +108,7 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     flags = argparse.Namespace(
         model_path=str(newest_model(place / "runs")), question_file=str(tmp_path / "mine.jsonl"), answers_file=None,
         image_folder=str(place / "images"), out=None, batch_size=2, max_new_tokens=4, limit=None, dtype="auto",
-        device="cpu",
+        device="cpu", conv_mode="auto", temperature=0.0, seed=0, num_chunks=1, chunk_idx=0,
     )  # fmt: skip
     figures = evaluate_from_flags(flags)
     out = place / "runs" / "llava" / "evaluation"
@@ -126,6 +129,37 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     flags.question_file = None
     with pytest.raises(UserError, match="--question-file"):
         evaluate_from_flags(flags)
+
+
+def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
+    """LLaVA's scripts answer one chunk per GPU and join the files; its conversation format and temperature count."""
+    path, joined = tmp_path / "mine.jsonl", []
+    path.write_text("".join(json.dumps({"question_id": i, "text": f"What is {i}?"}) + "\n" for i in range(7)))
+    parser = runpy.run_path(str(ROOT / "scripts" / "evaluate_llava.py"))["parser"]()
+    common = ["--model-path", str(newest_model(place / "runs")), "--question-file", str(path), "--batch-size", "1"]
+    common += ["--max-new-tokens", "8", "--device", "cpu", "--out", str(tmp_path / "out")]
+
+    def texts(*flags: str) -> list[str]:
+        file = tmp_path / "answers.jsonl"
+        evaluate_from_flags(parser.parse_args([*common, "--answers-file", str(file), *flags]))
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        joined.append([line["question_id"] for line in lines])
+        return [line["text"] for line in lines]
+
+    whole = texts()
+    chunks = [texts("--num-chunks", "3", "--chunk-idx", str(i)) for i in range(3)]
+    assert joined[1:] == [[0, 1, 2], [3, 4, 5], [6]]  # of LLaVA's get_chunk
+    assert [text for chunk in chunks for text in chunk] == whole
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"3_0", "3_1", "3_2"}
+    for flags, message in [(("5", "4"), "is empty"), (("2", "2"), "one of 0 to 1"), (("0", "0"), "at least 1")]:
+        with pytest.raises(UserError, match=message):
+            texts("--num-chunks", flags[0], "--chunk-idx", flags[1])
+    assert texts("--conv-mode", "llava_v1") == texts("--conv-mode", "v1") != whole
+    drawn = texts("--temperature", "5")
+    assert drawn == texts("--temperature", "5") != whole
+    assert texts("--temperature", "5", "--seed", "1") != drawn
+    with pytest.raises(UserError, match="--temperature must be"):
+        texts("--temperature", "-1")
 
 
 # ---------------------------------------------------------------------------------------------- figures

@@ -17,8 +17,8 @@ from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
 from mllm.training.freeze import (
-    apply_plan,
-    assert_plan,
+    apply_freeze,
+    assert_freeze,
     count_parameters,
     learning_rates,
     parameter_groups,
@@ -26,7 +26,7 @@ from mllm.training.freeze import (
 )
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, steps_of
-from mllm.training.stages import PARTS, STAGES, freeze_plan
+from mllm.training.stages import PARTS, STAGES, freeze_table
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,12 @@ EXPECTED = [
 def test_exactly_the_parts_of_the_freeze_table_get_gradients(
     places: Path, number: int, options: dict, expected: set[str], projector: str
 ) -> None:
-    plan = freeze_plan(STAGES[number], **options)
+    plan = freeze_table(STAGES[number], **options)
     model = build(places, projector)
     if plan["language_model"] == "lora":
         model = get_peft_model(model, lora_config(model, arguments("--lora_enable").resolve(1)))
-    apply_plan(model, plan)
-    assert_plan(model, plan)
+    apply_freeze(model, plan)
+    assert_freeze(model, plan)
     # By hand: names of transformers and PEFT, not the module under test.
     for name, parameter in model.named_parameters():
         is_lora = "lora_A" in name or "lora_B" in name
@@ -96,21 +96,21 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(pl
 
 
 def test_a_model_that_departs_from_the_table_is_refused_by_name(places: Path) -> None:
-    model, plan = build(places), freeze_plan(STAGES[1])
-    apply_plan(model, plan)
+    model, plan = build(places), freeze_table(STAGES[1])
+    apply_freeze(model, plan)
     next(model.model.vision_tower.parameters()).requires_grad_(True)
     with pytest.raises(RuntimeError, match="vision_tower"):
-        assert_plan(model, plan)
-    apply_plan(model, plan)
+        assert_freeze(model, plan)
+    apply_freeze(model, plan)
     with pytest.raises(RuntimeError, match="language_model"):
-        assert_plan(model, freeze_plan(STAGES[2], lora=True))
+        assert_freeze(model, freeze_table(STAGES[2], lora=True))
 
 
 def test_contradicting_flags_are_refused() -> None:
     with pytest.raises(UserError, match="lora_enable"):
-        freeze_plan(STAGES[2], bits=4)
+        freeze_table(STAGES[2], bits=4)
     with pytest.raises(UserError, match="nothing to train"):
-        freeze_plan(STAGES[1], freeze_mm_mlp_adapter=True)
+        freeze_table(STAGES[1], freeze_mm_mlp_adapter=True)
     with pytest.raises(UserError, match="lora_enable"):
         arguments("--stage", "2", "--bits", "8", "--lora_enable", "False").resolve(1)
 
@@ -125,7 +125,7 @@ def test_counts_are_those_of_the_model_and_tied_weights_count_once(places: Path)
 
 def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay_on_vectors(places: Path) -> None:
     model = build(places)
-    apply_plan(model, freeze_plan(STAGES[2]))
+    apply_freeze(model, freeze_table(STAGES[2]))
     groups = parameter_groups(model, learning_rates(1e-4, mm_projector_lr=3e-3), weight_decay=0.1)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -141,7 +141,7 @@ def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay
 
 def test_an_encoder_that_stage_two_would_not_see_is_not_trained_in_stage_one() -> None:
     with pytest.raises(UserError, match=r"--instruct\.unfreeze_mm_vision_tower"):
-        freeze_plan(STAGES[1], unfreeze_mm_vision_tower=True)
+        freeze_table(STAGES[1], unfreeze_mm_vision_tower=True)
 
 
 def test_llava_s_own_command_lines_are_understood() -> None:
@@ -236,7 +236,7 @@ def test_unfrozen_encoder_really_learns(places: Path) -> None:
     from mllm.training.trainer import TrainingModel
 
     model = build(places)
-    apply_plan(model, freeze_plan(STAGES[2], unfreeze_mm_vision_tower=True))
+    apply_freeze(model, freeze_table(STAGES[2], unfreeze_mm_vision_tower=True))
     training = TrainingModel(model, features=False).train()
     image_id = model.config.image_token_id
     ids = torch.tensor([[5] + [image_id] * 16 + [6, 7]])

@@ -19,7 +19,7 @@ from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files, load_picture
+from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files, load_image
 from mllm.chat.transcript import turn_text
 from mllm.data.images import ImageStore
 from mllm.data.questions import read_questions
@@ -69,7 +69,7 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
         escaped = escaped.replace(character, "\\" + character)
     for line in (str(odd), f'"{odd}"', escaped, odd.as_uri(), f"  {odd} ", odd.name, "~/" + odd.name, "./" + odd.name):
         (found,) = dropped_files(line)
-        assert load_picture(found).size == (8, 6), line
+        assert load_image(found).size == (8, 6), line
     Image.new("RGB", (2, 2)).save("b.png")
     assert dropped_files(f'{escaped} "b.png"') == [str(odd), "b.png"]
     Path("notes").write_text("")
@@ -264,7 +264,7 @@ def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> No
     common = ["--model-path", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
     chat_from_flags(flags(*common, "--prompt", "What is it?", "--image-file", picture, "--stats"))
     printed = capsys.readouterr()
-    expected = "".join(ChatSession(model).ask("What is it?", [load_picture(picture)], SHORT))
+    expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
     assert printed.out == expected + "\n"
     assert "cached" in printed.err
     with pytest.raises(UserError, match="--input and --output go together"):

@@ -1,0 +1,86 @@
+"""`from clips import CLIPS`: the towers' own features, whatever form pictures and texts come in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, tiny_run
+from tiny_web import picture, write_export
+
+from clips import CLIPS
+from clips.common.errors import UserError
+from clips.data.images import eval_transform
+from clips.data.tokenizer import build_tokenizer
+from clips.weights.export import write_native
+
+TEXTS = ["a dog", "a cat at a dog", "", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> CLIPS:
+    run = tmp_path_factory.mktemp("runs") / "clips"
+    write_export(run)
+    return CLIPS.from_pretrained(run, device="cpu")
+
+
+def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path: Path) -> None:
+    images = [picture(40 + i, seed=i) for i in range(70)]  # more than one batch
+    for i, image in enumerate(images[:2]):
+        image.save(tmp_path / f"{i}.png")
+    pixels = torch.stack([eval_transform(32)(image) for image in images])
+    with torch.no_grad():
+        expected = opened.model.encode_image(pixels)
+    torch.testing.assert_close(opened.encode_image(images), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(opened.encode_image(pixels), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(opened.preprocess(images[3]), pixels[3])
+    for one in (images[0], tmp_path / "0.png", str(tmp_path / "0.png"), [tmp_path / "0.png"]):
+        torch.testing.assert_close(opened.encode_image(one), expected[:1], atol=1e-6, rtol=0)
+    assert opened.encode_image([]).shape == opened.encode_text([]).shape == (0, opened.embed_dim)
+
+
+def test_texts_and_similarity(opened: CLIPS) -> None:
+    with torch.no_grad():
+        expected = torch.cat([opened.model.encode_text(opened.tokenize([text])) for text in TEXTS])
+    features = opened.encode_text(TEXTS)
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(opened.encode_text("a dog"), expected[:1], atol=1e-6, rtol=0)
+    image = picture()
+    torch.testing.assert_close(opened.similarity(image, TEXTS), opened.encode_image(image) @ features.T)
+    assert opened.similarity([image, image], "a dog").shape == (2, 1)
+    assert opened.count_tokens(["a dog", "a"]) == opened.count_tokens(["a dog"]) + opened.count_tokens(["a"]) > 0
+    assert not features.requires_grad
+
+
+def test_labels_are_the_mean_over_prompts(opened: CLIPS) -> None:
+    prompts = [template.format("dog") for template in opened.templates]
+    expected = torch.nn.functional.normalize(opened.encode_text(prompts).mean(dim=0), dim=0)
+    torch.testing.assert_close(opened.encode_labels(("dog",))[0], expected, atol=1e-6, rtol=0)
+
+
+def test_captions_are_the_captioner_s_own(tmp_path: Path) -> None:
+    run = tiny_run()
+    tokenizer = build_tokenizer("wordpiece", ["a red cat and two dogs"] * 3, vocab_size=run.model.text.vocab_size)
+    model = random_model(run).eval()
+    write_native(model, run, tokenizer, tmp_path / "native")
+    opened = CLIPS.from_pretrained(tmp_path / "native", device="cpu")
+    images, webs = [picture(seed=i) for i in range(3)], ["a cat", "two red dogs", ""]
+    pixels = torch.stack([opened.preprocess(image) for image in images])
+    ids = model.caption(pixels, opened.tokenize(webs), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    expected = [tokenizer.decode(row) for row in ids.tolist()]
+    assert opened.caption(images, webs) == expected
+    assert opened.caption(pixels, webs) == expected
+    assert opened.caption(images[2]) == opened.caption([images[2]], [""])
+
+
+def test_mistakes_are_named(opened: CLIPS, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"dear picture")
+    with pytest.raises(UserError, match=r"no\.png: "):
+        opened.encode_image(tmp_path / "no.png")
+    with pytest.raises(UserError, match=r"gone\.png: No such file"):
+        opened.encode_image([tmp_path / "gone.png"])
+    with pytest.raises(UserError, match="has no captioner"):
+        opened.caption(picture())
+    with pytest.raises(UserError, match="holds no trained model"):
+        CLIPS.from_pretrained(tmp_path)
