@@ -171,6 +171,8 @@ def convert_gguf(path: Path, directory: Path) -> Path:
     # The one progress bar of transformers that its switch for them does not reach.
     reader: Any = modeling_gguf_pytorch_utils
     reader.tqdm = logging.tqdm
+    if not torch.cuda.is_available():  # saving imports deepspeed, which else says that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
     try:
