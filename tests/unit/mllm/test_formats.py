@@ -92,13 +92,14 @@ def test_every_reader_asks_as_training_did(
     kind: str, version: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = language_model(tmp_path / "llm", kind, version)
-    model, processor = build_model(load_vision("clips", runs=clips), llm)
+    vision = load_vision("clips", runs=clips)
+    model, processor = build_model(vision, llm)
     training = ConversationEncoder(llm.tokenizer, version, model.config.image_seq_length)
     talk = [FIRST] if version == "plain" else [FIRST, ANSWER, SECOND]
     single, whole = trained_prompt(training, FIRST), trained_prompt(training, *talk)
     bos = llm.tokenizer.bos_token_id
     assert whole.count(bos) == (kind not in ("gpt2", "llama3"))
-    save_model(model, processor, tmp_path / "model", card={})
+    save_model(model, processor, tmp_path / "model", vision=vision, card={})
     chat = ChatModel.load(str(tmp_path / "model"), device="cpu", dtype="float32")
 
     asked: list[list[int]] = []
