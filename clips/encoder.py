@@ -92,7 +92,7 @@ class CLIPS:
         if isinstance(images, Tensor):
             batches: Iterable[Tensor] = images.split(BATCH)
         else:
-            pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+            pictures = _listed(images)
             starts = range(0, len(pictures), BATCH)
             batches = (
                 normalise([self._transform.pixels(_open(image)) for image in pictures[start : start + BATCH]])
@@ -127,8 +127,7 @@ class CLIPS:
         if captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
         if not isinstance(images, Tensor):
-            images = [images] if isinstance(images, (Image.Image, str, Path)) else images
-            images = torch.stack([self.preprocess(image) for image in images])
+            images = torch.stack([self.preprocess(image) for image in _listed(images)])
         webs = [web] * len(images) if isinstance(web, str) else list(web)
         ids = self.model.caption(
             images.to(self.device), self.tokenize(webs).to(self.device),
@@ -150,6 +149,10 @@ class CLIPS:
         length = tower.proj(tower.norm(m_D)).norm()
         terms_NE = tower.proj(centred_ND * tower.norm.weight + tower.norm.bias) / length
         return terms_NE.cpu(), terms_NE.mean(dim=0).cpu()
+
+
+def _listed(images: Sequence[Image.Image | str | Path] | Image.Image | str | Path) -> list[Image.Image | str | Path]:
+    return [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:

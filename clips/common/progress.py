@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from clips.common.files import write_atomically
+from clips.common.rundir import parse_line
 
 TAIL = 1 << 16
 """Bytes of metrics.jsonl in which the newest record is looked for; a line has a few hundred."""
@@ -41,11 +42,8 @@ def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
         file.seek(max(0, path.stat().st_size - TAIL))
         lines = file.read().splitlines()
     for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and all(record.get(name) == value for name, value in fields.items()):
+        record = parse_line(line)
+        if record is not None and all(record.get(name) == value for name, value in fields.items()):
             return record
     return None
 

@@ -77,7 +77,7 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
-    found = filter(None, map(_parsed, path.read_text(encoding="utf-8").splitlines()))
+    found = filter(None, map(parse_line, path.read_text(encoding="utf-8").splitlines()))
     return [line for line in found if kind is None or line.get("kind") == kind]
 
 
@@ -88,11 +88,12 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [text for text in lines if (line := _parsed(text)) is not None and wanted(line)]
+        kept = [text for text in lines if (line := parse_line(text)) is not None and wanted(line)]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def parse_line(text: str | bytes) -> dict[str, Any] | None:
+    """A line of a .jsonl file; None where it is no whole record: cut by a crash, or half written at this moment."""
     try:
         line = json.loads(text)
     except ValueError:
