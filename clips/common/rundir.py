@@ -77,7 +77,7 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
-    found = filter(None, map(parse_line, path.read_text(encoding="utf-8").splitlines()))
+    found = filter(None, map(parse_line, path.read_bytes().splitlines()))
     return [line for line in found if kind is None or line.get("kind") == kind]
 
 
@@ -87,9 +87,15 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     So no step stands twice when the run goes on from there. A missing file stays missing.
     """
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [text for text in lines if (line := parse_line(text)) is not None and wanted(line)]
+        lines = path.read_bytes().splitlines()
+        kept = [text.decode() for text in lines if (line := parse_line(text)) is not None and wanted(line)]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def is_at_most(line: dict[str, Any], step: int) -> bool:
+    """Whether a line of metrics.jsonl is of `step` or an earlier one; what says no step is of none."""
+    found = line.get("step")
+    return isinstance(found, int) and found <= step
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import fsspec
 from clips.common.errors import UserError
 from clips.common.paths import cache_root, is_remote
 
-VERSION = 1
+VERSION = 2
 """Part of every sidecar's name: raise it when what is written changes."""
 
 

@@ -25,7 +25,8 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from clips.common.errors import UserError
-from clips.common.paths import inside, is_remote
+from clips.common.files import read_regular
+from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample, RawSample
@@ -40,6 +41,8 @@ PROBED_SAMPLES = 32
 """Samples whose JSON is looked at to find out which keys there are."""
 WARNED = 10
 """Warnings printed one by one; the rest is summed up."""
+MAX_CAPTION = 20_000
+"""Characters of a caption that are kept: ten times a long one, and few enough that none costs a second."""
 PARTS = ("image", "web", "long")
 
 
@@ -287,6 +290,7 @@ class TableSource(Source):
         self.tables, self.need_long = [Table(file) for file in files], need_long
         self.image_root = image_root
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
+        self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
             for name in PARTS if need_long else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
@@ -297,8 +301,7 @@ class TableSource(Source):
         table, key, row = self._row(index)
         texts = self._captions(key, row)
         image = self._image(table, key, self._value(row, "image"))
-        used = {column for columns in self._fields.values() for column in columns}
-        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in used})
+        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in self._used})
 
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
@@ -309,7 +312,7 @@ class TableSource(Source):
         table = self.tables[file]
         key = f"{table.url}#{i}"
         try:
-            return table, key, table.row(i, without)
+            return table, key, table.row(i, self._used, without)
         except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
             raise BrokenSample(key, str(error)) from None
 
@@ -326,12 +329,16 @@ class TableSource(Source):
             return value
         if not isinstance(value, str) or not value:
             raise BrokenSample(key, f"image: {type(value).__name__} is neither a path nor bytes")
+        if "\0" in value or not can_encode(value):
+            raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
             path = inside(self.image_root or posixpath.dirname(table.url) or ".", value)
         except ValueError as error:  # not counted as broken: the whole table is meant for another folder
             raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
         try:
-            with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+            if not is_remote(path):
+                return read_regular(path, MAX_BYTES + 1)
+            with fsspec.open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise BrokenSample(key, f"image: {error}") from None
@@ -350,7 +357,7 @@ def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str |
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
         if needed and not (text and text.strip()):
             raise BrokenSample(key, f"{name} caption is empty")
-    return web.strip(), long.strip() if long else None
+    return web[:MAX_CAPTION].strip(), long[:MAX_CAPTION].strip() if long else None
 
 
 def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:

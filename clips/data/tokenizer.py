@@ -45,6 +45,9 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
+_NO_WORD = re.compile(r"\S{101,}")
+"""Words that WordPiece takes for unknown anyway; training on one would take time that grows with its length squared."""
+
 # --- tokenizers --------------------------------------------------------------------------------------------
 _ROLES = ("pad", "bos", "eos", "cls", "unk")
 _BERT = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
@@ -222,7 +225,7 @@ def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
     split = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)])
     special = {role: f"[{role.upper()}]" for role in _ROLES}
     tokenizer = _wordpiece_tokenizer({}, split)
-    texts = [tokenizer.normalizer.normalize_str(clean(text)) for text in texts]
+    texts = [_NO_WORD.sub(" ", tokenizer.normalizer.normalize_str(clean(text))) for text in texts]
     counts = Counter(chain.from_iterable(texts))
     characters = sorted(sorted(filter(str.strip, counts), key=lambda c: (-counts[c], c))[: vocab_size // 4])
     # The trainer numbers the inner pieces "##c" in the order of a randomly seeded hash map, and breaks ties between
