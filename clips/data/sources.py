@@ -16,20 +16,21 @@ import os
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from clips.common.errors import UserError
+from clips.common.escape import for_terminal
 from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample, RawSample
+from clips.data.shards import open_shards
 from clips.data.sidecar import open_binary
 from clips.data.table import SUFFIXES, Table
 from clips.data.tar import ShardIndex, load_index, shard_summary
@@ -57,6 +58,25 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
     return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
+
+
+def index_data(spec: str, workers: int) -> None:
+    """What scripts/index_data.py does: make whatever opening `spec` would make, and say what is there."""
+    files = expand(spec)
+    if any(file.endswith(SUFFIXES) for file in files):
+        rows = sum(len(Table(file)) for file in files)
+        print(f"{len(files):,} tables, {rows:,} rows")
+        return
+    found = open_shards(files, workers)
+    print(f"{len(files):,} shards, {found.counts.sum():,} samples")
+    for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
+        print(f"{count:>15,}  {', '.join(layout)}")
+    for shard, problems in itertools.islice(found.problems.items(), WARNED):
+        print(
+            f"{files[shard]}: {for_terminal(problems[0])}" + (f" (and {len(problems) - 1} more)" * (len(problems) > 1))
+        )
+    if len(found.problems) > WARNED:
+        print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 
 
 def expand(spec: str) -> list[str]:
@@ -134,14 +154,11 @@ class TarSource(Source):
         self.shards, self.need_long = shards, need_long
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._needed = PARTS if need_long else PARTS[:2]
-        with ThreadPoolExecutor(8) as pool:  # the first pass over remote shards waits for the network
-            progress = tqdm(
-                pool.map(shard_summary, shards), "indexing shards", len(shards), unit="shard", leave=False, disable=None
-            )
-            self._summaries = list(progress)
+        self._set = open_shards(shards)
+        self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
-        self._set_sizes([sum(n for e, n in s.layouts.items() if not self._lacking(e)) for s in self._summaries])
+        self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
         self._warn_of_problems()
         self._check_fields(fields)
 
@@ -160,11 +177,11 @@ class TarSource(Source):
 
     def _fields_found(self) -> list[str]:
         """What `Fields` could name: extensions, and `ext:key` for the JSON keys of the first samples."""
-        found = {extension for s in self._summaries for layout in s.layouts for extension in layout}
-        shard = next((i for i, s in enumerate(self._summaries) if s.layouts), None)
-        if shard is None:
+        found = {extension for layout in self._set.layouts for extension in layout}
+        filled = np.flatnonzero(self._set.counts.any(axis=1))
+        if not len(filled):
             raise UserError(f"{_names(self.shards)} hold no samples: are they tar shards?")
-        opened = self._shard(shard)
+        opened = self._shard(int(filled[0]))
         for extension in sorted({e for part in self._fields.values() for e, key in part if key} | {"json"}):
             for row in range(min(PROBED_SAMPLES, len(opened.index.keys))):
                 with contextlib.suppress(BrokenSample):  # counted when training reads it
@@ -172,16 +189,18 @@ class TarSource(Source):
         return sorted(found)
 
     def _warn_of_problems(self) -> None:
-        messages = [f"{url}: {p}" for url, s in zip(self.shards, self._summaries, strict=True) for p in s.problems]
-        for i, summary in enumerate(self._summaries):
-            lacking = sum(n for extensions, n in summary.layouts.items() if self._lacking(extensions))
-            if 0 < lacking < sum(summary.layouts.values()):
-                opened = self._shard(i)
+        messages = [f"{self.shards[i]}: {problem}" for i, found in self._set.problems.items() for problem in found]
+        lacking = self._set.counts[:, self._lacks].sum(axis=1)
+        for i in np.flatnonzero((lacking > 0) & (lacking < self._set.counts.sum(axis=1))):
+            if len(messages) < WARNED:  # more of them are summed up
+                opened = self._shard(int(i))
                 row = next(iter(set(range(len(opened.index.keys))) - set(opened.complete)))
-                messages.append(
-                    f"{self.shards[i]}: {lacking} samples are left out for want of a member, the first is "
-                    f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
-                )
+                first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
+            else:
+                first = "…"
+            messages.append(
+                f"{self.shards[i]}: {lacking[i]} samples are left out for want of a member, the first is {first}"
+            )
         for message in messages[:WARNED]:
             log.warning(message)
         if len(messages) > WARNED:
@@ -212,8 +231,10 @@ class TarSource(Source):
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
             self._open, self._process = OrderedDict(), os.getpid()
         if shard not in self._open:
-            index = load_index(self._summaries[shard].index)
-            self._open[shard] = _OpenShard(self.shards[shard], index, self._lacking)
+            url, index = self.shards[shard], Path(self._set.indexes[shard])
+            if not index.is_file():  # removed since the overview was made
+                index = shard_summary(url).index
+            self._open[shard] = _OpenShard(url, load_index(index), self._lacking)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
