@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Simulate the order of training at 10^6 to 10^10 samples: mixing against a full shuffle, memory, seek time, reading."""
+"""Simulate the order of training at 10^6 to 10^10 samples: mixing, memory, seek time, shards that are read from."""
 
 import argparse
 import sys

@@ -68,7 +68,7 @@ class SampleOrder:
 
     def held(self, epoch: int, offset: int) -> int:
         """Samples of the shards' pieces that are read from at `offset` of `epoch`."""
-        _, first, group_starts = self._epoch(epoch)
+        _, _, group_starts = self._epoch(epoch)
         group = int(np.searchsorted(group_starts, offset, side="right")) - 1
         return len(self._members(epoch, group))
 

@@ -108,7 +108,7 @@ def run(*, batch: int, ranks: int, sample_bytes: int, seed: int, out: str | None
     ]
     table = Table(
         title=f"steps of {batch:,} samples over {ranks} ranks, {sample_bytes:,} bytes a sample",
-        caption="open, seek, µs/sample, MB: the time and memory of the order itself · shards/step, shards/rank: from how "
+        caption="open, seek, µs/sample, MB: time and memory of the order itself · shards/step, shards/rank: from how "
         "many shards a step comes · from GB: the pieces of shards that are read from at a time · again %: pairs of "
         "one step that are in one step again in the next epoch, and the same in a full shuffle",
     )
