@@ -114,6 +114,7 @@ BAD = {
     "top_p 0": (CHAT | {"top_p": 0}, "top_p", "greater than 0"),
     "empty stop": (CHAT | {"stop": [""]}, "stop[0]", "at least 1 character"),
     "five stops": (CHAT | {"stop": list("abcde")}, "stop", "at most 4"),
+    "a stop of 1 MB": (CHAT | {"stop": "a" * 2**20}, "stop[0]", "at most 256 characters"),
     "seed": (CHAT | {"seed": -1}, "seed", "greater than or equal to 0"),
     "no messages": (CHAT | {"messages": []}, "messages", "at least 1 item"),
     "empty message": (CHAT | {"messages": [user(" \n")]}, "messages[0].content", "message is empty"),

@@ -50,6 +50,28 @@ class SampleOrder:
         group = int(np.searchsorted(group_starts, offset, side="right")) - 1
         return int(self._members(epoch, group)[offset - group_starts[group]])
 
+    def offsets(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Where `epoch` has the samples `indices`, the inverse of `index`: int64, of the same length."""
+        order, first, group_starts = self._epoch(epoch)
+        place_of_piece = np.empty_like(order)
+        place_of_piece[order] = np.arange(len(order))
+        pieces = np.searchsorted(self._starts, indices, side="right") - 1
+        groups = np.searchsorted(first, place_of_piece[pieces], side="right") - 1
+        found = np.empty(len(indices), dtype=np.int64)
+        for group in np.unique(groups):
+            members = self._members(epoch, int(group))
+            by_index = np.argsort(members)
+            ours = groups == group
+            place = by_index[np.searchsorted(members, indices[ours], sorter=by_index)]
+            found[ours] = group_starts[group] + place
+        return found
+
+    def held(self, epoch: int, offset: int) -> int:
+        """Samples of the shards' pieces that are read from at `offset` of `epoch`."""
+        _, _, group_starts = self._epoch(epoch)
+        group = int(np.searchsorted(group_starts, offset, side="right")) - 1
+        return len(self._members(epoch, group))
+
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces in this epoch's order, the piece each group begins with, the offset each group begins at."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self._sizes))

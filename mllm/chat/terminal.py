@@ -335,4 +335,10 @@ def _web(flags: argparse.Namespace, options: dict[str, Any]) -> None:
     names = [flags.model_path, *(flags.compare_with or ())]
     if flags.compare_with and not flags.model_path:
         names[0] = str(newest_model())
-    launch([name for name in names if name], host=flags.host, port=flags.port, **options)
+    launch(
+        [name for name in names if name],
+        host=flags.host,
+        port=flags.port,
+        allowed_hosts=flags.allowed_hosts,
+        **options,
+    )

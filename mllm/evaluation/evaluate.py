@@ -31,6 +31,7 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line, score
+from mllm.model.defaults import COLDEST
 from mllm.model.load import load_llava, model_name, newest_model
 
 PROGRESS = "progress.json"
@@ -73,7 +74,7 @@ def generate_answers(
         if question.image and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
-    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature else {}
+    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature >= COLDEST else {}
     settings = GenerationConfig(
         do_sample=bool(drawn),
         max_new_tokens=max_new_tokens,
