@@ -29,6 +29,7 @@ from clips.common.files import read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
+from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import open_binary
@@ -130,6 +131,10 @@ class Source:
         shard = bisect.bisect_right(self._starts, index) - 1
         return shard, index - self._starts[shard]
 
+    def order(self, seed: int) -> Order:
+        """In which order training sees the samples."""
+        return SampleOrder(self.shard_sizes, seed)
+
     def read(self, index: int) -> RawSample:
         """Raises BrokenSample (missing, empty or badly encoded part) and UserError (a path that climbs out)."""
         raise NotImplementedError
@@ -145,6 +150,32 @@ class Source:
                 yield from filter(None, self.texts(index))
             except BrokenSample:
                 continue
+
+
+class MixedSource(Source):
+    """Several sources one after the other, of which training sees each as often as its share says."""
+
+    def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
+        self.sources, self.shares = list(sources), list(shares)
+        self._set_sizes([size for source in sources for size in source.shard_sizes])
+        self._firsts = [0, *itertools.accumulate(map(len, sources))]
+
+    def order(self, seed: int) -> Order:
+        return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)
+
+    def _part(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._firsts, index) - 1
+        return self.sources[part], index - self._firsts[part]
+
+    def read(self, index: int) -> RawSample:
+        source, index = self._part(index)
+        return source.read(index)
+
+    def texts(self, index: int) -> tuple[str, str | None]:
+        source, index = self._part(index)
+        return source.texts(index)
 
 
 class TarSource(Source):
