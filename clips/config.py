@@ -31,6 +31,21 @@ def parse_fields(assignments: list[str], fields: Fields) -> Fields:
     return fields
 
 
+def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
+    """`recap=3:shards/*.tar cc=1:cc.parquet` → the sets of a mix."""
+    parts = []
+    for entry in entries:
+        name, has_name, rest = entry.partition("=")
+        share, has_share, data = rest.partition(":")
+        try:
+            parts.append(MixPart(name=name, share=float(share), data=data))
+        except ValueError:
+            has_share = ""
+        if not (has_name and has_share and name and data):
+            raise UserError(f"--mix {entry!r} must look like NAME=SHARE:DATA, as in recap=0.7:'shards/*.tar'")
+    return tuple(parts)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -187,9 +202,25 @@ class Fields:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One of several sets that training mixes."""
+
+    name: str
+    share: float
+    """Relative to those of the others."""
+    data: str
+    """As `DataConfig.train`."""
+    fields: Fields | None = None
+    """Where its samples keep their parts, if elsewhere than `DataConfig.fields` says."""
+    image_root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "demo"
-    """`demo`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    """`demo`, `mix` (see there), a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    mix: tuple[MixPart, ...] = ()
+    """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
     val: str | None = None
     test: str | None = None
     fields: Fields = field(default_factory=Fields)
@@ -198,6 +229,14 @@ class DataConfig:
     demo_dir: str = "data/demo"
     workers: int = 2
     max_broken_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        mixed = self.train == "mix"
+        _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
+        names = [part.name for part in self.mix]
+        _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
+        for part in self.mix:
+            _require(0 < part.share < float("inf"), f"data.mix: the share of {part.name} is {part.share}, not above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,9 +156,11 @@ class MixedSource(Source):
     """Several sources one after the other, of which training sees each as often as its share says."""
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
+        """ValueError for shares that `MixedOrder` refuses."""
         self.sources, self.shares = list(sources), list(shares)
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
+        self.order(0)
 
     def order(self, seed: int) -> Order:
         return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clips.common.errors import Stopped, UserError
-from clips.config import PhaseConfig, RunConfig, parse_fields
+from clips.config import PhaseConfig, RunConfig, parse_fields, parse_mix
 from clips.recipes import debug_twin, recipe
 
 
@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         help="training data: a folder, pattern or URL of tar shards, or a .csv/.jsonl/.parquet table "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
+    )
+    p.add_argument(
+        "--mix",
+        nargs="+",
+        action="extend",
+        metavar="NAME=SHARE:DATA",
+        help="several sets in place of --data, each seen as often as its share says (default: none)",
     )
     p.add_argument("--val-data", help="validation data, evaluated during training (default: the demo's, or none)")
     p.add_argument("--test-data", help="test data, evaluated at the end (default: the demo's, or none)")
@@ -113,6 +120,10 @@ def config_from_flags(flags: argparse.Namespace) -> RunConfig:
         run = debug_twin(run)
     given = {"train": flags.data, "val": flags.val_data, "test": flags.test_data, "image_root": flags.image_root}
     data = replace(run.data, **{key: value for key, value in given.items() if value is not None})
+    if flags.mix:
+        if flags.data is not None:
+            raise UserError("--data and --mix both say what is trained on: give one of them")
+        data = replace(data, train="mix", mix=parse_mix(flags.mix))
     if flags.fields:
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed))

@@ -195,6 +195,9 @@ def print_plan(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
     table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
+    shares = sum(part.share for part in run.data.mix)
+    for part in run.data.mix:
+        table.add_row("", for_rich(f"{part.share / shares:.1%} {part.name}: {part.data}"))
     for name in ("val", "test"):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         table.add_row(f"  {name}", for_rich(spec))
