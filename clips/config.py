@@ -218,7 +218,8 @@ class MixPart:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "demo"
-    """`demo`, `mix` (see there), a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
+    .parquet)."""
     mix: tuple[MixPart, ...] = ()
     """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
     val: str | None = None
