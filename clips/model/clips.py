@@ -63,7 +63,7 @@ class CLIPSModel(nn.Module):
         states = None
         if self.captioner is not None and caption is not None:
             _, web_states, web_visible = texts_out[0]
-            states = self.captioner(tokens[:, 1:], web_states, web_visible, caption[:, :-1])
+            states = self.captioner(self.visual.patches(tokens), web_states, web_visible, caption[:, :-1])
         return Outputs(
             image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
             text_features=[F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out],
@@ -78,7 +78,7 @@ class CLIPSModel(nn.Module):
             raise ValueError("this model was trained without a captioner")
         _, states, visible = self.text(web_ids)
         tokens = self.visual(images)[1]
-        return self.captioner.generate(tokens[:, 1:], states, visible, bos_id, eos_id, self.text.pad_id)
+        return self.captioner.generate(self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         for tower in (self.visual, self.text, self.captioner):

@@ -248,7 +248,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
 
     def tokenise() -> None:
         for texts in ([sample.web for sample in raw], subs):
-            tokenizer(texts, text.context_length, trim=text.pad_mask)
+            tokenizer.for_tower(texts, text)
         tokenizer.caption_ids(tokenizer.encode(longs), captioner.length)
 
     parts = {

@@ -145,8 +145,9 @@ def forward_flops(model: ModelConfig, image_size: int) -> float:
 
     vision, text, captioner = model.vision, model.text, model.captioner
     patches = vision.tokens(image_size)
-    words = text.context_length / (2 if text.pad_mask else 1)
-    total = blocks(vision.width, vision.layers, patches + 1) + 2 * blocks(text.width, text.layers, words)
+    words = text.context_length / (2 if text.trim else 1)
+    total = blocks(vision.width, vision.layers, patches + vision.prefix_tokens)
+    total += 2 * blocks(text.width, text.layers, words)
     total += 2 * 3 * vision.patch_size**2 * vision.width * patches
     if captioner:
         total += blocks(captioner.width, captioner.layers, patches + words + captioner.length)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +89,7 @@ def check_exports(
     """Load the three formats of `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
     import open_clip
 
-    ids = tokenizer(texts, trained.config.text.context_length, trim=trained.config.text.pad_mask)
+    ids = tokenizer.for_tower(texts, trained.config.text)
     image_features, text_features = trained.encode_image(images), trained.encode_text(ids)
     pooled, tokens = trained.visual(images)
 
@@ -176,7 +175,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/export_clips.py does: a trained model in all three formats, checked on real images."""
     loaded = load_model(flags.model)
     run = loaded.run
-    size = flags.image_size or math.isqrt(len(loaded.model.visual.pos_embed) - 1) * run.model.vision.patch_size
+    size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
     if flags.data is not None:
         source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
