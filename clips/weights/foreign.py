@@ -183,7 +183,7 @@ class Foreign:
 
 # ------------------------------------------------------------------------------------------------------- the readers
 def kind_of(directory: Path) -> str | None:
-    """"transformers" or "timm", by the config.json in `directory`; None where it is neither."""
+    """ "transformers" or "timm", by the config.json in `directory`; None where it is neither."""
     config = _json(directory / "config.json")
     # This project's own configuration has neither; timm's has no model_type.
     return "transformers" if "model_type" in config else "timm" if "architecture" in config else None
@@ -464,8 +464,8 @@ def _normalised(directory: Path, kind: str) -> Normalisation:
 def _fold(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
     """Make a patch convolution for pictures normalised as `there` one for ImageNet's mean and deviation.
 
-    With x̂ = (x - m) / s, w·x̂ there is w s₂/s₁·x̂₂ + w·(m₂ - m₁)/s₁ in terms of x̂₂ = (x - m₂) / s₂. The constant goes into
-    the bias, or, where there is none, into the patches' positions, which is the same sum. Returns whether they differ.
+    w·(x - m₁)/s₁ is, in terms of y = (x - m₂)/s₂, (w s₂/s₁)·y + w·(m₂ - m₁)/s₁. The constant goes into the bias, or,
+    where there is none, into the patches' positions, which is the same sum. Returns whether the two differ.
     """
     (mean, std), (our_mean, our_std) = (
         tuple(torch.tensor(values, dtype=torch.float64) for values in pair)
