@@ -184,7 +184,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
-    out = Path(flags.output or loaded.path / "export")
+    out = Path(flags.output or loaded.home / "export")
     differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
     kind = "CLIPVisionModel" if run.model.vision.pre_norm else "ViTModel"
     for name, difference in differences.items():

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clips.common.errors import UserError
+from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.tensors import assign_weights, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
 from clips.weights.formats import import_open_clip
+
+NATIVE_WEIGHTS = "model.safetensors"
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -21,7 +24,7 @@ def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenize
     run = RunConfig.load(directory / "config.json")
     tokenizer = CaptionTokenizer.load(directory / "tokenizer")
     model = CLIPSModel(run.model, tokenizer.pad_id)
-    assign_weights(model, read_weights(directory / "model.safetensors"), directory)
+    assign_weights(model, read_weights(directory / NATIVE_WEIGHTS), directory)
     return model.eval(), run, tokenizer
 
 
@@ -33,31 +36,42 @@ class LoadedModel:
     run: RunConfig
     tokenizer: CaptionTokenizer
     path: Path
-    """The directory that was asked for, or found."""
+    """The directory that was asked for, or found, or of the hub's cache."""
+    home: Path
+    """Where what is made of it belongs: `path`, for a model of the hub a directory of its name under runs/."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
-    """Load a run directory, an export directory, or a native or open_clip export; None: the newest run under `runs`.
+    """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
     Official checkpoints of CLIPS and OpenVision are of open_clip's kind.
     Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
     """
-    path = Path(path) if path is not None else _newest_run(Path(runs))
+    if path is None:
+        path = _newest_run(Path(runs))
+    directory = resolve(str(path), "model", (*OPEN_CLIP_WEIGHTS, NATIVE_WEIGHTS))
+    is_here = directory == Path(path).expanduser()
+    return LoadedModel(
+        *_load(directory), path=directory, home=directory if is_here else Path(runs) / str(path).replace("/", "--")
+    )
+
+
+def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+    if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
+        model, tokenizer = import_open_clip(path)
+        return model, _imported_run(model.config), tokenizer
     for directory in (path, path / "native", path / "export" / "native"):
-        if (directory / "model.safetensors").is_file() and (directory / "config.json").is_file():
+        if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
             if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
                 break
-            return LoadedModel(*load_native(directory), path)
-    if (path / "open_clip_config.json").is_file():
-        model, tokenizer = import_open_clip(path)
-        return LoadedModel(model, _imported_run(model.config), tokenizer, path)
+            return load_native(directory)
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
         run = RunConfig.load(path / "config.json")
         tokenizer = CaptionTokenizer.load(path / "tokenizer")
         model = CLIPSModel(run.model, tokenizer.pad_id)
         assign_weights(model, found.weights(), found.path)
         model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-        return LoadedModel(model.eval(), run, tokenizer, path)
+        return model.eval(), run, tokenizer
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
         "(config.json, model.safetensors) or an open_clip one (open_clip_config.json)"

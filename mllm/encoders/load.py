@@ -21,8 +21,9 @@ from transformers import (
 
 from clips import LAYER_NORM_EPS, init_weights, newest_export, read_open_clip_config, sincos_positions
 from clips.common.errors import UserError
+from clips.common.hub import ANY_WEIGHTS, resolve
+from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
-from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -47,8 +48,9 @@ LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
 
 def trained_here(objective: str, recipe: str) -> Callable[[VisionRequest], LoadedVision]:
     def load(request: VisionRequest) -> LoadedVision:
-        directory = resolve(request.argument, "vision encoder") if request.argument else None
-        return _load_export(directory or newest_export(request.runs, objective, recipe))
+        if not request.argument:
+            return _load_export(newest_export(request.runs, objective, recipe))
+        return _load_export(resolve(request.argument, "vision encoder", ANY_WEIGHTS))
 
     return load
 
@@ -73,7 +75,7 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
 
     if argument.startswith(("local-dir:", "hf-hub:")):
         place = argument.partition(":")[2]
-        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder')}", None
+        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder', ANY_WEIGHTS)}", None
     else:
         model_name, _, pretrained = argument.partition("/")
         if model_name not in open_clip.list_models():
@@ -148,10 +150,10 @@ load_clips = trained_here("clips", "demo")
 def _load_export(directory: Path) -> LoadedVision:
     """A run, an export, or a model directory in transformers' or open_clip's format."""
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
+        if (place / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
+            return _load_open_clip(f"local-dir:{place}", eps=LAYER_NORM_EPS if _is_clips(place) else None)
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
-        if (place / "open_clip_config.json").is_file():
-            return _load_open_clip(f"local-dir:{place}", eps=LAYER_NORM_EPS if _is_clips(place) else None)
     raise UserError(
         f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
         "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
