@@ -192,6 +192,9 @@ def print_plan(
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
+    vision = run.model.vision
+    shape = f"{'with' if vision.cls else 'without'} CLS, {vision.pos_embed} positions, {vision.activation}"
+    table.add_row("image tower", f"{vision.transformers_class}: {shape}, pooled by {vision.pool}")
     table.add_row(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
