@@ -55,6 +55,7 @@ TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
+Freeze = Literal["none", "vision", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +319,11 @@ class TrainConfig:
     accumulation: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
+    init_from: str | None = None
+    """Whose weights the run begins with (docs/weights.md): a directory, a hub id, or timm:NAME_OR_DIR. They are read
+    once, before the first step."""
+    freeze: Freeze = "none"
+    """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -328,6 +334,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
+        _one_of("train.freeze", self.freeze, Freeze)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 

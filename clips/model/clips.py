@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clips.config import ModelConfig
+from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower
@@ -84,6 +84,13 @@ class CLIPSModel(nn.Module):
         for tower in (self.visual, self.text, self.captioner):
             if tower is not None:
                 tower.blocks.activation_checkpointing = enabled
+
+    def freeze(self, part: Freeze) -> None:
+        """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""
+        for name, tower in (("vision", self.visual), ("text", self.text)):
+            if name == part:
+                tower.requires_grad_(False)
+                tower.proj.requires_grad_(True)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, the total last."""

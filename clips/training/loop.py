@@ -83,7 +83,9 @@ def pretrain(run: RunConfig, options: Options) -> None:
         try:
             engine.state.restore_optimizer(previous.optimizer(), state.step)
         except KeyError as error:
-            raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
+            raise UserError(
+                f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
+            ) from None
     if is_main:
         run.save(options.run_dir / "config.json")
         write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
