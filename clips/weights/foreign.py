@@ -3,7 +3,7 @@
 What the tables cannot say is done here, exactly: separate query, key and value matrices are joined; LayerScale, a
 factor for each channel at the end of a branch, goes into `attn.proj` and `mlp.fc2`; the mean and deviation that a
 model's pictures are normalised with go into its patch convolution, since pictures here are always normalised with
-ImageNet's. open_clip's formats are in clips/weights/formats.py.
+ImageNet's. open_clip's formats are in clips/weights/open_clip.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,28 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import Activation, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
-from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK
 
 QKV = ("attn.q", "attn.k", "attn.v")
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+CLIP_VISION_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 DINOV2_BLOCK = {
     "norm1": "norm1",
     "attn.q": "attention.attention.query",
@@ -183,7 +202,7 @@ class Foreign:
 
 # ------------------------------------------------------------------------------------------------------- the readers
 def kind_of(directory: Path) -> str | None:
-    """"transformers" or "timm", by the config.json in `directory`; None where it is neither."""
+    """ "transformers" or "timm", by the config.json in `directory`; None where it is neither."""
     config = _json(directory / "config.json")
     # This project's own configuration has neither; timm's has no model_type.
     return "transformers" if "model_type" in config else "timm" if "architecture" in config else None
@@ -305,7 +324,7 @@ class _File:
         for name in ("cls_token", "pos_embed"):  # timm and transformers keep them with axes of length 1 in front
             if name in tensors:
                 tensors[name] = tensors[name].reshape(-1, vision.width).squeeze(0)
-        if _fold(tensors, vision, normalisation):
+        if fold_normalisation(tensors, vision, normalisation):
             mean = ", ".join(f"{value:.3g}" for value in normalisation[0])
             notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
         return {f"visual.{name}": tensor for name, tensor in tensors.items()}, notes
@@ -461,7 +480,7 @@ def _normalised(directory: Path, kind: str) -> Normalisation:
     return processor.get("image_mean") or mean, processor.get("image_std") or std
 
 
-def _fold(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
+def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
     """Make a patch convolution for pictures normalised as `there` one for ImageNet's mean and deviation.
 
     With x̂ = (x - m) / s, w·x̂ there is w s₂/s₁·x̂₂ + w·(m₂ - m₁)/s₁ in terms of x̂₂ = (x - m₂) / s₂. The constant goes into
