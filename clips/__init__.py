@@ -46,11 +46,11 @@ FACE = {
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
     # how a tower is initialised and normalised, its blocks' names in transformers, its configuration in open_clip
-    "CLIP_VISION_BLOCK": "clips.weights.formats",
+    "CLIP_VISION_BLOCK": "clips.weights.foreign",
     "LAYER_NORM_EPS": "clips.model.layers",
-    "VIT_BLOCK": "clips.weights.formats",
+    "VIT_BLOCK": "clips.weights.foreign",
     "init_weights": "clips.model.layers",
-    "read_open_clip_config": "clips.weights.formats",
+    "read_open_clip_config": "clips.weights.open_clip",
     "sincos_positions": "clips.model.vision",
 }
 
@@ -68,8 +68,9 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.model.layers import LAYER_NORM_EPS, init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
-    from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK, read_open_clip_config
+    from clips.weights.foreign import CLIP_VISION_BLOCK, VIT_BLOCK
     from clips.weights.load import newest_export
+    from clips.weights.open_clip import read_open_clip_config
 
 __all__ = list(FACE)
 

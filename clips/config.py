@@ -107,6 +107,11 @@ class VisionConfig:
         """Tokens in front of the patches: the CLS, if there is one."""
         return int(self.cls)
 
+    @property
+    def transformers_class(self) -> str:
+        """The class of transformers that computes this tower."""
+        return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
+
     def tokens(self, image_size: int | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
         return ((image_size or self.image_size) // self.patch_size) ** 2

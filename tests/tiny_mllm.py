@@ -23,7 +23,7 @@ from clips.config import (
     VisionConfig,
 )
 from clips.model.clips import CLIPSModel
-from clips.weights.formats import write_hf_vit
+from clips.weights.hf_vit import write_hf_vit
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"

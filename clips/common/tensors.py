@@ -55,10 +55,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", **metadata})
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

@@ -45,7 +45,7 @@ from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.task import Task
 from clips.weights.checkpoint import TrainState
-from clips.weights.formats import open_clip_config
+from clips.weights.open_clip import open_clip_config
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
 from clips.config import PhaseConfig, RunConfig, parse_fields
-from clips.recipes import debug_twin, recipe
+from clips.recipes import debug_twin, recipe, with_tower
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,6 +22,12 @@ def parser() -> argparse.ArgumentParser:
         "triples with --data."
     )
     p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py (default: demo)")
+    p.add_argument(
+        "--tower",
+        default="clips",
+        help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM, SGLang and "
+        "llama.cpp run as SigLIP) or clip (a LayerNorm before the blocks, as in CLIP) (default: clips)",
+    )
     p.add_argument("--name", help="run directory under --output-dir (default: the recipe's name)")
     p.add_argument("--output-dir", default="runs", help="where runs are written (default: runs)")
     p.add_argument(
@@ -136,7 +142,7 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
 
     `given`: that architecture, path in the configuration → value; by default as the run recorded it, if it has begun.
     """
-    run = recipe(flags.recipe)
+    run = with_tower(recipe(flags.recipe), flags.tower)
     if flags.debug:
         run = debug_twin(run)
     named = {"train": flags.data, "val": flags.val_data, "test": flags.test_data, "image_root": flags.image_root}

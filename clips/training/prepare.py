@@ -222,6 +222,9 @@ def print_plan(
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
+    vision = run.model.vision
+    shape = f"{'with' if vision.cls else 'without'} CLS, {vision.pos_embed} positions, {vision.activation}"
+    table.add_row("image tower", f"{vision.transformers_class}: {shape}, pooled by {vision.pool}")
     if run.train.freeze != "none":
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         table.add_row("  frozen", f"{run.train.freeze}, but for its projection: {trains / 1e6:.2f} M parameters train")

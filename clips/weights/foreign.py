@@ -3,7 +3,7 @@
 What the tables cannot say is done here, exactly: separate query, key and value matrices are joined; LayerScale, a
 factor for each channel at the end of a branch, goes into `attn.proj` and `mlp.fc2`; the mean and deviation that a
 model's pictures are normalised with go into its patch convolution, since pictures here are always normalised with
-ImageNet's. open_clip's formats are in clips/weights/formats.py.
+ImageNet's. open_clip's formats are in clips/weights/open_clip.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,28 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import Activation, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
-from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK
 
 QKV = ("attn.q", "attn.k", "attn.v")
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+CLIP_VISION_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 DINOV2_BLOCK = {
     "norm1": "norm1",
     "attn.q": "attention.attention.query",
@@ -279,7 +298,7 @@ class _File:
             raise UserError(f"the weights in {self.directory} lack {_listed(missing)}")
         self.taken |= wanted
         return {
-            part + ours: torch.cat([self.weights[prefix + name].float() for name in parts])
+            part + ours: _joined([self.weights[prefix + name] for name in parts])
             for ours, parts in names.items()
         }
 
@@ -305,7 +324,7 @@ class _File:
         for name in ("cls_token", "pos_embed"):  # timm and transformers keep them with axes of length 1 in front
             if name in tensors:
                 tensors[name] = tensors[name].reshape(-1, vision.width).squeeze(0)
-        if _fold(tensors, vision, normalisation):
+        if fold_normalisation(tensors, vision, normalisation):
             mean = ", ".join(f"{value:.3g}" for value in normalisation[0])
             notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
         return {f"visual.{name}": tensor for name, tensor in tensors.items()}, notes
@@ -335,12 +354,17 @@ class _File:
         return found
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """A copy in fp32, of several one after the other."""
+    return parts[0].to(torch.float32, copy=True) if len(parts) == 1 else torch.cat([part.float() for part in parts])
+
+
 def read_directory(directory: Path) -> dict[str, Tensor]:
     """All weights of a model's directory, in one file or several: safetensors, else torch files without code."""
-    for pattern in ("*.safetensors", "*.bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # open_clip's may lie beside them
         if files := sorted(directory.glob(pattern)):
             return {name: tensor for path in files for name, tensor in read_weights(path).items()}
-    raise UserError(f"{directory} holds no weights (*.safetensors or *.bin)")
+    raise UserError(f"{directory} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -461,7 +485,7 @@ def _normalised(directory: Path, kind: str) -> Normalisation:
     return processor.get("image_mean") or mean, processor.get("image_std") or std
 
 
-def _fold(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
+def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
     """Make a patch convolution for pictures normalised as `there` one for ImageNet's mean and deviation.
 
     w·(x - m₁)/s₁ is, in terms of y = (x - m₂)/s₂, (w s₂/s₁)·y + w·(m₂ - m₁)/s₁. The constant goes into the bias, or,

@@ -13,7 +13,7 @@ from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, P
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
-from clips.weights.formats import import_open_clip
+from clips.weights.open_clip import import_open_clip
 
 NATIVE_WEIGHTS = "model.safetensors"
 

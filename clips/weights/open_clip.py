@@ -1,4 +1,4 @@
-"""The same weights under the names of others: open_clip (both ways) and transformers.
+"""Both towers under the names of open_clip, both ways.
 
 open_clip's and CLIP's patch convolutions have no bias. Ours, if there is one (`vision.patch_bias`), is added to the
 positions of the patch tokens, which is the same sum. Padding: see clips/model/text.py and `open_clip_config`.
@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.tensors import assign_weights, read_weights, write_weights
@@ -25,6 +24,7 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
+from clips.weights.hf_vit import positions_with_bias
 
 POSITION_TOLERANCE = 1e-4
 """How far positions read from a file may be from a sin-cos table plus a constant."""
@@ -48,26 +48,6 @@ OPEN_CLIP_BLOCK = {
     "mlp.fc1.bias": "mlp.c_fc.bias",
     "mlp.fc2.weight": "mlp.c_proj.weight",
     "mlp.fc2.bias": "mlp.c_proj.bias",
-}
-VIT_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.q": "attention.attention.query",
-    "attn.k": "attention.attention.key",
-    "attn.v": "attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-CLIP_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
 }
 
 
@@ -104,12 +84,16 @@ def logit_scale_parameter(model: CLIPSModel) -> Tensor:
     return model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
 
 
-def _positions_with_bias(model: CLIPSModel) -> Tensor:
-    """The position table [1 + N, D] with the patch convolution's bias added to the patches' rows."""
-    table = model.visual.pos_embed.clone()
-    if model.visual.patch_embed.bias is not None:
-        table[1:] += model.visual.patch_embed.bias
-    return table
+def open_clip_lacks(config: ModelConfig) -> str | None:
+    """Why no class of open_clip computes this model; None where one does."""
+    vision, text = config.vision, config.text
+    if not vision.cls:
+        return "open_clip's own image tower always has a CLS token, this one has none (vision.cls=false)"
+    if (vision.activation == "quick_gelu") != (text.activation == "quick_gelu"):
+        return f"quick_gelu is one switch for both towers there, here {vision.activation} and {text.activation}"
+    if text.pool == "eos" and text.pad_mask and not text.causal:
+        return "open_clip masks padding only beside a CLS slot or a causal mask (text.pad_mask, text.pool=eos)"
+    return None
 
 
 def open_clip_config(config: ModelConfig, pad_id: int, eos_id: int) -> dict[str, Any]:
@@ -172,7 +156,7 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
     tensors |= {theirs: state[ours].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
     tensors["logit_scale"] = logit_scale_parameter(model)
     tensors["visual.class_embedding"] = state["visual.cls_token"]
-    tensors["visual.positional_embedding"] = _positions_with_bias(model)
+    tensors["visual.positional_embedding"] = positions_with_bias(model)
     if model.config.text.pad_mask:
         tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
     tokenizer.save(directory)
@@ -324,71 +308,3 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
             'texts are laid out in another way; a CLIPS model of this length says tokenizer_mode "clips"'
         )
     return config
-
-
-def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
-    """The image tower as `ViTModel` (or `CLIPVisionModel` when `vision.pre_norm`), its processor and the projection.
-
-    Names are those of the files on the hub, which every release of transformers reads.
-    """
-    from transformers import CLIPVisionConfig, ViTConfig, ViTImageProcessor
-
-    directory.mkdir(parents=True, exist_ok=True)
-    vision, tower = model.config.vision, model.visual
-    common: dict[str, Any] = {
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": int(vision.width * vision.mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    config: CLIPVisionConfig | ViTConfig
-    if vision.pre_norm:
-        config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim, architectures=["CLIPVisionModel"])
-        tensors = {
-            "vision_model.embeddings.class_embedding": tower.cls_token,
-            "vision_model.embeddings.patch_embedding.weight": tower.patch_embed.weight,
-            "vision_model.embeddings.position_embedding.weight": _positions_with_bias(model),
-            **_parameters("vision_model.pre_layrnorm", tower.pre_norm),
-            **_parameters("vision_model.post_layernorm", tower.norm),
-            **_hf_blocks(tower.blocks, "vision_model.encoder.layers", CLIP_VISION_BLOCK),
-        }
-    else:
-        config = ViTConfig(**common, architectures=["ViTModel"])
-        tensors = {
-            "embeddings.cls_token": tower.cls_token[None, None],
-            "embeddings.position_embeddings": tower.pos_embed[None],
-            "embeddings.patch_embeddings.projection.bias": torch.zeros(vision.width),  # ViTModel always has one
-            **_parameters("embeddings.patch_embeddings.projection", tower.patch_embed),
-            **_parameters("layernorm", tower.norm),
-            **_hf_blocks(tower.blocks, "encoder.layer", VIT_BLOCK),
-        }
-    config.save_pretrained(directory)
-    write_weights(tensors, directory / "model.safetensors")
-    write_weights({"proj.weight": tower.proj.weight}, directory / "embedding.safetensors")
-    size = {"height": vision.image_size, "width": vision.image_size}
-    ViTImageProcessor(
-        size=size, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True
-    ).save_pretrained(directory)
-
-
-def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{key}": value for key, value in module.state_dict().items()}
-
-
-def _hf_blocks(blocks: nn.ModuleList, prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of all blocks under transformers' names; the joint qkv projection is split in three."""
-    tensors: dict[str, Tensor] = {}
-    for i, block in enumerate(blocks):
-        for ours, theirs in names.items():
-            name = f"{prefix}.{i}.{theirs}"
-            if ours in ("attn.q", "attn.k", "attn.v"):
-                part = "qkv".index(ours[-1])
-                tensors[f"{name}.weight"] = block.get_parameter("attn.qkv.weight").chunk(3)[part]
-                tensors[f"{name}.bias"] = block.get_parameter("attn.qkv.bias").chunk(3)[part]
-            else:
-                tensors |= _parameters(name, block.get_submodule(ours))
-    return tensors
