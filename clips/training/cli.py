@@ -164,6 +164,8 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     if flags.batch_size is not None:
         assignments.append(f"phases.*.batch_size={flags.batch_size}")
     run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
+    if flags.init_from is not None and flags.tower != "clips":
+        raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")
     if run.train.init_from != flags.init_from:
         raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
     if not run.data.train:

@@ -297,10 +297,7 @@ class _File:
         if missing := sorted(wanted - self.weights.keys()):
             raise UserError(f"the weights in {self.directory} lack {_listed(missing)}")
         self.taken |= wanted
-        return {
-            part + ours: _joined([self.weights[prefix + name] for name in parts])
-            for ours, parts in names.items()
-        }
+        return {part + ours: _joined([self.weights[prefix + name] for name in parts]) for ours, parts in names.items()}
 
     def image_tower(
         self, layout: Layout, vision: VisionConfig, normalisation: Normalisation, *, qkv_bias: bool

@@ -24,14 +24,13 @@ from clips.common.files import write_json
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.tensors import assign_weights
 from clips.config import RunConfig
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.recipes import recipe
 from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
-from clips.weights.load import LoadedModel, load_model
+from clips.weights.load import LoadedModel, clip_tokenizer, load_model
 
-CLIP_VOCABULARY = 49_408
 FREE = ("model.vision.image_size",)
 """What the recipe or `--set` may choose although the file says otherwise: positions are made or resampled for it."""
 
@@ -106,13 +105,6 @@ def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
     return InitialWeights(source=name, kind=kind, architecture=parts, tensors=tensors, tokenizer=loaded.tokenizer)
 
 
-def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
-    """The tokenizer of a transformers CLIP in `directory`; CLIP's own where there is none and as many ids."""
-    if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
-        return build_tokenizer("clip")
-    return CaptionTokenizer.load(directory)
-
-
 # ------------------------------------------------------------------------------------------ the run's configuration
 def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     """UserError listing where `run` asks for another architecture than that of the weights."""
@@ -154,7 +146,7 @@ class Beginning:
     def table(self, run: RunConfig) -> Table:
         """For the terminal, with what differs from the recipe of `run`."""
         title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
-        table = Table("part", "from the file", "new", title=for_rich(title), title_justify="left")
+        table = Table("parameters of", "from the file", "new", title=for_rich(title), title_justify="left")
         for part in PARTS:
             if part in self.given or part in self.new:
                 table.add_row(part, *(_amount(side[part]) if part in side else "" for side in (self.given, self.new)))
@@ -162,8 +154,8 @@ class Beginning:
         for note in self.notes:
             table.add_row("on the way", for_rich(note))
         for what, names in self.left_over.items():
-            shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
-            table.add_row("left over", for_rich(f"{what}: {len(names)} tensors ({shown})"))
+            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            table.add_row("left over", for_rich(f"{what}: {shown}"))
         own = recipe(run.recipe)
         for path, value in self.architecture.items():
             for line in rundir.difference({path: _at(own, path)}, {path: value}):
@@ -222,4 +214,4 @@ def _by_part(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
 def _amount(found: tuple[int, int]) -> str:
     count, size = found
     parameters = f"{size / 1e6:.2f} M" if size > 1e5 else f"{size:,}"
-    return f"{count} tensors, {parameters} parameters"
+    return f"{parameters} in {count} tensor{'s' if count > 1 else ''}"

@@ -10,12 +10,14 @@ from clips.common.errors import UserError
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.tensors import assign_weights, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
-from clips.data.tokenizer import CaptionTokenizer
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
+from clips.weights.foreign import kind_of, read_transformers
 from clips.weights.open_clip import import_open_clip
 
 NATIVE_WEIGHTS = "model.safetensors"
+CLIP_VOCABULARY = 49_408
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -44,7 +46,7 @@ class LoadedModel:
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
-    Official checkpoints of CLIPS and OpenVision are of open_clip's kind.
+    Official checkpoints of CLIPS and OpenVision are of open_clip's kind; a whole CLIP of transformers is read too.
     Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
     """
     if path is None:
@@ -60,6 +62,8 @@ def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         model, tokenizer = import_open_clip(path)
         return model, _imported_run(model.config), tokenizer
+    if kind_of(path) is not None:
+        return _load_clip(path)
     for directory in (path, path / "native", path / "export" / "native"):
         if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
             if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
@@ -74,8 +78,30 @@ def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
         return model.eval(), run, tokenizer
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
-        "(config.json, model.safetensors) or an open_clip one (open_clip_config.json)"
+        "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"
     )
+
+
+def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+    """A whole CLIP of transformers; UserError where there is no text tower."""
+    foreign = read_transformers(directory) if kind_of(directory) == "transformers" else None
+    if foreign is None or foreign.text is None or foreign.embed_dim is None:
+        raise UserError(
+            f"{directory} holds an image tower alone, and this needs a text tower that fits it: train one with "
+            f"`python scripts/pretrain_clips.py --init-from {directory}`"
+        )
+    tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
+    config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
+    model = CLIPSModel(config, tokenizer.pad_id)
+    assign_weights(model, foreign.tensors, directory)
+    return model.eval(), _imported_run(config), tokenizer
+
+
+def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
+    """The tokenizer of a transformers CLIP in `directory`; CLIP's own where there is none and as many ids."""
+    if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
+        return build_tokenizer("clip")
+    return CaptionTokenizer.load(directory)
 
 
 def _newest_run(runs: Path) -> Path:
