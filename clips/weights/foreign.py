@@ -483,8 +483,9 @@ def _normalised(directory: Path, kind: str) -> Normalisation:
 def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
     """Make a patch convolution for pictures normalised as `there` one for ImageNet's mean and deviation.
 
-    With x̂ = (x - m) / s, w·x̂ there is w s₂/s₁·x̂₂ + w·(m₂ - m₁)/s₁ in terms of x̂₂ = (x - m₂) / s₂. The constant goes into
-    the bias, or, where there is none, into the patches' positions, which is the same sum. Returns whether they differ.
+    With x̂ = (x - m) / s, w·x̂ there is w s₂/s₁·x̂₂ + w·(m₂ - m₁)/s₁ in terms of x̂₂ = (x - m₂) / s₂. The constant goes
+    into the bias, or, where there is none, into the patches' positions, which is the same sum. Returns whether they
+    differ.
     """
     (mean, std), (our_mean, our_std) = (
         tuple(torch.tensor(values, dtype=torch.float64) for values in pair)

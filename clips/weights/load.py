@@ -50,7 +50,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
             return LoadedModel(*load_native(directory), path)
     if (path / "open_clip_config.json").is_file():
         model, tokenizer = import_open_clip(path)
-        return LoadedModel(model, _imported_run(model.config), tokenizer, path)
+        return LoadedModel(model, _imported_run(model.config, tokenizer), tokenizer, path)
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
         run = RunConfig.load(path / "config.json")
         tokenizer = CaptionTokenizer.load(path / "tokenizer")
@@ -76,12 +76,12 @@ def _time(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _imported_run(model: ModelConfig) -> RunConfig:
+def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
     """What a model that was trained elsewhere lets us say of its run."""
     return RunConfig(
         recipe="imported",
         model=model,
-        captions=CaptionsConfig(),
+        captions=CaptionsConfig(tokenizer="clip" if tokenizer.is_clip else "bert"),
         task=TaskConfig(caption_weight=0.0),
         data=DataConfig(),
         optim=OptimConfig(),
