@@ -76,6 +76,7 @@ class CaptionTokenizer:
         self.cls_id: int | None = _id_of(tokenizer, special["cls"]) if "cls" in special else None
         if self.pad_id == self.eos_id:
             raise ValueError(f"{special['eos']!r} is both its eos and its padding")
+        self.is_clip = (self.vocab_size, self.bos_id, self.eos_id) == (49_408, 49_406, 49_407)
         # CLIP's own code lowers texts in Python, which knows more of the alphabets than `tokenizers` does.
         model = tokenizer.model
         self._lower = isinstance(model, models.BPE) and model.end_of_word_suffix == _END_OF_WORD

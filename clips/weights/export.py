@@ -57,8 +57,8 @@ def export_all(
     """Write and check the formats under `directory`; returns each one's largest feature difference.
 
     `image_size` (default: the configured one) is the resolution the exports are for; fixed positions are recomputed
-    for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if any, is
-    replaced only once the new one is complete and right. Raises ExportError when a format differs.
+    for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if
+    any, is replaced only once the new one is complete and right. Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)

@@ -61,7 +61,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
 def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         model, tokenizer = import_open_clip(path)
-        return model, _imported_run(model.config), tokenizer
+        return model, _imported_run(model.config, tokenizer), tokenizer
     if kind_of(path) is not None:
         return _load_clip(path)
     for directory in (path, path / "native", path / "export" / "native"):
@@ -94,7 +94,7 @@ def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
     model = CLIPSModel(config, tokenizer.pad_id)
     assign_weights(model, foreign.tensors, directory)
-    return model.eval(), _imported_run(config), tokenizer
+    return model.eval(), _imported_run(config, tokenizer), tokenizer
 
 
 def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
@@ -116,12 +116,12 @@ def _time(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _imported_run(model: ModelConfig) -> RunConfig:
+def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
     """What a model that was trained elsewhere lets us say of its run."""
     return RunConfig(
         recipe="imported",
         model=model,
-        captions=CaptionsConfig(),
+        captions=CaptionsConfig(tokenizer="clip" if tokenizer.is_clip else "bert"),
         task=TaskConfig(caption_weight=0.0),
         data=DataConfig(),
         optim=OptimConfig(),
