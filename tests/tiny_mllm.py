@@ -61,7 +61,7 @@ def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = Fal
     )
     directory.mkdir(parents=True)
     run.save(directory / "config.json")
-    write_hf_vit(model, directory / "export" / "hf_vit")
+    write_hf_vit(model.visual, directory / "export" / "hf_vit")
     return model
 
 

@@ -19,12 +19,12 @@ from transformers import (
     ViTModel,
 )
 
-from clips import LAYER_NORM_EPS, init_weights, newest_export, read_open_clip_config, sincos_positions
+from clips import LAYER_NORM_EPS, NotPlain, init_weights, newest_export, read_open_clip_config, sincos_positions
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
-from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
+from mllm.encoders.plain_vit import PlainViT, check_equal, read_open_clip, read_timm, to_transformers
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Names of interpolations → PIL's numbers, which image processors are saved with."""
