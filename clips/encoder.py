@@ -51,8 +51,8 @@ class CLIPS:
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
-        """Open a run directory, a native or open_clip export, an official CLIPS or OpenVision checkpoint in open_clip's
-        layout, or, with None, the newest run under runs/.
+        """Open a run, a native or open_clip export, an official CLIPS or OpenVision checkpoint in open_clip's layout,
+        each a directory or a hub id (owner/name); with None the newest run under runs/.
 
         `device`: auto, cpu or cuda. UserError where there is no trained model.
         """

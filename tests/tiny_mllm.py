@@ -33,6 +33,20 @@ CHATML = (
 )
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "ViT": {},
+    "CLIP": {"pre_norm": True},
+    "SigLIP": {"cls": False, "activation": "gelu_tanh"},
+    "SigLIP, learned": {"cls": False, "pos_embed": "learned", "activation": "gelu_tanh"},
+    "OpenAI's CLIP": {
+        **{"pre_norm": True, "pool": "cls", "activation": "quick_gelu", "pos_embed": "learned", "patch_bias": False},
+        "norm_eps": 1e-5,
+    },
+    "ViT, learned": {"pool": "cls", "pos_embed": "learned", "activation": "gelu_tanh"},
+}
+"""Fields of image towers of every shape that transformers has a class for."""
+
+
 def clips_model(*, seed: int = 0, **vision: Any) -> CLIPSModel:
     """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed.
 
@@ -65,7 +79,7 @@ def write_run(directory: Path, objective: str = "clips", *, seed: int = 0, **vis
     )
     directory.mkdir(parents=True)
     run.save(directory / "config.json")
-    write_hf_vit(model, directory / "export" / "hf_vit")
+    write_hf_vit(model.visual, directory / "export" / "hf_vit")
     return model
 
 

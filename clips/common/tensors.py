@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, first_line
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
@@ -37,9 +37,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "it cannot be unpickled"
         raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({reason}). "
+            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({first_line(error)}). "
             "Nothing in it was run. Convert it to .safetensors where you trust it."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -295,9 +295,10 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         figures["linear_probe_top1"] = probe
     if not figures:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
-    out = Path(flags.out) if flags.out else loaded.path / f"evaluation-{name}.json"
+    out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_figures(out, figures, test_set=name, skipped=images.skipped)
-    Console().print(figures_table(figures, f"{loaded.path} on {name}"))
+    Console().print(figures_table(figures, f"{loaded.home} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 
 

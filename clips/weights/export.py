@@ -80,7 +80,7 @@ def export_all(
     write_native(trained, run, tokenizer, partial / "native")
     if open_clip_lacks(run.model) is None:
         write_open_clip(trained, tokenizer, partial / "open_clip")
-    write_hf_vit(trained, partial / "hf_vit")
+    write_hf_vit(trained.visual, partial / "hf_vit")
     differences = check_exports(trained, tokenizer, partial, images, texts)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
@@ -96,21 +96,11 @@ def check_exports(
     image_features, text_features = trained.encode_image(images), trained.encode_text(ids)
     tokens = trained.visual(images)[1]
 
-    native, _, native_tokenizer = load_native(directory / "native")
-    text = trained.config.text
-    native_ids = native_tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
-    pairs = {"native": [(native.encode_image(images), image_features), (native.encode_text(native_ids), text_features)]}
+    wanted = (image_features, text_features, logit_scale_parameter(trained))
+    pairs = {"native": list(zip(native_features(directory / "native", images, texts), wanted, strict=True))}
     if (directory / "open_clip").is_dir():
-        import open_clip
-
-        source = f"local-dir:{directory / 'open_clip'}"
-        stock = open_clip.create_model_and_transforms(source)[0].eval()
-        stock_ids = open_clip.get_tokenizer(source)(texts)
-        pairs["open_clip"] = [
-            (stock.encode_image(images, normalize=True), image_features),
-            (stock.encode_text(stock_ids, normalize=True), text_features),
-            (stock.logit_scale, logit_scale_parameter(trained)),
-        ]
+        stock = open_clip_features(directory / "open_clip", images, texts)
+        pairs["open_clip"] = list(zip(stock, wanted, strict=True))
     hf_tokens, hf_embedding = hf_features(directory / "hf_vit", images)
     pairs["hf_vit"] = [
         (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
@@ -121,6 +111,31 @@ def check_exports(
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"export {name} differs from the trained model by {difference:.2e} (limit {TOLERANCE})")
     return differences
+
+
+Features = tuple[Tensor, Tensor, Tensor]
+"""Of images [B, E] and texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar."""
+
+
+@torch.no_grad()
+def native_features(directory: Path, images: Tensor, texts: list[str]) -> Features:
+    """What a native export gives for `images` [B, 3, S, S] and `texts`, which it pads to the whole context."""
+    model, _, tokenizer = load_native(directory)
+    text = model.config.text
+    ids = tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
+    return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
+
+
+@torch.no_grad()
+def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tensor) -> Features:
+    """What stock open_clip gives for `images` [B, 3, S, S] and `texts`; ids for a directory without a tokenizer."""
+    import open_clip
+
+    source = f"local-dir:{directory}"
+    stock = open_clip.create_model_and_transforms(source)[0].eval()
+    ids = texts if isinstance(texts, Tensor) else open_clip.get_tokenizer(source)(texts)
+    image_features = stock.encode_image(images, normalize=True)
+    return image_features, stock.encode_text(ids, normalize=True), stock.logit_scale.detach()
 
 
 def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
@@ -164,7 +179,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
-    out = Path(flags.output or loaded.path / "export")
+    out = Path(flags.output or loaded.home / "export")
     differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights
-from clips.config import Activation, TextConfig, VisionConfig
+from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -168,6 +169,8 @@ ACTIVATIONS: dict[str, Activation] = {
 """transformers' `hidden_act` → ours."""
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, of pictures from 0 to 1."""
+EMBEDDING = "embedding.safetensors"
+"""The projection beside an image tower that this project exported."""
 HALF = (0.5, 0.5, 0.5)
 NORMALISED: dict[str, Normalisation] = {
     "vit": (HALF, HALF),
@@ -209,7 +212,8 @@ def kind_of(directory: Path) -> str | None:
 
 
 def read_transformers(directory: Path) -> Foreign:
-    """The image tower of a ViT, DINOv2, CLIP or SigLIP; of a whole CLIP both towers and the temperature.
+    """The image tower of a ViT, DINOv2, CLIP or SigLIP, with its projection where it is an export of this project; of a
+    whole CLIP both towers and the temperature.
 
     Raises UserError for other kinds, for settings that no tower here has, and for weights that are missing or that no
     table explains.
@@ -235,16 +239,34 @@ def read_transformers(directory: Path) -> Foreign:
         tensors |= file.take("text.", CLIP_TEXT.names(text.layers), CLIP_TEXT.prefix)
         tensors |= file.take("", {ours: (theirs,) for ours, theirs in PAIR.items()})
         tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    embed_dim = whole.projection_dim if text is not None else None
+    if (directory / EMBEDDING).is_file():
+        tensors["visual.proj.weight"], pool = read_embedding(directory)
+        vision, embed_dim = replace(vision, pool=pool), len(tensors["visual.proj.weight"])
     layouts = [VISION_LAYOUTS[kind], CLIP_TEXT] if text is not None else [VISION_LAYOUTS[kind]]
     return Foreign(
         kind=f"transformers, {kind}",
         vision=vision,
         text=text,
-        embed_dim=whole.projection_dim if text is not None else None,
+        embed_dim=embed_dim,
         tensors=tensors,
         left_over=file.left_over(layouts, LEFT_OVER.get(kind, {})),
         notes=notes,
     )
+
+
+def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
+    """The projection [E, D] of `directory` and what it is applied to; exports of before have the mean of the patches.
+
+    Raises UserError where there is none.
+    """
+    path = directory / EMBEDDING
+    weight = read_weights(path)["proj.weight"]
+    with safe_open(path, "pt") as file:
+        pool = (file.metadata() or {}).get("pool", "mean")
+    if pool not in ("mean", "cls"):
+        raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
+    return weight, pool
 
 
 def read_timm(directory: Path) -> Foreign:
@@ -297,10 +319,7 @@ class _File:
         if missing := sorted(wanted - self.weights.keys()):
             raise UserError(f"the weights in {self.directory} lack {_listed(missing)}")
         self.taken |= wanted
-        return {
-            part + ours: torch.cat([self.weights[prefix + name].float() for name in parts])
-            for ours, parts in names.items()
-        }
+        return {part + ours: _joined([self.weights[prefix + name] for name in parts]) for ours, parts in names.items()}
 
     def image_tower(
         self, layout: Layout, vision: VisionConfig, normalisation: Normalisation, *, qkv_bias: bool
@@ -354,12 +373,17 @@ class _File:
         return found
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """A copy in fp32, of several one after the other."""
+    return parts[0].to(torch.float32, copy=True) if len(parts) == 1 else torch.cat([part.float() for part in parts])
+
+
 def read_directory(directory: Path) -> dict[str, Tensor]:
     """All weights of a model's directory, in one file or several: safetensors, else torch files without code."""
-    for pattern in ("*.safetensors", "*.bin"):
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # open_clip's may lie beside them
         if files := sorted(directory.glob(pattern)):
             return {name: tensor for path in files for name, tensor in read_weights(path).items()}
-    raise UserError(f"{directory} holds no weights (*.safetensors or *.bin)")
+    raise UserError(f"{directory} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -483,9 +507,8 @@ def _normalised(directory: Path, kind: str) -> Normalisation:
 def fold_normalisation(tensors: dict[str, Tensor], vision: VisionConfig, there: Normalisation) -> bool:
     """Make a patch convolution for pictures normalised as `there` one for ImageNet's mean and deviation.
 
-    With x̂ = (x - m) / s, w·x̂ there is w s₂/s₁·x̂₂ + w·(m₂ - m₁)/s₁ in terms of x̂₂ = (x - m₂) / s₂. The constant goes
-    into the bias, or, where there is none, into the patches' positions, which is the same sum. Returns whether they
-    differ.
+    w·(x - m₁)/s₁ is, in terms of y = (x - m₂)/s₂, (w s₂/s₁)·y + w·(m₂ - m₁)/s₁. The constant goes into the bias, or,
+    where there is none, into the patches' positions, which is the same sum. Returns whether the two differ.
     """
     (mean, std), (our_mean, our_std) = (
         tuple(torch.tensor(values, dtype=torch.float64) for values in pair)

@@ -8,33 +8,30 @@ the tokens before that LayerNorm. Names are the tables of clips/weights/foreign.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights, write_weights
-from clips.config import ImagePool
+from clips.common.tensors import write_weights
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
-from clips.model.clips import CLIPSModel
-from clips.weights.foreign import ACTIVATIONS, VISION_LAYOUTS
-
-EMBEDDING = "embedding.safetensors"
+from clips.model.vision import VisionTower
+from clips.weights.foreign import ACTIVATIONS, EMBEDDING, VISION_LAYOUTS, read_embedding
 
 
-def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
-    """The image tower, its image processor and the projection.
+def write_hf_vit(tower: VisionTower, directory: Path, *, projection: bool = True) -> None:
+    """The image tower, its image processor and, unless it has none, the projection.
 
     Names are those of the files on the hub, which every release of transformers reads.
     """
     from transformers import CLIPVisionConfig, SiglipVisionConfig, ViTConfig, ViTImageProcessor
 
-    vision, tower = model.config.vision, model.visual
+    vision = tower.config
     name = vision.transformers_class
     common: dict[str, Any] = {
         "hidden_size": vision.width,
@@ -48,9 +45,9 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
         "architectures": [name],
     }
     config: CLIPVisionConfig | SiglipVisionConfig | ViTConfig
-    tensors = tower.state_dict() | {"pos_embed": positions_with_bias(model) if vision.pre_norm else tower.positions()}
+    tensors = tower.state_dict() | {"pos_embed": positions_with_bias(tower) if vision.pre_norm else tower.positions()}
     if name == "CLIPVisionModel":
-        config = CLIPVisionConfig(**common, projection_dim=model.config.embed_dim)
+        config = CLIPVisionConfig(**common, projection_dim=tower.proj.out_features)
         tensors.pop("patch_embed.bias", None)  # the class has none: it is in the positions
     else:
         config = ViTConfig(**common) if name == "ViTModel" else SiglipVisionConfig(**common, vision_use_head=False)
@@ -67,42 +64,40 @@ def write_hf_vit(model: CLIPSModel, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     write_weights(stored, directory / "model.safetensors")
-    write_weights({"proj.weight": tower.proj.weight}, directory / EMBEDDING, pool=vision.pool)
+    if projection:
+        write_weights({"proj.weight": tower.proj.weight}, directory / EMBEDDING, pool=vision.pool)
     size = {"height": tower.image_size, "width": tower.image_size}
     ViTImageProcessor(
         size=size, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True
     ).save_pretrained(directory)
 
 
-def positions_with_bias(model: CLIPSModel) -> Tensor:
+def positions_with_bias(tower: VisionTower) -> Tensor:
     """The positions [C + N, D], with the patch convolution's bias, if there is one, added to the patches' rows.
 
     For classes whose patch convolution has no bias: it is the same sum.
     """
-    table = model.visual.positions().detach().clone()
-    if model.visual.patch_embed.bias is not None:
-        table[model.config.vision.prefix_tokens :] += model.visual.patch_embed.bias
+    table = tower.positions().detach().clone()
+    if tower.patch_embed.bias is not None:
+        table[tower.config.prefix_tokens :] += tower.patch_embed.bias
     return table
-
-
-def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
-    """The projection [E, D] of `directory` and what it is applied to; exports of before have the mean of the patches.
-
-    Raises UserError where there is none.
-    """
-    path = directory / EMBEDDING
-    weight = read_weights(path)["proj.weight"]
-    with safe_open(path, "pt") as file:
-        pool = (file.metadata() or {}).get("pool", "mean")
-    if pool not in ("mean", "cls"):
-        raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
-    return weight, pool
 
 
 def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     """Load `hf_vit` with stock transformers: (tokens before the final norm [B, C + N, D], embedding [B, E]).
 
     The second is not normalised. Raises UserError when a tensor was not taken.
+    """
+    tokens, norm = hf_tokens(directory, images)
+    weight, pool = read_embedding(directory)
+    prefix = tokens.shape[1] - math.isqrt(tokens.shape[1]) ** 2
+    return tokens, norm(tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1)) @ weight.T
+
+
+def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
+    """What stock transformers gives before the final LayerNorm, [B, C + N, D], and that LayerNorm.
+
+    Raises UserError when a tensor was not taken.
     """
     from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 
@@ -119,10 +114,7 @@ def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(f"{directory}: transformers did not take the weights one to one: {left}")
     inner = getattr(model, "vision_model", model)  # a level that transformers removed in 5.x
     norm = inner.layernorm if model_type == "vit" else inner.post_layernorm
-    weight, pool = read_embedding(directory)
-    tokens = model.eval()(images, output_hidden_states=True).hidden_states[-1]
-    patches = tokens if model_type == "siglip_vision_model" else tokens[:, 1:]
-    return tokens, norm(tokens[:, 0] if pool == "cls" else patches.mean(dim=1)) @ weight.T
+    return model.eval()(images, output_hidden_states=True).hidden_states[-1], norm
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
     tensors |= {theirs: state[ours].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
     tensors["logit_scale"] = logit_scale_parameter(model)
     tensors["visual.class_embedding"] = state["visual.cls_token"]
-    tensors["visual.positional_embedding"] = positions_with_bias(model)
+    tensors["visual.positional_embedding"] = positions_with_bias(model.visual)
     if text.pool == "cls" and text.pad_mask:
         tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
     directory.mkdir(parents=True, exist_ok=True)

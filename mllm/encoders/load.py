@@ -30,8 +30,9 @@ from clips import (
     sincos_positions,
 )
 from clips.common.errors import UserError
+from clips.common.hub import ANY_WEIGHTS, resolve
+from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
-from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
 from mllm.encoders.plain_vit import (
     NotPlain,
     PlainViT,
@@ -64,8 +65,9 @@ LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
 
 def trained_here(objective: str, recipe: str) -> Callable[[VisionRequest], LoadedVision]:
     def load(request: VisionRequest) -> LoadedVision:
-        directory = resolve(request.argument, "vision encoder") if request.argument else None
-        return _load_export(directory or newest_export(request.runs, objective, recipe))
+        if not request.argument:
+            return _load_export(newest_export(request.runs, objective, recipe))
+        return _load_export(resolve(request.argument, "vision encoder", ANY_WEIGHTS))
 
     return load
 
@@ -90,7 +92,7 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
 
     if argument.startswith(("local-dir:", "hf-hub:")):
         place = argument.partition(":")[2]
-        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder')}", None
+        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder', ANY_WEIGHTS)}", None
     else:
         model_name, _, pretrained = argument.partition("/")
         if model_name not in open_clip.list_models():
@@ -165,10 +167,10 @@ load_clips = trained_here("clips", "demo")
 def _load_export(directory: Path) -> LoadedVision:
     """A run, an export, or a model directory in transformers' or open_clip's format."""
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
+        if (place / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
+            return _load_open_clip(f"local-dir:{place}", eps=_eps(place))
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
-        if (place / "open_clip_config.json").is_file():
-            return _load_open_clip(f"local-dir:{place}", eps=_eps(place))
     if (directory / "native").is_dir() or (directory / "tokenizer").is_dir():
         return _load_native(directory)
     raise UserError(

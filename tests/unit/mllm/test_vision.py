@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_mllm import tiny_tokenizer, write_run
+from tiny_mllm import SHAPES, tiny_tokenizer, write_run
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -103,19 +103,6 @@ def assert_fits_stock(encoder, images):
     assert features.shape == (2, encoder.num_tokens, encoder.width)
     assert torch.equal(features, stock_tokens(encoder, images))
     assert stock_token_count(encoder) == encoder.num_tokens
-
-
-SHAPES = {
-    "ViT": {},
-    "CLIP": {"pre_norm": True},
-    "SigLIP": {"cls": False, "activation": "gelu_tanh"},
-    "SigLIP, learned": {"cls": False, "pos_embed": "learned", "activation": "gelu_tanh"},
-    "OpenAI's CLIP": {
-        **{"pre_norm": True, "pool": "cls", "activation": "quick_gelu", "pos_embed": "learned", "patch_bias": False},
-        "norm_eps": 1e-5,
-    },
-    "ViT, learned": {"pool": "cls", "pos_embed": "learned", "activation": "gelu_tanh"},
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
