@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights
-from clips.config import Activation, TextConfig, VisionConfig
+from clips.common.tensors import read_metadata, read_weights
+from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 QKV = ("attn.q", "attn.k", "attn.v")
@@ -168,6 +168,8 @@ ACTIVATIONS: dict[str, Activation] = {
 """transformers' `hidden_act` → ours."""
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, of pictures from 0 to 1."""
+EMBEDDING = "embedding.safetensors"
+"""The projection beside an image tower that this project exported."""
 HALF = (0.5, 0.5, 0.5)
 NORMALISED: dict[str, Normalisation] = {
     "vit": (HALF, HALF),
@@ -209,7 +211,8 @@ def kind_of(directory: Path) -> str | None:
 
 
 def read_transformers(directory: Path) -> Foreign:
-    """The image tower of a ViT, DINOv2, CLIP or SigLIP; of a whole CLIP both towers and the temperature.
+    """The image tower of a ViT, DINOv2, CLIP or SigLIP, with its projection where it is an export of this project; of a
+    whole CLIP both towers and the temperature.
 
     Raises UserError for other kinds, for settings that no tower here has, and for weights that are missing or that no
     table explains.
@@ -238,16 +241,33 @@ def read_transformers(directory: Path) -> Foreign:
         tensors |= file.take("text.", CLIP_TEXT.names(text.layers), CLIP_TEXT.prefix)
         tensors |= file.take("", {ours: (theirs,) for ours, theirs in PAIR.items()})
         tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    embed_dim = whole.projection_dim if text is not None else None
+    if (directory / EMBEDDING).is_file():
+        tensors["visual.proj.weight"], pool = read_embedding(directory)
+        vision, embed_dim = replace(vision, pool=pool), len(tensors["visual.proj.weight"])
     layouts = [VISION_LAYOUTS[kind], CLIP_TEXT] if text is not None else [VISION_LAYOUTS[kind]]
     return Foreign(
         kind=f"transformers, {kind}",
         vision=vision,
         text=text,
-        embed_dim=whole.projection_dim if text is not None else None,
+        embed_dim=embed_dim,
         tensors=tensors,
         left_over=file.left_over(layouts, LEFT_OVER.get(kind, {})),
         notes=notes,
     )
+
+
+def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
+    """The projection [E, D] of `directory` and what it is applied to; exports of before have the mean of the patches.
+
+    Raises UserError where there is none.
+    """
+    path = directory / EMBEDDING
+    weight = read_weights(path)["proj.weight"]
+    pool = read_metadata(path).get("pool", "mean")
+    if pool not in ("mean", "cls"):
+        raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
+    return weight, pool
 
 
 def read_timm(directory: Path) -> Foreign:

@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights, write_weights
-from clips.config import ImagePool
+from clips.common.tensors import write_weights
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.model.vision import VisionTower
-from clips.weights.foreign import ACTIVATIONS, VISION_LAYOUTS
-
-EMBEDDING = "embedding.safetensors"
+from clips.weights.foreign import ACTIVATIONS, EMBEDDING, VISION_LAYOUTS, read_embedding
 
 
 def write_hf_vit(tower: VisionTower, directory: Path, *, projection: bool = True) -> None:
@@ -85,20 +81,6 @@ def positions_with_bias(tower: VisionTower) -> Tensor:
     if tower.patch_embed.bias is not None:
         table[tower.config.prefix_tokens :] += tower.patch_embed.bias
     return table
-
-
-def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
-    """The projection [E, D] of `directory` and what it is applied to; exports of before have the mean of the patches.
-
-    Raises UserError where there is none.
-    """
-    path = directory / EMBEDDING
-    weight = read_weights(path)["proj.weight"]
-    with safe_open(path, "pt") as file:
-        pool = (file.metadata() or {}).get("pool", "mean")
-    if pool not in ("mean", "cls"):
-        raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
-    return weight, pool
 
 
 def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:

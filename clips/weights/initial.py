@@ -81,8 +81,10 @@ def read_initial(name: str) -> InitialWeights:
 def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
     parts: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
     tokenizer = None
+    if foreign.embed_dim is not None:
+        parts["model.embed_dim"] = foreign.embed_dim
     if foreign.text is not None:
-        parts |= {"model.text": dataclasses.asdict(foreign.text), "model.embed_dim": foreign.embed_dim}
+        parts["model.text"] = dataclasses.asdict(foreign.text)
         parts["captions.tokenizer"] = "clip"
         tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
     return InitialWeights(

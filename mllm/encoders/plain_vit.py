@@ -1,4 +1,4 @@
-"""Vision transformers of open_clip and timm as stock transformers models, where the mapping is exact.
+"""Vision transformers of this project, open_clip and timm as stock transformers models, where the mapping is exact.
 
 A reader takes a foreign model apart into a `PlainViT`; one writer puts that into the transformers class that computes
 the same: `ViTModel` (no LayerNorm before the blocks), `CLIPVisionModel` (with one) or `SiglipVisionModel` (no CLS).
@@ -56,6 +56,29 @@ class PlainViT:
     activation: str
     eps: float
     image_size: int
+
+
+def read_clips(tower: Any) -> PlainViT:
+    """Take this project's own image tower apart."""
+    blocks = []
+    for block in tower.blocks:
+        q, k, v = zip(block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
+        parts = {"norm1": block.norm1, "norm2": block.norm2, "attn.proj": block.attn.proj}
+        parts |= {"mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2}
+        blocks.append({"attn.q": q, "attn.k": k, "attn.v": v} | {name: _pair(part) for name, part in parts.items()})
+    config = tower.config
+    return PlainViT(
+        patch=_pair(tower.patch_embed),
+        cls=tower.cls_token,
+        positions=tower.positions(),
+        pre_norm=_pair(tower.pre_norm) if config.pre_norm else None,
+        blocks=blocks,
+        norm=_pair(tower.norm),
+        heads=config.heads,
+        activation=_activation(tower.blocks[0].mlp.act),
+        eps=config.norm_eps,
+        image_size=tower.image_size,
+    )
 
 
 def read_open_clip(visual: Any) -> PlainViT:

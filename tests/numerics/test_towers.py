@@ -8,14 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model, tiny_batch, tiny_run
+from tiny_mllm import SHAPES, clips_model
 
 from clips.common.errors import UserError
+from clips.common.tensors import assign_weights
 from clips.config import RunConfig, TextConfig, VisionConfig, from_dict
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.text import TextTower, word_slots
 from clips.model.vision import VisionTower, sincos_positions
 from clips.training.task import Task
+from clips.weights.foreign import read_transformers
+from clips.weights.hf_vit import write_hf_vit
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 VISION = [
@@ -271,6 +275,20 @@ def test_a_configuration_from_before_these_fields_means_what_it_meant():
         1e-6,
         "tanh",
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_an_image_tower_comes_back_from_transformers_with_its_projection(shape, tmp_path):
+    trained = clips_model(**SHAPES[shape])
+    write_hf_vit(trained.visual, tmp_path)
+    foreign = read_transformers(tmp_path)
+    tower = VisionTower(foreign.vision, foreign.embed_dim)
+    assign_weights(tower, {name.removeprefix("visual."): value for name, value in foreign.tensors.items()}, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    for found, expected in zip(tower(images), trained.visual(images), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    assert torch.equal(tower.proj.weight, trained.visual.proj.weight)
 
 
 HOSTILE = [

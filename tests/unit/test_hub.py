@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips.weights.formats import write_open_clip
 from conftest import ROOT, script_parser
 from tiny_hub import COMMIT, cache_model
 from tiny_web import picture, write_export
@@ -23,7 +24,6 @@ from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
-from clips.weights.formats import write_open_clip
 from clips.weights.load import load_model
 from mllm.encoders.registry import load_vision
 
