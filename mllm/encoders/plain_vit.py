@@ -30,8 +30,6 @@ from clips.common.errors import UserError
 
 TOLERANCE = 1e-3
 """Largest difference of a token, relative to the tokens' largest value, between a mapped model and its original."""
-
-
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 """This project's name of an activation → transformers'."""
 Linear = tuple[Tensor, Tensor]
@@ -75,7 +73,7 @@ def read_clips(tower: Any) -> PlainViT:
         blocks=blocks,
         norm=_pair(tower.norm),
         heads=config.heads,
-        activation=_activation(tower.blocks[0].mlp.act),
+        activation=ACTIVATIONS[config.activation],
         eps=config.norm_eps,
         image_size=tower.image_size,
     )
