@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,6 +53,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if wrong:
         raise UserError(f"{path} holds no weights: {_listed(wrong)} are not tensors")
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file that `read_weights` takes."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:

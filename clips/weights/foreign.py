@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights
+from clips.common.tensors import read_metadata, read_weights
 from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -262,8 +261,7 @@ def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
     """
     path = directory / EMBEDDING
     weight = read_weights(path)["proj.weight"]
-    with safe_open(path, "pt") as file:
-        pool = (file.metadata() or {}).get("pool", "mean")
+    pool = read_metadata(path).get("pool", "mean")
     if pool not in ("mean", "cls"):
         raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
     return weight, pool
