@@ -19,6 +19,7 @@ from clips.training.cli import config_from_flags
 FROZEN = {
     "pretrain_clips": {
         "--recipe": "demo",
+        "--tower": "clips",
         "--name": None,
         "--output-dir": "runs",
         "--data": None,
