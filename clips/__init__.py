@@ -49,10 +49,13 @@ FACE = {
     "probe_images": "clips.evaluation.evaluate",
     # how a tower is initialised, its blocks' names in transformers, its configuration in open_clip
     "CLIP_VISION_BLOCK": "clips.weights.foreign",
+    "NotPlain": "clips.weights.foreign",
     "VIT_BLOCK": "clips.weights.foreign",
     "init_weights": "clips.model.layers",
+    "module_activation": "clips.weights.foreign",
     "read_open_clip_config": "clips.weights.open_clip",
     "sincos_positions": "clips.model.vision",
+    "timm_vision_config": "clips.weights.foreign",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
@@ -69,7 +72,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
-    from clips.weights.foreign import CLIP_VISION_BLOCK, VIT_BLOCK
+    from clips.weights.foreign import CLIP_VISION_BLOCK, VIT_BLOCK, NotPlain, module_activation, timm_vision_config
     from clips.weights.load import newest_export
     from clips.weights.open_clip import read_open_clip_config
 

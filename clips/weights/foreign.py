@@ -219,13 +219,16 @@ def read_transformers(directory: Path) -> Foreign:
     """
     from transformers import AutoConfig
 
+    from clips.common.stock import NO_CODE, loading
+
     kind = _json(directory / "config.json")["model_type"]
     if kind not in VISION_LAYOUTS:
         raise UserError(
             f"{directory} holds a transformers model of kind {kind!r}, which maps onto no tower here; those that do: "
             f"{', '.join(VISION_LAYOUTS)}"
         )
-    whole: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with loading("config.json", directory):
+        whole: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
     try:
         vision = _vision_config(getattr(whole, "vision_config", whole), kind)
         text = _text_config(whole.text_config) if kind == "clip" else None
@@ -274,7 +277,9 @@ def read_timm(directory: Path) -> Foreign:
     """
     import timm
 
-    with torch.device("meta"):  # its shapes and settings; the weights are read here
+    from clips.common.stock import loading
+
+    with loading("timm", directory), torch.device("meta"):  # its shapes and settings; the weights are read here
         stock: Any = timm.create_model(f"local-dir:{directory}", pretrained=False)
     try:
         vision = timm_vision_config(stock)

@@ -158,10 +158,11 @@ class Beginning:
         for what, names in self.left_over.items():
             shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
             table.add_row("left over", for_rich(f"{what}: {shown}"))
+        table.add_section()
         own = recipe(run.recipe)
-        for path, value in self.architecture.items():
-            for line in rundir.difference({path: _at(own, path)}, {path: value}):
-                table.add_row(f"differs from {run.recipe}", for_rich(line))
+        here = {path: _at(run, path) for path in self.architecture}
+        if lines := rundir.difference({path: _at(own, path) for path in here}, here):
+            table.add_row(f"differs from {run.recipe}", for_rich("\n".join(lines)))
         return table
 
     def save(self, run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from clips import (
     CLIPS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    NotPlain,
     init_weights,
     newest_export,
     read_open_clip_config,
@@ -34,7 +35,6 @@ from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.plain_vit import (
-    NotPlain,
     PlainViT,
     check_equal,
     read_clips,

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,16 +34,18 @@ def checkpoint(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip()
 
 
-@pytest.mark.parametrize(("tokenizer", "ds_config"), [(None, "zero2"), ("json", "zero3")])
+@pytest.mark.parametrize(
+    ("launcher", "tokenizer", "ds_config"), [(deepspeed, None, "zero2"), (python, "json", "zero3")]
+)
 def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_its_files(
-    tokenizer: str | None, ds_config: str, data: tuple[str, ...], tmp_path: Path
+    launcher: Any, tokenizer: str | None, ds_config: str, data: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Two ranks under the deepspeed launcher; then the last checkpoint, the export and the official files are gone."""
+    """Two ranks under the deepspeed launcher, or one; then the last checkpoint and the official files are gone."""
     official, run_dir = tmp_path / "official", tmp_path / "r"
     write_official(official, tokenizer=tokenizer)
     initial = read_initial(str(official))
     flags = (*FLAGS, "train.freeze=vision", "--init-from", str(official), "--ds-config", f"ds_configs/{ds_config}.json")
-    command = deepspeed(SCRIPT, "--name", "r", "--output-dir", tmp_path, *data, *flags)
+    command = launcher(SCRIPT, "--name", "r", "--output-dir", tmp_path, *data, *flags)
     done = run(command)
     assert done.code == 0, done.text
     for shown in (f"begins with {official}", "from the file", "differs from demo", "vision, but for its projection"):
