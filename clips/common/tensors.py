@@ -56,7 +56,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file that `read_weights` takes."""
+    """What a .safetensors file that `read_weights` reads says beside its tensors."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 

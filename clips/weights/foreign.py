@@ -75,8 +75,8 @@ class Layout:
 
     def names(self, layers: int) -> dict[str, tuple[str, ...]]:
         """Our tensor → those of the file that it is made of, one after the other."""
-        found = {ours: (theirs,) for ours, theirs in self.tensors.items()}
-        modules = {ours: (theirs,) for ours, theirs in self.modules.items()}
+        found: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.tensors.items()}
+        modules: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.modules.items()}
         for i in range(layers):
             for ours, theirs in self.block.items():
                 name = f"blocks.{i}." + ("attn.qkv" if ours in QKV else ours)
@@ -168,6 +168,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """transformers' `hidden_act` → ours."""
 Normalisation = tuple[Sequence[float], Sequence[float]]
 """Mean and deviation of red, green and blue, of pictures from 0 to 1."""
+POOLS: tuple[ImagePool, ...] = ("mean", "cls")
 EMBEDDING = "embedding.safetensors"
 """The projection beside an image tower that this project exported."""
 HALF = (0.5, 0.5, 0.5)
@@ -264,9 +265,10 @@ def read_embedding(directory: Path) -> tuple[Tensor, ImagePool]:
     """
     path = directory / EMBEDDING
     weight = read_weights(path)["proj.weight"]
-    pool = read_metadata(path).get("pool", "mean")
-    if pool not in ("mean", "cls"):
-        raise UserError(f"{path}: pool is {pool!r}, neither mean nor cls")
+    said = read_metadata(path).get("pool", "mean")
+    pool = next((pool for pool in POOLS if pool == said), None)
+    if pool is None:
+        raise UserError(f"{path}: pool is {said!r}, not one of: {', '.join(POOLS)}")
     return weight, pool
 
 

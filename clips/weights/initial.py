@@ -162,7 +162,7 @@ class Beginning:
         own = recipe(run.recipe)
         here = {path: _at(run, path) for path in self.architecture}
         if lines := rundir.difference({path: _at(own, path) for path in here}, here):
-            table.add_row(f"differs from {run.recipe}", for_rich("\n".join(lines)))
+            table.add_row(f"differs from {run.recipe}", for_rich(", ".join(lines)))
         return table
 
     def save(self, run_dir: Path) -> None:
