@@ -24,11 +24,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, for_rich, one_line, visible
+from clips.common.hub import resolve
+from clips.common.stock import NO_CODE, loading
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import Record, parse_record, read_json_records
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
-from mllm.encoders.hub import NO_CODE, loading, resolve
 from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import find_default
 

@@ -19,6 +19,7 @@ from clips.training.cli import config_from_flags
 FROZEN = {
     "pretrain_clips": {
         "--recipe": "demo",
+        "--tower": "clips",
         "--name": None,
         "--output-dir": "runs",
         "--data": None,
@@ -29,6 +30,7 @@ FROZEN = {
         "--image-root": None,
         "--samples": None,
         "--batch-size": None,
+        "--init-from": None,
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
