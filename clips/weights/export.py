@@ -5,6 +5,7 @@
 `export/hf_vit`     the image tower as transformers `ViTModel` (`CLIPVisionModel` when `vision.pre_norm`), and its
                     image processor. Image embedding = `embedding.safetensors` applied to what the model gives.
 
+Each has a model card, README.md (clips/weights/card.py).
 Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts.
 How names and layouts correspond is in clips/weights/formats.py.
 """
@@ -16,7 +17,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
+from clips.common.rundir import read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
@@ -33,6 +35,7 @@ from clips.data.sources import Source, open_source
 from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
+from clips.weights.card import write_cards
 from clips.weights.formats import logit_scale_parameter, write_hf_vit, write_open_clip
 from clips.weights.load import load_model, load_native
 
@@ -54,12 +57,15 @@ def export_all(
     sample_texts: Sequence[str],
     *,
     image_size: int | None = None,
+    evaluations: Iterable[dict[str, Any]] = (),
+    samples: int | None = None,
 ) -> dict[str, float]:
     """Write and check the three formats under `directory`; returns each one's largest feature difference.
 
     `image_size` (default: the configured one) is the resolution the exports are for; the fixed positions are
     recomputed for it. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if any, is
     replaced only once the new one is complete and right. Raises ExportError when a format differs.
+    `evaluations` and `samples` are for the model cards, see `write_cards`.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -78,6 +84,8 @@ def export_all(
     write_open_clip(trained, tokenizer, partial / "open_clip")
     write_hf_vit(trained, partial / "hf_vit")
     differences = check_exports(trained, tokenizer, partial, images, texts)
+    name = directory.resolve().parent.name if directory.name == "export" else directory.name
+    write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return differences
@@ -186,7 +194,10 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.path / "export")
-    differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
+    differences = export_all(
+        loaded.model, run, loaded.tokenizer, out, images, texts,
+        image_size=size, evaluations=read_evaluations(loaded.path).values(), samples=loaded.samples,
+    )  # fmt: skip
     kind = "CLIPVisionModel" if run.model.vision.pre_norm else "ViTModel"
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")

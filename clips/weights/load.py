@@ -34,6 +34,8 @@ class LoadedModel:
     tokenizer: CaptionTokenizer
     path: Path
     """The directory that was asked for, or found."""
+    samples: int | None = None
+    """How many training samples the weights have seen, where that is known."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
@@ -57,7 +59,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
         model = CLIPSModel(run.model, tokenizer.pad_id)
         assign_weights(model, found.weights(), found.path)
         model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-        return LoadedModel(model.eval(), run, tokenizer, path)
+        return LoadedModel(model.eval(), run, tokenizer, path, found.state.samples)
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
         "(config.json, model.safetensors) or an open_clip one (open_clip_config.json)"

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from clips import PROBE_SAMPLES, BrokenSample, DataConfig, ImageSet, decode_image, open_test_set, probe_images
 from clips.common.files import read_json, write_json
+from clips.common.rundir import read_evaluations
 from mllm.compare.cells import Cell, cells_of, vision_fingerprint
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, is_demo
@@ -34,13 +35,12 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
         figures: dict[str, dict[str, Any]] = {}
         run = cell.pretraining_run
-        for path in sorted(run.glob("evaluation*.json")) if run else []:
-            found = read_json(path)
-            if path.stem == "evaluation":
+        for name, found in read_evaluations(run).items() if run else ():
+            if name == "evaluation":
                 figures |= found["figures"]
             else:
                 other = {"test_set": found["test_set"]}
-                figures |= {f"{found['test_set']}: {name}": f | other for name, f in found["figures"].items()}
+                figures |= {f"{found['test_set']}: {figure}": f | other for figure, f in found["figures"].items()}
         if on_demo:
             path = comparison.output / "probes" / f"{vision_fingerprint(cell)[:32]}.json"
             if not path.is_file():

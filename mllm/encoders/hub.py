@@ -28,6 +28,11 @@ NO_CODE = {"trust_remote_code": False}
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `resolve` would look for `name` on the hub: it has the form of an id and no directory is called so."""
+    return not Path(name).expanduser().is_dir() and HUB_ID.fullmatch(name) is not None
+
+
 def resolve(name: str, what: str) -> Path:
     """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
 
