@@ -38,6 +38,7 @@ from clips.model.clips import CLIPSModel
 from clips.weights.card import write_cards
 from clips.weights.formats import logit_scale_parameter, write_hf_vit, write_open_clip
 from clips.weights.load import load_model, load_native
+from clips.weights.push import check_target, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
@@ -182,6 +183,8 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
 
 def export_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/export_clips.py does: a trained model in all three formats, checked on real images."""
+    if flags.push_to_hub:
+        check_target(flags.push_to_hub)
     loaded = load_model(flags.model)
     run = loaded.run
     size = flags.image_size or math.isqrt(len(loaded.model.visual.pos_embed) - 1) * run.model.vision.patch_size
@@ -206,3 +209,5 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         f'  transformers.{kind}.from_pretrained("{out}/hf_vit")\n'
         f"  python scripts/evaluate_clips.py --model {out}/native"
     )
+    if flags.push_to_hub:
+        push(out / "open_clip", flags.push_to_hub)
