@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, run_python, tiny_run
-from huggingface_hub import HfApi, constants
-from PIL import Image
+from huggingface_hub import constants
+from local_hub import REPO, hub, run_card, uploaded
 
 from clips.common.errors import UserError
 from clips.config import DataConfig, RunConfig
@@ -23,7 +22,7 @@ from clips.weights.card import HEADERS
 from clips.weights.export import export_all
 from clips.weights.push import push
 
-REPO = "somebody/tiny-clips"
+__all__ = ["hub"]
 TOKENIZER = build_tokenizer("wordpiece", ["a cat and two dogs"] * 3, vocab_size=64)
 
 
@@ -39,34 +38,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "mine"
     export_all(random_model(run), run, TOKENIZER, directory / "export", torch.randn(2, 3, 32, 32), ["a cat", "dogs"])
     return directory
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the layout of the hub's cache, and the two calls of the hub's client that fill it."""
-
-    def create_repo(self: HfApi, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
-        (tmp_path / "asked.json").write_text(json.dumps({"private": private, "exist_ok": exist_ok}))
-        return f"https://hub/{repo_id}"
-
-    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> None:
-        repo = tmp_path / "cache" / f"models--{repo_id.replace('/', '--')}"
-        shutil.copytree(folder_path, repo / "snapshots" / ("0" * 40))
-        (repo / ".no_exist" / ("0" * 40)).mkdir(parents=True)
-        if not (folder_path / "config.json").exists():  # as the client remembers what the hub does not have
-            (repo / ".no_exist" / ("0" * 40) / "config.json").touch()
-        (repo / "refs").mkdir()
-        (repo / "refs" / "main").write_text("0" * 40)
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def uploaded(hub: Path) -> Path:
-    return hub / "cache" / "models--somebody--tiny-clips" / "snapshots" / ("0" * 40)
 
 
 @pytest.mark.parametrize("kind", HEADERS)
@@ -87,23 +58,10 @@ def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(run_dir: Path
         assert RunConfig.load(uploaded(hub) / "config.json").data.train == "not published"
 
 
-# What runs in a process of its own: libraries read the place of the hub's cache when they are imported.
-IN_A_PROCESS = "import sys; sys.modules['clips'] = None; exec(open('card.py').read()); print('done')"
-
-
 @pytest.mark.parametrize("kind", ["open_clip", "hf_vit"])
 def test_the_card_s_code_loads_the_repository_with_the_stock_library(run_dir: Path, hub: Path, kind: str) -> None:
     push(run_dir / "export" / kind, REPO)
-    card = (uploaded(hub) / "README.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
-    assert REPO in block
-    (hub / "elsewhere").mkdir()
-    (hub / "elsewhere" / "card.py").write_text(block)
-    Image.new("RGB", (40, 30), "red").save(hub / "elsewhere" / "picture.png")
-    offline = {"HF_HUB_CACHE": str(hub / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = run_python("-c", IN_A_PROCESS, cwd=hub / "elsewhere", env=offline)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("done\n")
+    run_card(hub)
 
 
 def test_a_new_repository_may_be_private_and_a_missing_license_is_said(

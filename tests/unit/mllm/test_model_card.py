@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from local_hub import REPO, hub, run_card, uploaded
 from tiny_chat import place
 from tiny_mllm import write_run
 
+from clips.weights.push import push
 from mllm.encoders.registry import load_vision
 from mllm.training.finish import card
 
-__all__ = ["place"]
+__all__ = ["hub", "place"]
 
 
 def test_the_code_of_a_card_runs_beside_it(
@@ -69,3 +71,12 @@ def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: 
     assert rows["Language model"] == "tiny"
     assert rows["Stage instruct: data"] == "mix.json: 8 samples, format v1"
     assert "8 samples" in rows["Stage instruct: rates"]
+
+
+def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:
+    directory = place / "runs" / "llava" / "model"
+    push(directory, REPO)
+    assert {path.name for path in uploaded(hub).iterdir()} == {path.name for path in directory.iterdir()}
+    for path in uploaded(hub).glob("*.json"):
+        assert str(place) not in path.read_text(encoding="utf-8")
+    run_card(hub)
