@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.config import TokenizerKind
 
 # Encoding runs inside data workers, which fill the cores already, and the thread pool of `tokenizers`
@@ -122,7 +123,7 @@ class CaptionTokenizer:
             "split_special_tokens": True,
             **{f"{role}_token": token for role, token in self._special.items()},
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config)
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:

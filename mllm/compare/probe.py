@@ -5,12 +5,14 @@ In percent, as in clips/.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from clips import PROBE_SAMPLES, BrokenSample, DataConfig, ImageSet, decode_image, open_test_set, probe_images
+from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
 from mllm.compare.cells import Cell, cells_of, vision_fingerprint
@@ -46,8 +48,13 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
             if not path.is_file():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
                 figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
+                if figure is None:
+                    raise UserError(
+                        "the labelled scenes of the demo that can be read are of fewer than two classes, which leaves "
+                        "a linear probe nothing to separate: build the demo data again"
+                    )
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, vars(figure))
+                write_json(path, asdict(figure))
             figures[PROBE] = read_json(path)
         measured[cell] = figures
     return measured

@@ -8,16 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_chat
 from huggingface_hub import ModelCard
 from local_hub import REPO, hub, run_card, uploaded
-from tiny_chat import place
 from tiny_mllm import write_run
 
 from clips.weights.push import push
 from mllm.encoders.registry import load_vision
 from mllm.training.finish import card
 
-__all__ = ["hub", "place"]
+__all__ = ["hub"]
+place = tiny_chat.place  # a fixture
 
 
 def test_the_code_of_a_card_runs_beside_it(
