@@ -68,7 +68,7 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
         generate_answers(*loaded, [Question(id=7, text="What?", image="0.png")], None)
     with pytest.raises(UserError, match=r"question 7.*missing\.png"):
         generate_answers(*loaded, [Question(id=7, text="What?", image="missing.png")], store)
-    with pytest.raises(UserError, match=r"question 7 takes \d+ tokens, the model's context is 256"):
+    with pytest.raises(UserError, match=r"question 7 takes \d+ tokens, the model's context is 512"):
         generate_answers(*loaded, [Question(id=7, text="word " * 300)], store)
     for line, named in [
         ({"text": "What?"}, "question_id"),
