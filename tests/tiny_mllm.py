@@ -25,6 +25,9 @@ from clips.config import (
 )
 from clips.model.clips import CLIPSModel
 from clips.weights.hf_vit import write_hf_vit
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model, save_model
+from mllm.model.llm import load_llm
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -126,6 +129,16 @@ def write_llm(directory: Path, *, tie: bool = True, chat_template: str | None = 
     LlamaForCausalLM(LlamaConfig(**settings | options)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def write_llava(root: Path, *, context: int) -> None:
+    """`runs/llava/model` of the run `runs/clips-demo` and the language model `llm`, all below `root`."""
+    vision = load_vision("clips", runs=root / "runs")
+    llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)))
+    model, processor = build_model(vision, llm, seed=3)
+    # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
+    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock, write_atomically
+from clips.common.files import lock, read_json, write_atomically
 
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
@@ -27,6 +27,11 @@ REPORT = "report/index.html"
 def is_finished(run_dir: Path) -> bool:
     """Whether a pretraining run is trained, measured and exported. Its report is for people, and can be made again."""
     return (run_dir / "export").is_dir()
+
+
+def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
+    """What was measured here: name of the evaluation*.json, "evaluation" for the run's own test set → its content."""
+    return {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
 
 
 def has_report(run_dir: Path) -> bool:

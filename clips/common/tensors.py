@@ -1,4 +1,4 @@
-"""Reading weights from files: safetensors, or torch files without pickled code.
+"""Weights in files: safetensors, or torch files without pickled code; and their hash.
 
 This is the only file that opens a weight file to read it (apart from transformers' own loaders), so
 these two rules hold everywhere: nothing in a weight file is ever executed (`weights_only=True`),
@@ -7,9 +7,11 @@ and weights that do not fit the model are refused by name, with both shapes.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,6 +67,15 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) ->
     """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
     save_file(plain, path, metadata={"format": "pt", **metadata})
+
+
+def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
+    """A SHA-256 object of hashlib over names, types, shapes and values: what comes from weights is known by it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

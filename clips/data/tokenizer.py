@@ -31,6 +31,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.config import TextConfig, TokenizerKind
 
 # Encoding runs inside data workers, which fill the cores already, and the thread pool of `tokenizers`
@@ -155,7 +156,7 @@ class CaptionTokenizer:
             "split_special_tokens": True,
             **{f"{role}_token": token for role, token in self._special.items()},
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config)
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.tensors import hash_weights
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
 from clips.data.loader import start_worker
@@ -228,7 +229,7 @@ def evaluate(
         if (probe := probe_images(train, images)) is not None:
             figures["linear_probe_top1"] = probe
     if out is not None:
-        write_figures(out, figures, test_set=split, skipped=images.skipped)
+        write_figures(out, figures, test_set=split, skipped=images.skipped, model=model, image_size=image_size)
     return figures
 
 
@@ -247,10 +248,20 @@ def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
     )
 
 
-def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skipped: Sequence[str]) -> None:
-    """JSON with each figure's value, chance level (percent) and number of items."""
+def write_figures(
+    path: Path,
+    figures: dict[str, Figure],
+    *,
+    test_set: str,
+    skipped: Sequence[str],
+    model: CLIPSModel,
+    image_size: int | None = None,
+) -> None:
+    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of."""
     content = {
         "test_set": test_set,
+        "weights": hash_weights(model.state_dict()).hexdigest(),
+        "image_size": image_size or model.visual.image_size,
         "unit": "percent",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),
@@ -297,7 +308,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_figures(out, figures, test_set=name, skipped=images.skipped)
+    write_figures(out, figures, test_set=name, skipped=images.skipped, model=model, image_size=flags.image_size)
     Console().print(figures_table(figures, f"{loaded.home} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 

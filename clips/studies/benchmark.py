@@ -8,7 +8,6 @@ Shapes: B batch · H heads · L sequence · K head width.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -30,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
@@ -76,7 +76,7 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
     }
     _print(f"{what} on {machine['device']}", rows)
     if out:
-        Path(out).write_text(json.dumps({"benchmark": what, "machine": machine, "rows": rows}, indent=2) + "\n")
+        write_json(Path(out), {"benchmark": what, "machine": machine, "rows": rows})
         print(f"wrote {out}", file=sys.stderr)
     return rows
 

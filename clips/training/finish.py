@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.rundir import REPORT, has_report
+from clips.common.rundir import REPORT, has_report, read_evaluations
 from clips.config import RunConfig
 from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -30,7 +30,10 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
         console.print(figures_table(figures, f"{split} split"))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
-    differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
+    differences = export_all(
+        model, run, tokenizer, run_dir / "export", images, texts,
+        image_size=size, evaluations=read_evaluations(run_dir).values(), samples=run.samples,
+    )  # fmt: skip
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
     if reason := open_clip_lacks(run.model):

@@ -4,6 +4,7 @@
 `export/open_clip`  `open_clip.create_model_and_transforms("local-dir:…")`, stock open_clip ≥ 3.3: both towers.
 `export/hf_vit`     the image tower as the transformers class that computes it, its image processor and projection.
 
+Each has a model card, README.md (clips/weights/card.py).
 Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts. A model
 that open_clip has no classes for is exported without that format (`open_clip_lacks`).
 How names and layouts correspond is in clips/weights/open_clip.py and hf_vit.py.
@@ -14,14 +15,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
+from clips.common.rundir import read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
@@ -31,9 +34,11 @@ from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
+from clips.weights.card import write_cards
 from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.load import load_model, load_native
 from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
+from clips.weights.push import check_target, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
@@ -53,12 +58,15 @@ def export_all(
     sample_texts: Sequence[str],
     *,
     image_size: int | None = None,
+    evaluations: Iterable[dict[str, Any]] = (),
+    samples: int | None = None,
 ) -> dict[str, float]:
     """Write and check the formats under `directory`; returns each one's largest feature difference.
 
     `image_size` (default: the configured one) is the resolution the exports are for; fixed positions are recomputed
     for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if
-    any, is replaced only once the new one is complete and right. Raises ExportError when a format differs.
+    any, is replaced only once the new one is complete and right. `evaluations` and `samples` are for the model cards,
+    see `write_cards`. Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -82,6 +90,8 @@ def export_all(
         write_open_clip(trained, tokenizer, partial / "open_clip")
     write_hf_vit(trained.visual, partial / "hf_vit")
     differences = check_exports(trained, tokenizer, partial, images, texts)
+    name = directory.resolve().parent.name if directory.name == "export" else directory.name
+    write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return differences
@@ -168,6 +178,8 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
 
 def export_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/export_clips.py does: a trained model in every format that holds it, checked on real images."""
+    if flags.push_to_hub:
+        check_target(flags.push_to_hub)
     loaded = load_model(flags.model)
     run = loaded.run
     size = flags.image_size or loaded.model.visual.image_size
@@ -180,7 +192,10 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / "export")
-    differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
+    differences = export_all(
+        loaded.model, run, loaded.tokenizer, out, images, texts,
+        image_size=size, evaluations=read_evaluations(loaded.home).values(), samples=loaded.samples,
+    )  # fmt: skip
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")
     if reason := open_clip_lacks(run.model):
@@ -191,3 +206,5 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
         f"  python scripts/evaluate_clips.py --model {out}/native"
     )
+    if flags.push_to_hub:
+        push(out / "open_clip", flags.push_to_hub)

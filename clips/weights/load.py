@@ -41,6 +41,8 @@ class LoadedModel:
     """The directory that was asked for, or found, or of the hub's cache."""
     home: Path
     """Where what is made of it belongs: `path`, for a model of the hub a directory of its name under runs/."""
+    samples: int | None = None
+    """How many training samples the weights have seen, where that is known."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
@@ -53,29 +55,29 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
         path = _newest_run(Path(runs))
     directory = resolve(str(path), "model", (*OPEN_CLIP_WEIGHTS, NATIVE_WEIGHTS))
     is_here = directory == Path(path).expanduser()
-    return LoadedModel(
-        *_load(directory), path=directory, home=directory if is_here else Path(runs) / str(path).replace("/", "--")
-    )
+    home = directory if is_here else Path(runs) / str(path).replace("/", "--")
+    model, run, tokenizer, samples = _load(directory)
+    return LoadedModel(model, run, tokenizer, path=directory, home=home, samples=samples)
 
 
-def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer, int | None]:
     if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         model, tokenizer = import_open_clip(path)
-        return model, _imported_run(model.config, tokenizer), tokenizer
+        return model, _imported_run(model.config, tokenizer), tokenizer, None
     if kind_of(path) is not None:
-        return _load_clip(path)
+        return *_load_clip(path), None
     for directory in (path, path / "native", path / "export" / "native"):
         if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
             if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
                 break
-            return load_native(directory)
+            return *load_native(directory), None
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
         run = RunConfig.load(path / "config.json")
         tokenizer = CaptionTokenizer.load(path / "tokenizer")
         model = CLIPSModel(run.model, tokenizer.pad_id)
         assign_weights(model, found.weights(), found.path)
         model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-        return model.eval(), run, tokenizer
+        return model.eval(), run, tokenizer, found.state.samples
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
         "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"

@@ -6,7 +6,6 @@ Also answers a user's own questions in LLaVA's `question.jsonl` format and write
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.files import write_json
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
 from mllm.data.conversation import answering_encoder
@@ -196,7 +196,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         console.print(table)
     if figures:
         figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
-        (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(out / "figures.json", figures)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips.weights.formats import write_open_clip
+from clips.weights.open_clip import write_open_clip
 from conftest import ROOT, script_parser
 from tiny_hub import COMMIT, cache_model
 from tiny_web import picture, write_export

@@ -59,7 +59,7 @@ FROZEN = {
         "--device": "auto",
         "--out": None,
     },
-    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None},
+    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None, "--push-to-hub": None},
 }
 
 
