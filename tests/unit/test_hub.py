@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips.weights.open_clip import write_open_clip
 from conftest import ROOT, script_parser
 from tiny_hub import COMMIT, cache_model
 from tiny_web import picture, write_export
@@ -25,6 +24,7 @@ from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
 from clips.weights.load import load_model
+from clips.weights.open_clip import write_open_clip
 from mllm.encoders.registry import load_vision
 
 TEXTS = ["a dog", "a cat at a dog"]
