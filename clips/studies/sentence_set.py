@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -415,3 +416,12 @@ def boundaries(text: str, sentences: list[str]) -> set[int]:
         found.add(position)
         position += len(piece)
     return found - {0}
+
+
+def score(split: Callable[[str], list[str]], known: Sequence[Known]) -> tuple[float, float]:
+    """Precision and recall in % of the boundaries that `split` finds, over all captions together."""
+    right = found = there = 0
+    for caption in known:
+        ours, theirs = boundaries(caption.text, split(caption.text)), boundaries(caption.text, caption.sentences)
+        right, found, there = right + len(ours & theirs), found + len(ours), there + len(theirs)
+    return 100 * right / found, 100 * right / there

@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--samples", type=int, help="samples to see in each phase; the warm-up keeps its share (default: the recipe's)"
     )
-    p.add_argument("--batch-size", type=int, help="samples per optimizer step, over all ranks (default: the recipe's)")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples per optimizer step, over all ranks; the learning rates follow by the recipe's own rule, "
+        "optim.lr_scaling (default: the recipe's)",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
@@ -123,6 +128,11 @@ def config_from_flags(flags: argparse.Namespace) -> RunConfig:
         assignments += [f"phases.{i}.warmup_samples={_scaled(p, flags.samples)}" for i, p in enumerate(run.phases)]
     if flags.batch_size is not None:
         assignments.append(f"phases.*.batch_size={flags.batch_size}")
+        if flags.batch_size > 0:  # else the configuration itself says what is wrong
+            optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
+            for i, phase in enumerate(run.phases):
+                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
+                assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
     run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
     if not run.data.train:
         raise UserError(

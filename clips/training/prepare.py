@@ -24,6 +24,7 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
+from clips.recipes import RECIPES
 from clips.weights import checkpoint
 
 
@@ -221,8 +222,23 @@ def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) ->
     micro = phase.batch_size // (ranks * run.train.accumulation)
     split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
     rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
+    rate += _rate_note(run, phase)
+    fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
         f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
         f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
-        f"{rate}, {phase.schedule}"
+        f"{rate}, {phase.schedule}{fresh}"
     )
+
+
+def _rate_note(run: RunConfig, phase: PhaseConfig) -> str:
+    """What another batch than the recipe's has done to the learning rate; nothing where the batch is the recipe's."""
+    own = [p for p in RECIPES[run.recipe]().phases if p.name == phase.name] if run.recipe in RECIPES else []
+    if not own or own[0].batch_size == phase.batch_size:
+        return ""
+    theirs = f"the recipe's {own[0].lr:g} is for a batch of {own[0].batch_size:,}"
+    scaled = own[0].lr * run.optim.lr_factor(phase.batch_size, own[0].batch_size)
+    if run.optim.lr_scaling == "none" or not math.isclose(phase.lr, scaled):
+        return f" ({theirs})"
+    rule = {"linear": "in proportion to the batch", "sqrt": "with the square root of the batch"}[run.optim.lr_scaling]
+    return f" ({theirs}; scaled {rule})"
