@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure this machine: attention kernels, data path, sentence splitters, training steps against stock open_clip, memory of the loss."""
+"""Measure here: attention kernels, data path, sentence splitters, training against open_clip, the loss's memory."""
 
 import argparse
 import sys

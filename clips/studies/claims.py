@@ -102,10 +102,10 @@ CLAIMS = {
             ("block_mask", "truncation"),
             ("block_mask", "random_mask"),
         ),
-        caution="Equal on average only: one sentence has 7 to 28 tokens, the three others 11 to 16, so only it ever "
+        caution="Equal on average only: one sentence has 7 to 28 tokens, the three others 13, so only it ever "
         "trains texts as long as the test's (18 to 27). The comparisons with one sentence are partly that; “in a "
         "row” against “scattered”, and the linear probe, are not. First words: most captions begin with the sentence "
-        "that names everything, but 11 words cut it wherever there are two or three things.",
+        "that names everything, but 13 tokens cut it wherever there are two or three things.",
     ),
     "d": Claim(
         title="Share of synthetic captions for the CLIP baseline",

@@ -200,7 +200,7 @@ def print_plan(
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         table.add_row(f"  {name}", for_rich(spec))
     for phase in run.phases:
-        table.add_row(for_rich(f"phase {phase.name}"), _phase_line(run, phase, samples, ranks))
+        table.add_row(for_rich(f"phase {phase.name}"), phase_line(run, phase, samples, ranks))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
@@ -218,7 +218,7 @@ def _why_slow(run: RunConfig, device: torch.device) -> str:
     return ""
 
 
-def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
+def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
     micro = phase.batch_size // (ranks * run.train.accumulation)
     split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
     rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
