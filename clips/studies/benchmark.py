@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device, has_bf16, init_distributed
-from clips.config import CaptionerConfig, ModelConfig, RunConfig
+from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.loader import Batch, make_loader
 from clips.data.sentences import kept_tokens, split_sentences, sub_caption
@@ -275,7 +275,10 @@ def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: 
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
-    """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers."""
+    """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers.
+
+    The loader without workers runs a second time without augmentation, which is what that costs.
+    """
     run = setting(name, device, demo_dir)
     source, tokenizer = _open(run)
     count, text, captioner, rng = 256, run.model.text, captioner_of(run.model), random.Random(0)
@@ -305,17 +308,18 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     rows = [{"setting": name, "part": part, "us_per_sample": 1e6 * s / count} for part, s in seconds.items()]
     rows.append({"setting": name, "part": "all parts", "us_per_sample": 1e6 * sum(seconds.values()) / count})
     batch = run.phases[0].batch_size
-    for workers in (0, 1, 2):
-        steps = 1 + 2048 // batch
-        rates = []
-        for _ in range(min(repeats, 3)):
-            loader = _loader(replace(run, data=replace(run.data, workers=workers)), source, tokenizer, steps)
+    plain = replace(run, phases=(replace(run.phases[0], augment=AugmentConfig()),))
+    loaders = {"loader, 0 workers, no augmentation": replace(plain, data=replace(run.data, workers=0))}
+    loaders |= {f"loader, {n} workers": replace(run, data=replace(run.data, workers=n)) for n in (0, 1, 2)}
+    rates = {part: 0.0 for part in loaders}
+    for _ in range(min(repeats, 3)):
+        for part, loaded in loaders.items():
+            loader = _loader(loaded, source, tokenizer, 1 + 2048 // batch)
             next(loader)  # the workers' start is paid once per phase
             begin = time.perf_counter()
             seen = sum(len(b["keys"]) for b in loader)
-            rates.append(seen / (time.perf_counter() - begin))
-        rows.append({"setting": name, "part": f"loader, {workers} workers", "samples_per_s": max(rates)})
-    return rows
+            rates[part] = max(rates[part], seen / (time.perf_counter() - begin))
+    return rows + [{"setting": name, "part": part, "samples_per_s": rate} for part, rate in rates.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- train
