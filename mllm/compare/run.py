@@ -115,14 +115,15 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         highlight=False,
         soft_wrap=True,
     )
-    _name_failed_benchmarks(comparison)
+    name_failed_benchmarks(comparison, cells)
     return page
 
 
-def _name_failed_benchmarks(comparison: Comparison) -> None:
+def name_failed_benchmarks(comparison: Comparison, cells: Sequence[Cell]) -> None:
+    """Raise CommandError where a task of lmms-eval has no scores yet."""
     failed = [
         (task, benchmark_log(cell.directory, task))
-        for cell in cells_of(comparison)
+        for cell in cells
         for task in missing_benchmarks(comparison, cell.directory)
     ]
     if failed:
