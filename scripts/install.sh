@@ -92,6 +92,23 @@ install_language_model() {
   fi
 }
 
+# clip_benchmark and lmms-eval for the tests of what they measure, in an environment of their own beside the first one,
+# whose packages it sees. Without it those tests are skipped, loudly.
+install_bench() {
+  local bench="$venv-bench" stamp where='import sysconfig; print(sysconfig.get_path("purelib"))'
+  stamp="$({ pwd && cat pyproject.toml; } | cksum)"
+  if [ "$(cat "$bench/installed-bench" 2>/dev/null)" = "$stamp" ]; then return; fi
+  echo "installing clip_benchmark and lmms-eval into $bench"
+  "$venv/bin/python" -m venv "$bench"
+  "$venv/bin/python" -c "$where" >"$("$bench/bin/python" -c "$where")/the_first.pth"
+  if "$bench/bin/python" -m pip install --quiet -e ".[bench]"; then
+    echo "$stamp" >"$bench/installed-bench"
+  else
+    echo "note: pip could not install clip_benchmark and lmms-eval" >&2
+    rm -r "$bench"
+  fi
+}
+
 # Chromium for the tests of the web page, where this may install it; without one they are skipped, loudly.
 install_browser() {
   if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi

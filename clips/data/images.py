@@ -38,25 +38,31 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 def decode_image(data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
+    """Decode a picture to RGB as `to_rgb` does.
 
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
     try:
-        image = _open(data, max_pixels)
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return image
-        if image.mode.startswith("I"):
-            return _sixteen_bit(image)
-        if image.mode in _ALPHA_MODES or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        if image.mode in (*_OPAQUE_MODES, "P"):
-            return image.convert("RGB")
-        raise ValueError(f"pictures of mode {image.mode} are not supported")
+        return to_rgb(_open(data, max_pixels))
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
         raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white. ValueError for other modes."""
+    # Reading the tags of a picture that has none costs as much as decoding a small one.
+    image = ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _sixteen_bit(image)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode in (*_OPAQUE_MODES, "P"):
+        return image.convert("RGB")
+    raise ValueError(f"pictures of mode {image.mode} are not supported")
 
 
 def decode_rgba(data: bytes) -> Image.Image:
@@ -73,8 +79,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {max_pixels}")
     image.load()
-    # Reading the tags of a picture that has none costs as much as decoding a small one.
-    return ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
+    return image
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
