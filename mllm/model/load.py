@@ -11,6 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from clips.common.errors import UserError
 from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
+from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
@@ -24,6 +25,7 @@ def load_llava(
     Raises UserError for what cannot be loaded.
     """
     directory = resolve(name, "model")
+    refuse_original(directory, "model")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.
