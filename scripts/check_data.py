@@ -24,11 +24,13 @@ def main() -> None:
     flags = parser().parse_args()
     from mllm.data.conversation import ConversationEncoder
     from mllm.data.images import ImageStore
+    from mllm.model.llm import version_for
     from mllm.training.check_data import check_data, load_tokenizer
 
     store = ImageStore(flags.image_folder) if flags.image_folder else None
     tokenizer = load_tokenizer(flags.model_name_or_path)
-    encoder = ConversationEncoder(tokenizer, flags.version, flags.num_image_tokens, flags.model_max_length)
+    version = version_for(tokenizer, flags.version)
+    encoder = ConversationEncoder(tokenizer, version, flags.num_image_tokens, flags.model_max_length)
     check_data(flags.data_path, encoder, store, flags.output, decode_limit=flags.decode_limit)
     print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
 

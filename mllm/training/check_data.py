@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
@@ -28,9 +28,8 @@ from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import Record, parse_record, read_json_records
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
-from mllm.encoders.hub import NO_CODE, loading, resolve
 from mllm.model.defaults import DEFAULT_LLM
-from mllm.model.llm import find_default
+from mllm.model.llm import find_llm, read_tokenizer
 
 BINS = 8
 """Bars of the length histogram up to the context; a last one counts what is longer."""
@@ -83,9 +82,7 @@ class DataReport:
 
 def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
     """The tokenizer of language model `name` with `<image>` added, without loading the model's weights."""
-    directory = find_default()[0] if name == DEFAULT_LLM else resolve(name, "language model")
-    with loading("language model", directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    tokenizer = read_tokenizer(find_llm(name)[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
