@@ -65,9 +65,8 @@ class Format:
         shown_question = f"{{{{ {question} }}}}"
         first, (before, after), answer = self.first, self.system or ("", ""), self.lead
         if self.prefix_space:
-            first, before = (
-                f"{self.bos} {text.removeprefix(self.bos)}" if self.keeps_question else text for text in (first, before)
-            )
+            if self.keeps_question:
+                first, before = (f"{self.bos} {text.removeprefix(self.bos)}" for text in (first, before))
             shown_question = (
                 f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
                 f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
@@ -133,7 +132,7 @@ def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is one of SentencePiece that puts its space before a rendering, not after control tokens."""
+    """Whether the tokenizer is SentencePiece's, and puts its space before a rendering, not after control tokens."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -86,24 +86,28 @@ def prepare(
             "raise it, or choose an encoder with a smaller image or larger patches"
         )
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, vision.num_tokens, max_length)
-    dataset = LlavaDataset(data_path, encoder, store)
+    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample)
     projector = llava.model.multi_modal_projector
     started = _start_projector(projector, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        quantize(llava.model.language_model, arguments.bits, compute_dtype, device)
+        quantize(
+            llava.model.language_model, arguments.bits, compute_dtype, device,
+            quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
+        )  # fmt: skip
     if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:
         llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
         llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
     apply_freeze(model, freeze)
+    skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
         "projector": f"{arguments.mm_projector_type}, {started}",
-        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}",
+        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}" + skipped,
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
