@@ -251,7 +251,7 @@ def check_data(
 
     Raises UserError (exit 2) at the end when something was found that would stop the training.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     output = Path(output)
     report, records = inspect_data(data_path, encoder, store, decode_limit=decode_limit)
     example = max(records[:50], key=lambda record: min(len(record.turns), 6), default=None)

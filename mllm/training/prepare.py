@@ -20,6 +20,7 @@ from clips.common.paths import cache_root
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
+from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
@@ -68,6 +69,7 @@ def prepare(
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
     )  # fmt: skip
+    format_name(arguments.version)
     data_path, image_folder = data_of(arguments)
     store = ImageStore(image_folder) if image_folder else None
     vision = encoder_of(arguments)

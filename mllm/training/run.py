@@ -63,10 +63,9 @@ def run_stage(flags: TrainArguments) -> None:
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
     hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
     process = replace(process, deepspeed=fit_to_model(process.deepspeed, hidden_size))
-    check_engine(
-        training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed),
-        arguments.deepspeed, steps_of(arguments, len(prepared.dataset), process.world_size),
-    )  # fmt: skip
+    if process.deepspeed:
+        made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
+        check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), process.world_size))
     others = left_out(flags, arguments)
     facts = prepared.facts | ({"not in LLaVA's": others} if others else {})
     print_plan(
@@ -115,7 +114,7 @@ def join(arguments: ResolvedArguments, world_size: int) -> Process:
     if world_size > 1 or deepspeed:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    console = Console(stderr=True, quiet=not is_main)
+    console = Console(emoji=False, stderr=True, quiet=not is_main)
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 

@@ -75,9 +75,10 @@ def fit_to_model(config: dict[str, Any] | None, hidden_size: int) -> dict[str, A
 
 
 def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
-    """UserError for settings that contradict the flags or that DeepSpeed does not know, as the engine would find."""
-    if made.hf_deepspeed_config is None:
-        return
+    """UserError for settings that contradict the flags or that DeepSpeed does not know, as the engine would find.
+
+    `made` has DeepSpeed settings.
+    """
     settings = copy.deepcopy(made.hf_deepspeed_config)
     try:
         settings.trainer_config_finalize(made, None, steps)
