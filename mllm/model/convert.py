@@ -22,7 +22,6 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -40,7 +39,7 @@ from mllm.encoders.encoder import ImageProcessor, VisionEncoder
 from mllm.encoders.hub import NO_CODE, loading, progress_bars, resolve
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
-from mllm.model.llm import ready_for_images
+from mllm.model.llm import read_tokenizer, ready_for_images
 from mllm.model.load import load_llava
 from mllm.model.original import (
     LANGUAGE_MODELS,
@@ -151,9 +150,12 @@ def to_stock(
     """The stock model with its processor, in the checkpoint's precision, and its encoder; see `convert_llava`."""
     causal = original.language_model()
     causal.generation_config = original.generation_config()
-    with tempfile.TemporaryDirectory() as place, loading("tokenizer", original.source):
+    with tempfile.TemporaryDirectory() as place:
         original.write_files(Path(place))
-        tokenizer = AutoTokenizer.from_pretrained(place, **NO_CODE)
+        try:
+            tokenizer = read_tokenizer(Path(place))
+        except UserError as error:
+            raise UserError(str(error).replace(place, original.source)) from None
     llm = ready_for_images(causal, tokenizer, original.source, conv_mode)
     vision = _vision(original, vision_tower, causal.dtype)
     model, processor = build_model(vision, llm, projector=original.field("mm_projector_type"))
