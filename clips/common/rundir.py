@@ -2,6 +2,7 @@
 
     runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
     runs/NAME/env.json        what else would explain a difference between two runs (clips/common/runtime.py)
+    runs/NAME/init_from.json  of a run that began with given weights: whose, and which parts came from them
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; the last one may be cut short by a kill
     runs/NAME/.lock           held by the process that trains here
 
@@ -19,6 +20,7 @@ from clips.common.errors import UserError
 from clips.common.files import lock, write_atomically
 
 METRICS = "metrics.jsonl"
+INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 
 
@@ -51,6 +53,12 @@ def refuse(changes: Sequence[str], what: str, mend: str) -> None:
     """Raise UserError listing `changes` where there are any; `what` holds them, `mend` is what to do."""
     if changes:
         raise UserError(f"{what}:\n  " + "\n  ".join(changes) + f"\n{mend}")
+
+
+def began_with(run_dir: Path) -> dict[str, Any] | None:
+    """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None where there is none."""
+    record = run_dir / INIT_FROM
+    return json.loads(record.read_text()) if record.is_file() and (run_dir / "config.json").is_file() else None
 
 
 # --------------------------------------------------------------------------------------------------------------- lock

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, first_line
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
@@ -37,9 +37,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "it cannot be unpickled"
         raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({reason}). "
+            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({first_line(error)}). "
             "Nothing in it was run. Convert it to .safetensors where you trust it."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -56,10 +55,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file that `read_weights` reads says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", **metadata})
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

@@ -144,7 +144,7 @@ class BatchDataset(Dataset):
                 captions.append(sample.long)
         batch: Batch = {"images": normalise(pixels)}
         for name, batch_texts in texts.items():
-            batch[name] = self.tokenizer(batch_texts, text.context_length, trim=text.pad_mask)
+            batch[name] = self.tokenizer.for_tower(batch_texts, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}

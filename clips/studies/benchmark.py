@@ -45,7 +45,7 @@ from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.task import Task
 from clips.weights.checkpoint import TrainState
-from clips.weights.formats import open_clip_config
+from clips.weights.open_clip import open_clip_config
 
 Row = dict[str, Any]
 
@@ -248,7 +248,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
 
     def tokenise() -> None:
         for texts in ([sample.web for sample in raw], subs):
-            tokenizer(texts, text.context_length, trim=text.pad_mask)
+            tokenizer.for_tower(texts, text)
         tokenizer.caption_ids(tokenizer.encode(longs), captioner.length)
 
     parts = {
@@ -371,7 +371,7 @@ def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.dev
 def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, full_context: bool) -> Step:
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    config = open_clip_config(run.model, tokenizer)["model_cfg"]
     del config["custom_text"]
     model, loss = open_clip.CustomTextCLIP(**config), open_clip.loss.ClipLoss()
     slots = config["text_cfg"]["context_length"]
@@ -391,7 +391,7 @@ def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.dev
 def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    config = open_clip_config(run.model, tokenizer)["model_cfg"]
     captioner = captioner_of(run.model)
     text = config["text_cfg"] | {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
     decoder = {

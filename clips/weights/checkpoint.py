@@ -34,6 +34,8 @@ class TrainState:
     """Samples seen, over all phases."""
     phase: int = 0
     phase_step: int = 0
+    began_with: str | None = None
+    """SHA-256 of the weights that the run began with (`train.init_from`)."""
     skipped: int = 0
     """Broken samples that were replaced."""
     best: float | None = None

@@ -32,11 +32,12 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
+from clips.common.hub import resolve
+from clips.common.stock import NO_CODE, loading, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import SAVED, backend_with_bos, saved_format
 from mllm.encoders.encoder import ImageProcessor, VisionEncoder
-from mllm.encoders.hub import NO_CODE, loading, progress_bars, resolve
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import read_tokenizer, ready_for_images

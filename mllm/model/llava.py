@@ -15,9 +15,9 @@ from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, 
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
 from clips.common.files import write_json
+from clips.common.stock import progress_bars
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.encoders.encoder import VisionEncoder
-from mllm.encoders.hub import progress_bars
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector

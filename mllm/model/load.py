@@ -10,7 +10,8 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
+from clips.common.hub import resolve
+from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"

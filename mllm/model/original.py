@@ -30,9 +30,10 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
+from clips.common.hub import resolve
+from clips.common.stock import check_complete, loading
 from clips.common.tensors import read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
-from mllm.encoders.hub import check_complete, loading, resolve
 from mllm.model.projector import ACTIVATION
 
 LANGUAGE_MODELS = {

@@ -28,6 +28,7 @@ FROZEN = {
         "--image-root": None,
         "--samples": None,
         "--batch-size": None,
+        "--init-from": None,
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
