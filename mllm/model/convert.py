@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -32,11 +35,11 @@ from transformers import (
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
-from clips.common.hub import resolve
+from clips.common.hub import HUB_ID, resolve
 from clips.common.stock import NO_CODE, loading, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
-from mllm.data.formats import SAVED, backend_with_bos, saved_format
+from mllm.data.formats import SAVED, backend_with_bos, get_format
 from mllm.encoders.encoder import ImageProcessor, VisionEncoder
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
@@ -48,6 +51,7 @@ from mllm.model.original import (
     TOWER,
     OriginalLlava,
     is_original_llava,
+    kept_files,
     read_original,
 )
 from mllm.model.projector import assign_projector, llava_tensors, projector_kind
@@ -66,69 +70,106 @@ TOLERANCE = {torch.float32: 1e-4}
 TOLERANCE_OF_HALF = 3e-2
 
 
+def is_llava_source(source: str, to: str) -> bool:
+    """Whether `source` is for this module, not for the encoders' converter: an original LLaVA, or one is to be made.
+
+    Of a hub id only config.json is fetched; False where there is none.
+    """
+    if to == "llava":
+        return True
+    directory = Path(source)
+    if not directory.is_dir() and HUB_ID.fullmatch(source):
+        try:
+            directory = Path(snapshot_download(source, allow_patterns=["config.json"]))
+        except (HfHubHTTPError, HFValidationError, OSError):
+            return False  # what is wrong the other converter says
+    return is_original_llava(directory)
+
+
+def convert_llava_from_flags(flags: Namespace) -> None:
+    """What scripts/convert.py does for LLaVA models."""
+    target = Path(flags.target)
+    difference, mode = convert_llava(
+        flags.source, target, flags.to, base=flags.base, vision_tower=flags.vision_tower,
+        conv_mode=flags.conv_mode, check_only=flags.check,
+    )  # fmt: skip
+    print(f"logits: largest difference {difference:.1e} of their spread")
+    if flags.check:
+        print(f"{flags.source} can be converted; nothing was written")
+    elif flags.to == "transformers":
+        print(f"written: {target}\nnext: python scripts/chat.py --model-path {target}")
+    else:
+        print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {target} --image-file IMAGE")
+        if mode in CONV_MODES:
+            print(f"its prompts are those of LLaVA's --conv-mode {CONV_MODES[mode]}")
+        else:
+            print(f"note: it was trained with prompts of format {mode}, which LLaVA has not with the same texts")
+
+
 def convert_llava(
     source: str,
     target: Path,
-    *,
     to: str,
+    *,
     base: str | None = None,
     vision_tower: str | None = None,
     conv_mode: str = "auto",
-    check: bool = False,
-) -> None:
-    """Convert the LLaVA model `source` (directory or hub id), write it to `target`, and say what to do next.
+    check_only: bool = False,
+) -> tuple[float, str]:
+    """Write the LLaVA model `source` (directory or hub id) to `target`, once both sides have the same logits.
+
+    Returns `logit_difference`, and the name of the model's conversation format.
 
     Args:
         to: "transformers" or "llava".
-        base: what LoRA adapters or a projector belong to (LLaVA's --model-base).
+        base: what LoRA adapters or a projector belong to (LLaVA's --model-base). Towards LLaVA the language model that
+            was trained on, whose tokenizer files LLaVA needs where they are SentencePiece's.
         vision_tower: directory or hub id of the tower, in place of the one that the checkpoint names. Towards LLaVA
             the name to write down for the tower, which must be that one to the last bit.
         conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" where that has none.
-        check: compare the logits of both sides before writing.
+        check_only: write nothing.
 
-    Raises UserError for what the other side cannot hold, where the two sides differ, and where `target` is not empty.
+    Raises UserError for what the other side cannot hold, where the two sides differ, and where `target` exists.
     """
+    if target.exists():
+        raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
     directory = resolve(source, "LLaVA model")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already: remove it or name another place")
     if is_original_llava(directory) != (to == "transformers"):
-        is_one = "an" if to == "llava" else "not an"
-        raise UserError(f"{source} is {is_one} original LLaVA checkpoint (mm_vision_tower in config.json): other --to")
+        known = "no checkpoint" if to == "transformers" else "a checkpoint"
+        raise UserError(
+            f"{source} is {known} of the original LLaVA (mm_vision_tower in config.json): not with --to {to}"
+        )
     if to == "transformers":
         original = read_original(directory, base)
         model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
-        if check:
-            check_equal(original, model, processor, vision.model)
-        card = {
-            "Converted from": f"an original {LANGUAGE_MODELS[original.kind][0]} checkpoint",
-            "Vision encoder": vision.describe(),
-        }
-        save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
-        print(f"wrote {target}: a stock transformers model\nnext: python scripts/chat.py --model-path {target}")
-        return
-    if base is not None or conv_mode != "auto":
-        raise UserError("--base and --conv-mode are of no use with --to llava")
-    model, processor = load_llava(str(directory), torch.device("cpu"), _saved_dtype(directory))
-    original = to_original(model, processor, directory, vision_tower)
-    _check_name(original.kind, target.name)
-    if check:
-        check_equal(original, model, processor, _tower_of(original, model.config.vision_config))
-    write_original(original, model.config.vision_config, processor.image_processor, target)
-    saved = saved_format(processor.tokenizer)
-    mode = CONV_MODES.get(saved.name) if saved else None
-    print(f"wrote {target}: a {LANGUAGE_MODELS[original.kind][0]} checkpoint, in LLaVA: --conv-mode {mode or 'CHOOSE'}")
-    if saved and mode is None:
-        print(f"note: the model was trained in format {saved.name}, which LLaVA has not with the same texts")
+        difference = logit_difference(original, model, processor, vision.model)
+        if not check_only:
+            card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": vision.describe()}
+            save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
+    else:
+        if conv_mode != "auto":
+            raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
+        model, processor = load_llava(str(directory), torch.device("cpu"), _saved_dtype(directory))
+        original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
+        _check_name(original.kind, target.name)
+        with loading("vision tower", directory):
+            tower = CLIPVisionModel.from_pretrained(
+                None, config=model.config.vision_config, state_dict=original.part(TOWER), dtype=model.dtype
+            )
+        difference = logit_difference(original, model, processor, tower.eval())
+        if not check_only:
+            write_original(original, model.config.vision_config, processor.image_processor, target)
+    return difference, get_format("auto", processor.tokenizer).name
 
 
 @torch.no_grad()
-def check_equal(
+def logit_difference(
     original: OriginalLlava, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower: PreTrainedModel
 ) -> float:
-    """Compare the logits of a stock model with LLaVA's own computation, on random pixels and a real question.
+    """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
 
-    `tower` is the original's vision tower. Prints and returns the largest difference as a share of the logits' spread;
-    UserError where it is more than rounding.
+    On random pixels and a real question; `tower` is the original's vision tower. UserError where it is more than
+    rounding.
     """
     encoder = answering_encoder(processor.tokenizer, "auto", model.config.image_seq_length)
     ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)
@@ -140,7 +181,6 @@ def check_equal(
     difference = ((ours - theirs).abs().max() / theirs.std()).item()
     if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF):  # also when it is NaN
         raise UserError(f"{original.source}: the logits of both sides differ by {difference:.1e} of their spread")
-    print(f"checked: the logits of both sides differ by {difference:.1e} of their spread at most ({model.dtype})")
     return difference
 
 
@@ -216,23 +256,35 @@ def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------- stock → original
 def to_original(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: Path, vision_tower: str | None = None
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    directory: Path,
+    *,
+    base: str | None = None,
+    vision_tower: str | None = None,
 ) -> OriginalLlava:
-    """What the original LLaVA keeps of a stock model that was read from `directory`.
+    """What the original LLaVA keeps of a stock model that was read from `directory`; see `convert_llava`.
 
     `mm_vision_tower` is missing in its configuration where the tower has no name, see `write_original`. Raises
     UserError for what LLaVA's classes do not compute.
     """
     config: Any = model.config
-    kept = read_json(directory / KEPT / "config.json")
-    fields = kept or _config(model, processor)
-    if kept:
-        files = {path.name: path.read_bytes() for path in (directory / KEPT).iterdir()}
-        del files["config.json"]
-        files.pop(KEPT_TOWER, None)
+    fields = read_json(directory / KEPT / "config.json")
+    if fields:
+        files = kept_files(directory / KEPT)
     else:
-        files = _tokenizer_files(processor.tokenizer)
-        files["generation_config.json"] = model.generation_config.to_json_string().encode()
+        fields = _config(model, processor)
+        if base is None:
+            files = _tokenizer_files(processor.tokenizer)
+        else:
+            place = resolve(base, "language model")
+            files = kept_files(place)
+            fields |= {name: read_json(place / "config.json").get(name) for name in ("vocab_size", "pad_token_id")}
+            ours, theirs = (tokenizer.get_vocab() for tokenizer in (processor.tokenizer, read_tokenizer(place)))
+            if not theirs.items() <= ours.items() or not len(theirs) <= (fields["vocab_size"] or 0):
+                raise UserError(f"{base}: its tokenizer is not that of {directory}, which was trained on another model")
+        generation = json.loads(model.generation_config.to_json_string())
+        files["generation_config.json"] = _json(generation | {"pad_token_id": fields["pad_token_id"]})
     tower: Any = model.model.vision_tower
     if not isinstance(tower, CLIPVisionModel):
         raise UserError(
@@ -316,6 +368,11 @@ def _config(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json as the tokenizers (0.15) and transformers of LLaVA read them."""
     state = json.loads(backend_with_bos(tokenizer).to_str())
+    if {"Metaspace", "Prepend"} & set(re.findall(r'"type":"(\w+)"', json.dumps(state, separators=(",", ":")))):
+        raise UserError(
+            "LLaVA reads a SentencePiece tokenizer from its tokenizer.model, which stock models do not keep: name the "
+            "language model that has it with --base"
+        )
     merges = state["model"].get("merges", [])
     state["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     named = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -342,19 +399,13 @@ def _check_name(kind: str, name: str) -> None:
         )
 
 
-def _tower_of(original: OriginalLlava, config: PreTrainedConfig) -> CLIPVisionModel:
-    """The vision tower, built from what is written for LLaVA."""
-    tower = CLIPVisionModel.from_pretrained(None, config=config, state_dict=original.part(TOWER), dtype="auto")
-    return tower.eval()
-
-
 def write_original(
     original: OriginalLlava, vision: PreTrainedConfig, image_processor: ImageProcessor, directory: Path
 ) -> None:
     """Write a checkpoint that the original LLaVA loads; it appears whole or not at all.
 
     A tower without a name (no `mm_vision_tower`) goes to `vision_tower/` in it. LLaVA takes a path for that, so the
-    configuration has an absolute one: after moving the directory it must be changed.
+    configuration has an absolute one: after moving the directory it must be changed there.
     """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -368,9 +419,6 @@ def write_original(
         _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
         config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
     write_json(partial / "config.json", config)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    if directory.is_dir():
-        directory.rmdir()  # empty, else `convert_llava` had refused it
     partial.rename(directory)
 
 

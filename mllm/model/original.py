@@ -209,7 +209,7 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     original = OriginalLlava(
         config=config,
         tensors=read_tensors(place),
-        files={name: (place / name).read_bytes() for name in KEPT_FILES if (place / name).is_file()},
+        files=kept_files(place),
         source=str(directory),
     )
     _check_expressible(original)
@@ -221,6 +221,11 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     if not original.part(PROJECTOR):
         raise UserError(f"{directory} holds no projector ({PROJECTOR}*)")
     return original
+
+
+def kept_files(directory: Path) -> dict[str, bytes]:
+    """Those of KEPT_FILES that are in `directory`."""
+    return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
