@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, check_complete, loading
+from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
@@ -25,6 +26,7 @@ def load_llava(
     Raises UserError for what cannot be loaded.
     """
     directory = resolve(name, "model")
+    refuse_original(directory, "model")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.
