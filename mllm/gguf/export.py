@@ -12,9 +12,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
-from clips.common.errors import UserError
 from clips.common.escape import for_markdown
-from mllm.data.formats import get_format
+from mllm.data.conversation import answering_encoder
 from mllm.encoders.hub import resolve
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
 from mllm.gguf.mmproj import check_tower, pads, picture_size, tower_tensors, write_tower_metadata
@@ -63,7 +62,7 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     images, tokenizer = processor.image_processor, processor.tokenizer
     arch = architecture(config.text_config)
     check_tower(config, images)
-    chosen = get_format("auto", tokenizer)
+    chosen = answering_encoder(tokenizer, "auto", config.image_seq_length).format
     title = model_name(name).replace("/", "-")
     output = output or (directory.parent if Path(name).is_dir() else Path()) / "gguf"
     output.mkdir(parents=True, exist_ok=True)

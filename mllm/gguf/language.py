@@ -91,9 +91,10 @@ def language_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str
             tensor_name = key
         else:
             continue
-        yield gguf_name(names, tensor_name), _rotation_order(tensor, tensor_name, config) if (
-            arch == MODEL_ARCH.LLAMA
-        ) else tensor
+        yield (
+            gguf_name(names, tensor_name),
+            _rotation_order(tensor, tensor_name, config) if (arch == MODEL_ARCH.LLAMA) else tensor,
+        )
 
 
 def gguf_name(names: TensorNameMap, key: str) -> str:

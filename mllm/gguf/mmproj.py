@@ -55,7 +55,9 @@ def check_tower(config: Any, processor: Any) -> None:
             "class token; llama.cpp keeps all: train with a tower that this project loads, which sets 'full'"
         )
     if layers != sorted(set(layers)) or layers[0] == 0:
-        raise UserError(f"{own}: llama.cpp takes layers in ascending order from 1: train with --mm_vision_select_layer -1")
+        raise UserError(
+            f"{own}: llama.cpp takes layers in ascending order from 1: train with --mm_vision_select_layer -1"
+        )
     if config.projector_hidden_act not in ("gelu", "linear"):
         raise UserError(
             f"config.json, projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's LLaVA projector has a "

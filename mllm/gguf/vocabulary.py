@@ -10,7 +10,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import Format
+from mllm.data.formats import Format, control_pattern
 
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +44,8 @@ def write_vocabulary(
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_space_prefix(state, chosen))
+        starts_with_control = control_pattern(tokenizer).match(chosen.first) is not None
+        writer.add_add_space_prefix(_space_prefix(state, starts_with_control))
         writer.add_token_scores(_scores(merges, tokens, rows))
         types |= {i: TokenType.BYTE for i, t in tokens.items() if len(t) == 6 and t[:3] == "<0x" and i not in added}
         types |= {i: TokenType.UNKNOWN for i in [tokenizer.unk_token_id] if i is not None}
@@ -110,18 +111,18 @@ def _pre_tokenizer(state: dict[str, Any]) -> str:
     raise _refusal("it cuts words in a way that is not GPT-2's, SmolLM2's, Llama 3's or Qwen2's")
 
 
-def _space_prefix(state: dict[str, Any], chosen: Format) -> bool:
-    """Whether llama.cpp puts a space in front of text at the start and after every control token."""
+def _space_prefix(state: dict[str, Any], starts_with_control: bool) -> bool:
+    """Whether llama.cpp shall put a space in front of text at the start and after every control token."""
     normal = [part["type"] for part in _parts(state["normalizer"], "normalizers")]
     cut = _parts(state["pre_tokenizer"], "pretokenizers")
     if normal == ["Prepend", "Replace"] and not cut:
         return True
     if not normal and len(cut) == 1 and cut[0]["type"] == "Metaspace" and not cut[0]["split"]:
         scheme = cut[0]["prepend_scheme"]
-        # "first": only where a text begins, and a prompt that begins with bos has no such place.
-        if scheme != "first" or chosen.bos:
+        # "first": only where a text begins, and a prompt that begins with a control token has no such place.
+        if scheme != "first" or starts_with_control:
             return scheme == "always"
-        raise _refusal("it puts a space in front of a text's first word only, and its prompts begin without a bos")
+        raise _refusal("it puts a space in front of a text's first word only, and its prompts begin with a word")
     raise _refusal("it prepares text in another way than sentencepiece's BPE")
 
 
