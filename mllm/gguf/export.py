@@ -76,8 +76,8 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     def write_tower(writer: GGUFWriter) -> None:
         write_tower_metadata(writer, config, images)
 
-    _write(files[0], arch, title, dtype, write_language, language_tensors(model))
-    _write(files[1], "clip", title, dtype, write_tower, tower_tensors(model))
+    write_file(files[0], arch, title, dtype, write_language, language_tensors(model))
+    write_file(files[1], "clip", title, dtype, write_tower, tower_tensors(model))
     (output / "README.md").write_text(_card(title, files, config, images), encoding="utf-8")
     written = "\n".join(f"wrote {path}" for path in [*files, output / "README.md"])
     return f"{written}\nnext: llama-server -m {files[0]} --mmproj {files[1]}"
@@ -89,7 +89,7 @@ def _end_ids(model: Any) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def _write(
+def write_file(
     path: Path,
     arch: str,
     title: str,
@@ -97,7 +97,7 @@ def _write(
     metadata: Callable[[GGUFWriter], None],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """One file; it appears whole or not at all."""
+    """Write one GGUF file with `metadata` and `tensors` (name, tensor); it appears whole or not at all."""
     partial = path.with_suffix(".partial")
     writer = GGUFWriter(partial, arch, use_temp_file=True)  # large models do not fit into memory twice
     writer.add_type("mmproj" if arch == "clip" else "model")

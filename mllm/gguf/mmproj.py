@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from mllm.gguf.language import gguf_name
 
 ACTIVATIONS = {
+    "gelu": "gelu",  # exact here, the approximation there: they differ less than its fp16 table does from it
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "quick_gelu": None,

@@ -135,7 +135,7 @@ def trained(tmp_path_factory):
 
 @needs_llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_fifty_questions_have_the_same_answers(trained, dtype):
     """On pictures that the model was not trained on, of its own size and of others, the picture behind the text."""
     folder, vision, model, processor = trained
@@ -150,7 +150,7 @@ def test_fifty_questions_have_the_same_answers(trained, dtype):
             worst = max(worst, difference(logs, first))
     assert len(set(expected)) > 15
     assert found == expected
-    assert worst < {"f32": 0.02, "f16": 0.05, "bf16": 0.5}[dtype]
+    assert worst < {"f32": 0.02, "f16": 0.05}[dtype]
 
 
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -180,7 +180,7 @@ def test_logits_of_every_language_model(tmp_path, kind):
     ("projector", "tower", "select"),
     [
         ("linear", {"hidden_act": "quick_gelu"}, {"select_layer": -1}),
-        ("mlp2x_gelu", {"layer_norm_eps": 1e-3}, {"select_layer": [-3, -1]}),
+        ("mlp2x_gelu", {"layer_norm_eps": 1e-3, "hidden_act": "gelu"}, {"select_layer": [-3, -1]}),
         ("mlp2x_gelu", {"patch_size": 16}, {"select_layer": 1}),
     ],
 )
