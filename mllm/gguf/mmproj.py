@@ -1,9 +1,10 @@
 """Vision tower and projector as llama.cpp's multimodal projector file, for the towers that its graph computes.
 
 llama.cpp's LLaVA graph (projector type "mlp"; tools/mtmd/models/llava.cpp): patches + positions → optional LayerNorm →
-blocks → the hidden states of `feature_layer` → linear → GELU → linear. Its GELU is the tanh approximation, looked up
-in fp16. With a class token it adds that one behind the patches, yet the positions and the choice of the patches count
-from the front, so it hands on other tokens than were trained: such towers are refused.
+blocks → the hidden states of `feature_layer` → linear → GELU → linear. Its GELU is the tanh approximation, on CPUs
+looked up in fp16. A class token stands behind the patches there, but positions and the choice of patches count as if it
+stood in front (ggml-org/llama.cpp issue 25814): the first patch is lost and the class token goes to the language
+model. Such towers are refused.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def check_tower(config: Any, processor: Any) -> None:
     if tower.model_type != "siglip_vision_model":
         raise UserError(
             f"{own}: llama.cpp's LLaVA graph puts a class token behind the patches but takes positions and features as "
-            f"if it stood in front, so the language model would see other tokens than it was trained with: {retrain}"
+            "if it stood in front (its issue 25814), so the language model would see other tokens than it was trained "
+            f"with: {retrain}"
         )
     if tower.hidden_act not in ACTIVATIONS:
         raise UserError(f"{own}: llama.cpp's LLaVA graph has no {tower.hidden_act!r} activation: {retrain}")
@@ -57,7 +59,8 @@ def check_tower(config: Any, processor: Any) -> None:
         )
     if layers != sorted(set(layers)) or layers[0] == 0:
         raise UserError(
-            f"{own}: llama.cpp takes layers in ascending order from 1: train with --mm_vision_select_layer -1"
+            f"{own}: llama.cpp takes layers in ascending order from 1, this model has {layers}: train with "
+            "--mm_vision_select_layer -1"
         )
     if config.projector_hidden_act not in ("gelu", "linear"):
         raise UserError(

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from conftest import run_python
 from llama_cpp import LlamaServer, user
 from PIL import Image
 from tiny_mllm import write_llm
@@ -101,11 +102,15 @@ def build(folder, *, llm=None, tower=None, projector="mlp2x_gelu", version="auto
     return vision, model, processor
 
 
-def save_and_export(folder, vision, model, processor, dtype="f32"):
+def files(folder, dtype="f32"):
+    return folder / "tiny" / "gguf" / f"tiny-{dtype}.gguf", folder / "tiny" / "gguf" / f"mmproj-tiny-{dtype}.gguf"
+
+
+def save_and_export(folder, vision, model, processor):
     """The two files of a model, by way of its directory."""
     save_model(model, processor, folder / "tiny" / "model", vision=vision, card={})
-    export_gguf(str(folder / "tiny" / "model"), dtype=dtype)
-    return folder / "tiny" / "gguf" / f"tiny-{dtype}.gguf", folder / "tiny" / "gguf" / f"mmproj-tiny-{dtype}.gguf"
+    export_gguf(str(folder / "tiny" / "model"), dtype="f32")
+    return files(folder)
 
 
 @torch.no_grad()
@@ -140,7 +145,12 @@ def test_fifty_questions_have_the_same_answers(trained, dtype):
     """On pictures that the model was not trained on, of its own size and of others, the picture behind the text."""
     folder, vision, model, processor = trained
     expected, found, worst = [], [], 0.0
-    with LlamaServer(*save_and_export(folder, vision, model, processor, dtype)) as server:
+    save_model(model, processor, folder / "tiny" / "model", vision=vision, card={})
+    done = run_python("scripts/export_gguf.py", "--model", folder / "tiny" / "model", "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    *_, next_command = done.stdout.splitlines()
+    assert next_command == f"next: llama-server -m {files(folder, dtype)[0]} --mmproj {files(folder, dtype)[1]}"
+    with LlamaServer(*files(folder, dtype)) as server:
         for i, (picture, question, _) in enumerate(scenes(50, seed=0)):
             image = picture.resize((48, 40)) if i % 2 else picture
             answer, logs = transformers_answer(model, processor, image, question, tokens=24)

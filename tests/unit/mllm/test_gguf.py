@@ -10,7 +10,8 @@ import torch
 from gguf import GGUFReader, GGUFWriter, quants
 from jinja2 import Environment
 from tiny_mllm import tiny_tokenizer, write_llm, write_run
-from tokenizers import models, normalizers, pre_tokenizers
+from tiny_tokenizers import LLAMA_3_REGEX
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     GPT2Config,
@@ -42,6 +43,18 @@ def llava_config(tower=None, **options):
     vision = SiglipVisionConfig(image_size=32, patch_size=8, num_hidden_layers=4, **(tower or {}))
     settings = {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
     return LlavaConfig(vision_config=vision, text_config=LlamaConfig(), **settings | options)
+
+
+def byte_level(*before, use_regex=True):
+    return pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
+
+
+def written(tokenizer, **options):
+    """The metadata of `tokenizer`, by key."""
+    writer = GGUFWriter(None, "llama")
+    settings = {"rows": len(tokenizer), "end_ids": [2]} | options
+    write_vocabulary(writer, tokenizer, get_format("v1", tiny_tokenizer()), **settings)
+    return {key: value.value for key, value in writer.kv_data[0].items()}
 
 
 @pytest.mark.parametrize(
@@ -117,11 +130,8 @@ def test_windows_that_are_not_used_are_no_obstacle():
     [
         ("pre_tokenizer", pre_tokenizers.Whitespace(), "neither byte-level"),
         ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "neither byte-level"),
-        (
-            "pre_tokenizer",
-            pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]),
-            "cuts",
-        ),
+        ("pre_tokenizer", byte_level(pre_tokenizers.Punctuation()), "cuts words"),
+        ("pre_tokenizer", byte_level(pre_tokenizers.Digits(individual_digits=False)), "cuts words"),
         ("normalizer", normalizers.Lowercase(), "Lowercase"),
         ("model", models.WordLevel({"a": 0}), "WordLevel"),
     ],
@@ -130,9 +140,22 @@ def test_tokenizers_whose_ids_would_differ_are_refused(part, value, words):
     tokenizer = tiny_tokenizer()
     setattr(tokenizer.backend_tokenizer, part, value)
     with pytest.raises(UserError, match=words):
-        write_vocabulary(
-            GGUFWriter(None, "llama"), tokenizer, get_format("v1", tiny_tokenizer()), rows=400, end_ids=[2]
-        )
+        written(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        ([], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True)], "smollm"),
+        ([pre_tokenizers.Split(Regex(LLAMA_3_REGEX), "isolated")], "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(LLAMA_3_REGEX.replace("{1,3}", "")), "isolated")], "qwen2"),
+    ],
+)
+def test_ways_of_cutting_words_have_llama_cpps_names(before, name):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = byte_level(*before, use_regex=name in ("gpt-2", "smollm"))
+    assert written(tokenizer)["tokenizer.ggml.pre"] == name
 
 
 def test_what_does_not_fit_is_named():
