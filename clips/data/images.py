@@ -58,7 +58,8 @@ def decode_image(
     """
     try:
         image = to_rgb(_open(data, max_pixels, reduce_to))
-        return image.reduce(_factor(image, reduce_to))
+        factor = _factor(image, reduce_to)
+        return image if factor == 1 else image.reduce(factor)
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
         raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
 
