@@ -305,7 +305,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.out) if flags.out else loaded.path / f"evaluation-{name}.json"
     write_figures(out, figures, test_set=name, skipped=images.skipped)
-    Console().print(figures_table(figures, f"{loaded.path} on {name}"))
+    Console(emoji=False).print(figures_table(figures, f"{loaded.path} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 
 

@@ -89,7 +89,7 @@ def _print(title: str, rows: list[Row]) -> None:
     for row in rows:
         cells = (row.get(column, "") for column in columns)
         table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def captioner_of(model: ModelConfig) -> CaptionerConfig:

@@ -21,7 +21,7 @@ from clips.weights.export import export_all, sample_inputs
 
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
     """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     size = run.phases[-1].image_size
     held_out: tuple[Split, ...] = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)
@@ -41,7 +41,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
 def print_next(run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
     report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
-    Console(stderr=True).print(
+    Console(emoji=False, stderr=True).print(
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
         f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"

@@ -208,7 +208,7 @@ def print_plan(
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))
-    Console(stderr=True).print(table)
+    Console(emoji=False, stderr=True).print(table)
 
 
 def _why_slow(run: RunConfig, device: torch.device) -> str:
