@@ -29,6 +29,7 @@ from clips.common.errors import UserError
 from mllm.data.formats import IMAGE_TOKEN, closest_format, control_pattern, control_tokens, get_format, token_id
 
 IGNORE = -100
+NOT_TRAINED = "every label is masked, nothing would be learned"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -122,13 +123,14 @@ class ConversationEncoder:
             ids, trained = [ids[i] for i in kept], [trained[i] for i in kept]
         if not any(trained):
             why = f"the first {self.max_length} tokens hold no answer" if truncated else "it has no answer"
-            raise UserError(f"{sample}: every label is masked, nothing would be learned: {why}")
+            raise UserError(f"{sample}: {NOT_TRAINED}: {why}")
         labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
         return Encoded(ids, labels, truncated)
 
     def check(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> None:
         """Raise what `encode` would raise for the turns and placeholders, without tokenising."""
-        self._segments(turns, images, sample)
+        if not any(trained for _, trained in self._segments(turns, images, sample)):
+            raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: int, sample: str = "prompt") -> list[int]:
         """Ids up to the place where the next answer starts: a prefix of what `encode` builds. Not truncated."""
@@ -275,6 +277,15 @@ def _is_content(turn: dict[str, Any]) -> bool:
     )
 
 
+def is_encodable(text: str) -> bool:
+    """Whether `text` is Unicode: JSON can spell one half of a surrogate pair ("\\ud83d"), which no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
@@ -292,7 +303,11 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
                 f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
                 f"found {str(turn)[:120]}"
             )
-        checked.append((ROLES[turn["from"]], turn["value"]))
+        value = turn["value"]
+        for text in [value] if isinstance(value, str) else [part.get("text", "") for part in value]:
+            if not is_encodable(text):
+                raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate): {text!a:.120}")
+        checked.append((ROLES[turn["from"]], value))
     start = 1 if checked[0][0] == "system" else 0
     if len(checked) > start and checked[start][0] == "gpt":
         del checked[start]

@@ -65,9 +65,8 @@ class Format:
         shown_question = f"{{{{ {question} }}}}"
         first, (before, after), answer = self.first, self.system or ("", ""), self.lead
         if self.prefix_space:
-            first, before = (
-                f"{self.bos} {text.removeprefix(self.bos)}" if self.keeps_question else text for text in (first, before)
-            )
+            if self.keeps_question:
+                first, before = (f"{self.bos} {text.removeprefix(self.bos)}" for text in (first, before))
             shown_question = (
                 f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
                 f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
@@ -133,7 +132,7 @@ def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is one of SentencePiece that puts its space before a rendering, not after control tokens."""
+    """Whether the tokenizer is SentencePiece's, and puts its space before a rendering, not after control tokens."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -232,16 +231,29 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 FORMATS = {"plain": _plain, "v1": _v1, "llama_3": _llama_3, "chatml": _chatml, "auto": _auto}
-LLAVA_NAMES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
-"""LLaVA's other names of formats, and what they are called here."""
+LLAVA_NAMES = {
+    "llava_v1": "v1",
+    "vicuna_v1": "v1",
+    "llava_llama_3": "llama_3",
+    "chatml_direct": "chatml",
+    "qwen_1_5": "chatml",
+    "qwen_2": "chatml",
+}
+"""LLaVA's and LLaVA-NeXT's other names of formats, and what they are called here."""
+
+
+def format_name(name: str) -> str:
+    """The key of FORMATS that `name` stands for; UserError where there is none."""
+    found = LLAVA_NAMES.get(name, name)
+    if found not in FORMATS:
+        known = ", ".join([*FORMATS, *LLAVA_NAMES])
+        raise UserError(f"conversation format {name!r} is not known; choose one of: {known}")
+    return found
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     """The pieces of format `name` for `tokenizer`; UserError for an unknown name or missing control tokens."""
-    name = LLAVA_NAMES.get(name, name)
-    if name not in FORMATS:
-        known = ", ".join([*FORMATS, *LLAVA_NAMES])
-        raise UserError(f"conversation format {name!r} is not known; choose one of: {known}")
+    name = format_name(name)
     saved = saved_format(tokenizer)
     if saved is not None and saved.name == name:
         return saved

@@ -29,7 +29,15 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root
-from mllm.data.formats import IMAGE_TOKEN, get_format, leave_bos_to_template, save_format, saved_format, token_id
+from mllm.data.formats import (
+    IMAGE_TOKEN,
+    format_name,
+    get_format,
+    leave_bos_to_template,
+    save_format,
+    saved_format,
+    token_id,
+)
 from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
@@ -64,6 +72,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
     and for models that ask for remote code.
     """
+    version = format_name(version)  # before gigabytes are read
     directory, source = find_llm(name)
     tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
