@@ -31,6 +31,21 @@ def parse_fields(assignments: list[str], fields: Fields) -> Fields:
     return fields
 
 
+def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
+    """`recap=3:shards/*.tar cc=1:cc.parquet` → the sets of a mix."""
+    parts = []
+    for entry in entries:
+        name, has_name, rest = entry.partition("=")
+        share, has_share, data = rest.partition(":")
+        try:
+            parts.append(MixPart(name=name, share=float(share), data=data))
+        except ValueError:
+            has_share = ""
+        if not (has_name and has_share and name and data):
+            raise UserError(f"--mix {entry!r} must look like NAME=SHARE:DATA, as in recap=0.7:'shards/*.tar'")
+    return tuple(parts)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -43,14 +58,19 @@ def _one_of(name: str, value: str, choices: Any) -> None:
 
 
 Objective = Literal["clips", "clip"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
+Positions = Literal[PositionTable, "learned"]
+ImagePool = Literal["mean", "cls"]
+TextPool = Literal["cls", "eos"]
 CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
-TokenizerKind = Literal["bert", "wordpiece"]
+TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
+Freeze = Literal["none", "vision", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +85,47 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
-    pos_embed: PositionTable = "sincos"
-    """The fixed position table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints
-    published with it, whose frequencies have another denominator (see clips/model/vision.py)."""
+    pos_embed: Positions = "sincos"
+    """A fixed table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints published with
+    it, whose frequencies have another denominator; or positions that are learned (see clips/model/vision.py)."""
     patch_bias: bool = True
     """A bias in the patch convolution; the reference has none."""
+    cls: bool = True
+    """A CLS token before the patches. Without one the tower maps onto SiglipVisionModel."""
+    activation: Activation = "gelu"
+    pool: ImagePool = "mean"
+    """What the final LayerNorm and the projection get: the mean of the patch tokens, or the CLS token."""
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
-        _require(self.width % 4 == 0, f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)")
-        _one_of("vision.pos_embed", self.pos_embed, PositionTable)
+        _one_of("vision.pos_embed", self.pos_embed, Positions)
+        _require(
+            self.width % 4 == 0 or self.pos_embed == "learned",
+            f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)",
+        )
+        _one_of("vision.activation", self.activation, Activation)
+        _one_of("vision.pool", self.pool, ImagePool)
+        _require(
+            self.cls or self.pool == "mean",
+            "vision.pool=cls reads a token that vision.cls=false leaves out: set vision.pool=mean",
+        )
+        _require(
+            self.cls or not self.pre_norm,
+            "vision.pre_norm=true with vision.cls=false is a tower that no other program has: CLIPVisionModel has "
+            "both, SiglipVisionModel neither",
+        )
         check_image_size(self.image_size, self.patch_size)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: the CLS, if there is one."""
+        return int(self.cls)
+
+    @property
+    def transformers_class(self) -> str:
+        """The class of transformers that computes this tower."""
+        return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
     def tokens(self, image_size: int | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
@@ -92,7 +142,7 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The text tower. `context_length` counts every slot, the CLS in the last one included."""
+    """The text tower. `context_length` counts every slot, the CLS in the last one, if there is one, included."""
 
     width: int
     layers: int
@@ -103,10 +153,28 @@ class TextConfig:
     pad_mask: bool = False
     """False: the reference, where padding is attended and every text is padded to `context_length`.
     True: padding is masked, so text is padded only to the batch's own length (see clips/model/text.py)."""
+    activation: Activation = "gelu_tanh"
+    causal: bool = False
+    """Each slot attends to those before it and itself, as in CLIP."""
+    pool: TextPool = "cls"
+    """The slot that stands for the text: a CLS in the last one, or eos (rows are `bos … eos pad …`, without CLS)."""
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
         _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
+        _one_of("text.activation", self.activation, Activation)
+        _one_of("text.pool", self.pool, TextPool)
+
+    @property
+    def words(self) -> int:
+        """Tokens of a text that there is room for beside bos, eos and CLS."""
+        return self.context_length - (3 if self.pool == "cls" else 2)
+
+    @property
+    def trim(self) -> bool:
+        """Whether padding cannot show in the features, so that a batch is padded only to its own length."""
+        return self.pad_mask or (self.causal and self.pool == "eos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +255,26 @@ class Fields:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One of several sets that training mixes."""
+
+    name: str
+    share: float
+    """Relative to those of the others."""
+    data: str
+    """As `DataConfig.train`."""
+    fields: Fields | None = None
+    """Where its samples keep their parts, if elsewhere than `DataConfig.fields` says."""
+    image_root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "demo"
-    """`demo`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
+    .parquet)."""
+    mix: tuple[MixPart, ...] = ()
+    """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
     val: str | None = None
     test: str | None = None
     fields: Fields = field(default_factory=Fields)
@@ -198,6 +283,14 @@ class DataConfig:
     demo_dir: str = "data/demo"
     workers: int = 2
     max_broken_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        mixed = self.train == "mix"
+        _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
+        names = [part.name for part in self.mix]
+        _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
+        for part in self.mix:
+            _require(0 < part.share < float("inf"), f"data.mix: the share of {part.name} is {part.share}, not above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +359,11 @@ class TrainConfig:
     accumulation: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
+    init_from: str | None = None
+    """Whose weights the run begins with (docs/weights.md): a directory, a hub id, or timm:NAME_OR_DIR. They are read
+    once, before the first step."""
+    freeze: Freeze = "none"
+    """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -276,6 +374,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
+        _one_of("train.freeze", self.freeze, Freeze)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 
@@ -306,6 +405,10 @@ class RunConfig:
         _require(
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",
+        )
+        _require(
+            self.captions.tokenizer != "clip" or self.model.text.pool == "eos",
+            "captions.tokenizer=clip has no CLS token, which model.text.pool=cls reads: set model.text.pool=eos",
         )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from clips.common.errors import UserError
 from clips.config import (
@@ -195,6 +196,22 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise UserError(f"--recipe {name!r} is not known; choose one of: {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "clips": {},
+    "siglip": {"cls": False, "activation": "gelu_tanh"},
+    "clip": {"pre_norm": True},
+}
+"""Shapes of the image tower by what else runs them: the recipe's own (the paper's, ViTModel), SiglipVisionModel and
+CLIPVisionModel. Fields of VisionConfig."""
+
+
+def with_tower(run: RunConfig, name: str) -> RunConfig:
+    """`run` with the image tower in the shape `name` of TOWERS; UserError where there is none."""
+    if name not in TOWERS:
+        raise UserError(f"--tower {name!r} is not known; choose one of: {', '.join(TOWERS)}")
+    return replace(run, model=replace(run.model, vision=replace(run.model.vision, **TOWERS[name])))
 
 
 def debug_twin(run: RunConfig) -> RunConfig:

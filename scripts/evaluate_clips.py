@@ -9,7 +9,9 @@ from clips.common.errors import run_command
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--model", help="run directory, native or open_clip export (default: the newest run under runs/)")
+    p.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="run, native or open_clip export (default: the newest run under runs/)"
+    )
     p.add_argument("--data", help="test data: shards, a table, or one image folder per class (default: the run's own)")
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="fields of --data")
     p.add_argument("--karpathy", help="Karpathy split JSON of COCO or Flickr30K, instead of --data")
@@ -21,7 +23,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    p.add_argument("--out", help="JSON file for the figures (default: evaluation-NAME.json beside the model)")
+    p.add_argument(
+        "--out",
+        help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME)",
+    )
     return p
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -87,6 +89,16 @@ def tiny_batch(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
 
     caption = text(15)[:, :-1]
     return {"images": torch.randn(size, 3, 32, 32, generator=g), "web": text(12), "sub": text(10), "caption": caption}
+
+
+def script_parser(name: str) -> argparse.ArgumentParser:
+    """That of scripts/`name`.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.parser()
 
 
 def run_python(

@@ -1,6 +1,6 @@
 """Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
 
-python zero_worker.py OUT KIND [RESTORE]
+python zero_worker.py OUT KIND[:FROZEN_TOWER] [RESTORE]
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Pulled(Task):
 
 
 def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task) -> Engine:
+    kind, _, frozen = kind.partition(":")
     run = tiny_run(kind=kind)
     model = random_model(run)
+    model.freeze(frozen or "none")
     if weights is not None:
         model.load_state_dict(weights)
     return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})

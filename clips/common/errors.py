@@ -57,6 +57,11 @@ class Stopped(CommandError):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; some say pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def in_one_line(error: BaseException) -> str:
     """`ValueError: …, at report.py:44` (this project's last line): for a message in the place of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)

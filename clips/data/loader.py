@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
-from clips.data.order import SampleOrder
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import sub_caption
 from clips.data.sources import Source
@@ -111,7 +110,7 @@ class BatchDataset(Dataset):
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig, phase: PhaseConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
-        self.order = SampleOrder(source.shard_sizes, run.train.seed)
+        self.order = source.order(run.train.seed)
         self.preprocess = Preprocess(phase.image_size, phase.augment)
 
     def __getitem__(self, positions: range) -> Batch | CommandError:
@@ -144,33 +143,29 @@ class BatchDataset(Dataset):
                 captions.append(sample.long)
         batch: Batch = {"images": normalise(pixels)}
         for name, batch_texts in texts.items():
-            batch[name] = self.tokenizer(batch_texts, text.context_length, trim=text.pad_mask)
+            batch[name] = self.tokenizer.for_tower(batch_texts, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(self, position: int) -> tuple[RawSample, Any, list[tuple[str, str]]]:
-        """The sample at `position` with its decoded picture, or else the first whole one of fixed random substitutes.
-
-        Substitutes come from the whole set: a neighbour in the order would stand twice in one contrastive batch.
-        """
-        epoch, offset = self.order.locate(position)
+        """The sample at `position` with its decoded picture, or else the first whole one of its fixed substitutes."""
+        index = self.order.sample(position)
         substitutes: random.Random | None = None
         broken: list[tuple[str, str]] = []
         for _ in range(MAX_ATTEMPTS):
             try:
-                sample = self.source.read(self.order.index(epoch, offset))
+                sample = self.source.read(index)
                 return sample, decode_image(sample.image, sample.key), broken
             except BrokenSample as error:
                 broken.append((error.key, error.reason))
                 substitutes = substitutes or self._rng(position, "substitute")
-                offset = substitutes.randrange(len(self.order))
+                index = self.order.substitute(position, substitutes)
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
-        epoch, _ = self.order.locate(position)
-        return random.Random(f"{self.run.train.seed}/{epoch}/{position}/{purpose}")
+        return random.Random(f"{self.run.train.seed}/{self.order.epoch(position)}/{position}/{purpose}")
 
 
 def _iterate(loader: DataLoader) -> Iterator[Batch]:

@@ -8,7 +8,6 @@ Shapes: B batch · H heads · L sequence · K head width.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -30,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
+from clips.common.files import write_json
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
@@ -45,7 +45,7 @@ from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.task import Task
 from clips.weights.checkpoint import TrainState
-from clips.weights.formats import open_clip_config
+from clips.weights.open_clip import open_clip_config
 
 Row = dict[str, Any]
 
@@ -76,7 +76,7 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
     }
     _print(f"{what} on {machine['device']}", rows)
     if out:
-        Path(out).write_text(json.dumps({"benchmark": what, "machine": machine, "rows": rows}, indent=2) + "\n")
+        write_json(Path(out), {"benchmark": what, "machine": machine, "rows": rows})
         print(f"wrote {out}", file=sys.stderr)
     return rows
 
@@ -248,7 +248,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
 
     def tokenise() -> None:
         for texts in ([sample.web for sample in raw], subs):
-            tokenizer(texts, text.context_length, trim=text.pad_mask)
+            tokenizer.for_tower(texts, text)
         tokenizer.caption_ids(tokenizer.encode(longs), captioner.length)
 
     parts = {
@@ -371,7 +371,7 @@ def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.dev
 def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device, *, full_context: bool) -> Step:
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    config = open_clip_config(run.model, tokenizer)["model_cfg"]
     del config["custom_text"]
     model, loss = open_clip.CustomTextCLIP(**config), open_clip.loss.ClipLoss()
     slots = config["text_cfg"]["context_length"]
@@ -391,7 +391,7 @@ def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.dev
 def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer.pad_id, tokenizer.eos_id)["model_cfg"]
+    config = open_clip_config(run.model, tokenizer)["model_cfg"]
     captioner = captioner_of(run.model)
     text = config["text_cfg"] | {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
     decoder = {

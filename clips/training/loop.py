@@ -33,11 +33,13 @@ from clips.training.prepare import (
     open_run_dir,
     prepare_data,
     print_plan,
+    read_given_weights,
     with_precision,
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState
+from clips.weights.initial import initialise
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
@@ -66,25 +68,34 @@ def pretrain(run: RunConfig, options: Options) -> None:
             print_next(options.run_dir)
         shutdown()
         return
-    source, tokenizer = prepare_data(run, options)
-    check_ranks_agree(previous, source)
+    initial = read_given_weights(run, options) if previous is None else None
+    source, tokenizer = prepare_data(run, options, initial)
+    check_ranks_agree(previous, source, initial)
     torch.manual_seed(run.train.seed)
     model = CLIPSModel(run.model, tokenizer.pad_id)
+    model.freeze(run.train.freeze)
+    beginning = initialise(model, initial) if initial is not None else None
     if is_main:
-        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous)
+        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous, beginning)
     if options.dry_run:
         shutdown()
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
+    if beginning is not None:
+        state.began_with = beginning.sha256
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
         try:
             engine.state.restore_optimizer(previous.optimizer(), state.step)
         except KeyError as error:
-            raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
+            raise UserError(
+                f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
+            ) from None
     if is_main:
+        if beginning is not None:
+            beginning.save(options.run_dir)
         run.save(options.run_dir / "config.json")
         write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)

@@ -17,6 +17,7 @@ The names say fp16 and bit16 for historical reasons; here all weights are fp32.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ZeroState:
 
     def __init__(self, engine: Any, names: Mapping[str, nn.Parameter], muon: set[int], device: torch.device) -> None:
         self.optimizer, self.names, self.muon, self.device = engine.optimizer, names, muon, device
+        self.trained = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
+        """Those that have an optimizer state, which a frozen tower's have not."""
         self.stage: int = engine.zero_optimization_stage()
         self.world_size = dist.get_world_size()
         if self.stage == 0 and self.world_size == 1:
@@ -75,19 +78,31 @@ class ZeroState:
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Weights by name on the CPU of rank 0, empty elsewhere. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         weights = {}
         for name, parameter in self.names.items():
-            full = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            if dist.get_rank() == 0:
-                weights[name] = full.detach().to("cpu", copy=True)
+            with self._whole(parameter) as full:
+                if dist.get_rank() == 0:
+                    weights[name] = full.detach().to("cpu", copy=True)
         return weights
+
+    @contextmanager
+    def _whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """A parameter's fp32 value, gathered where ranks hold parts of it. Collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.stage > 0 and parameter.requires_grad:
+            yield safe_get_full_fp32_param(parameter)
+        elif self.stage == 3:  # frozen: cut like the others, but without a master that the getter could gather
+            with GatheredParameters([parameter]):
+                yield parameter.data
+        else:
+            yield parameter.data
 
     def gather_optimizer(self) -> dict[str, Tensor]:
         """Optimizer state as `name/key` on the CPU of rank 0, empty elsewhere. Collective."""
         state = {}
-        for name, parameter in self.names.items():
+        for name, parameter in self.trained.items():
             for key in self._keys(parameter):
                 full = self._get(parameter, key)
                 if dist.get_rank() == 0:
@@ -101,7 +116,7 @@ class ZeroState:
         where `state` is of another kind of optimizer.
         """
         self._create_optimizer_state(steps)
-        for name, parameter in self.names.items():
+        for name, parameter in self.trained.items():
             for key in self._keys(parameter):
                 self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
 
@@ -175,7 +190,7 @@ class ZeroState:
         inner = optimizer if self.stage == 0 else optimizer.optimizer
         tensors: Iterable[tuple[Tensor, Sequence[nn.Parameter]]]
         if self.stage == 0:
-            tensors = [(p, [p]) for p in self.names.values()]
+            tensors = [(p, [p]) for p in self.trained.values()]
         elif self.stage == 3:
             tensors = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
         else:

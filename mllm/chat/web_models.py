@@ -10,10 +10,10 @@ from typing import Any
 
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
+from clips.common.hub import resolve
 from mllm.chat.model import ChatModel
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
-from mllm.encoders.hub import resolve
 from mllm.model.load import FACTS, model_name, newest_model, vision_facts
 
 EXAMPLES = 6

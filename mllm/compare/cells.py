@@ -54,8 +54,8 @@ class Cell:
 
     @property
     def pretraining_run(self) -> Path | None:
-        """The run directory behind an encoder of this project; None for any other, whose `argument` is no such path."""
-        return Path(self.argument) if self.kind in RECIPES and self.argument else None
+        """The run directory behind an encoder trained here, once it is there; None for any other, as one of the hub."""
+        return Path(self.argument) if self.kind in RECIPES and Path(self.argument or "-").is_dir() else None
 
     @property
     def name(self) -> str:

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModel, BaseImageProcessor, LlavaImageProcessor
 
 from clips.common.errors import UserError
+from clips.common.stock import loading
 from mllm.encoders.encoder import KINDS, AspectRatio, SelectFeature, VisionEncoder
-from mllm.encoders.hub import loading
 from mllm.encoders.load import (
     LoadedVision,
     VisionRequest,

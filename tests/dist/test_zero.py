@@ -20,14 +20,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """What six steps gave, by (optimizer, ranks) and stage."""
+    """What six steps gave, by (optimizer and frozen tower, ranks) and stage."""
     folder, found = tmp_path_factory.mktemp("zero"), {}
-    for kind in ("adamw", "muon"):
-        for ranks in (1, 2):
-            out = folder / f"{kind}-{ranks}.pt"
-            done = run_python(WORKER, out, kind, ranks=ranks)
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[kind, ranks] = torch.load(out, weights_only=True)
+    runs = [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2), ("adamw:vision", 1), ("muon:vision", 2)]
+    for kind, ranks in runs:
+        out = folder / f"{kind}-{ranks}.pt"
+        done = run_python(WORKER, out, kind, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[kind, ranks] = torch.load(out, weights_only=True)
     return found
 
 
@@ -61,6 +61,21 @@ def test_the_temperature_comes_back_from_its_limit_in_every_stage(results: dict,
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_resume_is_bit_equal_in_every_stage(results: dict, kind: str, ranks: int) -> None:
     for name, stage in results[kind, ranks].items():
+        assert stage["resumed_losses"] == stage["losses"][3:], name
+        for key, value in stage["state"].items():
+            assert torch.equal(stage["resumed_state"][key], value), (name, key)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("adamw:vision", 1), ("muon:vision", 2)])
+def test_a_frozen_tower_stays_as_it_is_in_every_stage(results: dict, kind: str, ranks: int) -> None:
+    begun = random_model(tiny_run()).state_dict()
+    frozen = {name for name in begun if name.startswith("visual.")} - {"visual.proj.weight"}
+    for name, stage in results[kind, ranks].items():
+        weights = {key: value for key, value in stage["state"].items() if "/" not in key}
+        assert weights.keys() == begun.keys() - {"visual.pos_embed"}, name
+        assert {key for key in weights if torch.equal(weights[key], begun[key])} == frozen, name
+        assert not {key for key in stage["state"] if "/" in key and key.partition("/")[0] in frozen}, name
+        assert stage["losses"] == pytest.approx(results[kind, ranks]["zero0"]["losses"], abs=1e-3), name
         assert stage["resumed_losses"] == stage["losses"][3:], name
         for key, value in stage["state"].items():
             assert torch.equal(stage["resumed_state"][key], value), (name, key)

@@ -19,15 +19,18 @@ from clips.training.cli import config_from_flags
 FROZEN = {
     "pretrain_clips": {
         "--recipe": "demo",
+        "--tower": "clips",
         "--name": None,
         "--output-dir": "runs",
         "--data": None,
+        "--mix": None,
         "--val-data": None,
         "--test-data": None,
         "--fields": None,
         "--image-root": None,
         "--samples": None,
         "--batch-size": None,
+        "--init-from": None,
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
@@ -56,7 +59,7 @@ FROZEN = {
         "--device": "auto",
         "--out": None,
     },
-    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None},
+    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None, "--push-to-hub": None},
 }
 
 
@@ -128,6 +131,25 @@ def test_flags_go_where_they_say() -> None:
         'data.val: null → "v.csv"',
         "train.seed: 0 → 3",
     ]
+
+
+def test_a_mix_is_several_sets_with_shares() -> None:
+    run = pretrain("--mix", "recap=3:a/*.tar", "cc=0.5:https://host:80/b.parquet", "--set", "data.mix.1.fields=null")
+    assert run.data.train == "mix"
+    assert [(part.name, part.share, part.data) for part in run.data.mix] == [
+        ("recap", 3.0, "a/*.tar"),
+        ("cc", 0.5, "https://host:80/b.parquet"),
+    ]
+    for mix in ("a", "a=1", "a=1:", "=1:b", "a=x:b"):
+        with pytest.raises(UserError, match="must look like NAME=SHARE:DATA"):
+            pretrain("--mix", mix)
+    for mix, message in ((["a=0:b"], "share of a is 0"), (["a=inf:b"], "share of a"), (["a=1:b", "a=1:c"], "twice")):
+        with pytest.raises(UserError, match=message):
+            pretrain("--mix", *mix)
+    with pytest.raises(UserError, match="give one of them"):
+        pretrain("--mix", "a=1:b", "--data", "c")
+    with pytest.raises(UserError, match="both or neither"):
+        pretrain("--data", "mix")
 
 
 def test_samples_and_batch_size_fit_together() -> None:

@@ -1,7 +1,6 @@
 """A small run on small demo shards: measured, its examples collected, its page written."""
 
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -12,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import script_parser
 from hostile import HOSTILE
 from PIL import Image
 from rich.console import Console
@@ -43,7 +42,6 @@ from clips.evaluation.evaluate import (
     evaluate_from_flags,
     figures_table,
     measure,
-    tower_size,
 )
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
 from clips.evaluation.report import read_run, write_report
@@ -110,7 +108,7 @@ def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert "linear_probe_top1" not in evaluate(model, tokenizer, run, "val", image_size=32)
     assert model.training
-    assert tower_size(model) == 48
+    assert model.visual.image_size == 48
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     model.visual.set_image_size(32)
     items, _ = open_test_set(run.data, "val")
@@ -287,19 +285,11 @@ def test_examples_are_half_misses_where_there_are_enough():
     assert _half_misses([True], 4) == [0]
 
 
-def command(name):
-    """The parser of a script."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.parser()
-
-
 def test_commands_evaluate_and_export(small, tmp_path, capsys):
     model, run, tokenizer = small
     native = tmp_path / "native"
     write_native(model, run, tokenizer, native)
-    export_from_flags(command("export_clips").parse_args(["--model", str(native), "--image-size", "48"]))
+    export_from_flags(script_parser("export_clips").parse_args(["--model", str(native), "--image-size", "48"]))
     assert "48 px" in capsys.readouterr().out
     stock = native / "export/open_clip"
 
@@ -317,7 +307,9 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
 
     def figures(model_path, *flags):
         out = tmp_path / "out.json"
-        parsed = command("evaluate_clips").parse_args(["--model", str(model_path), "--out", str(out), *map(str, flags)])
+        parsed = script_parser("evaluate_clips").parse_args(
+            ["--model", str(model_path), "--out", str(out), *map(str, flags)]
+        )
         evaluate_from_flags(parsed)
         return json.loads(out.read_text())["figures"]
 
@@ -338,7 +330,7 @@ def test_export_of_a_run_without_data_asks_for_some(small, tmp_path):
     model, run, tokenizer = small
     write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path)
     with pytest.raises(UserError, match="--data"):
-        export_from_flags(command("export_clips").parse_args(["--model", str(tmp_path)]))
+        export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path)]))
 
 
 def test_load_model_finds_runs_and_exports(small, tmp_path):

@@ -10,9 +10,9 @@ from tiny_mllm import tiny_tokenizer, write_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from clips.common import stock
 from clips.common.errors import UserError
 from mllm.data.formats import saved_format
-from mllm.encoders import hub
 from mllm.model import llm as llm_module
 from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import convert_gguf, find_default, load_llm, packaged_gguf
@@ -194,10 +194,10 @@ def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monke
     load_llm(str(directory))
     assert capsys.readouterr().err == ""
     assert logging.is_progress_bar_enabled()
-    monkeypatch.setattr(hub, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(stock, "BAR_FROM", (directory / "model.safetensors").stat().st_size)
     load_llm(str(directory))
     assert "Loading weights" in capsys.readouterr().err
-    with hub.loading("model", "nowhere/yet"):  # may be a download
+    with stock.loading("model", "nowhere/yet"):  # may be a download
         assert logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

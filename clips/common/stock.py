@@ -1,61 +1,24 @@
-"""A model directory, on disk or on the Hugging Face hub: found, and read without noise and with clear errors."""
+"""Models through transformers' own loaders: without noise, without code that comes with them, with clear errors."""
 
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, first_line
+from clips.common.hub import WEIGHT_FILES
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What a model directory holds beside its weights: configurations and tokenizer files."""
-WEIGHT_FILES = ("*.safetensors", "*.bin")
-"""The first kind that is there is what is loaded."""
 BAR_FROM = 2 * 2**30
 """Bytes of weights that take long enough to read or write for a progress bar."""
 NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
-
-
-def resolve(name: str, what: str) -> Path:
-    """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
-
-    `what` says what is looked for, in error messages. Safetensors are preferred; torch files are fetched only where
-    there are none, and are read without running pickled code. Raises UserError when nothing is found and when the hub
-    cannot be reached.
-    """
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        if not HUB_ID.fullmatch(name):
-            raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
-        directory = _download(name, what)
-    return directory
-
-
-def _download(name: str, what: str) -> Path:
-    try:
-        for weights in WEIGHT_FILES:
-            patterns = [*CONFIG_FILES, weights]
-            directory = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-            if any(directory.glob(weights)):
-                break
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{what}: {name} is neither a directory nor could it be fetched from the Hugging Face hub "
-            f"({_first_line(error)}). Without a network give a local directory."
-        ) from None
-    return directory
 
 
 @contextmanager
@@ -72,7 +35,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
@@ -80,7 +43,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
                 f"{what}: {directory} needs Python code that comes with it (auto_map), which this project never runs: "
                 "choose a model of a kind that transformers knows itself"
             ) from None
-        raise UserError(f"{what}: {directory} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{what}: {directory} cannot be loaded: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -125,7 +88,3 @@ def check_complete(info: dict[str, Any], what: str, directory: Path | str, allow
             f"{what}: the weights in {directory} do not fit their config.json: "
             + "; ".join(shapes[:5] + [f"missing {name}" for name in missing[:5]])
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,57 @@
+"""A model directory by name: one on disk, or one of the Hugging Face hub, fetched or already in its cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from clips.common.errors import UserError, first_line
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What a model directory holds beside its weights: configurations and tokenizer files."""
+NATIVE_TOKENIZER = "tokenizer/*.json"
+"""Where native exports keep theirs; nothing else that is large is fetched from below a model's top directory."""
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+OPEN_CLIP_WEIGHTS = ("open_clip*.safetensors", "open_clip*.bin")
+"""Beside which the same directory may hold the model in transformers' format."""
+ANY_WEIGHTS = (*OPEN_CLIP_WEIGHTS, *WEIGHT_FILES)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `resolve` would look for `name` on the hub: it has the form of an id and no directory is called so."""
+    return not Path(name).expanduser().is_dir() and HUB_ID.fullmatch(name) is not None
+
+
+def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path:
+    """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
+
+    `what` says what is looked for, in error messages. Of the patterns `weights` the first that matches a file on the
+    hub is fetched, so safetensors stand before torch files, which are read without running pickled code. Raises
+    UserError when nothing is found and when the hub cannot be reached.
+    """
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if not HUB_ID.fullmatch(name):
+            raise UserError(f"{what}: there is no directory {name}, and it is not a hub id (owner/name)")
+        directory = _download(name, what, weights)
+    return directory
+
+
+def _download(name: str, what: str, weights: Sequence[str]) -> Path:
+    try:
+        snapshot_download(name, allow_patterns=["*config.json", NATIVE_TOKENIZER])
+        for pattern in weights:
+            directory = Path(snapshot_download(name, allow_patterns=[*CONFIG_FILES, pattern], ignore_patterns=["*/*"]))
+            if any(directory.glob(pattern)):
+                break
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{what}: {name} is neither a directory nor could it be fetched from the Hugging Face hub "
+            f"({first_line(error)}). Without a network give a local directory."
+        ) from None
+    return directory
