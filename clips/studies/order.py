@@ -101,10 +101,10 @@ def simulate(samples: int, shards: int, *, batch: int, ranks: int, sample_bytes:
 
 def run(*, batch: int, ranks: int, sample_bytes: int, seed: int, out: str | None) -> list[Row]:
     """Simulate every set of SETS, print the table, and write it to `out` as JSON."""
-    console = Console()
+    console = Console(emoji=False)
     rows = [
         simulate(samples, shards, batch=batch, ranks=ranks, sample_bytes=sample_bytes, seed=seed)
-        for samples, shards in track(SETS, "simulating", console=Console(stderr=True), transient=True)
+        for samples, shards in track(SETS, "simulating", console=Console(emoji=False, stderr=True), transient=True)
     ]
     table = Table(
         title=f"steps of {batch:,} samples over {ranks} ranks, {sample_bytes:,} bytes a sample",

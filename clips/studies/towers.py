@@ -29,7 +29,7 @@ def compare_towers(output: Path, tower: str, seeds: int, samples: int, jobs: int
     if seeds < 2:
         raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
     output.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     runs = {name: [tower_run(name, seed, samples) for seed in range(seeds)] for name in (tower, "clips")}
     directories = train([run for group in runs.values() for run in group], output, jobs, console)
     groups = {name: [read_figures(directories[run]) for run in group] for name, group in runs.items()}

@@ -330,12 +330,15 @@ def left_out(flags: TrainArguments, resolved: ResolvedArguments) -> str:
     """
     if flags.data_path is None:
         return ""
-    unused = () if resolved.lora_enable and resolved.stage == 2 else ("lora_r", "lora_alpha")
-    unused += ("warmup_ratio",) * (flags.warmup_steps is not None) + ("num_train_epochs",) * (resolved.max_steps > 0)
+    counts = {
+        **dict.fromkeys(("lora_r", "lora_alpha"), resolved.lora_enable and resolved.stage == 2),
+        "warmup_ratio": flags.warmup_steps is None,
+        "num_train_epochs": resolved.max_steps < 0,
+    }
     found = []
     for name, theirs in LLAVA_DEFAULTS.items():
         given, value = getattr(flags, name), getattr(resolved, name)
-        if given is None and value != theirs and name not in unused:
+        if given is None and value != theirs and counts.get(name, True):
             found.append(f"{name} {value} ({'as learning_rate' if theirs is None else theirs})")
     return ", ".join(found)
 

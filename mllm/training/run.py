@@ -47,7 +47,7 @@ from mllm.training.trainer import (
     TrainingModel,
     training_arguments,
 )
-from mllm.training.zero import check_engine, deepspeed_config, fit_to_model, whole, zero_stage
+from mllm.training.zero import check_engine, deepspeed_config, fitted, whole, zero_stage
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -62,7 +62,7 @@ def run_stage(flags: TrainArguments) -> None:
     process = join(arguments, world_size)
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
     hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
-    process = replace(process, deepspeed=fit_to_model(process.deepspeed, hidden_size))
+    process = replace(process, deepspeed=fitted(process.deepspeed, hidden_size, process.device))
     if process.deepspeed:
         made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
         check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), process.world_size))

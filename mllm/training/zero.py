@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 
@@ -57,8 +58,8 @@ def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
             print(f"note: {section} of {path} is passed over; the flags decide ({whose})", file=sys.stderr)
 
 
-def fit_to_model(config: dict[str, Any] | None, hidden_size: int) -> dict[str, Any] | None:
-    """`config` with the sizes that are "auto" and depend on the language model's width.
+def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device) -> dict[str, Any] | None:
+    """`config` with what depends on the machine, and the "auto" sizes that depend on the language model's width.
 
     transformers would fill them in too, but from the config of the model that it wraps, and that is ours around LLaVA.
     """
@@ -71,7 +72,9 @@ def fit_to_model(config: dict[str, Any] | None, hidden_size: int) -> dict[str, A
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     filled = {name: sizes[name] if value == "auto" and name in sizes else value for name, value in zero.items()}
-    return config | {"zero_optimization": filled}
+    # On a CPU an offloaded optimizer is where it was; DeepSpeed's own for it would have to be compiled first.
+    force = {} if device.type == "cuda" else {"zero_force_ds_cpu_optimizer": False}
+    return force | config | {"zero_optimization": filled}
 
 
 def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:

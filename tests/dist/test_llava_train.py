@@ -531,6 +531,7 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
         (["--data_path", "bad.json"], r"sample 1 \(id two\).*conversations"),
         (["--data_path", "nothing.json"], r"nothing\.json cannot be read"),
         (["--pretrain_mm_mlp_adapter", "narrow.bin"], r"narrow\.bin.*\(64, 31\).*\(64, 32\)"),
+        (["--version", "v9"], r"'v9' is not known; choose one of: plain, v1, .*vicuna_v1"),
         (["--vision_tower", "eva"], r"'eva' is not known; known are: clips, clip, random, blind"),
         (["--model_max_length", "16"], r"one image takes 16 tokens .*--model_max_length is 16"),
         (["--model_name_or_path", "short"], r"one image takes 16 tokens .*the context of short is 12"),
@@ -553,6 +554,24 @@ def test_mistakes_are_named_before_training(
     with pytest.raises(UserError, match=message):
         run(place, monkeypatch, *words)
     assert not (place / "runs/wrong").exists()
+
+
+def test_a_bad_sample_is_left_out_where_asked_and_listed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    records = json.loads((place / "instruct.json").read_text())
+    records[3:3] = [conversation(None, [("Say it\n<image>", "x")]), conversation(None, [("word " * 400, "x")])]
+    (place / "mixed.json").write_text(json.dumps(records))
+    words = [*INSTRUCT, "--data_path", "mixed.json", "--pretrain_mm_mlp_adapter", "start.bin", "--max_steps", "1"]
+    words += ["--output_dir", "runs/mixed-data", "--freeze_backbone"]
+    with pytest.raises(UserError, match=r"2 sample\(s\) cannot be trained on.*\n  sample 3 .*\n  sample 4 "):
+        run(place, monkeypatch, *words)
+    assert not (place / "runs/mixed-data").exists()
+    run(place, monkeypatch, *words, "--on-bad-sample", "skip")
+    listed = [json.loads(line) for line in (place / "runs/mixed-data/instruct/skipped.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["id"], line["kind"]) for line in listed] == [
+        (3, "text", "conversation"),
+        (4, "text", "conversation"),
+    ]
+    assert "32 samples, format auto, 2 left out (skipped.jsonl)" in capsys.readouterr().err
 
 
 def test_stage_two_without_a_projector_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
