@@ -18,6 +18,8 @@ FACE = {
     # data: what a sample is, decoded within limits
     "BrokenSample": "clips.data.sample",
     "RawSample": "clips.data.sample",
+    "IMAGENET_MEAN": "clips.data.images",
+    "IMAGENET_STD": "clips.data.images",
     "MAX_BYTES": "clips.data.images",
     "MAX_PIXELS": "clips.data.images",
     "decode_image": "clips.data.images",
@@ -45,31 +47,34 @@ FACE = {
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
-    # how a tower is initialised and normalised, its blocks' names in transformers, its configuration in open_clip
-    "CLIP_VISION_BLOCK": "clips.weights.formats",
-    "LAYER_NORM_EPS": "clips.model.layers",
-    "VIT_BLOCK": "clips.weights.formats",
+    # how a tower is initialised, its blocks' names in transformers, its configuration in open_clip
+    "CLIP_VISION_BLOCK": "clips.weights.foreign",
+    "NotPlain": "clips.weights.foreign",
+    "VIT_BLOCK": "clips.weights.foreign",
     "init_weights": "clips.model.layers",
-    "read_open_clip_config": "clips.weights.formats",
+    "module_activation": "clips.weights.foreign",
+    "read_open_clip_config": "clips.weights.open_clip",
     "sincos_positions": "clips.model.vision",
+    "timm_vision_config": "clips.weights.foreign",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
     from clips.config import DataConfig, Fields, RunConfig, difference
     from clips.data.built import built_as, ensure_built
     from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
-    from clips.data.images import MAX_BYTES, MAX_PIXELS, decode_image
+    from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sources import open_source
     from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
     from clips.evaluation.testsets import KarpathySet, open_test_set
-    from clips.model.layers import LAYER_NORM_EPS, init_weights
+    from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
-    from clips.weights.formats import CLIP_VISION_BLOCK, VIT_BLOCK, read_open_clip_config
+    from clips.weights.foreign import CLIP_VISION_BLOCK, VIT_BLOCK, NotPlain, module_activation, timm_vision_config
     from clips.weights.load import newest_export
+    from clips.weights.open_clip import read_open_clip_config
 
 __all__ = list(FACE)
 

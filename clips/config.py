@@ -31,6 +31,21 @@ def parse_fields(assignments: list[str], fields: Fields) -> Fields:
     return fields
 
 
+def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
+    """`recap=3:shards/*.tar cc=1:cc.parquet` → the sets of a mix."""
+    parts = []
+    for entry in entries:
+        name, has_name, rest = entry.partition("=")
+        share, has_share, data = rest.partition(":")
+        try:
+            parts.append(MixPart(name=name, share=float(share), data=data))
+        except ValueError:
+            has_share = ""
+        if not (has_name and has_share and name and data):
+            raise UserError(f"--mix {entry!r} must look like NAME=SHARE:DATA, as in recap=0.7:'shards/*.tar'")
+    return tuple(parts)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -43,14 +58,21 @@ def _one_of(name: str, value: str, choices: Any) -> None:
 
 
 Objective = Literal["clips", "clip"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
+Positions = Literal[PositionTable, "learned"]
+ImagePool = Literal["mean", "cls"]
+TextPool = Literal["cls", "eos"]
 CaptionerInputs = Literal["queries", "tokens"]
 SubCaptionStrategy = Literal["sentence", "truncation", "random_mask", "block_mask", "full"]
 SentenceSplitter = Literal["smart", "reference"]
-TokenizerKind = Literal["bert", "wordpiece"]
+TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
+Freeze = Literal["none", "vision", "text"]
+CropAspect = Literal["picture", "absolute"]
+LrScaling = Literal["linear", "sqrt", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +87,47 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
-    pos_embed: PositionTable = "sincos"
-    """The fixed position table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints
-    published with it, whose frequencies have another denominator (see clips/model/vision.py)."""
+    pos_embed: Positions = "sincos"
+    """A fixed table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints published with
+    it, whose frequencies have another denominator; or positions that are learned (see clips/model/vision.py)."""
     patch_bias: bool = True
     """A bias in the patch convolution; the reference has none."""
+    cls: bool = True
+    """A CLS token before the patches. Without one the tower maps onto SiglipVisionModel."""
+    activation: Activation = "gelu"
+    pool: ImagePool = "mean"
+    """What the final LayerNorm and the projection get: the mean of the patch tokens, or the CLS token."""
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
-        _require(self.width % 4 == 0, f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)")
-        _one_of("vision.pos_embed", self.pos_embed, PositionTable)
+        _one_of("vision.pos_embed", self.pos_embed, Positions)
+        _require(
+            self.width % 4 == 0 or self.pos_embed == "learned",
+            f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)",
+        )
+        _one_of("vision.activation", self.activation, Activation)
+        _one_of("vision.pool", self.pool, ImagePool)
+        _require(
+            self.cls or self.pool == "mean",
+            "vision.pool=cls reads a token that vision.cls=false leaves out: set vision.pool=mean",
+        )
+        _require(
+            self.cls or not self.pre_norm,
+            "vision.pre_norm=true with vision.cls=false is a tower that no other program has: CLIPVisionModel has "
+            "both, SiglipVisionModel neither",
+        )
         check_image_size(self.image_size, self.patch_size)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: the CLS, if there is one."""
+        return int(self.cls)
+
+    @property
+    def transformers_class(self) -> str:
+        """The class of transformers that computes this tower."""
+        return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
     def tokens(self, image_size: int | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
@@ -92,7 +144,7 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The text tower. `context_length` counts every slot, the CLS in the last one included."""
+    """The text tower. `context_length` counts every slot, the CLS in the last one, if there is one, included."""
 
     width: int
     layers: int
@@ -103,10 +155,28 @@ class TextConfig:
     pad_mask: bool = False
     """False: the reference, where padding is attended and every text is padded to `context_length`.
     True: padding is masked, so text is padded only to the batch's own length (see clips/model/text.py)."""
+    activation: Activation = "gelu_tanh"
+    causal: bool = False
+    """Each slot attends to those before it and itself, as in CLIP."""
+    pool: TextPool = "cls"
+    """The slot that stands for the text: a CLS in the last one, or eos (rows are `bos … eos pad …`, without CLS)."""
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
         _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
+        _one_of("text.activation", self.activation, Activation)
+        _one_of("text.pool", self.pool, TextPool)
+
+    @property
+    def words(self) -> int:
+        """Tokens of a text that there is room for beside bos, eos and CLS."""
+        return self.context_length - (3 if self.pool == "cls" else 2)
+
+    @property
+    def trim(self) -> bool:
+        """Whether padding cannot show in the features, so that a batch is padded only to its own length."""
+        return self.pad_mask or (self.causal and self.pool == "eos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +214,7 @@ class CaptionsConfig:
     strategy: SubCaptionStrategy = "sentence"
     splitter: SentenceSplitter = "smart"
     sub_caption_tokens: int = 32
-    """Tokens kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
+    """Tokens of the tokenizer kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
     sentence_share: float = 0.0
     """Strategy sentence: the share of the long caption's sentences that is kept, in a row; one at least."""
 
@@ -187,9 +257,26 @@ class Fields:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One of several sets that training mixes."""
+
+    name: str
+    share: float
+    """Relative to those of the others."""
+    data: str
+    """As `DataConfig.train`."""
+    fields: Fields | None = None
+    """Where its samples keep their parts, if elsewhere than `DataConfig.fields` says."""
+    image_root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "demo"
-    """`demo`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/.parquet)."""
+    """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
+    .parquet)."""
+    mix: tuple[MixPart, ...] = ()
+    """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
     val: str | None = None
     test: str | None = None
     fields: Fields = field(default_factory=Fields)
@@ -199,14 +286,40 @@ class DataConfig:
     workers: int = 2
     max_broken_share: float = 0.01
 
+    def __post_init__(self) -> None:
+        mixed = self.train == "mix"
+        _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
+        names = [part.name for part in self.mix]
+        _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
+        for part in self.mix:
+            _require(0 < part.share < float("inf"), f"data.mix: the share of {part.name} is {part.share}, not above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training-time augmentation; zero or 1.0 turns a part off (then the image is only squashed to the square)."""
+    """Training-time augmentation; the defaults turn every part off (then the image is only squashed to the square)."""
 
     min_crop_area: float = 1.0
+    """Smallest share of the picture's area that a random crop keeps; 1: no crop."""
+    crop_aspect: CropAspect = "picture"
+    """What is drawn from 3/4 … 4/3: "absolute", the crop's width over its height, as in the reference; "picture", that
+    relative to the picture's own, so that a wide picture gives wide crops."""
     jitter: float = 0.0
+    """Brightness, contrast and saturation are multiplied by factors from 1 ± jitter."""
+    hue: float = 0.0
+    """Largest turn of the hue, as a share of the colour circle."""
+    jitter_probability: float = 1.0
+    """Share of the samples whose colours are changed by `jitter` and `hue`."""
     grayscale: float = 0.0
+    """Share of the samples that lose their colours."""
+
+    def __post_init__(self) -> None:
+        _one_of("augment.crop_aspect", self.crop_aspect, CropAspect)
+        _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
+        _require(self.jitter >= 0, f"augment.jitter {self.jitter} is negative")
+        for name in ("jitter_probability", "grayscale"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name} {getattr(self, name)} is not in [0, 1]")
+        _require(0 <= self.hue <= 0.5, f"augment.hue {self.hue} is not in [0, 0.5]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +328,23 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.2
+    decay_embeddings: bool = True
+    """Whether the token embeddings decay like the matrices of a map; positions, queries and CLS never do. The
+    reference decays kernels only."""
+    lr_scaling: LrScaling = "sqrt"
+    """How `--batch-size` moves the learning rates away from the recipe's own: in proportion to the batch, to its
+    square root, or not at all. Only the flag reads this: `phases.*.lr` is always what is trained with."""
     clip_grad: float = 0.0
     """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/training/engine.py."""
     muon_momentum: float = 0.95
 
+    def lr_factor(self, batch_size: int, recipes: int) -> float:
+        """What `--batch-size` multiplies the rates of a phase by whose recipe has a batch of `recipes` samples."""
+        return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
+
     def __post_init__(self) -> None:
         _one_of("optim.kind", self.kind, OptimizerKind)
+        _one_of("optim.lr_scaling", self.lr_scaling, LrScaling)
         _require(
             self.kind != "muon" or self.clip_grad == 0,
             "optim.clip_grad must be 0 with Muon: DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, "
@@ -230,7 +354,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """One stretch of training at one resolution; phases follow each other and share the optimizer."""
+    """One stretch of training at one resolution. Phases follow each other; weights always carry over."""
 
     name: str
     samples: int
@@ -244,6 +368,8 @@ class PhaseConfig:
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    fresh_optimizer: bool = False
+    """Begin with an empty optimizer, as the reference does in each phase, instead of the state of the one before."""
 
     def __post_init__(self) -> None:
         _one_of(f"phase {self.name}: schedule", self.schedule, Schedule)
@@ -266,6 +392,11 @@ class TrainConfig:
     accumulation: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
+    init_from: str | None = None
+    """Whose weights the run begins with (docs/weights.md): a directory, a hub id, or timm:NAME_OR_DIR. They are read
+    once, before the first step."""
+    freeze: Freeze = "none"
+    """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -276,6 +407,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
+        _one_of("train.freeze", self.freeze, Freeze)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 
@@ -306,6 +438,10 @@ class RunConfig:
         _require(
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",
+        )
+        _require(
+            self.captions.tokenizer != "clip" or self.model.text.pool == "eos",
+            "captions.tokenizer=clip has no CLS token, which model.text.pool=cls reads: set model.text.pool=eos",
         )
 
     @property

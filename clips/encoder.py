@@ -27,7 +27,7 @@ from clips.common.runtime import choose_device
 from clips.data.demo import PROMPTS
 from clips.data.images import decode_image, eval_transform, to_rgb
 from clips.data.sample import BrokenSample
-from clips.evaluation.evaluate import encode_texts, prompt_features, tower_size
+from clips.evaluation.evaluate import encode_texts, prompt_features
 from clips.evaluation.testsets import Classes, default_templates
 from clips.model.clips import MAX_LOGIT_SCALE
 from clips.weights.load import LoadedModel, load_model
@@ -65,7 +65,7 @@ class CLIPS:
     @property
     def image_size(self) -> int:
         """Side in pixels of the square that the image tower reads."""
-        return tower_size(self.model)
+        return self.model.visual.image_size
 
     @property
     def embed_dim(self) -> int:
@@ -93,12 +93,11 @@ class CLIPS:
 
     def tokenize(self, texts: Iterable[str] | str) -> Tensor:
         """Token ids [T, L], padded to the longest text."""
-        config = self.model.config.text
-        return self.tokenizer(_texts(texts), config.context_length, trim=config.pad_mask)
+        return self.tokenizer.for_tower(_texts(texts), self.model.config.text)
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens of the texts that the text tower reads, its own special ones not counted."""
-        longest = self.model.config.text.context_length - 3
+        longest = self.model.config.text.words
         return sum(min(len(ids), longest) for ids in self.tokenizer.encode(list(texts)))
 
     @torch.no_grad()
@@ -161,9 +160,12 @@ class CLIPS:
         """What each patch adds to the image's feature, [N, E], and that feature, their mean, [E], L2-normalised.
 
         mllm/chat/patch_map.py says why this split is exact. Rows of patches go down, columns to the right.
+        UserError for a tower whose feature is its CLS token's, which is no mean of patches.
         """
         tower = self.model.visual
-        x_ND = tower(self.preprocess(image)[None].to(self.device))[1][0, 1:].float()
+        if tower.config.pool != "mean":
+            raise UserError(f"{self.path} reads an image off its CLS token: no patch has a share of its own in that")
+        x_ND = tower.patches(tower(self.preprocess(image)[None].to(self.device))[1])[0].float()
         m_D = x_ND.mean(dim=0)
         sigma = (m_D.var(unbiased=False) + tower.norm.eps).sqrt()
         centred_ND = (x_ND - x_ND.mean(dim=-1, keepdim=True)) / sigma

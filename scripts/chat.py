@@ -5,6 +5,7 @@ import argparse
 import sys
 
 from clips.common.errors import run_command
+from mllm.chat.limits import add_host_flag
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     web.add_argument("--web", action="store_true", help="open a page for the browser instead")
     web.add_argument("--host", default="127.0.0.1", help="address the page listens on")
     web.add_argument("--port", type=int, default=7860, help="its port")
+    add_host_flag(web)
     web.add_argument("--compare-with", action="append", metavar="MODEL", help="another model for the page; repeatable")
     return p
 

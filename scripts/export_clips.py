@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--image-size", type=int, help="resolution in pixels, positions recomputed (default: as trained)")
     p.add_argument("--data", help="images and captions to check on: shards or a table (default: the run's own)")
+    p.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload the open_clip export (default: nowhere)")
     return p
 
 

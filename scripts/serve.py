@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from clips.common.errors import run_command
-from mllm.chat.limits import add_limit_flags
+from mllm.chat.limits import add_host_flag, add_limit_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,6 +14,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--encoder", help="CLIPS run, export or hub id for /v1/embeddings (default: the newest under runs/)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from outside")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
+    add_host_flag(p)
     p.add_argument("--api-key", help="ask clients for this key (default: the environment's CLIPS_API_KEY, else none)")
     p.add_argument("--allow-image-urls", action="store_true", help="fetch pictures from public http(s) addresses too")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

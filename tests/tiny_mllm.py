@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ from clips.config import (
     VisionConfig,
 )
 from clips.model.clips import CLIPSModel
-from clips.weights.formats import write_hf_vit
+from clips.weights.hf_vit import write_hf_vit
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model, save_model
+from mllm.model.llm import load_llm
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -32,11 +36,28 @@ CHATML = (
 )
 
 
-def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
-    """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "ViT": {},
+    "CLIP": {"pre_norm": True},
+    "SigLIP": {"cls": False, "activation": "gelu_tanh"},
+    "SigLIP, learned": {"cls": False, "pos_embed": "learned", "activation": "gelu_tanh"},
+    "OpenAI's CLIP": {
+        **{"pre_norm": True, "pool": "cls", "activation": "quick_gelu", "pos_embed": "learned", "patch_bias": False},
+        "norm_eps": 1e-5,
+    },
+    "ViT, learned": {"pool": "cls", "pos_embed": "learned", "activation": "gelu_tanh"},
+}
+"""Fields of image towers of every shape that transformers has a class for."""
+
+
+def clips_model(*, seed: int = 0, **vision: Any) -> CLIPSModel:
+    """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed.
+
+    `vision`: fields of its image tower.
+    """
     torch.manual_seed(seed)
     config = ModelConfig(
-        vision=VisionConfig(width=32, layers=3, heads=4, image_size=32, patch_size=8, pre_norm=pre_norm),
+        vision=VisionConfig(width=32, layers=3, heads=4, image_size=32, patch_size=8, **vision),
         text=TextConfig(width=32, layers=1, heads=4, context_length=16, vocab_size=64, pad_mask=True),
         captioner=None,
         embed_dim=32,
@@ -47,9 +68,9 @@ def clips_model(*, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
     return model.eval()
 
 
-def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
+def write_run(directory: Path, objective: str = "clips", *, seed: int = 0, **vision: Any) -> CLIPSModel:
     """A finished run as `clips.train` leaves it, as far as mllm/ looks: config.json and export/hf_vit."""
-    model = clips_model(pre_norm=pre_norm, seed=seed)
+    model = clips_model(seed=seed, **vision)
     run = RunConfig(
         recipe="test",
         model=model.config,
@@ -61,7 +82,7 @@ def write_run(directory: Path, objective: str = "clips", *, pre_norm: bool = Fal
     )
     directory.mkdir(parents=True)
     run.save(directory / "config.json")
-    write_hf_vit(model, directory / "export" / "hf_vit")
+    write_hf_vit(model.visual, directory / "export" / "hf_vit")
     return model
 
 
@@ -108,6 +129,16 @@ def write_llm(directory: Path, *, tie: bool = True, chat_template: str | None = 
     LlamaForCausalLM(LlamaConfig(**settings | options)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def write_llava(root: Path, *, context: int) -> None:
+    """`runs/llava/model` of the run `runs/clips-demo` and the language model `llm`, all below `root`."""
+    vision = load_vision("clips", runs=root / "runs")
+    llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)))
+    model, processor = build_model(vision, llm, seed=3)
+    # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
+    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tiny_mllm import clips_model, write_llm, write_run
+from tiny_mllm import clips_model, write_llava, write_run
 
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights.export import write_native
-from mllm.encoders.registry import load_vision
-from mllm.model.llava import build_model, save_model
-from mllm.model.llm import load_llm
 
 LONG = "Tell me a long story"
 """A question that the tiny model answers until it is stopped."""
@@ -39,11 +36,7 @@ def write_models(root: Path, context: int = 4096) -> None:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     write_native(encoder, config, tokenizer, run / "export" / "native")
-    write_llm(root / "llm", max_position_embeddings=context)
-    vision = load_vision("clips", runs=root / "runs")
-    llava, processor = build_model(vision, load_llm(str(root / "llm")), seed=3)
-    torch.nn.init.normal_(llava.model.multi_modal_projector.linear_2.weight, std=2.0)  # what is seen must matter
-    save_model(llava, processor, root / "runs" / "llava" / "model", vision=vision, card={})
+    write_llava(root, context=context)
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:
@@ -114,6 +107,7 @@ BAD = {
     "top_p 0": (CHAT | {"top_p": 0}, "top_p", "greater than 0"),
     "empty stop": (CHAT | {"stop": [""]}, "stop[0]", "at least 1 character"),
     "five stops": (CHAT | {"stop": list("abcde")}, "stop", "at most 4"),
+    "a stop of 1 MB": (CHAT | {"stop": "a" * 2**20}, "stop[0]", "at most 256 characters"),
     "seed": (CHAT | {"seed": -1}, "seed", "greater than or equal to 0"),
     "no messages": (CHAT | {"messages": []}, "messages", "at least 1 item"),
     "empty message": (CHAT | {"messages": [user(" \n")]}, "messages[0].content", "message is empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,9 +18,9 @@ from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 
 
-def write_export(run: Path, objective: str = "clips", *, pre_norm: bool = False, seed: int = 0) -> CLIPSModel:
+def write_export(run: Path, objective: str = "clips", *, seed: int = 0, **vision: Any) -> CLIPSModel:
     """A finished run with export/hf_vit and export/native."""
-    model = write_run(run, objective, pre_norm=pre_norm, seed=seed)
+    model = write_run(run, objective, seed=seed, **vision)
     tokenizer = build_tokenizer("wordpiece", ["a cat", "a dog"] * 8, vocab_size=model.config.text.vocab_size)
     write_native(model, RunConfig.load(run / "config.json"), tokenizer, run / "export" / "native")
     return model

@@ -1,6 +1,6 @@
 """Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
 
-python zero_worker.py OUT KIND [RESTORE]
+python zero_worker.py OUT KIND[:FROZEN_TOWER] [RESTORE]
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Pulled(Task):
 
 
 def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task) -> Engine:
+    kind, _, frozen = kind.partition(":")
     run = tiny_run(kind=kind)
     model = random_model(run)
+    model.freeze(frozen or "none")
     if weights is not None:
         model.load_state_dict(weights)
     return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
@@ -78,6 +80,32 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     return engine.state.gather_weights() | engine.state.gather_optimizer()
 
 
+def fresh_in_the_middle(kind: str, zero: dict) -> list[list]:
+    """Three steps, an optimizer that begins anew, three steps: [losses, state, losses, state …] of four ways there.
+
+    Without a break; killed at the border, and one step behind it; and from the weights alone, which is what is meant.
+    """
+    engine = build(kind, zero)
+    train(engine, 0, 3)
+    border = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    engine.state.reset_optimizer()
+    losses = train(engine, 3, 4)
+    behind = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    ways = [[losses + train(engine, 4, 6), whole_state(engine)]]
+    dist.broadcast_object_list(border)
+    dist.broadcast_object_list(behind)
+    at_border = build(kind, zero, border[0])
+    at_border.state.restore_optimizer(border[1], steps=3)
+    at_border.state.reset_optimizer()
+    after = build(kind, zero, behind[0])
+    after.state.restore_optimizer(behind[1], steps=1)
+    ways.append([train(at_border, 3, 6), whole_state(at_border)])
+    ways.append([losses + train(after, 4, 6), whole_state(after)])
+    anew = build(kind, zero, border[0])
+    ways.append([train(anew, 3, 6), whole_state(anew)])
+    return ways
+
+
 def main(out: str, kind: str, restore: str | None = None) -> None:
     init_distributed(CPU)
     results = {}
@@ -103,6 +131,8 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
             "resumed_state": whole_state(again),
             "middle": {"weights": parts[0], "optimizer": parts[1]},
         }
+        if name in ("zero0", "zero2"):
+            results[name]["fresh"] = fresh_in_the_middle(kind, zero)
         if kind == "adamw":
             results[name]["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
     if dist.get_rank() == 0:

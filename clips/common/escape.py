@@ -8,6 +8,7 @@ Each medium has one function here, named where the text goes in.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 LONGEST = 2000
 """Characters shown of one text from data; what is longer is cut before anything is made of it."""
@@ -38,6 +39,16 @@ def clip(text: str, limit: int = LONGEST) -> str:
 def visible(text: str) -> str:
     """`text` with everything in it that acts instead of being seen as U+FFFD; its lines and tabs stay."""
     return _ACTS.sub("\ufffd", _BREAKS.sub("\n", text))
+
+
+def visible_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """`visible` of a text that comes in pieces: wherever it is cut, the same is shown."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        held = "\r" if text.endswith("\r") else ""  # what follows may make one line break with it
+        yield visible(text.removesuffix("\r"))
+    yield visible(held)
 
 
 def one_line(text: str) -> str:

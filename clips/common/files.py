@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, TypeVar
+
+from clips.common.errors import UserError
 
 T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
@@ -60,8 +64,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in `path`; empty where there is no file. UserError for a file that holds anything else."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, it is not JSON ({error}): restore it, or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged, it holds no JSON object: restore it, or remove it")
+    return found
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The first `most` bytes of a file; OSError also for what is no file: reading a pipe would wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening one would wait already
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(most)
 
 
 def lock(path: Path, *, wait: bool) -> IO[str]:

@@ -22,6 +22,11 @@ OPEN_CLIP_WEIGHTS = ("open_clip*.safetensors", "open_clip*.bin")
 ANY_WEIGHTS = (*OPEN_CLIP_WEIGHTS, *WEIGHT_FILES)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `resolve` would look for `name` on the hub: it has the form of an id and no directory is called so."""
+    return not Path(name).expanduser().is_dir() and HUB_ID.fullmatch(name) is not None
+
+
 def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path:
     """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
 

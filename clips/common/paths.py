@@ -21,6 +21,15 @@ def is_remote(url: str) -> bool:
     return "://" in url
 
 
+def can_encode(name: str) -> bool:
+    """Whether `name` can be a file's name here: not one with half a character (a lone surrogate) in it."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_plain(name: str) -> bool:
     """Whether `name` is a relative path that goes down only, by its text: the check for what is no file yet."""
     return not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name

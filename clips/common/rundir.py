@@ -2,6 +2,7 @@
 
     runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
     runs/NAME/env.json        what else would explain a difference between two runs (clips/common/runtime.py)
+    runs/NAME/init_from.json  of a run that began with given weights: whose, and which parts came from them
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; the last one may be cut short by a kill
     runs/NAME/.lock           held by the process that trains here
 
@@ -16,15 +17,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock, write_atomically
+from clips.common.files import lock, read_json, write_atomically
 
 METRICS = "metrics.jsonl"
+INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 
 
 def is_finished(run_dir: Path) -> bool:
     """Whether a pretraining run is trained, measured and exported. Its report is for people, and can be made again."""
     return (run_dir / "export").is_dir()
+
+
+def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
+    """What was measured here: name of the evaluation*.json, "evaluation" for the run's own test set → its content."""
+    return {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
 
 
 def has_report(run_dir: Path) -> bool:
@@ -53,6 +60,12 @@ def refuse(changes: Sequence[str], what: str, mend: str) -> None:
         raise UserError(f"{what}:\n  " + "\n  ".join(changes) + f"\n{mend}")
 
 
+def began_with(run_dir: Path) -> dict[str, Any] | None:
+    """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None where there is none."""
+    record = run_dir / INIT_FROM
+    return json.loads(record.read_text()) if record.is_file() and (run_dir / "config.json").is_file() else None
+
+
 # --------------------------------------------------------------------------------------------------------------- lock
 _held: dict[Path, IO[str]] = {}
 
@@ -77,7 +90,7 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     path = run_dir / METRICS
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no {METRICS}")
-    found = filter(None, map(parse_line, path.read_text(encoding="utf-8").splitlines()))
+    found = filter(None, map(parse_line, path.read_bytes().splitlines()))
     return [line for line in found if kind is None or line.get("kind") == kind]
 
 
@@ -87,9 +100,15 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     So no step stands twice when the run goes on from there. A missing file stays missing.
     """
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [text for text in lines if (line := parse_line(text)) is not None and wanted(line)]
+        lines = path.read_bytes().splitlines()
+        kept = [text.decode() for text in lines if (line := parse_line(text)) is not None and wanted(line)]
         write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def is_at_most(line: dict[str, Any], step: int) -> bool:
+    """Whether a line of metrics.jsonl is of `step` or an earlier one; what says no step is of none."""
+    found = line.get("step")
+    return isinstance(found, int) and found <= step
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:

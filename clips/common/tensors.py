@@ -1,4 +1,4 @@
-"""Reading weights from files: safetensors, or torch files without pickled code.
+"""Weights in files: safetensors, or torch files without pickled code; and their hash.
 
 This is the only file that opens a weight file to read it (apart from transformers' own loaders), so
 these two rules hold everywhere: nothing in a weight file is ever executed (`weights_only=True`),
@@ -7,12 +7,14 @@ and weights that do not fit the model are refused by name, with both shapes.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,10 +57,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file that `read_weights` reads says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", **metadata})
+
+
+def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
+    """A SHA-256 object of hashlib over names, types, shapes and values: what comes from weights is known by it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

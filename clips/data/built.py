@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock
+from clips.common.files import lock, write_json
 
 STAMP = "manifest.json"
 
@@ -55,7 +55,7 @@ def _build(directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], M
     work.mkdir()
     try:
         facts = write(work)
-        (work / STAMP).write_text(json.dumps({"built": wanted, **facts}, indent=2) + "\n", encoding="utf-8")
+        write_json(work / STAMP, {"built": wanted, **facts})
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(work, directory)

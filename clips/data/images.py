@@ -12,6 +12,7 @@ import io
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,10 +105,14 @@ class Preprocess:
         if rng is None:
             raise ValueError("augmentation needs an rng")
         if config.min_crop_area < 1:
-            box = random_crop(image.width, image.height, config.min_crop_area, rng)
+            crop = inception_crop if config.crop_aspect == "absolute" else random_crop
+            box = crop(image.width, image.height, config.min_crop_area, rng)
         image = self._squashed(image, box)
-        if config.jitter > 0:
-            image = colour_jitter(image, config.jitter, rng)
+        # A share of 1 draws nothing, so that runs from before there was a share go on to the same samples.
+        if (config.jitter or config.hue) and (
+            config.jitter_probability == 1 or rng.random() < config.jitter_probability
+        ):
+            image = colour_jitter(image, config.jitter, config.hue, rng)
         if rng.random() < config.grayscale:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
@@ -134,8 +139,30 @@ def normalise(pixels: Sequence[np.ndarray]) -> torch.Tensor:
     return batch.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) in pixels of area share ≥ `min_area` (Inception crop: aspect 3/4 … 4/3).
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom in pixels"""
+
+
+def inception_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
+    """A box of aspect 3/4 … 4/3 and area share ≥ `min_area`, as the reference draws it.
+
+    That is TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among those for which the picture has
+    room, then the height is uniform. A picture too long for any of them is taken whole.
+    """
+    own = width / height
+    narrowest, widest = max(CROP_ASPECT[0], own * min_area), min(CROP_ASPECT[1], own / min_area)
+    if narrowest > widest:
+        return 0.0, 0.0, float(width), float(height)
+    aspect = rng.uniform(narrowest, widest)
+    tallest = min(height, width / aspect)
+    h = rng.uniform(min(tallest, math.sqrt(min_area * width * height / aspect)), tallest)
+    w = min(float(width), h * aspect)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
+    """A box of area share ≥ `min_area` whose aspect is the picture's own times 3/4 … 4/3.
 
     A drawn aspect that does not fit is clamped to the picture's side, keeping the area.
     """
@@ -148,13 +175,24 @@ def random_crop(width: int, height: int, min_area: float, rng: random.Random) ->
     return left * width, top * height, (left + w) * width, (top + h) * height
 
 
-def colour_jitter(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, each by a factor drawn from 1 ± strength.
+def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation, each by a factor drawn from 1 ± strength, and the hue, in random order.
 
-    The hue stays: captions name colours.
+    The hue turns by up to ± `hue` of the colour circle; 0 leaves it out, for captions name colours.
     """
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    rng.shuffle(enhancers)
-    for enhancer in enhancers:
-        image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    changes: list[Any] = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if strength else []
+    changes += [None] if hue else []
+    rng.shuffle(changes)
+    for enhancer in changes:
+        if enhancer is None:
+            image = turn_hue(image, rng.uniform(-hue, hue))
+        else:
+            image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
     return image
+
+
+def turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """`image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps of it."""
+    h, s, v = image.convert("HSV").split()
+    turned = [(i + round(256 * share)) % 256 for i in range(256)]
+    return Image.merge("HSV", (h.point(turned), s, v)).convert("RGB")

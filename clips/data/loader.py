@@ -27,9 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
-from clips.data.order import SampleOrder
 from clips.data.sample import BrokenSample, RawSample
-from clips.data.sentences import sub_caption
+from clips.data.sentences import has_words, kept_tokens, sub_caption
 from clips.data.sources import Source
 from clips.data.tokenizer import CaptionTokenizer
 
@@ -111,7 +110,7 @@ class BatchDataset(Dataset):
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig, phase: PhaseConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
-        self.order = SampleOrder(source.shard_sizes, run.train.seed)
+        self.order = source.order(run.train.seed)
         self.preprocess = Preprocess(phase.image_size, phase.augment)
 
     def __getitem__(self, positions: range) -> Batch | CommandError:
@@ -126,6 +125,7 @@ class BatchDataset(Dataset):
         keys, pixels, skipped = [], [], []
         texts: dict[str, list[str]] = {"web": []} if task.objective == "clip" else {"web": [], "sub": []}
         captions: list[str] = []
+        draws: list[random.Random] = []
         for position in positions:
             sample, image, broken = self._read(position)
             skipped += broken
@@ -138,39 +138,39 @@ class BatchDataset(Dataset):
                 continue
             texts["web"].append(sample.web)
             texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
+            draws.append(rng)
             if captioner is not None:
                 if sample.long is None:
                     raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
-                captions.append(sample.long)
+                captions.append(sample.long if has_words(sample.long) else sample.web)
         batch: Batch = {"images": normalise(pixels)}
         for name, batch_texts in texts.items():
-            batch[name] = self.tokenizer(batch_texts, text.context_length, trim=text.pad_mask)
+            encoded = self.tokenizer.encode(batch_texts)
+            if name == "sub":
+                encoded = [kept_tokens(e, self.run.captions, rng) for e, rng in zip(encoded, draws, strict=True)]
+            batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(self, position: int) -> tuple[RawSample, Any, list[tuple[str, str]]]:
-        """The sample at `position` with its decoded picture, or else the first whole one of fixed random substitutes.
-
-        Substitutes come from the whole set: a neighbour in the order would stand twice in one contrastive batch.
-        """
-        epoch, offset = self.order.locate(position)
+        """The sample at `position` with its decoded picture, or else the first whole one of its fixed substitutes."""
+        index = self.order.sample(position)
         substitutes: random.Random | None = None
         broken: list[tuple[str, str]] = []
         for _ in range(MAX_ATTEMPTS):
             try:
-                sample = self.source.read(self.order.index(epoch, offset))
+                sample = self.source.read(index)
                 return sample, decode_image(sample.image, sample.key), broken
             except BrokenSample as error:
                 broken.append((error.key, error.reason))
                 substitutes = substitutes or self._rng(position, "substitute")
-                offset = substitutes.randrange(len(self.order))
+                index = self.order.substitute(position, substitutes)
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
-        epoch, _ = self.order.locate(position)
-        return random.Random(f"{self.run.train.seed}/{epoch}/{position}/{purpose}")
+        return random.Random(f"{self.run.train.seed}/{self.order.epoch(position)}/{position}/{purpose}")
 
 
 def _iterate(loader: DataLoader) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import fsspec
 from clips.common.errors import UserError
 from clips.common.paths import cache_root, is_remote
 
-VERSION = 1
+VERSION = 2
 """Part of every sidecar's name: raise it when what is written changes."""
 
 
@@ -32,7 +32,7 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     It stands beside a local file, else (read-only folder, URL) in `cache_root()`. Writing is atomic, so several
     processes may ask at once. Raises UserError when neither place can be written.
     """
-    stamp = hashlib.sha256(f"{VERSION}\n{_fingerprint(url)}".encode()).hexdigest()[:12]
+    stamp = hashlib.sha256(f"{VERSION}\n{fingerprint(url)}".encode()).hexdigest()[:12]
     name = Path(url).name
     in_cache = cache_root() / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
     folders = [in_cache] if is_remote(url) else [Path(url).parent, in_cache]
@@ -63,7 +63,7 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set CLIPS_MLLM_CACHE to a folder")
 
 
-def _fingerprint(url: str) -> str:
+def fingerprint(url: str) -> str:
     """Changes when the file behind `url` does: its size with its time, or a store's tag."""
     try:
         if not is_remote(url):

@@ -16,19 +16,22 @@ import os
 import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from clips.common.errors import UserError
-from clips.common.paths import inside, is_remote
+from clips.common.escape import for_terminal
+from clips.common.files import read_regular
+from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
+from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.sample import BrokenSample, RawSample
+from clips.data.shards import open_shards
 from clips.data.sidecar import open_binary
 from clips.data.table import SUFFIXES, Table
 from clips.data.tar import ShardIndex, load_index, shard_summary
@@ -40,6 +43,8 @@ PROBED_SAMPLES = 32
 """Samples whose JSON is looked at to find out which keys there are."""
 WARNED = 10
 """Warnings printed one by one; the rest is summed up."""
+MAX_CAPTION = 20_000
+"""Characters of a caption that are kept: ten times a long one, and few enough that none costs a second."""
 PARTS = ("image", "web", "long")
 
 
@@ -54,6 +59,25 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
     return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
+
+
+def index_data(spec: str, workers: int) -> None:
+    """What scripts/index_data.py does: make whatever opening `spec` would make, and say what is there."""
+    files = expand(spec)
+    if any(file.endswith(SUFFIXES) for file in files):
+        rows = sum(len(Table(file)) for file in files)
+        print(f"{len(files):,} tables, {rows:,} rows")
+        return
+    found = open_shards(files, workers)
+    print(f"{len(files):,} shards, {found.counts.sum():,} samples")
+    for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
+        print(f"{count:>15,}  {', '.join(layout)}")
+    for shard, problems in itertools.islice(found.problems.items(), WARNED):
+        print(
+            f"{files[shard]}: {for_terminal(problems[0])}" + (f" (and {len(problems) - 1} more)" * (len(problems) > 1))
+        )
+    if len(found.problems) > WARNED:
+        print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 
 
 def expand(spec: str) -> list[str]:
@@ -107,6 +131,10 @@ class Source:
         shard = bisect.bisect_right(self._starts, index) - 1
         return shard, index - self._starts[shard]
 
+    def order(self, seed: int) -> Order:
+        """In which order training sees the samples."""
+        return SampleOrder(self.shard_sizes, seed)
+
     def read(self, index: int) -> RawSample:
         """Raises BrokenSample (missing, empty or badly encoded part) and UserError (a path that climbs out)."""
         raise NotImplementedError
@@ -124,6 +152,34 @@ class Source:
                 continue
 
 
+class MixedSource(Source):
+    """Several sources one after the other, of which training sees each as often as its share says."""
+
+    def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
+        """ValueError for shares that `MixedOrder` refuses."""
+        self.sources, self.shares = list(sources), list(shares)
+        self._set_sizes([size for source in sources for size in source.shard_sizes])
+        self._firsts = [0, *itertools.accumulate(map(len, sources))]
+        self.order(0)
+
+    def order(self, seed: int) -> Order:
+        return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)
+
+    def _part(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._firsts, index) - 1
+        return self.sources[part], index - self._firsts[part]
+
+    def read(self, index: int) -> RawSample:
+        source, index = self._part(index)
+        return source.read(index)
+
+    def texts(self, index: int) -> tuple[str, str | None]:
+        source, index = self._part(index)
+        return source.texts(index)
+
+
 class TarSource(Source):
     """Samples of tar shards; one that lacks a needed member is left out when the set is opened, with a warning."""
 
@@ -131,14 +187,11 @@ class TarSource(Source):
         self.shards, self.need_long = shards, need_long
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._needed = PARTS if need_long else PARTS[:2]
-        with ThreadPoolExecutor(8) as pool:  # the first pass over remote shards waits for the network
-            progress = tqdm(
-                pool.map(shard_summary, shards), "indexing shards", len(shards), unit="shard", leave=False, disable=None
-            )
-            self._summaries = list(progress)
+        self._set = open_shards(shards)
+        self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
-        self._set_sizes([sum(n for e, n in s.layouts.items() if not self._lacking(e)) for s in self._summaries])
+        self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
         self._warn_of_problems()
         self._check_fields(fields)
 
@@ -157,11 +210,11 @@ class TarSource(Source):
 
     def _fields_found(self) -> list[str]:
         """What `Fields` could name: extensions, and `ext:key` for the JSON keys of the first samples."""
-        found = {extension for s in self._summaries for layout in s.layouts for extension in layout}
-        shard = next((i for i, s in enumerate(self._summaries) if s.layouts), None)
-        if shard is None:
+        found = {extension for layout in self._set.layouts for extension in layout}
+        filled = np.flatnonzero(self._set.counts.any(axis=1))
+        if not len(filled):
             raise UserError(f"{_names(self.shards)} hold no samples: are they tar shards?")
-        opened = self._shard(shard)
+        opened = self._shard(int(filled[0]))
         for extension in sorted({e for part in self._fields.values() for e, key in part if key} | {"json"}):
             for row in range(min(PROBED_SAMPLES, len(opened.index.keys))):
                 with contextlib.suppress(BrokenSample):  # counted when training reads it
@@ -169,16 +222,18 @@ class TarSource(Source):
         return sorted(found)
 
     def _warn_of_problems(self) -> None:
-        messages = [f"{url}: {p}" for url, s in zip(self.shards, self._summaries, strict=True) for p in s.problems]
-        for i, summary in enumerate(self._summaries):
-            lacking = sum(n for extensions, n in summary.layouts.items() if self._lacking(extensions))
-            if 0 < lacking < sum(summary.layouts.values()):
-                opened = self._shard(i)
+        messages = [f"{self.shards[i]}: {problem}" for i, found in self._set.problems.items() for problem in found]
+        lacking = self._set.counts[:, self._lacks].sum(axis=1)
+        for i in np.flatnonzero((lacking > 0) & (lacking < self._set.counts.sum(axis=1))):
+            if len(messages) < WARNED:  # more of them are summed up
+                opened = self._shard(int(i))
                 row = next(iter(set(range(len(opened.index.keys))) - set(opened.complete)))
-                messages.append(
-                    f"{self.shards[i]}: {lacking} samples are left out for want of a member, the first is "
-                    f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
-                )
+                first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
+            else:
+                first = "…"
+            messages.append(
+                f"{self.shards[i]}: {lacking[i]} samples are left out for want of a member, the first is {first}"
+            )
         for message in messages[:WARNED]:
             log.warning(message)
         if len(messages) > WARNED:
@@ -209,8 +264,10 @@ class TarSource(Source):
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
             self._open, self._process = OrderedDict(), os.getpid()
         if shard not in self._open:
-            index = load_index(self._summaries[shard].index)
-            self._open[shard] = _OpenShard(self.shards[shard], index, self._lacking)
+            url, index = self.shards[shard], Path(self._set.indexes[shard])
+            if not index.is_file():  # removed since the overview was made
+                index = shard_summary(url).index
+            self._open[shard] = _OpenShard(url, load_index(index), self._lacking)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
@@ -287,6 +344,7 @@ class TableSource(Source):
         self.tables, self.need_long = [Table(file) for file in files], need_long
         self.image_root = image_root
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
+        self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
             for name in PARTS if need_long else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
@@ -297,8 +355,7 @@ class TableSource(Source):
         table, key, row = self._row(index)
         texts = self._captions(key, row)
         image = self._image(table, key, self._value(row, "image"))
-        used = {column for columns in self._fields.values() for column in columns}
-        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in used})
+        return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in self._used})
 
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
@@ -309,7 +366,7 @@ class TableSource(Source):
         table = self.tables[file]
         key = f"{table.url}#{i}"
         try:
-            return table, key, table.row(i, without)
+            return table, key, table.row(i, self._used, without)
         except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
             raise BrokenSample(key, str(error)) from None
 
@@ -326,12 +383,16 @@ class TableSource(Source):
             return value
         if not isinstance(value, str) or not value:
             raise BrokenSample(key, f"image: {type(value).__name__} is neither a path nor bytes")
+        if "\0" in value or not can_encode(value):
+            raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
             path = inside(self.image_root or posixpath.dirname(table.url) or ".", value)
         except ValueError as error:  # not counted as broken: the whole table is meant for another folder
             raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
         try:
-            with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+            if not is_remote(path):
+                return read_regular(path, MAX_BYTES + 1)
+            with fsspec.open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise BrokenSample(key, f"image: {error}") from None
@@ -350,7 +411,7 @@ def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str |
             raise BrokenSample(key, f"{name} caption is {type(text).__name__}, not text")
         if needed and not (text and text.strip()):
             raise BrokenSample(key, f"{name} caption is empty")
-    return web.strip(), long.strip() if long else None
+    return web[:MAX_CAPTION].strip(), long[:MAX_CAPTION].strip() if long else None
 
 
 def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from clips.common.errors import UserError
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
-from clips.data.sources import Source, open_source
+from clips.data.sources import MixedSource, Source, open_source
 
 Split = Literal["train", "val", "test"]
 
@@ -27,6 +28,19 @@ def open_split(data: DataConfig, split: Split, *, need_long: bool) -> Source:
         raise UserError(
             f"this run names no {split} data; give it with {flag} (a folder of tar shards, a pattern, a table)"
         )
+    if spec == "mix":
+        return _open_mix(data, need_long)
     if data.train == "demo":
         ensure_demo(data.demo_dir)
     return open_source(spec, data.fields, image_root=data.image_root, need_long=need_long)
+
+
+def _open_mix(data: DataConfig, need_long: bool) -> MixedSource:
+    sources = []
+    for part in data.mix:
+        own = replace(data, train=part.data, mix=(), fields=part.fields or data.fields, image_root=part.image_root)
+        sources.append(open_split(own, "train", need_long=need_long))
+    try:
+        return MixedSource(sources, [part.share for part in data.mix])
+    except ValueError as error:
+        raise UserError(f"data.mix: {error}") from None

@@ -7,9 +7,10 @@ workers share the pages, and nothing is held in memory. Parquet and CSV have no 
 from __future__ import annotations
 
 import bisect
+import codecs
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,29 @@ class Table:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}
 
-    def row(self, i: int, without: Sequence[str] = ()) -> dict[str, Any]:
-        """Row `i`; columns named in `without` are not read (where they are stored apart)."""
+    def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
+        """Row `i`; columns named in `without` are not read (where they are stored apart).
+
+        A cell that cannot be read raises ValueError in a column that is `needed`, and is left out in any other.
+        """
         batch_index = bisect.bisect_right(self._starts, i) - 1
-        batch = self._open().get_batch(batch_index)
-        if not self.is_json and without:
-            batch = batch.select([name for name in batch.schema.names if name not in without])
-        (row,) = batch.slice(i - self._starts[batch_index], 1).to_pylist()
+        batch, place = self._open().get_batch(batch_index), i - self._starts[batch_index]
         if self.is_json:
-            row = json.loads(row["line"])
+            row = json.loads(batch.column(0)[place].as_py())
             if not isinstance(row, dict):
                 raise ValueError("the line is not a JSON object")
-        elif not self.url.endswith(".parquet"):
-            row = {name: value.decode() for name, value in row.items()}
+            return row
+        is_text = not self.url.endswith(".parquet")
+        row = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name in without:
+                continue
+            try:
+                value = column[place].as_py()
+                row[name] = value.decode() if is_text else value
+            except Exception as error:  # dates beyond Python's, time zones that nobody knows, another encoding, …
+                if name in needed:
+                    raise ValueError(f"column {name}: {error}") from None
         return row
 
     def _open(self) -> pa.ipc.RecordBatchFileReader:
@@ -70,8 +81,8 @@ class Table:
         columns: dict[str, None] = {}
         for i in range(min(first, self.rows)):
             try:
-                columns |= dict.fromkeys(self.row(i))
-            except ValueError:
+                columns |= dict.fromkeys(self.row(i, ()))
+            except (ValueError, RecursionError):
                 continue  # reported when the row itself is read
         return list(columns)
 
@@ -80,14 +91,22 @@ def _write_arrow(url: str, target: Path) -> None:
     log.info("copying %s to an Arrow file for random access", url)
     try:
         with open_binary(url) as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{url} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            file.seek(0)
             batches = _parquet(file) if url.endswith(".parquet") else _json(file) if url.endswith(".jsonl") else None
             batches = batches or _csv(file, url)
             head = next(batches)
+            names = head.schema.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise UserError(
+                    f"{url} has more than one column {', '.join(map(repr, twice))}: rename them in its header"
+                )
             with pa.ipc.new_file(str(target), head.schema) as writer:
                 writer.write_batch(head)
                 for batch in batches:
                     writer.write_batch(batch)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"{url} is not a readable table: {error}") from None
     except StopIteration:
         raise UserError(f"{url} has no rows") from None

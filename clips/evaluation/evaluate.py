@@ -6,7 +6,6 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.tensors import hash_weights
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
 from clips.data.loader import start_worker
@@ -98,7 +98,7 @@ def encode_images(
 
     `image_size`: the resolution to work at, the one that the tower is set to by default.
     """
-    image_size = image_size or tower_size(model)
+    image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
@@ -135,28 +135,21 @@ def encode_texts(model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence
     row = {text: i for i, text in enumerate(unique)}
     with evaluating(model) as device:
         parts = [
-            model.encode_text(
-                tokenizer(unique[i : i + batch_size], config.context_length, trim=config.pad_mask).to(device)
-            ).cpu()
+            model.encode_text(tokenizer.for_tower(unique[i : i + batch_size], config).to(device)).cpu()
             for i in range(0, len(unique), batch_size)
         ]
     return torch.cat(parts)[[row[text] for text in texts]]
 
 
-def tower_size(model: CLIPSModel) -> int:
-    """The image size, in pixels, that the image tower's positions are set to."""
-    return math.isqrt(len(model.visual.pos_embed) - 1) * model.config.vision.patch_size
-
-
 @contextmanager
 def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
     """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
-    training, tower, before = model.training, model.visual, tower_size(model)
+    training, tower, before = model.training, model.visual, model.visual.image_size
     model.eval()
     if image_size is not None and image_size != before:
         tower.set_image_size(image_size)
     try:
-        yield tower.cls_token.device
+        yield tower.proj.weight.device
     finally:
         model.train(training)
         if image_size is not None and image_size != before:
@@ -236,7 +229,7 @@ def evaluate(
         if (probe := probe_images(train, images)) is not None:
             figures["linear_probe_top1"] = probe
     if out is not None:
-        write_figures(out, figures, test_set=split, skipped=images.skipped)
+        write_figures(out, figures, test_set=split, skipped=images.skipped, model=model, image_size=image_size)
     return figures
 
 
@@ -255,10 +248,20 @@ def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
     )
 
 
-def write_figures(path: Path, figures: dict[str, Figure], *, test_set: str, skipped: Sequence[str]) -> None:
-    """JSON with each figure's value, chance level (percent) and number of items."""
+def write_figures(
+    path: Path,
+    figures: dict[str, Figure],
+    *,
+    test_set: str,
+    skipped: Sequence[str],
+    model: CLIPSModel,
+    image_size: int | None = None,
+) -> None:
+    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of."""
     content = {
         "test_set": test_set,
+        "weights": hash_weights(model.state_dict()).hexdigest(),
+        "image_size": image_size or model.visual.image_size,
         "unit": "percent",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),
@@ -305,7 +308,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_figures(out, figures, test_set=name, skipped=images.skipped)
+    write_figures(out, figures, test_set=name, skipped=images.skipped, model=model, image_size=flags.image_size)
     Console().print(figures_table(figures, f"{loaded.home} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 

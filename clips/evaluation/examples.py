@@ -20,7 +20,6 @@ from clips.evaluation.evaluate import (
     labelled_rows,
     prompt_features,
     retrieval_rows,
-    tower_size,
 )
 from clips.evaluation.testsets import PROTOCOLS, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
@@ -78,7 +77,7 @@ def collect_examples(
 ) -> Examples:
     """n examples of each kind from `pool` images of a split, half of them misses where there are enough."""
     items, classes = open_test_set(run.data, split, run.captions.splitter)
-    size, batch = image_size or tower_size(model), run.eval.batch_size
+    size, batch = image_size or model.visual.image_size, run.eval.batch_size
     images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
 
     def thumbnail(row: int) -> bytes:
@@ -118,13 +117,13 @@ def collect_examples(
             )
 
     if model.captioner is not None:
-        device = model.visual.cls_token.device
+        device = model.visual.proj.weight.device
         rows = [row for row in scene if images.captions[row].get("web") and images.captions[row].get("long")][:n]
         transform = eval_transform(size)
         for row in rows:
             item = items.read(images.indices[row])
             web = item.captions["web"]
-            ids = tokenizer(web, run.model.text.context_length, trim=run.model.text.pad_mask).to(device)
+            ids = tokenizer.for_tower(web, run.model.text).to(device)
             pixels = transform(decode_image(item.image))[None].to(device)
             with evaluating(model, size):
                 generated = model.caption(pixels, ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)[0]

@@ -18,7 +18,7 @@ from typing import Any
 from clips.common.files import read_json, write_atomically
 from clips.common.page import render, save_plot, themed
 from clips.common.plots import LIGHT, Panel, curves_plot, pretty
-from clips.common.rundir import read_metrics
+from clips.common.rundir import read_evaluations, read_metrics
 from clips.evaluation.examples import Examples
 from clips.evaluation.plots import captions_plot, retrieval_plot, verdict, zero_shot_plot
 
@@ -39,13 +39,12 @@ def read_run(run_dir: Path) -> RunRecord:
     """Raises UserError when `run_dir` holds no metrics.jsonl."""
     run_dir = Path(run_dir)
     lines = read_metrics(run_dir)
-    evaluations = [read_json(path) for path in sorted(run_dir.glob("evaluation*.json"))]
     return RunRecord(
         name=run_dir.resolve().name,
         config=read_json(run_dir / "config.json"),
         train=[line for line in lines if line.get("kind") == "train"],
         evals=[line for line in lines if line.get("kind") == "eval"],
-        figures={found["test_set"]: found["figures"] for found in evaluations},
+        figures={found["test_set"]: found["figures"] for found in read_evaluations(run_dir).values()},
     )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from clips.common.errors import UserError
+from clips.common.files import read_regular
 from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
+from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
@@ -126,7 +128,7 @@ class FolderSet:
 
 def _read_inside(root: Path, name: str) -> bytes:
     try:
-        return Path(inside(root, name)).read_bytes()
+        return read_regular(inside(root, name), MAX_BYTES + 1)
     except ValueError:
         raise BrokenSample(name, "the path leads out of the image folder") from None
     except OSError as error:

@@ -42,7 +42,7 @@ class Captioner(nn.Module):
         self.text_proj = nn.Linear(text.width, config.width, bias=False)
         self.queries = nn.Parameter(torch.empty(config.length, config.width))
         self.token_embed = nn.Embedding(text.vocab_size, config.width) if config.inputs == "tokens" else None
-        self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, gelu="tanh")
+        self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, "gelu_tanh", LAYER_NORM_EPS)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(config.width, text.vocab_size, bias=config.head_bias)
         init_weights(self)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clips.config import ModelConfig
+from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower
@@ -63,7 +63,7 @@ class CLIPSModel(nn.Module):
         states = None
         if self.captioner is not None and caption is not None:
             _, web_states, web_visible = texts_out[0]
-            states = self.captioner(tokens[:, 1:], web_states, web_visible, caption[:, :-1])
+            states = self.captioner(self.visual.patches(tokens), web_states, web_visible, caption[:, :-1])
         return Outputs(
             image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
             text_features=[F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out],
@@ -78,12 +78,19 @@ class CLIPSModel(nn.Module):
             raise ValueError("this model was trained without a captioner")
         _, states, visible = self.text(web_ids)
         tokens = self.visual(images)[1]
-        return self.captioner.generate(tokens[:, 1:], states, visible, bos_id, eos_id, self.text.pad_id)
+        return self.captioner.generate(self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         for tower in (self.visual, self.text, self.captioner):
             if tower is not None:
                 tower.blocks.activation_checkpointing = enabled
+
+    def freeze(self, part: Freeze) -> None:
+        """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""
+        for name, tower in (("vision", self.visual), ("text", self.text)):
+            if name == part:
+                tower.requires_grad_(False)
+                tower.proj.requires_grad_(True)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, the total last."""

@@ -5,12 +5,18 @@ Shapes: B batch · L query positions · S key positions · D width · H heads ·
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clips.config import Activation
+
 LAYER_NORM_EPS = 1e-6
+"""That of CLIPS, and of the captioner always."""
 CPU_PLAIN_KEYS = 384
 """Longest sequence for which a CPU uses plain matrix products instead of the fused attention kernel."""
 
@@ -59,11 +65,25 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v, visible).transpose(1, 2).reshape(B, L, D))
 
 
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), which OpenAI's CLIP has in place of the GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int, gelu: str) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate=gelu)
+        self.act = ACTIVATIONS[activation]()
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,12 +93,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, gelu: str) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width, int(width * mlp_ratio), gelu)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), activation)
 
     def forward(self, x_BLD: Tensor, visible: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         x_BLD = x_BLD + self.attn(self.norm1(x_BLD), visible, cache)
@@ -88,8 +108,10 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """The stack of blocks; with `activation_checkpointing` each block is recomputed in the backward pass."""
 
-    def __init__(self, layers: int, width: int, heads: int, mlp_ratio: float, gelu: str) -> None:
-        super().__init__(Block(width, heads, mlp_ratio, gelu) for _ in range(layers))
+    def __init__(
+        self, layers: int, width: int, heads: int, mlp_ratio: float, activation: Activation, eps: float
+    ) -> None:
+        super().__init__(Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers))
         self.activation_checkpointing = False
 
     def forward(self, x_BLD: Tensor, visible: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:

@@ -1,15 +1,18 @@
-"""The vision tower: a plain ViT with fixed 2-D sin-cos positions (docs/method.md, "Architecture").
+"""The vision tower: a plain ViT, by default that of CLIPS (docs/method.md, "Architecture").
 
-Shapes: B images · P patch size · N = (image_size / P)² patch tokens · D width.
+Shapes: B images · P patch size · N = (image_size / P)² patch tokens · C = 1 with a CLS token, else 0 · D width.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clips.config import PositionTable, VisionConfig, check_image_size
-from clips.model.layers import LAYER_NORM_EPS, Blocks, init_weights, stream_dtype
+from clips.model.layers import Blocks, init_weights, stream_dtype
 
 
 def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> Tensor:
@@ -30,42 +33,76 @@ def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> 
     return torch.cat([torch.zeros(1, width, dtype=patches.dtype), patches]).float()
 
 
+def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
+    """A learned table [C + N0, D] for grid × grid patches, [C + grid², D]; the CLS row is untouched.
+
+    Bicubic with antialiasing, as open_clip and timm resample; the table itself where it has that size already.
+    """
+    cls, patches = table[:prefix_tokens], table[prefix_tokens:]
+    side = math.isqrt(len(patches))
+    if side == grid:
+        return table
+    square = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([cls, square.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(cls.dtype)])
+
+
 class VisionTower(nn.Module):
+    image_size: int
+    """Side in pixels of the images that it takes; `set_image_size` changes it."""
     pos_embed: Tensor
-    """[1 + N, D], a buffer that `set_image_size` registers."""
+    """Fixed positions: a buffer [C + N, D] that `set_image_size` registers. Learned ones: a parameter [C + N0, D] of
+    the configured size for good, resampled in the forward pass where images have another one."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Conv2d(
-            3, config.width, config.patch_size, stride=config.patch_size, bias=config.patch_bias
-        )
-        self.cls_token = nn.Parameter(torch.zeros(config.width))
-        self.pre_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.pre_norm else nn.Identity()
-        self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, gelu="none")
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        width = config.width
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        self.cls_token = nn.Parameter(torch.zeros(width)) if config.cls else None
+        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = Blocks(config.layers, width, config.heads, config.mlp_ratio, config.activation, config.norm_eps)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.proj = nn.Linear(width, embed_dim, bias=False)
         init_weights(self)
         nn.init.normal_(self.patch_embed.weight, std=(3 * config.patch_size**2) ** -0.5)
         if self.patch_embed.bias is not None:
             nn.init.zeros_(self.patch_embed.bias)
+        if config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(config.prefix_tokens + config.tokens(), width))
+            nn.init.normal_(self.pos_embed, std=0.02)
         self.set_image_size(config.image_size)
 
     def set_image_size(self, image_size: int) -> None:
-        """Recompute the fixed positions for images of `image_size` pixels; nothing learned changes."""
+        """Take images of `image_size` pixels from now on; nothing learned changes, fixed positions are recomputed."""
         check_image_size(image_size, self.config.patch_size)
-        grid = image_size // self.config.patch_size
-        table = sincos_positions(self.config.width, grid, self.config.pos_embed)
-        self.register_buffer("pos_embed", table.to(self.cls_token.device), persistent=False)
+        self.image_size = image_size
+        if self.config.pos_embed != "learned":
+            table = sincos_positions(self.config.width, image_size // self.config.patch_size, self.config.pos_embed)
+            table = table[1 - self.config.prefix_tokens :].to(self.patch_embed.weight.device)
+            self.register_buffer("pos_embed", table, persistent=False)
+
+    def positions(self) -> Tensor:
+        """[C + N, D], for images of the size that is set."""
+        if self.config.pos_embed != "learned":
+            return self.pos_embed
+        grid = self.image_size // self.config.patch_size
+        return resample_positions(self.pos_embed, grid, self.config.prefix_tokens)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, 1 + N, D] before it, CLS first)."""
-        patches_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
+        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first)."""
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}, the tower is set to {self.image_size}: call set_image_size"
+            )
         dtype = stream_dtype(images.device)
-        cls_B1D = self.cls_token.expand(len(images), 1, -1)
-        x = torch.cat([cls_B1D.to(dtype), patches_BND.to(dtype)], dim=1)
-        if x.shape[1] != len(self.pos_embed):
-            side = int((len(self.pos_embed) - 1) ** 0.5) * self.config.patch_size
-            raise ValueError(f"images are {tuple(images.shape[2:])} , the tower is set to {side}: call set_image_size")
-        tokens = self.blocks(self.pre_norm(x + self.pos_embed.to(dtype)))
-        return self.norm(tokens[:, 1:].mean(dim=1)), tokens
+        x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(images), 1, -1).to(dtype), x], dim=1)
+        tokens = self.blocks(self.pre_norm(x + self.positions().to(dtype)))
+        pooled = tokens[:, 0] if self.config.pool == "cls" else self.patches(tokens).mean(dim=1)
+        return self.norm(pooled), tokens
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """The patches [B, N, D] among all `tokens` [B, C + N, D]."""
+        return tokens[:, self.config.prefix_tokens :]

@@ -54,11 +54,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     directories = train(runs, output, jobs, console)
     groups["CLIP, equal time"] = [read_figures(directories[run]) for run in runs]
 
-    differences = {
-        group: {name: difference(groups["CLIPS"], rows, name) for name in FIGURES}
-        for group, rows in groups.items()
-        if group != "CLIPS"
-    }
+    differences = differences_from("CLIPS", groups)
     result = {
         "command": " ".join(sys.argv),
         "samples": {"equal samples": samples, "equal time": longer},
@@ -67,7 +63,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
         "clips_minus": differences,
     }
     write_json(output / "comparison.json", result)
-    console.print(table_of_figures(groups, differences))
+    console.print(table_of_figures(groups, "CLIPS", differences))
     console.print(f"written to {for_rich(str(output / 'comparison.json'))}")
 
 
@@ -84,13 +80,22 @@ def validation_score(run: Path) -> float:
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 
 
-def table_of_figures(groups: dict[str, list[dict]], differences: dict[str, dict]) -> Table:
+def differences_from(first: str, groups: dict[str, list[dict]]) -> dict[str, dict]:
+    """Group → figure → `first` minus that group, with its interval; for every other group."""
+    return {
+        group: {name: difference(groups[first], rows, name) for name in FIGURES}
+        for group, rows in groups.items()
+        if group != first
+    }
+
+
+def table_of_figures(groups: dict[str, list[dict]], first: str, differences: dict[str, dict]) -> Table:
     out = Table(title="test split, % (mean ± standard deviation over seeds)", title_justify="left")
     out.add_column("figure")
     for group in groups:
         out.add_column(group, justify="right")
     for group in differences:
-        out.add_column(f"CLIPS − {group} [95 %]", justify="right")
+        out.add_column(f"{first} − {group} [95 %]", justify="right")
     for name in (*FIGURES, "train_seconds"):
         columns = [[row[name] for row in rows] for rows in groups.values()]
         row = [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{mean(c):.1f}" for c in columns]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.config import PhaseConfig, RunConfig, parse_fields
-from clips.recipes import debug_twin, recipe
+from clips.config import PhaseConfig, RunConfig, parse_fields, parse_mix
+from clips.recipes import debug_twin, recipe, with_tower
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,12 +22,25 @@ def parser() -> argparse.ArgumentParser:
         "triples with --data."
     )
     p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py (default: demo)")
+    p.add_argument(
+        "--tower",
+        default="clips",
+        help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM, SGLang and "
+        "llama.cpp run as SigLIP) or clip (a LayerNorm before the blocks, as in CLIP) (default: clips)",
+    )
     p.add_argument("--name", help="run directory under --output-dir (default: the recipe's name)")
     p.add_argument("--output-dir", default="runs", help="where runs are written (default: runs)")
     p.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, or a .csv/.jsonl/.parquet table "
         "(default: the recipe's, which is the demo data for demo and clip_baseline)",
+    )
+    p.add_argument(
+        "--mix",
+        nargs="+",
+        action="extend",
+        metavar="NAME=SHARE:DATA",
+        help="several sets in place of --data, each seen as often as its share says (default: none)",
     )
     p.add_argument("--val-data", help="validation data, evaluated during training (default: the demo's, or none)")
     p.add_argument("--test-data", help="test data, evaluated at the end (default: the demo's, or none)")
@@ -39,7 +56,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--samples", type=int, help="samples to see in each phase; the warm-up keeps its share (default: the recipe's)"
     )
-    p.add_argument("--batch-size", type=int, help="samples per optimizer step, over all ranks (default: the recipe's)")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples per optimizer step, over all ranks; the learning rates follow by the recipe's own rule, "
+        "optim.lr_scaling (default: the recipe's)",
+    )
+    p.add_argument(
+        "--init-from",
+        metavar="WEIGHTS",
+        help="begin with these weights: a run, an export, an official CLIPS or open_clip checkpoint, a transformers "
+        "model, timm:NAME_OR_DIR; a directory or a hub id (default: at random)",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
@@ -80,7 +108,12 @@ def parser() -> argparse.ArgumentParser:
 
 def pretrain_from_flags(flags: argparse.Namespace) -> None:
     """Build the configuration that `flags` describe and train it."""
-    run = config_from_flags(flags)
+    given = _recorded(flags)
+    if flags.init_from is not None and not given:  # weights that a run has begun with are not looked at again
+        from clips.weights.initial import read_initial  # imports torch: not before the flags are known to be right
+
+        given = read_initial(flags.init_from).architecture
+    run = config_from_flags(flags, given)
     if flags.profile < 0:
         raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
     from clips.training.loop import pretrain  # to be right
@@ -89,7 +122,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
     )
 
     options = Options(
-        run_dir=Path(flags.output_dir) / (flags.name or (f"{run.recipe}-debug" if flags.debug else run.recipe)),
+        run_dir=_run_dir(flags),
         device=flags.device,
         ds_config=flags.ds_config,
         resume=flags.resume,
@@ -106,24 +139,56 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         raise Stopped(message, exit_code=128 + signal.SIGINT) from None
 
 
-def config_from_flags(flags: argparse.Namespace) -> RunConfig:
-    """The recipe, its debug twin if asked for, then the flags, then --set."""
-    run = recipe(flags.recipe)
+def _run_dir(flags: argparse.Namespace) -> Path:
+    return Path(flags.output_dir) / (flags.name or (f"{flags.recipe}-debug" if flags.debug else flags.recipe))
+
+
+def _recorded(flags: argparse.Namespace) -> dict[str, Any]:
+    """What the run in the flags' directory took over from the weights that it began with: path → value."""
+    record = rundir.began_with(_run_dir(flags))
+    return record["architecture"] if record and record["source"] == flags.init_from else {}
+
+
+def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None = None) -> RunConfig:
+    """The recipe, its debug twin if asked for, then the architecture of --init-from, the flags, and --set.
+
+    `given`: that architecture, path in the configuration → value; by default as the run recorded it, if it has begun.
+    """
+    run = with_tower(recipe(flags.recipe), flags.tower)
     if flags.debug:
         run = debug_twin(run)
-    given = {"train": flags.data, "val": flags.val_data, "test": flags.test_data, "image_root": flags.image_root}
-    data = replace(run.data, **{key: value for key, value in given.items() if value is not None})
+    named = {"train": flags.data, "val": flags.val_data, "test": flags.test_data, "image_root": flags.image_root}
+    data = replace(run.data, **{key: value for key, value in named.items() if value is not None})
+    if flags.mix:
+        if flags.data is not None:
+            raise UserError("--data and --mix both say what is trained on: give one of them")
+        data = replace(data, train="mix", mix=parse_mix(flags.mix))
     if flags.fields:
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
-    run = replace(run, data=data, train=replace(run.train, seed=flags.seed))
-    assignments = []
+    run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
+    given = _recorded(flags) if given is None else given
+    # A captioner is taken over only where the recipe has one.
+    parts = {path: value for path, value in given.items() if path != "model.captioner" or run.model.captioner}
+    assignments = [f"{path}={json.dumps(value)}" for path, value in parts.items()]
+    if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
+        patch = given["model.vision"]["patch_size"]
+        assignments += [f"phases.{i}.image_size={patch * (2 + i)}" for i in range(len(run.phases))]
     if flags.samples is not None:
-        assignments = [f"phases.*.samples={flags.samples}"]
+        assignments += [f"phases.*.samples={flags.samples}"]
         # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
         assignments += [f"phases.{i}.warmup_samples={_scaled(p, flags.samples)}" for i, p in enumerate(run.phases)]
     if flags.batch_size is not None:
         assignments.append(f"phases.*.batch_size={flags.batch_size}")
+        if flags.batch_size > 0:  # else the configuration itself says what is wrong
+            optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
+            for i, phase in enumerate(run.phases):
+                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
+                assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
     run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
+    if flags.init_from is not None and flags.tower != "clips":
+        raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")
+    if run.train.init_from != flags.init_from:
+        raise UserError("--set train.init_from: give --init-from, which brings the weights' architecture too")
     if not run.data.train:
         raise UserError(
             f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (README, “Your own data”)"

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.rundir import REPORT, has_report
+from clips.common.rundir import REPORT, has_report, read_evaluations
 from clips.config import RunConfig
 from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -16,7 +16,8 @@ from clips.evaluation.evaluate import evaluate, figures_table
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
-from clips.weights.export import export_all, sample_inputs
+from clips.weights.export import FORMATS, export_all, sample_inputs
+from clips.weights.open_clip import open_clip_lacks
 
 
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
@@ -29,9 +30,14 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
         console.print(figures_table(figures, f"{split} split"))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
-    differences = export_all(model, run, tokenizer, run_dir / "export", images, texts, image_size=size)
+    differences = export_all(
+        model, run, tokenizer, run_dir / "export", images, texts,
+        image_size=size, evaluations=read_evaluations(run_dir).values(), samples=run.samples,
+    )  # fmt: skip
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
+    if reason := open_clip_lacks(run.model):
+        console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
         (run_dir / REPORT).unlink(missing_ok=True)  # of an earlier end; while it is there no new one would be made
         write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
@@ -41,11 +47,12 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
 def print_next(run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
     report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
+    formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
     Console(stderr=True).print(
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
         f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"
-        f"  encoder     {shown}/export/  (native, open_clip, hf_vit)\n"
+        f"  encoder     {shown}/export/  ({formats})\n"
         "Next:\n"
         f"  python scripts/evaluate_clips.py --model {shown}\n"
         f"  python scripts/export_clips.py --help\n",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from clips.common.errors import BrokenDataError, UserError
-from clips.common.rundir import METRICS, keep_lines
+from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.rundir import METRICS, is_at_most, keep_lines
 from clips.config import RunConfig
 from clips.weights.checkpoint import TrainState
 
@@ -30,6 +29,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        self.run_dir = run_dir
         self.metrics, self.skips = (self._reopen(run_dir / name, start_step) for name in (METRICS, "skipped.jsonl"))
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         self.wandb = _start_wandb(run, run_dir) if wandb else None
@@ -44,13 +44,27 @@ class RunLog:
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
         """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
-        keep_lines(path, lambda line: line.get("step", math.inf) <= step)
+        keep_lines(path, lambda line: is_at_most(line, step))
         return path.open("a", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same scalars to TensorBoard and W&B, and the progress line."""
+        """One line of metrics.jsonl, the same scalars to TensorBoard and W&B, and the progress line.
+
+        CommandError where they cannot be written: a run whose record has holes does not go on in silence.
+        """
         if not self.active:
             return
+        try:
+            self._record(kind, values)
+        except OSError as error:
+            raise CommandError(
+                f"the record of step {values['step']} cannot be written to {self.run_dir}: {error}. Make room, then "
+                "the same command goes on from the last checkpoint"
+            ) from None
+        self.latest.update(values)
+        self._show(values["samples"])
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
         scalars = {
             key: v for key, v in values.items() if isinstance(v, (int, float)) and key not in ("step", "samples")
@@ -59,8 +73,6 @@ class RunLog:
             self.board.add_scalar(f"{values.get('split', kind)}/{key}", value, values["step"])
         if self.wandb is not None:
             self.wandb.log({f"{values.get('split', kind)}/{key}": v for key, v in scalars.items()}, step=values["step"])
-        self.latest.update(values)
-        self._show(values["samples"])
 
     def skipped(self, samples: list[tuple[str, str]], step: int) -> None:
         for key, reason in samples if self.active else []:
@@ -94,7 +106,8 @@ class RunLog:
         if self.active:
             self.bar.close()
             for file in (self.metrics, self.skips, self.board):
-                file.close()
+                with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
+                    file.close()
             if self.wandb is not None:
                 self.wandb.finish()
 

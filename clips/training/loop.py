@@ -33,11 +33,13 @@ from clips.training.prepare import (
     open_run_dir,
     prepare_data,
     print_plan,
+    read_given_weights,
     with_precision,
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState
+from clips.weights.initial import initialise
 
 
 def lr_factor(phase: PhaseConfig, step: int) -> float:
@@ -49,6 +51,14 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
         progress = (step - warmup) / max(1.0, phase.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
     return min(1.0, (phase.steps - step) / (phase.steps / 3))  # constant, then linear over the last third
+
+
+def optimizer_steps(run: RunConfig, state: TrainState) -> int:
+    """Steps since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    for index in range(state.phase, 0, -1):
+        if run.phases[index].fresh_optimizer:
+            return state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+    return state.step
 
 
 def pretrain(run: RunConfig, options: Options) -> None:
@@ -66,25 +76,34 @@ def pretrain(run: RunConfig, options: Options) -> None:
             print_next(options.run_dir)
         shutdown()
         return
-    source, tokenizer = prepare_data(run, options)
-    check_ranks_agree(previous, source)
+    initial = read_given_weights(run, options) if previous is None else None
+    source, tokenizer = prepare_data(run, options, initial)
+    check_ranks_agree(previous, source, initial)
     torch.manual_seed(run.train.seed)
     model = CLIPSModel(run.model, tokenizer.pad_id)
+    model.freeze(run.train.freeze)
+    beginning = initialise(model, initial) if initial is not None else None
     if is_main:
-        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous)
+        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous, beginning)
     if options.dry_run:
         shutdown()
         return
     if previous is not None:
         assign_weights(model, previous.weights(), previous.path)
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
+    if beginning is not None:
+        state.began_with = beginning.sha256
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
         try:
-            engine.state.restore_optimizer(previous.optimizer(), state.step)
+            engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
         except KeyError as error:
-            raise UserError(f"{previous.path} holds no {error}: optim.kind cannot change within a run") from None
+            raise UserError(
+                f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
+            ) from None
     if is_main:
+        if beginning is not None:
+            beginning.save(options.run_dir)
         run.save(options.run_dir / "config.json")
         write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
@@ -113,6 +132,8 @@ def _train(
     meter = Meter(engine.device, state)
     for index, phase in list(enumerate(run.phases))[state.phase :]:
         engine.model.visual.set_image_size(phase.image_size)
+        if phase.fresh_optimizer and state.phase_step == 0:
+            engine.state.reset_optimizer()
         first = sum(p.steps * p.batch_size for p in run.phases[:index])
         loader = make_loader(
             source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,

@@ -24,7 +24,9 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
+from clips.recipes import RECIPES
 from clips.weights import checkpoint
+from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,31 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
     return checkpoint.load(Path(options.resume))
 
 
-def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionTokenizer]:
-    """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait."""
+def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
+    """The weights that the run begins with, None where it begins at random; not called for one that goes on.
+
+    UserError where they are not those with which this run began before it was ended without a checkpoint.
+    """
+    if run.train.init_from is None:
+        return None
+    initial = read_initial(run.train.init_from)
+    check_agrees(run, initial)
+    before = rundir.began_with(options.run_dir)
+    if before is not None and before["sha256"] != initial.sha256:
+        raise UserError(
+            f"--init-from {initial.source} holds other weights now than those with which {options.run_dir} began, and "
+            "there is no checkpoint of it to go on from: give another --name"
+        )
+    return initial
+
+
+def prepare_data(
+    run: RunConfig, options: Options, initial: InitialWeights | None = None
+) -> tuple[Source, CaptionTokenizer]:
+    """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait.
+
+    A text tower among the `initial` weights brings its own.
+    """
     need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
     source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
     for split in ("val", "test"):
@@ -85,9 +110,10 @@ def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionToken
     directory = options.run_dir / "tokenizer"
     begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
     if dist.get_rank() == 0 and not begun and not options.dry_run:
-        _build_tokenizer(run, source).save(directory)
+        _build_tokenizer(run, source, initial).save(directory)
     dist.barrier()
-    tokenizer = CaptionTokenizer.load(directory) if begun or not options.dry_run else _build_tokenizer(run, source)
+    is_there = begun or not options.dry_run
+    tokenizer = CaptionTokenizer.load(directory) if is_there else _build_tokenizer(run, source, initial)
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "
@@ -96,7 +122,9 @@ def prepare_data(run: RunConfig, options: Options) -> tuple[Source, CaptionToken
     return source, tokenizer
 
 
-def check_ranks_agree(previous: checkpoint.Checkpoint | None, source: Source) -> None:
+def check_ranks_agree(
+    previous: checkpoint.Checkpoint | None, source: Source, initial: InitialWeights | None = None
+) -> None:
     """UserError on every rank where they chose different checkpoints or see shards of different sizes. Collective.
 
     A stale listing or a shard that one node lacks would otherwise train on wrong data, or apart, in silence.
@@ -104,6 +132,7 @@ def check_ranks_agree(previous: checkpoint.Checkpoint | None, source: Source) ->
     sizes = hashlib.sha256(json.dumps(list(map(int, source.shard_sizes))).encode()).hexdigest()[:8]
     mine = {
         "the checkpoint to go on from": previous.path.name if previous else "none",
+        "the weights to begin with": initial.sha256 if initial else "none",
         "the training data": f"{len(source):,} samples in {len(source.shard_sizes):,} shards (sizes {sizes})",
     }
     everybody: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
@@ -114,7 +143,9 @@ def check_ranks_agree(previous: checkpoint.Checkpoint | None, source: Source) ->
             raise UserError(f"ranks do not agree on {name}:\n{lines}\nSee that all nodes see the same files")
 
 
-def _build_tokenizer(run: RunConfig, source: Source) -> CaptionTokenizer:
+def _build_tokenizer(run: RunConfig, source: Source, initial: InitialWeights | None) -> CaptionTokenizer:
+    if initial is not None and initial.tokenizer is not None:
+        return initial.tokenizer
     texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
     return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
@@ -145,8 +176,9 @@ def forward_flops(model: ModelConfig, image_size: int) -> float:
 
     vision, text, captioner = model.vision, model.text, model.captioner
     patches = vision.tokens(image_size)
-    words = text.context_length / (2 if text.pad_mask else 1)
-    total = blocks(vision.width, vision.layers, patches + 1) + 2 * blocks(text.width, text.layers, words)
+    words = text.context_length / (2 if text.trim else 1)
+    total = blocks(vision.width, vision.layers, patches + vision.prefix_tokens)
+    total += 2 * blocks(text.width, text.layers, words)
     total += 2 * 3 * vision.patch_size**2 * vision.width * patches
     if captioner:
         total += blocks(captioner.width, captioner.layers, patches + words + captioner.length)
@@ -185,21 +217,30 @@ def duration(seconds: float) -> str:
 
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None,
+    previous: checkpoint.Checkpoint | None, beginning: Beginning | None = None,
 ) -> None:  # fmt: skip
     """What is about to happen, before it happens."""
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
+    vision = run.model.vision
+    shape = f"{'with' if vision.cls else 'without'} CLS, {vision.pos_embed} positions, {vision.activation}"
+    table.add_row("image tower", f"{vision.transformers_class}: {shape}, pooled by {vision.pool}")
+    if run.train.freeze != "none":
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        table.add_row("  frozen", f"{run.train.freeze}, but for its projection: {trains / 1e6:.2f} M parameters train")
     table.add_row(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
     table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
+    shares = sum(part.share for part in run.data.mix)
+    for part in run.data.mix:
+        table.add_row("", for_rich(f"{part.share / shares:.1%} {part.name}: {part.data}"))
     for name in ("val", "test"):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         table.add_row(f"  {name}", for_rich(spec))
     for phase in run.phases:
-        table.add_row(for_rich(f"phase {phase.name}"), _phase_line(run, phase, samples, ranks))
+        table.add_row(for_rich(f"phase {phase.name}"), phase_line(run, phase, samples, ranks))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
@@ -208,7 +249,10 @@ def print_plan(
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))
-    Console(stderr=True).print(table)
+    console = Console(stderr=True)
+    console.print(table)
+    if beginning is not None:
+        console.print(beginning.table(run))
 
 
 def _why_slow(run: RunConfig, device: torch.device) -> str:
@@ -217,12 +261,27 @@ def _why_slow(run: RunConfig, device: torch.device) -> str:
     return ""
 
 
-def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
+def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
     micro = phase.batch_size // (ranks * run.train.accumulation)
     split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
     rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
+    rate += _rate_note(run, phase)
+    fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
         f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
         f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
-        f"{rate}, {phase.schedule}"
+        f"{rate}, {phase.schedule}{fresh}"
     )
+
+
+def _rate_note(run: RunConfig, phase: PhaseConfig) -> str:
+    """What another batch than the recipe's has done to the learning rate; nothing where the batch is the recipe's."""
+    own = [p for p in RECIPES[run.recipe]().phases if p.name == phase.name] if run.recipe in RECIPES else []
+    if not own or own[0].batch_size == phase.batch_size:
+        return ""
+    theirs = f"the recipe's {own[0].lr:g} is for a batch of {own[0].batch_size:,}"
+    scaled = own[0].lr * run.optim.lr_factor(phase.batch_size, own[0].batch_size)
+    if run.optim.lr_scaling == "none" or not math.isclose(phase.lr, scaled):
+        return f" ({theirs})"
+    rule = {"linear": "in proportion to the batch", "sqrt": "with the square root of the batch"}[run.optim.lr_scaling]
+    return f" ({theirs}; scaled {rule})"

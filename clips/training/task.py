@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
+from clips.model.text import word_slots
 from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
 
 
@@ -53,7 +54,7 @@ class Task(nn.Module):
         captioner = self.model.captioner
         if captioner is not None and out.caption_states is not None and self.config.caption_weight:
             caption = batch["caption"]
-            targets = caption[:, 1:].masked_fill(caption[:, 1:] == self.model.text.pad_id, IGNORE)
+            targets = caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
             total, count = caption_loss(out.caption_states, targets, captioner.head, self.config.caption_chunk)
             caption_mean = mean_over_ranks(total, count)
             loss = loss + self.config.caption_weight * caption_mean

@@ -34,6 +34,8 @@ class TrainState:
     """Samples seen, over all phases."""
     phase: int = 0
     phase_step: int = 0
+    began_with: str | None = None
+    """SHA-256 of the weights that the run began with (`train.init_from`)."""
     skipped: int = 0
     """Broken samples that were replaced."""
     best: float | None = None
@@ -130,6 +132,10 @@ def _verified(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        return Checkpoint(path, TrainState(**json.loads((path / "state.json").read_text())))
+        state = TrainState(**json.loads((path / "state.json").read_text()))
+        for name in ("seed", "step", "samples", "phase", "phase_step", "skipped"):
+            if type(getattr(state, name)) is not int:
+                raise TypeError(f"{name} is {getattr(state, name)!r}, no whole number")
+        return Checkpoint(path, state)
     except TypeError as error:
         raise ValueError(f"state.json was not written by this program: {error}") from None

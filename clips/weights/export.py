@@ -2,21 +2,20 @@
 
 `export/native`     config.json (the whole RunConfig), model.safetensors, tokenizer/: everything, the captioner too.
 `export/open_clip`  `open_clip.create_model_and_transforms("local-dir:…")`, stock open_clip ≥ 3.3: both towers.
-`export/hf_vit`     the image tower as transformers `ViTModel` (`CLIPVisionModel` when `vision.pre_norm`), and its
-                    image processor. Image embedding = `embedding.safetensors` applied to what the model gives.
+`export/hf_vit`     the image tower as the transformers class that computes it, its image processor and projection.
 
-Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts.
-How names and layouts correspond is in clips/weights/formats.py.
+Each has a model card, README.md (clips/weights/card.py).
+Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts. A model
+that open_clip has no classes for is exported without that format (`open_clip_lacks`).
+How names and layouts correspond is in clips/weights/open_clip.py and hf_vit.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
+from clips.common.rundir import read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
@@ -33,8 +33,12 @@ from clips.data.sources import Source, open_source
 from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
-from clips.weights.formats import logit_scale_parameter, write_hf_vit, write_open_clip
+from clips.model.vision import resample_positions
+from clips.weights.card import write_cards
+from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.load import load_model, load_native
+from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
+from clips.weights.push import check_target, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
@@ -54,12 +58,15 @@ def export_all(
     sample_texts: Sequence[str],
     *,
     image_size: int | None = None,
+    evaluations: Iterable[dict[str, Any]] = (),
+    samples: int | None = None,
 ) -> dict[str, float]:
-    """Write and check the three formats under `directory`; returns each one's largest feature difference.
+    """Write and check the formats under `directory`; returns each one's largest feature difference.
 
-    `image_size` (default: the configured one) is the resolution the exports are for; the fixed positions are
-    recomputed for it. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if any, is
-    replaced only once the new one is complete and right. Raises ExportError when a format differs.
+    `image_size` (default: the configured one) is the resolution the exports are for; fixed positions are recomputed
+    for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if
+    any, is replaced only once the new one is complete and right. `evaluations` and `samples` are for the model cards,
+    see `write_cards`. Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -67,7 +74,11 @@ def export_all(
     if sample_images.shape[2:] != (size, size):
         raise ValueError(f"sample images are {tuple(sample_images.shape[2:])}, the export is for {size} pixels")
     trained = CLIPSModel(run.model, tokenizer.pad_id)
-    trained.load_state_dict({name: value.float().cpu() for name, value in model.state_dict().items()})
+    weights = {name: value.float().cpu() for name, value in model.state_dict().items()}
+    if vision.pos_embed == "learned":
+        grid = size // vision.patch_size
+        weights["visual.pos_embed"] = resample_positions(weights["visual.pos_embed"], grid, vision.prefix_tokens)
+    trained.load_state_dict(weights)
     trained.eval()
     images, texts = sample_images.float().cpu(), list(sample_texts)
 
@@ -75,9 +86,12 @@ def export_all(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_native(trained, run, tokenizer, partial / "native")
-    write_open_clip(trained, tokenizer, partial / "open_clip")
-    write_hf_vit(trained, partial / "hf_vit")
+    if open_clip_lacks(run.model) is None:
+        write_open_clip(trained, tokenizer, partial / "open_clip")
+    write_hf_vit(trained.visual, partial / "hf_vit")
     differences = check_exports(trained, tokenizer, partial, images, texts)
+    name = directory.resolve().parent.name if directory.name == "export" else directory.name
+    write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return differences
@@ -87,32 +101,21 @@ def export_all(
 def check_exports(
     trained: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path, images: Tensor, texts: list[str]
 ) -> dict[str, float]:
-    """Load the three formats of `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
-    import open_clip
-
-    ids = tokenizer(texts, trained.config.text.context_length, trim=trained.config.text.pad_mask)
+    """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
+    ids = tokenizer.for_tower(texts, trained.config.text)
     image_features, text_features = trained.encode_image(images), trained.encode_text(ids)
-    pooled, tokens = trained.visual(images)
+    tokens = trained.visual(images)[1]
 
-    native, _, native_tokenizer = load_native(directory / "native")
-    native_ids = native_tokenizer(texts, trained.config.text.context_length, trim=False)
-    source = f"local-dir:{directory / 'open_clip'}"
-    stock = open_clip.create_model_and_transforms(source)[0].eval()
-    stock_ids = open_clip.get_tokenizer(source)(texts)
-    hf_tokens, hf_pooled = hf_features(directory / "hf_vit", images)
-
-    pairs = {
-        "native": [(native.encode_image(images), image_features), (native.encode_text(native_ids), text_features)],
-        "open_clip": [
-            (stock.encode_image(images, normalize=True), image_features),
-            (stock.encode_text(stock_ids, normalize=True), text_features),
-            (stock.logit_scale, logit_scale_parameter(trained)),
-        ],
-        "hf_vit": [
-            (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
-            (F.normalize(hf_pooled, dim=-1), F.normalize(pooled, dim=-1)),
-        ],
-    }
+    wanted = (image_features, text_features, logit_scale_parameter(trained))
+    pairs = {"native": list(zip(native_features(directory / "native", images, texts), wanted, strict=True))}
+    if (directory / "open_clip").is_dir():
+        stock = open_clip_features(directory / "open_clip", images, texts)
+        pairs["open_clip"] = list(zip(stock, wanted, strict=True))
+    hf_tokens, hf_embedding = hf_features(directory / "hf_vit", images)
+    pairs["hf_vit"] = [
+        (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
+        (F.normalize(hf_embedding, dim=-1), image_features),
+    ]
     differences = {name: max((a - b).abs().max().item() for a, b in both) for name, both in pairs.items()}
     for name, difference in differences.items():
         if not difference <= TOLERANCE:  # also when it is NaN
@@ -120,28 +123,29 @@ def check_exports(
     return differences
 
 
-def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Load `hf_vit` with stock transformers: (tokens before the final norm [B, 1 + N, D], pooled [B, D]).
+Features = tuple[Tensor, Tensor, Tensor]
+"""Of images [B, E] and texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar."""
 
-    The two correspond to what `VisionTower` returns. Raises ExportError when a tensor was not taken.
-    """
-    from transformers import CLIPVisionModel, ViTModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # "Loading weights" would break the training line
-    loaded: Any  # a pair, which transformers' annotation does not say
-    if json.loads((directory / "config.json").read_text())["model_type"] == "clip_vision_model":
-        loaded = CLIPVisionModel.from_pretrained(directory, output_loading_info=True)
-        norm = getattr(loaded[0], "vision_model", loaded[0]).post_layernorm
-    else:
-        loaded = ViTModel.from_pretrained(directory, add_pooling_layer=False, output_loading_info=True)
-        norm = loaded[0].layernorm
-    model, info = loaded
-    if left := {kind: names for kind, names in info.items() if names}:
-        raise ExportError(f"{directory}: transformers did not take the weights one to one: {left}")
-    logging.enable_progress_bar()
-    tokens = model.eval()(images, output_hidden_states=True).hidden_states[-1]
-    return tokens, norm(tokens[:, 1:].mean(dim=1))
+@torch.no_grad()
+def native_features(directory: Path, images: Tensor, texts: list[str]) -> Features:
+    """What a native export gives for `images` [B, 3, S, S] and `texts`, which it pads to the whole context."""
+    model, _, tokenizer = load_native(directory)
+    text = model.config.text
+    ids = tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
+    return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
+
+
+@torch.no_grad()
+def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tensor) -> Features:
+    """What stock open_clip gives for `images` [B, 3, S, S] and `texts`; ids for a directory without a tokenizer."""
+    import open_clip
+
+    source = f"local-dir:{directory}"
+    stock = open_clip.create_model_and_transforms(source)[0].eval()
+    ids = texts if isinstance(texts, Tensor) else open_clip.get_tokenizer(source)(texts)
+    image_features = stock.encode_image(images, normalize=True)
+    return image_features, stock.encode_text(ids, normalize=True), stock.logit_scale.detach()
 
 
 def write_native(model: CLIPSModel, run: RunConfig, tokenizer: CaptionTokenizer, directory: Path) -> None:
@@ -173,10 +177,12 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
 
 
 def export_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/export_clips.py does: a trained model in all three formats, checked on real images."""
+    """What scripts/export_clips.py does: a trained model in every format that holds it, checked on real images."""
+    if flags.push_to_hub:
+        check_target(flags.push_to_hub)
     loaded = load_model(flags.model)
     run = loaded.run
-    size = flags.image_size or math.isqrt(len(loaded.model.visual.pos_embed) - 1) * run.model.vision.patch_size
+    size = flags.image_size or loaded.model.visual.image_size
     check_image_size(size, run.model.vision.patch_size)
     if flags.data is not None:
         source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
@@ -186,12 +192,19 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / "export")
-    differences = export_all(loaded.model, run, loaded.tokenizer, out, images, texts, image_size=size)
-    kind = "CLIPVisionModel" if run.model.vision.pre_norm else "ViTModel"
+    differences = export_all(
+        loaded.model, run, loaded.tokenizer, out, images, texts,
+        image_size=size, evaluations=read_evaluations(loaded.home).values(), samples=loaded.samples,
+    )  # fmt: skip
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")
+    if reason := open_clip_lacks(run.model):
+        print(f"{out / 'open_clip'}: not written: {reason}")
     print(
-        f'\nload them with\n  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n'
-        f'  transformers.{kind}.from_pretrained("{out}/hf_vit")\n'
+        "\nload them with\n"
+        + (f'  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n' if reason is None else "")
+        + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
         f"  python scripts/evaluate_clips.py --model {out}/native"
     )
+    if flags.push_to_hub:
+        push(out / "open_clip", flags.push_to_hub)

@@ -10,12 +10,14 @@ from clips.common.errors import UserError
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.tensors import assign_weights, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
-from clips.data.tokenizer import CaptionTokenizer
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.weights import checkpoint
-from clips.weights.formats import import_open_clip
+from clips.weights.foreign import kind_of, read_transformers
+from clips.weights.open_clip import import_open_clip
 
 NATIVE_WEIGHTS = "model.safetensors"
+CLIP_VOCABULARY = 49_408
 
 
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -39,43 +41,69 @@ class LoadedModel:
     """The directory that was asked for, or found, or of the hub's cache."""
     home: Path
     """Where what is made of it belongs: `path`, for a model of the hub a directory of its name under runs/."""
+    samples: int | None = None
+    """How many training samples the weights have seen, where that is known."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
-    Official checkpoints of CLIPS and OpenVision are of open_clip's kind.
+    Official checkpoints of CLIPS and OpenVision are of open_clip's kind; a whole CLIP of transformers is read too.
     Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
     """
     if path is None:
         path = _newest_run(Path(runs))
     directory = resolve(str(path), "model", (*OPEN_CLIP_WEIGHTS, NATIVE_WEIGHTS))
     is_here = directory == Path(path).expanduser()
-    return LoadedModel(
-        *_load(directory), path=directory, home=directory if is_here else Path(runs) / str(path).replace("/", "--")
-    )
+    home = directory if is_here else Path(runs) / str(path).replace("/", "--")
+    model, run, tokenizer, samples = _load(directory)
+    return LoadedModel(model, run, tokenizer, path=directory, home=home, samples=samples)
 
 
-def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer, int | None]:
     if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         model, tokenizer = import_open_clip(path)
-        return model, _imported_run(model.config), tokenizer
+        return model, _imported_run(model.config, tokenizer), tokenizer, None
+    if kind_of(path) is not None:
+        return *_load_clip(path), None
     for directory in (path, path / "native", path / "export" / "native"):
         if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
             if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
                 break
-            return load_native(directory)
+            return *load_native(directory), None
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
         run = RunConfig.load(path / "config.json")
         tokenizer = CaptionTokenizer.load(path / "tokenizer")
         model = CLIPSModel(run.model, tokenizer.pad_id)
         assign_weights(model, found.weights(), found.path)
         model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-        return model.eval(), run, tokenizer
+        return model.eval(), run, tokenizer, found.state.samples
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
-        "(config.json, model.safetensors) or an open_clip one (open_clip_config.json)"
+        "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"
     )
+
+
+def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
+    """A whole CLIP of transformers; UserError where there is no text tower."""
+    foreign = read_transformers(directory) if kind_of(directory) == "transformers" else None
+    if foreign is None or foreign.text is None or foreign.embed_dim is None:
+        raise UserError(
+            f"{directory} holds an image tower alone, and this needs a text tower that fits it: train one with "
+            f"`python scripts/pretrain_clips.py --init-from {directory}`"
+        )
+    tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
+    config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
+    model = CLIPSModel(config, tokenizer.pad_id)
+    assign_weights(model, foreign.tensors, directory)
+    return model.eval(), _imported_run(config, tokenizer), tokenizer
+
+
+def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
+    """The tokenizer of a transformers CLIP in `directory`; CLIP's own where there is none and as many ids."""
+    if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
+        return build_tokenizer("clip")
+    return CaptionTokenizer.load(directory)
 
 
 def _newest_run(runs: Path) -> Path:
@@ -90,12 +118,12 @@ def _time(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _imported_run(model: ModelConfig) -> RunConfig:
+def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
     """What a model that was trained elsewhere lets us say of its run."""
     return RunConfig(
         recipe="imported",
         model=model,
-        captions=CaptionsConfig(),
+        captions=CaptionsConfig(tokenizer="clip" if tokenizer.is_clip else "bert"),
         task=TaskConfig(caption_weight=0.0),
         data=DataConfig(),
         optim=OptimConfig(),

@@ -6,7 +6,6 @@ so a machine that is slower for a while slows both sides of a pair.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.files import write_json
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.encoders.registry import image_pixels
@@ -93,7 +93,7 @@ def benchmark_chat(
     _print(result)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(out), result)
         print(f"wrote {out}\nNext: python scripts/chat.py --stats", file=sys.stderr)
     return result
 

@@ -39,6 +39,9 @@ class Limits:
     inputs: int = _limit(128, "inputs of one embeddings request")
     new_tokens: int = _limit(1024, "tokens of one answer")
     waiting: int = _limit(32, "requests that wait while another one is answered; more are refused")
+    per_client: int = _limit(24, "requests of one client's address at a time, those still arriving included")
+    body_seconds: float = _limit(20.0, "seconds that a request's body may take to arrive, and one more per 100 kB")
+    upload_bytes: int = _limit(2**30, "bytes of all pictures that visitors have uploaded to the page")
     seconds: float = _limit(120.0, "seconds that one answer may take before it is cut off")
     fetch_seconds: float = _limit(10.0, "seconds that fetching one picture may take")
 
@@ -60,6 +63,17 @@ def add_limit_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             _flag(field.name), type=type(field.default), default=field.default, help=field.metadata["help"]
         )
+
+
+def add_host_flag(parser: argparse._ActionsContainer) -> None:
+    """--allowed-hosts, of mllm/chat/hosts.py."""
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names that browsers may reach this by beside addresses, localhost and this machine's own; *: any",
+    )
 
 
 def limits_from_flags(flags: argparse.Namespace) -> Limits:

@@ -24,6 +24,7 @@ from mllm.chat.prefix_cache import PrefixCache
 from mllm.chat.stream import AnswerStreamer, StopWhenDone
 from mllm.chat.transcript import Turn, count_images, save_transcript, turn_text
 from mllm.encoders.registry import image_pixels
+from mllm.model.defaults import COLDEST
 
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 _CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # transformers renamed the argument
@@ -198,7 +199,7 @@ class ChatSession:
         encoder, context = self.model.encoder, self.model.context_length
         room = sampling.max_new_tokens if context is None else context - prompt_tokens
         pad = self.model.processor.tokenizer.pad_token_id
-        greedy = sampling.temperature == 0
+        greedy = sampling.temperature < COLDEST
         drawn = {} if greedy else {"temperature": float(sampling.temperature), "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
             do_sample=not greedy,

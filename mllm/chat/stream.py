@@ -76,7 +76,8 @@ class AnswerStreamer(BaseStreamer):
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest end of `text` with which a stop text starts."""
-        lengths = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        ends = ((stop, n) for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)))
+        lengths = (n for stop, n in ends if text.endswith(stop[:n]))
         return max(lengths, default=0)
 
     def stats(self, prompt_tokens: int, cached_tokens: int, start: float, stop_ids: Sequence[int]) -> Stats:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from clips import MAX_BYTES, MAX_PIXELS, BrokenSample
 from clips.common.errors import Stopped, UserError
+from clips.common.escape import visible_pieces
 from clips.common.paths import cache_root
 from mllm.chat.limits import Limits, fetch_image, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
@@ -35,8 +36,6 @@ from mllm.model.load import newest_model
 OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
 """For pictures that the person at the keyboard names."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""A model may write escape sequences; a terminal must not carry them out."""
 
 
 def load_image(place: str) -> Image:
@@ -132,8 +131,8 @@ class Talk:
         """Print an answer as it comes; Ctrl-C ends it."""
         try:
             with closing(answer):
-                for piece in answer:
-                    print(piece.translate(_CONTROL), end="", flush=True)
+                for piece in visible_pieces(answer):  # a model may write escape sequences
+                    print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
@@ -317,8 +316,8 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         return
     answer = session.ask(flags.prompt, images, sampling)
     try:
-        for piece in answer:
-            print(piece.translate(_CONTROL) if sys.stdout.isatty() else piece, end="", flush=True)
+        for piece in visible_pieces(answer) if sys.stdout.isatty() else answer:
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         raise Stopped("stopped", exit_code=130) from None
     finally:
@@ -335,4 +334,10 @@ def _web(flags: argparse.Namespace, options: dict[str, Any]) -> None:
     names = [flags.model_path, *(flags.compare_with or ())]
     if flags.compare_with and not flags.model_path:
         names[0] = str(newest_model())
-    launch([name for name in names if name], host=flags.host, port=flags.port, **options)
+    launch(
+        [name for name in names if name],
+        host=flags.host,
+        port=flags.port,
+        allowed_hosts=flags.allowed_hosts,
+        **options,
+    )

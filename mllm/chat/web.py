@@ -24,11 +24,13 @@ from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clips import CLIPS, CONCEPTS
 from clips.common.errors import UserError
 from mllm.chat import web_talk
+from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.patch_map import overlay, patch_map, zero_shot
@@ -242,7 +244,30 @@ def build(
     return page.queue(max_size=limits.waiting)
 
 
-class _ContentPolicy:
+class UploadLimit:
+    """Refuses an upload that does not say its size, and one that the folder of uploads has no room for."""
+
+    def __init__(self, app: ASGIApp, *, folder: Path, limit: int) -> None:
+        self.app, self.folder, self.limit, self.arriving = app, folder, limit, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith("/upload"):
+            return await self.app(scope, receive, send)
+        size = dict(scope["headers"]).get(b"content-length", b"")
+        if not size.isdigit():
+            return await PlainTextResponse("say the upload's size (Content-Length)\n", 411)(scope, receive, send)
+        self.arriving += int(size)
+        try:
+            used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+            if used + self.arriving > self.limit:
+                message = f"this page holds {self.limit:,} bytes of uploads at most: try again in an hour\n"
+                return await PlainTextResponse(message, 413)(scope, receive, send)
+            await self.app(scope, receive, send)
+        finally:
+            self.arriving -= int(size)
+
+
+class ContentPolicy:
     """Adds CONTENT_POLICY to every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -268,6 +293,7 @@ def launch(
     bits: int = 16,
     conv_mode: str = "auto",
     limits: Limits = Limits(),  # noqa: B008 - frozen
+    allowed_hosts: Sequence[str] = (),
     runs: Path | str = "runs",
     data: Path | str = "data/llava_demo",
     block: bool = True,
@@ -291,7 +317,11 @@ def launch(
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
             pwa=False, mcp_server=False, run_history=False, footer_links=[], max_file_size=limits.image_bytes,
-            theme=THEME, css=CSS, app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
+            theme=THEME, css=CSS, app_kwargs={"middleware": [
+                Middleware(ContentPolicy),
+                Middleware(HostMiddleware, allowed=allowed_hosts),
+                Middleware(UploadLimit, folder=Path(folder.name), limit=limits.upload_bytes),
+            ]},
         )  # fmt: skip
     except OSError:
         raise UserError(f"port {port} of {host} cannot be used: another program has it; choose one by --port") from None

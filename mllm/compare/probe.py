@@ -5,13 +5,16 @@ In percent, as in clips/.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from clips import PROBE_SAMPLES, BrokenSample, DataConfig, ImageSet, decode_image, open_test_set, probe_images
+from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
+from clips.common.rundir import read_evaluations
 from mllm.compare.cells import Cell, cells_of, vision_fingerprint
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, is_demo
@@ -34,20 +37,24 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
         figures: dict[str, dict[str, Any]] = {}
         run = cell.pretraining_run
-        for path in sorted(run.glob("evaluation*.json")) if run else []:
-            found = read_json(path)
-            if path.stem == "evaluation":
+        for name, found in read_evaluations(run).items() if run else ():
+            if name == "evaluation":
                 figures |= found["figures"]
             else:
                 other = {"test_set": found["test_set"]}
-                figures |= {f"{found['test_set']}: {name}": f | other for name, f in found["figures"].items()}
+                figures |= {f"{found['test_set']}: {figure}": f | other for figure, f in found["figures"].items()}
         if on_demo:
             path = comparison.output / "probes" / f"{vision_fingerprint(cell)[:32]}.json"
             if not path.is_file():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
                 figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
+                if figure is None:
+                    raise UserError(
+                        "the labelled scenes of the demo that can be read are of fewer than two classes, which leaves "
+                        "a linear probe nothing to separate: build the demo data again"
+                    )
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, vars(figure))
+                write_json(path, asdict(figure))
             figures[PROBE] = read_json(path)
         measured[cell] = figures
     return measured

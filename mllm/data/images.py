@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image
 
-from clips import BrokenSample, decode_image, read_members
+from clips import MAX_BYTES, BrokenSample, decode_image, read_members
 from clips.common.errors import UserError
+from clips.common.files import read_regular
 from clips.common.paths import inside
 
 log = logging.getLogger("mllm.data")
@@ -70,7 +71,7 @@ class ImageStore:
         """The encoded picture; BrokenSample where there is none."""
         place = self._place(name)
         if isinstance(place, str):
-            return Path(place).read_bytes()
+            return read_regular(place, MAX_BYTES + 1)
         if self._file is None or self._file[0] != os.getpid():  # a forked worker must not share the file position
             self._file = (os.getpid(), open(self.location, "rb"))  # noqa: SIM115 - lives as long as the store
         offset, size = place

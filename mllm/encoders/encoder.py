@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from transformers import (
     SiglipVisionModel,
     ViTModel,
 )
+
+from clips.common.tensors import hash_weights
 
 SelectFeature = Literal["default", "full"]
 AspectRatio = Literal["square", "pad"]
@@ -115,12 +116,8 @@ class VisionEncoder:
         return self._hash_of_weights().hexdigest()
 
     def _hash_of_weights(self) -> Any:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if not name.startswith(UNUSED):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest
+        tensors = self.model.state_dict()
+        return hash_weights({name: tensors[name] for name in tensors if not name.startswith(UNUSED)})
 
     def describe(self) -> str:
         """One line for plans and model cards."""

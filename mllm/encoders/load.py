@@ -16,15 +16,32 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionModel,
     PreTrainedModel,
+    SiglipVisionModel,
     ViTModel,
 )
 
-from clips import LAYER_NORM_EPS, init_weights, newest_export, read_open_clip_config, sincos_positions
+from clips import (
+    CLIPS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NotPlain,
+    init_weights,
+    newest_export,
+    read_open_clip_config,
+    sincos_positions,
+)
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
-from mllm.encoders.plain_vit import NotPlain, PlainViT, check_equal, read_open_clip, read_timm, to_transformers
+from mllm.encoders.plain_vit import (
+    PlainViT,
+    check_equal,
+    read_clips,
+    read_open_clip,
+    read_timm,
+    to_transformers,
+)
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Names of interpolations → PIL's numbers, which image processors are saved with."""
@@ -151,22 +168,38 @@ def _load_export(directory: Path) -> LoadedVision:
     """A run, an export, or a model directory in transformers' or open_clip's format."""
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
         if (place / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
-            return _load_open_clip(f"local-dir:{place}", eps=LAYER_NORM_EPS if _is_clips(place) else None)
+            return _load_open_clip(f"local-dir:{place}", eps=_eps(place))
         if (place / "config.json").is_file() and (place / "preprocessor_config.json").is_file():
             return _load_transformers(place)
+    if (directory / "native").is_dir() or (directory / "tokenizer").is_dir():
+        return _load_native(directory)
     raise UserError(
         f"{directory} holds no encoder: expected export/hf_vit, hf_vit, a transformers model (config.json and "
-        "preprocessor_config.json) or an open_clip model (open_clip_config.json)"
+        "preprocessor_config.json), an open_clip model (open_clip_config.json) or a native export (config.json and "
+        "tokenizer/)"
     )
 
 
-def _is_clips(directory: Path) -> bool:
-    """Whether the open_clip model there is one of CLIPS, whose eps some of its files leave out."""
+def _load_native(directory: Path) -> LoadedVision:
+    tower = CLIPS.from_pretrained(directory, device="cpu").model.visual
+    model = _mapped(f"clips:{directory}", read_clips, tower, tower.blocks)
+    size = {"height": tower.image_size, "width": tower.image_size}
+    processor = _image_processor(
+        size=size,
+        crop=tower.image_size,
+        resample=RESAMPLE["bilinear"],
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+    return model, processor, str(directory)
+
+
+def _eps(directory: Path) -> float | None:
+    """The LayerNorms' eps of the open_clip model there, which files of CLIPS may leave out; None: as its file says."""
     try:
-        read_open_clip_config(directory)
-    except UserError:
-        return False
-    return True
+        return read_open_clip_config(directory).vision.norm_eps
+    except UserError:  # a model that is no plain CLIP
+        return None
 
 
 def _load_transformers(directory: Path) -> LoadedVision:
@@ -253,13 +286,13 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
 
     `blind`: the patch projection is zero besides, so the tokens hold positions and nothing of the image.
     """
-    if not isinstance(model, (ViTModel, CLIPVisionModel)):
+    if not isinstance(model, (ViTModel, CLIPVisionModel, SiglipVisionModel)):
         raise UserError(f"random and blind take the architecture of a CLIPS export, not of a {type(model).__name__}")
-    is_clip = isinstance(model, CLIPVisionModel)
+    is_vit = isinstance(model, ViTModel)
     embeddings: Any = getattr(model, "vision_model", model).embeddings  # a level that transformers removed in 5.x
-    patch = embeddings.patch_embedding if is_clip else embeddings.patch_embeddings.projection
-    positions = embeddings.position_embedding.weight if is_clip else embeddings.position_embeddings[0]
-    cls_token = embeddings.class_embedding if is_clip else embeddings.cls_token
+    patch = embeddings.patch_embeddings.projection if is_vit else embeddings.patch_embedding
+    positions = embeddings.position_embeddings[0] if is_vit else embeddings.position_embedding.weight
+    prefix_tokens = KINDS[model.config.model_type].prefix_tokens(model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         init_weights(model)
@@ -270,6 +303,7 @@ def reinitialise(model: PreTrainedModel, seed: int, *, blind: bool = False) -> N
         nn.init.normal_(patch.weight, std=0.0 if blind else patch.weight[0].numel() ** -0.5)
     if patch.bias is not None:
         nn.init.zeros_(patch.bias)
-    nn.init.zeros_(cls_token)
-    grid = int((len(positions) - 1) ** 0.5)
-    positions.copy_(sincos_positions(positions.shape[1], grid))
+    if prefix_tokens:
+        nn.init.zeros_(embeddings.cls_token if is_vit else embeddings.class_embedding)
+    grid = int((len(positions) - prefix_tokens) ** 0.5)
+    positions.copy_(sincos_positions(positions.shape[1], grid)[1 - prefix_tokens :])

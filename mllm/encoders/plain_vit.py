@@ -1,4 +1,4 @@
-"""Vision transformers of open_clip and timm as stock transformers models, where the mapping is exact.
+"""Vision transformers of this project, open_clip and timm as stock transformers models, where the mapping is exact.
 
 A reader takes a foreign model apart into a `PlainViT`; one writer puts that into the transformers class that computes
 the same: `ViTModel` (no LayerNorm before the blocks), `CLIPVisionModel` (with one) or `SiglipVisionModel` (no CLS).
@@ -25,17 +25,13 @@ from transformers import (
     ViTModel,
 )
 
-from clips import CLIP_VISION_BLOCK, VIT_BLOCK
+from clips import CLIP_VISION_BLOCK, VIT_BLOCK, NotPlain, module_activation, timm_vision_config
 from clips.common.errors import UserError
 
 TOLERANCE = 1e-3
 """Largest difference of a token, relative to the tokens' largest value, between a mapped model and its original."""
-
-
-class NotPlain(Exception):
-    """Why a model is not a plain ViT that a stock class can hold."""
-
-
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+"""This project's name of an activation → transformers'."""
 Linear = tuple[Tensor, Tensor]
 """Weight and bias."""
 
@@ -52,12 +48,35 @@ class PlainViT:
     """[N, W], or [1 + N, W] when there is a CLS"""
     pre_norm: Linear | None
     blocks: list[dict[str, Linear]]
-    """One dict per block; its keys are those of `clips.formats.VIT_BLOCK`."""
+    """One dict per block; its keys are those of `clips.VIT_BLOCK`."""
     norm: Linear
     heads: int
     activation: str
     eps: float
     image_size: int
+
+
+def read_clips(tower: Any) -> PlainViT:
+    """Take this project's own image tower apart."""
+    blocks = []
+    for block in tower.blocks:
+        q, k, v = zip(block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
+        parts = {"norm1": block.norm1, "norm2": block.norm2, "attn.proj": block.attn.proj}
+        parts |= {"mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2}
+        blocks.append({"attn.q": q, "attn.k": k, "attn.v": v} | {name: _pair(part) for name, part in parts.items()})
+    config = tower.config
+    return PlainViT(
+        patch=_pair(tower.patch_embed),
+        cls=tower.cls_token,
+        positions=tower.positions(),
+        pre_norm=_pair(tower.pre_norm) if config.pre_norm else None,
+        blocks=blocks,
+        norm=_pair(tower.norm),
+        heads=config.heads,
+        activation=ACTIVATIONS[config.activation],
+        eps=config.norm_eps,
+        image_size=tower.image_size,
+    )
 
 
 def read_open_clip(visual: Any) -> PlainViT:
@@ -93,7 +112,7 @@ def read_open_clip(visual: Any) -> PlainViT:
         blocks=blocks,
         norm=_pair(visual.ln_post) if len(visual.ln_post.weight) == width else (torch.ones(width), torch.zeros(width)),
         heads=first.attn.num_heads,
-        activation=_activation(first.mlp.gelu),
+        activation=ACTIVATIONS[module_activation(first.mlp.gelu)],
         eps=first.ln_1.eps,
         image_size=_square(visual.image_size),
     )
@@ -101,19 +120,9 @@ def read_open_clip(visual: Any) -> PlainViT:
 
 def read_timm(model: Any) -> PlainViT:
     """Take timm's `VisionTransformer` apart; raises NotPlain where it is more than a plain ViT."""
-    kind = type(model).__name__
-    _require(kind == "VisionTransformer", f"it is a {kind}, not a plain VisionTransformer")
-    _require(model.reg_token is None, "it has register tokens")
-    _require(model.pos_embed is not None, "it has no absolute position embedding")
-    _require(isinstance(model.patch_drop, nn.Identity), "it drops patches")
-    _require(isinstance(model.patch_embed.norm, nn.Identity), "it has a LayerNorm in its patch embedding")
+    vision = timm_vision_config(model)
     blocks = []
     for block in model.blocks:
-        parts = [type(part).__name__ for part in (block, block.attn, block.mlp)]
-        _require(parts == ["Block", "Attention", "Mlp"], f"its blocks are made of {', '.join(parts)}")
-        extra = [block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm]
-        _require(all(isinstance(part, nn.Identity) for part in extra), "it normalises inside attention or MLP")
-        _require(getattr(block.attn, "gate", None) is None, "its attention is gated")
         weight, bias = _pair(block.attn.qkv)
         q, k, v = zip(weight.chunk(3), bias.chunk(3), strict=True)
         blocks.append(
@@ -128,7 +137,6 @@ def read_timm(model: Any) -> PlainViT:
                 "mlp.fc2": _scaled(block.mlp.fc2, block.ls2),
             }
         )
-    first = model.blocks[0]
     cls = None if model.cls_token is None else model.cls_token[0, 0]
     positions = model.pos_embed[0]
     if cls is not None and model.no_embed_class:
@@ -142,10 +150,10 @@ def read_timm(model: Any) -> PlainViT:
         pre_norm=None if isinstance(model.norm_pre, nn.Identity) else _pair(model.norm_pre),
         blocks=blocks,
         norm=_pair(final) if isinstance(final, nn.LayerNorm) else (torch.ones(width), torch.zeros(width)),
-        heads=first.attn.num_heads,
-        activation=_activation(first.mlp.act),
-        eps=first.norm1.eps,
-        image_size=_square(model.patch_embed.img_size),
+        heads=vision.heads,
+        activation=ACTIVATIONS[vision.activation],
+        eps=vision.norm_eps,
+        image_size=vision.image_size,
     )
 
 
@@ -246,15 +254,6 @@ def _scaled(module: nn.Linear, scale: Any) -> Linear:
     if isinstance(scale, nn.Identity):
         return weight, bias
     return weight * scale.gamma[:, None], bias * scale.gamma
-
-
-def _activation(module: nn.Module) -> str:
-    name = type(module).__name__
-    if name in ("GELU", "GELUTanh"):
-        tanh = name == "GELUTanh" or getattr(module, "approximate", "none") == "tanh"
-        return "gelu_pytorch_tanh" if tanh else "gelu"
-    _require(name == "QuickGELU", f"its activation is {name}")
-    return "quick_gelu"
 
 
 def _square(size: int | tuple[int, int]) -> int:

@@ -6,7 +6,6 @@ Also answers a user's own questions in LLaVA's `question.jsonl` format and write
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.files import write_json
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
 from mllm.data.conversation import answering_encoder
@@ -31,6 +31,7 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.scores import answer_line, score
+from mllm.model.defaults import COLDEST
 from mllm.model.load import load_llava, model_name, newest_model
 
 PROGRESS = "progress.json"
@@ -73,7 +74,7 @@ def generate_answers(
         if question.image and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
-    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature else {}
+    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature >= COLDEST else {}
     settings = GenerationConfig(
         do_sample=bool(drawn),
         max_new_tokens=max_new_tokens,
@@ -195,7 +196,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         console.print(table)
     if figures:
         figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
-        (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(out / "figures.json", figures)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
+from markupsafe import Markup
 from torch import nn
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from clips.common.errors import UserError
-from clips.common.escape import LONGEST, for_markdown
+from clips.common.escape import clip
 from clips.common.files import write_json
+from clips.common.page import Table, render
 from clips.common.stock import progress_bars
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llm import LanguageModel
-from mllm.model.load import FACTS
+from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
 
 
@@ -118,12 +121,13 @@ def save_model(
     *,
     vision: VisionEncoder,
     card: Mapping[str, str],
+    base_model: str | None = None,
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
     The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
-    ("Vision encoder" → …, "Stage 1 data" → …); for programs, FACTS holds what `vision` is. Under ZeRO-3 call it inside
-    `mllm.training.zero.whole`.
+    ("Vision encoder" → …, "Stage 1 data" → …), `base_model` the hub id of the language model that was trained on, where
+    it has one; for programs, FACTS holds what `vision` is. Under ZeRO-3 call it inside `mllm.training.zero.whole`.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -136,37 +140,30 @@ def save_model(
     # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
     save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
     write_json(partial / FACTS, {"vision_encoder": vision.facts})
-    (partial / "README.md").write_text(model_card(model, directory.name, card), encoding="utf-8")
+    (partial / "README.md").write_text(
+        model_card(model, model_name(str(directory)), card, base_model), encoding="utf-8"
+    )
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 
 
-def model_card(model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str]) -> str:
+def model_card(
+    model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str], base_model: str | None = None
+) -> str:
     """Markdown with the hub's header: what was trained on what, and how to load it."""
     config: Any = model.config
-    rows = "\n".join(f"| {key} | {for_markdown(str(value), LONGEST)} |" for key, value in card.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava, clips-mllm]
----
-# {for_markdown(name)}
-
-A LLaVA-style model: `{config.vision_config.model_type}` vision encoder, `{config.text_config.model_type}` language
-model, {config.image_seq_length} tokens per image. It was trained with CLIPS-MLLM and loads without it.
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import pipeline
-
-chat = pipeline("image-text-to-text", model="path/of/this/directory")
-messages = [{{"role": "user", "content": [
-    {{"type": "image", "url": "picture.png"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
-print(chat(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
-```
-
-`mm_projector.bin` holds the projector under LLaVA's names.
-"""
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base_model,
+        tags=["llava", "clips-mllm"],
+    )
+    return render(
+        "mllm.model", "card.md.j2",
+        header=Markup(header.to_yaml()),
+        name=name,
+        vision=config.vision_config.model_type,
+        language=config.text_config.model_type,
+        tokens=config.image_seq_length,
+        facts=Table(("", ""), [(key, clip(value)) for key, value in card.items()]),
+    )  # fmt: skip

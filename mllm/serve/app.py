@@ -6,9 +6,9 @@ limits and no key, and `/load_model` loads whatever a client wants; the seed is 
 its turn; its queue has no end, and an answer that is not streamed goes on when its client has left; its errors are not
 OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
 
-Life of a request: middleware (key, places) → body within its limit → form checked → pictures fetched → its turn in
-the queue → pictures decoded, answer generated. Pictures are decoded only then: those of one request at
-a time fill the memory.
+Life of a request: middleware (host, key, what a client may hold) → body within its limits → a place → form checked →
+pictures fetched → its turn in the queue → pictures decoded, answer generated. Pictures are decoded only then: those of
+one request at a time fill the memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import anyio
 import numpy as np
 import torch
 import uvicorn
@@ -37,10 +36,12 @@ from starlette.exceptions import HTTPException
 
 from clips import CLIPS, newest_export
 from clips.common.errors import Stopped, UserError
+from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import Limits, limits_from_flags, read_image
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
-from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, read_body, unless_gone
+from mllm.serve.connections import BoundedConnection
+from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, placed_body, unless_gone
 from mllm.serve.schemas import (
     ApiError,
     ChatForm,
@@ -67,12 +68,18 @@ def create_app(
     *,
     api_key: str | None = None,
     allow_image_urls: bool = False,
+    allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The server as an ASGI app. `encoder` may be the reason why there is none."""
     app = FastAPI(title="CLIPS-MLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     queue, started = RequestQueue(limits.seconds), int(time.time())
     metrics = Metrics(lambda: queue.busy)
     app.add_middleware(AuthMiddleware, limits=limits, api_key=api_key, metrics=metrics)
+    app.add_middleware(
+        HostMiddleware,
+        allowed=allowed_hosts,
+        refuse=lambda status, message: error_response(ApiError(status, message, code="host_not_allowed")),
+    )
     names = [chat.name] if isinstance(encoder, str) else [chat.name, ENCODER]
     models = {name: {"id": name, "object": "model", "created": started, "owned_by": "clips-mllm"} for name in names}
 
@@ -93,14 +100,7 @@ def create_app(
         # A web page can post any other type to a server on its reader's machine without asking that server first.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as Content-Type: application/json")
-        body = None
-        with anyio.move_on_after(limits.seconds) as time_limit:
-            body = await read_body(request, limits.body_bytes, 4 * limits.body_bytes)
-        if time_limit.cancelled_caught:
-            raise ApiError(408, f"the body did not arrive within {limits.seconds:g} s")
-        if body is None:
-            raise ApiError(413, f"the body is above this server's limit of {limits.body_bytes:,} bytes")
-        return body
+        return await placed_body(request, limits)
 
     def check_model(name: str, served: str) -> None:
         if name != served:
@@ -287,14 +287,26 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
     with bind_port(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
         chat = ChatModel.load(flags.model_path, **model_options(flags))
         encoder = _find_encoder(flags)
-        app = create_app(chat, encoder, limits, api_key=api_key, allow_image_urls=flags.allow_image_urls)
-        config = uvicorn.Config(app, lifespan="off", server_header=False, timeout_graceful_shutdown=GRACE_SECONDS)
+        app = create_app(
+            chat,
+            encoder,
+            limits,
+            api_key=api_key,
+            allow_image_urls=flags.allow_image_urls,
+            allowed_hosts=flags.allowed_hosts,
+        )
+        config = server_config(app, timeout_graceful_shutdown=GRACE_SECONDS)
         host, port = bound.getsockname()[:2]
         print(_greeting(chat, encoder, limits, host, port, api_key, flags.allow_image_urls), flush=True)
         try:
             uvicorn.Server(config).run(sockets=[bound])
         except KeyboardInterrupt:
             raise Stopped("stopped by Ctrl-C", exit_code=130) from None
+
+
+def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(app, http=BoundedConnection, ws="none", lifespan="off", server_header=False, **options)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

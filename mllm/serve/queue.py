@@ -1,15 +1,20 @@
-"""What stands between the server's routes and the one model behind them: key, places, queue, and their metrics."""
+"""What stands between the server's routes and the one model behind them: key, places, queue, and their metrics.
+
+A place in the queue is taken when the body is there, so a client that sends slowly holds up nobody. What it may hold
+meanwhile is bounded by client: requests, and bytes (one body's limit).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,6 +25,10 @@ from mllm.serve.schemas import ApiError
 
 ROUTES = ("/v1/models", "/v1/chat/completions", "/v1/embeddings", "/health", "/metrics")
 """Names of routes in the metrics; whatever else is asked for is "other"."""
+SLOWEST = 100_000
+"""Bytes per second that a body must come at, after a first `Limits.body_seconds`."""
+DROPPED = 4
+"""How much of a body that is too long is read and forgotten, in limits of one."""
 T = TypeVar("T")
 
 
@@ -108,20 +117,31 @@ class Metrics:
         running.set_function(lambda: float(busy()))
         waiting = Gauge("clips_requests_waiting", "Requests in the queue", registry=self.registry)
         waiting.set_function(lambda: float(max(0, self.open - busy())))
+        self.posts = Gauge(
+            "clips_requests_open", "POST requests, those still arriving included", registry=self.registry
+        )
 
 
 class AuthMiddleware:
-    """ASGI middleware around everything: the key, a place in the queue before the body is read, metrics."""
+    """ASGI middleware around everything: the key, what one client may hold at a time, metrics."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits, api_key: str | None, metrics: Metrics) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
         self.authorization = f"Bearer {api_key}".encode() if api_key else None
+        self.clients: dict[str, Client] = {}
+        """Those that have a POST request open."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         route = scope["path"] if scope["path"] in ROUTES else "other"
-        begin, status, placed = time.perf_counter(), 500, False
+        begin, status = time.perf_counter(), 500
+        address = (scope["client"] or ("unknown", 0))[0]
+        client = self.clients.setdefault(address, Client())
+        is_post = scope["method"] == "POST"
+        client.requests += is_post
+        self.metrics.posts.inc(is_post)
+        scope["visit"] = visit = Visit(client, self.limits, self.metrics)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -129,19 +149,21 @@ class AuthMiddleware:
             await send(message)
 
         try:
-            if refusal := self._refusal(scope):
-                with anyio.move_on_after(self.limits.seconds):  # a body that nobody reads would cut the answer off
-                    await read_body(Request(scope, receive), 0, self.limits.body_bytes)
+            if refusal := self._refusal(scope, client):
+                with contextlib.suppress(ApiError):  # slow; but an unread body would cut the answer off
+                    await read_body(Request(scope, receive), visit, keep=0)
                 return await error_response(refusal)(scope, receive, watched)
-            placed = scope["method"] == "POST"
-            self.metrics.open += placed
             await self.app(scope, receive, watched)
         finally:
-            self.metrics.open -= placed
+            visit.end()
+            client.requests -= is_post
+            self.metrics.posts.dec(is_post)
+            if not client.requests:
+                self.clients.pop(address, None)
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _refusal(self, scope: Scope, client: Client) -> ApiError | None:
         given = dict(scope["headers"]).get(b"authorization", b"")
         if (
             self.authorization is not None
@@ -150,26 +172,103 @@ class AuthMiddleware:
         ):
             message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if scope["method"] == "POST" and self.metrics.open > self.limits.waiting:
-            message = f"{self.metrics.open} requests are being answered or waiting: try again later"
-            return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
+        if scope["method"] != "POST":
+            return None
+        if client.requests > self.limits.per_client:
+            message = f"{self.limits.per_client} requests of this address are open: try again later"
+            return ApiError(429, message, code="too_many_requests", headers={"Retry-After": "2"})
+        return _no_place(self.metrics, self.limits)
+
+
+@dataclass
+class Client:
+    """What one address holds."""
+
+    requests: int = 0
+    body_bytes: int = 0
+    """Of bodies that are not whole yet."""
+
+
+@dataclass
+class Visit:
+    """One request's share in what is limited."""
+
+    client: Client
+    limits: Limits
+    metrics: Metrics
+    body_bytes: int = 0
+    placed: bool = False
+
+    def receive(self, size: int) -> None:
+        """`size` more bytes are held; ApiError 429 where this client's bodies together are above the limit of one."""
+        self.body_bytes += size
+        self.client.body_bytes += size
+        if self.client.body_bytes > self.limits.body_bytes:
+            message = f"the bodies that this address sends at once are above {self.limits.body_bytes:,} bytes"
+            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "2"})
+
+    def forget(self) -> None:
+        """The body is whole, or dropped."""
+        self.client.body_bytes -= self.body_bytes
+        self.body_bytes = 0
+
+    def take_place(self) -> None:
+        """ApiError 429 where all are taken."""
+        if refusal := _no_place(self.metrics, self.limits):
+            raise refusal
+        self.placed = True
+        self.metrics.open += 1
+
+    def end(self) -> None:
+        self.forget()
+        self.metrics.open -= self.placed
+
+
+def _no_place(metrics: Metrics, limits: Limits) -> ApiError | None:
+    if metrics.open <= limits.waiting:
         return None
+    message = f"{metrics.open} requests are being answered or waiting: try again later"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
 
 
-async def read_body(request: Request, keep: int, drop: int) -> bytes | None:
-    """The body, None when it is longer than `keep` bytes.
+async def placed_body(request: Request, limits: Limits) -> bytes:
+    """The whole body, with a place in the queue from then on; ApiError 408, 413 or 429."""
+    visit: Visit = request.scope["visit"]
+    body = await read_body(request, visit, keep=limits.body_bytes)
+    if body is None:
+        raise ApiError(413, f"the body is above this server's limit of {limits.body_bytes:,} bytes")
+    visit.take_place()
+    return body
 
-    Of a longer one up to `drop` bytes more are read and forgotten, for only then does a client see the answer.
+
+async def read_body(request: Request, visit: Visit, *, keep: int) -> bytes | None:
+    """The body, None when it is longer than `keep` bytes; ApiError 408 when it comes too slowly.
+
+    Of a longer one some more are read and forgotten, for only then does a client see the answer.
     """
+    limits, begin = visit.limits, time.monotonic()
     chunks, size = [], 0
-    async for chunk in request.stream():
+    stream = request.stream()
+    while True:
+        left = begin + limits.body_seconds + size / SLOWEST - time.monotonic()
+        try:
+            chunk = await asyncio.wait_for(anext(stream), max(left, 0))
+        except StopAsyncIteration:
+            break
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408, f"the body came too slowly: {size:,} bytes in {time.monotonic() - begin:.0f} s"
+            ) from None
         size += len(chunk)
         if size <= keep:
+            visit.receive(len(chunk))
             chunks.append(chunk)
         else:
             chunks.clear()
-        if size > keep + drop:
+            visit.forget()
+        if size > keep + DROPPED * limits.body_bytes:
             break
+    visit.forget()
     return b"".join(chunks) if size <= keep else None
 
 

@@ -34,6 +34,10 @@ class ApiError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------- forms
+MAX_STOP = 256
+"""Characters of one stop text: each token of an answer is compared with all of them."""
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -84,7 +88,7 @@ class ChatForm(_Form):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]] | None,
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]] | None,
         Field(max_length=4),
         BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
     ] = None

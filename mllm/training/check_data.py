@@ -5,7 +5,6 @@ Reads every record, looks for every picture, decodes them, and tokenises every c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, for_rich, one_line, visible
+from clips.common.files import write_json
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, loading
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
@@ -277,7 +277,7 @@ def check_data(
     example = max(records[:50], key=lambda record: min(len(record.turns), 6), default=None)
     print_report(report, render_example(encoder, example) if example else None, console)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "summary.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write_json(output / "summary.json", asdict(report))
     console.print(f"\nwrote {for_rich(str(output / 'summary.json'))}", highlight=False)
     if store is not None and contact_sheet(store, records, output / "contact_sheet.png"):
         console.print(f"wrote {for_rich(str(output / 'contact_sheet.png'))}", highlight=False)

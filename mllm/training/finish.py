@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
+from clips.common.hub import is_hub_id
+from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
@@ -41,15 +44,16 @@ def write_results(
             dequantize(llava, dtype)
         save_model(
             llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model",
-            vision=prepared.vision, card=card(run_dir, summary),
+            vision=prepared.vision, card=card(run_dir, summary, prepared.vision),
+            base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
         )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
     for checkpoint in stage_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
-    """What the model card says: what was trained on what, in both stages."""
+def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[str, str]:
+    """What the model card says: what was trained on what, in both stages; files and folders without their place."""
     config = read_json(run_dir / "config.json")
     rows: dict[str, str] = {}
     for stage in ("align", "instruct"):
@@ -57,8 +61,13 @@ def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
         if record is None:
             continue
         trains = record["trains"]
-        rows |= {name.capitalize(): record["facts"][name] for name in ("vision encoder", "language model")}
-        rows[f"Stage {stage}: data"] = record["facts"]["data"]
+        facts = record["facts"]
+        tower, weights = trains["vision_tower"].partition(":")[2], vision.facts["weights"]
+        places = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
+        rows["Vision encoder"] = _without(facts["vision encoder"], places)
+        rows["Language model"] = _without(facts["language model"], _name(trains["model_name_or_path"]))
+        of_demo = "" if trains["data_path"] else "; drawings (OpenMoji, CC BY-SA 4.0), no evidence about photographs"
+        rows[f"Stage {stage}: data"] = _without(facts["data"], _name(trains["data_path"])) + of_demo
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")
         projector_rate = trains["mm_projector_lr"] or trains["learning_rate"]
@@ -67,6 +76,17 @@ def card(run_dir: Path, summary: dict[str, Any]) -> dict[str, str]:
             f"batch {trains['batch_size']}, {done.get('samples', '?')} samples, seed {trains['seed']}"
         )
     return rows
+
+
+def _name(place: str | None) -> dict[str, str]:
+    return {place: Path(place).name} if place and not is_hub_id(place) else {}
+
+
+def _without(text: str, places: Mapping[str, str]) -> str:
+    """`text` with each place in it by its name alone."""
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place]) if place else text
+    return text
 
 
 def print_next(stage: int, run_dir: Path, console: Console) -> None:

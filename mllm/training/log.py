@@ -55,7 +55,8 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step)
         if self.active:  # a stage that begins anew drops all of its own, the other stage's stay
-            rundir.keep_lines(self.path, lambda line: line["stage"] != self.stage or line["step"] <= state.global_step)
+            step = state.global_step
+            rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
 
     def on_log(
         self,
@@ -90,7 +91,7 @@ def write_curves(run_dir: Path) -> None:
         lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
         by_stage: dict[str, list[dict[str, Any]]] = {}
         for line in lines:
-            by_stage.setdefault(line["stage"], []).append(line)
+            by_stage.setdefault(str(line.get("stage")), []).append(line)
         if by_stage:
             panels = [Panel(f"{stage}: loss", found, ["loss"]) for stage, found in by_stage.items()]
             save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")

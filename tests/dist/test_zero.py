@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
 from zero_worker import STAGES
 
-from clips.training.engine import build_optimizer
-from clips.training.engine import parameter_groups
+from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.task import Task
 
 WORKER = ROOT / "tests" / "zero_worker.py"
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """What six steps gave, by (optimizer, ranks) and stage."""
+    """What six steps gave, by (optimizer and frozen tower, ranks) and stage."""
     folder, found = tmp_path_factory.mktemp("zero"), {}
-    for kind in ("adamw", "muon"):
-        for ranks in (1, 2):
-            out = folder / f"{kind}-{ranks}.pt"
-            done = run_python(WORKER, out, kind, ranks=ranks)
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[kind, ranks] = torch.load(out, weights_only=True)
+    runs = [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2), ("adamw:vision", 1), ("muon:vision", 2)]
+    for kind, ranks in runs:
+        out = folder / f"{kind}-{ranks}.pt"
+        done = run_python(WORKER, out, kind, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[kind, ranks] = torch.load(out, weights_only=True)
     return found
 
 
@@ -66,6 +66,32 @@ def test_resume_is_bit_equal_in_every_stage(results: dict, kind: str, ranks: int
             assert torch.equal(stage["resumed_state"][key], value), (name, key)
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("adamw:vision", 1), ("muon:vision", 2)])
+def test_a_frozen_tower_stays_as_it_is_in_every_stage(results: dict, kind: str, ranks: int) -> None:
+    begun = random_model(tiny_run()).state_dict()
+    frozen = {name for name in begun if name.startswith("visual.")} - {"visual.proj.weight"}
+    for name, stage in results[kind, ranks].items():
+        weights = {key: value for key, value in stage["state"].items() if "/" not in key}
+        assert weights.keys() == begun.keys() - {"visual.pos_embed"}, name
+        assert {key for key in weights if torch.equal(weights[key], begun[key])} == frozen, name
+        assert not {key for key in stage["state"] if "/" in key and key.partition("/")[0] in frozen}, name
+        assert stage["losses"] == pytest.approx(results[kind, ranks]["zero0"]["losses"], abs=1e-3), name
+        assert stage["resumed_losses"] == stage["losses"][3:], name
+        for key, value in stage["state"].items():
+            assert torch.equal(stage["resumed_state"][key], value), (name, key)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_phase_that_begins_anew_resumes_bit_equal_across_its_border(results: dict, kind: str, ranks: int) -> None:
+    for name in ("zero0", "zero2"):
+        stage = results[kind, ranks][name]
+        (losses, state), *others = stage["fresh"]
+        assert losses != stage["losses"][3:], "the optimizer's memory matters"
+        for way, (same_losses, same_state) in zip(("at the border", "behind it", "weights alone"), others, strict=True):
+            assert same_losses == losses, (name, way)
+            for key, value in state.items():
+                assert torch.equal(same_state[key], value), (name, way, key)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_one_rank_and_two_ranks_agree(results: dict, kind: str) -> None:
     assert results[kind, 1]["zero0"]["losses"] == pytest.approx(results[kind, 2]["zero0"]["losses"], abs=2e-3)
@@ -97,6 +123,9 @@ def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does
         for name, p in task.named_parameters()
         if p.ndim < 2 or name.endswith(("text.pos_embed", "captioner.queries"))
     }
+    kernels_only = parameter_groups(task, replace(run.optim, decay_embeddings=False))
+    more = {names[id(p)] for g in kernels_only if g["name"] == "no_decay" for p in g["params"]} - undecayed
+    assert more == {"model.text.token_embed.weight"}
     task(tiny_batch(0))[0].backward()
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
     torch._dynamo.config.disable = True

@@ -21,7 +21,7 @@ from clips.common.errors import CommandError, UserError
 from clips.common.jobs import Commands
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
-from clips.weights.formats import write_open_clip
+from clips.weights.open_clip import write_open_clip
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks, missing_benchmarks
 from mllm.compare.cells import Cell
 from mllm.compare.comparison import Comparison

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx2
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -88,6 +89,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
+
+
+def test_it_answers_its_own_pages_alone(address: str) -> None:
+    """The browser tests show that it answers those."""
+    for headers in ({"Host": "rebound.example"}, {"Origin": "http://evil.example"}):
+        files = {"files": ("a.png", b"x")}
+        response = httpx2.post(f"{address}/gradio_api/upload", files=files, headers=headers, trust_env=False)
+        assert response.status_code == 403, headers
+    assert httpx2.get(address, headers={"Host": "rebound.example"}, trust_env=False).status_code == 403
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
     "clips": ("clips", {}, "mlp2x_gelu", True),
     "clips_linear_padded": ("clips", {"image_aspect_ratio": "pad", "select_layer": -1}, "linear", False),
     "pre_norm_all_tokens": ("pre_norm", {"select_feature": "full"}, "mlp2x_gelu", False),
+    "clips_without_cls": ("without_cls", {}, "mlp2x_gelu", False),
     "siglip_two_layers": ("siglip", {"select_layer": [-2, -1]}, "linear", True),
     "blind": ("blind", {}, "mlp2x_gelu", True),
 }
@@ -89,7 +90,7 @@ def test_saved_model_is_stock(tmp_path, variant):
         siglip_directory(tmp_path / "tower")
         name = f"hf:{tmp_path / 'tower'}"
     else:
-        write_run(tmp_path / "tower", pre_norm=kind == "pre_norm")
+        write_run(tmp_path / "tower", pre_norm=kind == "pre_norm", cls=kind != "without_cls")
         name = f"{'blind' if kind == 'blind' else 'clips'}:{tmp_path / 'tower'}"
     vision = load_vision(name, **options)
     llm = load_llm(str(write_llm(tmp_path / "llm", tie=tie)))

@@ -23,8 +23,8 @@ from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_from_flags
-from clips.weights.formats import write_open_clip
 from clips.weights.load import load_model
+from clips.weights.open_clip import write_open_clip
 from mllm.encoders.registry import load_vision
 
 TEXTS = ["a dog", "a cat at a dog"]

@@ -49,6 +49,20 @@ def test_lines_behind_the_checkpoint_go(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step":  2}\n', "a line that stays keeps its bytes"
 
 
+def test_damaged_records_are_passed_over_and_go(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"step": 2}\n[3]\n{"step": "4"}\n{}\n{"step": 5}\n')
+    assert rundir.read_metrics(tmp_path) == [{"step": 1}, {"step": "4"}, {"step": 5}]
+    rundir.keep_lines(tmp_path / "metrics.jsonl", lambda line: rundir.is_at_most(line, 4))
+    assert rundir.read_metrics(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
+def test_a_file_that_holds_no_object_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_json(tmp_path / "config.json")
+
+
 def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
     with lock(tmp_path / ".lock", wait=False):
         with pytest.raises(BlockingIOError):

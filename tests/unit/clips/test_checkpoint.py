@@ -227,6 +227,15 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+def test_a_sealed_state_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    for state in ([], {"seed": 0, "step": "1"}, {"seed": 0, "samples": 8.0}, {"seed": None}):
+        (path / "state.json").write_text(json.dumps(state))
+        files.seal(path)
+        with pytest.raises(UserError, match=r"state\.json was not written by this program"):
+            checkpoint.load(path)
+
+
 def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "LATEST"
     files.write_atomically(file, "old\n")

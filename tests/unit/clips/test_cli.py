@@ -19,15 +19,18 @@ from clips.training.cli import config_from_flags
 FROZEN = {
     "pretrain_clips": {
         "--recipe": "demo",
+        "--tower": "clips",
         "--name": None,
         "--output-dir": "runs",
         "--data": None,
+        "--mix": None,
         "--val-data": None,
         "--test-data": None,
         "--fields": None,
         "--image-root": None,
         "--samples": None,
         "--batch-size": None,
+        "--init-from": None,
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
@@ -56,7 +59,7 @@ FROZEN = {
         "--device": "auto",
         "--out": None,
     },
-    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None},
+    "export_clips": {"--model": None, "--output": None, "--image-size": None, "--data": None, "--push-to-hub": None},
 }
 
 
@@ -130,6 +133,25 @@ def test_flags_go_where_they_say() -> None:
     ]
 
 
+def test_a_mix_is_several_sets_with_shares() -> None:
+    run = pretrain("--mix", "recap=3:a/*.tar", "cc=0.5:https://host:80/b.parquet", "--set", "data.mix.1.fields=null")
+    assert run.data.train == "mix"
+    assert [(part.name, part.share, part.data) for part in run.data.mix] == [
+        ("recap", 3.0, "a/*.tar"),
+        ("cc", 0.5, "https://host:80/b.parquet"),
+    ]
+    for mix in ("a", "a=1", "a=1:", "=1:b", "a=x:b"):
+        with pytest.raises(UserError, match="must look like NAME=SHARE:DATA"):
+            pretrain("--mix", mix)
+    for mix, message in ((["a=0:b"], "share of a is 0"), (["a=inf:b"], "share of a"), (["a=1:b", "a=1:c"], "twice")):
+        with pytest.raises(UserError, match=message):
+            pretrain("--mix", *mix)
+    with pytest.raises(UserError, match="give one of them"):
+        pretrain("--mix", "a=1:b", "--data", "c")
+    with pytest.raises(UserError, match="both or neither"):
+        pretrain("--data", "mix")
+
+
 def test_samples_and_batch_size_fit_together() -> None:
     run = pretrain("--samples", "64", "--batch-size", "16")  # 64 alone is less than one batch of the recipe
     assert [(phase.samples, phase.batch_size) for phase in run.phases] == [(64, 16)]
@@ -137,6 +159,46 @@ def test_samples_and_batch_size_fit_together() -> None:
     assert run.phases[0].batch_size == 8
     with pytest.raises(UserError, match="samples 64 is below one batch of 128"):
         pretrain("--samples", "64")
+
+
+def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
+    """The paper's rates are per 256 samples; the demo's follow the square root; --set has the last word."""
+    run = pretrain("--recipe", "b16", "--data", "x.tar", "--batch-size", "256")
+    assert [phase.lr for phase in run.phases] == pytest.approx([8e-6, 4e-7, 1e-7], rel=1e-12)
+    assert [phase.warmup_samples for phase in run.phases] == [p.warmup_samples for p in recipe("b16").phases]
+    own = recipe("demo").phases[0]
+    phase = pretrain("--batch-size", "32").phases[0]
+    assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
+    assert pretrain("--batch-size", "128") == recipe("demo")
+    phase = pretrain("--batch-size", "32", "--set", "phases.0.lr=0.5").phases[0]
+    assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))
+    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=none").phases[0]
+    assert (phase.lr, phase.muon_lr) == (own.lr, own.muon_lr)
+    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=linear").phases[0]
+    assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
+    phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
+    assert (phase.batch_size, phase.lr) == (32, own.lr), "--set sets one field"
+    with pytest.raises(UserError, match="batch_size must be positive"):
+        pretrain("--batch-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--recipe b16 --data x.tar --batch-size 256", "lr 8e-06 (the recipe's 0.001024 is for a batch of 32,768; "
+         "scaled in proportion to the batch), cosine"),
+        ("--recipe b16 --data x.tar --batch-size 256 --set phases.*.lr=1e-4",
+         "lr 0.0001 (the recipe's 0.001024 is for a batch of 32,768), cosine"),
+        ("--batch-size 32", "lr 0.00075, Muon lr 0.01 (the recipe's 0.0015 is for a batch of 128; scaled with the "
+         "square root of the batch), trapezoid"),
+        ("", "lr 0.0015, Muon lr 0.02, trapezoid"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_another_batch_size_did_to_the_rate(flags: str, line: str) -> None:
+    from clips.training.prepare import phase_line
+
+    run = pretrain(*flags.split())
+    assert phase_line(run, run.phases[0], samples=1, ranks=1).splitlines()[-1] == line
 
 
 def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:

@@ -153,7 +153,7 @@ def test_overrides_are_checked_together() -> None:
 
 def test_from_dict_names_unknown_and_missing_fields() -> None:
     tree = tiny_run().to_dict()
-    with pytest.raises(UserError, match=r"config\.data has unknown fields: trian; known: train, val"):
+    with pytest.raises(UserError, match=r"config\.data has unknown fields: trian; known: train, mix, val"):
         from_dict(RunConfig, tree | {"data": {"trian": "x"}})
     without = {key: value for key, value in tree["model"].items() if key != "embed_dim"}
     with pytest.raises(UserError, match=r"config\.model lacks the fields: embed_dim"):

@@ -10,11 +10,19 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from clips.config import AugmentConfig
 from clips.data import images
-from clips.data.images import Preprocess, decode_image, eval_transform, normalise, random_crop
+from clips.data.images import (
+    Preprocess,
+    decode_image,
+    eval_transform,
+    inception_crop,
+    normalise,
+    random_crop,
+    turn_hue,
+)
 from clips.data.sample import BrokenSample
 
 
@@ -206,6 +214,68 @@ def test_random_crop_keeps_its_area_and_stays_inside() -> None:
         areas.append((right - left) * (bottom - top) / 20_000)
     assert min(areas) >= 0.4 - 1e-9
     assert np.mean(areas) == pytest.approx(0.7, abs=0.02)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (500, 500), (300, 800), (900, 300), (1200, 300), (50, 900)])
+def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) -> None:
+    """Area and aspect within their bounds wherever a picture has room for both; beyond, the whole picture."""
+    rng = random.Random(0)
+    boxes = [inception_crop(width, height, 0.4, rng) for _ in range(2000)]
+    aspects = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width + 1e-9
+        assert 0 <= top < bottom <= height + 1e-9
+        assert (right - left) * (bottom - top) >= 0.4 * width * height - 1e-6
+    if max(width / height, height / width) > 4 / 3 / 0.4:
+        assert set(boxes) == {(0, 0, width, height)}
+    else:
+        assert 3 / 4 - 1e-9 <= min(aspects) <= max(aspects) <= 4 / 3 + 1e-9
+    if (width, height) == (1280, 720):
+        assert np.median(aspects) == pytest.approx(1.04, abs=0.02), "uniform from 0.75 to 1.33"
+        own = [random_crop(width, height, 0.4, rng) for _ in range(2000)]
+        assert np.median([(x1 - x0) / (y1 - y0) for x0, y0, x1, y1 in own]) == pytest.approx(1.78, abs=0.05)
+
+
+def test_an_augmentation_of_before_draws_what_it_drew() -> None:
+    """Configurations without the newer fields call the rng as before, so that older runs go on to the same samples."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8))
+    old = AugmentConfig(min_crop_area=0.4, jitter=0.4, grayscale=0.2)
+    rng, slow = random.Random(5), random.Random(5)
+    for _ in range(20):
+        ours = Preprocess(32, old).pixels(picture, rng)
+        box = random_crop(60, 40, 0.4, slow)
+        image = picture.resize((32, 32), Image.Resampling.BILINEAR, box=box)
+        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+        slow.shuffle(enhancers)
+        for enhancer in enhancers:
+            image = enhancer(image).enhance(slow.uniform(0.6, 1.4))
+        if slow.random() < 0.2:
+            image = image.convert("L").convert("RGB")
+        np.testing.assert_array_equal(ours, np.asarray(image))
+
+
+def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
+    picture = Image.new("RGB", (8, 8), (200, 60, 60))
+
+    def seen(augment: AugmentConfig) -> np.ndarray:
+        preprocess, rng = Preprocess(8, augment), random.Random(0)
+        return np.array([preprocess.pixels(picture, rng)[0, 0] for _ in range(2000)])
+
+    jittered = seen(AugmentConfig(jitter=0.32, hue=0.08, jitter_probability=0.8))
+    assert np.mean((jittered != (200, 60, 60)).any(axis=1)) == pytest.approx(0.8, abs=0.03)
+    hues = np.asarray(Image.fromarray(seen(AugmentConfig(hue=0.08))[None]).convert("HSV"))[0, :, 0].astype(int)
+    turns = (hues + 128) % 256 - 128
+    assert (min(turns), max(turns)) == pytest.approx((-20, 20), abs=2), "0.08 of 256 steps, and what 8 bits round"
+
+
+def test_turning_the_hue_goes_round_the_circle() -> None:
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    assert turn_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    third, two_thirds = turn_hue(red, 1 / 3).getpixel((0, 0)), turn_hue(red, -1 / 3).getpixel((0, 0))
+    assert np.argmax(third) == 1
+    assert np.argmax(two_thirds) == 2
+    grey = Image.new("RGB", (1, 1), (90, 90, 90))
+    assert turn_hue(grey, 0.3).getpixel((0, 0)) == (90, 90, 90)
 
 
 def test_greyscale_comes_as_often_as_asked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -15,15 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
-from clips.config import AugmentConfig, Fields, RunConfig, TaskConfig
+from clips.config import AugmentConfig, DataConfig, Fields, MixPart, RunConfig, TaskConfig
 from clips.data.images import eval_transform
-from clips.data.loader import MAX_ATTEMPTS, _dead_worker, make_loader
+from clips.data.loader import MAX_ATTEMPTS, MicroBatches, _dead_worker, make_loader
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
+from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from tests.conftest import tiny_run
 
@@ -106,6 +110,28 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
         assert batch["skipped"] == []
 
 
+def test_masks_keep_tokens_and_a_long_caption_without_a_word_gives_way_to_the_web_caption(
+    source: Source, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the reference, the web caption is then the captioner's target too."""
+    run = a_run()
+    pieces = [set(tokenizer.encode([text])[0]) for text in LONG]
+    for strategy in ("truncation", "block_mask", "random_mask"):
+        masked = replace(run, captions=replace(run.captions, strategy=strategy, sub_caption_tokens=5))
+        for batch in batches(source, tokenizer, masked):
+            assert ((batch["sub"] != tokenizer.pad_id).sum(1) == 5 + 3).all(), "bos, eos and CLS"
+            for row, i in enumerate(numbers(batch)):
+                assert set(batch["sub"][row, 1:6].tolist()) <= pieces[i]
+        same = zip(batches(source, tokenizer, masked), batches(source, tokenizer, masked), strict=True)
+        for one, again in same:
+            assert_same(one, again)
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda i: replace(read(i), long="…!"))
+    for batch in batches(source, tokenizer, run, stop=1):
+        for name in ("sub", "caption"):
+            assert [tokenizer.decode(ids) for ids in batch[name]] == [tokenizer.decode(ids) for ids in batch["web"]]
+
+
 def test_a_captioner_needs_a_source_with_long_captions(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     write_set(tmp_path / "a.tar")
     source = open_source(str(tmp_path / "a.tar"), Fields(long="none"), need_long=False)
@@ -148,6 +174,58 @@ def test_ranks_share_each_micro_batch_out(source: Source, tokenizer: CaptionToke
         assert [i for part in parts for i in part["positions"]] == whole["positions"]
         subs = [tokenizer.decode(row) for part in parts for row in part["sub"]]
         assert subs == [tokenizer.decode(row) for row in whole["sub"]]
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("mix")
+    parts = [MixPart(name=name, share=share, data=str(folder / f"{name}.tar")) for name, share in (("a", 3), ("b", 1))]
+    for part in parts:
+        write_set(Path(part.data))
+    return open_split(DataConfig(train="mix", mix=tuple(parts)), "train", need_long=True)
+
+
+@pytest.mark.parametrize("sort", ["one", "mixed"])
+def test_a_resume_on_other_ranks_sees_the_same_sequence(sort: str, source, mix, tokenizer) -> None:
+    """Two ranks, then one, then three."""
+    data, run = {"one": source, "mixed": mix}[sort], a_run()
+    run = replace(run, phases=(replace(run.phases[0], batch_size=12, samples=12 * 9),))
+    alone = [
+        pair
+        for batch in batches(data, tokenizer, run, stop=9)
+        for pair in zip(batch["positions"], batch["keys"], strict=True)
+    ]
+    found = []
+    for ranks, start, stop in ((2, 0, 3), (1, 3, 5), (3, 5, 9)):
+        for rank in range(ranks):
+            for batch in batches(data, tokenizer, run, start=start, stop=stop, rank=rank, world_size=ranks):
+                found += zip(batch["positions"], batch["keys"], strict=True)
+    assert sorted(found) == alone
+    assert [position for position, _ in alone] == list(range(12 * 9))
+    if sort == "mixed":
+        of_a = sum("/a.tar#" in key for _, key in alone)
+        assert 60 < of_a < 100
+        assert of_a < 12 * 9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    micro=st.integers(1, 5),
+    splits=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+    first=st.integers(0, 10**12),
+)
+def test_every_split_into_ranks_and_accumulation_covers_each_position_once(micro, splits, first) -> None:
+    """`splits`: (ranks, accumulation, steps) of stretches of a run that is resumed again and again."""
+    batch = micro * math.lcm(*(ranks * accumulation for ranks, accumulation, _ in splits))
+    seen, start = [], 0
+    for ranks, accumulation, steps in splits:
+        for rank in range(ranks):
+            size = batch // (ranks * accumulation)
+            mine = MicroBatches(batch, accumulation, size, rank, ranks, first, range(start, start + steps))
+            seen += [position for positions in mine for position in positions]
+            assert len(mine) == steps * accumulation
+        start += steps
+    assert sorted(seen) == list(range(first, first + start * batch))
 
 
 def test_seeds_and_positions_draw_anew(source: Source, tokenizer: CaptionTokenizer) -> None:

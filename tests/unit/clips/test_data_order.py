@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import tracemalloc
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clips.data.order import SampleOrder
+from clips.data.order import BLOCK, MixedOrder, SampleOrder
 
 
 @settings(max_examples=30, deadline=None)
@@ -23,7 +24,9 @@ from clips.data.order import SampleOrder
 def test_every_epoch_is_a_permutation(sizes: list[int], piece: int, group: int, seed: int) -> None:
     order = SampleOrder(sizes, seed, piece, group)
     for epoch in range(3):
-        assert sorted(order.index(epoch, i) for i in range(len(order))) == list(range(sum(sizes)))
+        indices = [order.index(epoch, i) for i in range(len(order))]
+        assert sorted(indices) == list(range(sum(sizes)))
+        assert order.offsets(epoch, np.array(indices)).tolist() == list(range(sum(sizes)))
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
@@ -74,3 +77,47 @@ def test_it_travels_to_a_worker() -> None:
     order = SampleOrder([10, 20], 3)
     copy = pickle.loads(pickle.dumps(order))
     assert [copy.index(2, i) for i in range(30)] == [order.index(2, i) for i in range(30)]
+
+
+# ------------------------------------------------------------------------------------------------- several sets
+SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=4).filter(lambda s: min(s) > 0.001 * sum(s))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shares=SHARES, seed=st.integers(0, 3), data=st.data())
+def test_a_mix_has_its_shares_and_walks_each_set_in_its_own_order(shares, seed, data) -> None:
+    sets = [[data.draw(st.integers(1, 900)) for _ in range(3)] for _ in shares]
+    parts = [SampleOrder(sizes, seed, 50, 200) for sizes in sets]
+    mix = MixedOrder(parts, shares, seed)
+    first = data.draw(st.integers(0, 10**12)) * BLOCK  # far into a run as well as at its start
+    drawn = [mix.draw(first + i) for i in range(2 * BLOCK)]
+    for part in range(len(shares)):
+        turns = [turn for label, turn in drawn if label == part]
+        assert turns == list(range(turns[0], turns[0] + len(turns))), "no sample of a set is left out or seen twice"
+        assert abs(len(turns) - 2 * BLOCK * shares[part] / sum(shares)) <= 2
+        assert abs(turns[0] - first * shares[part] / sum(shares)) <= 1 + first * 1e-15
+    part, turn = drawn[7]
+    assert mix.sample(first + 7) == sum(map(sum, sets[:part])) + parts[part].sample(turn)
+    assert mix.epoch(first + 7) == turn // sum(sets[part])
+    substitute = mix.substitute(first + 7, random.Random(0)) - sum(map(sum, sets[:part]))
+    assert 0 <= substitute < sum(sets[part]), "a substitute is of the same set"
+
+
+def test_a_mix_of_one_set_is_that_set() -> None:
+    order = SampleOrder([30, 40], 5)
+    mix = pickle.loads(pickle.dumps(MixedOrder([order], [3.0], 5)))
+    assert [mix.sample(i) for i in range(BLOCK + 100)] == [order.sample(i) for i in range(BLOCK + 100)]
+
+
+def test_sets_are_mixed_everywhere() -> None:
+    mix = MixedOrder([SampleOrder([10**6], 0), SampleOrder([10**6], 0)], [1, 3], 0)
+    labels = np.array([mix.draw(i)[0] for i in range(4 * BLOCK)])
+    assert labels.reshape(-1, 128).mean(axis=1).min() > 0.6
+    assert labels.reshape(-1, 128).mean(axis=1).max() < 0.9
+    assert (labels[:BLOCK] != labels[BLOCK : 2 * BLOCK]).any()
+
+
+@pytest.mark.parametrize("shares", [[1, 0], [1, -1], [1, float("nan")], [1, float("inf")], [1], [1, 1e-4]])
+def test_shares_that_cannot_be_kept_are_refused(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="none below"):
+        MixedOrder([SampleOrder([5], 0), SampleOrder([5], 0)], shares, 0)

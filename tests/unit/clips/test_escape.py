@@ -15,7 +15,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clips.common.escape import LONGEST, clip, code_block, for_markdown, for_plot, for_rich, for_terminal, one_line
+from clips.common.escape import (
+    LONGEST,
+    clip,
+    code_block,
+    for_markdown,
+    for_plot,
+    for_rich,
+    for_terminal,
+    one_line,
+    visible,
+    visible_pieces,
+)
 from clips.common.page import Table, png, render
 from clips.studies.claims_report import Paragraph, Section
 
@@ -54,6 +65,18 @@ def test_a_plot_shows_the_dollars_themselves() -> None:
     for text in ("$a$", "\\$ 5 for $x$", "50 $"):
         assert drawn(for_plot(text)) == drawn(text, parse_math=False)
     assert drawn("$a$") != drawn("$a$", parse_math=False)
+
+
+@each
+def test_a_text_in_pieces_is_shown_as_in_one(name: str) -> None:
+    text = HOSTILE[name][:3000]
+    for length in (1, 2, 3, 7):
+        pieces = [text[start : start + length] for start in range(0, len(text), length)]
+        assert "".join(visible_pieces(pieces)) == visible(text)
+
+
+def test_a_line_break_that_is_cut_is_one_and_a_last_one_is_shown() -> None:
+    assert list(visible_pieces(["a\r", "\nb", "\r", "c\r"])) == ["a", "\nb", "", "\nc", "\n"]
 
 
 @each

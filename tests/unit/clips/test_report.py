@@ -42,7 +42,6 @@ from clips.evaluation.evaluate import (
     evaluate_from_flags,
     figures_table,
     measure,
-    tower_size,
 )
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
 from clips.evaluation.report import read_run, write_report
@@ -109,7 +108,7 @@ def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert "linear_probe_top1" not in evaluate(model, tokenizer, run, "val", image_size=32)
     assert model.training
-    assert tower_size(model) == 48
+    assert model.visual.image_size == 48
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     model.visual.set_image_size(32)
     items, _ = open_test_set(run.data, "val")

@@ -10,37 +10,21 @@ import runpy
 from pathlib import Path
 
 import pytest
+import tiny_chat
 import torch
 from conftest import ROOT
-from tiny_mllm import pictures, write_llm, write_run
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
-from mllm.encoders.registry import load_vision
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
 from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
-from mllm.model.llava import build_model, save_model
-from mllm.model.llm import load_llm
 from mllm.model.load import load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("evaluate")
-    write_run(root / "runs" / "clips-demo")
-    write_llm(root / "llm")
-    vision = load_vision("clips", runs=root / "runs")
-    model, processor = build_model(vision, load_llm(str(root / "llm")), seed=3)
-    # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
-    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
-    save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
-    pictures(root / "images", 6)
-    return root
+place = tiny_chat.place  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +68,7 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
         generate_answers(*loaded, [Question(id=7, text="What?", image="0.png")], None)
     with pytest.raises(UserError, match=r"question 7.*missing\.png"):
         generate_answers(*loaded, [Question(id=7, text="What?", image="missing.png")], store)
-    with pytest.raises(UserError, match=r"question 7 takes \d+ tokens, the model's context is 256"):
+    with pytest.raises(UserError, match=r"question 7 takes \d+ tokens, the model's context is 512"):
         generate_answers(*loaded, [Question(id=7, text="word " * 300)], store)
     for line, named in [
         ({"text": "What?"}, "question_id"),

@@ -19,10 +19,10 @@ from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, zero_shot
 LABELS = ("a cat", "dog", "act", "god")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "pre_norm"])
+@pytest.fixture(scope="module", params=[{}, {"pre_norm": True}, {"cls": False}], ids=str)
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CLIPS:
     run = tmp_path_factory.mktemp("runs") / "clips"
-    write_export(run, pre_norm=request.param)
+    write_export(run, **request.param)
     return CLIPS.from_pretrained(run, device="cpu")
 
 
@@ -59,12 +59,19 @@ def test_rows_of_the_map_go_down_and_columns_to_the_right(encoder: CLIPS) -> Non
         pooled, tokens = encoder.model.visual(eval_transform(32)(image)[None])
         length = encoder.model.visual.proj(pooled).norm()
         row, column = 2, 1
-        token = tokens[0, 1 + 4 * row + column]
-        mean = tokens[0, 1:].mean(dim=0)
+        patches = encoder.model.visual.patches(tokens)[0]
+        token = patches[4 * row + column]
+        mean = patches.mean(dim=0)
         norm = encoder.model.visual.norm
         scaled = (token - token.mean()) / (mean.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
         expected = encoder.model.visual.proj(scaled) @ text_features(encoder, ["a cat is a cat"])[0] / length
     assert patch_map(encoder, image, "a cat is a cat").patches[row, column] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_tower_read_at_its_cls_token_has_no_map(tmp_path: Path) -> None:
+    write_export(tmp_path / "run", pool="cls")
+    with pytest.raises(UserError, match="CLS token"):
+        patch_map(CLIPS.from_pretrained(tmp_path / "run", device="cpu"), picture(), "a cat")
 
 
 def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import bind_port, create_app, embed
+from mllm.serve.app import bind_port, create_app, embed, server_config
 from mllm.serve.queue import RequestQueue
 from mllm.serve.schemas import UNSUPPORTED
 
@@ -64,7 +65,7 @@ def served(chat: ChatModel, encoder: CLIPS | str, limits: Limits, **options: obj
     """The server's address while it runs in a thread."""
     bound = bind_port("127.0.0.1", 0)
     app = create_app(chat, encoder, limits, **options)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
@@ -460,12 +461,95 @@ def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder
         time.sleep(2)
         yield b"}"
 
-    with served(chat, encoder, Limits(seconds=1)) as address:
+    with served(chat, encoder, Limits(body_seconds=1)) as address:
         headers = {"Content-Type": "application/json"}
         response = httpx2.post(
             f"{address}/v1/embeddings", content=dripping(), headers=headers, timeout=60, trust_env=False
         )
         assert response.status_code == 408
+
+
+def raw(address: str, data: bytes, source: str = "127.0.0.1") -> socket.socket:
+    """A connection from the loopback address `source` over which `data` was sent."""
+    connection = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 30, (source, 0))
+    connection.sendall(data)
+    return connection
+
+
+BEGUN = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_slow_bodies_lock_nobody_out(chat: ChatModel, encoder: CLIPS) -> None:
+    """More of them than there are places, from several addresses: others are answered meanwhile."""
+    with served(chat, encoder, Limits(waiting=2, per_client=2)) as address, contextlib.ExitStack() as stack:
+        for i in range(8):
+            begun = BEGUN + b"Content-Length: 500\r\n\r\n{"
+            stack.enter_context(raw(address, begun, f"127.0.0.{2 + i // 2}"))
+        wait_until(lambda: figure(address, "clips_requests_open") == 8)
+        assert post(address, CHAT).status_code == 200
+        third = stack.enter_context(raw(address, BEGUN + b"Content-Length: 2\r\n\r\n{}", "127.0.0.2"))
+        assert third.recv(100).startswith(b"HTTP/1.1 429")
+
+
+def test_one_client_s_bodies_together_are_bounded(chat: ChatModel, encoder: CLIPS) -> None:
+    with served(chat, encoder, Limits(body_bytes=1_000_000)) as address:
+        half = BEGUN + b"Content-Length: 900000\r\n\r\n" + b" " * 600_000
+        with raw(address, half), raw(address, half) as second:
+            assert second.recv(100).startswith(b"HTTP/1.1 429")
+            with raw(address, half, "127.0.0.2") as other:
+                other.sendall(b" " * 300_000)
+                assert other.recv(100).startswith(b"HTTP/1.1 400")  # of another address: read to its end, no JSON
+
+
+def test_headers_that_do_not_arrive_are_hung_up_on(
+    chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mllm.serve.connections.HEADER_SECONDS", 1)
+    with served(chat, encoder, Limits()) as address:
+        for sent in (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
+            with raw(address, sent) as connection:
+                assert connection.recv(100) == b""
+        with raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as kept:
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+            kept.sendall(b"GET /health HT")  # the next request on a connection that is kept
+            assert b"HTTP" not in kept.recv(100)
+        assert post(address, CHAT | {"max_tokens": 1}).status_code == 200
+
+
+def test_one_client_s_connections_are_bounded(chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm.serve.connections.PER_CLIENT", 3)
+    with served(chat, encoder, Limits()) as address, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(raw(address, b"", "127.0.0.2"))
+        fourth = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 30, ("127.0.0.2", 0))
+        with fourth, contextlib.suppress(ConnectionResetError):
+            assert fourth.recv(10) == b""
+        assert post(address, CHAT | {"max_tokens": 1}).status_code == 200
+
+
+def test_only_names_of_this_machine_are_answered(chat: ChatModel, encoder: CLIPS) -> None:
+    """DNS rebinding: the browser says the name that it was given."""
+    with served(chat, encoder, Limits(), allowed_hosts=["chat.example"]) as address:
+        port = address.rpartition(":")[2]
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "[::1]:8000", "192.0.2.7", "Chat.Example", "localhost."):
+            assert post(address, CHAT | {"max_tokens": 1}, headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "chat.example.evil", "", "[::1"):
+            response = post(address, CHAT, headers={"Host": host})
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed"), host
+        own = {"Origin": f"http://127.0.0.1:{port}"}
+        assert post(address, CHAT | {"max_tokens": 1}, headers=own).status_code == 200
+        assert post(address, CHAT | {"max_tokens": 1}, headers={"Origin": "https://chat.example"}).status_code == 200
+        for origin in ("http://evil.example", "null", "http://localhost:1"):
+            assert post(address, CHAT, headers={"Origin": origin}).status_code == 403, origin
+    with served(chat, encoder, Limits(), allowed_hosts=["*"]) as address:
+        headers = {"Host": "any.example", "Origin": "app://desktop"}
+        assert post(address, CHAT | {"max_tokens": 1}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-5])
+def test_a_tiny_temperature_is_greedy(client: OpenAI, temperature: float) -> None:
+    greedy = ask(client, user("Hello"), temperature=0).choices[0].message.content
+    assert ask(client, user("Hello"), temperature=temperature).choices[0].message.content == greedy
 
 
 def test_metrics(client: OpenAI, address: str) -> None:

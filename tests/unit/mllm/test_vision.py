@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_mllm import tiny_tokenizer, write_run
+from tiny_mllm import SHAPES, tiny_tokenizer, write_run
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -34,9 +34,11 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
+from clips.config import RunConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
-from clips.weights.formats import write_open_clip
+from clips.weights.export import write_native
+from clips.weights.open_clip import open_clip_lacks, write_open_clip
 from mllm.encoders.plain_vit import check_equal
 from mllm.encoders.registry import VISION, load_vision
 
@@ -103,26 +105,37 @@ def assert_fits_stock(encoder, images):
     assert stock_token_count(encoder) == encoder.num_tokens
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_clips_equals_the_trained_tower(tmp_path, images, pre_norm):
-    trained = write_run(tmp_path / "run", pre_norm=pre_norm)
-    last = load_vision(f"clips:{tmp_path / 'run'}", select_layer=-1)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clips_equals_the_trained_tower(tmp_path, images, shape):
+    """Whatever its shape, and whichever of its exports is named."""
+    trained = write_run(tmp_path / "run", **SHAPES[shape])
+    tokenizer = build_tokenizer("wordpiece", ["a red dog and two cats"], vocab_size=64)
+    write_native(trained, RunConfig.load(tmp_path / "run" / "config.json"), tokenizer, tmp_path / "native")
+    places = ["run", "native"]
+    if open_clip_lacks(trained.config) is None:
+        write_open_clip(trained, tokenizer, tmp_path / "open_clip")
+        places.append("open_clip")
     with torch.no_grad():
-        expected = trained.visual(images)[1][:, 1:]
-        assert torch.allclose(last.features(images), expected, atol=1e-4 * expected.abs().max())
-        before_last = _tokens(trained.visual, images, blocks=2)
-    encoder = load_vision(f"clips:{tmp_path / 'run'}")
-    assert torch.allclose(encoder.features(images), before_last, atol=1e-4 * before_last.abs().max())
-    assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens) == (16, 32, 1)
-    assert_fits_stock(encoder, images)
+        last, before_last = (_tokens(trained.visual, images, blocks=blocks) for blocks in (3, 2))
+    for place in places:
+        for layer, expected in ((-1, last), (-2, before_last)):
+            encoder = load_vision(f"clips:{tmp_path / place}", select_layer=layer)
+            close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0.0}
+            torch.testing.assert_close(encoder.features(images), expected, **close)
+        has_cls = trained.config.vision.cls
+        assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens) == (16, 32, int(has_cls))
+        assert encoder.select_feature == ("default" if has_cls else "full")
+        assert_fits_stock(encoder, images)
 
 
 def _tokens(visual, images, blocks):
     x = visual.patch_embed(images).flatten(2).transpose(1, 2)
-    x = visual.pre_norm(torch.cat([visual.cls_token.expand(len(x), 1, -1), x], 1) + visual.pos_embed)
+    if visual.cls_token is not None:
+        x = torch.cat([visual.cls_token.expand(len(x), 1, -1), x], 1)
+    x = visual.pre_norm(x + visual.positions())
     for block in list(visual.blocks)[:blocks]:
         x = block(x)
-    return x[:, 1:]
+    return visual.patches(x)
 
 
 def test_default_is_the_newest_run_of_its_objective(runs):
@@ -152,9 +165,9 @@ def test_random_is_seeded_and_untrained(runs, images):
     assert_fits_stock(one, images)
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_blind_sees_nothing(tmp_path, images, pre_norm):
-    write_run(tmp_path / "run", pre_norm=pre_norm)
+@pytest.mark.parametrize("shape", ["ViT", "CLIP", "SigLIP"])
+def test_blind_sees_nothing(tmp_path, images, shape):
+    write_run(tmp_path / "run", **SHAPES[shape])
     blind = load_vision(f"blind:{tmp_path / 'run'}")
     features = blind.features(images)
     assert torch.equal(features[0], features[1])
@@ -204,16 +217,6 @@ def test_open_clip(tmp_path, images, vision, kind):
     assert list(encoder.image_processor.image_mean) == list(IMAGENET_MEAN)
     # A CLIPS release in this format is found by `clips:` too.
     assert load_vision(f"clips:{tmp_path / 'model'}").fingerprint == encoder.fingerprint
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_both_exports_of_one_model_see_the_same(tmp_path, images, pre_norm):
-    trained = write_run(tmp_path / "run", pre_norm=pre_norm)
-    tokenizer = build_tokenizer("wordpiece", ["a red dog and two cats"], vocab_size=64)
-    write_open_clip(trained, tokenizer, tmp_path / "run" / "export" / "open_clip")
-    hf_vit = load_vision(f"clips:{tmp_path / 'run'}").features(images)
-    stock = load_vision(f"open_clip:local-dir:{tmp_path / 'run' / 'export' / 'open_clip'}").features(images)
-    assert torch.allclose(hf_vit, stock, atol=1e-5 * hf_vit.abs().max())
 
 
 def test_open_clip_refusals(tmp_path):

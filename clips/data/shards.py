@@ -1,0 +1,116 @@
+"""A set of tar shards as one overview: how many samples of which layout each has, and where its own index stands.
+
+Each shard has an index beside it (clips/data/tar.py), made on first use. A set of many shards also has an overview in
+the cache, so that a process that opens it reads one file instead of a hundred thousand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from clips.common.paths import cache_root
+from clips.data.sidecar import VERSION, fingerprint
+from clips.data.tar import ShardSummary, shard_summary
+
+OVERVIEW_FROM = 256
+"""Shards from which an overview is kept: below, their own indexes are read in an instant."""
+THREADS = 16
+"""Shards that are asked for at once; for remote ones that is waiting for the network."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    urls: list[str]
+    indexes: list[str]
+    """Path of each shard's own index."""
+    layouts: list[tuple[str, ...]]
+    """The sets of extensions that samples have."""
+    counts: np.ndarray
+    """int64 [shards, layouts]: samples of each."""
+    problems: dict[int, list[str]]
+    """What could not be used, by shard."""
+
+
+def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
+    """The overview of `urls`; what is missing is made, with a progress bar, in threads or in `workers` processes.
+
+    Every finished shard stays: what was stopped goes on where it was. Raises UserError as `shard_summary` does.
+    """
+    urls = list(urls)
+    with ThreadPoolExecutor(THREADS) as threads:
+        stamps = list(threads.map(fingerprint, urls)) if len(urls) >= OVERVIEW_FROM else []
+        path = _overview(urls, stamps)
+        if stamps and path.is_file():
+            return _read(path, urls)
+        if workers:
+            # spawned: a forked child may inherit a lock of this one's threads
+            with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+                summaries = list(_progress(processes, urls, chunk=8))
+        else:
+            summaries = list(_progress(threads, urls))
+    found = _gathered(urls, summaries)
+    if stamps:
+        _write(path, found)
+    return found
+
+
+def _progress(pool: Executor, urls: list[str], chunk: int = 1) -> Iterator[ShardSummary]:
+    summaries: Iterable[ShardSummary] = pool.map(shard_summary, urls, chunksize=chunk)
+    return iter(tqdm(summaries, "indexing shards", len(urls), unit="shard", leave=False, disable=None))
+
+
+def _gathered(urls: list[str], summaries: list[ShardSummary]) -> ShardSet:
+    layouts = sorted({layout for summary in summaries for layout in summary.layouts})
+    column = {layout: i for i, layout in enumerate(layouts)}
+    counts = np.zeros((len(urls), len(layouts)), dtype=np.int64)
+    for row, summary in enumerate(summaries):
+        for layout, count in summary.layouts.items():
+            counts[row, column[layout]] = count
+    problems = {i: summary.problems for i, summary in enumerate(summaries) if summary.problems}
+    return ShardSet(urls, [str(summary.index) for summary in summaries], layouts, counts, problems)
+
+
+# ------------------------------------------------------------------------------------------------------ overview
+def _overview(urls: list[str], stamps: list[str]) -> Path:
+    """Named by the shards, then by their sizes and times: an outdated one can be told, and removed."""
+    return cache_root() / f"shards-{_digest(map(os.path.abspath, urls))}-{_digest([str(VERSION), *stamps])}.npz"
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _read(path: Path, urls: list[str]) -> ShardSet:
+    with np.load(path, allow_pickle=False) as stored:
+        meta = json.loads(stored["meta"].tobytes())
+        problems = {int(i): found for i, found in meta["problems"].items()}
+        return ShardSet(urls, meta["indexes"], [tuple(names) for names in meta["layouts"]], stored["counts"], problems)
+
+
+def _write(path: Path, found: ShardSet) -> None:
+    """A cache that cannot be written is done without: the next process reads the shards' own indexes."""
+    meta = {"indexes": found.indexes, "layouts": found.layouts, "problems": found.problems}
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), counts=found.counts)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return
+    of_these = path.name.rpartition("-")[0]
+    for outdated in path.parent.glob(f"{of_these}-*.npz"):
+        if outdated != path:
+            outdated.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""Model cards of exports: what the weights are, what reads them, and only figures that were measured on them.
+
+Each is a README.md with the Hugging Face hub's header, from templates/card.md.j2. It names no place of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import ModelCardData
+from markupsafe import Markup
+
+from clips.common.page import Table, render
+from clips.common.plots import pretty
+from clips.common.tensors import hash_weights
+from clips.config import ModelConfig, RunConfig
+from clips.model.clips import CLIPSModel
+
+HEADERS: dict[str, dict[str, Any]] = {
+    "native": {"library_name": "clips-mllm", "pipeline_tag": "zero-shot-image-classification"},
+    "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
+    "hf_vit": {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"},
+}
+"""Format → what the hub's header says of it."""
+SHOWN = ("_r1", "_top1")
+"""Ends of the names of the figures that a card shows."""
+
+
+def write_cards(
+    directory: Path,
+    model: CLIPSModel,
+    run: RunConfig,
+    *,
+    name: str,
+    evaluations: Iterable[dict[str, Any]],
+    samples: int | None,
+) -> None:
+    """A README.md for each format that is below `directory`.
+
+    `name` is what the model is called. `evaluations` are what `clips.evaluation.evaluate.write_figures` wrote; those
+    of other weights than `model`'s, or at another resolution, are left out. `samples`: how many the weights have seen,
+    None where that is not known.
+    """
+    weights = hash_weights(model.state_dict()).hexdigest()
+    size = run.model.vision.image_size
+    of_these = [one for one in evaluations if (one.get("weights"), one.get("image_size")) == (weights, size)]
+    shown = {
+        "name": name,
+        "model": run.model,
+        "facts": Table(("", ""), _facts(run, samples, weights)),
+        "figures": {one["test_set"]: _figures(one["figures"]) for one in of_these},
+        "is_demo": run.data.train == "demo",
+        "is_imported": run.recipe == "imported",
+    }
+    for kind, header in HEADERS.items():
+        if not (directory / kind).is_dir():
+            continue
+        data = ModelCardData(**header, tags=["clips", "clips-mllm", *({"vision"} if kind == "hf_vit" else {"clip"})])
+        classes = _transformers_classes(directory / kind) if kind == "hf_vit" else {}
+        card = render("clips.weights", "card.md.j2", kind=kind, header=Markup(data.to_yaml()), **shown, **classes)
+        (directory / kind / "README.md").write_text(card, encoding="utf-8")
+
+
+def _facts(run: RunConfig, samples: int | None, weights: str) -> list[tuple[str, str]]:
+    rows = [("Towers", _towers(run.model)), ("Tokenizer", run.captions.tokenizer)]
+    if run.recipe != "imported":
+        planned = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples"
+        phases = ", ".join(f"{phase.samples:,} at {phase.image_size} px" for phase in run.phases)
+        seen = "" if samples is None else f"; these weights have seen {samples:,}"
+        rows += [("Training", f"{planned}: {phases}{seen}"), ("Data", _data(run)), ("Seed", str(run.train.seed))]
+    return [*rows, ("SHA-256 of the trained weights", weights)]
+
+
+def _towers(model: ModelConfig) -> str:
+    vision, text, captioner = model.vision, model.text, model.captioner
+    return (
+        f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px; "
+        f"text {text.width} × {text.layers}, context {text.context_length}; "
+        + (f"captioner {captioner.width} × {captioner.layers}; " if captioner else "")
+        + f"features of {model.embed_dim}"
+    )
+
+
+def _data(run: RunConfig) -> str:
+    """What the weights were trained on, by the last part of its name: where it lay is nobody's business."""
+    if run.data.train == "demo":
+        return "the demo's drawn scenes"
+    return "; ".join(PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";"))
+
+
+def _figures(figures: dict[str, dict[str, float]]) -> Table:
+    rows = [
+        (pretty(name), f"{figure['value']:.1f}", f"{figure['chance']:.2f}", f"{figure['items']:,}")
+        for name, figure in figures.items()
+        if name.endswith(SHOWN)
+    ]
+    return Table(("figure", "%", "chance %", "items"), rows)
+
+
+def _transformers_classes(directory: Path) -> dict[str, Any]:
+    """The class that reads `directory`, and where it keeps the norm that comes after the mean over the patches."""
+    (cls,) = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
+    is_vit = cls == "ViTModel"
+    return {
+        "cls": Markup(cls),
+        "options": Markup(", add_pooling_layer=False" if is_vit else ""),
+        "norm": Markup("model.layernorm" if is_vit else 'getattr(model, "vision_model", model).post_layernorm'),
+    }

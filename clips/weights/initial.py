@@ -1,0 +1,220 @@
+"""The weights that a run begins with (`--init-from`): which parts they bring, with which architecture, and what is new.
+
+Weights alone are taken: no optimizer state, no step. A part that the file holds brings its architecture, the text tower
+its tokenizer too; the recipe gives all others. The run directory keeps that as init_from.json, so that going on with a
+run never reads the file again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from clips.common import rundir
+from clips.common.escape import for_rich
+from clips.common.files import write_json
+from clips.common.hub import ANY_WEIGHTS, resolve
+from clips.common.tensors import assign_weights
+from clips.config import RunConfig
+from clips.data.tokenizer import CaptionTokenizer
+from clips.model.clips import CLIPSModel
+from clips.model.vision import resample_positions
+from clips.recipes import recipe
+from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
+from clips.weights.load import LoadedModel, clip_tokenizer, load_model
+
+FREE = ("model.vision.image_size",)
+"""What the recipe or `--set` may choose although the file says otherwise: positions are made or resampled for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    source: str
+    """As it was asked for."""
+    kind: str
+    architecture: dict[str, Any]
+    """Path in the run's configuration → value there, for the parts that the file holds."""
+    tensors: dict[str, Tensor]
+    """Under the names of `CLIPSModel`."""
+    tokenizer: CaptionTokenizer | None = None
+    left_over: dict[str, list[str]] = field(default_factory=dict)
+    """What it is → names in the file."""
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tensors and their names, whatever file, format or place they came from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+def read_initial(name: str) -> InitialWeights:
+    """What `name` holds: a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
+
+    A directory, or an id of the hub; `timm:NAME` is the hub's timm/NAME. Raises UserError where it is none of these.
+    """
+    if name.startswith("timm:"):
+        place = name.removeprefix("timm:")
+        directory = resolve(place if Path(place).is_dir() or "/" in place else f"timm/{place}", "--init-from")
+        return _of_foreign(name, directory, read_timm(directory))
+    directory = resolve(name, "--init-from", ANY_WEIGHTS)
+    is_open_clip = (directory / "open_clip_config.json").is_file()  # the same model for transformers may lie beside it
+    kind = None if is_open_clip else kind_of(directory)
+    if kind is not None:
+        read = read_timm if kind == "timm" else read_transformers
+        return _of_foreign(name, directory, read(directory))
+    return _of_loaded(name, "open_clip" if is_open_clip else "this project's", load_model(directory))
+
+
+def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
+    parts: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
+    tokenizer = None
+    if foreign.embed_dim is not None:
+        parts["model.embed_dim"] = foreign.embed_dim
+    if foreign.text is not None:
+        parts["model.text"] = dataclasses.asdict(foreign.text)
+        parts["captions.tokenizer"] = "clip"
+        tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
+    return InitialWeights(
+        source=name, kind=foreign.kind, architecture=parts, tensors=foreign.tensors, tokenizer=tokenizer,
+        left_over=foreign.left_over, notes=foreign.notes,
+    )  # fmt: skip
+
+
+def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
+    config = loaded.model.config
+    parts = {
+        "model.vision": dataclasses.asdict(config.vision),
+        "model.text": dataclasses.asdict(config.text),
+        "model.embed_dim": config.embed_dim,
+        "captions.tokenizer": loaded.run.captions.tokenizer,
+    }
+    if config.captioner is not None:
+        parts["model.captioner"] = dataclasses.asdict(config.captioner)
+    tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
+    return InitialWeights(source=name, kind=kind, architecture=parts, tensors=tensors, tokenizer=loaded.tokenizer)
+
+
+# ------------------------------------------------------------------------------------------ the run's configuration
+def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
+    """UserError listing where `run` asks for another architecture than that of the weights."""
+    changes = []
+    for path, value in initial.architecture.items():
+        asked = _at(run, path)
+        if path != "model.captioner" or asked is not None:  # a captioner may be left out
+            changes += rundir.difference({path: value}, {path: asked})
+    rundir.refuse(
+        [line for line in changes if not line.startswith(FREE)],
+        f"--set asks for another architecture than that of the weights in --init-from {initial.source}",
+        "Leave those --set out, or begin with other weights",
+    )
+
+
+def _at(run: RunConfig, path: str) -> Any:
+    value: Any = run.to_dict()
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- into the model
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Where each part of a run's model came from; for people, and as init_from.json for going on with the run."""
+
+    source: str
+    kind: str
+    sha256: str
+    architecture: dict[str, Any]
+    given: dict[str, tuple[int, int]]
+    """Part → its tensors and their parameters that came from the file."""
+    new: dict[str, tuple[int, int]]
+    """The same of those that begin as the recipe initialises them."""
+    left_over: dict[str, list[str]]
+    notes: list[str]
+
+    def table(self, run: RunConfig) -> Table:
+        """For the terminal, with what differs from the recipe of `run`."""
+        title = f"begins with {self.source} ({self.kind}; weights {self.sha256[:12]})"
+        table = Table("parameters of", "from the file", "new", title=for_rich(title), title_justify="left")
+        for part in PARTS:
+            if part in self.given or part in self.new:
+                table.add_row(part, *(_amount(side[part]) if part in side else "" for side in (self.given, self.new)))
+        table.add_section()
+        for note in self.notes:
+            table.add_row("on the way", for_rich(note))
+        for what, names in self.left_over.items():
+            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            table.add_row("left over", for_rich(f"{what}: {shown}"))
+        table.add_section()
+        own = recipe(run.recipe)
+        here = {path: _at(run, path) for path in self.architecture}
+        if lines := rundir.difference({path: _at(own, path) for path in here}, here):
+            table.add_row(f"differs from {run.recipe}", for_rich(", ".join(lines)))
+        return table
+
+    def save(self, run_dir: Path) -> None:
+        write_json(run_dir / rundir.INIT_FROM, dataclasses.asdict(self))
+
+
+PARTS = {
+    "vision tower": ("visual.",),
+    "text tower": ("text.",),
+    "projections": ("visual.proj.", "text.proj."),
+    "captioner": ("captioner.",),
+    "temperature": ("logit_scale",),
+}
+"""Part of a model → first letters of its tensors; of two that fit the later one holds."""
+
+
+def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
+    """Put the weights into `model`, whose other parts stay as they are.
+
+    Raises UserError listing the tensors that are missing, have no place, or have another shape.
+    """
+    vision, there = model.config.vision, initial.architecture["model.vision"]["image_size"]
+    tensors, left_over, notes = dict(initial.tensors), dict(initial.left_over), list(initial.notes)
+    if "visual.pos_embed" in tensors and vision.image_size != there:
+        grid = vision.image_size // vision.patch_size
+        tensors["visual.pos_embed"] = resample_positions(tensors["visual.pos_embed"], grid, vision.prefix_tokens)
+        notes.append(f"positions resampled from {there} px to {vision.image_size} px")
+    if model.captioner is None and (unused := [name for name in tensors if name.startswith("captioner.")]):
+        left_over["captioner, which this run has not"] = unused
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    may_be_new = ["captioner."] if "model.captioner" not in initial.architecture else []
+    if "model.text" not in initial.architecture:
+        may_be_new += ["text.", "visual.proj.", "logit_scale"]
+    own = model.state_dict()
+    new = {name: own[name] for name in own.keys() - tensors.keys() if name.startswith(tuple(may_be_new))}
+    assign_weights(model, tensors | new, initial.source)
+    return Beginning(
+        source=initial.source, kind=initial.kind, sha256=initial.sha256, architecture=initial.architecture,
+        given=_by_part(tensors), new=_by_part(new), left_over=left_over, notes=notes,
+    )  # fmt: skip
+
+
+def _by_part(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        part = [part for part, starts in PARTS.items() if name.startswith(starts)][-1]
+        count, size = found.get(part, (0, 0))
+        found[part] = count + 1, size + tensor.numel()
+    return found
+
+
+def _amount(found: tuple[int, int]) -> str:
+    count, size = found
+    parameters = f"{size / 1e6:.2f} M" if size > 1e5 else f"{size:,}"
+    return f"{parameters} in {count} tensor{'s' if count > 1 else ''}"

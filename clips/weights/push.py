@@ -1,0 +1,177 @@
+"""A model directory onto the Hugging Face hub: whole, with its card, and nothing of this machine or of a run in it.
+
+Takes what is written here: export/native, export/open_clip, export/hf_vit, a LLaVA run's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from clips.common.errors import CommandError, UserError
+from clips.config import DataConfig
+
+CONFIGS = ("config.json", "open_clip_config.json")
+"""A model directory has one of these."""
+MODEL_FILES = (
+    "README.md", "LICENSE*", "NOTICE*", "*.json", "*.jinja", "*.safetensors", "mm_projector.bin",
+    "merges.txt", "vocab.txt", "tokenizer.model", "tokenizer/*.json",
+)  # fmt: skip
+OF_THE_RUN = ("evaluation*.json",)
+"""What evaluate_clips.py leaves beside weights: stays here."""
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+"""Any text may be a token; no place is looked for in these."""
+_PLACE = re.compile(r"(?<![\w.~:/\\])(?:file://)?~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:\\\w+")
+HERE = {'source = "local-dir:."': 'source = "hf-hub:{}"', 'source = "."': 'source = "{}"'}
+"""How a card's code opens its own directory → how it opens the repository."""
+
+
+def push(directory: Path, repo: str, *, private: bool = False) -> None:
+    """Upload the model in `directory` as the repository `repo` ("owner/name") in one commit, and print its address.
+
+    The repository is made where there is none; one that is there keeps its visibility. Weight files of an earlier push
+    that this one does not bring are removed from it, other files stay. The card's code is turned to the repository, so
+    is the tokenizer of an open_clip export, and a native export does not say where its data lay. UserError: `directory`
+    is no whole model or holds what is not to be published, there is no token, or the hub refuses. CommandError: the
+    hub cannot be reached.
+    """
+    check_target(repo)
+    files = model_files(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        places = []
+        for file in files:
+            staged = Path(folder, file)
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if (text := _published(directory, file, repo)) is None:
+                    staged.symlink_to((directory / file).resolve())
+                else:
+                    staged.write_text(text, encoding="utf-8")
+                places += [f"{file}: {place}" for place in _places(staged)]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{directory / file} cannot be read as what its name says: {error!r}") from None
+        if places:
+            raise UserError(
+                f"{directory} names places of this machine, which would be published: {'; '.join(places[:5])}. "
+                "Edit them out of these files"
+            )
+        print(f"{directory} → {_upload(Path(folder), repo, private)}")
+    if ModelCard.load(directory / "README.md").data.license is None:
+        print(f"its card states no license: add `license: …` to the header, there or in {directory}/README.md")
+
+
+def check_target(repo: str) -> None:
+    """UserError unless `repo` is an owner/name and there is a token to write with."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a repository (owner/name): {error}") from None
+    if repo.count("/") != 1:
+        raise UserError(f"{repo!r} is no name of a repository: give owner/name")
+    if not get_token():
+        raise UserError("no token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to one that may write")
+
+
+def model_files(directory: Path) -> list[str]:
+    """The files of the model in `directory`, relative; UserError where it is not one, or not a whole one."""
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {directory}")
+    inner = [path for path in ("export/open_clip", "open_clip", "model") if (directory / path).is_dir()]
+    if inner:
+        raise UserError(f"{directory} holds models, give one of them, such as {directory / inner[0]}")
+    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    found = [file for file in found if not _matches(file, OF_THE_RUN)]
+    if not set(CONFIGS) & set(found):
+        raise UserError(f"{directory} is no model directory: it has no {' and no '.join(CONFIGS)}")
+    if not any(file.endswith(".safetensors") for file in found):
+        raise UserError(f"{directory} has no weights (*.safetensors)")
+    if foreign := [file for file in found if not _matches(file, MODEL_FILES)]:
+        raise UserError(f"{directory} holds files that are no part of a model: {', '.join(foreign[:5])}. Remove them")
+    for index in directory.glob("*.safetensors.index.json"):
+        if missing := sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(found)):
+            raise UserError(f"{directory} is not whole: {index.name} names {', '.join(missing[:5])}")
+    if "README.md" not in found:
+        raise UserError(f"{directory} has no model card (README.md): export or save the model again, which writes one")
+    return found
+
+
+def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    path = PurePosixPath(file)
+    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in patterns)
+
+
+def _published(directory: Path, file: str, repo: str) -> str | None:
+    """The text of `file` as it is to be published where that differs from what is here, else None."""
+    if file not in ("README.md", *CONFIGS):
+        return None
+    text = (directory / file).read_text(encoding="utf-8")
+    if file == "README.md":
+        for here, there in HERE.items():
+            text = text.replace(here, there.format(repo))
+        return text
+    config = json.loads(text)
+    if file == "open_clip_config.json":  # from the hub, open_clip takes the tokenizer from where this says
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
+    elif isinstance(data := config.get("data"), dict):  # a run's configuration
+        demo = data.get("train") == "demo"
+        unpublished = {"val": None, "test": None, "image_root": None, "demo_dir": DataConfig.demo_dir}
+        config["data"] = data | unpublished | {"train": "demo" if demo else "not published"}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _places(path: Path) -> Iterator[str]:
+    """Absolute paths in a file of text, and this machine's home and working directory in whatever form."""
+    if path.suffix in (".safetensors", ".bin", ".model") or path.name in VOCABULARY:
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    texts = list(_strings(json.loads(text))) if path.suffix == ".json" else [text]
+    for place in (str(Path.home()), str(Path.cwd())):
+        if len(place) > 1 and any(f"{place}/" in one for one in texts):
+            yield place
+    for one in texts:
+        yield from (found[0] for found in _PLACE.finditer(one))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (*_strings(key), *_strings(inner))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    api = HfApi()
+    try:
+        # Private or public is asked for a new repository only: see `push`.
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Upload model",
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.bin"],
+        )  # fmt: skip
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub refuses {repo}: {_first_line(error)}. May the token write there?") from None
+    except (HTTPError, OSError) as error:
+        raise CommandError(f"the hub cannot be reached, {repo} is not uploaded: {_first_line(error)}") from None
+    return str(url)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def push_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/push_to_hub.py does."""
+    push(Path(flags.directory), flags.repo, private=flags.private)

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Index tar shards before a run, in parallel: opening the set is then one small file for every rank.
+
+Training does it by itself, one shard after the other. What was stopped goes on where it was.
+"""
+
+import argparse
+import os
+import sys
+
+from clips.common.errors import UserError, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("data", help="as for pretrain_clips.py: a folder, pattern or URL of tar shards")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    if flags.workers < 1:
+        raise UserError(f"--workers {flags.workers} must be at least 1")
+    from clips.data.sources import index_data
+
+    index_data(flags.data, flags.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""Upload a model directory written here (an export's format, a LLaVA run's model) to the Hugging Face hub."""
+
+import argparse
+import sys
+
+from clips.common.errors import run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("directory", help="such as runs/NAME/export/open_clip or runs/NAME/model")
+    p.add_argument("repo", help="OWNER/NAME on the hub; made where there is none")
+    p.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from clips.weights.push import push_from_flags
+
+    push_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,229 @@
+"""What a run begins with after `--init-from`, and what convert.py writes: official checkpoints and others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import tiny_run
+from rich.console import Console
+from test_foreign_weights import IMAGE, TEXT, VIT, clip, shaken
+from test_official import TEXTS, pixels, reference_image, reference_text, write_official
+from timm.models import save_for_hf
+
+from clips.common.errors import UserError
+from clips.common.tensors import read_weights, write_weights
+from clips.config import RunConfig
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.model.clips import CLIPSModel
+from clips.model.vision import resample_positions
+from clips.training.cli import config_from_flags, parser
+from clips.training.task import Task
+from clips.weights.convert import convert
+from clips.weights.export import write_native
+from clips.weights.initial import Beginning, InitialWeights, check_agrees, initialise, read_initial
+from clips.weights.load import load_model
+
+
+def begun(initial: InitialWeights, *flags: str) -> tuple[RunConfig, CLIPSModel, Beginning]:
+    """The configuration, the model and the account of a run with `flags` and these weights, before its first step."""
+    given = parser().parse_args(["--debug", "--init-from", initial.source, "--set", "train.precision=fp32", *flags])
+    run = config_from_flags(given, initial.architecture)
+    check_agrees(run, initial)
+    torch.manual_seed(0)
+    model = CLIPSModel(run.model, initial.tokenizer.pad_id if initial.tokenizer else 0)
+    return run, model, initialise(model, initial)
+
+
+def untouched(run: RunConfig, model: CLIPSModel) -> dict[str, torch.Tensor]:
+    """The same model as its recipe alone initialises it."""
+    torch.manual_seed(0)
+    return CLIPSModel(run.model, model.text.pad_id).state_dict()
+
+
+def printed(beginning: Beginning, run: RunConfig) -> str:
+    console = Console(width=200, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(beginning.table(run))
+    return capture.get()
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    """A native export with a captioner, of a tokenizer of its own."""
+    tokenizer = build_tokenizer("wordpiece", ["two red cats and a dog"] * 4, vocab_size=64)
+    run = tiny_run()
+    torch.manual_seed(7)
+    write_native(CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer, tmp_path / "native")
+    return tmp_path / "native"
+
+
+# ------------------------------------------------------------------------------------------------------- official ones
+@pytest.mark.parametrize("tokenizer", [None, "json"])
+def test_a_run_begins_with_the_features_of_an_official_checkpoint(tokenizer: str | None, tmp_path: Path) -> None:
+    w = write_official(tmp_path / "official", tokenizer=tokenizer)
+    initial = read_initial(str(tmp_path / "official"))
+    run, model, beginning = begun(initial, "--set", "phases.*.image_size=32")
+    assert (run.model.vision.pos_embed, run.captions.tokenizer) == ("sincos_reference", "bert")
+    assert run.model.captioner == config_from_flags(parser().parse_args(["--debug"])).model.captioner
+    fresh = untouched(run, model)
+    new = {name for name, value in model.state_dict().items() if torch.equal(value, fresh[name])}
+    assert new == {name for name in fresh if name.startswith("captioner.")}
+    assert beginning.new.keys() == {"captioner"}
+    assert beginning.given.keys() == {"vision tower", "text tower", "projections", "temperature"}
+
+    ids = initial.tokenizer.for_tower(TEXTS[:3], run.model.text)
+    caption = initial.tokenizer.caption_ids(initial.tokenizer.encode(TEXTS[:3]), 16)
+    _, parts = Task(model, run)({"images": pixels(), "web": ids, "sub": ids, "caption": caption})
+    logits = w["logit_scale"].exp() * reference_image(w, pixels()) @ reference_text(w, TEXTS[:3]).T
+    pairs = torch.arange(3)
+    expected = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    torch.testing.assert_close(parts["contrastive_loss"], expected, atol=1e-4, rtol=1e-5)
+
+    text = printed(beginning, run)
+    for shown in ("(open_clip;", "captioner", "differs from demo", "model.text.pad_mask: true → false"):
+        assert shown in text
+
+
+def test_the_hash_is_of_the_weights_whatever_their_format(tmp_path: Path) -> None:
+    write_official(tmp_path / "official")
+    for to in ("native", "open_clip"):
+        convert(str(tmp_path / "official"), tmp_path / to, to)
+    hashes = {read_initial(str(tmp_path / name)).sha256 for name in ("official", "native", "open_clip")}
+    assert len(hashes) == 1
+
+
+# ------------------------------------------------------------------------------------------------ own and foreign ones
+def test_an_own_export_brings_its_captioner_where_the_recipe_has_one(native: Path) -> None:
+    initial = read_initial(str(native))
+    run, model, beginning = begun(initial)
+    assert run.model == tiny_run().model
+    assert not beginning.new
+    assert all(torch.equal(value, initial.tensors[name]) for name, value in model.state_dict().items())
+
+    run, model, beginning = begun(initial, "--recipe", "clip_baseline")
+    assert run.model.captioner is None
+    assert set(beginning.left_over) == {"captioner, which this run has not"}
+    assert "left over" in printed(beginning, run)
+
+
+def test_an_image_tower_alone_gets_the_recipe_s_text_tower(tmp_path: Path) -> None:
+    shaken(
+        transformers.Dinov2Model(transformers.Dinov2Config(**{k: IMAGE[k] for k in IMAGE if k != "intermediate_size"}))
+    )
+    stock = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE))
+    stock.save_pretrained(tmp_path)
+    initial = read_initial(str(tmp_path))
+    run, _, beginning = begun(initial)
+    recipe = config_from_flags(parser().parse_args(["--debug"])).model
+    assert (run.model.text, run.model.embed_dim, run.captions.tokenizer) == (recipe.text, recipe.embed_dim, "wordpiece")
+    assert beginning.given.keys() == {"vision tower"}
+    assert beginning.new.keys() == {"text tower", "projections", "captioner", "temperature"}
+    text = printed(beginning, run)
+    for shown in ("SigLIP's pooling head: ", "and 9 more", "folded into the patch convolution"):
+        assert shown in text
+
+
+def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
+    shaken(clip()).save_pretrained(tmp_path)
+    initial = read_initial(str(tmp_path))
+    run, model, beginning = begun(initial, "--set", "model.vision.image_size=48")
+    expected = resample_positions(initial.tensors["visual.pos_embed"], 6, 1)
+    assert torch.equal(model.visual.pos_embed, expected)
+    assert expected.shape == (37, 32)
+    assert "positions resampled from 32 px to 48 px" in printed(beginning, run)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--set", "model.vision.width=64"), r"model\.vision\.width: 32 → 64"),
+        (("--set", "model.text.pad_mask=true"), r"model\.text\.pad_mask: false → true"),
+        (("--set", "captions.tokenizer=wordpiece"), r'captions\.tokenizer: "bert" → "wordpiece"'),
+        (("--set", "model.vision.patch_size=16"), r"patch_size: 8 → 16"),
+        (("--set", "phases.*.image_size=36"), "image size 36 is not a multiple of the patch size 8"),
+        (("--set", "train.init_from=elsewhere"), "give --init-from"),
+        (("--tower", "siglip"), "bring their own image tower"),
+    ],
+)
+def test_what_contradicts_the_weights_is_refused(flags: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    write_official(tmp_path / "official")
+    with pytest.raises(UserError, match=said):
+        begun(read_initial(str(tmp_path / "official")), *flags)
+
+
+def test_weights_of_another_shape_than_their_configuration_are_named_with_both(native: Path) -> None:
+    weights = read_weights(native / "model.safetensors")
+    weights["visual.norm.weight"] = torch.ones(31)
+    write_weights(weights, native / "model.safetensors")
+    with pytest.raises(UserError, match=r"visual\.norm\.weight: the file has shape \(31,\), the model \(32,\)"):
+        read_initial(str(native))
+
+
+# -------------------------------------------------------------------------------------------------------------- convert
+def test_official_and_back_are_the_same_names_and_values(tmp_path: Path) -> None:
+    w = write_official(tmp_path / "official")
+    found = convert(str(tmp_path / "official"), tmp_path / "open_clip", "open_clip")
+    found |= convert(str(tmp_path / "open_clip"), tmp_path / "again", "official")
+    assert max(found.values()) <= 1e-5
+    again = read_weights(tmp_path / "again" / "open_clip_pytorch_model.bin")
+    torch.testing.assert_close(again, w, atol=1e-6, rtol=0)
+    config = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
+    before = json.loads((tmp_path / "official" / "open_clip_config.json").read_text())["model_cfg"]
+    for part in ("vision_cfg", "text_cfg"):
+        assert before[part].items() <= config[part].items()
+
+
+def test_a_clip_of_transformers_becomes_every_other_format(tmp_path: Path) -> None:
+    shaken(clip()).save_pretrained(tmp_path / "clip")
+    for to in ("native", "open_clip", "transformers"):
+        assert max(convert(str(tmp_path / "clip"), tmp_path / to, to).values()) <= 1e-5
+    again = load_model(tmp_path / "open_clip")
+    assert again.model.config == dataclasses.replace(load_model(tmp_path / "native").model.config)
+    with pytest.raises(UserError, match="their text towers attend to everything"):
+        convert(str(tmp_path / "clip"), tmp_path / "official", "official")
+
+
+def test_an_image_tower_of_timm_becomes_one_of_transformers(tmp_path: Path) -> None:
+    save_for_hf(shaken(timm.create_model("vit_base_patch16_224", **VIT)), tmp_path / "timm", model_args=VIT)
+    found = convert(f"timm:{tmp_path / 'timm'}", tmp_path / "vit", "transformers")
+    assert found.keys() == {"image tokens"}
+    assert not (tmp_path / "vit" / "embedding.safetensors").exists()
+    with pytest.raises(UserError, match="image tower alone"):
+        convert(str(tmp_path / "timm"), tmp_path / "native", "native")
+
+
+def test_convert_writes_nothing_over_what_is_there_nor_when_it_only_checks(
+    tmp_path: Path, native: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert convert(str(native), tmp_path / "new", "open_clip", check_only=True)
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(UserError, match=r"exists; convert\.py overwrites nothing"):
+        convert(str(native), native, "open_clip")
+    with pytest.raises(UserError, match="padding included"):
+        convert(str(native), tmp_path / "new", "official")
+
+    def moved(model: Any) -> torch.Tensor:
+        return model.logit_scale.reshape(()) + 0.1
+
+    monkeypatch.setattr("clips.weights.open_clip.logit_scale_parameter", moved)
+    with pytest.raises(UserError, match="is another model: temperature differ"):
+        convert(str(native), tmp_path / "new", "open_clip")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_that_is_not_bert_s_is_no_official_one(tmp_path: Path) -> None:
+    run = tiny_run(pad_mask=False)
+    tokenizer: CaptionTokenizer = build_tokenizer("wordpiece", ["two red cats"] * 4, vocab_size=64)
+    write_native(CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer, tmp_path / "native")
+    with pytest.raises(UserError, match="their tokenizer is BERT's"):
+        convert(str(tmp_path / "native"), tmp_path / "new", "official")

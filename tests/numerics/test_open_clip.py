@@ -1,0 +1,139 @@
+"""Models that open_clip made, here and back: the features of stock open_clip at every stop, by its own pipeline."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from PIL import Image
+
+from clips import CLIPS
+from clips.common.errors import UserError
+from clips.common.tensors import read_weights, write_weights
+from clips.data.tokenizer import build_tokenizer
+from clips.weights.export import export_all
+from clips.weights.load import load_model
+from clips.weights.open_clip import import_open_clip
+
+VISION = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 48}
+TEXT = {"width": 24, "heads": 3, "layers": 2}
+BPE = {"context_length": 77, "vocab_size": 49408}
+EPS = {"norm_kwargs": {"eps": 1e-6}}
+TANH = {"act_kwargs": {"approximate": "tanh"}}
+WORDS = {"context_length": 20, "vocab_size": 200, "hf_tokenizer_name": "local"}
+SQUASH = {"interpolation": "bilinear", "resize_mode": "squash"}
+MODELS = {
+    "OpenAI's ViT-B-16": {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT | BPE},
+    "laion's ViT-B-16": {"vision_cfg": VISION, "text_cfg": TEXT | BPE},
+    "mean, no norm before the blocks": {
+        "custom_text": True,
+        "vision_cfg": VISION | EPS | TANH | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "text_cfg": TEXT | BPE | EPS | TANH,
+    },
+    "fixed positions, text both ways": {
+        "custom_text": True,
+        "vision_cfg": VISION | {"pos_embed_type": "sin_cos_2d", "patch_dropout": 0.0},
+        "text_cfg": TEXT | WORDS | {"no_causal_mask": True, "pool_type": "eos", "eos_id": 2},
+    },
+    "CoCa's text": {
+        "custom_text": True,
+        "vision_cfg": VISION,
+        "text_cfg": TEXT | WORDS | {"embed_cls": True, "context_length": 19},
+    },
+}
+TEXTS = ["a photo of a cat!", "", "Tom &amp; Jerry at the café 😀", "many words " * 60]
+FEATURES = {"atol": 1e-5, "rtol": 0.0}
+
+
+def write_stock(directory, model_cfg, **preprocess):
+    """A random model of stock open_clip, as it stands on the hub."""
+    torch.manual_seed(0)
+    fields = {name: value for name, value in model_cfg.items() if name != "custom_text"}
+    model = (CustomTextCLIP if model_cfg.get("custom_text") else CLIP)(embed_dim=20, **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale" and parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    directory.mkdir(parents=True)
+    if "hf_tokenizer_name" in model_cfg["text_cfg"]:
+        build_tokenizer("wordpiece", TEXTS * 3, vocab_size=200).save(directory)
+    config = {"model_cfg": {"embed_dim": 20, **model_cfg}, "preprocess_cfg": SQUASH | preprocess}
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    write_weights(model.state_dict(), directory / "open_clip_model.safetensors")
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+@torch.no_grad()
+def stock_features(directory):
+    """Image and text features by stock open_clip alone: its preprocessing, its tokenizer."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{directory}")
+    model.eval()
+    images = torch.stack([preprocess(picture) for picture in pictures()])
+    ids = open_clip.get_tokenizer(f"local-dir:{directory}")(TEXTS)
+    return model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_open_clip_comes_in_and_goes_out(tmp_path, name):
+    write_stock(tmp_path / "theirs", MODELS[name])  # normalised by OpenAI's mean and deviation, open_clip's default
+    expected = stock_features(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs")
+    images = CLIPS(loaded, torch.device("cpu")).preprocess
+    sample = torch.stack([images(picture) for picture in pictures()])
+    differences = export_all(loaded.model, loaded.run, loaded.tokenizer, tmp_path / "ours", sample, TEXTS)
+    assert max(differences.values()) < 1e-5
+    for directory in (tmp_path / "theirs", tmp_path / "ours" / "native", tmp_path / "ours" / "open_clip"):
+        opened = CLIPS.from_pretrained(directory, device="cpu")
+        torch.testing.assert_close(opened.encode_image(pictures()), expected[0], **FEATURES)
+        torch.testing.assert_close(opened.encode_text(TEXTS), expected[1], **FEATURES)
+    for ours, theirs in zip(stock_features(tmp_path / "ours" / "open_clip"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "message"),
+    [
+        ("vision_cfg", {"ls_init_value": 1e-4}, r"vision_cfg\.ls_init_value is 0\.0001: no tower here has that"),
+        ("vision_cfg", {"patch_dropout": 0.5}, r"vision_cfg\.patch_dropout is 0\.5"),
+        ("vision_cfg", {"attentional_pool": True}, r"vision_cfg\.attentional_pool is True"),
+        ("vision_cfg", {"timm_model_name": "vit_base"}, r"vision_cfg\.timm_model_name is 'vit_base'"),
+        ("vision_cfg", {"pool_type": "avg"}, r"vision_cfg\.final_ln_after_pool is False"),
+        ("vision_cfg", {"image_size": [48, 32]}, r"vision_cfg\.image_size is \[48, 32\]"),
+        ("vision_cfg", {"layers": [2, 2, 2, 2]}, r"vision_cfg\.layers is \[2, 2, 2, 2\]"),
+        ("text_cfg", {"qk_norm": True}, r"text_cfg\.qk_norm is True"),
+        ("text_cfg", {"proj_bias": True}, r"text_cfg\.proj_bias is True"),
+        ("text_cfg", {"pool_type": "first"}, r"text_cfg\.pool_type is 'first'"),
+        ("text_cfg", {"hf_model_name": "roberta"}, r"text_cfg\.hf_model_name is 'roberta'"),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, r"text_cfg\.tokenizer_kwargs is {'clean'"),
+        ("text_cfg", {"act_kwargs": {"inplace": True}}, r"text_cfg\.act_kwargs is {'inplace'"),
+        (
+            "text_cfg",
+            {"pool_type": "eos"},
+            r"pool_type and eos_id read a text at token 2, the tokenizer ends it with 49407",
+        ),
+        ("text_cfg", {"embed_cls": True}, r"text_cfg\.embed_cls is True"),
+        ("text_cfg", {"vocab_size": 1000}, r"49408 ids, text_cfg\.vocab_size"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_its_name(tmp_path, part, fields, message):
+    write_stock(tmp_path / "stock", MODELS["laion's ViT-B-16"])
+    path = tmp_path / "stock" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"][part] |= fields
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        import_open_clip(tmp_path / "stock")
+
+
+def test_weights_beyond_the_configuration_are_named(tmp_path):
+    write_stock(tmp_path / "stock", MODELS["laion's ViT-B-16"])
+    path = tmp_path / "stock" / "open_clip_model.safetensors"
+    write_weights(read_weights(path) | {"logit_bias": torch.ones(())}, path)
+    with pytest.raises(UserError, match=r"holds besides logit_bias"):
+        import_open_clip(tmp_path / "stock")

@@ -1,0 +1,142 @@
+"""Model cards of exports: they parse, their code runs, their figures are of these weights, no text in them acts."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, tiny_run
+from hostile import HOSTILE
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from clips.config import RunConfig
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.evaluate import write_figures
+from clips.evaluation.metrics import Figure
+from clips.model.clips import CLIPSModel
+from clips.weights.card import HEADERS
+from clips.weights.export import export_all
+
+TOKENIZER = build_tokenizer("wordpiece", ["a cat and two dogs"] * 3, vocab_size=64)
+
+
+def export(directory: Path, run: RunConfig, model: CLIPSModel, **options: object) -> dict[str, str]:
+    """Format → its card."""
+    export_all(model, run, TOKENIZER, directory, torch.randn(2, 3, 32, 32), ["a cat", "two dogs"], **options)
+    return {kind: (directory / kind / "README.md").read_text(encoding="utf-8") for kind in HEADERS}
+
+
+def tokenizer_run(*, pad_mask: bool = True, pre_norm: bool = False) -> RunConfig:
+    run = tiny_run(pad_mask=pad_mask)
+    vision = replace(run.model.vision, pre_norm=pre_norm)
+    text = replace(run.model.text, vocab_size=TOKENIZER.vocab_size)
+    return replace(run, model=replace(run.model, vision=vision, text=text))
+
+
+def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test", value: float = 12.3) -> dict:
+    figures = {"sentence_i2t_r1": Figure(value, 0.2, 500), "sentence_i2t_r5": Figure(45.6, 1.0, 500)}
+    write_figures(run_dir / "evaluation.json", figures, test_set=name, skipped=[], model=model)
+    return json.loads((run_dir / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_the_code_of_a_card_runs_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, pre_norm: bool
+) -> None:
+    run = tokenizer_run(pre_norm=pre_norm)
+    model = random_model(run)
+    card = export(tmp_path / "runs/mine/export", run, model)[kind]
+    monkeypatch.chdir(tmp_path / "runs/mine/export" / kind)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    picture.save("picture.png")
+    (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(block, names)
+    if kind == "hf_vit":  # the same feature as the encoder's own
+        own = model.encode_image(torch.as_tensor(names["inputs"]["pixel_values"]))
+        assert torch.allclose(names["feature"], own, atol=1e-5)
+    else:
+        shown = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+        assert len(shown) == 2
+        assert (sum(shown) == pytest.approx(1, abs=1e-3)) == (kind == "open_clip")
+
+
+def test_headers_are_the_hub_s(tmp_path: Path) -> None:
+    run = tokenizer_run()
+    for kind, card in export(tmp_path / "mine" / "export", run, random_model(run)).items():
+        data = ModelCard(card).data
+        assert data.library_name == HEADERS[kind]["library_name"]
+        assert data.pipeline_tag == HEADERS[kind]["pipeline_tag"]
+        assert "clips" in data.tags
+        assert data.license is None  # whoever publishes the weights states it
+        assert card.splitlines()[0] == "---"
+        assert "\n# mine\n" in card
+        assert str(tmp_path) not in card
+
+
+def test_only_a_masked_text_tower_is_warned_of(tmp_path: Path) -> None:
+    for pad_mask in (False, True):
+        run = tokenizer_run(pad_mask=pad_mask)
+        cards = export(tmp_path / "export", run, random_model(run))
+        assert ("The fork of open_clip" in cards["open_clip"]) == pad_mask
+        assert "≥ 3.3" in cards["open_clip"]
+
+
+def test_a_card_shows_figures_of_these_weights_only(tmp_path: Path) -> None:
+    run = tokenizer_run()
+    model = random_model(run)
+    found = write_evaluation(tmp_path, model)
+    for evaluations, is_shown in [
+        ([found], True),
+        ([], False),
+        ([found | {"image_size": 48}], False),
+        ([{key: found[key] for key in found if key != "weights"}], False),  # written before figures named their weights
+        ([write_evaluation(tmp_path, random_model(run, seed=1))], False),
+    ]:
+        for card in export(tmp_path / "export", run, model, evaluations=evaluations).values():
+            assert ("| sentence image → text R@1 | 12.3 | 0.20 | 500 |" in card) == is_shown
+            assert ("None were measured" in card) != is_shown
+            assert "45.6" not in card
+
+
+def test_samples_are_those_that_the_weights_have_seen(tmp_path: Path) -> None:
+    run = tokenizer_run()
+    model = random_model(run)
+    assert "these weights have seen 48" in export(tmp_path / "export", run, model, samples=48)["native"]
+    assert "have seen" not in export(tmp_path / "export", run, model)["native"]
+
+
+def test_data_is_named_without_its_place(tmp_path: Path) -> None:
+    run = tokenizer_run()
+    assert "drawings" in export(tmp_path / "export", run, random_model(run))["open_clip"]
+    spec = "/data/me/recap/{00000..00009}.tar;https://user:secret@host/private/more.tar?token=secret"
+    run = replace(run, data=replace(run.data, train=spec))
+    for card in export(tmp_path / "export", run, random_model(run)).values():
+        assert "{00000..00009}.tar; more.tar" in card
+        assert "drawings" not in card
+        for hidden in ("secret", "/data", "private", "host"):
+            assert hidden not in card
+
+
+@pytest.mark.parametrize("kind", [name for name, text in HOSTILE.items() if len(text) < 1000])
+def test_hostile_names_are_read_not_carried_out(tmp_path: Path, kind: str) -> None:
+    acts = r"[\x00-\x1f\x7f-\x9f\u2028\u202a-\u202e\ud800-\udfff]+"
+    plain = re.sub(acts, " ", HOSTILE[kind].replace("/", "|")).strip()  # what a folder can be called
+    run = replace(tokenizer_run(), recipe=HOSTILE[kind])
+    model = random_model(run)
+    found = write_evaluation(tmp_path, model, name=HOSTILE[kind])
+    for card in export(tmp_path / plain / "export", run, model, evaluations=[found]).values():
+        ModelCard(card)
+        html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.split("---\n", 2)[2])
+        for tag in ("<script", "<b>", "<img", "<em>", "<strong>", "<s>", "<ul>", "<ol>", "<blockquote>", "<hr"):
+            assert tag not in html
+        assert html.count("<h1>") == 1
+        assert set(re.findall(r'href="([^"]*)"', html)) == {"https://arxiv.org/abs/2411.16828"}

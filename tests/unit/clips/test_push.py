@@ -1,0 +1,190 @@
+"""Uploads to the hub: a folder stands in for it, laid out as its cache, from which the stock libraries then load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, run_python, tiny_run
+from huggingface_hub import constants
+from local_hub import REPO, hub, run_card, uploaded
+
+from clips.common.errors import UserError
+from clips.config import DataConfig, RunConfig
+from clips.data.tokenizer import build_tokenizer
+from clips.weights.card import HEADERS
+from clips.weights.export import export_all
+from clips.weights.push import push
+
+__all__ = ["hub"]
+TOKENIZER = build_tokenizer("wordpiece", ["a cat and two dogs"] * 3, vocab_size=64)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its exports, whose data lay in a place that is nobody's business."""
+    run = tiny_run()
+    data = DataConfig(
+        train="https://me:secret@host/recap/{00000..9}.tar", val="/data/me/val.csv", image_root="/data/me/pictures"
+    )
+    text = run.model.text.__class__(**vars(run.model.text) | {"vocab_size": TOKENIZER.vocab_size})
+    run = RunConfig(**vars(run) | {"data": data, "model": run.model.__class__(**vars(run.model) | {"text": text})})
+    directory = tmp_path_factory.mktemp("runs") / "mine"
+    export_all(random_model(run), run, TOKENIZER, directory / "export", torch.randn(2, 3, 32, 32), ["a cat", "dogs"])
+    return directory
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(run_dir: Path, hub: Path, kind: str) -> None:
+    directory = run_dir / "export" / kind
+    push(directory, REPO)
+    files = {path.relative_to(uploaded(hub)) for path in uploaded(hub).rglob("*") if path.is_file()}
+    assert files == {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
+    for file in files:
+        content = (uploaded(hub) / file).read_bytes()
+        if file.suffix == ".safetensors":
+            assert content == (directory / file).read_bytes()
+        for hidden in ("secret", "/data/me", "host/", str(Path.home()), str(run_dir), "hf_not_a_real_one"):
+            assert hidden.encode() not in content, file
+    assert json.loads((hub / "asked.json").read_text()) == {"private": None, "exist_ok": True}
+    if kind == "native":  # the run's own configuration stays as it was, and what is published is one
+        assert RunConfig.load(directory / "config.json").data.val == "/data/me/val.csv"
+        assert RunConfig.load(uploaded(hub) / "config.json").data.train == "not published"
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hf_vit"])
+def test_the_card_s_code_loads_the_repository_with_the_stock_library(run_dir: Path, hub: Path, kind: str) -> None:
+    push(run_dir / "export" / kind, REPO)
+    run_card(hub)
+
+
+def test_a_new_repository_may_be_private_and_a_missing_license_is_said(
+    run_dir: Path, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(run_dir / "export" / "open_clip", REPO, private=True)
+    assert json.loads((hub / "asked.json").read_text())["private"] is True
+    out = capsys.readouterr().out
+    assert f"https://hub/{REPO}" in out
+    assert "license" in out
+
+
+@pytest.fixture
+def copy(run_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run_dir / "export" / "hf_vit", tmp_path / "hf_vit")
+    return tmp_path / "hf_vit"
+
+
+def refusal(directory: Path, hub: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        push(directory, REPO)
+    assert not (hub / "cache").exists()
+    return str(refused.value)
+
+
+def test_what_is_not_whole_is_refused(run_dir: Path, copy: Path, hub: Path) -> None:
+    assert "give one of them, such as" in refusal(run_dir, hub)
+    assert "there is no directory" in refusal(run_dir / "nothing", hub)
+    (copy / "README.md").rename(copy / "card.txt")
+    assert "no part of a model: card.txt" in refusal(copy, hub)
+    (copy / "card.txt").unlink()
+    assert "no model card" in refusal(copy, hub)
+    (copy / "README.md").write_text("# mine")
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    assert "not whole: model.safetensors.index.json names model-00002" in refusal(copy, hub)
+    (copy / "model.safetensors.index.json").unlink()
+    for path in copy.glob("*.safetensors"):
+        path.unlink()
+    assert "has no weights" in refusal(copy, hub)
+    (copy / "config.json").unlink()
+    assert "no config.json" in refusal(copy, hub)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "step-5/model.safetensors", ".lock", "metrics.jsonl", "env.txt"])
+def test_leftovers_of_a_run_are_refused(copy: Path, hub: Path, name: str) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"")
+    assert f"no part of a model: {name}" in refusal(copy, hub)
+
+
+def test_evaluations_beside_the_weights_stay_here(copy: Path, hub: Path) -> None:
+    (copy / "evaluation-test.json").write_text('{"test_set": "/data/me/private"}')
+    push(copy, REPO)
+    assert not list(uploaded(hub).glob("evaluation*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("tokenizer_config.json", "/data/me/llm"),
+        ("tokenizer_config.json", "~/models/llm"),
+        ("tokenizer_config.json", "file:///mnt/x/y"),
+        ("tokenizer_config.json", "C:\\Users\\me"),
+        ("README.md", "/data/me/llm"),
+        ("README.md", "{home}/x"),
+    ],
+)
+def test_places_of_this_machine_are_refused(copy: Path, hub: Path, file: str, place: str) -> None:
+    place = place.format(home=Path.home())
+    text = (copy / "README.md").read_text() + f"\nIt came from {place}.\n"
+    (copy / file).write_text(json.dumps({"name_or_path": place}) if file.endswith("json") else text)
+    assert f"{file}: " in refusal(copy, hub)
+
+
+def test_a_token_is_no_place(copy: Path, hub: Path) -> None:
+    (copy / "tokenizer.json").write_text(json.dumps({"/usr/local/bin": 5}))
+    (copy / "special_tokens_map.json").write_text(json.dumps({"eos": "</s>", "url": "https://a.b/c/d", "x": "a/b/c"}))
+    push(copy, REPO)
+    assert (uploaded(hub) / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "../x", "some body/x", "a/b--c", ""])
+def test_a_repository_is_an_owner_and_a_name(copy: Path, hub: Path, repo: str) -> None:
+    with pytest.raises(UserError, match="owner/name"):
+        push(copy, repo)
+
+
+def test_no_token_is_said(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="hf auth login"):
+        push(copy, REPO)
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_refuses_or_is_not_there_ends_the_command_in_words(
+    copy: Path, tmp_path: Path, endpoint: str, unused_port: int
+) -> None:
+    for place, code, message in [
+        (endpoint, 2, f"the hub refuses {REPO}"),
+        (f"http://127.0.0.1:{unused_port}", 1, "the hub cannot be reached"),
+    ]:
+        env = {"HF_ENDPOINT": place, "HF_TOKEN": "hf_not_a_real_one", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        done = run_python("scripts/push_to_hub.py", copy, REPO, env=env)
+        assert done.returncode == code, done.stderr[-3000:]
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "hf_not_a_real_one" not in done.stderr + done.stdout

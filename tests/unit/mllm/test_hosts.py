@@ -1,0 +1,58 @@
+"""What the page lets in: names of this machine, its own pages, and uploads that there is room for."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx2
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from mllm.chat.hosts import HostMiddleware
+from mllm.chat.web import UploadLimit
+
+
+async def upload(request: Request) -> PlainTextResponse:
+    await asyncio.sleep(0.05)  # as a file that is written
+    return PlainTextResponse(str(len(await request.body())))
+
+
+APP = Starlette(routes=[Route("/gradio_api/upload", upload, methods=["POST", "GET"])])
+
+
+def answers(app: object, *requests: dict) -> list[int]:
+    """The status of each of `requests`, sent at once."""
+
+    async def main() -> list[int]:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False) as client:
+            sent = (client.request(**{"method": "POST", "url": "/gradio_api/upload"} | one) for one in requests)
+            return [response.status_code for response in await asyncio.gather(*sent)]
+
+    return asyncio.run(main())
+
+
+def test_a_page_answers_names_of_this_machine_alone() -> None:
+    app = HostMiddleware(APP, allowed=["Page.example."])
+    hosts = ["localhost:7860", "127.0.0.1", "[::1]:7860", "page.example", "evil.example", "localhost.evil.example"]
+    assert answers(app, *({"headers": {"Host": host}} for host in hosts)) == [200, 200, 200, 200, 403, 403]
+    origins = ["http://localhost", "https://page.example", "http://localhost:9", "null", "http://evil.example"]
+    assert answers(app, *({"headers": {"Origin": origin}} for origin in origins)) == [200, 200, 403, 403, 403]
+
+
+def test_uploads_have_a_total(tmp_path: Path) -> None:
+    (tmp_path / "of_a_visitor").mkdir()
+    (tmp_path / "of_a_visitor" / "a.png").write_bytes(b"x" * 600)
+    app = UploadLimit(APP, folder=tmp_path, limit=1000)
+    assert answers(app, {"content": b"y" * 400}, {"method": "GET"}) == [200, 200]
+    assert answers(app, {"content": b"y" * 401}) == [413]
+    assert sorted(answers(app, {"content": b"y" * 300}, {"content": b"y" * 300})) == [200, 413]  # both at once
+    assert answers(app, {"content": b"y" * 400}) == [200]  # what was refused takes no room
+
+    async def endless() -> None:
+        yield b"y"
+
+    assert answers(app, {"content": endless()}) == [411]

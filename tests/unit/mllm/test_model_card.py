@@ -1,0 +1,83 @@
+"""The card of a saved LLaVA model: it parses, its code runs, it names no place of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_chat
+from huggingface_hub import ModelCard
+from local_hub import REPO, hub, run_card, uploaded
+from tiny_mllm import write_run
+
+from clips.weights.push import push
+from mllm.encoders.registry import load_vision
+from mllm.training.finish import card
+
+__all__ = ["hub"]
+place = tiny_chat.place  # a fixture
+
+
+def test_the_code_of_a_card_runs_beside_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = place / "runs" / "llava" / "model"
+    written = (directory / "README.md").read_text(encoding="utf-8")
+    assert "\n# llava\n" in written
+    (block,) = re.findall(r"^```python\n(.*?)^```", written, flags=re.DOTALL | re.MULTILINE)
+    shutil.copytree(directory, place / "elsewhere")
+    shutil.copy(place / "images" / "0.png", place / "elsewhere" / "picture.png")
+    monkeypatch.chdir(place / "elsewhere")
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert capsys.readouterr().out.strip() == names["answer"][0]["generated_text"].strip() != ""
+
+
+def test_header(place: Path) -> None:
+    data = ModelCard.load(place / "runs" / "llava" / "model" / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert data.base_model is None  # a directory is no base that others have
+    assert data.license is None
+
+
+@pytest.mark.parametrize("asked", ["clips:{}", "clips:{}/export/hf_vit"])
+def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: str) -> None:
+    write_run(tmp_path / "me" / "demo")
+    asked = asked.format(tmp_path / "me" / "demo")
+    vision = load_vision(asked)
+    record = {
+        "trains": {
+            "vision_tower": asked,
+            "model_name_or_path": str(tmp_path / "llms" / "tiny"),
+            "data_path": str(tmp_path / "private" / "mix.json"),
+            "mm_projector_lr": None,
+            "learning_rate": 1e-4,
+            "batch_size": 4,
+            "seed": 0,
+        },
+        "facts": {
+            "vision encoder": vision.describe(),
+            "language model": str(tmp_path / "llms" / "tiny"),
+            "data": f"{tmp_path / 'private' / 'mix.json'}: 8 samples, format v1",
+        },
+        "freeze": {"projector": "full"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"align": record, "instruct": record}))
+    rows = card(tmp_path, {"stage": "instruct", "samples": 8}, vision)
+    assert str(tmp_path) not in str(rows)
+    assert rows["Vision encoder"].startswith("clips:demo (ViTModel from demo; 32 px")
+    assert rows["Language model"] == "tiny"
+    assert rows["Stage instruct: data"] == "mix.json: 8 samples, format v1"
+    assert "8 samples" in rows["Stage instruct: rates"]
+
+
+def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:
+    directory = place / "runs" / "llava" / "model"
+    push(directory, REPO)
+    assert {path.name for path in uploaded(hub).iterdir()} == {path.name for path in directory.iterdir()}
+    for path in uploaded(hub).glob("*.json"):
+        assert str(place) not in path.read_text(encoding="utf-8")
+    run_card(hub)
