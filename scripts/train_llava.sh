@@ -22,6 +22,7 @@ for ((i = 0; i < ${#flags[@]}; i++)); do
   case "${flags[i]}" in
     -h | --help) exec "$python" "$here/train_llava.py" --help ;;
     --stage) stages="$value" ;;
+    --stage=*) stages="${flags[i]#*=}" ;;
     --dry_run | --dry-run) dry_run=true ;;
     --data_path | --data-path) both_on_one=true own_data=true ;;
     --*.data_path | --*.data-path) own_data=true ;;
@@ -45,10 +46,14 @@ if [ "${gpus:-1}" -gt 1 ]; then
   launch=("$python" -m deepspeed.launcher.runner --num_gpus "$gpus")
 fi
 
+both=()
+if [ "$stages" = "1 2" ]; then both=(--both_stages); fi # one command line for two stages: each passes over the other's
 for stage in $stages; do
-  "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage"
+  "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage" ${both[@]+"${both[@]}"}
 done
 # The demo's questions say nothing about a model that was trained on other data.
 if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ "$own_data" = false ]; then
-  "$python" "$here/evaluate_llava.py" --model-path "${output_dir:-runs/llava-${vision%%:*}}/model" --device "$device"
+  kind="${vision%%:*}"
+  case "$kind" in */*) kind=hf ;; esac # openai/clip-… is hf:openai/clip-…
+  "$python" "$here/evaluate_llava.py" --model-path "${output_dir:-runs/llava-$kind}/model" --device "$device"
 fi

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
+import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
@@ -68,6 +71,25 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         additional_special_tokens=[token for token in CONTROL if token not in ("<s>", eos, "<unk>", "<pad>")],
         chat_template=CHATML,
     )
+
+
+def write_sentencepiece(directory: Path, *, legacy: bool, specials: bool = True) -> Path:
+    """A Llama tokenizer as Vicuna comes: tokenizer.model and tokenizer_config.json, no tokenizer.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    lines = [line for text in CORPUS for line in text.split("\n") if line] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=430, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "model_max_length": 4096}
+    if specials:
+        others = [token for token in CONTROL if token not in ("<s>", "</s>", "<unk>", "<image>")]
+        config |= {"additional_special_tokens": others, "chat_template": CHATML}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
 
 
 KINDS = ("gpt2", "llama3", "sentencepiece", "sentencepiece_legacy")

@@ -23,6 +23,8 @@ STAGES = {
     "zero3": {"stage": 3},
     "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
 }
+FROZEN_STAGES = ("zero0", "zero2", "zero3")
+"""Each of another kind where a frozen tower is concerned."""
 
 
 class Pulled(Task):
@@ -110,6 +112,8 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
     init_distributed(CPU)
     results = {}
     for name, zero in STAGES.items():
+        if ":" in kind and name not in FROZEN_STAGES:
+            continue
         if restore is not None:
             saved = torch.load(restore, weights_only=True)
             engine = build(kind, zero, saved["weights"])

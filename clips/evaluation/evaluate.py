@@ -309,7 +309,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_figures(out, figures, test_set=name, skipped=images.skipped, model=model, image_size=flags.image_size)
-    Console().print(figures_table(figures, f"{loaded.home} on {name}"))
+    Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 
 

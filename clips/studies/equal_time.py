@@ -30,7 +30,7 @@ MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
 
 def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
     """Run what is missing of the comparison, `jobs` runs at a time, and write `comparison.json` and a table."""
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     recipes = {"CLIPS": "demo", "CLIP": "clip_baseline"}
     search = {
         (name, multiplier): tuned(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)

@@ -80,7 +80,7 @@ def reproduce(
         if (config.train.seed, config.samples) != (run.seed, samples):
             raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
     llava = judge_llava(llava_report) if LLAVA in claims else None
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     console.print(table_of_runs(runs_of, claims, output, jobs))
     if dry_run:
         return

@@ -22,7 +22,7 @@ from clips.weights.open_clip import open_clip_lacks
 
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
     """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     size = run.phases[-1].image_size
     held_out: tuple[Split, ...] = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)
@@ -48,7 +48,7 @@ def print_next(run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
     report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
-    Console(stderr=True).print(
+    Console(emoji=False, stderr=True).print(
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
         f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"

@@ -249,7 +249,7 @@ def print_plan(
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     console.print(table)
     if beginning is not None:
         console.print(beginning.table(run))

@@ -163,4 +163,4 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         figures = (f"{row[key]:.4g}" for key in ("first", "second", "ratio"))
         table.add_row(row["figure"], *figures, row["target"], "yes" if row["met"] else "NO")
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)

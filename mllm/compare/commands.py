@@ -23,6 +23,7 @@ def train_flags(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
     """The flags of train_llava.py for one stage of a cell."""
     flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
     flags += ["--output_dir", str(cell.directory), "--device", comparison.device, *comparison.train_flags]
+    flags += ["--both_stages"]  # the same flags for both: each stage passes over the other's
     share = budget_share(comparison)
     if share < 1:
         full = parse_train_arguments(flags).resolve(comparison.gpus)

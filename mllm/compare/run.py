@@ -71,7 +71,7 @@ Say = Callable[[Cell | PretrainedEncoder, str], None]
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
-    comparison, console = comparison_from_flags(flags), Console(stderr=True)
+    comparison, console = comparison_from_flags(flags), Console(emoji=False, stderr=True)
     check_inputs(comparison)
     print_overview(comparison, console)
     if flags.dry_run:

@@ -29,6 +29,7 @@ from clips.common.errors import UserError
 from mllm.data.formats import IMAGE_TOKEN, closest_format, control_pattern, control_tokens, get_format, token_id
 
 IGNORE = -100
+NOT_TRAINED = "every label is masked, nothing would be learned"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -90,11 +91,10 @@ class ConversationEncoder:
         # before the very first one.
         probe = tokenizer(f"{IMAGE_TOKEN}a", add_special_tokens=False)["input_ids"][1:]
         self._after_control = self._at_start if probe == self._at_start("a") else self._inside
+        self._start, self._after_image = self._at_start, self._after_control
+        if self.format.prefix_space:
+            self._start = self._after_image = lambda text: self._inside(f" {text}")
         self._literal = functools.cache(self._split_literal)
-        ends = [
-            piece if isinstance(piece, int) else self._inside(piece)[-1] for piece in self._literal(self.format.end)
-        ]
-        self.stop_ids = sorted({*ends, tokenizer.eos_token_id} - {None})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConversationEncoder, self._arguments  # the text tokenizers' settings do not survive pickling
@@ -123,13 +123,14 @@ class ConversationEncoder:
             ids, trained = [ids[i] for i in kept], [trained[i] for i in kept]
         if not any(trained):
             why = f"the first {self.max_length} tokens hold no answer" if truncated else "it has no answer"
-            raise UserError(f"{sample}: every label is masked, nothing would be learned: {why}")
+            raise UserError(f"{sample}: {NOT_TRAINED}: {why}")
         labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
         return Encoded(ids, labels, truncated)
 
     def check(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> None:
         """Raise what `encode` would raise for the turns and placeholders, without tokenising."""
-        self._segments(turns, images, sample)
+        if not any(trained for _, trained in self._segments(turns, images, sample)):
+            raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: int, sample: str = "prompt") -> list[int]:
         """Ids up to the place where the next answer starts: a prefix of what `encode` builds. Not truncated."""
@@ -165,20 +166,24 @@ class ConversationEncoder:
             segments += [(part if isinstance(part, _Image) else _Text(part), trained) for part in parts]
             if role == "human":
                 segments.append((self.format.middle, False))
-            elif role == "gpt":
+            elif role == "gpt" and self._pattern.search(self.format.end):
                 segments.append((self.format.end, True))
+            elif role == "gpt":  # `plain`: its newline is one token with a full stop, where the vocabulary has that
+                segments[-1] = (_Text(f"{segments[-1][0]}{self.format.end}"), True)
         return segments
 
     def _ids(self, segments: list[Segment], sample: str) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         trained: list[bool] = []
-        encode = self._at_start
+        encode = self._start
         for segment, train in segments:
             for piece in [segment] if isinstance(segment, (_Text, _Image)) else self._literal(segment):
                 if isinstance(piece, _Image):
-                    new, encode = [self.image_id] * self.num_image_tokens, self._after_control
+                    new, encode = [self.image_id] * self.num_image_tokens, self._after_image
                 elif isinstance(piece, int):
-                    new, encode = [piece], self._after_control
+                    new = [piece]
+                    if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
+                        encode = self._after_control
                 elif piece:
                     new, encode = encode(str(piece)), self._inside
                     if not self._forbidden.isdisjoint(new):
@@ -188,6 +193,15 @@ class ConversationEncoder:
                 ids += new
                 trained += [train] * len(new)
         return ids, trained
+
+    @functools.cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: control tokens, for `plain` all that the vocabulary has ending in its newline."""
+        ends = {piece for piece in self._literal(self.format.end) if isinstance(piece, int)}
+        if not ends:
+            texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+            ends = {token for token, text in enumerate(texts) if text.endswith(self.format.end)}
+        return sorted({*ends, self.tokenizer.eos_token_id} - {None})
 
     def _split_literal(self, literal: str) -> list[str | int]:
         """A format's string as control token ids and the texts between them."""
@@ -263,6 +277,15 @@ def _is_content(turn: dict[str, Any]) -> bool:
     )
 
 
+def is_encodable(text: str) -> bool:
+    """Whether `text` is Unicode: JSON can spell one half of a surrogate pair ("\\ud83d"), which no encoding can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
@@ -280,7 +303,11 @@ def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str,
                 f'{sample}: turn {number} must look like {{"from": "human" or "gpt" or "system", "value": "text"}}, '
                 f"found {str(turn)[:120]}"
             )
-        checked.append((ROLES[turn["from"]], turn["value"]))
+        value = turn["value"]
+        for text in [value] if isinstance(value, str) else [part.get("text", "") for part in value]:
+            if not is_encodable(text):
+                raise UserError(f"{sample}: turn {number} holds half a character (a lone surrogate): {text!a:.120}")
+        checked.append((ROLES[turn["from"]], value))
     start = 1 if checked[0][0] == "system" else 0
     if len(checked) > start and checked[start][0] == "gpt":
         del checked[start]

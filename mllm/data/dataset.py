@@ -13,15 +13,38 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 
 from clips.common.errors import UserError
+from clips.common.escape import clip, one_line
 from clips.common.paths import is_plain
-from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore
+
+NAMED = 10
+"""Bad samples that an error message names."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample that cannot be trained on."""
+
+    index: int
+    id: str
+    kind: str
+    """record · conversation · missing image · broken image (found by scripts/check_data.py only)"""
+    message: str
+
+
+class BadSample(UserError):
+    """Carries the `Problem` of a sample."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,7 @@ def read_json_records(path: Path) -> list[Any]:
 
 def parse_record(raw: Any, index: int) -> Record:
     """Check one raw record's fields (its turns are checked by the encoder); UserError with its index and id."""
-    sample_id = str(raw.get("id", index)) if isinstance(raw, dict) else "?"
+    sample_id = sample_id_of(raw, index)
     where = f"sample {index} (id {sample_id})"
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
@@ -74,40 +97,56 @@ def parse_record(raw: Any, index: int) -> Record:
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise UserError(f"{where}: 'image' must be a path or a list of paths, found {str(raw['image'])[:120]}")
     for name in images:
-        if not is_plain(name):
+        if not is_encodable(name) or not is_plain(name):
             raise UserError(f"{where}: image path {name!r} leaves the image folder; it must be relative to it")
     return Record(index, sample_id, tuple(images), raw["conversations"])
 
 
-class LlavaDataset(Dataset):
-    """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
+def sample_id_of(raw: Any, index: int) -> str:
+    """The id of a raw record, fit for a message; its index where it has none."""
+    return str(raw.get("id", index)).encode("utf-8", "backslashreplace").decode() if isinstance(raw, dict) else "?"
 
-    Construction checks every record (fields, turns, placeholders against images, files that exist, a question that
-    alone fills the context) and raises UserError naming the first bad one; `store` may be None for a set without
+
+class RecordReader:
+    """Raw records → records that can be trained on: what training and its pre-flight both let through.
+
+    Checks fields, turns, placeholders against images, files that exist (each picture once), and a question that alone
+    fills the context. Only the few samples that may do so are tokenised. `store` may be None for a set without
     pictures.
     """
 
-    def __init__(self, data_path: Path | str, encoder: ConversationEncoder, store: ImageStore | None) -> None:
-        self.encoder = encoder
-        self.store = store
-        self.records = [parse_record(raw, index) for index, raw in enumerate(read_json_records(Path(data_path)))]
-        problems: dict[str, str | None] = {}
-        for record in self.records:
-            encoder.check(record.turns, len(record.images), record.name)
+    def __init__(self, encoder: ConversationEncoder, store: ImageStore | None) -> None:
+        self.encoder, self.store = encoder, store
+        self._missing: dict[str, str | None] = {}
+
+    def read(self, raw: Any, index: int) -> Record:
+        """Raises BadSample."""
+        kind = "record"
+        try:
+            record = parse_record(raw, index)
+            kind = "conversation"
+            self.encoder.check(record.turns, len(record.images), record.name)
+            kind = "missing image"
             for name in record.images:
-                if store is None:
-                    raise UserError(f"{record.name} has an image, but no --image_folder is given")
-                if name not in problems:
-                    problems[name] = store.problem(name)
-                if problems[name]:
-                    raise UserError(f"{record.name}: {problems[name]}")
+                problem = self._problem(name)
+                if problem:
+                    raise UserError(f"{record.name}: {problem}")
+            kind = "conversation"
             if self._may_lose_its_answers(record):
-                encoder.encode(record.turns, len(record.images), record.name)
-        # Shared with the workers, so that the main process can count.
-        self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
+                self.encoder.encode(record.turns, len(record.images), record.name)
+        except UserError as error:
+            raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
+        return record
+
+    def _problem(self, name: str) -> str | None:
+        if self.store is None:
+            return "it has an image, but no --image_folder is given"
+        if name not in self._missing:
+            self._missing[name] = self.store.problem(name)
+        return self._missing[name]
 
     def _may_lose_its_answers(self, record: Record) -> bool:
-        """Whether what stands before the first answer could fill the context: such a sample would end the training.
+        """Whether what stands before the first answer could fill the context.
 
         A token is hardly ever less than a byte, so the few long ones are found without tokenising all.
         """
@@ -116,6 +155,37 @@ class LlavaDataset(Dataset):
         before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
         size = sum(len(turn["value"].encode()) for turn in before if isinstance(turn["value"], str))
         return size + len(record.images) * self.encoder.num_image_tokens >= self.encoder.max_length
+
+
+class LlavaDataset(Dataset):
+    """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
+
+    Construction checks every record (see `RecordReader`). Where some cannot be trained on, `on_bad_sample` "error"
+    raises UserError that names the first ten and says how many they are; "skip" leaves them out, and keeps them in
+    `skipped`. UserError too where none is left.
+    """
+
+    def __init__(
+        self,
+        data_path: Path | str,
+        encoder: ConversationEncoder,
+        store: ImageStore | None,
+        on_bad_sample: Literal["error", "skip"] = "error",
+    ) -> None:
+        self.encoder = encoder
+        self.store = store
+        self.records: list[Record] = []
+        self.skipped: list[Problem] = []
+        reader = RecordReader(encoder, store)
+        for index, raw in enumerate(read_json_records(Path(data_path))):
+            try:
+                self.records.append(reader.read(raw, index))
+            except BadSample as bad:
+                self.skipped.append(bad.problem)
+        if self.skipped and (on_bad_sample == "error" or not self.records):
+            raise UserError(_told(self.skipped, Path(data_path), all_bad=not self.records))
+        # Shared with the workers, so that the main process can count.
+        self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -140,6 +210,15 @@ class LlavaDataset(Dataset):
             image_tokens = len(record.images) * self.encoder.num_image_tokens
             lengths.append(words + image_tokens if record.images else -max(words, 1))
         return lengths
+
+
+def _told(problems: list[Problem], data_path: Path, *, all_bad: bool) -> str:
+    lines = [one_line(clip(problem.message)) for problem in problems[:NAMED]]
+    if len(problems) > NAMED:
+        lines.append(f"… and {len(problems) - NAMED:,} more (scripts/check_data.py lists all)")
+    what = f"{data_path}: {len(problems):,} sample(s) cannot be trained on"
+    mend = "mend or remove them" + ("" if all_bad else ", or leave them out with --on_bad_sample skip")
+    return f"{what}, {mend}:\n  " + "\n  ".join(lines)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
@@ -53,11 +53,26 @@ class Format:
     """False for `plain`: of the question only the images stay."""
     bos: str = ""
     """What the tokenizer put in front of every text; `first` and `system` start with it."""
+    prefix_space: bool = False
+    """Whether the first text, and a text right after an image, start with one more space, as in LLaVA: it tokenises the
+    texts between images one by one, and SentencePiece puts a space before each. False where the tokenizer does so by
+    itself after every control token (Llama's `legacy` kind), or never, and in models saved before this field was."""
 
     def chat_template(self) -> str:
         """Jinja template with these pieces, for content as a string or as a list of image and text parts."""
         body = "body" if self.keeps_question else f"'{IMAGE_TOKEN}' * (body.split('{IMAGE_TOKEN}') | length - 1)"
-        before, after = self.system or ("", "")
+        question = f"{_quote(self.lead)} + {body} + {_quote(self.middle)}"
+        shown_question = f"{{{{ {question} }}}}"
+        first, (before, after), answer = self.first, self.system or ("", ""), self.lead
+        if self.prefix_space:
+            if self.keeps_question:
+                first, before = (f"{self.bos} {text.removeprefix(self.bos)}" for text in (first, before))
+            shown_question = (
+                f"{{%- for piece in ({question}).split('{IMAGE_TOKEN}') -%}}"
+                f"{{{{ ('' if loop.first else '{IMAGE_TOKEN} ' if piece else '{IMAGE_TOKEN}') + piece }}}}"
+                "{%- endfor -%}"
+            )
+            answer = self.lead if self.keeps_question else " "
         refuse = "{{ raise_exception('This chat format has no system role') }}"
         system = f"{{{{ {_quote(before)} + body + {_quote(after)} }}}}" if self.system else refuse
         return (
@@ -74,10 +89,10 @@ class Format:
             "{%- endif -%}"
             f"{{%- if message['role'] == 'system' -%}}{system}"
             "{%- elif message['role'] == 'user' -%}"
-            f"{{{{ {_quote(self.first)} if loop.first else ('' if messages[loop.index0 - 1]['role'] == 'system' "
+            f"{{{{ {_quote(first)} if loop.first else ('' if messages[loop.index0 - 1]['role'] == 'system' "
             f"else {_quote(self.next)}) }}}}"
-            f"{{{{ {_quote(self.lead)} + {body} + {_quote(self.middle)} }}}}"
-            f"{{%- else -%}}{{{{ {_quote(self.lead)} + body + {_quote(self.end)} }}}}"
+            f"{shown_question}"
+            f"{{%- else -%}}{{{{ {_quote(answer)} + body + {_quote(self.end)} }}}}"
             f"{{{{ {_quote(self.tail)} if loop.last else '' }}}}"
             "{%- endif -%}{%- endfor -%}"
         )
@@ -89,7 +104,16 @@ def _quote(text: str) -> str:
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase) -> Format:
-    return Format(name="plain", first="", system=None, middle="", end="\n", next="", keeps_question=False)
+    return Format(
+        name="plain",
+        first="",
+        system=None,
+        middle="",
+        end="\n",
+        next="",
+        keeps_question=False,
+        prefix_space=_spaces_first_text_only(tokenizer),
+    )
 
 
 def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -103,7 +127,18 @@ def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
         end=tokenizer.eos_token,
         next="USER:",
         lead=" ",
+        prefix_space=_spaces_first_text_only(tokenizer),
     )
+
+
+def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is SentencePiece's, and puts its space before a rendering, not after control tokens."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    before = [token for token in (tokenizer.bos_token, IMAGE_TOKEN) if token in control_tokens(tokenizer)]
+    return bool(before) and all(ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] for token in before)
 
 
 def _llama_3(tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -143,7 +178,9 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     if saved is not None:
         return saved
     own = _renderings(tokenizer, tokenizer.chat_template)
-    alike = (known for known in _expressible(tokenizer) if own == _renderings(tokenizer, known.chat_template()))
+    # A model saved before there was `prefix_space` was trained without it.
+    known = [form for new in _expressible(tokenizer) for form in (new, replace(new, prefix_space=False))]
+    alike = (form for form in known if own == _renderings(tokenizer, form.chat_template()))
     return next(alike, None) or _cut(tokenizer)
 
 
@@ -194,15 +231,32 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 FORMATS = {"plain": _plain, "v1": _v1, "llama_3": _llama_3, "chatml": _chatml, "auto": _auto}
-LLAVA_NAMES = {"llava_v1": "v1", "vicuna_v1": "v1", "llava_llama_3": "llama_3", "chatml_direct": "chatml"}
-"""LLaVA's other names of formats, and what they are called here."""
+LLAVA_NAMES = {
+    "llava_v1": "v1",
+    "vicuna_v1": "v1",
+    "llava_llama_3": "llama_3",
+    "chatml_direct": "chatml",
+    "qwen_1_5": "chatml",
+    "qwen_2": "chatml",
+}
+"""LLaVA's and LLaVA-NeXT's other names of formats, and what they are called here."""
+
+
+def format_name(name: str) -> str:
+    """The key of FORMATS that `name` stands for; UserError where there is none."""
+    found = LLAVA_NAMES.get(name, name)
+    if found not in FORMATS:
+        known = ", ".join([*FORMATS, *LLAVA_NAMES])
+        raise UserError(f"conversation format {name!r} is not known; choose one of: {known}")
+    return found
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     """The pieces of format `name` for `tokenizer`; UserError for an unknown name or missing control tokens."""
-    name = LLAVA_NAMES.get(name, name)
-    if name not in FORMATS:
-        raise UserError(f"conversation format {name!r} is not known; choose one of: {', '.join(FORMATS)}")
+    name = format_name(name)
+    saved = saved_format(tokenizer)
+    if saved is not None and saved.name == name:
+        return saved
     chosen = FORMATS[name](tokenizer)
     literals = " ".join([chosen.first, chosen.middle, chosen.end, chosen.next])
     missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(control_tokens(tokenizer)))
@@ -302,11 +356,12 @@ def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
         found = Format(**saved | {"system": system})
     except (KeyError, TypeError):
         raise UserError(problem) from None
-    texts = [value for name, value in asdict(found).items() if name not in ("system", "keeps_question")]
+    switches = ("keeps_question", "prefix_space")
+    texts = [value for name, value in asdict(found).items() if name not in ("system", *switches)]
     if not (
         all(isinstance(text, str) for text in [*texts, *(system or ())])
         and (system is None or len(system) == 2)
-        and isinstance(found.keeps_question, bool)
+        and all(isinstance(getattr(found, name), bool) for name in switches)
     ):
         raise UserError(problem)
     return found
@@ -325,6 +380,18 @@ def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
     part = json.loads(backend.to_str())["post_processor"]
     state["post_processor"] = _without_token(part, tokenizer.bos_token)
     backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's backend that adds the bos again, for programs that do not write it themselves."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bos = _leading_bos(tokenizer)
+    if bos and not _adds_bos(tokenizer):
+        ids = [(bos, token_id(tokenizer, bos))]
+        adding = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=ids)
+        old = backend.post_processor
+        backend.post_processor = adding if old is None else processors.Sequence([old, adding])
+    return backend
 
 
 def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:

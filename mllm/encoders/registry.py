@@ -5,7 +5,7 @@
     random[:DIR]    the architecture of a CLIPS export, untrained, seeded
     blind[:DIR]     the same, and every image gives the same tokens: no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
-    hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers
+    hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers; a bare ID (owner/name) or DIR is one too
     timm:NAME       plain vit_* models, or timm:local-dir:DIR
 
 Every encoder is a stock transformers model, so what is trained on it can be saved as a stock
@@ -58,10 +58,20 @@ NEEDS_ARGUMENT = {"open_clip": "MODEL/PRETRAINED", "hf": "ID_OR_DIR", "timm": "N
 
 
 def parse_vision_name(name: str) -> tuple[str, str]:
-    """(kind, argument) of an encoder's name; UserError for a kind that is not known and for a missing argument."""
-    key, _, argument = name.partition(":")
+    """(kind, argument) of an encoder's name; UserError for a kind that is not known and for a missing argument.
+
+    A hub id or a directory alone, as LLaVA's commands give it, is of kind `hf`.
+    """
+    key, colon, argument = name.partition(":")
+    if key not in VISION and not colon and "/" in name:
+        if (Path(name) / "export").is_dir():
+            raise UserError(f"vision encoder {name} is a run of this project: clips:{name}, or clip:{name}")
+        key, argument = "hf", name
     if key not in VISION:
-        raise UserError(f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT)")
+        raise UserError(
+            f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT), and owner/name "
+            "for hf:owner/name"
+        )
     if key in NEEDS_ARGUMENT and not argument:
         raise UserError(f"vision encoder {key} needs an argument: {key}:{NEEDS_ARGUMENT[key]}")
     return key, argument
@@ -83,6 +93,7 @@ def load_vision(
     ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
     """
     key, argument = parse_vision_name(name)
+    name = f"{key}:{argument}" if key == "hf" else name
     model, processor, source = VISION[key](VisionRequest(argument=argument, runs=Path(runs), seed=seed))
     if image_aspect_ratio == "pad":
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}

@@ -174,7 +174,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.num_chunks > 1:
         out = out / f"{flags.num_chunks}_{flags.chunk_idx}"  # several run at once
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     with ProgressFile(out / PROGRESS, sum(map(len, sets.values()))) as progress:

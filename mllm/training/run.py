@@ -2,7 +2,7 @@
 
 runs/NAME/config.json env.json metrics.jsonl curves.png
 runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and done.json
-                      profile/ with --profile
+                      profile/ with --profile; skipped.jsonl with --on_bad_sample skip
 runs/NAME/instruct/   the same
 runs/NAME/model/      the stock transformers model (adapters merged); mm_projector.bin and clips_mllm.json beside it
 runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.bin
@@ -10,9 +10,10 @@ runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ from transformers import TrainerCallback
 
 from clips.common.errors import Stopped
 from clips.common.escape import for_rich
-from clips.common.files import write_json
+from clips.common.files import write_atomically, write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
-from mllm.training.arguments import ResolvedArguments, TrainArguments
+from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import newest
 from mllm.training.finish import print_next, write_results
-from mllm.training.freeze import assert_freeze, count_parameters, learning_rates
+from mllm.training.freeze import assert_freeze, count_parameters, learning_rates, llava_of
 from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
-from mllm.training.plan import print_plan
+from mllm.training.plan import print_plan, steps_of
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
 from mllm.training.trainer import (
     Indexed,
@@ -46,7 +47,7 @@ from mllm.training.trainer import (
     TrainingModel,
     training_arguments,
 )
-from mllm.training.zero import deepspeed_config, whole, zero_stage
+from mllm.training.zero import check_engine, deepspeed_config, fit_to_model, whole, zero_stage
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -60,8 +61,15 @@ def run_stage(flags: TrainArguments) -> None:
     stage, run_dir = arguments.description, Path(arguments.output_dir)
     process = join(arguments, world_size)
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
+    hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
+    process = replace(process, deepspeed=fit_to_model(process.deepspeed, hidden_size))
+    if process.deepspeed:
+        made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
+        check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), process.world_size))
+    others = left_out(flags, arguments)
+    facts = prepared.facts | ({"not in LLaVA's": others} if others else {})
     print_plan(
-        arguments, prepared.model, prepared.freeze, prepared.facts, samples=len(prepared.dataset),
+        arguments, prepared.model, prepared.freeze, facts, samples=len(prepared.dataset),
         length=longest(prepared.dataset), zero=zero_stage(process.deepspeed), world_size=process.world_size,
         console=process.console,
     )  # fmt: skip
@@ -106,18 +114,25 @@ def join(arguments: ResolvedArguments, world_size: int) -> Process:
     if world_size > 1 or deepspeed:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    console = Console(stderr=True, quiet=not is_main)
+    console = Console(emoji=False, stderr=True, quiet=not is_main)
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
 def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
-    """Write config.json; UserError where the run directory holds a run that does not go with this stage."""
+    """Write config.json and the list of skipped samples.
+
+    UserError where the run directory holds a run that does not go with this stage.
+    """
     stage = arguments.description
     record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
     record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         check_aligned(run_dir, record["projector_of"])
     keep_config(run_dir, stage.name, record, write=process.is_main)
+    if prepared.dataset.skipped and process.is_main:
+        (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
+        write_atomically(run_dir / stage.name / "skipped.jsonl", lines)
 
 
 def train(

@@ -265,7 +265,8 @@ def training_arguments(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         learning_rate=arguments.learning_rate,
         weight_decay=arguments.weight_decay,
-        warmup_steps=arguments.warmup_ratio,  # below one: a share of the steps
+        # Below one: a share of the steps.
+        warmup_steps=arguments.warmup_ratio if arguments.warmup_steps is None else arguments.warmup_steps,
         lr_scheduler_type=arguments.lr_scheduler_type,
         max_grad_norm=arguments.max_grad_norm,
         num_train_epochs=arguments.num_train_epochs,
@@ -280,6 +281,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=arguments.save_steps,
         report_to=arguments.report_to,
+        run_name=arguments.run_name,
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_num_workers=arguments.dataloader_num_workers,
         dataloader_pin_memory=device.type == "cuda",

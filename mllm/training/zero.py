@@ -1,14 +1,18 @@
-"""DeepSpeed's part in a LLaVA stage: the engine's settings, and parameters made whole again."""
+"""DeepSpeed's part in a LLaVA stage: the engine's settings, checked before a step, and parameters made whole again."""
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.runtime import import_deepspeed
@@ -20,7 +24,8 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 def deepspeed_config(arguments: ResolvedArguments, world_size: int) -> dict[str, Any] | None:
     """The engine's settings: the file that was named, or this stage's own where there are several ranks.
 
-    Raises UserError for an unreadable file, and for quantised weights under ZeRO-3, which cannot take them apart.
+    Raises UserError for an unreadable file, for an optimizer or schedule of its own, and for quantised weights under
+    ZeRO-3, which cannot take them apart.
     """
     name = arguments.deepspeed
     if name == "none" or (name is None and world_size == 1):
@@ -31,11 +36,55 @@ def deepspeed_config(arguments: ResolvedArguments, world_size: int) -> dict[str,
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
+    _leave_to_flags(config, path)
     if quantized and zero_stage(config) == 3:
         raise UserError(
             f"--bits {arguments.bits} does not go with ZeRO-3: give --deepspeed ds_configs/llava_zero2.json"
         )
     return config
+
+
+def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
+    """Drop the sections that say nothing but "auto" about what the flags decide; UserError where they say more."""
+    for section, whose in {"optimizer": "AdamW", "scheduler": "--lr_scheduler_type"}.items():
+        found = config.pop(section, None)
+        if found is None:
+            continue
+        values = found.get("params", {}).values()
+        if (section == "optimizer" and found.get("type") != "AdamW") or any(value != "auto" for value in values):
+            raise UserError(f"--deepspeed {path}: {section} is decided by the flags ({whose}): remove that section")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {section} of {path} is passed over; the flags decide ({whose})", file=sys.stderr)
+
+
+def fit_to_model(config: dict[str, Any] | None, hidden_size: int) -> dict[str, Any] | None:
+    """`config` with the sizes that are "auto" and depend on the language model's width.
+
+    transformers would fill them in too, but from the config of the model that it wraps, and that is ours around LLaVA.
+    """
+    if config is None:
+        return None
+    zero = config.get("zero_optimization", {})
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    filled = {name: sizes[name] if value == "auto" and name in sizes else value for name, value in zero.items()}
+    return config | {"zero_optimization": filled}
+
+
+def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
+    """UserError for settings that contradict the flags or that DeepSpeed does not know, as the engine would find.
+
+    `made` has DeepSpeed settings.
+    """
+    settings = copy.deepcopy(made.hf_deepspeed_config)
+    try:
+        settings.trainer_config_finalize(made, None, steps)
+        import_deepspeed().DeepSpeedConfig(settings.config)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
+        raise UserError(f"--deepspeed {path or 'settings'}: {error}") from None
 
 
 def zero_stage(config: dict[str, Any] | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,7 +269,7 @@ def test_the_captions_start_is_stage_one_s_alone(place: Path, monkeypatch: pytes
     """The flag without a prefix reaches both stages; the second begins with what the first trained."""
     out = [*CAPTIONS, "--output_dir", "runs/once"]
     run(place, monkeypatch, *ALIGN, *out)
-    run(place, monkeypatch, *INSTRUCT, *out, "--learning_rate", "1e-12", "--freeze_backbone")
+    run(place, monkeypatch, *INSTRUCT, *out, "--learning_rate", "1e-12", "--freeze_backbone", "--both_stages")
     before, after = (read_weights(place / "runs/once" / stage / PROJECTOR) for stage in ("align", "instruct"))
     assert all(torch.allclose(after[name].float(), tensor.float(), rtol=1e-3) for name, tensor in before.items())
 
@@ -329,6 +330,95 @@ def test_stage_one_under_zero2_and_lora_under_zero3_leave_what_one_rank_leaves(
         assert first.keys() == second.keys()
         for key, tensor in first.items():
             torch.testing.assert_close(second[key], tensor, atol=2e-3, rtol=2e-3, msg=key)
+
+
+LLAVA_ZERO = {  # LLaVA's scripts/zero2.json, zero3.json and zero3_offload.json
+    "zero2": {"stage": 2, "sub_group_size": 1e9, "reduce_bucket_size": "auto"},
+    "zero3": {
+        "stage": 3,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+LLAVA_ZERO["zero3_offload"] = LLAVA_ZERO["zero3"] | {
+    "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    "offload_param": {"device": "cpu", "pin_memory": True},
+    "gather_16bit_weights_on_model_save": True,
+}
+del LLAVA_ZERO["zero3_offload"]["stage3_gather_16bit_weights_on_model_save"]
+
+
+def llava_zero(path: Path, name: str, **changes: object) -> str:
+    """Write LLaVA's DeepSpeed file `name`, with `changes`."""
+    loss_scale = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2}
+    config: dict[str, object] = {
+        "fp16": {"enabled": "auto", "min_loss_scale": 1, **loss_scale},
+        "bf16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"overlap_comm": True, "contiguous_gradients": True, **LLAVA_ZERO[name]},
+    }
+    if name == "zero3_offload":
+        optimizer = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+        scheduler = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+        config |= {
+            "optimizer": {"type": "AdamW", "params": optimizer},
+            "scheduler": {"type": "WarmupLR", "params": scheduler},
+            "gradient_clipping": "auto",
+            "steps_per_print": 1e5,
+            "wall_clock_breakdown": False,
+        }
+    path.write_text(json.dumps(config | changes))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LLAVA_ZERO)
+def test_llava_s_own_deepspeed_files_train(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, their losses those of one rank without DeepSpeed; the plan takes what the run takes."""
+    stage = ALIGN if name == "zero2" else [*INSTRUCT, "--pretrain_mm_mlp_adapter", "start.bin"]
+    flags = [*stage, "--max_steps", "3"]
+    engine = ["--deepspeed", llava_zero(place / f"{name}.json", name)]
+    run(place, monkeypatch, *flags, "--output_dir", f"runs/{name}-one")
+    for more in (["--dry-run"], []):
+        done = launch(
+            place, ROOT / "scripts" / "train_llava.py", *flags, *engine, "--output_dir", f"runs/{name}-two", *more
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("scheduler of" in done.stderr) == (name == "zero3_offload")
+    one, two = losses(place / f"runs/{name}-one"), losses(place / f"runs/{name}-two")
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": 3}, r"train_micro_batch_size_per_gpu=3 vs hf"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}, r"scheduler is decided by the flags"),
+        ({"optimizer": {"type": "Lion", "params": {}}}, r"optimizer is decided by the flags"),
+        ({"zero_optimization": {"stage": 7}}, r"stage"),
+    ],
+)
+def test_a_dry_run_refuses_the_engine_s_settings_that_the_run_would(
+    changes: dict, message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    path = llava_zero(place / "wrong.json", "zero2", **changes)
+    words = [*ALIGN, "--deepspeed", path, "--output_dir", "runs/wrong-engine", "--dry-run"]
+    done = run_group(
+        [sys.executable, str(ROOT / "scripts" / "train_llava.py"), *words], cwd=place, timeout=300,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(message, done.stderr), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- adapters and bits

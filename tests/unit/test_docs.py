@@ -23,7 +23,7 @@ from mllm.encoders.registry import parse_vision_name
 from mllm.training.arguments import parse_train_arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip"}
+OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
 """First words of commands that are not this project's."""
 LAUNCHERS = {"python", "deepspeed", "torchrun", "bash"}
 MAX_README_LINES = 140
@@ -72,11 +72,14 @@ def script_module(path: Path) -> ModuleType:
     return module
 
 
+BOTH = ["--both_stages"]
+
+
 def check_stages(words: list[str], *, own_stage: bool) -> None:
     """The flags of train_llava.sh, read for each stage that it would run."""
     stages = [words[words.index("--stage") + 1]] if "--stage" in words else ["1", "2"]
     for stage in stages:
-        arguments = parse_train_arguments(words if own_stage else [*words, "--stage", stage])
+        arguments = parse_train_arguments(words if own_stage else [*words, "--stage", stage, *BOTH[: len(stages) - 1]])
         parse_vision_name(arguments.vision_tower)
         assert arguments.deepspeed is None or (ROOT / arguments.deepspeed).is_file()
 
@@ -94,7 +97,7 @@ def check_python_script(path: Path, words: list[str]) -> None:
         for name in flags.encoders.split(","):
             parse_vision_name(name)
         for stage in ("1", "2"):
-            parse_train_arguments([*shlex.split(flags.train_flags), "--stage", stage])
+            parse_train_arguments([*shlex.split(flags.train_flags), "--stage", stage, *BOTH])
 
 
 def check_launcher(launcher: str, words: list[str]) -> None:

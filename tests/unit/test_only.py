@@ -71,3 +71,15 @@ def test_only_one_file_takes_locks_and_one_knows_the_cache() -> None:
     assert users("fcntl") == {"clips/common/files.py"}
     assert users("text CLIPS_MLLM_CACHE", "text XDG_CACHE_HOME") == {"clips/common/paths.py"}
     assert users("text metrics.jsonl") == {"clips/common/rundir.py"}
+
+
+def test_no_word_of_a_text_becomes_an_emoji() -> None:
+    """A rich console turns ":dog:" into one by default."""
+    bare = {
+        (str(path.relative_to(ROOT)), node.lineno)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console")
+        if "emoji=False" not in map(ast.unparse, node.keywords)
+    }
+    assert not bare

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import random
 import struct
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from PIL import Image, ImageEnhance
 
 from clips.config import AugmentConfig
@@ -283,3 +286,110 @@ def test_greyscale_comes_as_often_as_asked() -> None:
     preprocess, rng = Preprocess(8, AugmentConfig(grayscale=0.2)), random.Random(0)
     grey = [np.ptp(preprocess.pixels(picture, rng), axis=-1).max() == 0 for _ in range(2000)]
     assert np.mean(grey) == pytest.approx(0.2, abs=0.03)
+
+
+# -------------------------------------------------------------------------------------- time and memory of decoding
+
+
+def with_scans(jpeg: bytes, more: int) -> bytes:
+    """The progressive picture with its last scan repeated."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[last:-2] * more + jpeg[-2:]
+
+
+def test_scans_are_counted_by_markers_alone() -> None:
+    picture = Image.fromarray(reference(300, 200).repeat(2, 0))
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 50  # in a segment, not a marker
+    for options, count in (
+        ({}, 1),
+        ({"exif": exif, "icc_profile": b"\xff\xda" * 50}, 1),
+        ({"restart_marker_rows": 1}, 1),
+    ):
+        assert images._scans(encode(picture, "JPEG", **options)) == count
+    progressive = encode(picture, "JPEG", progressive=True)
+    assert images._scans(progressive) == 10
+    assert images._scans(with_scans(progressive, 7)) == 17
+    assert images._scans(with_scans(progressive, 7) + b"\xff\xda" * 50) == 17  # after the end, as phones append films
+    assert images._scans(progressive[:-700].replace(b"\xff\xda", b"\xff\xff\xff\xda")) > 1  # padded, and cut off
+    assert images._scans(b"\xff\xd8\xff") == 0
+
+
+def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
+    progressive = encode(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
+    hostile = with_scans(progressive, 4000)
+    assert len(hostile) < 300_000
+    begin = time.process_time()
+    with pytest.raises(BrokenSample, match="4010 scans of 4000 × 4000 pixels take too long"):
+        decode_image(hostile)
+    assert time.process_time() - begin < 0.5  # decoding takes a minute
+    assert decode_image(progressive).size == (4000, 4000)
+    small = encode(Image.new("RGB", (16, 16), "red"), "JPEG", progressive=True)
+    assert decode_image(with_scans(small, 1000)).size == (16, 16)
+    with pytest.raises(BrokenSample, match="too long"):
+        decode_image(with_scans(small, 110_000))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "kept"),
+    [
+        ("JPEG", (400, 300), (400, 300)),
+        ("PNG", (400, 300), (400, 300)),
+        ("JPEG", (1000, 800), (250, 200)),  # by two while it is decoded, then by two
+        ("PNG", (1000, 800), (334, 267)),
+        ("JPEG", (5000, 40), (2500, 20)),
+        ("PNG", (5000, 40), (2500, 20)),
+    ],
+)
+def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
+    x = np.linspace(0, 255, size[0]).astype(np.uint8)
+    picture = Image.fromarray(np.broadcast_to(x, size[::-1]).copy()).convert("RGB")
+    found = decode_image(encode(picture, kind, quality=95) if kind == "JPEG" else encode(picture), reduce_to=120_000)
+    assert found.size == kept
+    expected = np.asarray(picture.resize(kept, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(found).astype(int) - expected).max() <= 4
+
+
+def test_strips_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    random_ = np.random.default_rng(0)
+    rgba = encode(Image.fromarray(random_.integers(0, 256, (50, 30, 4), dtype=np.uint8), "RGBA"))
+    deep = encode(Image.fromarray(random_.integers(0, 65536, (50, 30), dtype=np.uint16)))
+    palette = Image.fromarray(random_.integers(0, 256, (50, 30, 3), dtype=np.uint8)).quantize(8)
+    for data in (rgba, deep, encode(palette, transparency=3)):
+        whole = pixels(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "STRIP_PIXELS", 7 * 30)
+            np.testing.assert_array_equal(pixels(data), whole)
+
+
+# In a process of its own: what was the most memory before and after.
+PEAK = """
+import resource, sys
+from pathlib import Path
+from clips.data.images import decode_image
+from mllm.chat.limits import Limits, read_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+path, served = Path(sys.argv[1]).read_bytes(), sys.argv[2] == "served"
+before = peak()
+kept = [read_image(path, Limits()) for _ in range(4)] if served else [decode_image(path)]
+print(peak() - before, kept[0].size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "side", "served", "limit"),
+    [("I;16", 8000, False, 480), ("RGBA", 8000, False, 640), ("RGBA", 5600, True, 400), ("I;16", 5600, True, 350)],
+)
+def test_memory_is_bounded(tmp_path: Path, mode: str, side: int, served: bool, limit: int) -> None:
+    """MiB above what was there: two pictures of 4 bytes a pixel at the most, where it was five."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(Image.new(mode, (side, side)), compress_level=1))
+    assert path.stat().st_size < 2**21
+    done = run_python("-c", PEAK, path, "served" if served else "decoded")
+    assert done.returncode == 0, done.stderr
+    grown, _, size = done.stdout.partition(" ")
+    assert float(grown) < limit
+    assert size.strip() == (f"({side}, {side})" if not served else "(1867, 1867)")

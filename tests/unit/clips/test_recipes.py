@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import tiny_run
@@ -12,7 +13,8 @@ from clips.common.errors import UserError
 from clips.config import PhaseConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
-from clips.recipes import RECIPES, debug_twin, recipe
+from clips.recipes import RECIPES, debug_twin, recipe, with_tower
+from clips.studies.towers import compare_towers, tower_run
 from clips.training.loop import due, lr_factor, optimizer_steps
 from clips.weights.checkpoint import TrainState
 
@@ -193,3 +195,23 @@ def test_due_once_for_every_multiple_that_a_step_crosses() -> None:
     hits = [n for n in range(1, 34) if due(100, TrainState(seed=0, samples=30 * n), p)]
     assert hits == [n for n in range(1, 34) if any(30 * (n - 1) < 100 * k <= 30 * n for k in range(1, 11))]
     assert not any(due(0, TrainState(seed=0, samples=30 * n), p) for n in range(1, 34))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("tower", "kind"), [("clips", "ViTModel"), ("siglip", "SiglipVisionModel"), ("clip", "CLIPVisionModel")]
+)
+def test_every_recipe_has_a_tower_that_others_run(name: str, tower: str, kind: str) -> None:
+    run = with_tower(recipe(name), tower)
+    assert run.model.vision.transformers_class == kind
+    assert (run == recipe(name)) == (tower == "clips")
+    assert replace(run, model=replace(run.model, vision=recipe(name).model.vision)) == recipe(name)
+
+
+def test_the_study_of_towers_changes_nothing_else() -> None:
+    siglip, clips = (tower_run(tower, 0, 40_000).config() for tower in ("siglip", "clips"))
+    assert siglip == with_tower(clips, "siglip") != clips
+    with pytest.raises(UserError, match="choose one of: siglip, clip"):
+        compare_towers(Path("nowhere"), "clips", 3, 40_000, 1)
+    with pytest.raises(UserError, match="--tower 'resnet'"):
+        with_tower(clips, "resnet")

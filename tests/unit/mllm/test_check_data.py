@@ -16,6 +16,7 @@ from tiny_tokenizers import make_tokenizer
 
 from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
 from mllm.training.check_data import check_data, inspect_data, render_example
 
@@ -57,11 +58,11 @@ def data(tmp_path: Path) -> Path:
 
 def test_everything_is_counted(data, encoder):
     report, good = inspect_data(data / "data.json", encoder, ImageStore(data / "images"))
-    assert (report.samples, len(good)) == (10, 6)
-    assert (report.text_only, report.images, report.images_decoded) == (1, 4, 3)
-    assert (report.questions, report.answers) == (7, 7)
+    assert (report.samples, len(good)) == (10, 5)
+    assert (report.text_only, report.images, report.images_decoded) == (1, 3, 3)
+    assert (report.questions, report.answers) == (6, 6)
     assert report.typed_image_words == 1
-    assert report.truncated == 2  # 3 and 7; of 7 nothing that is trained is left
+    assert report.truncated == 1  # 3; of 7, which is too long as well, nothing that is trained would be left
     found = {(problem.index, problem.id, problem.kind) for problem in report.problems}
     assert found == {
         (4, "s4", "missing image"),
@@ -75,8 +76,8 @@ def test_everything_is_counted(data, encoder):
     encoded = [encoder.encode(record.turns, len(record.images), "x") for record in good]
     assert report.tokens == sum(len(e.input_ids) for e in encoded)
     assert report.trained_tokens == sum(y != IGNORE for e in encoded for y in e.labels)
-    assert sum(count for *_, count in report.histogram) == 7
-    assert report.histogram[-1] == (CONTEXT, None, 2)
+    assert sum(count for *_, count in report.histogram) == 5
+    assert report.histogram[-1] == (CONTEXT, None, 1)
 
 
 def test_check_writes_and_refuses(data, encoder, tmp_path):
@@ -108,12 +109,55 @@ def test_example_colours_exactly_the_trained_tokens(data, encoder):
 
 
 def test_script_exits_with_2(data, tmp_path):
-    make_tokenizer("gpt2").save_pretrained(tmp_path / "llm")
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.chat_template = None  # "auto" is v1 then, as in training
+    tokenizer.save_pretrained(tmp_path / "llm")
     command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--model_name_or_path", str(tmp_path / "llm")]
     command += ["--image_folder", str(data / "images"), "--output", str(tmp_path / "out"), "--num_image_tokens", "4"]
     bad = subprocess.run([*command, "--data_path", str(data / "data.json")], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "would stop the training" in bad.stderr
     assert "Traceback" not in bad.stderr
+    assert "format v1" in bad.stdout
     good = subprocess.run([*command, "--data_path", str(data / "good.json")], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
+
+
+def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
+    """The same code; a picture that is there and cannot be decoded is found by the check alone."""
+    bad = sample(10, None, "\ud83d what?", "x")
+    questions = [
+        sample(11, None, "Say it\n<image>", "x"),
+        sample(12, None, "a"),
+        sample(13, "\ud83d.png", "<image>", "x"),
+    ]
+    records = [*json.loads((data / "data.json").read_text()), bad, *questions]
+    (data / "more.json").write_text(json.dumps(records))
+    store = ImageStore(data / "images")
+    report, good = inspect_data(data / "more.json", encoder, store)
+    dataset = LlavaDataset(data / "more.json", encoder, store, "skip")
+    assert dataset.records == good
+    assert dataset.skipped == [problem for problem in report.problems if problem.kind != "broken image"]
+    assert {problem.index for problem in dataset.skipped} == {4, 6, 7, 8, 9, 10, 11, 12, 13}
+    assert "half a character (a lone surrogate): '\\ud83d what?'" in report.problems[5].message
+    assert [len(dataset[i]["input_ids"]) > 0 for i in range(len(dataset))] == [True] * 5
+    with pytest.raises(
+        UserError, match=r"more\.json: 9 sample\(s\) cannot .*--on_bad_sample skip:\n  sample 4 \(id s4\)"
+    ):
+        LlavaDataset(data / "more.json", encoder, store)
+
+
+def test_an_error_names_ten_and_counts_the_others(tmp_path, encoder):
+    (tmp_path / "bad.json").write_text(json.dumps([sample(i, None, "a") for i in range(25)]))
+    with pytest.raises(UserError, match="25 sample") as caught:
+        LlavaDataset(tmp_path / "bad.json", encoder, None, "skip")  # none would be left
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert "… and 15 more" in lines[-1]
+    assert "skip" not in str(caught.value)
+
+
+def test_words_between_colons_stay_words(data, encoder, capsys, monkeypatch):
+    monkeypatch.chdir(data)
+    check_data("good.json", encoder, ImageStore(data / "images"), "a:dog:b")
+    assert "wrote a:dog:b/summary.json" in capsys.readouterr().out

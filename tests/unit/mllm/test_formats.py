@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_mllm import write_run
 from tiny_serve import RED, picture, user
-from tiny_tokenizers import CHATML, FORMATS, KINDS, make_tokenizer
+from tiny_tokenizers import CHATML, FORMATS, KINDS, make_tokenizer, write_sentencepiece
 from tokenizers import processors
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +35,10 @@ ONE_TOKEN = Sampling(max_new_tokens=1)
 
 
 def adding_bos(kind: str, directory: Path) -> PreTrainedTokenizerFast:
-    """`llama`: transformers' own class, as Llama 2's and Vicuna's; `llama3_bos`: bos in a sequence, as Llama 3's."""
+    """`llama`: transformers' own class, as Llama 2's; `vicuna`: that from a tokenizer.model; `llama3_bos`: bos in a
+    sequence, as Llama 3's."""
+    if kind.startswith("vicuna"):
+        return AutoTokenizer.from_pretrained(write_sentencepiece(directory, legacy=kind == "vicuna_legacy"))
     if kind == "llama":
         make_tokenizer("sentencepiece_legacy").save_pretrained(directory)
         path = directory / "tokenizer_config.json"
@@ -66,7 +69,10 @@ def language_model(directory: Path, kind: str, version: str) -> LanguageModel:
         max_position_embeddings=1024,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    if kind.startswith("vicuna"):
+        write_sentencepiece(directory, legacy=kind == "vicuna_legacy")
+    else:
+        tokenizer.save_pretrained(directory)
     return load_llm(str(directory), version=version)
 
 
@@ -87,7 +93,7 @@ async def ask_server(chat: ChatModel, body: dict) -> None:
 
 
 @pytest.mark.parametrize("version", FORMATS)
-@pytest.mark.parametrize("kind", [*KINDS, "llama", "llama3_bos"])
+@pytest.mark.parametrize("kind", [*KINDS, "llama", "llama3_bos", "vicuna", "vicuna_legacy"])
 def test_every_reader_asks_as_training_did(
     kind: str, version: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

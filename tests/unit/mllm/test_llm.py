@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from clips.common import stock
 from clips.common.errors import UserError
+from mllm.data.formats import saved_format
 from mllm.model import llm as llm_module
 from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import convert_gguf, find_default, load_llm, packaged_gguf
@@ -204,3 +205,12 @@ def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monke
         assert not logging.is_progress_bar_enabled()
     finally:
         logging.enable_progress_bar()
+
+
+def test_llava_s_names_of_formats_are_taken_and_unknown_ones_refused_before_the_weights(tmp_path):
+    write_llm(tmp_path / "llm")
+    assert saved_format(load_llm(str(tmp_path / "llm"), version="vicuna_v1").tokenizer).name == "v1"
+    assert saved_format(load_llm(str(tmp_path / "llm"), version="qwen_1_5").tokenizer).name == "chatml"
+    (tmp_path / "llm" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"'mpt' is not known; choose one of: plain, v1, .*vicuna_v1"):
+        load_llm(str(tmp_path / "llm"), version="mpt")

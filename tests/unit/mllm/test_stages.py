@@ -15,7 +15,7 @@ from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.training.arguments import TrainArguments, flags_of_stage, parse_train_arguments
+from mllm.training.arguments import LLAVA_FLAGS, TrainArguments, flags_of_stage, left_out, parse_train_arguments
 from mllm.training.freeze import (
     apply_freeze,
     assert_freeze,
@@ -27,6 +27,7 @@ from mllm.training.freeze import (
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, steps_of
 from mllm.training.stages import PARTS, STAGES, freeze_table
+from mllm.training.trainer import training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,8 @@ def build(places: Path, projector: str = "mlp2x_gelu") -> nn.Module:
 
 
 def arguments(*words: str) -> TrainArguments:
-    return parse_train_arguments(list(words))
+    """Of stage 1, if none is named."""
+    return parse_train_arguments([*words, *(() if "--stage" in words else ("--stage", "1"))])
 
 
 # What each stage must train, written out again and independent of the table: (stage, options) → parts.
@@ -70,7 +72,7 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
     plan = freeze_table(STAGES[number], **options)
     model = build(places, projector)
     if plan["language_model"] == "lora":
-        model = get_peft_model(model, lora_config(model, arguments("--lora_enable").resolve(1)))
+        model = get_peft_model(model, lora_config(model, arguments("--stage", "2", "--lora_enable").resolve(1)))
     apply_freeze(model, plan)
     assert_freeze(model, plan)
     # By hand: names of transformers and PEFT, not the module under test.
@@ -88,7 +90,7 @@ def test_exactly_the_parts_of_the_freeze_table_get_gradients(
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_nowhere_else(places: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing that means nothing to a user
-        adapted = add_lora(build(places), arguments("--lora_enable").resolve(1))
+        adapted = add_lora(build(places), arguments("--stage", "2", "--lora_enable").resolve(1))
     found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
     kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(found) == 2 * len(kinds)
@@ -144,8 +146,8 @@ def test_an_encoder_that_stage_two_would_not_see_is_not_trained_in_stage_one() -
         freeze_table(STAGES[1], unfreeze_mm_vision_tower=True)
 
 
-def test_llava_s_own_command_lines_are_understood() -> None:
-    """scripts/v1_5/finetune_lora.sh of LLaVA, word for word except for paths and its zero3 file."""
+def test_llava_s_own_command_lines_are_understood(capsys) -> None:
+    """scripts/v1_5/finetune_lora.sh of LLaVA, except for paths, its zero3 file and `--report_to wandb`."""
     line = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed none
         --model_name_or_path lmsys/vicuna-13b-v1.5 --version v1 --data_path ./playground/data/llava_v1_5_mix665k.json
         --image_folder ./playground/data --vision_tower openai/clip-vit-large-patch14-336
@@ -156,13 +158,13 @@ def test_llava_s_own_command_lines_are_understood() -> None:
         --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 50000
         --save_total_limit 1 --learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
         --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
-        --dataloader_num_workers 4 --lazy_preprocess True --report_to wandb"""
+        --dataloader_num_workers 4 --lazy_preprocess True --report_to tensorboard"""
     parsed = arguments("--stage", "2", *line.split()).resolve(8)
+    assert capsys.readouterr().err == "note: without effect here: --tf32, --per_device_eval_batch_size\n"
     assert (parsed.version, parsed.lora_enable, parsed.lora_r, parsed.lora_alpha) == ("v1", True, 128, 256)
     assert (parsed.learning_rate, parsed.mm_projector_lr, parsed.batch_size) == (2e-4, 2e-5, 128)
     assert parsed.mm_vision_select_layer == -2
     assert parsed.image_aspect_ratio == "pad"
-    assert parsed.report_to == "wandb"
     with pytest.raises(UserError, match="mm_use_im_start_end"):
         arguments("--mm_use_im_start_end", "True")
 
@@ -183,11 +185,94 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     assert demo.learning_rate == STAGES[2].demo["learning_rate"]
 
 
+BOTH = ["--both_stages"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        (
+            1,
+            ["--lora_enable", "True"],
+            r"--lora_enable is a flag of stage 2 \(instruct\), and this is stage 1 \(align\)",
+        ),
+        (1, ["--mm_vision_tower_lr=2e-6"], r"--mm_vision_tower_lr is a flag of stage 2"),
+        (2, ["--mm_projector_init", "captions"], r"--mm_projector_init is a flag of stage 1 \(align\)"),
+        (1, ["--version", "v1"], r"--version v1 in stage 1 \(align\): plain"),
+        (2, ["--version", "plain"], r"--version plain in stage 2 \(instruct\)"),
+    ],
+)
+def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        arguments("--stage", str(stage), *words)
+    arguments("--stage", str(stage), *words, *BOTH)
+    own = words[0].replace("--", f"--{STAGES[stage].name}.")  # meant for this stage alone
+    with pytest.raises(UserError, match="stage"):
+        arguments("--stage", str(stage), own, *words[1:], *BOTH)
+    arguments("--stage", str(3 - stage), *words)
+
+
+def test_the_stage_must_be_named() -> None:
+    with pytest.raises(UserError, match=r"--stage is missing: give --stage 1 .* or --stage 2"):
+        parse_train_arguments(["--version", "v1", "--lora_enable"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--fp16 True", "--bf16"),
+        ("--optim paged_adamw_8bit", "--bits 4"),
+        ("--lora_bias all", "always none"),
+        ("--lora_weight_path adapter", "--model_name_or_path"),
+        ("--mm_patch_merge_type spatial_unpad", "always flat: "),
+        ("--eval_strategy steps", r"scripts/evaluate_llava\.py"),
+        ("--evaluation_strategy epoch", r"scripts/evaluate_llava\.py"),
+        ("--is_multimodal False", "without a picture"),
+        ("--remove_unused_columns True", "always False"),
+    ],
+)
+def test_a_flag_of_llava_s_with_another_value_says_what_to_use(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        arguments("--stage", "2", *words.split())
+    name = words.split()[0]
+    arguments("--stage", "2", name, LLAVA_FLAGS[name[2:]].value)
+
+
+def test_flags_of_llava_s_that_count() -> None:
+    words = "--stage 2 --data_path x --warmup_steps 7 --run_name mine --bits 4 --lora_enable --quant_type fp4"
+    found = arguments(*words.split(), "--double_quant", "False", "--mpt_attn_impl", "triton").resolve(1)
+    made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
+    assert (made.get_warmup_steps(1000), made.run_name) == (7, "mine")
+    assert (found.quant_type, found.double_quant) == ("fp4", False)
+    with pytest.raises(UserError, match="--bits 4"):
+        arguments("--stage", "2", "--quant_type", "fp4").resolve(1)
+
+
+def test_a_missing_logger_is_named_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        arguments("--report_to", "wandb").resolve(1)
+
+
+def test_what_a_command_leaves_out_is_told_where_llava_s_train_py_takes_another_value() -> None:
+    given = arguments("--stage", "2", "--data_path", "x", "--lora_enable", "--lora_r", "128", "--learning_rate", "1e-4")
+    told = left_out(given, given.resolve(1))
+    assert "lora_alpha 256 (16)" in told
+    assert "mm_projector_lr 2e-05 (as learning_rate)" in told
+    assert "model_max_length 2048 (512)" in told
+    assert "lora_r" not in told
+    assert "learning_rate 0" not in told
+    full = arguments("--stage", "2", "--data_path", "x")
+    assert "lora" not in left_out(full, full.resolve(1))
+    demo = arguments("--stage", "2")
+    assert left_out(demo, demo.resolve(1)) == ""
+
+
 def test_flags_of_one_stage_and_the_version_of_both() -> None:
     words = ["--seed", "3", "--align.learning_rate", "1e-2", "--instruct.lora_r", "4", "--version", "v1"]
     assert flags_of_stage(words, "align") == ["--seed", "3", "--version", "v1", "--learning_rate", "1e-2"]
     assert flags_of_stage(words, "instruct") == ["--seed", "3", "--version", "v1", "--lora_r", "4"]
-    one, two = arguments("--stage", "1", *words), arguments("--stage", "2", *words)
+    one, two = arguments("--stage=1", "--stage", "1", *BOTH, *words), arguments("--stage", "2", *BOTH, *words)
     assert (one.learning_rate, one.lora_r, one.resolve(1).version) == (1e-2, None, "plain")
     assert (two.learning_rate, two.lora_r, two.resolve(1).version) == (None, 4, "v1")
     with pytest.raises(UserError, match="plain"):

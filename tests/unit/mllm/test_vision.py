@@ -40,7 +40,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
 from mllm.encoders.plain_vit import check_equal
-from mllm.encoders.registry import VISION, load_vision
+from mllm.encoders.registry import VISION, load_vision, parse_vision_name
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -394,9 +394,14 @@ def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_i
     assert not marker.exists()
 
 
-def test_unknown_names_and_layers(runs):
+def test_unknown_names_and_layers(runs, tmp_path):
     with pytest.raises(UserError, match=r"'dino' is not known; known are: clips, clip, random, blind, open"):
         load_vision("dino")
+    for name in ("openai/clip-vit-large-patch14-336", "./tower", "/models/tower"):  # as LLaVA's users type it
+        assert parse_vision_name(name) == ("hf", name)
+    (tmp_path / "mine" / "export").mkdir(parents=True)
+    with pytest.raises(UserError, match="clips:"):
+        parse_vision_name(str(tmp_path / "mine"))
     with pytest.raises(UserError, match="hf needs an argument"):
         load_vision("hf")
     with pytest.raises(UserError, match="has layers -4 … 3"):
