@@ -152,13 +152,14 @@ def convert_llava(
         model, processor = load_llava(str(directory), torch.device("cpu"), _saved_dtype(directory))
         original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
         _check_name(original.kind, target.name)
+        vision_config: Any = model.config.vision_config
         with loading("vision tower", directory):
             tower = CLIPVisionModel.from_pretrained(
-                None, config=model.config.vision_config, state_dict=original.part(TOWER), dtype=model.dtype
+                None, config=vision_config, state_dict=original.part(TOWER), dtype=model.dtype
             )
         difference = logit_difference(original, model, processor, tower.eval())
         if not check_only:
-            write_original(original, model.config.vision_config, processor.image_processor, target)
+            write_original(original, vision_config, processor.image_processor, target)
     return difference, get_format("auto", processor.tokenizer).name
 
 
@@ -303,10 +304,10 @@ def to_original(
         # The names that transformers had until 5.x, and LLaVA has.
         tensors[f"{TOWER}vision_model.{name.removeprefix('vision_model.')}"] = tensor
     encoder = VisionEncoder(name="", source="", model=tower, image_processor=processor.image_processor)
-    name = _tower_name(encoder, directory, vision_tower, model.dtype)
+    tower_name = _tower_name(encoder, directory, vision_tower, model.dtype)
     fields = {key: value for key, value in fields.items() if key != "mm_vision_tower"}
     return OriginalLlava(
-        config=fields if name is None else fields | {"mm_vision_tower": name},
+        config=fields if tower_name is None else fields | {"mm_vision_tower": tower_name},
         tensors=tensors,
         files=files,
         source=str(directory),
@@ -427,8 +428,10 @@ def _write_tower(
 ) -> None:
     directory.mkdir()
     settings = image_processor.to_dict()
-    names = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    names += ("resample", "rescale_factor", "image_mean", "image_std")
+    names = (
+        *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"),
+        *("resample", "rescale_factor", "image_mean", "image_std"),
+    )
     stock = {name: settings[name] for name in names} | {"image_processor_type": "CLIPImageProcessor"}
     write_json(directory / "preprocessor_config.json", stock)
     config.save_pretrained(directory)

@@ -295,7 +295,7 @@ def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
         adapted: Any = get_peft_model(original.language_model(), PeftConfig.from_pretrained(str(directory)))
-        fitted = set_peft_model_state_dict(adapted, adapters)
+        fitted: Any = set_peft_model_state_dict(adapted, adapters)
         wrong = sorted(name for name in (*fitted.missing_keys, *fitted.unexpected_keys) if "lora_" in name)
         if wrong:
             raise UserError(f"the LoRA adapters in {directory} do not fit the base: {', '.join(wrong[:5])}")
