@@ -71,6 +71,8 @@ Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 Freeze = Literal["none", "vision", "text"]
+CropAspect = Literal["picture", "absolute"]
+LrScaling = Literal["linear", "sqrt", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +214,7 @@ class CaptionsConfig:
     strategy: SubCaptionStrategy = "sentence"
     splitter: SentenceSplitter = "smart"
     sub_caption_tokens: int = 32
-    """Tokens kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
+    """Tokens of the tokenizer kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
     sentence_share: float = 0.0
     """Strategy sentence: the share of the long caption's sentences that is kept, in a row; one at least."""
 
@@ -295,11 +297,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training-time augmentation; zero or 1.0 turns a part off (then the image is only squashed to the square)."""
+    """Training-time augmentation; the defaults turn every part off (then the image is only squashed to the square)."""
 
     min_crop_area: float = 1.0
+    """Smallest share of the picture's area that a random crop keeps; 1: no crop."""
+    crop_aspect: CropAspect = "picture"
+    """What is drawn from 3/4 … 4/3: "absolute", the crop's width over its height, as in the reference; "picture", that
+    relative to the picture's own, so that a wide picture gives wide crops."""
     jitter: float = 0.0
+    """Brightness, contrast and saturation are multiplied by factors from 1 ± jitter."""
+    hue: float = 0.0
+    """Largest turn of the hue, as a share of the colour circle."""
+    jitter_probability: float = 1.0
+    """Share of the samples whose colours are changed by `jitter` and `hue`."""
     grayscale: float = 0.0
+    """Share of the samples that lose their colours."""
+
+    def __post_init__(self) -> None:
+        _one_of("augment.crop_aspect", self.crop_aspect, CropAspect)
+        _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
+        _require(self.jitter >= 0, f"augment.jitter {self.jitter} is negative")
+        for name in ("jitter_probability", "grayscale"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name} {getattr(self, name)} is not in [0, 1]")
+        _require(0 <= self.hue <= 0.5, f"augment.hue {self.hue} is not in [0, 0.5]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,12 +328,23 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.2
+    decay_embeddings: bool = True
+    """Whether the token embeddings decay like the matrices of a map; positions, queries and CLS never do. The
+    reference decays kernels only."""
+    lr_scaling: LrScaling = "sqrt"
+    """How `--batch-size` moves the learning rates away from the recipe's own: in proportion to the batch, to its
+    square root, or not at all. Only the flag reads this: `phases.*.lr` is always what is trained with."""
     clip_grad: float = 0.0
     """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/training/engine.py."""
     muon_momentum: float = 0.95
 
+    def lr_factor(self, batch_size: int, recipes: int) -> float:
+        """What `--batch-size` multiplies the rates of a phase by whose recipe has a batch of `recipes` samples."""
+        return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
+
     def __post_init__(self) -> None:
         _one_of("optim.kind", self.kind, OptimizerKind)
+        _one_of("optim.lr_scaling", self.lr_scaling, LrScaling)
         _require(
             self.kind != "muon" or self.clip_grad == 0,
             "optim.clip_grad must be 0 with Muon: DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, "
@@ -323,7 +354,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """One stretch of training at one resolution; phases follow each other and share the optimizer."""
+    """One stretch of training at one resolution. Phases follow each other; weights always carry over."""
 
     name: str
     samples: int
@@ -337,6 +368,8 @@ class PhaseConfig:
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    fresh_optimizer: bool = False
+    """Begin with an empty optimizer, as the reference does in each phase, instead of the state of the one before."""
 
     def __post_init__(self) -> None:
         _one_of(f"phase {self.name}: schedule", self.schedule, Schedule)

@@ -11,10 +11,12 @@ E width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice, repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,7 +25,7 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
 from clips.data.demo import PROMPTS
-from clips.data.images import decode_image, eval_transform, normalise
+from clips.data.images import decode_image, eval_transform, to_rgb
 from clips.data.sample import BrokenSample
 from clips.evaluation.evaluate import encode_texts, prompt_features
 from clips.evaluation.testsets import Classes, default_templates
@@ -32,8 +34,10 @@ from clips.weights.load import LoadedModel, load_model
 
 BATCH = 64
 """Images or texts that go through a tower at once."""
-Images = Sequence[Image.Image | str | Path] | Image.Image | str | Path | Tensor
-"""Pictures, paths of pictures, or pixels [B, 3, S, S] as `CLIPS.preprocess` gives them."""
+Picture = Image.Image | str | Path | np.ndarray | Tensor
+"""A PIL image of any mode, a path, an array uint8 [H, W, 3], or pixels [3, S, S] as `CLIPS.preprocess` gives them."""
+Images = Picture | Iterable[Picture]
+"""One picture, or several: a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 
 
 class CLIPS:
@@ -54,7 +58,7 @@ class CLIPS:
         """Open a run, a native or open_clip export, an official CLIPS or OpenVision checkpoint in open_clip's layout,
         each a directory or a hub id (owner/name); with None the newest run under runs/.
 
-        `device`: auto, cpu or cuda. UserError where there is no trained model.
+        `device`: auto, cpu, cuda or cuda:N. UserError where there is no trained model.
         """
         return cls(load_model(path), choose_device(device))
 
@@ -72,13 +76,24 @@ class CLIPS:
         """What cosines are multiplied with before a softmax: the learned inverse temperature."""
         return float(self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE))
 
-    def preprocess(self, image: Image.Image | str | Path) -> Tensor:
-        """[3, S, S], normalised. UserError for a file that cannot be read as a picture."""
-        return self._transform(_open(image))
+    def preprocess(self, image: Picture) -> Tensor:
+        """float32 [3, S, S], normalised, on the CPU; pixels that are so already are passed on.
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        UserError for a file that cannot be read as a picture; TypeError or ValueError for what is no picture.
+        """
+        if not isinstance(image, Tensor):
+            return self._transform(_open(image))
+        size = self.image_size
+        if image.shape != (3, size, size) or not image.is_floating_point():
+            raise ValueError(
+                f"a tensor is taken for what `preprocess` gives, normalised floats of shape [3, {size}, {size}]; "
+                f"found {image.dtype} of shape {list(image.shape)}. Give raw pictures as PIL images or arrays"
+            )
+        return image.to("cpu", torch.float32)
+
+    def tokenize(self, texts: Iterable[str] | str) -> Tensor:
         """Token ids [T, L], padded to the longest text."""
-        return self.tokenizer.for_tower(list(texts), self.model.config.text)
+        return self.tokenizer.for_tower(_texts(texts), self.model.config.text)
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens of the texts that the text tower reads, its own special ones not counted."""
@@ -88,21 +103,22 @@ class CLIPS:
     @torch.no_grad()
     def encode_image(self, images: Images) -> Tensor:
         """L2-normalised features [B, E] on the CPU."""
-        if isinstance(images, Tensor):
-            batches: Iterable[Tensor] = images.split(BATCH)
-        else:
-            pictures = _listed(images)
-            starts = range(0, len(pictures), BATCH)
-            batches = (
-                normalise([self._transform.pixels(_open(image)) for image in pictures[start : start + BATCH]])
-                for start in starts
-            )
-        found = [self.model.encode_image(batch.to(self.device)).cpu() for batch in batches]
+        found = [self.model.encode_image(batch).cpu() for batch in self._batches(images)]
         return torch.cat(found) if found else torch.empty(0, self.embed_dim)
 
-    def encode_text(self, texts: Sequence[str] | str) -> Tensor:
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        """Pixels [≤ BATCH, 3, S, S] on the model's device; no more pictures than these are held at a time."""
+        if isinstance(images, (Image.Image, str, Path)) or (
+            isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
+        ):
+            images = [images]
+        pictures = iter(images)
+        while batch := list(islice(pictures, BATCH)):
+            yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
+
+    def encode_text(self, texts: Iterable[str] | str) -> Tensor:
         """L2-normalised features [T, E] on the CPU."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
         return encode_texts(self.model, self.tokenizer, texts, batch_size=BATCH)
@@ -112,30 +128,35 @@ class CLIPS:
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
-    def similarity(self, images: Images, texts: Sequence[str] | str) -> Tensor:
+    def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:
         """Cosines [B, T]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
     @torch.no_grad()
-    def caption(self, images: Images, web: Sequence[str] | str = "") -> list[str]:
+    def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one an image, given their web captions (one for all, or one each).
 
-        UserError where the model was trained without a captioner (an open_clip export has none).
+        UserError where the model was trained without a captioner (an open_clip export has none), ValueError where
+        there are more or fewer web captions than images.
         """
-        captioner = self.model.captioner
-        if captioner is None:
+        if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
-        if not isinstance(images, Tensor):
-            images = torch.stack([self.preprocess(image) for image in _listed(images)])
-        webs = [web] * len(images) if isinstance(web, str) else list(web)
-        ids = self.model.caption(
-            images.to(self.device), self.tokenize(webs).to(self.device),
-            bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id,
-        )  # fmt: skip
-        return [self.tokenizer.decode(row) for row in ids.tolist()]
+        webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
+        captions = []
+        for pixels in self._batches(images):
+            texts = list(islice(webs, len(pixels)))
+            if len(texts) < len(pixels):
+                raise ValueError("there are fewer web captions than images")
+            ids = self.model.caption(
+                pixels, self.tokenize(texts).to(self.device), bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id
+            )
+            captions += [self.tokenizer.decode(row) for row in ids.tolist()]
+        if not isinstance(web, str) and next(webs, None) is not None:
+            raise ValueError(f"there are more web captions than the {len(captions)} images")
+        return captions
 
     @torch.no_grad()
-    def patch_terms(self, image: Image.Image | str | Path) -> tuple[Tensor, Tensor]:
+    def patch_terms(self, image: Picture) -> tuple[Tensor, Tensor]:
         """What each patch adds to the image's feature, [N, E], and that feature, their mean, [E], L2-normalised.
 
         mllm/chat/patch_map.py says why this split is exact. Rows of patches go down, columns to the right.
@@ -153,13 +174,23 @@ class CLIPS:
         return terms_NE.cpu(), terms_NE.mean(dim=0).cpu()
 
 
-def _listed(images: Sequence[Image.Image | str | Path] | Image.Image | str | Path) -> list[Image.Image | str | Path]:
-    return [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+def _texts(texts: Iterable[str] | str) -> list[str]:
+    found = [texts] if isinstance(texts, str) else list(texts)
+    for text in found:
+        if not isinstance(text, str):
+            raise TypeError(f"texts are strings, found a {type(text).__name__}")
+    return found
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
+def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"an array is a picture of uint8 [H, W, 3] or [H, W], found {image.dtype} {image.shape}")
+        image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return image
+        return to_rgb(image)
+    if not isinstance(image, (str, Path)):
+        raise TypeError(f"a picture is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
     try:
         return decode_image(Path(image).read_bytes())
     except (OSError, BrokenSample) as error:

@@ -103,21 +103,21 @@ def clip_baseline() -> RunConfig:
     )
 
 
-def _paper(name: str, preset: str, low: int, low_samples: int) -> RunConfig:
-    """The paper's three phases (docs/method.md, "Recipe"): low resolution, 224, 336.
+def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
+    """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
-    Learning rates are the published ones per 256 samples times the batch. Text padding is masked, which the
+    Learning rates are the published ones per 256 samples times the batch, augmentation, decay and the optimizer that
+    begins anew in each phase are those of the reference code. Text padding is masked, which the
     reference does not do: a text then gives the same features at any padded length, so a batch is padded only
     to its own length (about a quarter of the FLOPs of L/14 at 84 px). `--set model.text.pad_mask=false` is the
     reference's way. Muon instead of AdamW: `--set optim.kind=muon --set 'phases.*.muon_lr=0.02'`.
     """
     model = PRESETS[preset]
-    colour = AugmentConfig(min_crop_area=0.4, jitter=0.4, grayscale=0.2)
-    crop = AugmentConfig(min_crop_area=0.4)
+    augment = AugmentConfig(
+        min_crop_area=0.4, crop_aspect="absolute", jitter=0.32, hue=0.08, jitter_probability=0.8, grayscale=0.2
+    )
 
-    def phase(
-        size: int, samples: int, batch: int, lr_per_256: float, warmup: int, augment: AugmentConfig
-    ) -> PhaseConfig:
+    def phase(size: int, samples: int, batch: int, lr_per_256: float, warmup: int) -> PhaseConfig:
         return PhaseConfig(
             name=f"{size}px",
             samples=samples,
@@ -126,43 +126,41 @@ def _paper(name: str, preset: str, low: int, low_samples: int) -> RunConfig:
             image_size=size,
             warmup_samples=warmup,
             augment=augment,
+            fresh_optimizer=True,
         )
 
     return RunConfig(
         recipe=name,
-        model=replace(model, text=replace(model.text, pad_mask=True), vision=replace(model.vision, image_size=336)),
+        model=replace(model, text=replace(model.text, pad_mask=True), vision=replace(model.vision, image_size=high)),
         captions=CaptionsConfig(tokenizer="bert"),
         task=TaskConfig(),
         data=DataConfig(train="", workers=12),
-        optim=OptimConfig(),
+        optim=OptimConfig(decay_embeddings=False, lr_scaling="linear"),
         phases=(
-            phase(low, low_samples, 32_768, 8e-6, 51 * MILLION, colour),
-            phase(224, 512 * MILLION, 16_384, 4e-7, 26 * MILLION, crop),
-            phase(336, 128 * MILLION, 8_192, 1e-7, 0, crop),
+            # 12.8 B samples as in the script of the reference; its config says 2.56 B.
+            phase(low, 12_800 * MILLION, 32_768, 8e-6, 51 * MILLION),
+            phase(224, 512 * MILLION, 16_384, 4e-7, 26 * MILLION),
+            phase(high, 128 * MILLION, 8_192, 1e-7, 0),
         ),
         train=TrainConfig(checkpoint_every=10 * MILLION, eval_every=50 * MILLION, activation_checkpointing=True),
         eval=EvalConfig(batch_size=64),
     )
 
 
-# The length of the low-resolution phase is not in our source; these are CLIPA's 12.8 B samples seen.
-LOW_RESOLUTION_SAMPLES = 12_800 * MILLION
-
-
 def s16() -> RunConfig:
-    """ViT-S/16: 112 → 224 → 336 px.
+    """ViT-S/16: 112 → 224 → 384 px.
 
     deepspeed scripts/pretrain_clips.py --recipe s16 --data '/data/recap/*.tar'
     """
-    return _paper("s16", "S/16", 112, LOW_RESOLUTION_SAMPLES)
+    return _paper("s16", "S/16", 112, 384)
 
 
 def b16() -> RunConfig:
-    """ViT-B/16: 112 → 224 → 336 px.
+    """ViT-B/16: 112 → 224 → 384 px.
 
     deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
     """
-    return _paper("b16", "B/16", 112, LOW_RESOLUTION_SAMPLES)
+    return _paper("b16", "B/16", 112, 384)
 
 
 def l14() -> RunConfig:
@@ -170,7 +168,7 @@ def l14() -> RunConfig:
 
     deepspeed scripts/pretrain_clips.py --recipe l14 --data '/data/recap/*.tar' --ds-config ds_configs/zero1.json
     """
-    return _paper("l14", "L/14", 84, LOW_RESOLUTION_SAMPLES)
+    return _paper("l14", "L/14", 84, 336)
 
 
 def h14() -> RunConfig:
@@ -178,7 +176,7 @@ def h14() -> RunConfig:
 
     deepspeed scripts/pretrain_clips.py --recipe h14 --data '/data/recap/*.tar' --ds-config ds_configs/zero2.json
     """
-    return _paper("h14", "H/14", 84, LOW_RESOLUTION_SAMPLES)
+    return _paper("h14", "H/14", 84, 336)
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {

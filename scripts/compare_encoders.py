@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--question-images", help="folder or tar of their pictures")
     p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread (--quick: 400)")
     p.add_argument("--benchmarks", default="", help="tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme")
+    p.add_argument("--include-path", help="folder with further tasks of lmms-eval, in its YAML format")
     p.add_argument("--karpathy", help="also retrieval of clips and clip on COCO or Flickr30K: the Karpathy split file")
     p.add_argument("--image-root", help="folder of its images (default: that of the file)")
     return p

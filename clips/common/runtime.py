@@ -25,17 +25,24 @@ PACKAGES = (
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`, `cpu` or `cuda` → this process's device; UserError when a GPU is asked for and there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name!r} is not known; choose one of: auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+    """`auto`, `cpu`, `cuda` or `cuda:N` → this process's device; UserError for a GPU that is not there."""
+    kind, _, index = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise UserError(f"--device {name!r} is not known; choose one of: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--device cuda: torch sees no GPU here (torch.cuda.is_available() is False). "
+            f"--device {name}: torch sees no GPU here (torch.cuda.is_available() is False). "
             "Use --device cpu, or install a CUDA build of torch and check nvidia-smi"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", int(index or rank))
+    if index and rank:
+        raise UserError(f"--device {name} is one GPU, and there are several ranks: say cuda")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, from cuda:0 on")
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
 """Decoding and preprocessing of pictures; the only file of the project that opens an image.
 
-Pictures come from strangers: every limit below bounds memory before a decoder allocates it, and
+Pictures come from strangers: every limit below bounds memory and time before a decoder spends them, and
 whatever a decoder raises becomes a `BrokenSample`, which training skips and counts.
 
 Shapes: H, W picture · S square side · B batch.
@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,14 @@ from clips.data.sample import BrokenSample
 MAX_BYTES = 64 * 2**20
 """Largest encoded picture, in bytes."""
 MAX_PIXELS = 64_000_000
-"""Largest decoded picture, in pixels (192 MB as RGB)."""
+"""Largest decoded picture, in pixels (256 MB as RGB, for which Pillow takes four bytes a pixel)."""
+MAX_SCANNED = 16 * MAX_PIXELS
+"""Largest product of a JPEG's pixels and scans: a decoder goes over the picture once for each scan (about 1 s for 10⁹),
+and one takes a dozen bytes. The largest picture may have 16; progressive ones have about 10."""
+LEAST_SCANNED = 10_000
+"""Pixels that a scan counts as at least."""
+STRIP_PIXELS = 2**20
+"""Pixels that are converted at once, where a conversion takes several times the memory of what it converts."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Only raster formats that Pillow decodes by itself; among others this leaves out EPS, which runs Ghostscript."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,29 +42,41 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
 _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
+# A marker of a JPEG that begins a segment or ends the picture: no stuffed or padding byte, nor one without a length.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+_SCAN, _END = b"\xda", b"\xd9"
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
-def decode_image(data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white.
+def decode_image(
+    data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
+) -> Image.Image:
+    """Decode a picture to RGB as `to_rgb` does.
 
+    One of more than `reduce_to` pixels is reduced, by whole factors, until it has no more; a JPEG while it is decoded.
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
     try:
-        image = _open(data, max_pixels)
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return image
-        if image.mode.startswith("I"):
-            return _sixteen_bit(image)
-        if image.mode in _ALPHA_MODES or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        if image.mode in (*_OPAQUE_MODES, "P"):
-            return image.convert("RGB")
-        raise ValueError(f"pictures of mode {image.mode} are not supported")
+        image = to_rgb(_open(data, max_pixels, reduce_to))
+        factor = _factor(image, reduce_to)
+        return image if factor == 1 else image.reduce(factor)
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
         raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white. ValueError for other modes."""
+    # Reading the tags of a picture that has none costs as much as decoding a small one.
+    image = ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return _by_strips(image, _sixteen_bit)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        return _by_strips(image, _on_white)
+    if image.mode in (*_OPAQUE_MODES, "P"):
+        return image.convert("RGB")
+    raise ValueError(f"pictures of mode {image.mode} are not supported")
 
 
 def decode_rgba(data: bytes) -> Image.Image:
@@ -63,7 +84,7 @@ def decode_rgba(data: bytes) -> Image.Image:
     return _open(data).convert("RGBA")
 
 
-def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS, reduce_to: int | None = None) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -71,9 +92,46 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {max_pixels}")
+    if image.format in ("JPEG", "MPO"):
+        scanned = max(image.width * image.height, LEAST_SCANNED) * _scans(data)
+        if scanned > MAX_SCANNED:
+            raise ValueError(f"{_scans(data)} scans of {image.width} × {image.height} pixels take too long to decode")
+        factor = _factor(image, reduce_to)
+        image.draft(None, (image.width // factor, image.height // factor))  # not below this size
     image.load()
-    # Reading the tags of a picture that has none costs as much as decoding a small one.
-    return ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
+    return image
+
+
+def _factor(image: Image.Image, reduce_to: int | None) -> int:
+    """By how much the sides of `image` are to be divided, so that no more than `reduce_to` pixels are left."""
+    if reduce_to is None or image.width * image.height <= reduce_to:
+        return 1
+    return math.ceil(math.sqrt(image.width * image.height / reduce_to))
+
+
+def _scans(jpeg: bytes) -> int:
+    """The scans of a JPEG, found by its markers without decoding anything."""
+    count, place = 0, 2
+    while (marker := _MARKER.search(jpeg, place)) and marker[1] != _END:
+        count += marker[1] == _SCAN
+        # The segment's length counts its own two bytes; after that of a scan come its data, which hold no such marker.
+        place = marker.end() + max(int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big"), 2)
+    return count
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`convert`, which looks at each pixel alone, of `image`, in strips that take little memory."""
+    converted = Image.new("RGB", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        converted.paste(convert(strip), (0, top))
+    return converted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
@@ -99,10 +157,14 @@ class Preprocess:
         if rng is None:
             raise ValueError("augmentation needs an rng")
         if config.min_crop_area < 1:
-            box = random_crop(image.width, image.height, config.min_crop_area, rng)
+            crop = inception_crop if config.crop_aspect == "absolute" else random_crop
+            box = crop(image.width, image.height, config.min_crop_area, rng)
         image = self._squashed(image, box)
-        if config.jitter > 0:
-            image = colour_jitter(image, config.jitter, rng)
+        # A share of 1 draws nothing, so that runs from before there was a share go on to the same samples.
+        if (config.jitter or config.hue) and (
+            config.jitter_probability == 1 or rng.random() < config.jitter_probability
+        ):
+            image = colour_jitter(image, config.jitter, config.hue, rng)
         if rng.random() < config.grayscale:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
@@ -129,8 +191,30 @@ def normalise(pixels: Sequence[np.ndarray]) -> torch.Tensor:
     return batch.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) in pixels of area share ≥ `min_area` (Inception crop: aspect 3/4 … 4/3).
+Box = tuple[float, float, float, float]
+"""left, top, right, bottom in pixels"""
+
+
+def inception_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
+    """A box of aspect 3/4 … 4/3 and area share ≥ `min_area`, as the reference draws it.
+
+    That is TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among those for which the picture has
+    room, then the height is uniform. A picture too long for any of them is taken whole.
+    """
+    own = width / height
+    narrowest, widest = max(CROP_ASPECT[0], own * min_area), min(CROP_ASPECT[1], own / min_area)
+    if narrowest > widest:
+        return 0.0, 0.0, float(width), float(height)
+    aspect = rng.uniform(narrowest, widest)
+    tallest = min(height, width / aspect)
+    h = rng.uniform(min(tallest, math.sqrt(min_area * width * height / aspect)), tallest)
+    w = min(float(width), h * aspect)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
+    """A box of area share ≥ `min_area` whose aspect is the picture's own times 3/4 … 4/3.
 
     A drawn aspect that does not fit is clamped to the picture's side, keeping the area.
     """
@@ -143,13 +227,24 @@ def random_crop(width: int, height: int, min_area: float, rng: random.Random) ->
     return left * width, top * height, (left + w) * width, (top + h) * height
 
 
-def colour_jitter(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, each by a factor drawn from 1 ± strength.
+def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation, each by a factor drawn from 1 ± strength, and the hue, in random order.
 
-    The hue stays: captions name colours.
+    The hue turns by up to ± `hue` of the colour circle; 0 leaves it out, for captions name colours.
     """
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    rng.shuffle(enhancers)
-    for enhancer in enhancers:
-        image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    changes: list[Any] = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if strength else []
+    changes += [None] if hue else []
+    rng.shuffle(changes)
+    for enhancer in changes:
+        if enhancer is None:
+            image = turn_hue(image, rng.uniform(-hue, hue))
+        else:
+            image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
     return image
+
+
+def turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """`image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps of it."""
+    h, s, v = image.convert("HSV").split()
+    turned = [(i + round(256 * share)) % 256 for i in range(256)]
+    return Image.merge("HSV", (h.point(turned), s, v)).convert("RGB")

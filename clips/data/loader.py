@@ -28,7 +28,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.sample import BrokenSample, RawSample
-from clips.data.sentences import sub_caption
+from clips.data.sentences import has_words, kept_tokens, sub_caption
 from clips.data.sources import Source
 from clips.data.tokenizer import CaptionTokenizer
 
@@ -125,6 +125,7 @@ class BatchDataset(Dataset):
         keys, pixels, skipped = [], [], []
         texts: dict[str, list[str]] = {"web": []} if task.objective == "clip" else {"web": [], "sub": []}
         captions: list[str] = []
+        draws: list[random.Random] = []
         for position in positions:
             sample, image, broken = self._read(position)
             skipped += broken
@@ -137,13 +138,17 @@ class BatchDataset(Dataset):
                 continue
             texts["web"].append(sample.web)
             texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
+            draws.append(rng)
             if captioner is not None:
                 if sample.long is None:
                     raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
-                captions.append(sample.long)
+                captions.append(sample.long if has_words(sample.long) else sample.web)
         batch: Batch = {"images": normalise(pixels)}
         for name, batch_texts in texts.items():
-            batch[name] = self.tokenizer.for_tower(batch_texts, text)
+            encoded = self.tokenizer.encode(batch_texts)
+            if name == "sub":
+                encoded = [kept_tokens(e, self.run.captions, rng) for e, rng in zip(encoded, draws, strict=True)]
+            batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}

@@ -25,7 +25,9 @@ BLOCK = 1 << 12
 class SampleOrder:
     """Maps a position of the run to a sample index. Memory: a few arrays of one entry per piece, and two groups."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, piece: int = PIECE, group: int = GROUP) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int] | np.ndarray, seed: int, piece: int = PIECE, group: int = GROUP
+    ) -> None:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.seed, self.group = seed, group
         self._arguments = (sizes, seed, piece, group)

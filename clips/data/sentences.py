@@ -5,52 +5,82 @@ from __future__ import annotations
 import random
 import re
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
 from clips.config import CaptionsConfig, SentenceSplitter
 
+Piece = TypeVar("Piece")
+
 # --- sentences ---------------------------------------------------------------------------------------------
 _ALWAYS = "。！？；｡।॥؟۔"  # ends a sentence wherever it stands
 _OPENERS = "\"'“‘«([{¿¡*_—–-"
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_STOP = re.compile(rf"([.!?…{_ALWAYS}](?:[ \t]?[.!?…{_ALWAYS}])*)([\"'”’»)\]}}」』）】》〉*_]*)")
+_EMOJI = "\u2600-\u27bf\U0001f000-\U0001faff\ufe0f\u200d"
+_STOP = re.compile(rf"([.!?…{_ALWAYS}](?:[ \t]?[.!?…{_ALWAYS}])*)([\"'”’»)\]}}」』）】》〉*_]*)(?:[ \t]?[{_EMOJI}])*")
 _ALWAYS_STOP = re.compile(f"[{_ALWAYS}]")
 _AFTER = re.compile(rf"$|[\s{_CJK}]")
-_NEXT_WORD = re.compile(rf"[\s{re.escape(_OPENERS)}]*([^\W_]+(?:['’][^\W_]+)*)(\.?)")
-_INITIALS = re.compile(r"\d*(?:[^\W\d_]\.)+[^\W\d_]|[A-Za-zÀ-ɏͰ-ӿ]")  # "U.S", "e.g", "9a.m", "J"
+_QUOTE_PARTICLE = re.compile("[\u3041-\u3096]")  # "「はい。」と言う"
+_NEXT_WORD = re.compile(rf"[\s{re.escape(_OPENERS)}$€£¥#~]*(?:([^\W_]+)(?:['’][^\W_]+)*(\.?)|[&+/=|])")
+_INITIALS = re.compile(r"\d*(?:[^\W\d_]\.)+[^\W\d_]|[^\W\d_]")  # "U.S", "e.g", "9a.m", "J"
+_LIST_NUMBER = re.compile(r"(?<!\S)(\d{1,2})\.(?=\s)")
 _WORD_CHARACTER = re.compile(r"[^\W_]")
-_REFERENCE_STOP = re.compile(r"[.!]+")
+_VOWEL = re.compile("[^\\W\\d_b-df-hj-np-tv-xz]")  # of the Latin letters; every letter of other scripts
+_REFERENCE_STOP = re.compile(r"[.!|]+")
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Never the end of a sentence.
-_MID_SENTENCE = _words("e.g i.e vs cf viz")
-# Not the end when a number follows.
-_NUMBERED = _words("no nos fig figs vol ch pp p art sec")
+# Never the end of a sentence: what they belong to follows.
+_MID_SENTENCE = _words(
+    "e.g i.e vs cf viz mr mrs ms mx messrs mme mlle dr drs prof rev hon gen col maj capt cmdr lt sgt cpl adm gov "
+    "sen rep pres fr"
+)
+# Not the end when a number follows, or a price.
+_NUMBERED = _words(
+    "no nos nr fig figs vol ch chap pp p pg art cat sec rm approx temp est ca circa avg max min incl excl wt ht dia "
+    "diam qty tel ext ft yd lb lbs"
+)
 # Rarely the end: only when the next word is one that starts sentences.
 _ABBREVIATIONS = _words(
-    "mr mrs ms mx messrs dr drs prof rev fr hon gen col maj capt cmdr lt sgt cpl adm gov sen rep pres st ste mt ft jr "
-    "sr esq ph.d inc ltd co corp bros dept univ assn ave blvd rd apt bldg hwy approx avg est ca al feat lb lbs oz "
-    "jan feb apr aug sept oct nov dec"
+    "st ste mt ft jr sr esq inc ltd co corp mfg bros dept univ assn assoc ave blvd rd hwy apt bldg approx avg est "
+    "ca circa al feat incl excl max temp wt ht dia diam qty tel ext sq nr jan feb apr aug sept oct nov dec"
 )
+# Measures end a sentence like any other word, but where all is in small letters their stop says nothing.
+_MEASURES = _words(
+    "in ft yd mi cm mm km kg mg ml lb lbs oz qt pt gal doz pkg pc pcs tsp tbsp tbs min mins hr hrs sec secs deg mph "
+    "lg sm"
+)
+_AFTER_PRICES = _words("and or to per each up off plus")
+_TIMES = _words("a.m p.m")
+_AFTER_TIMES = _words(
+    "Mon Tue Wed Thu Fri Sat Sun Eastern Pacific Central Mountain EST EDT PST PDT CST ET PT GMT UTC CET"
+)
+# Behind a name: what follows with a capital is no second half of it.
+_DEGREES = _words("ph.d m.d b.a m.a m.b.a b.s m.s b.sc m.sc d.d.s j.d ll.b ll.m ed.d r.n")
+_EXCLAIMED_NAMES = _words("yahoo jeopardy")
 _STARTERS = _words(
-    "The A An This That These Those There Here It Its He She They We You I His Her Their Our My In On At To From With "
-    "Behind Beside Below Above Beneath Beyond Under Over Near Nearby Next Between Around Across Along Overall Another "
-    "Other One Two Three Some Many Several Both Each All Not And But Or If For After Before By As When While Where "
-    "What Who How Why Also However Additionally Furthermore Moreover Meanwhile"
+    "The A An This That These Those There Here It Its He She They We You I His Her Their Our My Your In On At To "
+    "From With Without Behind Beside Besides Below Above Beneath Beyond Under Over Near Nearby Next Between Among "
+    "Around Across Along Inside Outside Atop Against Despite During Since Because Although Though Until Upon Within "
+    "Through Throughout Toward Towards Overall Another Other Others One Two Three Four Five Six Seven Eight Nine "
+    "Ten Some Many Much Most More Few Several Both Each Every All Any None Nobody Nothing Someone Something "
+    "Everyone Everything People Not No Yes And But Or So If For After Before By As When While Where What Who Which "
+    "Why How Whether Then Now Once Only Even Just Still Also Again Perhaps Maybe However Additionally Furthermore "
+    "Moreover Meanwhile Finally Please Is Are Was Were Do Does Did Has Have Had Can Could Will Would Should May Let"
 )
 
 
 def split_sentences(text: str, splitter: SentenceSplitter = "smart") -> list[str]:
     """The sentences of `text` in order, stripped, none of them empty.
 
-    `reference` is the rule of the paper's code (OpenVision's `bert_ops.py`): runs of `.` or `!`
-    separate, and are dropped. `smart` keeps every character that is not white space; line ends separate, and
-    a piece without a letter or digit joins its neighbour, so that no sentence is mere punctuation.
+    `reference` is the rule of the paper's code (OpenVision's `bert_ops.py`): runs of `.`, `!` or `|` separate, and are
+    dropped; blank pieces, which the code may draw, are left out. `smart` keeps every character that is not white
+    space; line ends separate, and a piece without a letter or digit joins its neighbour, so that no sentence is mere
+    punctuation.
     """
     if splitter == "reference":
         return [piece for part in _REFERENCE_STOP.split(text) if (piece := part.strip())]
@@ -71,82 +101,113 @@ def split_sentences(text: str, splitter: SentenceSplitter = "smart") -> list[str
 
 def _split_line(line: str) -> list[str]:
     pieces, start = [], 0
+    numbers = _list_numbers(line)
     for stop in _STOP.finditer(line):
-        if _ends_sentence(line, start, stop):
+        if stop.start() not in numbers and _ends_sentence(line, start, stop):
             pieces.append(line[start : stop.end()].strip())
             start = stop.end()
     pieces.append(line[start:].strip())
     return pieces
 
 
+def _list_numbers(line: str) -> set[int]:
+    """Where the stops of "1.", "2." … stand that count on from 1: "1. chop, 2. fry", and "1. A dog. 2. A cat"."""
+    if "1." not in line:
+        return set()
+    found, last = [], 0
+    for number in _LIST_NUMBER.finditer(line):
+        if int(number[1]) in (1, last + 1):
+            found.append(number)
+            last = int(number[1])
+    # A lone "1." is the number of a list at the start of the line only.
+    return {n.end() - 1 for n in found} if last > 1 or (found and not line[: found[0].start()].strip()) else set()
+
+
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
     """Whether `stop` (a run of stops and closing marks) ends the sentence that begins at `start`."""
     stops, closers = stop.groups()
     if not stops.isascii() and _ALWAYS_STOP.search(stops):
-        return True
+        return not (closers and _QUOTE_PARTICLE.match(line, stop.end()))
     if not _AFTER.match(line, stop.end()):
         return False  # "3.50", "example.com", "Wait...what"
     following = _NEXT_WORD.match(line, stop.end())
     if following is None:
         return True
-    word = following[1]
-    lower = word[0].islower()
+    word, abbreviated = following.groups()
+    lower = word is not None and word[0].islower()
     if lower and closers:
         return False  # '"Stop!" he said.'
-    if "!" in stops or "?" in stops:
-        return True
-    if stops != ".":
-        return not lower  # an ellipsis
     window = max(start, stop.start() - 32)  # longer than any word known here; keeps hostile lines linear
     last = line[window : stop.start()].rsplit(None, 1)
+    before = last[-1].lstrip(_OPENERS).lower() if last else ""
+    if "!" in stops or "?" in stops:
+        return before not in _EXCLAIMED_NAMES
+    if stops != ".":
+        return not lower  # an ellipsis
     if not last:
         return True
-    before = last[-1].lstrip(_OPENERS).lower()
-    if len(last) == 1 and before.isdigit():
-        return False  # "1. A dog": the number of a list
-    if before in _MID_SENTENCE or (before in _NUMBERED and word[0].isdigit()):
+    if word is None:
+        return following[0][-1] == "|" and not (before in _ABBREVIATIONS or before in _NUMBERED)  # "Mr. & Mrs."
+    if lower and (
+        before in _MEASURES or (word in _AFTER_PRICES if before[-1:].isdigit() else not _VOWEL.search(before))
+    ):
+        return False  # "12 in. wide", "$5. and up", "3 pkgs. yeast"
+    if word[0].isdigit() and before in _NUMBERED:
         return False
+    if len(last) == 1 and before.isdigit():
+        return False  # "3. A dog": the number of a list
+    if before in _MID_SENTENCE:
+        return False
+    starts = word.capitalize() in _STARTERS and not abbreviated  # not "A." in "J. A. Smith"
+    if before in _DEGREES or (before in _TIMES and word not in _AFTER_TIMES and not word[0].isdigit()):
+        return not lower
     if before in _ABBREVIATIONS or _INITIALS.fullmatch(before):
-        return word in _STARTERS and not following[2]  # not "A." in "J. A. Smith"
+        return starts and not lower
     return not (before == "etc" and lower)
 
 
 # --- sub-captions ------------------------------------------------------------------------------------------
 
-# A word with the space before it; scripts written without spaces count by the character.
-_WORD = re.compile(rf"\s*(?:[{_CJK}]|[^\s{_CJK}]+)")
+
+def has_words(text: str | None) -> bool:
+    """Whether a caption says anything; where the long one does not, the web caption takes its place everywhere."""
+    return text is not None and _WORD_CHARACTER.search(text) is not None
 
 
 def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.Random | np.random.Generator) -> str:
-    """The piece of the long caption that the text tower sees in this step.
+    """The piece of the long caption that the text tower sees in this step, before it is tokenised.
 
-    sentence draws one sentence uniformly, or `config.sentence_share` of them in a row; truncation, block_mask and
-    random_mask keep the first, a contiguous and a scattered `config.sub_caption_tokens` words, in order; full keeps
-    everything (the text layout cuts it).
-    Where the long caption holds no word or sentence, the web caption takes its place. Pure in `rng`, of which
-    only `random()` is used.
+    sentence draws one sentence uniformly, or `config.sentence_share` of them in a row. The other strategies work on
+    tokens (`kept_tokens`), so here they return all of it. Where the long caption holds no word, the web caption takes
+    its place. Pure in `rng`, of which only `random()` is used.
     """
-    if not long or not _WORD_CHARACTER.search(long):
+    if long is None or not has_words(long):
         return web
-    if config.strategy == "full":
+    if config.strategy != "sentence":
         return long
-    if config.strategy == "sentence":
-        sentences = split_sentences(long, config.splitter)
-        count = max(1, round(config.sentence_share * len(sentences)))
-        return " ".join(_block(sentences, count, rng))
-    words = _WORD.findall(long)
-    count = min(config.sub_caption_tokens, len(words))
+    sentences = split_sentences(long, config.splitter)
+    count = max(1, round(config.sentence_share * len(sentences)))
+    return " ".join(_block(sentences, count, rng))
+
+
+def kept_tokens(ids: list[int], config: CaptionsConfig, rng: random.Random | np.random.Generator) -> list[int]:
+    """What the strategy keeps of a tokenised sub-caption, in order.
+
+    truncation, block_mask and random_mask keep the first, a contiguous and a scattered `config.sub_caption_tokens`
+    tokens; sentence and full keep all (the text layout cuts them). Pure in `rng`, of which only `random()` is used.
+    """
+    count = config.sub_caption_tokens
+    if config.strategy in ("sentence", "full") or len(ids) <= count:
+        return ids
     if config.strategy == "truncation":
-        words = words[:count]
-    elif config.strategy == "block_mask":
-        words = _block(words, count, rng)
-    else:  # random_mask: the places of the `count` smallest of as many random keys
-        keys = [rng.random() for _ in words]
-        words = [words[i] for i in sorted(sorted(range(len(words)), key=keys.__getitem__)[:count])]
-    return "".join(words).strip()
+        return ids[:count]
+    if config.strategy == "block_mask":
+        return _block(ids, count, rng)
+    keys = [rng.random() for _ in ids]  # random_mask: the places of the `count` smallest of as many random keys
+    return [ids[i] for i in sorted(sorted(range(len(ids)), key=keys.__getitem__)[:count])]
 
 
-def _block(pieces: list[str], count: int, rng: random.Random | np.random.Generator) -> list[str]:
+def _block(pieces: list[Piece], count: int, rng: random.Random | np.random.Generator) -> list[Piece]:
     """`count` pieces in a row, every place alike."""
     first = int(rng.random() * (len(pieces) - count + 1))
     return pieces[first : first + count]

@@ -106,7 +106,11 @@ class CaptionTokenizer:
 
     def for_tower(self, texts: list[str], tower: TextConfig) -> torch.Tensor:
         """Ids as the text tower reads them, int64 [B, L]: in its layout, and no longer than need be."""
-        return self(texts, tower.context_length, trim=tower.trim, cls=tower.pool == "cls")
+        return self.ids_for_tower(self.encode(texts), tower)
+
+    def ids_for_tower(self, encoded: list[list[int]], tower: TextConfig) -> torch.Tensor:
+        """The same for texts that are encoded already."""
+        return self.text_ids(encoded, tower.context_length, trim=tower.trim, cls=tower.pool == "cls")
 
     def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
         """`[bos … eos pad … CLS]`, or without `cls` `[bos … eos pad …]`, as int64 [B, L]; longer texts are cut.

@@ -80,29 +80,42 @@ def retrieval_metrics(
     Text t belongs to image `text_to_image[t]`; every image needs at least one. An identical string counts as the
     same caption: image → text is a hit if any of the image's captions, or an equal string, is among the first k;
     text → image if the image is the caption's own or has an equal caption.
+    Where images share a caption there is also `i2t_r1_strict` …, as published figures count (clip_benchmark): of the
+    equal strings only the image's own is right, although nothing in the text tells them apart.
     """
-    from scipy.sparse import csr_array
-
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():
             raise NotFiniteError(f"evaluation: {name} features hold NaN or infinity")
     images, T = len(image_features), len(text_features)
     if not len(texts) == len(text_to_image) == T or set(text_to_image) != set(range(images)):
         raise ValueError("every text needs one image and every image at least one text")
+    owner = np.asarray(text_to_image)
     string_of = np.unique(np.asarray(texts, dtype=object), return_inverse=True)[1]
-    owns = csr_array((np.ones(T, dtype=bool), (np.asarray(text_to_image), string_of)))  # image × string
-    owned_by = owns.T.tocsr()
     image_features, text_features = image_features.float(), text_features.float()
-    device = image_features.device
+    figures = _recall(image_features, text_features, owner, string_of, chunk)
+    if len(set(zip(owner, string_of, strict=True))) > len(set(string_of)):
+        strict = _recall(image_features, text_features, owner, np.arange(T), chunk)
+        figures |= {f"{name}_strict": figure for name, figure in strict.items()}
+    return figures
 
+
+def _recall(
+    image_features: Tensor, text_features: Tensor, owner: np.ndarray, caption_of: np.ndarray, chunk: int
+) -> dict[str, Figure]:
+    """Recall both ways, text t being of image `owner[t]` [T]; texts with one `caption_of` [T] are the same caption."""
+    from scipy.sparse import csr_array
+
+    T, device = len(text_features), image_features.device
+    owns = csr_array((np.ones(T, dtype=bool), (owner, caption_of)))  # image × caption
+    owned_by = owns.T.tocsr()
     i2t, t2i = [], []
-    for start in range(0, images, chunk):
+    for start in range(0, len(image_features), chunk):
         rows = slice(start, start + chunk)
-        positive = torch.from_numpy(owns[rows].toarray()[:, string_of]).to(device)
+        positive = torch.from_numpy(owns[rows].toarray()[:, caption_of]).to(device)
         i2t.append(_hits(image_features[rows] @ text_features.T, positive, RECALL_AT))
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
-        positive = torch.from_numpy(owned_by[string_of[rows]].toarray()).to(device)
+        positive = torch.from_numpy(owned_by[caption_of[rows]].toarray()).to(device)
         t2i.append(_hits(text_features[rows] @ image_features.T, positive, RECALL_AT))
     return _figures([f"i2t_r{k}" for k in RECALL_AT], i2t) | _figures([f"t2i_r{k}" for k in RECALL_AT], t2i)
 

@@ -1,4 +1,4 @@
-"""What things cost on this machine: attention kernels, the data path, training steps, the caption loss.
+"""What things cost on this machine: attention kernels, the data path, sentences, training steps, the caption loss.
 
 Compared parts take turns within one run and the fastest turn of each counts, since whatever else the machine does
 only ever adds time. Where peak memory is reported, each part runs in a process of its own.
@@ -8,6 +8,7 @@ Shapes: B batch · H heads · L sequence · K head width.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -31,15 +32,16 @@ from torch import Tensor, nn
 from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.runtime import choose_device, has_bf16, init_distributed
-from clips.config import CaptionerConfig, ModelConfig, RunConfig
+from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.loader import Batch, make_loader
-from clips.data.sentences import sub_caption
+from clips.data.sentences import kept_tokens, split_sentences, sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
+from clips.studies.sentence_set import captions, score
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
@@ -63,6 +65,7 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
         )
     run = {
         "attention": lambda: attention_rows(on, repeats),
+        "sentences": lambda: sentence_rows(repeats),
         "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
@@ -195,6 +198,48 @@ def _attention_places() -> Iterator[tuple[str, int, int, int, bool]]:
         yield f"{name} captioner", captioner.heads, captioner.width // captioner.heads, length, True
 
 
+# ------------------------------------------------------------------------------------------------------- sentences
+def splitters() -> dict[str, Callable[[str], list[str]]]:
+    """This project's two rules, and those of the libraries that are installed, given one line at a time as here."""
+    found: dict[str, Callable[[str], list[str]]] = {
+        "smart": split_sentences,
+        "reference": partial(split_sentences, splitter="reference"),
+    }
+    stock: dict[str, Callable[[Any], Callable[[str], list[str]]]] = {
+        "pysbd": lambda library: library.Segmenter(language="en", clean=False).segment,
+        "sentencex": lambda library: lambda line: list(library.segment("en", line)),
+        "blingfire": lambda library: lambda line: library.text_to_sentences(line).split("\n"),
+    }
+    for name, make in stock.items():
+        if importlib.util.find_spec(name) is not None:
+            found[name] = partial(_by_lines, make(importlib.import_module(name)))
+    return found
+
+
+def _by_lines(split: Callable[[str], list[str]], text: str) -> list[str]:
+    return [piece for line in text.splitlines() if line.strip() for piece in split(line) if piece.strip()]
+
+
+def _split_all(split: Callable[[str], list[str]], texts: Sequence[str]) -> None:
+    for text in texts:
+        split(text)
+
+
+def sentence_rows(repeats: int) -> list[Row]:
+    """Precision and recall of sentence boundaries on captions whose sentences are known, and captions per second."""
+    sets = {part: captions(2000, part) for part in ("tuned", "held_out")}
+    texts = [caption.text for caption in sets["held_out"]]
+    rows: list[Row] = []
+    for name, split in splitters().items():
+        # In turns with nothing else: a library of 300 captions/s would keep the fast ones waiting for minutes.
+        seconds = fastest({name: partial(_split_all, split, texts)}, repeats, torch.device("cpu"))
+        row: Row = {"splitter": name}
+        for part, known in sets.items():
+            row[f"precision_{part}"], row[f"recall_{part}"] = score(split, known)
+        rows.append(row | {"captions_per_s": len(texts) / seconds[name]})
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 SETTINGS = ("demo", "b16 112 px")
 
@@ -235,7 +280,10 @@ def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: 
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
-    """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers."""
+    """µs per sample of each part of the data path in one process, and samples/s of the loader with 0, 1, 2 workers.
+
+    The loader without workers runs a second time without augmentation, which is what that costs.
+    """
     run = setting(name, device, demo_dir)
     source, tokenizer = _open(run)
     count, text, captioner, rng = 256, run.model.text, captioner_of(run.model), random.Random(0)
@@ -244,11 +292,13 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     preprocess = Preprocess(run.phases[0].image_size, run.phases[0].augment)
     pixels = [preprocess.pixels(image, rng) for image in images]
     subs = [sub_caption(sample.web, sample.long, run.captions, rng) for sample in raw]
+    web = [sample.web for sample in raw]
     longs = [sample.long or "" for sample in raw]  # all are there: the source is opened with need_long
 
     def tokenise() -> None:
-        for texts in ([sample.web for sample in raw], subs):
-            tokenizer.for_tower(texts, text)
+        sub_ids = [kept_tokens(ids, run.captions, rng) for ids in tokenizer.encode(subs)]
+        for encoded in (tokenizer.encode(web), sub_ids):
+            tokenizer.ids_for_tower(encoded, text)
         tokenizer.caption_ids(tokenizer.encode(longs), captioner.length)
 
     parts = {
@@ -263,17 +313,18 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     rows = [{"setting": name, "part": part, "us_per_sample": 1e6 * s / count} for part, s in seconds.items()]
     rows.append({"setting": name, "part": "all parts", "us_per_sample": 1e6 * sum(seconds.values()) / count})
     batch = run.phases[0].batch_size
-    for workers in (0, 1, 2):
-        steps = 1 + 2048 // batch
-        rates = []
-        for _ in range(min(repeats, 3)):
-            loader = _loader(replace(run, data=replace(run.data, workers=workers)), source, tokenizer, steps)
+    plain = replace(run, phases=(replace(run.phases[0], augment=AugmentConfig()),))
+    loaders = {"loader, 0 workers, no augmentation": replace(plain, data=replace(run.data, workers=0))}
+    loaders |= {f"loader, {n} workers": replace(run, data=replace(run.data, workers=n)) for n in (0, 1, 2)}
+    rates = {part: 0.0 for part in loaders}
+    for _ in range(min(repeats, 3)):
+        for part, loaded in loaders.items():
+            loader = _loader(loaded, source, tokenizer, 1 + 2048 // batch)
             next(loader)  # the workers' start is paid once per phase
             begin = time.perf_counter()
             seen = sum(len(b["keys"]) for b in loader)
-            rates.append(seen / (time.perf_counter() - begin))
-        rows.append({"setting": name, "part": f"loader, {workers} workers", "samples_per_s": max(rates)})
-    return rows
+            rates[part] = max(rates[part], seen / (time.perf_counter() - begin))
+    return rows + [{"setting": name, "part": part, "samples_per_s": rate} for part, rate in rates.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- train

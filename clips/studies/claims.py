@@ -14,8 +14,8 @@ MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for prot
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 CONTEXT = "model.text.context_length=80"
 """The demo's text tower reads 32 slots and would cut most long captions (47 tokens on average, 72 at most)."""
-BLOCK_WORDS = 11
-"""Words that truncation and the masks keep: as many as a sentence of the demo's long captions has on average."""
+BLOCK_TOKENS = 13
+"""Tokens that truncation and the masks keep: as many as a sentence of the demo's long captions has on average."""
 OVERHEAD_SECONDS = 25
 """Of each run, beside training: start, evaluation, export, report."""
 
@@ -34,7 +34,7 @@ SENTENCE = "captions.strategy=sentence"
 
 
 def _masked(strategy: str) -> tuple[str, ...]:
-    return (*NO_CAPTIONER, f"captions.strategy={strategy}", f"captions.sub_caption_tokens={BLOCK_WORDS}")
+    return (*NO_CAPTIONER, f"captions.strategy={strategy}", f"captions.sub_caption_tokens={BLOCK_TOKENS}")
 
 
 VARIANTS = {
@@ -47,9 +47,9 @@ VARIANTS = {
         "web + half of the sentences", "demo", (*NO_CAPTIONER, SENTENCE, "captions.sentence_share=0.5"), 460
     ),
     "full": Variant("web + full caption", "demo", (*NO_CAPTIONER, "captions.strategy=full"), 370),
-    "truncation": Variant(f"web + first {BLOCK_WORDS} words", "demo", _masked("truncation"), 600),
-    "random_mask": Variant(f"web + {BLOCK_WORDS} scattered words", "demo", _masked("random_mask"), 600),
-    "block_mask": Variant(f"web + {BLOCK_WORDS} words in a row", "demo", _masked("block_mask"), 600),
+    "truncation": Variant(f"web + first {BLOCK_TOKENS} tokens", "demo", _masked("truncation"), 600),
+    "random_mask": Variant(f"web + {BLOCK_TOKENS} scattered tokens", "demo", _masked("random_mask"), 600),
+    "block_mask": Variant(f"web + {BLOCK_TOKENS} tokens in a row", "demo", _masked("block_mask"), 600),
     "captioner": Variant("web + one sentence + captioner", "demo", (SENTENCE,), 337),
 }
 
@@ -102,10 +102,10 @@ CLAIMS = {
             ("block_mask", "truncation"),
             ("block_mask", "random_mask"),
         ),
-        caution="Equal on average only: one sentence has 7 to 28 tokens, the three others 11 to 16, so only it ever "
+        caution="Equal on average only: one sentence has 7 to 28 tokens, the three others 13, so only it ever "
         "trains texts as long as the test's (18 to 27). The comparisons with one sentence are partly that; “in a "
         "row” against “scattered”, and the linear probe, are not. First words: most captions begin with the sentence "
-        "that names everything, but 11 words cut it wherever there are two or three things.",
+        "that names everything, but 13 tokens cut it wherever there are two or three things.",
     ),
     "d": Claim(
         title="Share of synthetic captions for the CLIP baseline",

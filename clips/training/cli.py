@@ -56,7 +56,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--samples", type=int, help="samples to see in each phase; the warm-up keeps its share (default: the recipe's)"
     )
-    p.add_argument("--batch-size", type=int, help="samples per optimizer step, over all ranks (default: the recipe's)")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples per optimizer step, over all ranks; the learning rates follow by the recipe's own rule, "
+        "optim.lr_scaling (default: the recipe's)",
+    )
     p.add_argument(
         "--init-from",
         metavar="WEIGHTS",
@@ -174,6 +179,11 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
         assignments += [f"phases.{i}.warmup_samples={_scaled(p, flags.samples)}" for i, p in enumerate(run.phases)]
     if flags.batch_size is not None:
         assignments.append(f"phases.*.batch_size={flags.batch_size}")
+        if flags.batch_size > 0:  # else the configuration itself says what is wrong
+            optim = run.override([text for text in flags.set if text.startswith("optim.")]).optim
+            for i, phase in enumerate(run.phases):
+                factor = optim.lr_factor(flags.batch_size, phase.batch_size)
+                assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
     run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
     if flags.init_from is not None and flags.tower != "clips":
         raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")

@@ -51,8 +51,9 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
             continue
         in_block = ".blocks." in name and parameter.ndim == 2
         parameter.use_muon = optim.kind == "muon" and in_block
-        # Positions and the CLS token carry no decay in the reference either; they are not 2-D weights of a map.
-        decays = parameter.ndim >= 2 and not name.endswith(("pos_embed", "queries"))
+        # Positions, queries and the CLS token carry no decay in the reference either: they are no weights of a map.
+        undecayed = ("pos_embed", "queries") + (() if optim.decay_embeddings else ("token_embed.weight",))
+        decays = parameter.ndim >= 2 and not name.endswith(undecayed)
         members["muon" if parameter.use_muon else "decay" if decays else "no_decay"].append(parameter)
     groups = []
     for name, parameters in members.items():

@@ -53,6 +53,14 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
     return min(1.0, (phase.steps - step) / (phase.steps / 3))  # constant, then linear over the last third
 
 
+def optimizer_steps(run: RunConfig, state: TrainState) -> int:
+    """Steps since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    for index in range(state.phase, 0, -1):
+        if run.phases[index].fresh_optimizer:
+            return state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+    return state.step
+
+
 def pretrain(run: RunConfig, options: Options) -> None:
     """Train `run` in `options.run_dir`, from its newest checkpoint if there is one, through evaluation and export."""
     device = choose_device(options.device)
@@ -88,7 +96,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
     if previous is not None:
         try:
-            engine.state.restore_optimizer(previous.optimizer(), state.step)
+            engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
         except KeyError as error:
             raise UserError(
                 f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
@@ -124,6 +132,8 @@ def _train(
     meter = Meter(engine.device, state)
     for index, phase in list(enumerate(run.phases))[state.phase :]:
         engine.model.visual.set_image_size(phase.image_size)
+        if phase.fresh_optimizer and state.phase_step == 0:
+            engine.state.reset_optimizer()
         first = sum(p.steps * p.batch_size for p in run.phases[:index])
         loader = make_loader(
             source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,

@@ -24,6 +24,7 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
+from clips.recipes import RECIPES
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -239,7 +240,7 @@ def print_plan(
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         table.add_row(f"  {name}", for_rich(spec))
     for phase in run.phases:
-        table.add_row(for_rich(f"phase {phase.name}"), _phase_line(run, phase, samples, ranks))
+        table.add_row(for_rich(f"phase {phase.name}"), phase_line(run, phase, samples, ranks))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
@@ -260,12 +261,27 @@ def _why_slow(run: RunConfig, device: torch.device) -> str:
     return ""
 
 
-def _phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
+def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:
     micro = phase.batch_size // (ranks * run.train.accumulation)
     split = f" = {ranks} ranks × {run.train.accumulation} × {micro}" if ranks * run.train.accumulation > 1 else ""
     rate = f"lr {phase.lr:g}" + (f", Muon lr {phase.muon_lr:g}" if run.optim.kind == "muon" else "")
+    rate += _rate_note(run, phase)
+    fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
         f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
         f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
-        f"{rate}, {phase.schedule}"
+        f"{rate}, {phase.schedule}{fresh}"
     )
+
+
+def _rate_note(run: RunConfig, phase: PhaseConfig) -> str:
+    """What another batch than the recipe's has done to the learning rate; nothing where the batch is the recipe's."""
+    own = [p for p in RECIPES[run.recipe]().phases if p.name == phase.name] if run.recipe in RECIPES else []
+    if not own or own[0].batch_size == phase.batch_size:
+        return ""
+    theirs = f"the recipe's {own[0].lr:g} is for a batch of {own[0].batch_size:,}"
+    scaled = own[0].lr * run.optim.lr_factor(phase.batch_size, own[0].batch_size)
+    if run.optim.lr_scaling == "none" or not math.isclose(phase.lr, scaled):
+        return f" ({theirs})"
+    rule = {"linear": "in proportion to the batch", "sqrt": "with the square root of the batch"}[run.optim.lr_scaling]
+    return f" ({theirs}; scaled {rule})"

@@ -45,7 +45,7 @@ class ZeroState:
         if self.stage == 0 and self.world_size == 1:
             # Nothing to reduce; DeepSpeed would copy every gradient into buckets and back (72 ms a step at 38 M).
             engine.enable_backward_allreduce = False
-        self._create_optimizer_state(steps=0)
+        self.reset_optimizer()
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradients, between the last backward of a step and the step itself.
@@ -115,10 +115,38 @@ class ZeroState:
         The weights are not restored here: they are loaded into the model before the engine is built. Raises KeyError
         where `state` is of another kind of optimizer.
         """
-        self._create_optimizer_state(steps)
+        self.reset_optimizer(steps)
         for name, parameter in self.trained.items():
             for key in self._keys(parameter):
                 self._set(parameter, key, state[f"{name}/{key}"].to(self.device))
+
+    def reset_optimizer(self, steps: int = 0) -> None:
+        """Put zero state in the place of whatever there is, as if after `steps` optimizer steps.
+
+        It is made here, before a step, instead of during it, as DeepSpeed and torch would.
+        ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
+        the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
+        """
+        optimizer = self.optimizer
+        inner = optimizer if self.stage == 0 else optimizer.optimizer
+        tensors: Iterable[tuple[Tensor, Sequence[nn.Parameter]]]
+        if self.stage == 0:
+            tensors = [(p, [p]) for p in self.trained.values()]
+        elif self.stage == 3:
+            tensors = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        else:
+            tensors = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+        for i, (flat, members) in enumerate(tensors):
+            state = inner.state[flat]
+            for key in self._keys(members[0]):  # a group is all Muon's or all AdamW's
+                state[key] = torch.zeros_like(flat)
+            if self._keeps_whole_momenta(members[0]):
+                state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in optimizer.params_in_partition[i]))
+            if not self._is_muon(members[0]):
+                state["step"] = torch.tensor(float(steps), device=flat.device)
+        if self.stage in (1, 2):  # link it to the parameters again, which DeepSpeed does once only
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def _is_muon(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self.muon
@@ -179,30 +207,3 @@ class ZeroState:
                     return flat.narrow(0, offset, member.numel()).view_as(member), starts_here
                 offset += member.numel()
         return None, False
-
-    def _create_optimizer_state(self, steps: int) -> None:
-        """Zero state after `steps` optimizer steps, made before the first step instead of during it.
-
-        ZeRO-3 otherwise spends a dummy step on it, which shifts Adam's bias correction, and ZeRO-1/2 link only
-        the first group's state to the parameters (DeepSpeed 0.19.8), so that the others cannot be gathered.
-        """
-        optimizer = self.optimizer
-        inner = optimizer if self.stage == 0 else optimizer.optimizer
-        tensors: Iterable[tuple[Tensor, Sequence[nn.Parameter]]]
-        if self.stage == 0:
-            tensors = [(p, [p]) for p in self.trained.values()]
-        elif self.stage == 3:
-            tensors = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-        else:
-            tensors = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
-        for i, (flat, members) in enumerate(tensors):
-            state = inner.state[flat]
-            for key in self._keys(members[0]):  # a group is all Muon's or all AdamW's
-                state[key] = torch.zeros_like(flat)
-            if self._keeps_whole_momenta(members[0]):
-                state["momentum_buffer"] = flat.new_zeros(sum(p.numel() for p in optimizer.params_in_partition[i]))
-            if not self._is_muon(members[0]):
-                state["step"] = torch.tensor(float(steps), device=flat.device)
-        if self.stage in (1, 2):  # link it to the parameters again, which DeepSpeed does once only
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()

@@ -20,7 +20,7 @@ from clips.common.tensors import hash_weights
 from clips.config import ModelConfig, RunConfig
 from clips.model.clips import CLIPSModel
 
-HEADERS: dict[str, dict[str, str]] = {
+HEADERS: dict[str, dict[str, Any]] = {
     "native": {"library_name": "clips-mllm", "pipeline_tag": "zero-shot-image-classification"},
     "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
     "hf_vit": {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"},

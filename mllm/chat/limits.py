@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 3
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that a gateway turns into IPv4 ones, private ones too."""
+KEPT_PIXELS = 4_000_000
+"""Pixels that a picture keeps: more than any encoder reads, and 20 of them fit into 320 MB."""
 
 
 def _limit(default: float, text: str) -> Any:
@@ -82,13 +84,13 @@ def limits_from_flags(flags: argparse.Namespace) -> Limits:
 
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
-    """The picture in `data` as upright RGB; UserError with the reason when it is none or is above a limit."""
+    """The picture in `data` as upright RGB of at most KEPT_PIXELS; UserError where it is none or is above a limit."""
     from clips import MAX_PIXELS, BrokenSample, decode_image
 
     if len(data) > limits.image_bytes:
         raise UserError(f"the picture has {len(data):,} bytes, the limit is {limits.image_bytes:,}")
     try:
-        return decode_image(data, max_pixels=min(limits.image_pixels, MAX_PIXELS))
+        return decode_image(data, max_pixels=min(limits.image_pixels, MAX_PIXELS), reduce_to=KEPT_PIXELS)
     except BrokenSample as broken:
         reason = re.sub(r" <_io.*?>", "", broken.reason.removeprefix("image: "))  # Pillow names its buffer
         raise UserError(f"the picture cannot be read: {reason}") from None

@@ -10,6 +10,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.progress import last_record
 from clips.common.rundir import METRICS
+from mllm.compare.benchmarks import missing_benchmarks
 from mllm.compare.comparison import Comparison, asks_questions
 from mllm.encoders.registry import parse_vision_name
 
@@ -131,15 +132,8 @@ def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
 # ---------------------------------------------------------------------------------------------- what runs have left
 def is_done(comparison: Comparison, cell: Cell) -> bool:
     answered = cell.figures.is_file() or not asks_questions(comparison)
-    return answered and (cell.directory / "instruct" / "done.json").is_file() and has_benchmarks(comparison, cell)
-
-
-def benchmarks_done(cell: Cell) -> list[str]:
-    return read_json(cell.directory / "benchmarks" / "tasks.json").get("tasks", [])
-
-
-def has_benchmarks(comparison: Comparison, cell: Cell) -> bool:
-    return set(comparison.benchmarks) <= set(benchmarks_done(cell))
+    trained = (cell.directory / "instruct" / "done.json").is_file()
+    return answered and trained and not missing_benchmarks(comparison, cell.directory)
 
 
 def vision_fingerprint(cell: Cell) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from clips import parser as pretraining_parser
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json
+from mllm.compare.benchmarks import check_benchmarks, missing_benchmarks
 from mllm.compare.cells import RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import (
@@ -62,8 +62,6 @@ def check_request(comparison: Comparison) -> None:
             "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
             "give --question-file (and --question-images), or --benchmarks"
         )
-    if comparison.benchmarks and importlib.util.find_spec("lmms_eval") is None:
-        raise UserError("--benchmarks needs lmms-eval, which is not installed: pip install lmms-eval")
 
 
 def check_inputs(comparison: Comparison) -> None:
@@ -89,6 +87,8 @@ def check_inputs(comparison: Comparison) -> None:
             )
     if comparison.karpathy is not None:
         KarpathySet(comparison.karpathy, comparison.image_root or comparison.karpathy.parent)
+    if any(missing_benchmarks(comparison, cell.directory) for cell in cells_of(comparison)):
+        check_benchmarks(comparison)
 
 
 def load_encoders(comparison: Comparison) -> None:

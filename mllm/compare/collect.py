@@ -11,11 +11,11 @@ from typing import Any
 
 from clips.common.files import read_json
 from clips.common.rundir import METRICS
+from mllm.compare.benchmarks import benchmark_results
 from mllm.compare.cells import Cell, cells_of, encoder_names, samples_seen, vision_fingerprint
 from mllm.compare.commands import dataset_size, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, evaluation_settings, is_demo
 from mllm.compare.figures import (
-    benchmark_results,
     compare_benchmarks,
     compare_scores,
     item_scores,
@@ -131,7 +131,7 @@ def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "directory": str(cell.directory),
         "config": read_json(cell.directory / "config.json"),
         "figures": read_json(cell.figures) if asks_questions(comparison) else {},
-        "benchmarks": benchmark_results(cell),
+        "benchmarks": benchmark_results(cell.directory, comparison.benchmarks),
         "cost": read_json(cell.directory / "cost.json"),
     }
 

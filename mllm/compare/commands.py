@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder, benchmarks_done
+from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
 from mllm.compare.comparison import Comparison, budget_share, question_limit
 from mllm.data.dataset import read_json_records
 from mllm.training.arguments import ResolvedArguments, TrainArguments, parse_train_arguments
@@ -68,15 +68,6 @@ def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
     command += ["--image-folder", str(comparison.question_images)] if comparison.question_images else []
     limit = question_limit(comparison)
     return command + (["--limit", str(limit)] if limit else [])
-
-
-def benchmark_command(comparison: Comparison, cell: Cell) -> list[str]:
-    """lmms-eval on the saved model, which is a stock transformers one: the tasks that have no results yet."""
-    done = benchmarks_done(cell)
-    tasks = [task for task in comparison.benchmarks if task not in done]
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--batch_size", "1"]
-    command += ["--model_args", f"pretrained={cell.directory / 'model'}", "--tasks", ",".join(tasks)]
-    return [*command, "--output_path", str(cell.directory / "benchmarks")]
 
 
 # ---------------------------------------------------------------------------------------------- the encoders

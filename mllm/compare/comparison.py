@@ -46,6 +46,8 @@ class Comparison:
     question_images: Path | None = None
     limit: int | None = None
     benchmarks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    """Folder of further tasks for lmms-eval."""
     karpathy: Path | None = None
     image_root: Path | None = None
 
@@ -69,7 +71,8 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
         question_file=Path(flags.question_file) if flags.question_file else None,
         question_images=Path(flags.question_images) if flags.question_images else None,
         limit=flags.limit,
-        benchmarks=tuple(filter(None, flags.benchmarks.split(","))),
+        benchmarks=tuple(dict.fromkeys(filter(None, flags.benchmarks.split(",")))),
+        include_path=Path(flags.include_path) if flags.include_path else None,
         karpathy=Path(flags.karpathy) if flags.karpathy else None,
         image_root=Path(flags.image_root) if flags.image_root else None,
     )

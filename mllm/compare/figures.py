@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from clips.common.errors import UserError
+from mllm.compare.benchmarks import benchmark_results
 from mllm.compare.cells import Cell, cells_of, encoder_names
 from mllm.compare.comparison import Comparison, question_files
 from mllm.compare.statistics import Bootstrap, holm, mcnemar
@@ -153,23 +154,11 @@ def pick_examples(comparison: Comparison, answers: dict[Cell, list[dict[str, Any
     return sorted(shown, key=lambda example: example["right"] != a)
 
 
-def benchmark_results(cell: Cell) -> dict[str, float]:
-    """`TASK/METRIC` → value of every run of lmms-eval on this cell; the newest counts."""
-    results: dict[str, float] = {}
-    for path in sorted((cell.directory / "benchmarks").rglob("*results.json"), key=lambda path: path.stat().st_mtime):
-        for task, values in json.loads(path.read_text())["results"].items():
-            for key, value in values.items():
-                metric = key.partition(",")[0]  # "exact_match,none": the metric and its filter
-                if isinstance(value, (int, float)) and not metric.endswith("_stderr"):
-                    results[f"{task}/{metric}"] = float(value)
-    return results
-
-
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """As `compare_scores`, of what lmms-eval measured. Its items are not here: intervals are over seeds only."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
     for cell in cells_of(comparison):
-        by_encoder[cell.encoder].append(benchmark_results(cell))
+        by_encoder[cell.encoder].append(benchmark_results(cell.directory, comparison.benchmarks))
     every = [results for rows in by_encoder.values() for results in rows]
     names = [name for name in every[0] if all(name in results for results in every)]
     summary = {e: {name: over_seeds([row[name] for row in rows]) for name in names} for e, rows in by_encoder.items()}

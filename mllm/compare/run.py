@@ -19,33 +19,34 @@ comparison.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from clips.common.errors import CommandError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
+from mllm.compare.benchmarks import benchmark_command, benchmark_log, missing_benchmarks
 from mllm.compare.cells import (
     RECIPES,
     Cell,
     PretrainedEncoder,
-    benchmarks_done,
     cells_of,
     encoders_to_pretrain,
-    has_benchmarks,
     is_done,
 )
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
 from mllm.compare.collect import collect
 from mllm.compare.commands import (
-    benchmark_command,
     evaluation_command,
     pretrain_command,
     retrieval_command,
@@ -114,7 +115,22 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         highlight=False,
         soft_wrap=True,
     )
+    name_failed_benchmarks(comparison, cells)
     return page
+
+
+def name_failed_benchmarks(comparison: Comparison, cells: Sequence[Cell]) -> None:
+    """Raise CommandError where a task of lmms-eval has no scores yet."""
+    failed = [
+        (task, benchmark_log(cell.directory, task))
+        for cell in cells
+        for task in missing_benchmarks(comparison, cell.directory)
+    ]
+    if failed:
+        raise CommandError(
+            "lmms-eval left no scores, or scored questions that it could not answer; the report goes without them, "
+            "and the same command tries again:\n" + "\n".join(f"  {task}: see {log}" for task, log in failed)
+        )
 
 
 def pretrain_encoders(comparison: Comparison, commands: Commands, say: Say) -> None:
@@ -151,24 +167,32 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
         ]
         answered = cell.figures.is_file() or not asks_questions(comparison)
         parts.append(("evaluation", evaluation_command(comparison, cell), answered))
-        if comparison.benchmarks:
-            parts.append(("benchmarks", benchmark_command(comparison, cell), has_benchmarks(comparison, cell)))
         for part, command, is_there in parts:
             if is_there:
                 continue
             say(cell, part)
-            begin = time.monotonic()
-            try:
+            with _timed(cell, part):
                 commands.run(command, cell.log, pass_fds=[lock])
-            finally:
-                _add_cost(cell, part, time.monotonic() - begin)
-        if comparison.benchmarks:
-            tasks = {"tasks": sorted({*benchmarks_done(cell), *comparison.benchmarks})}
-            write_json(cell.directory / "benchmarks" / "tasks.json", tasks)
+        for task in missing_benchmarks(comparison, cell.directory):
+            say(cell, task)
+            log = benchmark_log(cell.directory, task)
+            shutil.rmtree(log.parent, ignore_errors=True)  # of a call that failed
+            log.parent.mkdir(parents=True)
+            with _timed(cell, "benchmarks"):
+                try:
+                    commands.run(benchmark_command(comparison, cell.directory, task), log, pass_fds=[lock])
+                except CommandError:  # one task is not worth the others: it is named in the end
+                    if commands.stopping.is_set():
+                        raise
     say(cell, DONE)
 
 
-def _add_cost(cell: Cell, part: str, seconds: float) -> None:
-    costs = read_json(cell.directory / "cost.json")
-    costs[part] = round(costs.get(part, 0.0) + seconds, 1)
-    write_json(cell.directory / "cost.json", costs)
+@contextmanager
+def _timed(cell: Cell, part: str) -> Iterator[None]:
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        costs = read_json(cell.directory / "cost.json")
+        costs[part] = round(costs.get(part, 0.0) + time.monotonic() - begin, 1)
+        write_json(cell.directory / "cost.json", costs)

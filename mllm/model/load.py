@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
@@ -12,19 +12,23 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, check_complete, loading
+from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
 
 
 def load_llava(
-    name: str, device: torch.device, dtype: torch.dtype | None = None
+    name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A stock LLaVA model by directory or hub id, in eval mode; bf16 on a GPU and fp32 on a CPU unless `dtype` says.
+
+    `dtype` "auto" is that of the files.
 
     Raises UserError for what cannot be loaded.
     """
     directory = resolve(name, "model")
+    refuse_original(directory, "model")
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.

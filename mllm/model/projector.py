@@ -11,6 +11,7 @@ Shapes: W width of an image token · D width of a word embedding · n rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -59,13 +60,18 @@ def init_projector(projector: LlavaMultiModalProjector) -> None:
         nn.init.zeros_(projector.linear_2.bias)
 
 
-def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
-    """Write LLaVA's `mm_projector` file: safetensors, or with the suffix .bin a torch file of plain tensors."""
-    tensors = {
+def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
+    """Its weights under LLaVA's names, copied to the CPU."""
+    return {
         f"{LLAVA_NAMES[projector_kind(projector)][name]}.{part}": parameter.detach().to("cpu").clone()
         for name, layer in trainable_layers(projector).items()
         for part, parameter in layer.named_parameters()
     }
+
+
+def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
+    """Write LLaVA's `mm_projector` file: safetensors, or with the suffix .bin a torch file of plain tensors."""
+    tensors = llava_tensors(projector)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == ".bin":
         torch.save(tensors, path)
@@ -73,7 +79,6 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
         write_weights(tensors, path)
 
 
-@torch.no_grad()
 def load_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
     """Copy a projector file into `projector`: LLaVA's names or transformers', .safetensors or .bin.
 
@@ -86,8 +91,14 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
         if not found:
             raise UserError(f"{path} holds no mm_projector.safetensors or mm_projector.bin")
         path = found[0]
-    marked = {n: t for n, t in read_weights(path).items() if "mm_projector" in n or "multi_modal_projector" in n}
-    tensors = {_short(name): tensor for name, tensor in (marked or read_weights(path)).items()}
+    assign_projector(projector, read_weights(path), path)
+
+
+@torch.no_grad()
+def assign_projector(projector: LlavaMultiModalProjector, weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """The same for weights that were read from `path`; those of other parts may be among them."""
+    marked = {n: t for n, t in weights.items() if "mm_projector" in n or "multi_modal_projector" in n}
+    tensors = {_short(name): tensor for name, tensor in (marked or weights).items()}
     kind = projector_kind(projector)
     if set(tensors) == {"weight", "bias"}:
         found_kind, tensors = "linear", {f"linear_1.{part}": tensor for part, tensor in tensors.items()}

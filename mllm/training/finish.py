@@ -84,8 +84,8 @@ def _name(place: str | None) -> dict[str, str]:
 
 def _without(text: str, places: Mapping[str, str]) -> str:
     """`text` with each place in it by its name alone."""
-    for place in filter(None, sorted(places, key=len, reverse=True)):
-        text = text.replace(place, places[place])
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place]) if place else text
     return text
 
 

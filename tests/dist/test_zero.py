@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
 from zero_worker import STAGES
 
-from clips.training.engine import build_optimizer
-from clips.training.engine import parameter_groups
+from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.task import Task
 
 WORKER = ROOT / "tests" / "zero_worker.py"
@@ -79,6 +79,17 @@ def test_a_frozen_tower_stays_as_it_is_in_every_stage(results: dict, kind: str, 
         assert stage["resumed_losses"] == stage["losses"][3:], name
         for key, value in stage["state"].items():
             assert torch.equal(stage["resumed_state"][key], value), (name, key)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_phase_that_begins_anew_resumes_bit_equal_across_its_border(results: dict, kind: str, ranks: int) -> None:
+    for name in ("zero0", "zero2"):
+        stage = results[kind, ranks][name]
+        (losses, state), *others = stage["fresh"]
+        assert losses != stage["losses"][3:], "the optimizer's memory matters"
+        for way, (same_losses, same_state) in zip(("at the border", "behind it", "weights alone"), others, strict=True):
+            assert same_losses == losses, (name, way)
+            for key, value in state.items():
+                assert torch.equal(same_state[key], value), (name, way, key)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -112,6 +123,9 @@ def test_muon_moves_the_block_matrices_and_nothing_else_as_torch_optim_muon_does
         for name, p in task.named_parameters()
         if p.ndim < 2 or name.endswith(("text.pos_embed", "captioner.queries"))
     }
+    kernels_only = parameter_groups(task, replace(run.optim, decay_embeddings=False))
+    more = {names[id(p)] for g in kernels_only if g["name"] == "no_decay" for p in g["params"]} - undecayed
+    assert more == {"model.text.token_embed.weight"}
     task(tiny_batch(0))[0].backward()
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
     torch._dynamo.config.disable = True

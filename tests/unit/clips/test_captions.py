@@ -20,8 +20,9 @@ from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
 from clips.common.errors import UserError
 from clips.config import CaptionsConfig
-from clips.data.sentences import split_sentences, sub_caption
+from clips.data.sentences import has_words, kept_tokens, split_sentences, sub_caption
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer, clean
+from clips.studies.sentence_set import TEMPLATES, captions, score
 
 KINDS = ("bert", "wordpiece")
 STRATEGIES = ("sentence", "truncation", "random_mask", "block_mask", "full")
@@ -81,6 +82,14 @@ HARD = [
     ["Visit www.example.com or file.txt v2.0.", "Thanks."],
     ["In 1999.", "He moved to Acme Inc. headquarters with Lee Jr. in Dec. 2001.", "Then came 3 dogs."],
     ["A dog. 🐶 !!", "A cat."],
+    ["Mr. & Mrs. Smith pose.", "The size is approx. | $25.", "It is approx. $25."],
+    ["Bake it for 20 min. until golden.", "It is 12 in. wide.", "Add 2 tbsp. sugar, 1 tsp. salt.", "Temp. below zero."],
+    ["Cook it for 20 min.", "The box is 12 in.", "Serve."],
+    ["Steps: 1. chop, 2. fry.", "Choose 1. Red, 2. Green.", "They cost $5. and up."],
+    ["He is 3.", "She is 4."],
+    ["It opens at 9 a.m.", "Visitors wait.", "Lee Chen, Ph.D.", "Visitors read.", "The U.S. Army comes at 5 p.m. EST."],
+    ["It is fun! 🎉🎉", "Mail from Yahoo! Mail came."],
+    ["「はい！」と言う。", "犬。"],
 ]
 
 
@@ -113,8 +122,8 @@ def test_smart_loses_no_character(text):
 @settings(max_examples=200, deadline=None)
 def test_reference_rule_is_the_slow_one(text):
     pieces, piece = [], ""
-    for character in text + ".":
-        if character in ".!":
+    for character in text + ".":  # a blank piece is left out here; the code may draw it
+        if character in ".!|":
             if piece.strip():
                 pieces.append(piece.strip())
             piece = ""
@@ -125,9 +134,25 @@ def test_reference_rule_is_the_slow_one(text):
 
 def test_reference_rule_breaks_where_the_paper_does():
     assert split_sentences("It is $3.50. Is it? Yes!! ok", "reference") == ["It is $3", "50", "Is it? Yes", "ok"]
+    assert split_sentences("A dog | a cat . . ", "reference") == ["A dog", "a cat"]
 
 
-@pytest.mark.parametrize("piece", ["J. ", ".", ". ", '."', "- "])
+@pytest.mark.parametrize("part", ["tuned", "held_out"])
+def test_boundaries_are_found_in_captions_whose_sentences_are_known(part):
+    """docs/method.md gives the figures; other seeds of the same templates do not differ by half a point."""
+    known = captions(2000, part, seed=1)
+    assert sum(len(caption.sentences) - 1 for caption in known) > 5000
+    assert {kind for caption in known for kind in caption.kinds} == {*TEMPLATES, "lower case"}
+    precision, recall = score(split_sentences, known)
+    assert precision >= 99
+    assert recall >= 99.5
+    assert score(lambda text: split_sentences(text, "reference"), known)[0] < 60, "the set is hard"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["J. ", ".", ". ", '."', "- ", "1. ", ".🐶 ", ". $", "a", "ca. | "],
+)
 def test_hostile_text_is_split_in_linear_time(piece):
     """A ratio of this process's own seconds, the fastest of three: 8 where it is linear, 64 where it is quadratic."""
 
@@ -142,37 +167,34 @@ def test_hostile_text_is_split_in_linear_time(piece):
 # --- sub-captions
 
 
-def is_subsequence(part: list[str], whole: list[str]) -> bool:
+def is_subsequence(part: list[int], whole: list[int]) -> bool:
     rest = iter(whole)
-    return all(word in rest for word in part)
+    return all(item in rest for item in part)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@given(
-    words=st.lists(st.text("abcXY.,'é", min_size=1, max_size=5), min_size=1, max_size=30).filter(
-        lambda words: any(map(str.isalnum, "".join(words)))
-    ),
-    tokens=st.integers(1, 40),
-    seed=st.integers(0, 2**32),
-)
+@given(ids=st.lists(st.integers(0, 9), max_size=30), tokens=st.integers(1, 40), seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_strategies_keep_order_and_length(strategy, words, tokens, seed):
+def test_strategies_keep_order_and_count_tokens(strategy, ids, tokens, seed):
     config = CaptionsConfig(strategy=strategy, sub_caption_tokens=tokens)
-    long = " ".join(words)
-    sub = sub_caption("web", long, config, random.Random(seed))
-    assert sub == sub_caption("web", long, config, random.Random(seed))
-    kept = sub.split()
-    assert is_subsequence(kept, words)
-    if strategy == "sentence":
-        assert sub in split_sentences(long)
-    elif strategy == "full":
-        assert sub == long
-    else:
-        assert len(kept) == min(tokens, len(words))
+    kept = kept_tokens(ids, config, random.Random(seed))
+    assert kept == kept_tokens(ids, config, random.Random(seed))
+    assert is_subsequence(kept, ids)
+    assert len(kept) == (len(ids) if strategy in ("sentence", "full") else min(tokens, len(ids)))
     if strategy == "truncation":
-        assert kept == words[:tokens]
+        assert kept == ids[:tokens]
     if strategy == "block_mask":
-        assert kept in [words[i : i + len(kept)] for i in range(len(words))]
+        assert kept in [ids[i : i + len(kept)] for i in range(len(ids) + 1)]
+
+
+@given(PROSE, st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_a_sentence_is_drawn_as_text_and_other_strategies_leave_the_text_whole(long, seed):
+    if not has_words(long):
+        return
+    assert sub_caption("web", long, CaptionsConfig(), random.Random(seed)) in split_sentences(long)
+    for strategy in STRATEGIES[1:]:
+        assert sub_caption("web", long, CaptionsConfig(strategy=strategy), random.Random(seed)) == long
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -189,9 +211,11 @@ def test_draws_are_uniform_and_take_a_numpy_generator():
     assert sum(counts) == 4000
     assert min(counts) > 880  # 1000 ± 4.4 standard deviations
     block = CaptionsConfig(strategy="block_mask", sub_caption_tokens=2)
-    assert {sub_caption("w", "a b c d", block, rng) for _ in range(200)} == {"a b", "b c", "c d"}
+    windows = [tuple(kept_tokens([1, 2, 3, 4], block, rng)) for _ in range(600)]
+    assert set(windows) == {(1, 2), (2, 3), (3, 4)}, "the last window too, which the reference never draws"
+    assert min(map(windows.count, set(windows))) > 140
     scattered = CaptionsConfig(strategy="random_mask", sub_caption_tokens=2)
-    assert len({sub_caption("w", "a b c d", scattered, rng) for _ in range(300)}) == 6
+    assert len({tuple(kept_tokens([1, 2, 3, 4], scattered, rng)) for _ in range(300)}) == 6
 
 
 def test_a_share_of_the_sentences():
@@ -206,11 +230,6 @@ def test_a_share_of_the_sentences():
     assert drawn(1.0) == {long}
     with pytest.raises(UserError, match="sentence_share"):
         CaptionsConfig(sentence_share=1.5)
-
-
-def test_scripts_without_spaces_count_by_the_character():
-    config = CaptionsConfig(strategy="truncation", sub_caption_tokens=3)
-    assert sub_caption("w", "一只小狗在跑", config, random.Random(0)) == "一只小"
 
 
 # --- cleaning

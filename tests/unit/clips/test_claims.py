@@ -25,7 +25,7 @@ from clips.data.demo import split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import recipe
 from clips.studies.claims import (
-    BLOCK_WORDS,
+    BLOCK_TOKENS,
     CLAIMS,
     CONTRADICTED,
     FIGURES,
@@ -117,9 +117,10 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     assert config.optim.weight_decay == 0.3
 
 
-def test_the_masks_keep_as_many_words_as_a_sentence_has() -> None:
-    texts = [split_scene("train", number, 0)[1].sentences for number in range(500)]
-    assert abs(mean(len(sentence.split()) for text in texts for sentence in text) - BLOCK_WORDS) < 1
+def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
+    sentences = [text for number in range(500) for text in split_scene("train", number, 0)[1].sentences]
+    tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=512)
+    assert abs(mean(map(len, tokenizer.encode(sentences))) - BLOCK_TOKENS) < 1
 
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:

@@ -161,6 +161,46 @@ def test_samples_and_batch_size_fit_together() -> None:
         pretrain("--samples", "64")
 
 
+def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
+    """The paper's rates are per 256 samples; the demo's follow the square root; --set has the last word."""
+    run = pretrain("--recipe", "b16", "--data", "x.tar", "--batch-size", "256")
+    assert [phase.lr for phase in run.phases] == pytest.approx([8e-6, 4e-7, 1e-7], rel=1e-12)
+    assert [phase.warmup_samples for phase in run.phases] == [p.warmup_samples for p in recipe("b16").phases]
+    own = recipe("demo").phases[0]
+    phase = pretrain("--batch-size", "32").phases[0]
+    assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
+    assert pretrain("--batch-size", "128") == recipe("demo")
+    phase = pretrain("--batch-size", "32", "--set", "phases.0.lr=0.5").phases[0]
+    assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))
+    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=none").phases[0]
+    assert (phase.lr, phase.muon_lr) == (own.lr, own.muon_lr)
+    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=linear").phases[0]
+    assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
+    phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
+    assert (phase.batch_size, phase.lr) == (32, own.lr), "--set sets one field"
+    with pytest.raises(UserError, match="batch_size must be positive"):
+        pretrain("--batch-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--recipe b16 --data x.tar --batch-size 256", "lr 8e-06 (the recipe's 0.001024 is for a batch of 32,768; "
+         "scaled in proportion to the batch), cosine"),
+        ("--recipe b16 --data x.tar --batch-size 256 --set phases.*.lr=1e-4",
+         "lr 0.0001 (the recipe's 0.001024 is for a batch of 32,768), cosine"),
+        ("--batch-size 32", "lr 0.00075, Muon lr 0.01 (the recipe's 0.0015 is for a batch of 128; scaled with the "
+         "square root of the batch), trapezoid"),
+        ("", "lr 0.0015, Muon lr 0.02, trapezoid"),
+    ],
+)  # fmt: skip
+def test_the_plan_says_what_another_batch_size_did_to_the_rate(flags: str, line: str) -> None:
+    from clips.training.prepare import phase_line
+
+    run = pretrain(*flags.split())
+    assert phase_line(run, run.phases[0], samples=1, ranks=1).splitlines()[-1] == line
+
+
 def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
     full = recipe("b16")
     run = pretrain("--recipe", "b16", "--data", "x.tar", "--samples", "1000000")

@@ -5,16 +5,27 @@ from __future__ import annotations
 import io
 import random
 import struct
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import run_python
+from PIL import Image, ImageEnhance
 
 from clips.config import AugmentConfig
 from clips.data import images
-from clips.data.images import Preprocess, decode_image, eval_transform, normalise, random_crop
+from clips.data.images import (
+    Preprocess,
+    decode_image,
+    eval_transform,
+    inception_crop,
+    normalise,
+    random_crop,
+    turn_hue,
+)
 from clips.data.sample import BrokenSample
 
 
@@ -208,8 +219,177 @@ def test_random_crop_keeps_its_area_and_stays_inside() -> None:
     assert np.mean(areas) == pytest.approx(0.7, abs=0.02)
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (500, 500), (300, 800), (900, 300), (1200, 300), (50, 900)])
+def test_the_reference_crop_has_an_aspect_of_its_own(width: int, height: int) -> None:
+    """Area and aspect within their bounds wherever a picture has room for both; beyond, the whole picture."""
+    rng = random.Random(0)
+    boxes = [inception_crop(width, height, 0.4, rng) for _ in range(2000)]
+    aspects = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width + 1e-9
+        assert 0 <= top < bottom <= height + 1e-9
+        assert (right - left) * (bottom - top) >= 0.4 * width * height - 1e-6
+    if max(width / height, height / width) > 4 / 3 / 0.4:
+        assert set(boxes) == {(0, 0, width, height)}
+    else:
+        assert 3 / 4 - 1e-9 <= min(aspects) <= max(aspects) <= 4 / 3 + 1e-9
+    if (width, height) == (1280, 720):
+        assert np.median(aspects) == pytest.approx(1.04, abs=0.02), "uniform from 0.75 to 1.33"
+        own = [random_crop(width, height, 0.4, rng) for _ in range(2000)]
+        assert np.median([(x1 - x0) / (y1 - y0) for x0, y0, x1, y1 in own]) == pytest.approx(1.78, abs=0.05)
+
+
+def test_an_augmentation_of_before_draws_what_it_drew() -> None:
+    """Configurations without the newer fields call the rng as before, so that older runs go on to the same samples."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8))
+    old = AugmentConfig(min_crop_area=0.4, jitter=0.4, grayscale=0.2)
+    rng, slow = random.Random(5), random.Random(5)
+    for _ in range(20):
+        ours = Preprocess(32, old).pixels(picture, rng)
+        box = random_crop(60, 40, 0.4, slow)
+        image = picture.resize((32, 32), Image.Resampling.BILINEAR, box=box)
+        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+        slow.shuffle(enhancers)
+        for enhancer in enhancers:
+            image = enhancer(image).enhance(slow.uniform(0.6, 1.4))
+        if slow.random() < 0.2:
+            image = image.convert("L").convert("RGB")
+        np.testing.assert_array_equal(ours, np.asarray(image))
+
+
+def test_colours_are_jittered_as_often_and_as_far_as_asked() -> None:
+    picture = Image.new("RGB", (8, 8), (200, 60, 60))
+
+    def seen(augment: AugmentConfig) -> np.ndarray:
+        preprocess, rng = Preprocess(8, augment), random.Random(0)
+        return np.array([preprocess.pixels(picture, rng)[0, 0] for _ in range(2000)])
+
+    jittered = seen(AugmentConfig(jitter=0.32, hue=0.08, jitter_probability=0.8))
+    assert np.mean((jittered != (200, 60, 60)).any(axis=1)) == pytest.approx(0.8, abs=0.03)
+    hues = np.asarray(Image.fromarray(seen(AugmentConfig(hue=0.08))[None]).convert("HSV"))[0, :, 0].astype(int)
+    turns = (hues + 128) % 256 - 128
+    assert (min(turns), max(turns)) == pytest.approx((-20, 20), abs=2), "0.08 of 256 steps, and what 8 bits round"
+
+
+def test_turning_the_hue_goes_round_the_circle() -> None:
+    red = Image.new("RGB", (1, 1), (255, 0, 0))
+    assert turn_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    third, two_thirds = turn_hue(red, 1 / 3).getpixel((0, 0)), turn_hue(red, -1 / 3).getpixel((0, 0))
+    assert np.argmax(third) == 1
+    assert np.argmax(two_thirds) == 2
+    grey = Image.new("RGB", (1, 1), (90, 90, 90))
+    assert turn_hue(grey, 0.3).getpixel((0, 0)) == (90, 90, 90)
+
+
 def test_greyscale_comes_as_often_as_asked() -> None:
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8, 3), np.uint8))
     preprocess, rng = Preprocess(8, AugmentConfig(grayscale=0.2)), random.Random(0)
     grey = [np.ptp(preprocess.pixels(picture, rng), axis=-1).max() == 0 for _ in range(2000)]
     assert np.mean(grey) == pytest.approx(0.2, abs=0.03)
+
+
+# -------------------------------------------------------------------------------------- time and memory of decoding
+
+
+def with_scans(jpeg: bytes, more: int) -> bytes:
+    """The progressive picture with its last scan repeated."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[last:-2] * more + jpeg[-2:]
+
+
+def test_scans_are_counted_by_markers_alone() -> None:
+    picture = Image.fromarray(reference(300, 200).repeat(2, 0))
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 50  # in a segment, not a marker
+    for options, count in (
+        ({}, 1),
+        ({"exif": exif, "icc_profile": b"\xff\xda" * 50}, 1),
+        ({"restart_marker_rows": 1}, 1),
+    ):
+        assert images._scans(encode(picture, "JPEG", **options)) == count
+    progressive = encode(picture, "JPEG", progressive=True)
+    assert images._scans(progressive) == 10
+    assert images._scans(with_scans(progressive, 7)) == 17
+    assert images._scans(with_scans(progressive, 7) + b"\xff\xda" * 50) == 17  # after the end, as phones append films
+    assert images._scans(progressive[:-700].replace(b"\xff\xda", b"\xff\xff\xff\xda")) > 1  # padded, and cut off
+    assert images._scans(b"\xff\xd8\xff") == 0
+
+
+def test_a_picture_of_thousands_of_scans_is_refused_at_once() -> None:
+    progressive = encode(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
+    hostile = with_scans(progressive, 4000)
+    assert len(hostile) < 300_000
+    begin = time.process_time()
+    with pytest.raises(BrokenSample, match="4010 scans of 4000 × 4000 pixels take too long"):
+        decode_image(hostile)
+    assert time.process_time() - begin < 0.5  # decoding takes a minute
+    assert decode_image(progressive).size == (4000, 4000)
+    small = encode(Image.new("RGB", (16, 16), "red"), "JPEG", progressive=True)
+    assert decode_image(with_scans(small, 1000)).size == (16, 16)
+    with pytest.raises(BrokenSample, match="too long"):
+        decode_image(with_scans(small, 110_000))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "kept"),
+    [
+        ("JPEG", (400, 300), (400, 300)),
+        ("PNG", (400, 300), (400, 300)),
+        ("JPEG", (1000, 800), (250, 200)),  # by two while it is decoded, then by two
+        ("PNG", (1000, 800), (334, 267)),
+        ("JPEG", (5000, 40), (2500, 20)),
+        ("PNG", (5000, 40), (2500, 20)),
+    ],
+)
+def test_a_picture_is_reduced_to_what_is_needed(kind: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
+    x = np.linspace(0, 255, size[0]).astype(np.uint8)
+    picture = Image.fromarray(np.broadcast_to(x, size[::-1]).copy()).convert("RGB")
+    found = decode_image(encode(picture, kind, quality=95) if kind == "JPEG" else encode(picture), reduce_to=120_000)
+    assert found.size == kept
+    expected = np.asarray(picture.resize(kept, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(found).astype(int) - expected).max() <= 4
+
+
+def test_strips_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    random_ = np.random.default_rng(0)
+    rgba = encode(Image.fromarray(random_.integers(0, 256, (50, 30, 4), dtype=np.uint8), "RGBA"))
+    deep = encode(Image.fromarray(random_.integers(0, 65536, (50, 30), dtype=np.uint16)))
+    palette = Image.fromarray(random_.integers(0, 256, (50, 30, 3), dtype=np.uint8)).quantize(8)
+    for data in (rgba, deep, encode(palette, transparency=3)):
+        whole = pixels(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "STRIP_PIXELS", 7 * 30)
+            np.testing.assert_array_equal(pixels(data), whole)
+
+
+# In a process of its own: what was the most memory before and after.
+PEAK = """
+import resource, sys
+from pathlib import Path
+from clips.data.images import decode_image
+from mllm.chat.limits import Limits, read_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+path, served = Path(sys.argv[1]).read_bytes(), sys.argv[2] == "served"
+before = peak()
+kept = [read_image(path, Limits()) for _ in range(4)] if served else [decode_image(path)]
+print(peak() - before, kept[0].size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "side", "served", "limit"),
+    [("I;16", 8000, False, 480), ("RGBA", 8000, False, 640), ("RGBA", 5600, True, 400), ("I;16", 5600, True, 350)],
+)
+def test_memory_is_bounded(tmp_path: Path, mode: str, side: int, served: bool, limit: int) -> None:
+    """MiB above what was there: two pictures of 4 bytes a pixel at the most, where it was five."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(Image.new(mode, (side, side)), compress_level=1))
+    assert path.stat().st_size < 2**21
+    done = run_python("-c", PEAK, path, "served" if served else "decoded")
+    assert done.returncode == 0, done.stderr
+    grown, _, size = done.stdout.partition(" ")
+    assert float(grown) < limit
+    assert size.strip() == (f"({side}, {side})" if not served else "(1867, 1867)")

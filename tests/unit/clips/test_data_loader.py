@@ -110,6 +110,28 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
         assert batch["skipped"] == []
 
 
+def test_masks_keep_tokens_and_a_long_caption_without_a_word_gives_way_to_the_web_caption(
+    source: Source, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the reference, the web caption is then the captioner's target too."""
+    run = a_run()
+    pieces = [set(tokenizer.encode([text])[0]) for text in LONG]
+    for strategy in ("truncation", "block_mask", "random_mask"):
+        masked = replace(run, captions=replace(run.captions, strategy=strategy, sub_caption_tokens=5))
+        for batch in batches(source, tokenizer, masked):
+            assert ((batch["sub"] != tokenizer.pad_id).sum(1) == 5 + 3).all(), "bos, eos and CLS"
+            for row, i in enumerate(numbers(batch)):
+                assert set(batch["sub"][row, 1:6].tolist()) <= pieces[i]
+        same = zip(batches(source, tokenizer, masked), batches(source, tokenizer, masked), strict=True)
+        for one, again in same:
+            assert_same(one, again)
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda i: replace(read(i), long="…!"))
+    for batch in batches(source, tokenizer, run, stop=1):
+        for name in ("sub", "caption"):
+            assert [tokenizer.decode(ids) for ids in batch[name]] == [tokenizer.decode(ids) for ids in batch["web"]]
+
+
 def test_a_captioner_needs_a_source_with_long_captions(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     write_set(tmp_path / "a.tar")
     source = open_source(str(tmp_path / "a.tar"), Fields(long="none"), need_long=False)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model, tiny_run
+from PIL import Image
 from tiny_web import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
+from clips.common.runtime import choose_device
 from clips.data.images import eval_transform
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
@@ -37,7 +40,31 @@ def test_images_of_every_form_give_the_tower_s_features(opened: CLIPS, tmp_path:
     torch.testing.assert_close(opened.preprocess(images[3]), pixels[3])
     for one in (images[0], tmp_path / "0.png", str(tmp_path / "0.png"), [tmp_path / "0.png"]):
         torch.testing.assert_close(opened.encode_image(one), expected[:1], atol=1e-6, rtol=0)
+    arrays = [np.asarray(image) for image in images]
+    for several in (iter(images), arrays, np.stack(arrays[:1]), list(pixels), pixels.double()):
+        found = opened.encode_image(several)
+        torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
+    torch.testing.assert_close(opened.encode_image(pixels[0]), expected[:1], atol=1e-6, rtol=0)
     assert opened.encode_image([]).shape == opened.encode_text([]).shape == (0, opened.embed_dim)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_a_picture_of_any_mode_is_what_its_file_is(opened: CLIPS, tmp_path: Path, mode: str) -> None:
+    image = picture().convert("L" if mode == "I;16" else "RGBA" if mode == "RGBA" else "RGB").convert(mode)
+    if mode == "RGBA":
+        image.putalpha(picture(seed=1).convert("L"))
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    image.save(path)
+    torch.testing.assert_close(opened.encode_image(image), opened.encode_image(path), atol=1e-6, rtol=0)
+
+
+def test_a_photo_is_upright_however_it_comes(opened: CLIPS, tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # orientation: to be turned by 90°
+    picture().save(tmp_path / "photo.png", exif=tags)
+    turned = opened.encode_image(tmp_path / "photo.png")
+    torch.testing.assert_close(opened.encode_image(Image.open(tmp_path / "photo.png")), turned, atol=1e-6, rtol=0)
+    assert (opened.encode_image(picture()) - turned).abs().max() > 1e-4
 
 
 def test_texts_and_similarity(opened: CLIPS) -> None:
@@ -46,6 +73,8 @@ def test_texts_and_similarity(opened: CLIPS) -> None:
     features = opened.encode_text(TEXTS)
     torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(opened.encode_text("a dog"), expected[:1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(opened.encode_text(text for text in TEXTS), expected, atol=1e-6, rtol=0)
+    assert torch.equal(opened.tokenize("a dog"), opened.tokenize(["a dog"]))
     image = picture()
     torch.testing.assert_close(opened.similarity(image, TEXTS), opened.encode_image(image) @ features.T)
     assert opened.similarity([image, image], "a dog").shape == (2, 1)
@@ -59,19 +88,26 @@ def test_labels_are_the_mean_over_prompts(opened: CLIPS) -> None:
     torch.testing.assert_close(opened.encode_labels(("dog",))[0], expected, atol=1e-6, rtol=0)
 
 
-def test_captions_are_the_captioner_s_own(tmp_path: Path) -> None:
+def test_captions_are_the_captioner_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run()
     tokenizer = build_tokenizer("wordpiece", ["a red cat and two dogs"] * 3, vocab_size=run.model.text.vocab_size)
     model = random_model(run).eval()
     write_native(model, run, tokenizer, tmp_path / "native")
     opened = CLIPS.from_pretrained(tmp_path / "native", device="cpu")
+    monkeypatch.setattr("clips.encoder.BATCH", 2)
     images, webs = [picture(seed=i) for i in range(3)], ["a cat", "two red dogs", ""]
     pixels = torch.stack([opened.preprocess(image) for image in images])
     ids = model.caption(pixels, opened.tokenize(webs), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     expected = [tokenizer.decode(row) for row in ids.tolist()]
     assert opened.caption(images, webs) == expected
     assert opened.caption(pixels, webs) == expected
+    assert opened.caption(iter(images), iter(webs)) == expected
     assert opened.caption(images[2]) == opened.caption([images[2]], [""])
+    assert opened.caption([]) == []
+    with pytest.raises(ValueError, match="fewer web captions"):
+        opened.caption(images, webs[:2])
+    with pytest.raises(ValueError, match="more web captions than the 2 images"):
+        opened.caption(images[:2], webs)
 
 
 def test_mistakes_are_named(opened: CLIPS, tmp_path: Path) -> None:
@@ -84,3 +120,37 @@ def test_mistakes_are_named(opened: CLIPS, tmp_path: Path) -> None:
         opened.caption(picture())
     with pytest.raises(UserError, match="holds no trained model"):
         CLIPS.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.zeros(2, 3, 24, 24), ValueError, r"shape \[3, 32, 32\]; found torch.float32 of shape \[3, 24, 24\]"),
+        (torch.zeros(2, 32, 32, 3), ValueError, r"found torch.float32 of shape \[32, 32, 3\]"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), ValueError, "found torch.uint8"),
+        (np.zeros((4, 4, 3)), ValueError, r"uint8 \[H, W, 3\] or \[H, W\], found float64 \(4, 4, 3\)"),
+        ([b"PNG"], TypeError, "not a bytes"),
+        ([None], TypeError, "not a NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_named(opened: CLIPS, given: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        opened.encode_image(given)
+
+
+def test_what_is_no_text_is_named(opened: CLIPS) -> None:
+    for call in (opened.encode_text, opened.tokenize):
+        with pytest.raises(TypeError, match="texts are strings, found a int"):
+            call(["a", 3])
+
+
+def test_devices_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose one of: auto, cpu, cuda, cuda:N"):
+        choose_device("cuda:x")
+    if torch.cuda.is_available():
+        assert choose_device("cuda:0") == torch.device("cuda", 0)
+        with pytest.raises(UserError, match="cuda:99: there are"):
+            choose_device("cuda:99")
+    else:
+        with pytest.raises(UserError, match="--device cuda:1: torch sees no GPU"):
+            choose_device("cuda:1")

@@ -53,6 +53,10 @@ def test_retrieval_equals_plain_loops(random_set, chunk):
         i2t, t2i = slow_recall(*random_set, k)
         assert found[f"i2t_r{k}"].value == pytest.approx(i2t, abs=1e-3)
         assert found[f"t2i_r{k}"].value == pytest.approx(t2i, abs=1e-3)
+        i2t, t2i = slow_recall(*random_set[:3], [str(i) for i in range(90)], k)  # of equal strings one is right
+        assert found[f"i2t_r{k}_strict"].value == pytest.approx(i2t, abs=1e-3)
+        assert found[f"t2i_r{k}_strict"].value == pytest.approx(t2i, abs=1e-3)
+    assert found["t2i_r1_strict"].value < found["t2i_r1"].value
     assert 5 < found["i2t_r1"].value < 100
     assert found["i2t_r1"].items == 30
     assert found["t2i_r1"].items == 90
@@ -98,8 +102,11 @@ def test_chance_is_what_random_features_reach(random_set):
 def test_identical_captions_are_hits():
     images = torch.eye(2)
     texts = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # both captions look like image 1
-    assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a dog"])["t2i_r1"].value == 100
-    assert retrieval_metrics(images, texts, [0, 1], ["a dog", "a cat"])["t2i_r1"].value == 50
+    same = retrieval_metrics(images, texts, [0, 1], ["a dog", "a dog"])
+    assert (same["t2i_r1"].value, same["t2i_r1_strict"].value) == (100, 50)
+    other = retrieval_metrics(images, texts, [0, 1], ["a dog", "a cat"])
+    assert other["t2i_r1"].value == 50
+    assert "t2i_r1_strict" not in other, "the two counts are one where no images share a caption"
 
 
 def test_features_that_are_not_finite_are_refused():

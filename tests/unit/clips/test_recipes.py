@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import tiny_run
@@ -12,17 +13,19 @@ from clips.common.errors import UserError
 from clips.config import PhaseConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
-from clips.recipes import RECIPES, debug_twin, recipe
-from clips.training.loop import due, lr_factor
+from clips.recipes import RECIPES, debug_twin, recipe, with_tower
+from clips.studies.towers import compare_towers, tower_run
+from clips.training.loop import due, lr_factor, optimizer_steps
+from clips.weights.checkpoint import TrainState
 
 PAPER = ("s16", "b16", "l14", "h14")
-# shared by the four: (image size or None for the preset's own, samples or None, batch, lr per 256, warm-up samples)
+# shared by the four: (samples, batch, lr per 256, warm-up samples)
 PAPER_PHASES = [
-    (None, None, 32_768, 8e-6, 51_000_000),
-    (224, 512_000_000, 16_384, 4e-7, 26_000_000),
-    (336, 128_000_000, 8_192, 1e-7, 0),
+    (12_800_000_000, 32_768, 8e-6, 51_000_000),
+    (512_000_000, 16_384, 4e-7, 26_000_000),
+    (128_000_000, 8_192, 1e-7, 0),
 ]
-LOW_RESOLUTION = {"s16": 112, "b16": 112, "l14": 84, "h14": 84}
+RESOLUTIONS = {"s16": (112, 224, 384), "b16": (112, 224, 384), "l14": (84, 224, 336), "h14": (84, 224, 336)}
 # vision width/layers/heads, text and decoder width/layers/heads, patch, embedding (CLIPS, "Architecture")
 TOWERS = {
     "s16": ((384, 12, 6), (384, 12, 6), 16, 384),
@@ -49,17 +52,19 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 def test_paper_recipes_are_the_papers(name: str) -> None:
     run = recipe(name)
     assert len(run.phases) == 3
-    for phase, (size, samples, batch, lr_per_256, warmup) in zip(run.phases, PAPER_PHASES, strict=True):
-        assert phase.image_size == (size or LOW_RESOLUTION[name])
-        assert phase.samples == (samples or phase.samples)
+    assert tuple(phase.image_size for phase in run.phases) == RESOLUTIONS[name]
+    for phase, (samples, batch, lr_per_256, warmup) in zip(run.phases, PAPER_PHASES, strict=True):
+        assert phase.samples == samples
         assert phase.batch_size == batch
         assert phase.lr * 256 / batch == pytest.approx(lr_per_256, rel=1e-12)
         assert phase.warmup_samples == warmup
         assert phase.schedule == "cosine"
-        assert phase.augment.min_crop_area == 0.4
-    first, *later = run.phases
-    assert (first.augment.jitter, first.augment.grayscale) == (0.4, 0.2)
-    assert all((phase.augment.jitter, phase.augment.grayscale) == (0, 0) for phase in later)
+        assert phase.fresh_optimizer
+        augment = phase.augment
+        assert (augment.min_crop_area, augment.crop_aspect) == (0.4, "absolute")
+        assert (augment.jitter, augment.hue, augment.jitter_probability) == (0.32, 0.08, 0.8)
+        assert augment.grayscale == 0.2
+    assert (run.optim.decay_embeddings, run.optim.lr_scaling) == (False, "linear")
     assert (run.optim.kind, run.optim.betas, run.optim.weight_decay) == ("adamw", (0.9, 0.95), 0.2)
     assert (run.task.objective, run.task.contrastive_weight, run.task.caption_weight) == ("clips", 1.0, 2.0)
     assert (run.captions.tokenizer, run.captions.strategy) == ("bert", "sentence")
@@ -67,7 +72,7 @@ def test_paper_recipes_are_the_papers(name: str) -> None:
     tower, language, patch, embed = TOWERS[name]
     assert (vision.width, vision.layers, vision.heads) == tower
     assert (text.width, text.layers, text.heads) == (captioner.width, captioner.layers, captioner.heads) == language
-    assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, 336)
+    assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, RESOLUTIONS[name][-1])
     assert (text.context_length, text.vocab_size, captioner.length) == (80, 32_000, 128)
     assert not vision.pre_norm
     assert run.data.train == "", "there is no default for somebody's own data"
@@ -175,10 +180,38 @@ def test_peak_rates_of_a_paper_recipe_come_once_per_phase() -> None:
         assert lr_factor(p, p.steps - 1) < 1e-6
 
 
-def test_due_once_for_every_multiple_that_a_step_crosses() -> None:
-    from clips.weights.checkpoint import TrainState
+def test_steps_of_the_optimizer_count_from_where_it_began_anew() -> None:
+    p = phase(100, 0, "cosine")  # 10 steps
+    run = replace(tiny_run(), phases=(p, p, replace(p, fresh_optimizer=True), p))
+    ends = {(0, 4): 4, (1, 10): 20, (2, 0): 0, (2, 3): 3, (3, 1): 11, (3, 10): 20}
+    for (index, step), expected in ends.items():
+        state = TrainState(seed=0, step=10 * index + step, phase=index, phase_step=step)
+        assert optimizer_steps(run, state) == expected
+    assert optimizer_steps(replace(run, phases=(p,) * 4), TrainState(seed=0, step=31, phase=3, phase_step=1)) == 31
 
+
+def test_due_once_for_every_multiple_that_a_step_crosses() -> None:
     p = phase(1000, 0, "cosine", batch=30)
     hits = [n for n in range(1, 34) if due(100, TrainState(seed=0, samples=30 * n), p)]
     assert hits == [n for n in range(1, 34) if any(30 * (n - 1) < 100 * k <= 30 * n for k in range(1, 11))]
     assert not any(due(0, TrainState(seed=0, samples=30 * n), p) for n in range(1, 34))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("tower", "kind"), [("clips", "ViTModel"), ("siglip", "SiglipVisionModel"), ("clip", "CLIPVisionModel")]
+)
+def test_every_recipe_has_a_tower_that_others_run(name: str, tower: str, kind: str) -> None:
+    run = with_tower(recipe(name), tower)
+    assert run.model.vision.transformers_class == kind
+    assert (run == recipe(name)) == (tower == "clips")
+    assert replace(run, model=replace(run.model, vision=recipe(name).model.vision)) == recipe(name)
+
+
+def test_the_study_of_towers_changes_nothing_else() -> None:
+    siglip, clips = (tower_run(tower, 0, 40_000).config() for tower in ("siglip", "clips"))
+    assert siglip == with_tower(clips, "siglip") != clips
+    with pytest.raises(UserError, match="choose one of: siglip, clip"):
+        compare_towers(Path("nowhere"), "clips", 3, 40_000, 1)
+    with pytest.raises(UserError, match="--tower 'resnet'"):
+        with_tower(clips, "resnet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -33,10 +34,11 @@ from clips.data.sources import open_source
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import debug_twin, recipe
 from clips.training.log import RunLog
+from mllm.compare.benchmarks import benchmark_log, benchmark_results, missing_benchmarks
 from mllm.compare.cells import RECIPES, Cell, cells_of, encoder_names, encoders_to_pretrain, is_done
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, check_request, load_encoders
 from mllm.compare.collect import collect
-from mllm.compare.commands import benchmark_command, pretrain_config, stage_samples, train_arguments
+from mllm.compare.commands import pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, budget_share, evaluation_settings
 from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.report import markdown, sentence, write_report
@@ -479,7 +481,6 @@ def test_the_progress_of_pretraining_and_of_answers(place: Path) -> None:
         ({"jobs": 2, "gpus": 2}, "--jobs 2 with --gpus 2"),
         ({"karpathy": Path("coco.json")}, "name clips or clip"),
         ({"train_flags": FLAGS}, "the demo's questions say nothing about them"),
-        ({"benchmarks": ("gqa",)}, "pip install lmms-eval"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(options: dict, message: str) -> None:
@@ -704,24 +705,25 @@ def test_a_report_of_descriptions_alone_has_its_differences(finished: Comparison
         assert "clips − blind" in text
 
 
-def test_results_of_lmms_eval_are_joined(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file as lmms-eval 0.7 writes it: task → "metric,filter" → value, with standard errors beside."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
+    """Its file as lmms-eval 0.7.3 writes it: task → "metric,filter" → value, with standard errors beside."""
     comparison = dataclasses.replace(finished, benchmarks=("gqa",))
-    more = dataclasses.replace(finished, benchmarks=("gqa", "pope"))
+    more = dataclasses.replace(finished, benchmarks=("gqa", "mmmu"))
     cells = cells_of(comparison)
-    assert benchmark_command(comparison, cells[0])[2:7] == ["lmms_eval", "--model", "llava_hf", "--batch_size", "1"]
     for cell in cells:
-        folder = cell.directory / "benchmarks" / "model"
-        folder.mkdir(parents=True)
+        assert not is_done(comparison, cell)
         value = 0.6 if cell.encoder == NAMES[0] else 0.5 + 0.01 * cell.seed
-        found = {"gqa": {"alias": "gqa", "exact_match,none": value, "exact_match_stderr,none": 0.01}}
-        (folder / "20260101_000000_results.json").write_text(json.dumps({"results": found}))
-    assert not is_done(comparison, cells[0])
-    assert "gqa,pope" in benchmark_command(more, cells[0])
-    (cells[0].directory / "benchmarks" / "tasks.json").write_text('{"tasks": ["gqa"]}')
-    assert is_done(comparison, cells[0])
-    assert "pope" in benchmark_command(more, cells[0])
+        errors = {"exact_match_stderr,none": 0.01, "exact_match_stderr_clt,none": 0.02}
+        errors |= {"exact_match_stderr_clustered,none": "N/A"}
+        write_benchmark(cell.directory, "gqa", {"gqa": {"alias": "gqa", "exact_match,none": value, **errors}})
+        assert is_done(comparison, cell)
+    assert missing_benchmarks(more, cells[0].directory) == ["mmmu"]
+    members = {"mmmu": {"alias": "mmmu", " ": " "}, "mmmu_val": {"mmmu_acc,none": 0.3, "mmmu_acc,strict": 0.2}}
+    write_benchmark(cells[0].directory, "mmmu", members)  # a group has no score of its own
+    assert benchmark_results(cells[0].directory, ("mmmu",)) == {
+        "mmmu_val/mmmu_acc": 0.3,
+        "mmmu_val/mmmu_acc (strict)": 0.2,
+    }
     report = collect(comparison, {cell: {} for cell in cells}, [])
     assert report["encoders"]["blind"]["benchmarks"] == {
         "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
@@ -730,6 +732,42 @@ def test_results_of_lmms_eval_are_joined(finished: Comparison, monkeypatch: pyte
     assert (row["mean"], row["metric"]) == (pytest.approx(0.09), "gqa/exact_match")
     assert row["ci95"] == pytest.approx([0.09 - 0.0248414, 0.09 + 0.0248414], abs=1e-5)  # t of 2 degrees: 4.3027
     assert "gqa/exact_match" in markdown(report)
+
+
+def write_benchmark(cell: Path, task: str, results: dict) -> Path:
+    folder = cell / "benchmarks" / task / "blind-seed0__model"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "20260101_000000_results.json"
+    path.write_text(json.dumps({"results": results}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "results", [{"gqa": {"alias": "gqa", "exact_match_stderr_clt,none": 0.0}}, {"gqa": {"exact_match,none": math.nan}}]
+)
+def test_a_benchmark_without_a_score_is_not_done(tmp_path: Path, results: dict) -> None:
+    comparison = Comparison(encoders=("random", "blind"), benchmarks=("gqa",))
+    write_benchmark(tmp_path, "gqa", results)
+    assert missing_benchmarks(comparison, tmp_path) == ["gqa"]
+
+
+def test_a_benchmark_with_answers_that_failed_is_not_done(tmp_path: Path) -> None:
+    """lmms-eval scores an empty answer where `generate` raised, for example for want of memory."""
+    comparison = Comparison(encoders=("random", "blind"), benchmarks=("gqa",))
+    write_benchmark(tmp_path, "gqa", {"gqa": {"exact_match,none": 0.4}})
+    assert missing_benchmarks(comparison, tmp_path) == []
+    benchmark_log(tmp_path, "gqa").write_text("ERROR - Error CUDA out of memory. in generating\n")
+    assert missing_benchmarks(comparison, tmp_path) == ["gqa"]
+
+
+def test_an_lmms_eval_that_cannot_run_is_refused_before_anything_runs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a plain pip install of it, which brings no decord. With a whole one: tests/e2e/test_benchmarks.py."""
+    (tmp_path / "lmms_eval.py").write_text("import decord_that_is_missing")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot run here: .*No module named 'decord_that_is_missing'.*\[bench\]"):
+        check_inputs(comparison_of(place, benchmarks=("gqa",)))
 
 
 def test_the_estimate_comes_from_finished_cells_or_says_that_it_is_assumed(finished: Comparison, place: Path) -> None:

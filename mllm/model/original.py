@@ -1,0 +1,302 @@
+"""Checkpoints of the original LLaVA (haotian-liu/LLaVA): one directory, LoRA on a base, or a projector on a base.
+
+All three are read as one configuration, one set of tensors and some small files. The names in it:
+
+    model.embed_tokens…, model.layers…, lm_head…   the language model's own
+    model.mm_projector…                            the projector, see `mllm.model.projector`
+    model.vision_tower.vision_tower…               the vision tower's own, where the checkpoint repeats or trained it
+
+Shapes: T text tokens · N image tokens · V words · S pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from clips.common.errors import UserError
+from clips.common.files import read_json
+from clips.common.hub import resolve
+from clips.common.stock import check_complete, loading
+from clips.common.tensors import read_weights
+from mllm.encoders.encoder import SelectFeature, select_features
+from mllm.model.projector import ACTIVATION
+
+LANGUAGE_MODELS = {
+    "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
+    "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
+    "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
+}
+"""transformers' kind of language model → LLaVA's class on it and its `model_type`; Qwen is LLaVA-NeXT's."""
+OLD_MODEL_TYPE = {"llava": "llama"}
+"""`model_type` of LLaVA's first releases."""
+SELECT_FEATURE: dict[str, SelectFeature] = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's `mm_vision_select_feature` → transformers' `vision_feature_select_strategy`."""
+PROJECTOR, TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
+TRAINABLES = "non_lora_trainables.bin"
+KEPT_FILES = (
+    "generation_config.json",
+    *("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+"""Small files that LLaVA reads beside config.json and the weights."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+EXPRESSIBLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mm_projector_type": ("linear", tuple(ACTIVATION)),
+    "mm_vision_select_feature": ("patch", tuple(SELECT_FEATURE)),
+    "image_aspect_ratio": ("square", ("square", "pad")),
+    "mm_patch_merge_type": ("flat", ("flat",)),
+    "mm_use_im_start_end": (False, (False,)),
+    "mm_resampler_type": (None, (None,)),
+    "s2": (False, (False,)),
+}
+"""Field of config.json → LLaVA's default, and the values that a stock `LlavaForConditionalGeneration` can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalLlava:
+    """A whole model, as the original LLaVA keeps it."""
+
+    config: dict[str, Any]
+    """config.json: the language model's fields and LLaVA's own (`mm_vision_tower`, `mm_projector_type`, …)."""
+    tensors: dict[str, Tensor]
+    """Under LLaVA's names; LoRA is merged."""
+    files: dict[str, bytes]
+    """Those of KEPT_FILES that it has."""
+    source: str
+
+    @property
+    def kind(self) -> str:
+        """transformers' kind of its language model; UserError for one that is not in LANGUAGE_MODELS."""
+        found = self.config.get("model_type")
+        classes = self.config.get("architectures") or []
+        for kind, (name, model_type) in LANGUAGE_MODELS.items():
+            if found == model_type or name in classes:
+                return kind
+        if found in OLD_MODEL_TYPE:
+            return OLD_MODEL_TYPE[found]
+        known = ", ".join(name for name, _ in LANGUAGE_MODELS.values())
+        raise UserError(f"{self.source}/config.json: {', '.join(classes) or found} is not one of {known}")
+
+    def field(self, name: str) -> Any:
+        """A field of EXPRESSIBLE, or LLaVA's default where the configuration leaves it out."""
+        value = self.config.get(name)
+        return EXPRESSIBLE[name][0] if value is None else value
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The language model's own configuration, without LLaVA's fields."""
+        cls = CONFIG_MAPPING[self.kind]
+        known = {*cls().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "_name_or_path", "dtype"}
+        return cls.from_dict(
+            {name: value for name, value in self.config.items() if name in known} | {"model_type": self.kind}
+        )
+
+    @property
+    def tower_is_trained(self) -> bool:
+        """Whether LLaVA takes the tower's weights from the checkpoint, not from `mm_vision_tower`."""
+        parts = self.config.get("mm_tunable_parts") or ""  # LLaVA-NeXT
+        return bool(self.config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with `prefix`, without it."""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    def language_model(self) -> PreTrainedModel:
+        """The causal language model alone, in the precision of its tensors, which it shares.
+
+        Raises UserError for missing, unknown and misshapen weights.
+        """
+        return _language_model(self.text_config, self.tensors, self.source)
+
+    def generation_config(self) -> GenerationConfig:
+        """generation_config.json, or what config.json says of generation; no `max_length`, which LLaVA never uses."""
+        if "generation_config.json" not in self.files:
+            return GenerationConfig.from_model_config(self.text_config)
+        return GenerationConfig.from_dict(json.loads(self.files["generation_config.json"]) | {"max_length": None})
+
+    def write_files(self, directory: Path) -> None:
+        """Its small files, and config.json of its language model alone: all that a tokenizer is read from."""
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+        self.text_config.save_pretrained(directory)
+
+    @torch.no_grad()
+    def logits(self, tower: nn.Module, before: Sequence[int], pixel_values: Tensor, after: Sequence[int]) -> Tensor:
+        """Logits [T + N, V] over a text, one image [1, 3, S, S] and a text, computed as LLaVA's own classes do.
+
+        `tower` is the vision tower. No part of a stock LLaVA model is used: this is what those are compared with.
+        """
+        language = self.language_model().eval()
+        words = language.get_input_embeddings()
+        tokens = select_features(
+            tower, pixel_values, self.config["mm_vision_select_layer"],
+            SELECT_FEATURE[self.field("mm_vision_select_feature")],
+        )  # fmt: skip
+        image = _projector(self.part(PROJECTOR))(tokens.to(words.weight.dtype))
+        texts = [words(torch.tensor(ids, dtype=torch.long))[None] for ids in (before, after)]
+        return language(inputs_embeds=torch.cat([texts[0], image, texts[1]], dim=1)).logits[0]
+
+
+def _projector(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """LLaVA's `build_vision_projector`: one linear layer, or two with a GELU between them."""
+    weights = [tensors[name] for name in sorted(tensors) if name.endswith("weight")]
+    layers: list[nn.Module] = []
+    for weight in weights:
+        layers += [nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype), nn.GELU()]
+    projector = layers[0] if len(weights) == 1 else nn.Sequential(*layers[:-1])
+    projector.load_state_dict(dict(tensors))
+    return projector
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def is_original_llava(directory: Path) -> bool:
+    """Whether `directory` is one of the three kinds: its config.json names a vision tower in LLaVA's way."""
+    try:
+        return "mm_vision_tower" in read_json(Path(directory) / "config.json")
+    except ValueError:
+        return False
+
+
+def refuse_original(directory: Path, what: str) -> None:
+    """UserError with the command that converts, where `directory` is an original LLaVA checkpoint."""
+    if is_original_llava(directory):
+        raise UserError(
+            f"{what}: {directory} is a checkpoint of the original LLaVA. Convert it first, to a stock transformers "
+            f"directory: python scripts/convert.py {directory} {Path(directory).name}-hf --to transformers"
+        )
+
+
+def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
+    """Read an original checkpoint of any of the three kinds.
+
+    `base` (directory or hub id) is what LLaVA calls --model-base: the language model, or the LLaVA checkpoint, that
+    LoRA adapters or a projector belong to. Nothing pickled is run. Raises UserError where `base` is missing or out of
+    place, for what a stock model cannot hold, and for weights that are damaged, missing, or of no known part.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    whole = any((directory / name).is_file() for name in WEIGHTS)
+    lora = not whole and (directory / "adapter_config.json").is_file()
+    extra = directory / (TRAINABLES if lora else "mm_projector.bin")
+    if whole and base is not None:
+        raise UserError(f"{directory} is a whole model: leave out --base")
+    if not whole and not extra.is_file():
+        raise UserError(f"{directory} holds no weights: expected one of {', '.join(WEIGHTS)}, or {extra.name}")
+    if not whole and base is None:
+        what = "LoRA adapters" if lora else "a projector only"
+        recorded = read_json(directory / "adapter_config.json").get("base_model_name_or_path") if lora else None
+        recorded = recorded or config.get("_name_or_path")
+        raise UserError(
+            f"{directory} holds {what}: name the model that it belongs to with --base"
+            + (f" (its configuration says {recorded})" if recorded else "")
+        )
+    place = directory if base is None else resolve(base, "base model")
+    original = OriginalLlava(
+        config=config,
+        tensors=read_tensors(place),
+        files=kept_files(place),
+        source=str(directory),
+    )
+    _check_expressible(original)
+    if not whole:
+        added = {_llava_name(name): tensor for name, tensor in read_weights(extra).items()}
+        original = replace(original, tensors=original.tensors | added)
+    if lora:
+        original = replace(original, tensors=original.tensors | _merged(original, directory))
+    if not original.part(PROJECTOR):
+        raise UserError(f"{directory} holds no projector ({PROJECTOR}*)")
+    return original
+
+
+def kept_files(directory: Path) -> dict[str, bytes]:
+    """Those of KEPT_FILES that are in `directory`."""
+    return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory: one file or several with an index, safetensors first.
+
+    Raises UserError where there are none, and for a damaged or missing file.
+    """
+    for name in WEIGHTS:
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return read_weights(path)
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in read_weights(directory / shard).items()}
+    raise UserError(f"{directory} holds no weights: expected one of {', '.join(WEIGHTS)}")
+
+
+def _llava_name(name: str) -> str:
+    """A name in non_lora_trainables.bin or mm_projector.bin → the checkpoint's name."""
+    name = name.removeprefix("base_model.model.")  # PEFT's wrappers
+    return f"model.{name}" if name.startswith("mm_projector.") else name
+
+
+def _check_expressible(original: OriginalLlava) -> None:
+    assert original.kind  # raises
+    problems = [
+        f"{name} is {original.field(name)!r}, possible: {', '.join(map(repr, values))}"
+        for name, (_, values) in EXPRESSIBLE.items()
+        if original.field(name) not in values
+    ]
+    if not isinstance(original.config.get("mm_vision_select_layer"), int):
+        problems.append("mm_vision_select_layer is missing")
+    if problems:
+        raise UserError(
+            f"{original.source}/config.json: a stock LlavaForConditionalGeneration cannot hold this model: "
+            + "; ".join(problems)
+        )
+
+
+def _language_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], source: str) -> PreTrainedModel:
+    others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the last is unused where patches stay flat
+    own = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(others) and not name.endswith("rotary_emb.inv_freq")
+    }
+    dtype = own["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in own else None
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with loading("LLaVA checkpoint", source):
+        # With its loading info it returns a pair, which its annotation does not say.
+        model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, output_loading_info=True)
+    check_complete(info, "LLaVA checkpoint", source)
+    if info["unexpected_keys"]:
+        unknown = ", ".join(sorted(info["unexpected_keys"])[:5])
+        raise UserError(f"{source}: these weights are of no part of a LLaVA model: {unknown}")
+    return model
+
+
+def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:
+    """The language model's tensors with the LoRA adapters in `directory` added, in the base's precision as LLaVA."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    files = [directory / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    adapters = read_weights(next((path for path in files if path.is_file()), files[0]))
+    with loading("LoRA adapters", directory), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
+        adapted: Any = get_peft_model(original.language_model(), PeftConfig.from_pretrained(str(directory)))
+        fitted = set_peft_model_state_dict(adapted, adapters)
+        wrong = sorted(name for name in (*fitted.missing_keys, *fitted.unexpected_keys) if "lora_" in name)
+        if wrong:
+            raise UserError(f"the LoRA adapters in {directory} do not fit the base: {', '.join(wrong[:5])}")
+        return adapted.merge_and_unload(safe_merge=True).state_dict()

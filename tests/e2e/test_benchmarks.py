@@ -1,0 +1,245 @@
+"""clip_benchmark and lmms-eval, as they come from the index, on what is written here: their figures are ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_model, script_parser, tiny_run
+from PIL import Image
+from tiny_mllm import pictures
+from tiny_web import write_export, write_llava
+
+from clips.common.errors import CommandError, UserError
+from clips.common.jobs import Commands
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.evaluate import evaluate_from_flags
+from clips.weights.open_clip import write_open_clip
+from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks, missing_benchmarks
+from mllm.compare.cells import Cell
+from mllm.compare.comparison import Comparison
+from mllm.compare.run import name_failed_benchmarks, run_cell
+from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
+
+BENCH = Path(f"{sys.prefix}-bench") / "bin" / "python"
+"""The environment of both, which scripts/install.sh makes beside the one that runs the tests."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BENCH.is_file(), reason=f"there is no {BENCH}: scripts/test.sh makes it"),
+]
+COLOURS, THINGS = ("red", "green", "blue", "grey"), ("cat", "dog", "sun", "car", "key")
+TEMPLATES = ("a photo of a {}.", "one {}")
+
+
+def run_bench(*arguments: str | Path, cwd: Path) -> None:
+    done = subprocess.run([BENCH, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ------------------------------------------------------------------------------------------------------ clip_benchmark
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip export with weights that are not zero anywhere."""
+    directory = tmp_path_factory.mktemp("export") / "open_clip"
+    run = tiny_run()
+    text = dataclasses.replace(run.model.text, vocab_size=200, context_length=24)  # texts differ as ids, too
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, text=text))
+    words = ["a photo of one", *COLOURS, *THINGS, "left of 0 1 2 3 4 5 6 7 8 9"]
+    tokenizer = build_tokenizer("wordpiece", words * 4, vocab_size=run.model.text.vocab_size)
+    write_open_clip(random_model(run), tokenizer, directory)
+    return directory
+
+
+def draw(seed: int) -> bytes:
+    """A PNG of broad areas, so that pictures differ by more than noise."""
+    areas = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(areas).resize((50, 40), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
+SETS = {
+    "unique": [[f"a {COLOURS[i % 4]} {THINGS[i % 5]}", f"one {THINGS[i % 5]} left of {i}"] for i in range(20)],
+    "shared": [[f"a {COLOURS[i % 4]} {THINGS[i % 3]}", f"one {THINGS[i % 5]} left of {i}"] for i in range(20)],
+}
+
+
+def write_retrieval_set(folder: Path, captions: list[list[str]]) -> None:
+    """Pictures with their captions as a webdataset in clip_benchmark's layout and as karpathy.json."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("retrieval")
+    (folder / "test" / "nshards.txt").write_text("1")
+    entries = []
+    with tarfile.open(folder / "test" / "0.tar", "w") as shard:
+        for i, texts in enumerate(captions):
+            (folder / f"{i}.png").write_bytes(draw(i))
+            for name, content in ((f"{i:04}.png", draw(i)), (f"{i:04}.txt", "\n".join(texts).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+            sentences = [{"raw": text} for text in texts]
+            entries.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
+    (folder / "karpathy.json").write_text(json.dumps({"images": entries}))
+
+
+def test_retrieval_is_clip_benchmark_s(export: Path, tmp_path: Path) -> None:
+    for name, captions in SETS.items():
+        write_retrieval_set(tmp_path / name, captions)
+    command = ["eval", "--model", f"local-dir:{export}", "--pretrained", "", "--no_amp", "--task", "zeroshot_retrieval"]
+    command += ["--dataset", *(f"wds/{name}" for name in SETS), "--dataset_root", "{dataset}"]
+    command += ["--output", "{dataset}/theirs.json", "--recall_k", "1", "5", "10", "--num_workers", "0"]
+    run_bench("-m", "clip_benchmark.cli", *command, cwd=tmp_path)
+
+    ours, theirs = {}, {}
+    for name in SETS:
+        out = tmp_path / name / "ours.json"
+        flags = ["--model", str(export), "--karpathy", str(tmp_path / name / "karpathy.json"), "--out", str(out)]
+        evaluate_from_flags(script_parser("evaluate_clips").parse_args([*flags, "--device", "cpu"]))
+        figures = json.loads(out.read_text())["figures"]
+        ours[name] = {figure.removeprefix("sentence_"): found["value"] for figure, found in figures.items()}
+        found = json.loads((tmp_path / name / "theirs.json").read_text())["metrics"]
+        ways = {"i2t": "text", "t2i": "image"}
+        theirs[name] = {f"{w}_r{k}": 100 * found[f"{ways[w]}_retrieval_recall@{k}"] for w in ways for k in (1, 5, 10)}
+    assert ours["unique"] == pytest.approx(theirs["unique"], abs=1e-3)
+    assert 0 < ours["unique"]["t2i_r1"] < 100
+    # Image → text cannot be equal here: of equal texts, which score the same, theirs takes the first in memory.
+    for name in ("t2i_r1", "t2i_r5", "t2i_r10"):
+        assert ours["shared"][f"{name}_strict"] == pytest.approx(theirs["shared"][name], abs=1e-3)
+    assert ours["shared"]["t2i_r5"] > ours["shared"]["t2i_r5_strict"]
+
+
+CLASSIFY = """\
+import json
+from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
+from clip_benchmark.models import load_clip
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+model, transform, tokenizer = load_clip("open_clip", "local-dir:{export}", "", None, "cpu")
+data = ImageFolder("data", transform)
+classifier = zero_shot_classifier(model.eval(), tokenizer, data.classes, {templates}, "cpu", amp=False)
+logits, target = run_classification(model, classifier, DataLoader(data, 16), "cpu", amp=False)
+json.dump((logits.argmax(1) == target).float().mean().item(), open("theirs.json", "w"))
+"""
+
+
+def test_classification_is_clip_benchmark_s(export: Path, tmp_path: Path) -> None:
+    """By its classifier: its own count of what is right, and so its command, fails with numpy 2.4."""
+    for i in range(40):
+        (tmp_path / "data" / THINGS[i % 5]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / THINGS[i % 5] / f"{i}.png").write_bytes(draw(i))
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": sorted(THINGS), "templates": TEMPLATES}))
+    theirs = [template.format("{c}") for template in TEMPLATES]
+    (tmp_path / "theirs.py").write_text(CLASSIFY.format(export=export, templates=theirs))
+    run_bench("theirs.py", cwd=tmp_path)
+
+    out, data, classes = (str(tmp_path / name) for name in ("ours.json", "data", "classes.json"))
+    flags = ["--model", str(export), "--data", data, "--classes", classes, "--out", out, "--device", "cpu"]
+    evaluate_from_flags(script_parser("evaluate_clips").parse_args(flags))
+    figure = json.loads(Path(out).read_text())["figures"]["zero_shot_top1"]
+    accuracy = json.loads((tmp_path / "theirs.json").read_text())
+    assert figure["value"] == pytest.approx(100 * accuracy)
+    assert 0 < accuracy < 1
+
+
+# ----------------------------------------------------------------------------------------------------------- lmms-eval
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.of
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  max_new_tokens: 12
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+PICTURES = "from PIL import Image\n\n\ndef of(doc):\n    return [Image.open(doc['path']).convert('RGB')]\n"
+
+
+def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """A task runs and gives our own answers, one fails, is named and is run again alone once its data are there."""
+    monkeypatch.setattr(sys, "executable", str(BENCH))
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
+    write_export(tmp_path / "clips")
+    cell = Cell("clips", "clips", str(tmp_path / "clips"), 0, tmp_path / "cells" / "clips-seed0")
+    write_llava(cell.directory, tmp_path / "clips", initializer_range=0.1)
+    for stage in ("align", "instruct"):
+        (cell.directory / stage).mkdir()
+        (cell.directory / stage / "done.json").write_text("{}")
+    questions = [
+        {
+            "question_id": i,
+            "image": name,
+            "path": str(tmp_path / "images" / name),
+            "text": f"What is {i}?",
+            "answer": "x",
+        }
+        for i, name in enumerate(pictures(tmp_path / "images", 6))
+    ]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "questions.jsonl").write_text(lines)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "pictures.py").write_text(PICTURES)
+    for name in ("questions", "later"):
+        task = TASK.format(name=name, file=tmp_path / f"{name}.jsonl")
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(task)
+
+    comparison = Comparison(
+        encoders=("clips", "blind"), seeds=1, output=tmp_path, device="cpu", train_flags=("--data_path", "mine.json"),
+        benchmarks=("questions", "later"), include_path=tmp_path / "tasks",
+    )  # fmt: skip
+    check_benchmarks(comparison)
+    run_cell(comparison, cell, Commands(1), lambda run, doing: None)
+    assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
+    with pytest.raises(CommandError, match=r"later: see .*benchmarks/later/lmms_eval\.log"):
+        name_failed_benchmarks(comparison, [cell])
+    assert "later.jsonl" in (benchmark_folder(cell.directory, "later") / "lmms_eval.log").read_text()
+
+    (samples,) = benchmark_folder(cell.directory, "questions").glob("*/*_samples_questions.jsonl")
+    theirs = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
+    flags = [
+        "--model-path",
+        cell.directory / "model",
+        "--question-file",
+        tmp_path / "questions.jsonl",
+        "--device",
+        "cpu",
+    ]
+    flags += ["--image-folder", tmp_path / "images", "--max-new-tokens", 12, "--out", tmp_path / "ours"]
+    answer_from_flags(script_parser("evaluate_llava").parse_args(list(map(str, flags))))
+    ours = map(json.loads, (tmp_path / "ours" / "questions.jsonl").read_text().splitlines())
+    assert {row["question_id"]: row["text"] for row in ours} == {i: text.strip() for i, text in theirs.items()}
+    assert len(set(theirs.values())) > 1
+
+    (tmp_path / "later.jsonl").write_text(lines)
+    before = samples.stat().st_mtime_ns
+    run_cell(comparison, cell, Commands(1), lambda run, doing: None)
+    assert missing_benchmarks(comparison, cell.directory) == []
+    name_failed_benchmarks(comparison, [cell])
+    assert samples.stat().st_mtime_ns == before
+    assert json.loads((cell.directory / "cost.json").read_text())["benchmarks"] > 0
+
+
+def test_a_task_that_lmms_eval_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(BENCH))
+    comparison = Comparison(encoders=("clips", "blind"), benchmarks=("gqa", "gqaa"))
+    with pytest.raises(UserError, match="cannot run here: it has no task gqaa"):
+        check_benchmarks(comparison)

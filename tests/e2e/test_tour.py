@@ -1,0 +1,72 @@
+"""What the README and the notebook show of Python, run as they stand, on tiny models in place of the quickstart's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT, random_model, tiny_run
+from nbclient import NotebookClient
+from tiny_mllm import pictures
+from tiny_web import write_llava
+
+from clips.data.tokenizer import build_tokenizer
+from clips.weights.export import export_all
+
+TOUR = ROOT / "docs" / "tour.ipynb"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository after the quickstart: runs/demo with its exports, a language model on it, the demo's pictures."""
+    root = tmp_path_factory.mktemp("after_quickstart")
+    run = tiny_run()
+    tokenizer = build_tokenizer("wordpiece", ["a red cat and two dogs"] * 3, vocab_size=run.model.text.vocab_size)
+    images = torch.randn(2, 3, 32, 32)
+    (root / "runs" / "demo").mkdir(parents=True)
+    run.save(root / "runs" / "demo" / "config.json")
+    export_all(random_model(run), run, tokenizer, root / "runs" / "demo" / "export", images, ["a cat"])
+    write_llava(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=1024)
+    folder = root / "data" / "llava_demo" / "images"
+    for i, name in enumerate(pictures(folder, 5)):
+        (folder / name).rename(folder / f"test-{i:06}.png")
+    return root
+
+
+def test_the_readme_s_lines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(lines, names)
+    assert names["features"].shape == (2, names["model"].embed_dim)
+    assert names["cosines"].shape == (2, 2)
+
+
+def test_the_notebook_is_committed_without_outputs() -> None:
+    for cell in nbformat.read(TOUR, as_version=4).cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a fresh kernel in docs/, where Jupyter starts it."""
+    (place / "docs").mkdir()
+    shutil.copy(TOUR, place / "docs")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(place / "docs" / TOUR.name, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place / "docs")}}).execute()
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    printed = {name: "".join(out.get("text", "") for out in found) for name, found in outputs.items()}
+    assert "5 pictures" in printed["encoder"]
+    assert printed["zero-shot"].count("%") == 5
+    assert printed["retrieval"].count("test-00000") == 4
+    assert "cosine" in printed["map"]
+    assert "image/png" in outputs["map"][-1].data
+    assert outputs["caption"][-1].data["text/plain"].startswith("'")
+    assert printed["chat"].count("A: ") == 2
