@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from clips.common.escape import for_markdown
+from clips.common.hub import resolve
 from mllm.data.conversation import answering_encoder
-from mllm.encoders.hub import resolve
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
 from mllm.gguf.mmproj import check_tower, pads, picture_size, tower_tensors, write_tower_metadata
 from mllm.gguf.vocabulary import write_vocabulary
