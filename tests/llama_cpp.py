@@ -55,12 +55,23 @@ class LlamaServer:
         with urllib.request.urlopen(request, timeout=120) as reply:
             return json.load(reply)
 
-    def answer(self, messages: list[dict[str, Any]], tokens: int) -> tuple[str, dict[int, float]]:
-        """The greedy answer, and log-probabilities of the likeliest first tokens."""
-        sampling = {"temperature": 0, "max_tokens": tokens, "logprobs": True, "top_logprobs": 10}
+    def answer(self, messages: list[dict[str, Any]], tokens: int) -> str:
+        """The greedy answer."""
+        sampling = {"temperature": 0, "max_tokens": tokens}
         choice = self.post("/v1/chat/completions", {"messages": messages} | sampling)["choices"][0]
-        first = choice["logprobs"]["content"][0]["top_logprobs"]
-        return choice["message"]["content"], {token["id"]: token["logprob"] for token in first}
+        return choice["message"]["content"]
+
+    def first_token(self, messages: list[dict[str, Any]]) -> dict[int, float]:
+        """Log-probabilities of the ten likeliest first tokens of the answer.
+
+        They are taken before any bias. What is said is forced to be a letter: an end token, or half a character, comes
+        without them.
+        """
+        letter = self.post("/tokenize", {"content": "A"})["tokens"][0]
+        asked = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 10}
+        body = {"messages": messages, "logit_bias": {str(letter): 1000}} | asked
+        choice = self.post("/v1/chat/completions", body)["choices"][0]
+        return {token["id"]: token["logprob"] for token in choice["logprobs"]["content"][0]["top_logprobs"]}
 
     def prompt_ids(self, messages: list[dict[str, Any]], picture: list[int]) -> list[int]:
         """What the language model reads, with the ids `picture` where a picture's tokens are."""
