@@ -11,6 +11,11 @@ from mllm.chat.limits import add_host_flag
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model-path", metavar="DIR_OR_HUB_ID", help="the model; without it the newest runs/*/model")
+    p.add_argument(
+        "--model-base",
+        metavar="DIR_OR_HUB_ID",
+        help="LLaVA's flag for a model in parts; here that is put together first, by convert.py --base",
+    )
     p.add_argument("--image-file", action="append", metavar="PATH_OR_URL", help="a picture; repeat for several")
     p.add_argument(
         "--conv-mode", default="auto", help="conversation format: auto (as trained), v1, chatml, llama_3 or plain"

@@ -288,6 +288,12 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/chat.py does."""
     if bool(flags.input) != bool(flags.output):
         raise UserError("--input and --output go together: a file of questions, and where the answers go")
+    if flags.model_base:
+        place = flags.model_path or "MODEL"
+        raise UserError(
+            "--model-base: LoRA adapters or a projector and their base are put together first, once: python "
+            f"scripts/convert.py {place} {Path(place).name}-hf --to transformers --base {flags.model_base}"
+        )
     sampling = Sampling(
         temperature=flags.temperature,
         top_p=flags.top_p,

@@ -24,7 +24,6 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -36,7 +35,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.hub import HUB_ID, resolve
-from clips.common.stock import NO_CODE, loading, progress_bars
+from clips.common.stock import loading, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import SAVED, backend_with_bos, get_format
@@ -149,7 +148,7 @@ def convert_llava(
     else:
         if conv_mode != "auto":
             raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
-        model, processor = load_llava(str(directory), torch.device("cpu"), _saved_dtype(directory))
+        model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
         original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
         _check_name(original.kind, target.name)
         vision_config: Any = model.config.vision_config
@@ -246,7 +245,7 @@ def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
     """What stock transformers has no place for, so that `to_original` can give it back; no path of this machine."""
     config = {name: value for name, value in original.config.items() if name not in ("_name_or_path", "auto_map")}
     files = dict(original.files)
-    if Path(config["mm_vision_tower"]).is_absolute():
+    if Path(config["mm_vision_tower"]).is_absolute() or Path(config["mm_vision_tower"]).is_dir():
         del config["mm_vision_tower"]
     else:
         tower = {"mm_vision_tower": config["mm_vision_tower"], "weights": vision.weights_fingerprint}
@@ -436,12 +435,6 @@ def _write_tower(
     write_json(directory / "preprocessor_config.json", stock)
     config.save_pretrained(directory)
     write_weights(tensors, directory / "model.safetensors")
-
-
-def _saved_dtype(directory: Path) -> torch.dtype:
-    with loading("model", directory):
-        config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
-    return config.dtype or torch.float32
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

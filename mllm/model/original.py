@@ -175,9 +175,11 @@ def is_original_llava(directory: Path) -> bool:
 def refuse_original(directory: Path, what: str) -> None:
     """UserError with the command that converts, where `directory` is an original LLaVA checkpoint."""
     if is_original_llava(directory):
+        place = Path(directory)
+        parts = "" if _is_whole(place) else " --base LANGUAGE_MODEL"
         raise UserError(
-            f"{what}: {directory} is a checkpoint of the original LLaVA. Convert it first, to a stock transformers "
-            f"directory: python scripts/convert.py {directory} {Path(directory).name}-hf --to transformers"
+            f"{what}: {place} is a checkpoint of the original LLaVA. Convert it to a stock transformers model first: "
+            f"python scripts/convert.py {place} {place.name}-hf --to transformers{parts}"
         )
 
 
@@ -190,7 +192,7 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    whole = any((directory / name).is_file() for name in WEIGHTS)
+    whole = _is_whole(directory)
     lora = not whole and (directory / "adapter_config.json").is_file()
     extra = directory / (TRAINABLES if lora else "mm_projector.bin")
     if whole and base is not None:
@@ -221,6 +223,10 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     if not original.part(PROJECTOR):
         raise UserError(f"{directory} holds no projector ({PROJECTOR}*)")
     return original
+
+
+def _is_whole(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in WEIGHTS)
 
 
 def kept_files(directory: Path) -> dict[str, bytes]:
