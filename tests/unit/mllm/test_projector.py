@@ -65,7 +65,9 @@ def test_files_of_llava_both_ways(tmp_path, kind, file):
     assert torch.equal(again(x), projector(x))
 
 
-@pytest.mark.parametrize("prefix", ["", "mm_projector.", "module.model.mm_projector.", "base_model.model.model.mm_projector."])
+@pytest.mark.parametrize(
+    "prefix", ["", "mm_projector.", "module.model.mm_projector.", "base_model.model.model.mm_projector."]
+)
 def test_other_prefixes_of_llava(tmp_path, prefix):
     original = llava_module("mlp2x_gelu")
     torch.save({prefix + name: tensor for name, tensor in original.state_dict().items()}, tmp_path / "p.bin")
