@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_python, tiny_batch, tiny_run
 
+from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
 from clips.studies import benchmark
@@ -47,7 +48,7 @@ def test_the_stock_towers_are_as_large_as_ours(name: str, monkeypatch: pytest.Mo
     run = benchmark.setting(name, CPU, "unused")
     built = []
     monkeypatch.setattr(benchmark, "stock_step", lambda model, loss_of, device: built.append(model))
-    tokenizer = type("Ids", (), {"pad_id": 0, "eos_id": 2})()
+    tokenizer = build_tokenizer("bert")
     with torch.device("meta"):
         ours = CLIPSModel(run.model, pad_id=0).parameter_counts()
         benchmark._stock_towers(run, tokenizer, CPU, full_context=True)
@@ -61,7 +62,7 @@ def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     run, batch = tiny_run(), tiny_batch(0)
     vision = replace(run.model.vision, width=48)  # another width than the decoder's, as in B/16
     run = replace(run, model=replace(run.model, vision=vision))
-    tokenizer = type("Ids", (), {"pad_id": 0, "eos_id": 2})()
+    tokenizer = build_tokenizer("bert")
     losses = []
     original = benchmark.stock_step
 
