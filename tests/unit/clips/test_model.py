@@ -208,3 +208,16 @@ def test_the_logit_scale_is_at_most_100() -> None:
     assert model(torch.randn(2, 3, 32, 32), [tiny_batch(0, size=2)["web"]]).logit_scale.item() == pytest.approx(
         100, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_a_frozen_tower_keeps_no_graph_and_its_projection_trains(part):
+    run = tiny_run()
+    model = random_model(run)
+    model.freeze(part)
+    batch = tiny_batch(0)
+    towers = {"vision": (model.visual, batch["images"]), "text": (model.text, batch["web"])}
+    for name, (tower, inputs) in towers.items():
+        pooled = tower(inputs)[0]
+        assert pooled.requires_grad == (name != part)
+        assert tower.proj(pooled).requires_grad
