@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     llava.add_argument(
         "--conv-mode",
         default="auto",
-        help="conversation format to save with it (default: its tokenizer's, or v1)",
+        help="conversation format to save with it; auto is its tokenizer's, else v1 (default: auto)",
     )
     return p
 
