@@ -6,6 +6,7 @@ on. A full shuffle, which would have to open a shard for nearly every sample, is
 
 from __future__ import annotations
 
+import sys
 import time
 import tracemalloc
 from dataclasses import asdict, dataclass
@@ -101,7 +102,7 @@ def simulate(samples: int, shards: int, *, batch: int, ranks: int, sample_bytes:
 
 def run(*, batch: int, ranks: int, sample_bytes: int, seed: int, out: str | None) -> list[Row]:
     """Simulate every set of SETS, print the table, and write it to `out` as JSON."""
-    console = Console(emoji=False)
+    console = Console(emoji=False, width=None if sys.stdout.isatty() else 120)  # in a file, as wide as it needs
     rows = [
         simulate(samples, shards, batch=batch, ranks=ranks, sample_bytes=sample_bytes, seed=seed)
         for samples, shards in track(SETS, "simulating", console=Console(emoji=False, stderr=True), transient=True)
