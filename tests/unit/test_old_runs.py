@@ -160,7 +160,8 @@ def test_a_finished_run_is_left_alone_and_measures_what_it_measured(place: Path)
     done = run_python(ROOT / "scripts" / "evaluate_clips.py", *flags, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     found, wanted = (json.loads(path.read_text())["figures"] for path in (figures, run_dir / "evaluation.json"))
-    assert found == wanted  # shares of eight images: rounding does not reach them
+    # Shares of eight images: rounding does not reach them. Figures that are measured since then stand beside them.
+    assert {name: found[name] for name in wanted} == wanted
 
 
 @pytest.mark.slow
