@@ -15,6 +15,7 @@ from torch import Tensor
 from clips.common.escape import for_markdown
 from clips.common.hub import resolve
 from mllm.data.conversation import answering_encoder
+from mllm.data.formats import Format
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
 from mllm.gguf.mmproj import check_tower, pads, picture_size, tower_tensors, write_tower_metadata
 from mllm.gguf.vocabulary import write_vocabulary
@@ -29,21 +30,26 @@ BICUBIC = 3
 
 # llama.cpp writes a mark (`<__media__>`, in the server `<__media_RANDOM__>`) where the message has its picture. The
 # models here were trained with the pictures first, each on a line of its own.
-PICTURES_FIRST = (
-    "{%- set talk = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set pieces = message['content'].split('<__media') -%}"
-    "{%- set body = namespace(marks='', text=pieces[0]) -%}"
-    "{%- for piece in pieces[1:] -%}"
-    "{%- set ends = piece.split('__>') -%}"
-    "{%- set body.marks = body.marks + '<__media' + ends[0] + '__>\\n' -%}"
-    "{%- set body.text = body.text + (ends[1:] | join('__>')) -%}"
-    "{%- endfor -%}"
-    "{%- set whole = body.marks + (body.text | trim) -%}"
-    "{%- set talk.messages = talk.messages + [{'role': message['role'], 'content': whole}] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = talk.messages -%}"
-)
+
+
+def pictures_first(chosen: Format) -> str:
+    """The start of a template that rewrites `messages` so."""
+    space = " " if chosen.prefix_space else ""  # the text after a picture starts with one, and llama.cpp adds none
+    return (
+        "{%- set talk = namespace(messages=[]) -%}"
+        "{%- for message in messages -%}"
+        "{%- set pieces = message['content'].split('<__media') -%}"
+        "{%- set body = namespace(marks='', text=pieces[0]) -%}"
+        "{%- for piece in pieces[1:] -%}"
+        "{%- set ends = piece.split('__>') -%}"
+        f"{{%- set body.marks = body.marks + '<__media' + ends[0] + '__>{space}\\n' -%}}"
+        "{%- set body.text = body.text + (ends[1:] | join('__>')) -%}"
+        "{%- endfor -%}"
+        "{%- set whole = body.marks + (body.text | trim) -%}"
+        "{%- set talk.messages = talk.messages + [{'role': message['role'], 'content': whole}] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = talk.messages -%}"
+    )
 
 
 def export_from_flags(flags: argparse.Namespace) -> None:
@@ -71,7 +77,7 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     def write_language(writer: GGUFWriter) -> None:
         write_language_metadata(writer, config.text_config)
         write_vocabulary(writer, tokenizer, chosen, rows=config.text_config.vocab_size, end_ids=_end_ids(model))
-        writer.add_chat_template(PICTURES_FIRST + chosen.chat_template())
+        writer.add_chat_template(pictures_first(chosen) + chosen.chat_template())
 
     def write_tower(writer: GGUFWriter) -> None:
         write_tower_metadata(writer, config, images)

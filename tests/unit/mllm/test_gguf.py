@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,7 @@ from clips.common.errors import UserError, run_command
 from mllm.data.formats import get_format
 from mllm.encoders.registry import load_vision
 from mllm.gguf import export
-from mllm.gguf.export import PICTURES_FIRST
+from mllm.gguf.export import pictures_first
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
 from mllm.gguf.mmproj import check_tower, feature_layers
 from mllm.gguf.vocabulary import write_vocabulary
@@ -168,8 +169,9 @@ def test_what_does_not_fit_is_named():
 
 def test_pictures_come_first_wherever_the_message_has_them():
     """The mark has a random part in the server; without a picture nothing changes."""
-    template = PICTURES_FIRST + "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}"
-    render = Environment().from_string(template).render
+    chosen = get_format("chatml", tiny_tokenizer())
+    show = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}"
+    render = Environment().from_string(pictures_first(chosen) + show).render
 
     def talk(*texts):
         return [{"role": "user", "content": text} for text in texts]
@@ -177,6 +179,8 @@ def test_pictures_come_first_wherever_the_message_has_them():
     assert render(messages=talk("What <__media_a1__> is it?")) == "[user|<__media_a1__>\nWhat  is it?]"
     assert render(messages=talk("<__media__><__media__>a __> b")) == "[user|<__media__>\n<__media__>\na __> b]"
     assert render(messages=talk("a", "b<__media__>")) == "[user|a][user|<__media__>\nb]"
+    spaced = Environment().from_string(pictures_first(replace(chosen, prefix_space=True)) + show).render
+    assert spaced(messages=talk("a", "b<__media__>")) == "[user|a][user|<__media__> \nb]"
 
 
 def test_files_hold_the_weights_in_the_asked_type(tmp_path):
