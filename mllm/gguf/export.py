@@ -28,12 +28,12 @@ DTYPES = {
 }
 BICUBIC = 3
 
-# llama.cpp writes a mark (`<__media__>`, in the server `<__media_RANDOM__>`) where the message has its picture. The
-# models here were trained with the pictures first, each on a line of its own.
-
 
 def pictures_first(chosen: Format) -> str:
-    """The start of a template that rewrites `messages` so."""
+    """The start of a chat template that puts a message's pictures first, each on a line of its own, as in training.
+
+    llama.cpp writes a mark (`<__media__>`, in the server `<__media_RANDOM__>`) where the message has its picture.
+    """
     space = " " if chosen.prefix_space else ""  # the text after a picture starts with one, and llama.cpp adds none
     return (
         "{%- set talk = namespace(messages=[]) -%}"
