@@ -65,9 +65,8 @@ class SampleOrder:
 
     def index(self, epoch: int, offset: int) -> int:
         """The sample index at `offset` (below the set's length) of `epoch`."""
-        _, _, group_starts = self._epoch(epoch)
-        group = int(np.searchsorted(group_starts, offset, side="right")) - 1
-        return int(self._members(epoch, group)[offset - group_starts[group]])
+        members, start = self._group(epoch, offset)
+        return int(members[offset - start])
 
     def offsets(self, epoch: int, indices: np.ndarray) -> np.ndarray:
         """Where `epoch` has the samples `indices`, the inverse of `index`: int64, of the same length."""
@@ -87,9 +86,13 @@ class SampleOrder:
 
     def held(self, epoch: int, offset: int) -> int:
         """Samples of the shards' pieces that are read from at `offset` of `epoch`."""
+        return len(self._group(epoch, offset)[0])
+
+    def _group(self, epoch: int, offset: int) -> tuple[np.ndarray, int]:
+        """The shuffled sample indices of the group that holds `offset`, and the offset that it begins at."""
         _, _, group_starts = self._epoch(epoch)
         group = int(np.searchsorted(group_starts, offset, side="right")) - 1
-        return len(self._members(epoch, group))
+        return self._members(epoch, group), int(group_starts[group])
 
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces in this epoch's order, the piece each group begins with, the offset each group begins at."""

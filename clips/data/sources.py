@@ -113,6 +113,14 @@ def _match(pattern: str) -> list[str]:
     return found
 
 
+def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
+    """(part, place in it) of `index`, where part i begins at `starts[i]` and the last entry is the end."""
+    if not 0 <= index < starts[-1]:
+        raise IndexError(index)
+    part = bisect.bisect_right(starts, index) - 1
+    return part, index - starts[part]
+
+
 class Source:
     """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
 
@@ -126,10 +134,7 @@ class Source:
         self._starts = [0, *itertools.accumulate(sizes)]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect.bisect_right(self._starts, index) - 1
-        return shard, index - self._starts[shard]
+        return _place(self._starts, index)
 
     def order(self, seed: int) -> Order:
         """In which order training sees the samples."""
@@ -166,10 +171,8 @@ class MixedSource(Source):
         return MixedOrder([SampleOrder(source.shard_sizes, seed) for source in self.sources], self.shares, seed)
 
     def _part(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._firsts, index) - 1
-        return self.sources[part], index - self._firsts[part]
+        part, index = _place(self._firsts, index)
+        return self.sources[part], index
 
     def read(self, index: int) -> RawSample:
         source, index = self._part(index)
