@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh                    # everything
 #   bash scripts/test.sh -m "not slow"      # only what takes seconds
+#   bash scripts/test.sh -n 0 -k captioner  # in one process: for a debugger, or a few tests
 #
 # With CI=true a test that is skipped for want of a package counts as failed (tests/conftest.py).
 set -euo pipefail
@@ -15,4 +16,6 @@ install_browser
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# Two processes, a file to each: the machine of the checks has two cores. In the order of the folders, so that the long
+# files (dist, e2e) come first and both processes end together.
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
