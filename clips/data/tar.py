@@ -26,6 +26,8 @@ MAX_NAME = 1 << 16
 MAX_DIGITS = 18
 """Of a size in bytes."""
 MAX_PROBLEMS = 50
+INDEX = ".idx.npz"
+"""How the names of indexes end."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstd begin."""
 
@@ -52,7 +54,7 @@ class ShardIndex:
 
 def shard_summary(url: str) -> ShardSummary:
     """Read (on first use: build and store) the index of a shard, without its per-sample part."""
-    path = sidecar(url, ".idx.npz", lambda target: _write_index(url, target))
+    path = sidecar(url, INDEX, lambda target: _write_index(url, target))
     with np.load(path, allow_pickle=False) as stored:
         meta = json.loads(stored["meta"].item())
     return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
