@@ -34,12 +34,15 @@ class Copies:
     def __init__(self, limit: int, folder: Path | None = None) -> None:
         """UserError where the folder cannot be made."""
         self.folder = folder or cache_root() / "remote"
+        self._count = self.folder / "total"
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._present())
+            self.limit = min(limit, int(OF_DISK * room))
+            with lock(self.folder / "locks" / "total", wait=True):
+                self._count.write_text(str(self._shrunk(self.limit)))
         except OSError as error:
             raise self._unwritable(error) from None
-        self.limit = min(limit, int(OF_DISK * room))
 
     def open(self, url: str, state: str, *, wait: bool = True) -> BinaryIO | None:
         """The copy of `url` in the state that `stamp` gave, fetched where it is missing; None where it has no room.
@@ -79,13 +82,12 @@ class Copies:
     def _begun(self, part: Path, size: int) -> BinaryIO | None:
         """An empty file with `size` bytes of room reserved, after removing what must go; None where that is not enough.
 
-        `total` is what all copies take. Between two removals it is added up; what a kill leaves it wrong by is put
-        right by the next, which looks at the files.
+        What all copies take is added up in a file; what a kill leaves it wrong by is put right where copies are
+        removed, which looks at each of them.
         """
-        count = self.folder / "total"
         with lock(self.folder / "locks" / "total", wait=True):
-            text = count.read_text() if count.is_file() else ""
-            total = int(text) if text.isdigit() else self.limit  # unknown: look at the files
+            text = self._count.read_text()
+            total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty: killed while it was written
             if total + size > self.limit:
                 total = self._shrunk(int(KEPT * self.limit) - size)
             file = None
@@ -93,7 +95,7 @@ class Copies:
                 file = cast(BinaryIO, open(part, "w+b"))  # noqa: SIM115 - closed by its reader
                 file.truncate(size)
                 total += size
-            count.write_text(str(total))
+            self._count.write_text(str(total))
         return file
 
     def _shrunk(self, most: int) -> int:

@@ -50,7 +50,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     def ask() -> bytes:
         filesystem, path = fsspec.core.url_to_fs(url)
-        data = filesystem.cat_file(path, start, stop)
+        data = filesystem.cat_file(path, start=start, end=stop)
         if len(data) < stop - start:
             raise ConnectionError(f"only {len(data)} of {stop - start} bytes came")
         return data
@@ -76,9 +76,9 @@ def patiently(url: str, ask: Callable[[], T]) -> T:
         except (CommandError, ImportError, ValueError):
             raise
         except Exception as error:  # each store has its library, and each library its own errors
+            said = ", from ".join(f"{type(link).__name__}: {first_line(link)}" for link in _chain(error))
             if _is_final(error):
-                raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
-            said = " ".join(dict.fromkeys(f"{type(e).__name__}: {first_line(e)}" for e in _chain(error)))
+                raise OSError(said) from error
             if delay is None:
                 raise CommandError(
                     f"{url} cannot be read: {said} ({len(DELAYS) + 1} attempts in about {sum(DELAYS):.0f} s); "

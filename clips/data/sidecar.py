@@ -60,7 +60,7 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
             build(temporary)
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"the index of {url} cannot be written: {error}") from None
+            raise UserError(f"the index of {url} cannot be made: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
         for stale in path.parent.glob(f".{name}.*{suffix}"):

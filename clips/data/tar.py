@@ -131,9 +131,10 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
     Python's tarfile ends silently at a damaged header; here the scan goes on at the next valid one.
     Raises UserError for compressed files, for names that climb out of the shard and for links.
     """
+    end = file.seek(0, 2)
+    file.seek(0)
     if file.read(6).startswith(COMPRESSED):  # or the search for a next header would read all of it
         raise UserError(f"{shard} is a compressed file: members are read in place, so unpack it to a plain .tar")
-    end = file.seek(0, 2)
     position, last, damaged, zeros = 0, "the beginning", False, False
     extended: dict[str, bytes] = {}  # what a long name or pax header says of the next member
     while position + BLOCK <= end:
