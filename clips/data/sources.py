@@ -126,6 +126,8 @@ class Source:
     """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
 
     shard_sizes: list[int]
+    problems: Sequence[str] = ()
+    """What was found wrong when the set was opened, shard by shard; its samples are left out of the length."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -164,6 +166,7 @@ class MixedSource(Source):
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
         """ValueError for shares that `MixedOrder` refuses."""
         self.sources, self.shares = list(sources), list(shares)
+        self.problems = [problem for source in sources for problem in source.problems]
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
         self.order(0)
@@ -239,6 +242,7 @@ class TarSource(Source):
             messages.append(
                 f"{self.shards[i]}: {lacking[i]} samples are left out for want of a member, the first is {first}"
             )
+        self.problems = messages
         for message in messages[:WARNED]:
             log.warning(message)
         if len(messages) > WARNED:
