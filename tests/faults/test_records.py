@@ -120,7 +120,8 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         commands[name] = train(tmp_path / "runs", name, table / f"{name}.jsonl", *fields)
     said = {
         "climbing": "'../00099.png' points outside", "absolute": "'/etc/00099.png' points outside",
-        "symbolic": "is a link", "hard": "is a link", "dots": "leads out of", "root": "leads out of", "link": "leads out of",
+        "symbolic": "is a link", "hard": "is a link", 
+        "dots": "leads out of", "root": "leads out of", "link": "leads out of",
     }  # fmt: skip
     for name, done in run_all(commands).items():
         assert_ended(done, 2, said[name])
