@@ -61,6 +61,11 @@ FLAT = 4
 """Grey levels by which neighbours differ at least in the sketch of a picture; noise and flat pictures stay below."""
 
 
+KINDS = {"picture": "pictures, byte by byte", "look": "pictures that look alike", "web": "web captions",
+         "long": "long captions"}  # fmt: skip
+"""What may repeat."""
+
+
 # ------------------------------------------------------------------------------------------------ what is counted
 class Distinct:
     """How often equal things repeat, by 64-bit hashes, of which at most `most` different ones are kept.
@@ -136,9 +141,9 @@ class Findings:
         for reason, count in other.broken.items():
             self.broken[reason if reason in self.broken or len(self.broken) < CLASSES else "yet another"] += count
         self.refused += other.refused[: SHOWN_BROKEN - len(self.refused)]
-        for mine, others in ((self.tokens, other.tokens), (self.scripts, other.scripts)):
-            for part in mine:
-                mine[part].update(others[part])  # type: ignore[attr-defined]
+        for part in self.tokens:
+            self.tokens[part].update(other.tokens[part])
+            self.scripts[part].update(other.scripts[part])
         self.sides.update(other.sides)
         self.aspects.update(other.aspects)
         self.good += other.good
@@ -149,8 +154,6 @@ class Findings:
                 self.bad.append(shown)
 
 
-KINDS = {"picture": "pictures, byte by byte", "look": "pictures that look alike", "web": "web captions",
-         "long": "long captions"}  # fmt: skip
 _QUOTED = re.compile(r"(['\"]).*?\1|<[^>]*>|\b[a-z]+://\S+|(?<![\w/])/\S+")
 _NUMBER = re.compile(r"\d[\d,.]*(?<=\d)")
 

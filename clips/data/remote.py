@@ -131,7 +131,7 @@ class RemoteFile(io.RawIOBase):
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         return self._position
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def] # any writable buffer
+    def readinto(self, buffer) -> int:  # any writable buffer
         length = max(0, min(len(buffer), self._size - self._position))
         if length:
             buffer[:length] = read_range(self.url, self._position, self._position + length)
