@@ -40,4 +40,4 @@ def test_each_kind_comes_out_as_it_must(route: str, tmp_path: Path) -> None:
             if (reason is None) != (outcome == bad_corpus.USED) or not re.search(outcome, reason or ""):
                 wrong.append(f"{consumer}, {name}: wanted {outcome or 'used'!r}, found {reason!r:.200}")
     assert not wrong, "\n".join(wrong)
-    assert found["grown_mib"] < MEMORY_MIB
+    assert found["grown_mib"] < MEMORY_MIB, found["grown_mib"]
