@@ -284,11 +284,14 @@ class DataConfig:
     """Tables only: folder that image paths are relative to (default: the table's own folder)."""
     demo_dir: str = "data/demo"
     workers: int = 2
+    cache_gb: float = 50
+    """Remote data: what copies of shards and pictures may take on this machine's disk, together; 0: none are made."""
     max_broken_share: float = 0.01
 
     def __post_init__(self) -> None:
         mixed = self.train == "mix"
         _require(mixed == bool(self.mix), 'data.mix holds the sets of data.train = "mix": give both or neither')
+        _require(self.cache_gb >= 0, f"data.cache_gb {self.cache_gb} is negative; 0 makes no copies of remote data")
         names = [part.name for part in self.mix]
         _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
         for part in self.mix:

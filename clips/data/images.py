@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from clips.config import AugmentConfig
 from clips.data.sample import BrokenSample
@@ -60,6 +60,8 @@ def decode_image(
         image = to_rgb(_open(data, max_pixels, reduce_to))
         factor = _factor(image, reduce_to)
         return image if factor == 1 else image.reduce(factor)
+    except UnidentifiedImageError:  # whose message ends with the address of an object
+        raise BrokenSample(key, f"image: cannot identify image file: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
         raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
+from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, decode_image, normalise
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
@@ -111,6 +112,7 @@ class BatchDataset(Dataset):
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig, phase: PhaseConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
         self.order = source.order(run.train.seed)
+        self.ahead = ReadAhead(source, self.order, int(run.data.cache_gb * 1e9))
         self.preprocess = Preprocess(phase.image_size, phase.augment)
 
     def __getitem__(self, positions: range) -> Batch | CommandError:
@@ -126,6 +128,7 @@ class BatchDataset(Dataset):
         texts: dict[str, list[str]] = {"web": []} if task.objective == "clip" else {"web": [], "sub": []}
         captions: list[str] = []
         draws: list[random.Random] = []
+        self.ahead.at(positions)
         for position in positions:
             sample, image, broken = self._read(position)
             skipped += broken

@@ -35,6 +35,7 @@ class SampleOrder:
         pieces = -(-sizes // piece)
         shard_of = np.repeat(np.arange(len(sizes)), pieces)
         rank_in_shard = np.arange(len(shard_of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._shards = shard_of
         self._starts = (np.cumsum(sizes) - sizes)[shard_of] + rank_in_shard * piece
         self._sizes = np.minimum(sizes[shard_of] - rank_in_shard * piece, piece)
         # Per-object caches; they are left behind when the order travels to a worker.
@@ -84,15 +85,26 @@ class SampleOrder:
             found[ours] = group_starts[group] + place
         return found
 
+    def shards(self, position: int) -> tuple[list[int], list[int]]:
+        """The shards that the run's `position`-th sample and its neighbours come from, and those that come after."""
+        epoch, offset = self.locate(position)
+        group = self._number(epoch, offset)
+        after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
+        now, then = (np.unique(self._shards[self._pieces(*place)]) for place in ((epoch, group), after))
+        return now.tolist(), then.tolist()
+
     def held(self, epoch: int, offset: int) -> int:
         """Samples of the shards' pieces that are read from at `offset` of `epoch`."""
         return len(self._group(epoch, offset)[0])
 
     def _group(self, epoch: int, offset: int) -> tuple[np.ndarray, int]:
         """The shuffled sample indices of the group that holds `offset`, and the offset that it begins at."""
-        _, _, group_starts = self._epoch(epoch)
-        group = int(np.searchsorted(group_starts, offset, side="right")) - 1
-        return self._members(epoch, group), int(group_starts[group])
+        group = self._number(epoch, offset)
+        return self._members(epoch, group), int(self._epoch(epoch)[2][group])
+
+    def _number(self, epoch: int, offset: int) -> int:
+        """Which of the epoch's groups holds `offset`."""
+        return int(np.searchsorted(self._epoch(epoch)[2], offset, side="right")) - 1
 
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces in this epoch's order, the piece each group begins with, the offset each group begins at."""
@@ -101,10 +113,13 @@ class SampleOrder:
         _, first = np.unique(offsets // self.group, return_index=True)
         return order, first, offsets[first]
 
+    def _pieces(self, epoch: int, group: int) -> np.ndarray:
+        order, first, _ = self._epoch(epoch)
+        return order[first[group] : first[group + 1] if group + 1 < len(first) else None]
+
     def _compute_members(self, epoch: int, group: int) -> np.ndarray:
         """The sample indices of one group, shuffled."""
-        order, first, _ = self._epoch(epoch)
-        pieces = order[first[group] : first[group + 1] if group + 1 < len(first) else None]
+        pieces = self._pieces(epoch, group)
         samples = np.concatenate(
             [np.arange(s, s + n) for s, n in zip(self._starts[pieces], self._sizes[pieces], strict=True)]
         )

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-
-import fsspec
+from typing import BinaryIO, cast
 
 from clips.common.errors import UserError
 from clips.common.paths import cache_root, is_remote
+from clips.data.remote import RemoteFile, remote_facts
 
 VERSION = 2
 """Part of every sidecar's name: raise it when what is written changes."""
+SAMPLE_BYTES = 1 << 18
+"""Asked of a remote file at once where single samples are read: most are smaller."""
+SCAN_BYTES = 1 << 22
+"""… and where all of it is gone through."""
 
 
-def open_binary(url: str) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading; an unreadable one raises UserError."""
+def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
+    """Open a local path or an fsspec URL for reading; an unreadable one raises UserError.
+
+    Of a remote file `buffer` bytes are asked for at once; while it is read, errors are those of `read_range`.
+    """
     try:
-        return fsspec.open(url, "rb").open() if is_remote(url) else open(url, "rb")
+        return cast(BinaryIO, io.BufferedReader(RemoteFile(url), buffer)) if is_remote(url) else open(url, "rb")
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
 
@@ -32,11 +39,11 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     It stands beside a local file, else (read-only folder, URL) in `cache_root()`. Writing is atomic, so several
     processes may ask at once. Raises UserError when neither place can be written.
     """
-    stamp = hashlib.sha256(f"{VERSION}\n{fingerprint(url)}".encode()).hexdigest()[:12]
     name = Path(url).name
+    state = stamp(url)
     in_cache = cache_root() / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
     folders = [in_cache] if is_remote(url) else [Path(url).parent, in_cache]
-    paths = [folder / f".{name}.{stamp}{suffix}" for folder in folders]
+    paths = [folder / f".{name}.{state}{suffix}" for folder in folders]
     for path in paths:
         if path.is_file():
             return path
@@ -53,7 +60,7 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
             build(temporary)
             os.replace(temporary, path)
         except OSError as error:
-            raise UserError(f"the index of {url} cannot be written: {error}") from None
+            raise UserError(f"the index of {url} cannot be made: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
         for stale in path.parent.glob(f".{name}.*{suffix}"):
@@ -63,15 +70,33 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set CLIPS_MLLM_CACHE to a folder")
 
 
-def fingerprint(url: str) -> str:
+def stamp(url: str, *, fresh: bool = False) -> str:
+    """Names the present state of the file behind `url` in the names of what is made of it; `fresh` as remote_facts."""
+    return stamp_of(fingerprint(url, fresh=fresh))
+
+
+def stamp_of(facts: str) -> str:
+    """The stamp of a file whose fingerprint is `facts`."""
+    return hashlib.sha256(f"{VERSION}\n{facts}".encode()).hexdigest()[:12]
+
+
+def check_state(url: str, state: str) -> None:
+    """UserError where the file is not in the state of which an index was made: its members are elsewhere now."""
+    if stamp(url, fresh=True) != state:
+        raise UserError(f"{url} has changed since this run opened it: start the command again, and it is indexed anew")
+
+
+def made_for(path: Path, suffix: str) -> str:
+    """The stamp in a sidecar's own name: of which state of its file it was made."""
+    return path.name.removesuffix(suffix).rpartition(".")[2]
+
+
+def fingerprint(url: str, *, fresh: bool = False) -> str:
     """Changes when the file behind `url` does: its size with its time, or a store's tag."""
     try:
-        if not is_remote(url):
-            status = os.stat(url)
-            return f"{status.st_size} {status.st_mtime_ns}"
-        filesystem, path = fsspec.core.url_to_fs(url)
-        info = filesystem.info(path)
+        if is_remote(url):
+            return remote_facts(url, fresh=fresh)[1]
+        status = os.stat(url)
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
-    times = [str(info[name]) for name in ("mtime", "LastModified", "last_modified", "created", "ETag") if name in info]
-    return f"{info['size']} {' '.join(times)}"
+    return f"{status.st_size} {status.st_mtime_ns}"

@@ -17,7 +17,7 @@ import posixpath
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -30,11 +30,12 @@ from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
+from clips.data.remote import read_range, remote_facts
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.shards import open_shards
-from clips.data.sidecar import open_binary
+from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
 from clips.data.table import SUFFIXES, Table
-from clips.data.tar import ShardIndex, load_index, shard_summary
+from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
 
 log = logging.getLogger("clips.data")
 OPEN_SHARDS = 64
@@ -125,6 +126,8 @@ class Source:
     """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
 
     shard_sizes: list[int]
+    problems: Sequence[str] = ()
+    """What was found wrong when the set was opened, shard by shard; its samples are left out of the length."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -163,6 +166,7 @@ class MixedSource(Source):
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
         """ValueError for shares that `MixedOrder` refuses."""
         self.sources, self.shares = list(sources), list(shares)
+        self.problems = [problem for source in sources for problem in source.problems]
         self._set_sizes([size for source in sources for size in source.shard_sizes])
         self._firsts = [0, *itertools.accumulate(map(len, sources))]
         self.order(0)
@@ -194,6 +198,7 @@ class TarSource(Source):
         self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
+        self._copies: Callable[[int], BinaryIO | None] | None = None
         self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
         self._warn_of_problems()
         self._check_fields(fields)
@@ -237,6 +242,7 @@ class TarSource(Source):
             messages.append(
                 f"{self.shards[i]}: {lacking[i]} samples are left out for want of a member, the first is {first}"
             )
+        self.problems = messages
         for message in messages[:WARNED]:
             log.warning(message)
         if len(messages) > WARNED:
@@ -270,21 +276,42 @@ class TarSource(Source):
             url, index = self.shards[shard], Path(self._set.indexes[shard])
             if not index.is_file():  # removed since the overview was made
                 index = shard_summary(url).index
-            self._open[shard] = _OpenShard(url, load_index(index), self._lacking)
+            self._open[shard] = _OpenShard(url, load_index(index), self._lacking, self._file(shard))
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
         return self._open[shard]
 
+    def _file(self, shard: int) -> BinaryIO:
+        url = self.shards[shard]
+        if self._copies is not None and (copy := self._copies(shard)) is not None:
+            return copy
+        if is_remote(url):
+            check_state(url, self.state(shard))
+        return open_binary(url, SAMPLE_BYTES)
+
+    def state(self, shard: int) -> str:
+        """The stamp of the shard when it was indexed."""
+        return made_for(Path(self._set.indexes[shard]), INDEX)
+
+    def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
+        """From now on read shard i from `copies(i)` where it gives a file; what is open is closed."""
+        self._copies = copies
+        for opened in self._open.values():
+            opened.file.close()
+        self._open.clear()
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict(), "_copies": None}
 
 
 class _OpenShard:
     """A shard's file and index, and the rows of its complete samples."""
 
-    def __init__(self, url: str, index: ShardIndex, lacking: Callable[[Iterable[str]], list[str]]) -> None:
-        self.url, self.index, self.file = url, index, open_binary(url)
+    def __init__(
+        self, url: str, index: ShardIndex, lacking: Callable[[Iterable[str]], list[str]], file: BinaryIO
+    ) -> None:
+        self.url, self.index, self.file = url, index, file
         self.column = {extension: i for i, extension in enumerate(index.extensions)}
         layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
         usable = [not lacking(itertools.compress(index.extensions, layout)) for layout in layouts]
@@ -345,7 +372,8 @@ class TableSource(Source):
 
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         self.tables, self.need_long = [Table(file) for file in files], need_long
-        self.image_root = image_root
+        self.roots = [image_root or posixpath.dirname(table.url) or "." for table in self.tables]
+        self._copies: Callable[[str], BinaryIO | None] | None = None
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
@@ -355,21 +383,34 @@ class TableSource(Source):
         self._set_sizes([len(table) for table in self.tables])
 
     def read(self, index: int) -> RawSample:
-        table, key, row = self._row(index)
+        file, key, row = self._row(index)
         texts = self._captions(key, row)
-        image = self._image(table, key, self._value(row, "image"))
+        image = self._image(file, key, self._value(row, "image"))
         return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in self._used})
 
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
         return self._captions(key, row)
 
-    def _row(self, index: int, without: Sequence[str] = ()) -> tuple[Table, str, dict[str, Any]]:
+    def picture(self, index: int) -> str | None:
+        """The URL of a sample's picture; None where that is a local file, or in the table. Raises as `read`."""
+        file, key, row = self._row(index)
+        place = self._place(file, key, self._value(row, "image"))
+        return place if isinstance(place, str) and is_remote(place) else None
+
+    def read_copies(self, copies: Callable[[str], BinaryIO | None]) -> None:
+        """From now on read the picture at a URL from `copies(url)` where it gives a file."""
+        self._copies = copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": None}
+
+    def _row(self, index: int, without: Sequence[str] = ()) -> tuple[int, str, dict[str, Any]]:
         file, i = self._locate(index)
         table = self.tables[file]
         key = f"{table.url}#{i}"
         try:
-            return table, key, table.row(i, self._used, without)
+            return file, key, table.row(i, self._used, without)
         except (ValueError, RecursionError) as error:  # bad JSON, wrong encoding
             raise BrokenSample(key, str(error)) from None
 
@@ -379,7 +420,22 @@ class TableSource(Source):
     def _captions(self, key: str, row: dict[str, Any]) -> tuple[str, str | None]:
         return _checked(key, self._value(row, "web"), self._value(row, "long"), self.need_long)
 
-    def _image(self, table: Table, key: str, value: Any) -> bytes:
+    def _image(self, file: int, key: str, value: Any) -> bytes:
+        place = self._place(file, key, value)
+        if isinstance(place, bytes):
+            return place
+        try:
+            if not is_remote(place):
+                return read_regular(place, MAX_BYTES + 1)
+            if self._copies is not None and (copy := self._copies(place)) is not None:
+                with copy:
+                    return copy.read(MAX_BYTES + 1)
+            return read_range(place, 0, min(remote_facts(place)[0], MAX_BYTES + 1))
+        except OSError as error:
+            raise BrokenSample(key, f"image: {error}") from None
+
+    def _place(self, file: int, key: str, value: Any) -> str | bytes:
+        """The picture in a table's cell, or its path or URL."""
         if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -389,17 +445,9 @@ class TableSource(Source):
         if "\0" in value or not can_encode(value):
             raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
-            path = inside(self.image_root or posixpath.dirname(table.url) or ".", value)
+            return inside(self.roots[file], value)
         except ValueError as error:  # not counted as broken: the whole table is meant for another folder
             raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
-        try:
-            if not is_remote(path):
-                return read_regular(path, MAX_BYTES + 1)
-            with fsspec.open(path, "rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise BrokenSample(key, f"image: {error}") from None
-        return data
 
 
 def _alternatives(spec: str) -> list[tuple[str, str | None]]:

@@ -26,6 +26,8 @@ MAX_NAME = 1 << 16
 MAX_DIGITS = 18
 """Of a size in bytes."""
 MAX_PROBLEMS = 50
+INDEX = ".idx.npz"
+"""How the names of indexes end."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstd begin."""
 
@@ -52,7 +54,7 @@ class ShardIndex:
 
 def shard_summary(url: str) -> ShardSummary:
     """Read (on first use: build and store) the index of a shard, without its per-sample part."""
-    path = sidecar(url, ".idx.npz", lambda target: _write_index(url, target))
+    path = sidecar(url, INDEX, lambda target: _write_index(url, target))
     with np.load(path, allow_pickle=False) as stored:
         meta = json.loads(stored["meta"].item())
     return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
@@ -129,9 +131,10 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
     Python's tarfile ends silently at a damaged header; here the scan goes on at the next valid one.
     Raises UserError for compressed files, for names that climb out of the shard and for links.
     """
+    end = file.seek(0, 2)
+    file.seek(0)
     if file.read(6).startswith(COMPRESSED):  # or the search for a next header would read all of it
         raise UserError(f"{shard} is a compressed file: members are read in place, so unpack it to a plain .tar")
-    end = file.seek(0, 2)
     position, last, damaged, zeros = 0, "the beginning", False, False
     extended: dict[str, bytes] = {}  # what a long name or pax header says of the next member
     while position + BLOCK <= end:

@@ -5,6 +5,7 @@ Reads every record, looks for every picture, decodes them, and tokenises every c
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from mllm.data.dataset import BadSample, Problem, Record, RecordReader, read_jso
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.defaults import DEFAULT_LLM
-from mllm.model.llm import find_llm, read_tokenizer
+from mllm.model.llm import find_llm, read_tokenizer, version_for
 
 BINS = 8
 """Bars of the length histogram up to the context; a last one counts what is longer."""
@@ -236,6 +237,16 @@ def print_report(report: DataReport, example: Text | None, console: Console) -> 
         console.print(Text(one_line(clip(f"{problem.kind}: {problem.message}")), style="red"))
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"… and {len(report.problems) - SHOWN_PROBLEMS:,} more, all in the summary", style="red")
+
+
+def check_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/check_data.py does with --data_path. Raises as `check_data`."""
+    store = ImageStore(flags.image_folder) if flags.image_folder else None
+    tokenizer = load_tokenizer(flags.model_name_or_path)
+    version = version_for(tokenizer, flags.version)
+    encoder = ConversationEncoder(tokenizer, version, flags.num_image_tokens, flags.model_max_length)
+    check_data(flags.data_path, encoder, store, flags.output, decode_limit=flags.decode_limit)
+    print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
 
 
 def check_data(

@@ -398,17 +398,6 @@ def test_a_loss_that_is_not_finite_changes_nothing(shards: tuple[str, ...], tmp_
     assert len(named) == 8, "the samples of the step"
 
 
-def test_broken_pictures_are_counted_and_above_the_limit_end_the_run(tmp_path: Path) -> None:
-    samples = [(p if i % 2 else p[:40], recap(w, t)) for i, (p, w, t) in enumerate(pictures(64))]
-    write_shard(tmp_path / "data/0.tar", samples)
-    flags = ("--data", tmp_path / "data", "--output-dir", tmp_path, "--name", "r", "--samples", "200")
-    done = run(python(SCRIPT, "--debug", *flags))
-    assert_refused(done, 4, "samples are broken", "data.max_broken_share = 1.0%", "skipped.jsonl", "0.tar#000")
-    skipped = lines(tmp_path / "r", "skipped.jsonl")
-    assert len(skipped) == trace(tmp_path / "r")[-1]["skipped"] > 10
-    assert all(int(line["key"].rpartition("#")[2]) % 2 == 0 and line["reason"] for line in skipped)
-
-
 # A user's own pictures
 
 

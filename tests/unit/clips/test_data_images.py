@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import random
-import struct
 import time
 import zlib
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_corpus import encode, png, with_scans
 from conftest import run_python
 from PIL import Image, ImageEnhance
 
@@ -27,12 +26,6 @@ from clips.data.images import (
     turn_hue,
 )
 from clips.data.sample import BrokenSample
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def reference(width: int = 6, height: int = 4) -> np.ndarray:
@@ -125,16 +118,6 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     found = pixels(encode(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert (found == [255, 0, 0]).all()
-
-
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    rest = b"".join(chunk(name, body) for name, body in chunks)
-    rows = zlib.compress(b"\0" * (1 + 3 * width) * min(height, 4))
-    return b"\x89PNG\r\n\x1a\n" + header + rest + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 WHOLE_JPEG = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
@@ -289,12 +272,6 @@ def test_greyscale_comes_as_often_as_asked() -> None:
 
 
 # -------------------------------------------------------------------------------------- time and memory of decoding
-
-
-def with_scans(jpeg: bytes, more: int) -> bytes:
-    """The progressive picture with its last scan repeated."""
-    last = jpeg.rindex(b"\xff\xda")
-    return jpeg[:-2] + jpeg[last:-2] * more + jpeg[-2:]
 
 
 def test_scans_are_counted_by_markers_alone() -> None:

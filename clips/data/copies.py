@@ -1,0 +1,147 @@
+"""Whole copies of remote files in a folder that all processes of a machine share, and that has a size.
+
+A copy is written beside its place and renamed when it is whole; a lock lets one process fetch it while others wait or
+go on. What was not used for longest goes first. Nothing here outlives a SIGKILL but files that the next ones clear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from clips.common.errors import CommandError, UserError
+from clips.common.files import lock
+from clips.common.paths import cache_root
+from clips.data.remote import read_range, remote_facts
+from clips.data.sidecar import check_state
+
+BLOCK = 1 << 24
+"""Bytes asked for at once: what is lost when a connection breaks."""
+PART = ".part"
+KEPT = 0.9
+"""Share of the limit that is left when copies are removed, so that this is not done for every new one."""
+OF_DISK = 0.8
+"""Share of what the disk has room for that copies may take, whatever the limit."""
+
+
+class Copies:
+    """The copies below `folder`, together at most `limit` bytes, those that are being written included."""
+
+    def __init__(self, limit: int, folder: Path | None = None) -> None:
+        """UserError where the folder cannot be made."""
+        self.folder = folder or cache_root() / "remote"
+        self._count = self.folder / "total"
+        try:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._present())
+            self.limit = min(limit, int(OF_DISK * room))
+            with lock(self.folder / "locks" / "total", wait=True):
+                self._count.write_text(str(self._shrunk(self.limit)))
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def open(self, url: str, state: str, *, wait: bool = True) -> BinaryIO | None:
+        """The copy of `url` in the state that `stamp` gave, fetched where it is missing; None where it has no room.
+
+        Raises BlockingIOError where another process fetches it and `wait` is off; UserError for a file that has
+        changed and a folder that cannot be written; CommandError and OSError as `read_range`.
+        """
+        path = self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
+        if (copy := _opened(path)) is not None:
+            return copy
+        with lock(self._lock_of(path), wait=wait):
+            return _opened(path) or self._fetched(url, state, path)
+
+    def _fetched(self, url: str, state: str, path: Path) -> BinaryIO | None:
+        size, _ = remote_facts(url, fresh=True)
+        part = path.with_name(path.name + PART)
+        try:
+            file = self._begun(part, size)
+            if file is None:
+                return None
+            try:
+                for start in range(0, size, BLOCK):
+                    file.write(read_range(url, start, min(start + BLOCK, size)))
+                file.flush()
+                os.fsync(file.fileno())
+                check_state(url, state)
+                os.replace(part, path)
+            except BaseException:
+                file.close()
+                part.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise (self._unwritable(error) if error.errno is not None else error) from None
+        file.seek(0)
+        return file
+
+    def _begun(self, part: Path, size: int) -> BinaryIO | None:
+        """An empty file with `size` bytes of room reserved, after removing what must go; None where that is not enough.
+
+        What all copies take is added up in a file; what a kill leaves it wrong by is put right where copies are
+        removed, which looks at each of them.
+        """
+        with lock(self.folder / "locks" / "total", wait=True):
+            text = self._count.read_text()
+            total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty: killed while it was written
+            if total + size > self.limit:
+                total = self._shrunk(int(KEPT * self.limit) - size)
+            file = None
+            if total + size <= self.limit:
+                file = cast(BinaryIO, open(part, "w+b"))  # noqa: SIM115 - closed by its reader
+                file.truncate(size)
+                total += size
+            self._count.write_text(str(total))
+        return file
+
+    def _shrunk(self, most: int) -> int:
+        """Remove the copies that were not used for longest until `most` bytes are left; returns what is left."""
+        total, removable = 0, []
+        for used, size, path in self._present():
+            if path.name.endswith(PART):
+                try:
+                    lock(self._lock_of(path), wait=False).close()
+                except BlockingIOError:
+                    total += size  # being written
+                    continue
+                path.unlink(missing_ok=True)  # left by a process that was killed
+            else:
+                total += size
+                removable.append((used, size, path))
+        for _, size, path in sorted(removable):
+            if total <= most:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+    def _present(self) -> list[tuple[float, int, Path]]:
+        """(when it was last used, bytes, path) of every copy, whole or in part."""
+        found = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process in between
+                if entry.is_file() and "-" in entry.name:
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+        return found
+
+    def _lock_of(self, path: Path) -> Path:
+        return self.folder / "locks" / path.name[:3]  # 4,096 at most; copies that share one wait for each other
+
+    def _unwritable(self, error: OSError) -> CommandError:
+        return UserError(
+            f"copies of remote files cannot be written to {self.folder}: {error}; make room, set CLIPS_MLLM_CACHE to "
+            "another folder, or data.cache_gb to less (0: none)"
+        )
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed by its reader
+    except FileNotFoundError:
+        return None
+    os.utime(file.fileno())  # used now; the file, not its path, which may be gone already
+    return file

@@ -1,0 +1,43 @@
+"""A corpus of bad pictures and records through everything that reads data: exact counts, bounded memory, an end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import bad_corpus
+import pytest
+from conftest import ROOT, run_python
+
+KINDS = (
+    bad_corpus.PICTURES, bad_corpus.CAPTIONS, bad_corpus.JSONS, bad_corpus.TEXTS, bad_corpus.PATHS, bad_corpus.RECORDS,
+)  # fmt: skip
+MEMORY_MIB = 1024
+
+
+def test_there_are_enough_kinds() -> None:
+    pictures = [kind.outcome for kind in bad_corpus.PICTURES.values()]
+    assert sum(outcome != bad_corpus.USED for outcome in pictures) >= 50
+    assert sum(map(len, KINDS)) >= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", bad_corpus.ROUTES)
+def test_each_kind_comes_out_as_it_must(route: str, tmp_path: Path) -> None:
+    done = run_python(
+        "tests/bad_corpus.py", tmp_path, route,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CLIPS_MLLM_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    wrong = []
+    for consumer, reasons in found["told"].items():
+        assert reasons.keys() <= found["wanted"].keys()
+        for name, outcome in found["wanted"].items():
+            reason = reasons.get(name)
+            if (reason is None) != (outcome == bad_corpus.USED) or not re.search(outcome, reason or ""):
+                wrong.append(f"{consumer}, {name}: wanted {outcome or 'used'!r}, found {reason!r:.200}")
+    assert not wrong, "\n".join(wrong)
+    assert found["grown_mib"] < MEMORY_MIB, found["grown_mib"]

@@ -1,0 +1,276 @@
+"""Data behind URLs, from a real HTTP server that fails: what is read equals local files, and copies have a size."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launched import pictures, recap, write_shard
+from range_server import RangeServer, serving
+
+from clips.common.errors import CommandError, UserError
+from clips.config import Fields, RunConfig
+from clips.data import order, remote
+from clips.data.ahead import ReadAhead
+from clips.data.copies import Copies
+from clips.data.loader import make_loader
+from clips.data.order import SampleOrder
+from clips.data.sample import BrokenSample
+from clips.data.sidecar import stamp
+from clips.data.sources import open_source
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from tests.conftest import tiny_run
+
+pytest.importorskip("aiohttp", reason="fsspec[http] is not installed")
+SHARDS, SAMPLES = 6, 16
+TABLE = Fields(image="image", web="web", long="long")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "DELAYS", (0.01, 0.02, 0.04))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards whose groups are two shards each, with small_groups."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = [(picture, recap(web, long)) for picture, web, long in pictures(SHARDS * SAMPLES)]
+    for i in range(SHARDS):
+        write_shard(folder / f"{i}.tar", samples[i * SAMPLES : (i + 1) * SAMPLES])
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[RangeServer]:
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order.SampleOrder.__init__, "__defaults__", (SAMPLES, 2 * SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return build_tokenizer("wordpiece", [long for *_, long in pictures(8)], vocab_size=64)
+
+
+def a_run(workers: int = 0, cache_gb: float = 1) -> RunConfig:
+    run = tiny_run()
+    return replace(run, data=replace(run.data, workers=workers, cache_gb=cache_gb))
+
+
+def batches(spec: str, tokenizer: CaptionTokenizer, run: RunConfig, fields: Fields | None = None) -> list[dict]:
+    source = open_source(spec, fields or Fields(), need_long=True)
+    steps = 2 * SHARDS * SAMPLES // run.phases[0].batch_size  # two epochs
+    places = {"start": 0, "stop": steps, "first_position": 0, "rank": 0, "world_size": 1}
+    return list(make_loader(source, tokenizer, run, run.phases[0], **places))
+
+
+def assert_equal(found: list[dict], expected: list[dict]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert [key.rpartition("/")[2] for key in a["keys"]] == [key.rpartition("/")[2] for key in b["keys"]]
+        assert a["skipped"] == b["skipped"] == []
+        for name in ("images", "web", "sub", "caption"):
+            assert torch.equal(a[name], b[name])
+
+
+def taken(cache: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(cache / "remote") if "-" in entry.name)
+
+
+def spec(server: RangeServer) -> str:
+    return f"{server.url}/{{0..{SHARDS - 1}}}.tar"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_equal_those_of_local_files(folder, server, small_groups, tokenizer, workers: int) -> None:
+    found = batches(spec(server), tokenizer, a_run(workers))
+    assert_equal(found, batches(str(folder), tokenizer, a_run()))
+    for i in range(SHARDS):
+        size = (folder / f"{i}.tar").stat().st_size
+        times = 2 if i else 3  # for its index and whole, however often it is used; of the first samples are looked at
+        assert size < server.sent[f"{i}.tar"] <= times * size
+
+
+def test_a_server_that_fails_now_and_then_changes_nothing(folder, server, small_groups, tokenizer) -> None:
+    faults = (503, "cut", 429, None, "slow")
+    server.fault = lambda method, name, before: faults[before % 5] if method == "GET" else (503, None)[before % 2]
+    assert_equal(batches(spec(server), tokenizer, a_run()), batches(str(folder), tokenizer, a_run()))
+
+
+@pytest.mark.parametrize(("fault", "said"), [(503, "503"), ("cut", "Content")])
+def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer, fault, said: str) -> None:
+    source = open_source(spec(server), Fields(), need_long=True)
+    server.fault = lambda method, name, before: fault if name == "3.tar" and method == "GET" else None
+    run = a_run()
+    loader = make_loader(
+        source, tokenizer, run, run.phases[0], start=0, stop=12, first_position=0, rank=0, world_size=1
+    )
+    with pytest.raises(CommandError, match=rf"{server.url}/3.tar cannot be read: .*{said}.*\(4 attempts") as ended:
+        list(loader)
+    assert ended.value.exit_code == 1
+
+
+def test_what_is_not_there_is_refused_at_once(server) -> None:
+    with pytest.raises(UserError, match=rf"{server.url}/none.tar cannot be read"):
+        open_source(f"{server.url}/none.tar", Fields(), need_long=True)
+    server.fault = lambda method, name, before: 403
+    with pytest.raises(UserError, match="403"):
+        open_source(spec(server), Fields(), need_long=True)
+    assert sum(server.asked.values()) < 20, "nothing is tried again"
+
+
+def test_a_server_without_ranges_is_named(folder: Path) -> None:
+    with serving(folder, ranges=False) as server, pytest.raises(UserError, match="knows ranges"):
+        open_source(f"{server.url}/0.tar", Fields(), need_long=True).read(3)
+
+
+def test_a_server_that_is_not_there(unused_port: int) -> None:
+    with pytest.raises(CommandError, match=rf"127.0.0.1:{unused_port}/0.tar cannot be read"):
+        open_source(f"http://127.0.0.1:{unused_port}/0.tar", Fields(), need_long=True)
+
+
+def test_a_shard_that_changes_under_the_run_is_noticed(folder, server, tokenizer, tmp_path: Path) -> None:
+    server.root = tmp_path / "served"
+    server.root.mkdir()
+    for i in range(SHARDS):
+        (server.root / f"{i}.tar").write_bytes((folder / f"{i}.tar").read_bytes())
+    source = open_source(spec(server), Fields(), need_long=True)
+    data = bytearray((server.root / "2.tar").read_bytes())
+    data[600] ^= 1  # of the same size
+    (server.root / "2.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"2\.tar has changed since this run opened it"):
+        source.read(2 * SAMPLES)  # by ranges
+    ReadAhead(source, source.order(0), 10**9).at(range(8))
+    with pytest.raises(UserError, match=r"2\.tar has changed since this run opened it"):
+        source.read(2 * SAMPLES)
+    assert source.read(0).web
+    assert open_source(spec(server), Fields(), need_long=True).read(2 * SAMPLES).web, "opened again, it is indexed anew"
+
+
+def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_path: Path) -> None:
+    """Two groups of three shares fit; of four shards of a group those without a copy are read by ranges."""
+    size = (folder / "0.tar").stat().st_size
+    for room, most in ((6.5, 6), (3.5, 3)):
+        run = a_run(cache_gb=room * size / 1e9)
+        source = open_source(spec(server), Fields(), need_long=True)
+        places = {"start": 0, "stop": 24, "first_position": 0, "rank": 0, "world_size": 1}
+        seen = []
+        for batch in make_loader(source, tokenizer, run, run.phases[0], **places):
+            assert not batch["skipped"]
+            seen.append(taken(tmp_path / "cache"))
+        assert 0 < max(seen) <= most * size * 1.05
+    assert_equal(batches(spec(server), tokenizer, a_run(cache_gb=0)), batches(str(folder), tokenizer, a_run()))
+
+
+def test_the_least_recently_used_copy_goes_first(folder, server, tmp_path: Path) -> None:
+    urls = [f"{server.url}/{i}.tar" for i in range(4)]
+    limit = int(3.5 * (folder / "0.tar").stat().st_size)
+    cache = Copies(limit, tmp_path / "copies")
+    states = {url: stamp(url) for url in urls}
+    for url in (*urls[:3], urls[0], urls[3]):
+        with cache.open(url, states[url]) as file:
+            assert file.read() == (folder / url[-5:]).read_bytes()
+        time.sleep(0.02)  # times of use that differ
+    before = dict(server.sent)
+    for url in (urls[0], urls[3]):
+        cache.open(url, states[url]).close()
+    assert server.sent == before, "still there"
+    cache.open(urls[1], states[urls[1]]).close()
+    assert server.sent["1.tar"] == 2 * before["1.tar"]
+    assert Copies(limit // 4, tmp_path / "copies").open(urls[2], states[urls[2]]) is None, "larger than all there is"
+
+
+def _read_all(url: str, folder: Path, ready, into) -> None:
+    """A process of its own: copies of every shard, in the same order as the others."""
+    ready.wait()
+    cache = Copies(10**9, folder)
+    texts = []
+    for i in range(SHARDS):
+        shard = f"{url}/{i}.tar"
+        with cache.open(shard, stamp(shard)) as file:
+            texts.append(file.read())
+    into.put(texts)
+
+
+def test_processes_share_what_one_fetches(folder, server, tmp_path: Path) -> None:
+    server.fault = lambda method, name, before: "slow" if method == "GET" else None
+    context = multiprocessing.get_context("fork")
+    ready, found = context.Barrier(2), context.SimpleQueue()
+    both = [context.Process(target=_read_all, args=(server.url, tmp_path / "c", ready, found)) for _ in range(2)]
+    for process in both:
+        process.start()
+    expected = [(folder / f"{i}.tar").read_bytes() for i in range(SHARDS)]
+    assert [found.get(), found.get()] == [expected, expected]
+    for process in both:
+        process.join()
+    assert server.sent == {f"{i}.tar": len(data) for i, data in enumerate(expected)}
+
+
+def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(folder, server, tmp_path: Path) -> None:
+    cache, url = tmp_path / "c", f"{server.url}/0.tar"
+    server.fault = lambda method, name, before: "slow" if method == "GET" and before == 0 else None
+    process = multiprocessing.get_context("fork").Process(
+        target=_read_all, args=(server.url, cache, multiprocessing.Barrier(1), multiprocessing.SimpleQueue())
+    )
+    process.start()
+    while not list(cache.glob("*.part")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list(cache.glob("*.part"))
+    with Copies(10**9, cache).open(url, stamp(url)) as file:
+        assert file.read() == (folder / "0.tar").read_bytes()
+    (cache / f"{'0' * 24}-dead.part").write_bytes(b"x" * 10)
+    size = (folder / "1.tar").stat().st_size
+    Copies(int(1.2 * size), cache).open(f"{server.url}/1.tar", stamp(f"{server.url}/1.tar")).close()
+    assert [path.name for path in cache.glob("*.part")] == [], "removed with what had to go"
+
+
+def test_pictures_of_a_table_are_copied_and_missing_ones_broken(server, tokenizer, tmp_path: Path) -> None:
+    server.root = tmp_path / "web"
+    (server.root / "pics").mkdir(parents=True)
+    (tmp_path / "local").mkdir()
+    rows = []
+    for i, (picture, web, long) in enumerate(pictures(SHARDS * SAMPLES)):
+        (server.root / f"pics/{i}.png").write_bytes(picture)
+        rows.append({"image": f"pics/{i}.png", "web": web, "long": long})
+    (server.root / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    remote_ones = batches(f"{server.url}/t.jsonl", tokenizer, a_run(2), TABLE)
+    assert_equal(remote_ones, batches(f"{server.root}/t.jsonl", tokenizer, a_run(), TABLE))
+    for i in range(len(rows)):
+        assert server.asked["GET", f"pics/{i}.png"] == 1, "two epochs, one copy"
+    (server.root / "pics/5.png").unlink()
+    source = open_source(f"{server.url}/t.jsonl", TABLE, need_long=True)
+    with pytest.raises(BrokenSample, match=r"pics/5\.png"):
+        source.read(5)
+    ReadAhead(source, source.order(0), 10**9).at(range(96))
+    with pytest.raises(BrokenSample, match=r"pics/5\.png"):
+        source.read(5)
+
+
+def test_the_order_names_its_shards_and_the_next(small_groups) -> None:
+    sizes = [5, 40, 16, 1, 33, 20]
+    drawn = SampleOrder(sizes, 3)
+    ends = np.cumsum(sizes)
+    for position in range(0, 3 * sum(sizes), 5):
+        now, then = drawn.shards(position)
+        shard = int(np.searchsorted(ends, drawn.sample(position), side="right"))
+        assert shard in now
+        following = int(np.searchsorted(ends, drawn.sample(position + 40), side="right"))
+        assert following in {*now, *then, *drawn.shards(position + 40)[0]}
+    last = drawn.shards(sum(sizes) - 1)[1]
+    assert last == drawn.shards(sum(sizes))[0], "after the last group comes the first of the next epoch"
