@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +17,14 @@ from rich.table import Table
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.peaks import peak_flops
 from clips.common.runtime import has_bf16
-from clips.config import ModelConfig, PhaseConfig, RunConfig, difference
+from clips.config import PhaseConfig, RunConfig, difference
 from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
+from clips.model.flops import BatchShape, training_flops
 from clips.recipes import RECIPES
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
@@ -165,27 +166,6 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-def forward_flops(model: ModelConfig, image_size: int) -> float:
-    """FLOPs of one sample's forward pass: image, two texts, decoder (multiply-adds count twice).
-
-    With masked padding a text is taken to fill half of its context.
-    """
-
-    def blocks(width: int, layers: int, length: float) -> float:
-        return layers * (24 * width**2 * length + 4 * width * length**2)
-
-    vision, text, captioner = model.vision, model.text, model.captioner
-    patches = vision.tokens(image_size)
-    words = text.context_length / (2 if text.trim else 1)
-    total = blocks(vision.width, vision.layers, patches + vision.prefix_tokens)
-    total += 2 * blocks(text.width, text.layers, words)
-    total += 2 * 3 * vision.patch_size**2 * vision.width * patches
-    if captioner:
-        total += blocks(captioner.width, captioner.layers, patches + words + captioner.length)
-        total += 2 * captioner.width * text.vocab_size * captioner.length
-    return total
-
-
 #: Share of a large matrix product's speed that training is taken to reach: measured on the demo for the CPU (0.7 to
 #: 0.9), a usual figure for GPUs.
 EFFICIENCY = {"cpu": 0.7, "cuda": 0.35}
@@ -193,21 +173,23 @@ EFFICIENCY = {"cpu": 0.7, "cuda": 0.35}
 
 def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
     """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
-    size = 4096 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    elapsed = math.inf
-    for _ in range(10):
-        begin = time.perf_counter()
-        (a @ a).sum().item()
-        elapsed = min(elapsed, time.perf_counter() - begin)
-    speed = 2 * size**3 / elapsed * EFFICIENCY[device.type] * ranks
+    peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
+    speed = peak * EFFICIENCY[device.type] * ranks
     seconds = 0.0
     for phase in run.phases:
         todo = max(0, phase.steps * phase.batch_size - done)
         done = max(0, done - phase.steps * phase.batch_size)
-        seconds += todo * 3 * forward_flops(run.model, phase.image_size) / speed
+        seconds += todo * sum(training_flops(run.model, usual_shape(run, phase), run.train.freeze).values()) / speed
     return seconds
+
+
+def usual_shape(run: RunConfig, phase: PhaseConfig) -> BatchShape:
+    """One sample, as it is before the data is known: with masked padding a text is taken to fill half its context."""
+    text, captioner = run.model.text, run.model.captioner
+    words = text.context_length // (2 if text.trim else 1)
+    texts = (words,) if run.task.objective == "clip" else (words, words)
+    caption = captioner.length if captioner is not None and run.task.objective == "clips" else 0
+    return BatchShape(1, phase.image_size, texts, caption, predicted=max(0, caption - 1))
 
 
 def duration(seconds: float) -> str:

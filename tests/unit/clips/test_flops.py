@@ -1,0 +1,75 @@
+"""FLOPs from shapes against what torch counts while the model really runs, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from clips.config import Freeze, ModelConfig
+from clips.model.clips import CLIPSModel
+from clips.model.flops import BatchShape, forward_flops, training_flops
+from clips.recipes import PRESETS
+from clips.training.task import Task
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_forward_and_backward(preset: str) -> None:
+    """With fake tensors: shapes only, so that H/14 costs no memory. The head has a shape of its own here."""
+    config = PRESETS[preset]
+    size, (web, sub), caption = config.vision.image_size, (config.text.context_length,) * 2, 20
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # as matrix products; other kernels compute scores twice
+        model = CLIPSModel(config, pad_id=0)
+        images = torch.empty(2, 3, size, size)
+        texts = [torch.zeros(2, web, dtype=torch.long), torch.zeros(2, sub, dtype=torch.long)]
+        ids = torch.zeros(2, caption, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            out = model(images, texts, ids)
+            assert model.captioner is not None
+            assert out.caption_states is not None
+            logits = model.captioner.head(out.caption_states.flatten(0, 1)[:30])
+            pairs = [out.image_features @ text.T + text @ out.image_features.T for text in out.text_features]
+            forward = counter.get_total_flops()
+            (logits.sum() + sum(pair.sum() for pair in pairs)).backward()
+    shape = BatchShape(samples=2, image_size=size, texts=(web, sub), caption=caption, predicted=30)
+    assert sum(forward_flops(config, shape).values()) == forward
+    assert sum(training_flops(config, shape).values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("freeze", ["none", "vision", "text"])
+@pytest.mark.parametrize("pool", ["cls", "eos"])
+def test_the_real_task_on_a_padded_batch(pool: str, freeze: Freeze) -> None:
+    """Web and sub-captions of different lengths, padding, the loss itself: what one step really computes.
+
+    The caption head is recomputed in the backward pass, to save memory; that is not counted twice.
+    """
+    run = tiny_run()
+    run = replace(run, model=_pooled(run.model, pool))
+    batch = tiny_batch(3)
+    model = CLIPSModel(run.model, pad_id=0)
+    model.freeze(freeze)
+    for block in [m for m in model.modules() if hasattr(m, "attn")]:  # zero at the start, and zero costs the same
+        assert block.attn.proj.weight.abs().sum() == 0
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss, _ = Task(model, run)(batch)
+        loss.backward()
+    predicted = int((batch["caption"][:, 1:] != 0).sum())
+    shape = BatchShape(
+        samples=8,
+        image_size=32,
+        texts=(batch["web"].shape[1], batch["sub"].shape[1]),
+        caption=batch["caption"].shape[1],
+        predicted=predicted,
+    )
+    assert predicted < 8 * (batch["caption"].shape[1] - 1), "nothing is padded here"
+    again = forward_flops(run.model, shape)["head"]
+    assert sum(training_flops(run.model, shape, freeze).values()) + again == counter.get_total_flops()
+
+
+def _pooled(model: ModelConfig, pool: str) -> ModelConfig:
+    return replace(model, text=replace(model.text, pool=pool))
