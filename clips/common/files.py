@@ -66,9 +66,13 @@ def replacing(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    try:
+        yield partial
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

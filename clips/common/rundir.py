@@ -37,6 +37,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def surplus(found: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
+    """Which of a run's `checkpoints` need not stay: not of the newest `keep`, nor kept by `keep_every`.
+
+    That keeps the first one at or past each multiple of so many samples; 0 = none.
+    """
+    first: dict[int, Path] = {}
+    for path in found if keep_every else []:  # newest first, so that the oldest of each stretch is what remains
+        first[(weights_of(path)["samples"] or 0) // keep_every] = path
+    first.pop(0, None)
+    return [path for path in found[keep:] if path not in first.values()]
+
+
 def weights_of(checkpoint: Path) -> dict[str, Any]:
     """Which weights a checkpoint holds: `step`, `samples` and `sha256` of model.safetensors, as its own files say.
 

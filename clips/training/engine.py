@@ -178,7 +178,7 @@ class Engine:
         norm = self._whole_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def agree(self, loss: Tensor, stop: bool, unsaved: bool) -> tuple[bool, bool, bool]:
+    def agree(self, loss: Tensor, stop: bool, unsaved: bool = False) -> tuple[bool, bool, bool]:
         """(everything finite, somebody wants to stop, a checkpoint failed), the same on every rank.
 
         Between the last backward and the step.

@@ -28,7 +28,7 @@ from torch import Tensor
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
 from clips.common.escape import for_terminal
 from clips.common.files import check_seal, first_usable, fsync, seal, write_atomically
-from clips.common.rundir import METRICS, checkpoints, weights_of
+from clips.common.rundir import METRICS, checkpoints, surplus
 from clips.common.tensors import read_weights
 
 
@@ -71,7 +71,7 @@ def save(
     keep: int,
     keep_every: int = 0,
 ) -> Path:
-    """Write a checkpoint, make it the latest, and delete what is then `surplus`. Rank 0 only.
+    """Write a checkpoint, make it the latest, and delete the older ones that are `surplus`. Rank 0 only.
 
     Raises OSError (disk full, say) with the older checkpoints and LATEST untouched.
     """
@@ -96,22 +96,9 @@ def save(
     temporary.rename(final)
     fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
-    for old in surplus(run_dir, keep, keep_every):
+    for old in surplus(checkpoints(run_dir), keep, keep_every):
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def surplus(run_dir: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Checkpoints that need not stay: not of the newest `keep`, nor the first one past a multiple of `keep_every`.
-
-    `keep_every` is in samples; 0 = the newest only.
-    """
-    found = checkpoints(run_dir)
-    first: dict[int, Path] = {}
-    for path in found if keep_every else []:  # newest first, so the oldest of each stretch is what remains
-        first[(weights_of(path)["samples"] or 0) // keep_every] = path
-    first.pop(0, None)
-    return [path for path in found[keep:] if path not in first.values()]
 
 
 class Writer:
@@ -146,9 +133,7 @@ class Writer:
             except OSError as error:
                 if is_last:
                     raise
-                message = (
-                    f"warning: {_unwritten(self.run_dir, state.step, error)}; the training goes on, and so do tries"
-                )
+                message = f"warning: {_unwritten(self.run_dir, state.step, error)}; trained on, and tried again"
                 print(for_terminal(message), file=sys.stderr, flush=True)
             self._awaited.wait(self.RETRY_SECONDS)
 
