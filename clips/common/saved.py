@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,9 @@ def list_saved(place: Path, *, verify: bool = False) -> None:
                 f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:,.1f}",
                 _age(time.time() - path.stat().st_mtime),
                 for_rich(fault) if fault else "yes",
-                "" if len(groups(place)) == 1 and path == place else _note(group, path),
+                _note(group, path),
             )
-    Console(emoji=False).print(table)
+    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
     if verify and damaged:
         raise CommandError("damaged, and passed over when the run goes on:\n  " + "\n  ".join(damaged))
 
@@ -120,8 +121,9 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
     if not dry_run:
         rundir.hold(place)
     for group in counted:
-        goes = rundir.surplus(group.found, keep, keep_every)
-        if goes and not any(fault_of(path) is None for path in group.found if path not in goes):
+        sealed = [path for path in group.found if (path / MANIFEST).is_file()]
+        goes = rundir.surplus(sealed, keep, keep_every)
+        if goes and not any(fault_of(path) is None for path in sealed if path not in goes):
             raise CommandError(
                 f"none of the checkpoints that would stay in {group.directory} is whole; nothing is deleted"
             )
