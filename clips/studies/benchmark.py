@@ -591,12 +591,13 @@ def checkpoint_row(name: str, device: torch.device, repeats: int, demo_dir: str)
             step(batch)  # builds what the optimizer keeps
         for turn in range(repeats + 1):
             state.step += 1
-            timed("step", lambda: step(batches[turn % len(batches)]))  # noqa: B023 - called here
+            next_step = partial(step, batches[turn % len(batches)])
+            timed("step", next_step)
             timed("before", lambda: checkpoint.save(Path(folder), *copied(), state, 1))
             state.step += 1
             begin = time.perf_counter()
             timed("beside", lambda: writer.begin(*copied(), state))
-            timed("step beside", lambda: step(batches[turn % len(batches)]))  # noqa: B023
+            timed("step beside", next_step)
             if (failure := writer.wait()) is not None:
                 raise UserError(failure)
             seconds["write"].append(time.perf_counter() - begin)
