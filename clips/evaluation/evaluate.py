@@ -107,7 +107,7 @@ def encode_images(
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
     positions = range(len(indices))
-    batches = [positions[i : i + batch_size] for i in positions[::batch_size]]
+    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
     loader = DataLoader(
         _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
         collate_fn=list, worker_init_fn=start_worker,
