@@ -71,6 +71,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 Freeze = Literal["none", "vision", "text"]
+OnFailedSave = Literal["stop", "retry"]
 CropAspect = Literal["picture", "absolute"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
@@ -407,12 +408,19 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Samples between two checkpoints; 0 = only at the end and when stopped."""
     keep_checkpoints: int = 2
+    """The newest ones that stay."""
+    keep_every: int = 0
+    """Samples between two checkpoints that stay for ever; 0 = only the newest stay."""
+    on_failed_save: OnFailedSave = "stop"
+    """What a full disk does: stop ends the run; retry trains on and tries again, until the next checkpoint is due."""
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
         _one_of("train.freeze", self.freeze, Freeze)
+        _one_of("train.on_failed_save", self.on_failed_save, OnFailedSave)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        _require(self.keep_every >= 0, f"train.keep_every {self.keep_every} is negative")
 
 
 @dataclass(frozen=True, kw_only=True)

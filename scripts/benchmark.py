@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure here: attention kernels, data path, sentence splitters, training against open_clip, the loss's memory."""
+"""Measure here: attention, data path, sentences, training against open_clip, the loss's memory, checkpoints."""
 
 import argparse
 import sys
@@ -9,7 +9,8 @@ from clips.common.errors import run_command
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("what", choices=("attention", "data", "sentences", "train", "chunk"), help="what to measure")
+    parts = ("attention", "data", "sentences", "train", "chunk", "checkpoint")
+    p.add_argument("what", choices=parts, help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part; the fastest one counts")
     p.add_argument("--demo-dir", default="data/demo", help="the demo data, which data and train read")

@@ -1,13 +1,14 @@
-"""Which rank is missing: errors of collectives, told so that a user of a cluster knows where to look."""
+"""Work that ranks share, and which rank is missing: errors of collectives, told so that a user knows where to look."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -15,6 +16,21 @@ from clips.common.errors import CommandError
 
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
+T = TypeVar("T")
+
+
+def my_share(items: Sequence[T], *, sharded: bool) -> Sequence[T]:
+    """What this rank does of `items`: every n-th of n ranks; all of it unless `sharded`."""
+    return items[dist.get_rank() :: dist.get_world_size()] if sharded else items
+
+
+def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
+    """What the ranks made of their shares, in the order of the whole, on each of them. Collective where `sharded`."""
+    if not sharded:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@
     runs/NAME/env.json        what else would explain a difference between two runs (clips/common/runtime.py)
     runs/NAME/init_from.json  of a run that began with given weights: whose, and which parts came from them
     runs/NAME/metrics.jsonl   a line for each log step and evaluation; the last one may be cut short by a kill
+    runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
+    runs/NAME/export/, report/, evaluation*.json
+                              what was made of the weights of one checkpoint, which each of them names
     runs/NAME/.lock           held by the process that trains here
 
 Imports nothing heavy: a plan or a progress bar that asks about fifty runs waits for no torch and no matplotlib.
@@ -11,31 +14,113 @@ Imports nothing heavy: a plan or a progress bar that asks about fifty runs waits
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock, read_json, write_atomically
+from clips.common.files import MANIFEST, lock, read_json, write_atomically
 
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
+MADE_OF = "checkpoint.json"
+"""In export/ and report/: what `weights_of` says of the checkpoint that they were made of."""
+
+
+# ------------------------------------------------------------------------------------------- what is of which weights
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The finished checkpoints of a pretraining run, newest first."""
+    found = (path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def surplus(found: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
+    """Which of a run's `checkpoints` need not stay: not of the newest `keep`, nor kept by `keep_every`.
+
+    That keeps the first one at or past each multiple of so many samples; 0 = none.
+    """
+    first: dict[int, Path] = {}
+    for path in found if keep_every else []:  # newest first, so that the oldest of each stretch is what remains
+        first[(weights_of(path)["samples"] or 0) // keep_every] = path
+    first.pop(0, None)
+    return [path for path in found[keep:] if path not in first.values()]
+
+
+def weights_of(checkpoint: Path) -> dict[str, Any]:
+    """Which weights a checkpoint holds: `step`, `samples` and `sha256` of model.safetensors, as its own files say.
+
+    Nothing is hashed. The two are None where the files that tell them are damaged.
+    """
+    found = {"step": int(checkpoint.name[5:]), "samples": None, "sha256": None}
+    for key, file, name in (("samples", "state.json", "samples"), ("sha256", MANIFEST, "model.safetensors")):
+        with contextlib.suppress(UserError):
+            found[key] = read_json(checkpoint / file).get(name)
+    return found
+
+
+def newest_weights(run_dir: Path) -> dict[str, Any] | None:
+    """`weights_of` the newest checkpoint; None where there is none."""
+    return next(map(weights_of, checkpoints(run_dir)), None)
+
+
+def is_current(directory: Path) -> bool:
+    """Whether export/ or report/ of a run is of its newest checkpoint; also where no checkpoint is there any more.
+
+    One that does not say what it was made of is from before they did: then it must not be older than LATEST.
+    """
+    run_dir = directory.parent
+    newest = newest_weights(run_dir)
+    if newest is None:
+        return True
+    if made_of := read_json(directory / MADE_OF):
+        return made_of.get("sha256") == newest["sha256"]
+    latest = run_dir / "LATEST"
+    return not latest.exists() or latest.stat().st_mtime <= directory.stat().st_mtime
+
+
+def check_current(export: Path) -> Path:
+    """`export`, the export/ of a run; UserError where the run has trained on since it was written."""
+    if not is_current(export):
+        newest, step = newest_weights(export.parent) or {}, read_json(export / MADE_OF).get("step")
+        raise UserError(
+            f"{export} is of {'older weights' if step is None else f'step {step}'}, and the newest checkpoint of the "
+            f"run is of step {newest.get('step')}. Export that one by the command that trains the run, or by `python "
+            f"scripts/export_clips.py --model {export.parent}`; a copy elsewhere can be named as it is"
+        )
+    return export
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a pretraining run is trained, measured and exported. Its report is for people, and can be made again."""
-    return (run_dir / "export").is_dir()
+    """Whether the newest weights of a pretraining run are measured and exported.
+
+    Its report is for people, and can be made again.
+    """
+    export, evaluation = run_dir / "export", read_json(run_dir / "evaluation.json")
+    return export.is_dir() and is_current(export) and _is_of(evaluation, newest_weights(run_dir))
+
+
+def _is_of(evaluation: Mapping[str, Any], newest: Mapping[str, Any] | None) -> bool:
+    """Whether an evaluation is of the weights `newest`; one that does not say counts, older programs wrote it."""
+    made_of = evaluation.get("checkpoint")
+    return newest is None or made_of is None or made_of["sha256"] == newest["sha256"]
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
-    """What was measured here: name of the evaluation*.json, "evaluation" for the run's own test set → its content."""
-    return {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
+    """What was measured here: name of the evaluation*.json, "evaluation" for the run's own test set → its content.
+
+    What was measured of other weights than a run's newest is left out.
+    """
+    newest = newest_weights(directory)
+    found = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
+    return {name: evaluation for name, evaluation in found.items() if _is_of(evaluation, newest)}
 
 
 def has_report(run_dir: Path) -> bool:
-    return (run_dir / REPORT).is_file()
+    """Whether there is a report, of the newest weights."""
+    return (run_dir / REPORT).is_file() and is_current((run_dir / REPORT).parent)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -6,7 +6,7 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.ranks import all_shares, my_share
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise
@@ -93,33 +95,41 @@ def encode_images(
     batch_size: int,
     workers: int = 0,
     limit: int | None = None,
+    sharded: bool = False,
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
 
-    `image_size`: the resolution to work at, the one that the tower is set to by default.
+    `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
+    some of the batches, which are those of a single rank, so that every figure is the same; collective.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
+    positions = range(len(indices))
+    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
     loader = DataLoader(
-        _Pixels(items, indices, image_size), batch_size=batch_size, num_workers=workers, collate_fn=list,
-        worker_init_fn=start_worker,
+        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        collate_fn=list, worker_init_fn=start_worker,
     )  # fmt: skip
-    features, pooled, found, skipped = [], [], [], []
+    mine: list[tuple[list[tuple[Tensor, Tensor]], list[tuple[Item, int]], list[str]]] = []  # of each batch
     with evaluating(model, image_size) as device:
         for batch in loader:
-            skipped += [entry for entry in batch if isinstance(entry, str)]
+            encoded = []
             if good := [entry for entry in batch if not isinstance(entry, str)]:
                 states, _ = model.visual(normalise([pixels for pixels, _, _ in good]).to(device))
-                features.append(F.normalize(model.visual.proj(states).float(), dim=-1).cpu())
-                pooled.append(states.float().cpu())
-                found += [(item, index) for _, item, index in good]
+                encoded.append((F.normalize(model.visual.proj(states).float(), dim=-1).cpu(), states.float().cpu()))
+            broken = [entry for entry in batch if isinstance(entry, str)]
+            mine.append((encoded, [(item, index) for _, item, index in good], broken))
+    whole = all_shares(mine, sharded=sharded)
+    towers = [pair for encoded, _, _ in whole for pair in encoded]
+    found = [entry for _, entries, _ in whole for entry in entries]
+    skipped = [reason for _, _, reasons in whole for reason in reasons]
     if not found:
         raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
     return ImageSet(
-        features=torch.cat(features),
-        pooled=torch.cat(pooled),
+        features=torch.cat([features for features, _ in towers]),
+        pooled=torch.cat([pooled for _, pooled in towers]),
         captions=[item.captions for item, _ in found],
         labels=[item.label for item, _ in found],
         indices=[index for _, index in found],
@@ -128,17 +138,23 @@ def encode_images(
 
 
 @torch.no_grad()
-def encode_texts(model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int) -> Tensor:
-    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together."""
+def encode_texts(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int, sharded: bool = False
+) -> Tensor:
+    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
+
+    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features.
+    """
     config = model.config.text
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     row = {text: i for i, text in enumerate(unique)}
+    batches = [unique[i : i + batch_size] for i in range(0, len(unique), batch_size)]
     with evaluating(model) as device:
-        parts = [
-            model.encode_text(tokenizer.for_tower(unique[i : i + batch_size], config).to(device)).cpu()
-            for i in range(0, len(unique), batch_size)
+        mine = [
+            model.encode_text(tokenizer.for_tower(batch, config).to(device)).cpu()
+            for batch in my_share(batches, sharded=sharded)
         ]
-    return torch.cat(parts)[[row[text] for text in texts]]
+    return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
 
 
 @contextmanager
@@ -156,35 +172,46 @@ def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[tor
             tower.set_image_size(before)
 
 
-def prompt_features(model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int) -> Tensor:
+def prompt_features(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int, sharded: bool = False
+) -> Tensor:
     """L2-normalised features [C, P, E] of every class in every template."""
-    features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size)
+    features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size, sharded=sharded)
     return features.view(len(classes.names), len(classes.templates), -1)
 
 
 def measure(
-    model: CLIPSModel, tokenizer: CaptionTokenizer, images: ImageSet, classes: Classes | None = None, *, batch_size: int
+    model: CLIPSModel,
+    tokenizer: CaptionTokenizer,
+    images: ImageSet,
+    classes: Classes | None = None,
+    *,
+    batch_size: int,
+    sharded: bool = False,
 ) -> dict[str, Figure]:
     """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are.
 
     Where only some images carry a label, these are for classification and the others for retrieval (the demo).
-    Without `classes` the labels themselves are the classes, in open_clip's general templates.
+    Without `classes` the labels themselves are the classes, in open_clip's general templates. `sharded`: the ranks
+    share the texts, and rank 0 alone computes figures, the others return none; collective.
     """
     figures: dict[str, Figure] = {}
+    here = not sharded or dist.get_rank() == 0
     for protocol in PROTOCOLS:
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
             continue
         texts = [text for row in rows for text in images.captions[row][protocol]]
         owners = [i for i, row in enumerate(rows) for _ in images.captions[row][protocol]]
-        features = encode_texts(model, tokenizer, texts, batch_size=batch_size)
-        found = retrieval_metrics(images.features[rows], features, owners, texts)
+        features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
+        found = retrieval_metrics(images.features[rows], features, owners, texts) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
     if labelled := labelled_rows(images):
         labels = list(labelled.values())
         classes = classes or classes_of(labels)
-        prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size)
-        found = zero_shot_metrics(images.features[list(labelled)], prompts, classes.index(labels))
+        prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
+        truth = classes.index(labels)
+        found = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
     return figures
 
@@ -209,27 +236,36 @@ def evaluate(
     full: bool = False,
     image_size: int | None = None,
     out: Path | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    sharded: bool = False,
 ) -> dict[str, Figure]:
     """Measure `model` on a split of its run's data (names as in `measure`).
 
     During training at most `eval.max_images` images are used; `full` uses all and adds `linear_probe_top1` where the
-    training data has labels. `out` receives the figures with their items and chance levels. The weights must be whole
-    on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
+    training data has labels. `out` receives the figures with their items and chance levels, and which `checkpoint` of
+    the run the weights are (`clips.common.rundir.weights_of`). The weights must be whole on this process (ZeRO-3:
+    gather them first). The model's mode, resolution and device stay as they are. `sharded`: the ranks share the work,
+    rank 0 has the figures, the others none; collective, and not with `full`, whose probe is one rank's.
     """
+    if full and sharded:
+        raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     items, classes = open_test_set(run.data, split, run.captions.splitter)
     options: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": run.eval.batch_size,
         "workers": run.data.workers,
     }
-    images = encode_images(model, items, limit=None if full else run.eval.max_images, **options)
-    figures = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size)
+    images = encode_images(model, items, limit=None if full else run.eval.max_images, sharded=sharded, **options)
+    figures = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
     if full and labelled_rows(images):
         train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
         if (probe := probe_images(train, images)) is not None:
             figures["linear_probe_top1"] = probe
     if out is not None:
-        write_figures(out, figures, test_set=split, skipped=images.skipped, model=model, image_size=image_size)
+        write_figures(
+            out, figures, test_set=split, skipped=images.skipped, model=model, checkpoint=checkpoint,
+            image_size=image_size,
+        )  # fmt: skip
     return figures
 
 
@@ -255,12 +291,17 @@ def write_figures(
     test_set: str,
     skipped: Sequence[str],
     model: CLIPSModel,
+    checkpoint: Mapping[str, Any] | None = None,
     image_size: int | None = None,
 ) -> None:
-    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of."""
+    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
+
+    `weights` is their hash by names and values; `checkpoint` as in `evaluate`, null where no run is known to hold them.
+    """
     content = {
         "test_set": test_set,
         "weights": hash_weights(model.state_dict()).hexdigest(),
+        "checkpoint": checkpoint,
         "image_size": image_size or model.visual.image_size,
         "unit": "percent",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
@@ -290,6 +331,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     model, run = loaded.model.to(choose_device(flags.device)), loaded.run
     items, classes, name = _test_set_of(flags, run)
     name += f"-{flags.limit}" if flags.limit else ""
+    name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
     if flags.classes is not None:
         classes = load_classes(flags.classes)
     options = {
@@ -308,7 +350,10 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         raise UserError("nothing to measure: the test set has neither captions nor labels")
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_figures(out, figures, test_set=name, skipped=images.skipped, model=model, image_size=flags.image_size)
+    write_figures(
+        out, figures, test_set=name, skipped=images.skipped, model=model, checkpoint=loaded.checkpoint,
+        image_size=flags.image_size,
+    )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}"))
     print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
 

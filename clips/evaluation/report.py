@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clips.common.files import read_json, write_atomically
+from clips.common.files import read_json, replacing, write_json
 from clips.common.page import render, save_plot, themed
 from clips.common.plots import LIGHT, Panel, curves_plot, pretty
-from clips.common.rundir import read_evaluations, read_metrics
+from clips.common.rundir import MADE_OF, newest_weights, read_evaluations, read_metrics
 from clips.evaluation.examples import Examples
 from clips.evaluation.plots import captions_plot, retrieval_plot, verdict, zero_shot_plot
 
@@ -33,6 +33,8 @@ class RunRecord:
     evals: list[dict[str, Any]]
     figures: dict[str, dict[str, dict[str, float]]]
     """Test set → figure's name → value, chance, items."""
+    weights: dict[str, Any] | None
+    """Step and SHA-256 of the weights (`clips.common.rundir.weights_of`); None where no checkpoint is left."""
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -45,6 +47,7 @@ def read_run(run_dir: Path) -> RunRecord:
         train=[line for line in lines if line.get("kind") == "train"],
         evals=[line for line in lines if line.get("kind") == "eval"],
         figures={found["test_set"]: found["figures"] for found in read_evaluations(run_dir).values()},
+        weights=newest_weights(run_dir),
     )
 
 
@@ -67,20 +70,21 @@ def panels(record: RunRecord) -> list[Panel]:
 
 
 def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
-    """Write `run_dir`/report/ (PNG files, then index.html) and return the page's path."""
+    """Write `run_dir`/report/ (index.html and PNG files), whole or not at all, and return the page's path."""
     record, examples = read_run(run_dir), examples or Examples()
-    directory = Path(run_dir) / "report"
-    directory.mkdir(exist_ok=True)
-    save_plot(curves_plot(panels(record), LIGHT), directory / "curves.png")
-    if examples.retrieval:
-        save_plot(retrieval_plot(examples.retrieval), directory / "retrieval.png")
-    if examples.zero_shot:
-        save_plot(zero_shot_plot(examples.zero_shot), directory / "zero_shot.png")
-    if examples.captions:
-        save_plot(captions_plot(examples.captions), directory / "captions.png")
-    page = directory / "index.html"
-    write_atomically(page, render("clips.evaluation", "report.html.j2", **_shown(record, examples)))
-    return page
+    with replacing(Path(run_dir) / "report") as directory:
+        save_plot(curves_plot(panels(record), LIGHT), directory / "curves.png")
+        if examples.retrieval:
+            save_plot(retrieval_plot(examples.retrieval), directory / "retrieval.png")
+        if examples.zero_shot:
+            save_plot(zero_shot_plot(examples.zero_shot), directory / "zero_shot.png")
+        if examples.captions:
+            save_plot(captions_plot(examples.captions), directory / "captions.png")
+        if record.weights is not None:
+            write_json(directory / MADE_OF, record.weights)
+        page = render("clips.evaluation", "report.html.j2", **_shown(record, examples))
+        (directory / "index.html").write_text(page, encoding="utf-8")
+    return Path(run_dir) / "report" / "index.html"
 
 
 def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
@@ -89,6 +93,8 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
     captioner = config.get("model", {}).get("captioner") or {}
     seen = record.train[-1] if record.train else {}
     line = [str(config.get("recipe", "")), f"{int(seen.get('samples', 0)):,} samples", _model_line(config)]
+    if record.weights is not None:
+        line.append(f"weights of step {record.weights['step']:,}, SHA-256 {str(record.weights['sha256'])[:12]}")
     return {
         "title": record.name,
         "note": " · ".join(filter(None, line)),

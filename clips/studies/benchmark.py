@@ -1,4 +1,4 @@
-"""What things cost on this machine: attention kernels, the data path, sentences, training steps, the caption loss.
+"""What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
 Compared parts take turns within one run and the fastest turn of each counts, since whatever else the machine does
 only ever adds time. Where peak memory is reported, each part runs in a process of its own.
@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +47,7 @@ from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.task import Task
+from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
@@ -69,6 +71,7 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
         "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
+        "checkpoint": lambda: [_in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
     }[what]
     rows = run()
     machine = {
@@ -384,12 +387,21 @@ def recipe_row(name: str, device: torch.device, demo_dir: str) -> Row:
     }  # fmt: skip
 
 
-def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
+def clips_engine(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Engine:
     torch.manual_seed(0)
     model = CLIPSModel(run.model, tokenizer.pad_id)
     model.visual.set_image_size(run.phases[0].image_size)
     engine = Engine(Task(model, run), run, device, DEFAULT_DS_CONFIG)
     engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
+    return engine
+
+
+def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
+    return step_of(clips_engine(run, tokenizer, device))
+
+
+def step_of(engine: Engine) -> Step:
+    """The training step of `engine`, as the loop takes it."""
 
     def step(batch: Batch) -> None:
         loss, _ = engine(engine.to_device(batch))
@@ -549,4 +561,50 @@ def chunk_row(device: torch.device, repeats: int, chunk: int | None) -> Row:
     return {
         "logits": "whole batch" if chunk is None else f"{chunk} positions at a time",
         "positions": B * T, "vocabulary": vocabulary, "ms": 1e3 * seconds, "peak_MB": memory.read(),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoint
+def checkpoint_row(name: str, device: torch.device, repeats: int, demo_dir: str) -> Row:
+    """How long a checkpoint stops the training: written before it goes on, or beside it; and a step meanwhile.
+
+    Alternating, on the disk of the temporary directory; medians of the turns after the first.
+    """
+    run, tokenizer, batches = _ready(name, device, demo_dir)
+    engine = clips_engine(run, tokenizer, device)
+    step, state = step_of(engine), TrainState(seed=0)
+    seconds: dict[str, list[float]] = {part: [] for part in ("before", "beside", "write", "step", "step beside")}
+
+    def timed(part: str, what: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = what()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[part].append(time.perf_counter() - begin)
+        return result
+
+    def copied() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return engine.state.gather_weights(), engine.state.gather_optimizer()
+
+    with tempfile.TemporaryDirectory() as folder, checkpoint.Writer(Path(folder), keep=1) as writer:
+        for batch in batches:
+            step(batch)  # builds what the optimizer keeps
+        for turn in range(repeats + 1):
+            state.step += 1
+            next_step = partial(step, batches[turn % len(batches)])
+            timed("step", next_step)
+            timed("before", lambda: checkpoint.save(Path(folder), *copied(), state, 1))
+            state.step += 1
+            begin = time.perf_counter()
+            timed("beside", lambda: writer.begin(*copied(), state))
+            timed("step beside", next_step)
+            if (failure := writer.wait()) is not None:
+                raise UserError(failure)
+            seconds["write"].append(time.perf_counter() - begin)
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+    ms = {part: 1e3 * sorted(times[1:])[repeats // 2] for part, times in seconds.items()}
+    return {
+        "setting": name, "MB": size / 1e6, "stop_ms_written_before": ms["before"], "stop_ms_beside": ms["beside"],
+        "beside / before": ms["beside"] / ms["before"], "written_after_ms": ms["write"],
+        "step_ms": ms["step"], "step_ms_while_writing": ms["step beside"],
     }  # fmt: skip

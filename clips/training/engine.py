@@ -178,8 +178,10 @@ class Engine:
         norm = self._whole_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def agree(self, loss: Tensor, stop: bool) -> tuple[bool, bool]:
-        """(everything finite, somebody wants to stop), the same on every rank; between the last backward and the step.
+    def agree(self, loss: Tensor, stop: bool, unsaved: bool = False) -> tuple[bool, bool, bool]:
+        """(everything finite, somebody wants to stop, a checkpoint failed), the same on every rank.
+
+        Between the last backward and the step.
 
         Looks at the loss and at every gradient that this rank holds. DeepSpeed itself would let non-finite
         gradients into fp32 weights.
@@ -190,10 +192,10 @@ class Engine:
             norm = torch.stack([part.to(self.device) for part in torch._foreach_norm(grads)]).norm()
             self._whole_grad_norm = norm if self.stage == 0 else None
             total = total + norm
-        flags = torch.stack([(~torch.isfinite(total)).float(), total.new_tensor(float(stop))])
+        flags = torch.cat([(~torch.isfinite(total)).float().view(1), total.new_tensor([float(stop), float(unsaved)])])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        broken, stopping = flags.tolist()
-        return broken == 0, stopping > 0
+        broken, stopping, failed = flags.tolist()
+        return broken == 0, stopping > 0, failed > 0
 
     @torch.no_grad()
     def limit_logit_scale(self) -> None:
@@ -204,10 +206,13 @@ class Engine:
         for held in self.state.copies("logit_scale"):
             held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def plain_model(self) -> CLIPSModel | None:
-        """A copy of the model outside DeepSpeed on rank 0, None elsewhere, for evaluation and export. Collective."""
-        weights = self.state.gather_weights()
-        if dist.get_rank() != 0:
+    def plain_model(self, *, everywhere: bool = False) -> CLIPSModel | None:
+        """A copy of the model outside DeepSpeed, for evaluation and export; None but on rank 0 or `everywhere`.
+
+        Collective.
+        """
+        weights = self.state.gather_weights(everywhere=everywhere)
+        if not weights:
             return None
         model = CLIPSModel(self.run.model, self.model.text.pad_id)
         model.load_state_dict(weights)

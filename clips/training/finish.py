@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.rundir import REPORT, has_report, read_evaluations
+from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluations
 from clips.config import RunConfig
 from clips.data.splits import Split, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -21,25 +21,39 @@ from clips.weights.open_clip import open_clip_lacks
 
 
 def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
-    """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again."""
+    """Evaluate, export and report; every part can be repeated, so an interrupted end is simply run again.
+
+    `model` holds the weights of the newest checkpoint, which each part names: only with those does it count. One
+    process does this, without a process group: on a large test set it takes longer than ranks would wait.
+    """
+    weights = newest_weights(run_dir)
     console = Console(emoji=False, stderr=True)
     size = run.phases[-1].image_size
     held_out: tuple[Split, ...] = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)
     if split is not None:
-        figures = evaluate(model, tokenizer, run, split, full=True, image_size=size, out=run_dir / "evaluation.json")
+        figures = evaluate(
+            model,
+            tokenizer,
+            run,
+            split,
+            full=True,
+            image_size=size,
+            out=run_dir / "evaluation.json",
+            checkpoint=weights,
+        )
         console.print(figures_table(figures, f"{split} split"))
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,
         image_size=size, evaluations=read_evaluations(run_dir).values(), samples=run.samples,
+        checkpoint=weights,
     )  # fmt: skip
     for name, difference in differences.items():
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
     if reason := open_clip_lacks(run.model):
         console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        (run_dir / REPORT).unlink(missing_ok=True)  # of an earlier end; while it is there no new one would be made
         write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
     print_next(run_dir)
 

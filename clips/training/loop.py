@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from clips.common.errors import CommandError, NotFiniteError, UserError
+from clips.common.escape import for_terminal
 from clips.common.files import write_json
 from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.rundir import has_report, is_finished
+from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
@@ -38,7 +40,7 @@ from clips.training.prepare import (
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
-from clips.weights.checkpoint import TrainState
+from clips.weights.checkpoint import TrainState, Writer
 from clips.weights.initial import initialise
 
 
@@ -102,6 +104,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
                 f"{previous.path} holds no {error}: optim.kind cannot change within a run, nor can a tower thaw"
             ) from None
     if is_main:
+        if previous is not None and (aside := checkpoint.rewind(options.run_dir, previous)) is not None:
+            print(for_terminal(f"newer checkpoints than {previous.path.name} are put aside: {aside}"), file=sys.stderr)
         if beginning is not None:
             beginning.save(options.run_dir)
         run.save(options.run_dir / "config.json")
@@ -110,11 +114,17 @@ def pretrain(run: RunConfig, options: Options) -> None:
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),
+        Writer(
+            options.run_dir, run.train.keep_checkpoints, run.train.keep_every,
+            retry=run.train.on_failed_save == "retry",
+        ) as writer,
         naming_lost_ranks(lambda: state.step + 1),
-    ):
-        _train(run, engine, source, tokenizer, state, log, profiler, options.run_dir)
-    _finish(run, engine, tokenizer, options.run_dir)
-    shutdown()
+    ):  # fmt: skip
+        _train(run, engine, source, tokenizer, state, log, profiler, writer)
+        trained = engine.plain_model()
+    shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
+    if trained is not None:
+        finish_run(run, trained, tokenizer, options.run_dir)
 
 
 def _train(
@@ -125,11 +135,14 @@ def _train(
     state: TrainState,
     log: RunLog,
     profiler: Profiler,
-    run_dir: Path,
+    writer: Writer,
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
     meter = Meter(engine.device, state)
+    if _owes_validation(run, state, writer.run_dir):
+        with meter.aside():
+            _validate(run, engine, tokenizer, state, log)
     for index, phase in list(enumerate(run.phases))[state.phase :]:
         engine.model.visual.set_image_size(phase.image_size)
         if phase.fresh_optimizer and state.phase_step == 0:
@@ -150,7 +163,9 @@ def _train(
                 seen.append((loss.detach(), batch["keys"]))
                 engine.backward(loss)
                 if micro == run.train.accumulation - 1:
-                    finite, stopping = engine.agree(loss, bool(stop.requested))
+                    finite, stopping, unsaved = engine.agree(loss, bool(stop.requested), writer.has_failed())
+                    if unsaved:
+                        _await_checkpoint(writer)
                     if not finite:
                         _not_finite(seen, state, phase)
                 engine.step()
@@ -158,18 +173,19 @@ def _train(
             engine.limit_logit_scale()
             profiler.step()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
-            last = index == len(run.phases) - 1 and state.phase_step == phase.steps
-            saving = due(run.train.checkpoint_every, state, phase) or last or stopping
+            saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping
             if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
                 meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
             with meter.aside():
-                if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
-                    _validate(run, engine, tokenizer, state, log)
                 if saving:
-                    _save(run, engine, state, run_dir)
-            if stopping:
-                raise stop.error()
+                    _save(engine, state, writer)
+                if stopping:  # what is due to be validated is when the run goes on
+                    _await_checkpoint(writer)
+                    raise stop.error()
+                if _validates(run, state):
+                    _validate(run, engine, tokenizer, state, log)
         state.phase, state.phase_step = index + 1, 0
+    _await_checkpoint(writer)
     if state.samples > meter.first:
         log.say(meter.summary(state))
     stop.restore()
@@ -197,39 +213,52 @@ def _not_finite(seen: list[tuple[torch.Tensor, list[str]]], state: TrainState, p
     )
 
 
+def _is_last(run: RunConfig, state: TrainState) -> bool:
+    """Whether the step that just ended was the last one of the run."""
+    return state.phase == len(run.phases) - 1 and state.phase_step == run.phases[-1].steps
+
+
+def _validates(run: RunConfig, state: TrainState) -> bool:
+    """Whether the step that just ended is followed by an evaluation."""
+    is_due = due(run.train.eval_every, state, run.phases[state.phase]) or _is_last(run, state)
+    return is_due and bool(split_spec(run.data, "val"))
+
+
+def _owes_validation(run: RunConfig, state: TrainState, run_dir: Path) -> bool:
+    """Whether a run that goes on was ended between its checkpoint and the evaluation of that step. Collective."""
+    if state.step == 0 or not _validates(run, state):
+        return False
+    owes = [dist.get_rank() == 0 and all(line.get("step") != state.step for line in read_metrics(run_dir, "eval"))]
+    dist.broadcast_object_list(owes)
+    return owes[0]
+
+
 def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state: TrainState, log: RunLog) -> None:
-    """Retrieval and zero-shot classification on (a part of) the validation split, on rank 0."""
-    model = engine.plain_model()
-    if model is not None:
-        size = run.phases[state.phase].image_size
-        measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size)
-        figures = {name: figure.value for name, figure in measured.items()}
-        log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
-        score = figures.get("sentence_t2i_r1", figures.get("part_t2i_r1"))
-        state.best = max(filter(None, (state.best, score)), default=None)
-    dist.barrier()
+    """Retrieval and zero-shot classification on (a part of) the validation split. Collective.
+
+    Every rank encodes its share of pictures and texts; rank 0 has the figures.
+    """
+    model = engine.plain_model(everywhere=True)
+    assert model is not None
+    size = run.phases[state.phase].image_size
+    measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size, sharded=True)
+    figures = {name: figure.value for name, figure in measured.items()}
+    log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
 
 
-def _save(run: RunConfig, engine: Engine, state: TrainState, run_dir: Path) -> None:
-    """Write a checkpoint from rank 0; when that fails every rank ends, and the older checkpoints are intact."""
+def _save(engine: Engine, state: TrainState, writer: Writer) -> None:
+    """Copy what a checkpoint holds to rank 0's memory, and begin to write it. Collective."""
+    _await_checkpoint(writer)  # one at a time: in memory, too
     weights, optimizer = engine.state.gather_weights(), engine.state.gather_optimizer()
-    failure: list[str | None] = [None]
     if dist.get_rank() == 0:
-        try:
-            checkpoint.save(run_dir, weights, optimizer, state, run.train.keep_checkpoints)
-        except OSError as error:
-            failure = [str(error)]
+        writer.begin(weights, optimizer, state)
+
+
+def _await_checkpoint(writer: Writer) -> None:
+    """Wait until the checkpoint that was begun is written; where it could not be, every rank ends. Collective."""
+    failure = [writer.wait()]
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise CommandError(
-            f"the checkpoint of step {state.step} cannot be written to {run_dir}: {failure[0]}. The older ones are "
-            "intact: make room, then the same command goes on from the last one"
+            f"{failure[0]}. The older ones are intact: make room, then the same command goes on from the last one"
         )
-
-
-def _finish(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, run_dir: Path) -> None:
-    """Evaluate on the test split, export, write the report; rank 0."""
-    model = engine.plain_model()
-    if model is not None:
-        finish_run(run, model, tokenizer, run_dir)
-    dist.barrier()

@@ -75,7 +75,28 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
             checkpoint.remove_leftovers(options.run_dir)
     if options.resume in ("auto", "never"):
         return checkpoint.latest(options.run_dir)
-    return checkpoint.load(Path(options.resume))
+    found = checkpoint.load(Path(options.resume))
+    if other := _other_run(options):
+        if rundir.checkpoints(options.run_dir):
+            raise UserError(
+                f"--resume {options.resume} is of another run, and {options.run_dir} has checkpoints of its own: leave "
+                "--resume out to go on from these, or give another --name"
+            )
+        if not options.allow_config_change:
+            rundir.refuse(
+                difference(RunConfig.load(other / "config.json"), run),
+                f"--resume {options.resume} is of a run with another configuration",
+                "Go on with the changes by --allow-config-change",
+            )
+    return found
+
+
+def _other_run(options: Options) -> Path | None:
+    """The run that `--resume` names a checkpoint of, where that is not this one: this one then begins as its branch."""
+    if options.resume in ("auto", "never"):
+        return None
+    run_dir = checkpoint.run_of(Path(options.resume))
+    return None if run_dir == options.run_dir.resolve() else run_dir
 
 
 def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | None:
@@ -101,7 +122,7 @@ def prepare_data(
 ) -> tuple[Source, CaptionTokenizer]:
     """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait.
 
-    A text tower among the `initial` weights brings its own.
+    A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of.
     """
     need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
     source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
@@ -110,11 +131,16 @@ def prepare_data(
             open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
     directory = options.run_dir / "tokenizer"
     begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
+    other = _other_run(options)
+
+    def make() -> CaptionTokenizer:
+        return CaptionTokenizer.load(other / "tokenizer") if other else _build_tokenizer(run, source, initial)
+
     if dist.get_rank() == 0 and not begun and not options.dry_run:
-        _build_tokenizer(run, source, initial).save(directory)
+        make().save(directory)
     dist.barrier()
     is_there = begun or not options.dry_run
-    tokenizer = CaptionTokenizer.load(directory) if is_there else _build_tokenizer(run, source, initial)
+    tokenizer = CaptionTokenizer.load(directory) if is_there else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size is {run.model.text.vocab_size} but the {run.captions.tokenizer} tokenizer has "

@@ -76,12 +76,12 @@ class ZeroState:
         elif self.stage > 0 and parameter._hp_mapping is not None:  # None: another rank's
             yield parameter._hp_mapping.hp_fragment
 
-    def gather_weights(self) -> dict[str, Tensor]:
-        """Weights by name on the CPU of rank 0, empty elsewhere. Collective."""
+    def gather_weights(self, *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Weights by name on the CPU of rank 0, empty elsewhere unless `everywhere`. Collective."""
         weights = {}
         for name, parameter in self.names.items():
             with self._whole(parameter) as full:
-                if dist.get_rank() == 0:
+                if everywhere or dist.get_rank() == 0:
                     weights[name] = full.detach().to("cpu", copy=True)
         return weights
 

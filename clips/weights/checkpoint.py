@@ -5,12 +5,19 @@ with the SHA-256 of each. It is written under a hidden temporary name, flushed t
 `LATEST` is replaced: a crash at any moment leaves the older checkpoints and a directory that is ignored.
 Nothing in a checkpoint is code, and tensors are stored whole and by name, so a run may resume on another
 number of ranks or another ZeRO stage.
+
+The training waits for the copy to host memory only: a `Writer` does the rest in a thread.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,8 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clips.common.errors import NoCheckpointError, UserError
+from clips.common.errors import NoCheckpointError, UserError, in_one_line
+from clips.common.escape import for_terminal
 from clips.common.files import check_seal, first_usable, fsync, seal, write_atomically
+from clips.common.rundir import METRICS, checkpoints, surplus
 from clips.common.tensors import read_weights
 
 
@@ -38,8 +47,6 @@ class TrainState:
     """SHA-256 of the weights that the run began with (`train.init_from`)."""
     skipped: int = 0
     """Broken samples that were replaced."""
-    best: float | None = None
-    """Best validation text→image R@1 so far."""
     logit_scale: list[tuple[int, float]] = field(default_factory=list)
     """(samples, logit scale) at each logged step."""
 
@@ -56,8 +63,15 @@ class Checkpoint:
         return read_weights(self.path / "optimizer.safetensors")
 
 
-def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState, keep: int) -> Path:
-    """Write a checkpoint, make it the latest, and delete all but the newest `keep`. Rank 0 only.
+def save(
+    run_dir: Path,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: TrainState,
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
+    """Write a checkpoint, make it the latest, and delete the older ones that are `surplus`. Rank 0 only.
 
     Raises OSError (disk full, say) with the older checkpoints and LATEST untouched.
     """
@@ -82,9 +96,106 @@ def save(run_dir: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]
     temporary.rename(final)
     fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
-    for old in _steps(parent)[keep:]:
+    for old in surplus(checkpoints(run_dir), keep, keep_every):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+class Writer:
+    """Writes checkpoints beside the training, at most one at a time. Rank 0 gives it work; elsewhere it has none.
+
+    Use as a context: however it is left, what has begun is written first. `retry`: a write that fails is tried again,
+    every `RETRY_SECONDS`, until somebody waits for it, and then for the last time.
+    """
+
+    RETRY_SECONDS = 30.0
+
+    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0, *, retry: bool = False) -> None:
+        self.run_dir, self.keep, self.keep_every, self.retry = run_dir, keep, keep_every, retry
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._awaited = threading.Event()
+        self._writing: tuple[int, Future[None]] | None = None
+
+    def begin(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
+        """Begin to write; the tensors must be nobody else's, `state` is copied. Only after `wait`."""
+        if self._writing is not None:
+            raise RuntimeError("a checkpoint is being written still: wait for it first")
+        self._awaited.clear()
+        snapshot = copy.deepcopy(state)
+        self._writing = state.step, self._thread.submit(self._write, weights, optimizer, snapshot)
+
+    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
+        while True:
+            is_last = self._awaited.is_set() or not self.retry
+            try:
+                save(self.run_dir, weights, optimizer, state, self.keep, self.keep_every)
+                return
+            except OSError as error:
+                if is_last:
+                    raise
+                message = f"warning: {_unwritten(self.run_dir, state.step, error)}; trained on, and tried again"
+                print(for_terminal(message), file=sys.stderr, flush=True)
+            self._awaited.wait(self.RETRY_SECONDS)
+
+    def has_failed(self) -> bool:
+        """Whether the write has ended without a checkpoint; does not wait."""
+        return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
+
+    def wait(self) -> str | None:
+        """Wait until nothing is being written; why the last one could not be, where that is not told yet."""
+        if self._writing is None:
+            return None
+        self._awaited.set()
+        step, future = self._writing
+        error = future.exception()
+        self._writing = None
+        return None if error is None else _unwritten(self.run_dir, step, error)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        failure = self.wait()
+        self._thread.shutdown()
+        if failure is not None:  # another error is what ends the run
+            print(for_terminal(f"warning: {failure}"), file=sys.stderr, flush=True)
+
+
+def _unwritten(run_dir: Path, step: int, error: BaseException) -> str:
+    why = str(error) if isinstance(error, OSError) else in_one_line(error)
+    return f"the checkpoint of step {step} cannot be written to {run_dir}: {why}"
+
+
+def is_one(path: Path) -> bool:
+    """Whether `path` looks like a checkpoint; `load` says whether it is whole."""
+    return (path / "state.json").is_file() and (path / "optimizer.safetensors").is_file()
+
+
+def run_of(path: Path) -> Path:
+    """The run directory of a checkpoint, also of one that was put aside."""
+    folder = next((parent for parent in path.resolve().parents if parent.name == "checkpoints"), path.resolve())
+    return folder.parent
+
+
+def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
+    """Put the checkpoints that are newer than `to` aside, with the metrics that go on behind it; returns where.
+
+    They count no more and are not deleted, LATEST names `to`. None where there is no newer one. Rank 0 only.
+    """
+    parent = run_dir / "checkpoints"
+    newer = [path for path in checkpoints(run_dir) if int(path.name[5:]) > to.state.step]
+    if not newer:
+        return None
+    aside = parent / time.strftime("aside-%Y%m%d-%H%M%S")
+    aside.mkdir(exist_ok=True)
+    if (run_dir / METRICS).is_file():
+        shutil.copy2(run_dir / METRICS, aside)
+    for path in newer:  # newest first: after a crash in between, the same command goes on with it
+        path.rename(aside / path.name)
+    fsync(aside)
+    fsync(parent)
+    write_atomically(run_dir / "LATEST", f"{to.path.name}\n")
+    return aside
 
 
 def latest(run_dir: Path) -> Checkpoint | None:
@@ -96,7 +207,7 @@ def latest(run_dir: Path) -> Checkpoint | None:
     parent = run_dir / "checkpoints"
     if not parent.is_dir():
         return None
-    candidates = _steps(parent)
+    candidates = checkpoints(run_dir)
     if found := first_usable(candidates, _verified):
         return found
     if candidates or (run_dir / "LATEST").exists():
@@ -113,26 +224,24 @@ def remove_leftovers(run_dir: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load(path: Path) -> Checkpoint:
-    """The checkpoint directory `path`, refused (UserError) unless it matches its hashes."""
+def load(path: Path, what: str = "--resume") -> Checkpoint:
+    """The checkpoint directory `path`, refused (UserError) unless it matches its hashes; `what` names it then."""
     try:
         return _verified(path)
     except ValueError as fault:
         raise UserError(
-            f"--resume {path}: {fault}. Give auto, never, or a directory runs/NAME/checkpoints/step-N of this program"
+            f"{what} {path}: {fault}. Give a whole directory runs/NAME/checkpoints/step-N of this program"
         ) from None
-
-
-def _steps(parent: Path) -> list[Path]:
-    """Finished checkpoint directories, newest first."""
-    return sorted((p for p in parent.glob("step-*") if p.name[5:].isdigit()), reverse=True)
 
 
 def _verified(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        state = TrainState(**json.loads((path / "state.json").read_text()))
+        content = json.loads((path / "state.json").read_text())
+        if isinstance(content, dict):
+            content.pop("best", None)  # the best validation figure, which older programs kept here
+        state = TrainState(**content)
         for name in ("seed", "step", "samples", "phase", "phase_step", "skipped"):
             if type(getattr(state, name)) is not int:
                 raise TypeError(f"{name} is {getattr(state, name)!r}, no whole number")

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.rundir import read_evaluations
+from clips.common.files import replacing, write_json
+from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
@@ -60,13 +60,15 @@ def export_all(
     image_size: int | None = None,
     evaluations: Iterable[dict[str, Any]] = (),
     samples: int | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Write and check the formats under `directory`; returns each one's largest feature difference.
 
     `image_size` (default: the configured one) is the resolution the exports are for; fixed positions are recomputed
     for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if
     any, is replaced only once the new one is complete and right. `evaluations` and `samples` are for the model cards,
-    see `write_cards`. Raises ExportError when a format differs.
+    see `write_cards`. `checkpoint` says which one of a run the weights are (`clips.common.rundir.weights_of`); that is
+    written beside the formats, as checkpoint.json. Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)
@@ -83,17 +85,16 @@ def export_all(
     images, texts = sample_images.float().cpu(), list(sample_texts)
 
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_native(trained, run, tokenizer, partial / "native")
-    if open_clip_lacks(run.model) is None:
-        write_open_clip(trained, tokenizer, partial / "open_clip")
-    write_hf_vit(trained.visual, partial / "hf_vit")
-    differences = check_exports(trained, tokenizer, partial, images, texts)
     name = directory.resolve().parent.name if directory.name == "export" else directory.name
-    write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        write_native(trained, run, tokenizer, partial / "native")
+        if open_clip_lacks(run.model) is None:
+            write_open_clip(trained, tokenizer, partial / "open_clip")
+        write_hf_vit(trained.visual, partial / "hf_vit")
+        differences = check_exports(trained, tokenizer, partial, images, texts)
+        write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
+        if checkpoint is not None:
+            write_json(partial / MADE_OF, checkpoint)
     return differences
 
 
@@ -191,10 +192,11 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
-    out = Path(flags.output or loaded.home / "export")
+    out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))
     differences = export_all(
         loaded.model, run, loaded.tokenizer, out, images, texts,
         image_size=size, evaluations=read_evaluations(loaded.home).values(), samples=loaded.samples,
+        checkpoint=loaded.checkpoint,
     )  # fmt: skip
     for name, difference in differences.items():
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
+from clips.common.rundir import MADE_OF, check_current, is_current, weights_of
 from clips.common.tensors import assign_weights, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -40,27 +43,45 @@ class LoadedModel:
     path: Path
     """The directory that was asked for, or found, or of the hub's cache."""
     home: Path
-    """Where what is made of it belongs: `path`, for a model of the hub a directory of its name under runs/."""
+    """Where what is made of it belongs: `path`, for a checkpoint its run, for a model of the hub a directory of its
+    name under runs/."""
     samples: int | None = None
     """How many training samples the weights have seen, where that is known."""
+    checkpoint: dict[str, Any] | None = None
+    """Which checkpoint of a run the weights are (`clips.common.rundir.weights_of`), where that is known."""
+    is_checkpoint: bool = False
+    """Whether `path` is a checkpoint rather than a run, an export or another model."""
 
 
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
     Official checkpoints of CLIPS and OpenVision are of open_clip's kind; a whole CLIP of transformers is read too.
-    Of a run, its export, or its newest checkpoint when that is newer or there is no export yet.
+    Of a run, its export, or its newest checkpoint when that is newer or there is no export yet. Of a run's
+    checkpoints/step-N, that one.
     """
     if path is None:
         path = _newest_run(Path(runs))
     directory = resolve(str(path), "model", (*OPEN_CLIP_WEIGHTS, NATIVE_WEIGHTS))
     is_here = directory == Path(path).expanduser()
     home = directory if is_here else Path(runs) / str(path).replace("/", "--")
-    model, run, tokenizer, samples = _load(directory)
-    return LoadedModel(model, run, tokenizer, path=directory, home=home, samples=samples)
+    is_checkpoint = checkpoint.is_one(directory)
+    if is_checkpoint:
+        home = checkpoint.run_of(directory)
+        model, run, tokenizer, of = _load_checkpoint(checkpoint.load(directory, "checkpoint"), home)
+    else:
+        model, run, tokenizer, of = _load(directory)
+    return LoadedModel(
+        model, run, tokenizer, path=directory, home=home, samples=(of or {}).get("samples"), checkpoint=of,
+        is_checkpoint=is_checkpoint,
+    )  # fmt: skip
 
 
-def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer, int | None]:
+Loaded = tuple[CLIPSModel, RunConfig, CaptionTokenizer, dict[str, Any] | None]
+"""Model, configuration, tokenizer, and which checkpoint the weights are, where that is known."""
+
+
+def _load(path: Path) -> Loaded:
     if (path / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
         model, tokenizer = import_open_clip(path)
         return model, _imported_run(model.config, tokenizer), tokenizer, None
@@ -68,20 +89,24 @@ def _load(path: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer, int | No
         return *_load_clip(path), None
     for directory in (path, path / "native", path / "export" / "native"):
         if (directory / NATIVE_WEIGHTS).is_file() and (directory / "config.json").is_file():
-            if directory == path / "export" / "native" and _time(path / "LATEST") > _time(directory):
+            if directory == path / "export" / "native" and not is_current(path / "export"):
                 break
-            return *load_native(directory), None
+            return *load_native(directory), read_json(directory.parent / MADE_OF) or None
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
-        run = RunConfig.load(path / "config.json")
-        tokenizer = CaptionTokenizer.load(path / "tokenizer")
-        model = CLIPSModel(run.model, tokenizer.pad_id)
-        assign_weights(model, found.weights(), found.path)
-        model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
-        return model.eval(), run, tokenizer, found.state.samples
+        return _load_checkpoint(found, path)
     raise UserError(
         f"{path} holds no trained model: expected a run directory (with export/ or checkpoints/), a native export "
         "(config.json, model.safetensors), an open_clip one (open_clip_config.json) or a CLIP of transformers"
     )
+
+
+def _load_checkpoint(found: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
+    run = RunConfig.load(run_dir / "config.json")
+    tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
+    model = CLIPSModel(run.model, tokenizer.pad_id)
+    assign_weights(model, found.weights(), found.path)
+    model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
+    return model.eval(), run, tokenizer, weights_of(found.path)
 
 
 def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
@@ -132,7 +157,10 @@ def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
 
 
 def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
-    """The export directory written last under `runs` by a run whose `task.objective` is `objective`."""
+    """The export directory written last under `runs` by a run whose `task.objective` is `objective`.
+
+    UserError where there is none, or where that run has trained on since.
+    """
     found = []
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"
@@ -147,4 +175,4 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
             f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
             f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
         )
-    return max(found)[1]
+    return check_current(max(found)[1])

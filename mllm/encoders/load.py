@@ -32,6 +32,7 @@ from clips import (
 )
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
+from clips.common.rundir import check_current
 from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.plain_vit import (
@@ -165,7 +166,12 @@ load_clips = trained_here("clips", "demo")
 
 # ---------------------------------------------------------------------------------------------- loading
 def _load_export(directory: Path) -> LoadedVision:
-    """A run, an export, or a model directory in transformers' or open_clip's format."""
+    """A run, an export, or a model directory in transformers' or open_clip's format.
+
+    UserError for a run that has trained on since it was exported.
+    """
+    if (directory / "export").is_dir():
+        check_current(directory / "export")
     for place in (directory / "export" / "hf_vit", directory / "hf_vit", directory):
         if (place / "open_clip_config.json").is_file():  # first: beside it may lie the same model for transformers
             return _load_open_clip(f"local-dir:{place}", eps=_eps(place))

@@ -326,7 +326,7 @@ def test_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: 
 def test_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     killed: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The system refuses to let any file grow beyond 1 MiB; the weights take 8."""
+    """The system refuses to let any file grow beyond 1 MiB; the weights take 8. The next save waits at the latest."""
     out = shutil.copytree(killed, tmp_path / "out")
     before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
     next_save = state(out / "r")["step"] + 5
@@ -334,7 +334,9 @@ def test_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
     assert_refused(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
     assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
-    assert [line["step"] for line in trace(out / "r")] == list(range(1, next_save + 1))
+    steps = [line["step"] for line in trace(out / "r")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert next_save <= steps[-1] <= next_save + 5
 
 
 # It is misused

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from conftest import ROOT
 
 from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.files import lock, read_json, write_json
+from clips.common.files import lock, read_json, seal, write_json
 
 
 def test_differences_are_told_by_path() -> None:
@@ -88,6 +90,58 @@ def test_finished_is_asked_without_torch_or_matplotlib(tmp_path: Path) -> None:
     code = "import sys, clips.common.rundir; print(sorted({'torch', 'matplotlib', 'numpy'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def checkpoint(run_dir: Path, step: int, content: str) -> dict[str, object]:
+    """As clips/weights/checkpoint.py leaves one, as far as it is looked at here."""
+    directory = run_dir / "checkpoints" / f"step-{step:08d}"
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_text(content)
+    (directory / "state.json").write_text(json.dumps({"samples": 8 * step}))
+    seal(directory)
+    (run_dir / "LATEST").write_text(f"{directory.name}\n")
+    return rundir.weights_of(directory)
+
+
+def test_what_was_made_of_older_weights_does_not_count(tmp_path: Path) -> None:
+    of = checkpoint(tmp_path, 1, "old")
+    for name in ("export", "report"):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / rundir.MADE_OF, of)
+    (tmp_path / rundir.REPORT).touch()
+    for name in ("evaluation", "evaluation-other"):
+        write_json(tmp_path / f"{name}.json", {"test_set": "t", "checkpoint": of})
+    write_json(tmp_path / "evaluation-unsaid.json", {"test_set": "t"})
+    assert rundir.is_finished(tmp_path)
+    assert rundir.has_report(tmp_path)
+    assert rundir.check_current(tmp_path / "export") == tmp_path / "export"
+    assert len(rundir.read_evaluations(tmp_path)) == 3
+
+    newer = checkpoint(tmp_path, 2, "new")  # the run went on, and was killed before its end
+    assert not rundir.is_finished(tmp_path)
+    assert not rundir.has_report(tmp_path)
+    assert list(rundir.read_evaluations(tmp_path)) == ["evaluation-unsaid"]
+    with pytest.raises(UserError, match=r"export is of step 1, and the newest .* step 2.*export_clips\.py --model"):
+        rundir.check_current(tmp_path / "export")
+
+    write_json(tmp_path / "export" / rundir.MADE_OF, newer)  # exported by hand: measured it is not
+    assert not rundir.is_finished(tmp_path)
+    write_json(tmp_path / "evaluation.json", {"test_set": "t", "checkpoint": newer})
+    assert rundir.is_finished(tmp_path)
+    assert not rundir.has_report(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")  # to make room: nothing newer is left
+    assert rundir.is_finished(tmp_path)
+
+
+def test_an_export_that_says_nothing_counts_by_its_time(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1, "old")
+    (tmp_path / "export").mkdir()
+    os.utime(tmp_path / "LATEST", (1e9, 1e9))
+    assert rundir.is_finished(tmp_path)
+    os.utime(tmp_path / "export", (1e9 - 1, 1e9 - 1))
+    assert not rundir.is_finished(tmp_path)
+    with pytest.raises(UserError, match="export is of older weights"):
+        rundir.check_current(tmp_path / "export")
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -96,6 +96,32 @@ def test_chunk_command_finds_the_saving(tmp_path: Path) -> None:
     assert all(row["peak_MB"] < 0.7 * whole["peak_MB"] for row in chunked)
 
 
+CHECKPOINT_ROW = """
+import json, torch
+from conftest import tiny_batch, tiny_run
+from clips.common.runtime import init_distributed
+from clips.data.tokenizer import build_tokenizer
+from clips.studies import benchmark
+def ready(name, device, demo_dir):
+    init_distributed(device)
+    texts = ["a cat", "a dog"] * 8
+    return tiny_run(), build_tokenizer("wordpiece", texts, vocab_size=64), [tiny_batch(0), tiny_batch(1)]
+benchmark._ready = ready
+print(json.dumps(benchmark.checkpoint_row("tiny", torch.device("cpu"), 3, "")))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_stops_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "row.py").write_text(CHECKPOINT_ROW)
+    done = run_python(tmp_path / "row.py", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["MB"] > 0.1
+    assert row["beside / before"] == row["stop_ms_beside"] / row["stop_ms_written_before"] > 0
+    assert row["written_after_ms"] > row["stop_ms_beside"]
+
+
 def test_unusable_flags_are_the_users_mistake() -> None:
     done = run_python(ROOT / "scripts" / "benchmark.py", "chunk", "--repeats", "0")
     assert done.returncode == 2

@@ -27,7 +27,7 @@ FILES = ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.j
 def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
     weights = {"a.weight": torch.full((size, 4), float(step)), "scale": torch.tensor(2.5)}
     optimizer = {"a.weight/exp_avg": torch.arange(size * 4.0).view(size, 4) * step}
-    state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3, best=12.5)
+    state = TrainState(seed=7, step=step, samples=8 * step, phase=1, phase_step=2, skipped=3)
     state.logit_scale.append((8 * step, 14.25))
     return checkpoint.save(run_dir, weights, optimizer, state, keep)
 
@@ -47,7 +47,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     found = checkpoint.latest(tmp_path)
     assert found.path == path == checkpoint.load(path).path
     assert asdict(found.state) | {"logit_scale": []} == asdict(
-        TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3, best=12.5)
+        TrainState(seed=7, step=3, samples=24, phase=1, phase_step=2, skipped=3)
     )
     assert [tuple(pair) for pair in found.state.logit_scale] == [(24, 14.25)]
     assert found.weights().keys() == {"a.weight", "scale"}

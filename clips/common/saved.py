@@ -1,0 +1,146 @@
+"""The checkpoints in a run directory of either half: which there are, whether they are whole, which need not stay."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clips.common import rundir
+from clips.common.errors import CommandError, UserError
+from clips.common.escape import for_rich
+from clips.common.files import MANIFEST, check_seal
+
+LLAVA = re.compile(r"checkpoint-\d+")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Checkpoints that follow each other: a pretraining run's, one stage's of a LLaVA run, or put aside together."""
+
+    directory: Path
+    found: list[Path]
+    """Newest first, at least one."""
+    counts: bool
+    """Whether a run goes on from the newest of them; not where a rewind has put them aside."""
+
+    @property
+    def is_llava(self) -> bool:
+        return LLAVA.fullmatch(self.found[0].name) is not None
+
+
+def groups(place: Path) -> list[Group]:
+    """What a run directory, or a checkpoint alone, holds. UserError where that is nothing."""
+    if (place / MANIFEST).is_file():
+        return [Group(place.parent, [place], counts=False)]
+    aside = sorted((place / "checkpoints").glob("aside-*"))
+    stages = sorted({path.parent for path in place.glob("*/checkpoint-*") if LLAVA.fullmatch(path.name)})
+    candidates = [
+        Group(place / "checkpoints", rundir.checkpoints(place), counts=True),
+        *(Group(folder, _newest_first(folder.glob("step-*")), counts=False) for folder in aside),
+        *(Group(stage, _newest_first(stage.glob("checkpoint-*")), counts=True) for stage in stages),
+    ]
+    if not (kept := [group for group in candidates if group.found]):
+        raise UserError(f"{place} holds no checkpoints: give a run directory, runs/NAME, or one of its checkpoints")
+    return kept
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    numbered = [path for path in paths if re.fullmatch(r"[a-z]+-\d+", path.name)]
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint by its hashes; None where nothing is."""
+    try:
+        check_seal(checkpoint)
+    except ValueError as fault:
+        return str(fault)
+    return None
+
+
+def list_saved(place: Path, *, verify: bool = False) -> None:
+    """Print what is saved; `verify` reads and hashes every file, and raises CommandError where one is damaged."""
+    damaged = []
+    table = Table(title=for_rich(str(place)), title_justify="left")
+    for name in ("checkpoint", "step", "samples", "MB", "age", "verified" if verify else "sealed", ""):
+        table.add_column(name, justify="right" if name in ("step", "samples", "MB", "age") else "left")
+    for group in groups(place):
+        for path in group.found:
+            fault = fault_of(path) if verify else None if (path / MANIFEST).is_file() else f"no {MANIFEST}"
+            damaged += [f"{path}: {fault}"] if fault else []
+            samples = None if group.is_llava else rundir.weights_of(path)["samples"]
+            table.add_row(
+                for_rich(str(path.relative_to(place)) if path != place else path.name),
+                f"{int(path.name.partition('-')[2]):,}",
+                "" if samples is None else f"{samples:,}",
+                f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:,.1f}",
+                _age(time.time() - path.stat().st_mtime),
+                for_rich(fault) if fault else "yes",
+                _note(group, path),
+            )
+    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
+    if verify and damaged:
+        raise CommandError("damaged, and passed over when the run goes on:\n  " + "\n  ".join(damaged))
+
+
+def _note(group: Group, path: Path) -> str:
+    if not group.counts:
+        return "put aside" if group.directory.name.startswith("aside-") else ""
+    return "latest" if path == group.found[0] else ""
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> None:
+    """Delete what is neither of the newest `keep` nor kept by `keep_every` (samples); what was put aside stays.
+
+    UserError where the run is training, CommandError where none of those that would stay is whole: then none goes.
+    """
+    if keep < 1 or keep_every < 0:
+        raise UserError(
+            f"--keep {keep} --keep-every {keep_every}: at least one checkpoint stays, and no multiple is negative"
+        )
+    if (place / MANIFEST).is_file():
+        raise UserError(f"{place} is one checkpoint: give the run directory that it is in")
+    counted = [group for group in groups(place) if group.counts]
+    if keep_every and any(group.is_llava for group in counted):
+        raise UserError(f"--keep-every: the checkpoints of {place} do not tell their samples; give --keep")
+    if not dry_run:
+        rundir.hold(place)
+    for group in counted:
+        sealed = [path for path in group.found if (path / MANIFEST).is_file()]
+        goes = rundir.surplus(sealed, keep, keep_every)
+        if goes and not any(fault_of(path) is None for path in sealed if path not in goes):
+            raise CommandError(
+                f"none of the checkpoints that would stay in {group.directory} is whole; nothing is deleted"
+            )
+        _delete(goes, dry_run=dry_run)
+
+
+def _delete(paths: Sequence[Path], *, dry_run: bool) -> None:
+    for path in reversed(paths):  # the oldest first: what a crash leaves is a run with fewer of them
+        print(f"{'would delete' if dry_run else 'deleted'} {path}", flush=True)
+        if not dry_run:
+            shutil.rmtree(path)
+
+
+def check_exportable(place: Path) -> None:
+    """UserError for what is no checkpoint, or run, of an encoder."""
+    if any(group.is_llava for group in groups(place)):
+        raise UserError(
+            f"{place} is of the LLaVA half, whose checkpoints hold the trained parts only: the same train_llava.sh "
+            "command goes on from it and saves the model; see scripts/convert.py for other formats"
+        )

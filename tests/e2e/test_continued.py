@@ -1,0 +1,223 @@
+"""Runs that go on: after their end, from an older checkpoint, in a branch, after a kill beside a write; and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from launched import SCRIPT, Done, deepspeed, lines, python, run, small_data, started, torchrun, wait_for
+
+from clips.common.errors import UserError
+from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
+from clips.weights.load import load_model
+from mllm.encoders.registry import load_vision
+
+pytestmark = pytest.mark.slow
+STEPS = 10
+EVERY_STEP = (
+    *("--debug", "--name", "r", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.log_every=1"),
+    *("train.checkpoint_every=8", "train.eval_every=8", "train.keep_checkpoints=3", "train.keep_every=32"),
+)
+"""Each step is saved and validated."""
+
+
+def trace(run_dir: Path) -> list[dict[str, Any]]:
+    """Every logged figure that does not depend on the clock."""
+    clock = {"time", "samples_per_s", "data_wait_share"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines(run_dir)]
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(path.name[5:]) for path in reversed(checkpoints(run_dir))]
+
+
+def same_weights(one: Path, other: Path, step: int) -> bool:
+    names = ("model.safetensors", "optimizer.safetensors")
+    places = [run_dir / "checkpoints" / f"step-{step:08d}" for run_dir in (one, other)]
+    return all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run(python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    return out
+
+
+def test_what_a_run_keeps_and_says_of_its_weights(whole: Path) -> None:
+    run_dir = whole / "r"
+    assert steps(run_dir) == [4, 8, 9, 10]  # 32 and 64 samples, and the newest three
+    newest = newest_weights(run_dir)
+    assert (newest["step"], newest["samples"]) == (STEPS, 8 * STEPS)
+    for name in ("export", "report"):
+        assert json.loads((run_dir / name / MADE_OF).read_text()) == newest
+    assert json.loads((run_dir / "evaluation.json").read_text())["checkpoint"] == newest
+    assert f"weights of step 10, SHA-256 {newest['sha256'][:12]}" in (run_dir / "report/index.html").read_text()
+    assert load_model(run_dir).checkpoint == load_model(run_dir / "export").checkpoint == newest
+
+
+def test_killed_and_stopped_between_checkpoint_and_validation(
+    whole: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With each step saved and validated, a kill hits one of the two; a stop saves, and leaves its validation owed."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    command = python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", tmp_path)
+    for number, after, code in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 6, 143)):
+        with started(command, log) as process:
+            wait_for(lambda s=after: lines(run_dir) and lines(run_dir)[-1]["step"] >= s, process, log)
+            os.killpg(process.pid, number)
+            assert process.wait(60) == code, log.read_text()
+    evaluated = [line["step"] for line in lines(run_dir) if line["kind"] == "eval"]
+    assert evaluated[-1] == steps(run_dir)[-1] - 1, "what was due when the signal came is not done before the end"
+    done = run(command)
+    assert done.code == 0, done.text
+    assert trace(run_dir) == trace(whole / "r")
+    assert steps(run_dir) == steps(whole / "r")
+    assert same_weights(run_dir, whole / "r", STEPS)
+
+
+def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
+    run_dir = out / "r"
+    done = run(
+        python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", out, "--resume", run_dir / "checkpoints/step-00000008")
+    )
+    assert done.code == 0, done.text
+    (aside,) = (run_dir / "checkpoints").glob("aside-*")
+    assert f"newer checkpoints than step-00000008 are put aside: {aside}" in done.text
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000009", "step-00000010"]
+    assert trace(run_dir) == trace(whole / "r")
+    assert steps(run_dir) == steps(whole / "r")
+    assert same_weights(run_dir, whole / "r", STEPS)
+
+
+def test_a_branch_of_another_run(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = [word if word != "r" else "branch" for word in EVERY_STEP]
+    command = python(
+        SCRIPT, *flags, *shards, "--output-dir", tmp_path, "--resume", whole / "r/checkpoints/step-00000008"
+    )
+    done = run([*command, "--seed", "3"])
+    assert done.code == 2, done.text
+    assert "is of a run with another configuration:\n  train.seed: 0 → 3" in done.text
+    done = run(command)
+    assert done.code == 0, done.text
+    tokenizers = [run_dir / "tokenizer/tokenizer.json" for run_dir in (tmp_path / "branch", whole / "r")]
+    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
+    assert same_weights(tmp_path / "branch", whole / "r", STEPS)
+    done = run(command)
+    assert done.code == 2, done.text
+    assert "has checkpoints of its own" in done.text
+
+
+def test_a_run_that_went_on_after_its_end_is_finished_anew(
+    whole: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Killed after the last checkpoint and before the export: the old export is nobody's."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    run_dir, log = out / "r", tmp_path / "log"
+    flags = [word if word != str(8 * STEPS) else str(8 * STEPS + 40) for word in EVERY_STEP]
+    command = python(SCRIPT, *flags, *shards, "--output-dir", out, "--allow-config-change")
+    last = run_dir / "checkpoints" / f"step-{STEPS + 5:08d}"
+    with started(command, log) as process:
+        wait_for(last.is_dir, process, log)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stale = json.loads((run_dir / "export" / MADE_OF).read_text())
+    assert stale["step"] == STEPS
+    assert not is_finished(run_dir)
+    assert not has_report(run_dir)
+    for name in (f"clips:{run_dir}", "clips"):
+        with pytest.raises(
+            UserError, match=r"export is of step 10, and the newest checkpoint of the run is of step 15"
+        ):
+            load_vision(name, runs=out)
+    assert load_model(run_dir).checkpoint == newest_weights(run_dir), "of the run itself, the newest weights"
+
+    done = run(command)
+    assert done.code == 0, done.text
+    newest = newest_weights(run_dir)
+    assert newest["step"] == STEPS + 5
+    for made_of in (
+        json.loads((run_dir / "export" / MADE_OF).read_text()),
+        json.loads((run_dir / "report" / MADE_OF).read_text()),
+        json.loads((run_dir / "evaluation.json").read_text())["checkpoint"],
+    ):
+        assert made_of == newest
+    assert [line["step"] for line in lines(run_dir) if line["kind"] == "eval"] == list(range(1, STEPS + 6))
+    load_vision(f"clips:{run_dir}", runs=out)
+    before = (run_dir / "report/index.html").stat().st_mtime_ns
+    assert run(command).code == 0
+    assert (run_dir / "report/index.html").stat().st_mtime_ns == before
+
+
+def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
+    done = run(python("scripts/checkpoints.py", "export", out / "r/checkpoints/step-00000008"))
+    assert done.code == 0, done.text
+    exported = out / "r/export-step-00000008"
+    assert json.loads((exported / MADE_OF).read_text())["step"] == 8
+    assert sorted(path.name for path in exported.iterdir() if path.is_dir()) == ["hf_vit", "native", "open_clip"]
+    assert load_model(exported).checkpoint["step"] == 8
+    assert is_finished(out / "r"), "its own export stays"
+    done = run(python("scripts/checkpoints.py", "verify", out / "r"))
+    assert done.code == 0, done.text
+    assert "latest" in done.text
+
+
+def rank(launcher: psutil.Process, number: int) -> psutil.Process | None:
+    found = [p for p in launcher.children(recursive=True) if _environment(p).get("RANK") == str(number)]
+    return min(found, key=psutil.Process.create_time, default=None)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.parametrize("launch", [deepspeed, torchrun])
+def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
+    launch: Any, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The other rank leaves; rank 0 then stands still for longer than ranks wait for each other, and finishes."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    words = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--timeout-minutes", "0.2")
+    with started(launch(SCRIPT, *words), log) as process:
+        launcher = psutil.Process(process.pid)
+        wait_for(lambda: checkpoints(run_dir) and rank(launcher, 1) is None, process, log)
+        first = rank(launcher, 0)
+        assert first is not None
+        assert not (run_dir / "export").exists()
+        first.suspend()
+        time.sleep(14)
+        first.resume()
+        assert process.wait(120) == 0, log.read_text()
+    assert is_finished(run_dir)
+    assert has_report(run_dir)
+    assert log.read_text().count("Next:") == 1
+
+
+def test_a_disk_that_fills_up_ends_all_ranks(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """The system refuses files above 1 MiB; the write beside the training fails, and both ranks hear of it."""
+    words = ("--recipe", "s16", "--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000")
+    command = torchrun(SCRIPT, *words, "--set", "train.checkpoint_every=8")
+    done: Done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command], timeout=120)
+    assert done.code == 1, done.text
+    assert done.text.count("error: the checkpoint of step 1 cannot be written") == 2
+    assert not checkpoints(tmp_path / "r")
+    assert lines(tmp_path / "r")[-1]["step"] < 20
