@@ -72,6 +72,7 @@ OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 Freeze = Literal["none", "vision", "text"]
 CropAspect = Literal["picture", "absolute"]
+OnSpike = Literal["continue", "skip", "rewind"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
 
@@ -397,6 +398,9 @@ class TrainConfig:
     once, before the first step."""
     freeze: Freeze = "none"
     """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
+    on_spike: OnSpike = "continue"
+    """What follows a step whose loss or gradient norm stands far above the recent ones (clips/training/watchdog.py):
+    nothing but its record; its update is left out; or the run goes back to the last checkpoint and leaves it out."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -408,6 +412,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
         _one_of("train.freeze", self.freeze, Freeze)
+        _one_of("train.on_spike", self.on_spike, OnSpike)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
 

@@ -17,14 +17,15 @@ from clips.common.rundir import has_report, is_finished
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
-from clips.config import PhaseConfig, RunConfig
+from clips.config import OnSpike, PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPSModel
-from clips.training.engine import Engine, read_ds_config
+from clips.training import watchdog
+from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
@@ -38,7 +39,7 @@ from clips.training.prepare import (
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
-from clips.weights.checkpoint import TrainState
+from clips.weights.checkpoint import Checkpoint, TrainState
 from clips.weights.initial import initialise
 
 
@@ -54,11 +55,13 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 
 def optimizer_steps(run: RunConfig, state: TrainState) -> int:
-    """Steps since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    """Steps taken since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    since = state.step
     for index in range(state.phase, 0, -1):
         if run.phases[index].fresh_optimizer:
-            return state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
-    return state.step
+            since = state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+            break
+    return since - sum(state.step - since <= step < state.step for step in state.left_out)
 
 
 def pretrain(run: RunConfig, options: Options) -> None:
@@ -129,39 +132,58 @@ def _train(
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
-    meter = Meter(engine.device, state)
-    for index, phase in list(enumerate(run.phases))[state.phase :]:
+    # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
+    has_own_forward = engine.stage < 3 and not run.train.compile
+    own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
+    meter = Meter(engine.device, state, own_time)
+    while state.phase < len(run.phases):
+        index, phase = state.phase, run.phases[state.phase]
         engine.model.visual.set_image_size(phase.image_size)
-        if phase.fresh_optimizer and state.phase_step == 0:
-            engine.state.reset_optimizer()
+        if state.phase_step == 0:
+            state.recent_losses, state.recent_norms = [], []
+            if phase.fresh_optimizer:
+                engine.state.reset_optimizer()
         first = sum(p.steps * p.batch_size for p in run.phases[:index])
-        loader = make_loader(
+        batches = meter.timed(make_loader(
             source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,
             rank=dist.get_rank(), world_size=engine.world_size,
-        )  # fmt: skip
-        batches = meter.timed(loader)
+        ))  # fmt: skip
         for step in range(state.phase_step, phase.steps):
             factor = lr_factor(phase, step)
             engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
-            seen = []
-            for micro in range(run.train.accumulation):
-                batch = next(batches)
-                loss, parts = engine(engine.to_device(batch))
-                seen.append((loss.detach(), batch["keys"]))
-                engine.backward(loss)
-                if micro == run.train.accumulation - 1:
-                    finite, stopping = engine.agree(loss, bool(stop.requested))
-                    if not finite:
-                        _not_finite(seen, state, phase)
-                engine.step()
-                meter.add(parts, batch["skipped"])
-            engine.limit_logit_scale()
+            if state.step in state.left_out:  # before a rewind
+                for _ in range(run.train.accumulation):
+                    next(batches)
+                stopping, grad_norm = False, None
+            else:
+                seen = []
+                for micro in range(run.train.accumulation):
+                    batch = next(batches)
+                    loss, parts = engine(engine.to_device(batch))
+                    seen.append((loss.detach(), batch["keys"]))
+                    engine.backward(loss)
+                    meter.add(parts, batch["skipped"])
+                    if micro < run.train.accumulation - 1:
+                        engine.step()
+                agreed = engine.agree(torch.stack([loss for loss, _ in seen]).mean(), bool(stop.requested))
+                if not agreed.finite:
+                    _not_finite(seen, state, phase)
+                stopping, grad_norm = agreed.stopping, agreed.grad_norm
+                action, goal = _watch(run, agreed, seen, state, log, run_dir)
+                engine.step(leave_out=action != "continue")
+                if goal is not None:
+                    with meter.aside():
+                        _rewind(run, engine, state, log, goal)
+                    meter.reset(state)
+                    break
+                engine.limit_logit_scale()
             profiler.step()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
             saving = due(run.train.checkpoint_every, state, phase) or last or stopping
-            if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
-                meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
+            # With a checkpoint too: its means begin anew after it. Nothing is to be told of steps that were left out.
+            if (state.step % run.train.log_every == 0 or saving) and meter.count:
+                meter.log(log, state, phase.lr * factor, grad_norm, run.data.max_broken_share)
             with meter.aside():
                 if (due(run.train.eval_every, state, phase) or last) and split_spec(run.data, "val"):
                     _validate(run, engine, tokenizer, state, log)
@@ -169,10 +191,62 @@ def _train(
                     _save(run, engine, state, run_dir)
             if stopping:
                 raise stop.error()
-        state.phase, state.phase_step = index + 1, 0
+        else:
+            state.phase, state.phase_step = index + 1, 0
+        batches.close()
     if state.samples > meter.first:
         log.say(meter.summary(state))
     stop.restore()
+
+
+def _watch(
+    run: RunConfig,
+    agreed: Agreed,
+    seen: list[tuple[torch.Tensor, list[str]]],
+    state: TrainState,
+    log: RunLog,
+    run_dir: Path,
+) -> tuple[OnSpike, Checkpoint | None]:
+    """What is done about the step at hand, and where a rewind goes; a spike is recorded with its samples.
+
+    `seen` as for `_not_finite`. Without a checkpoint to go back to, the step is skipped. Collective at a spike, which
+    all ranks see. DivergedError where leaving steps out does not help.
+    """
+    figures = watchdog.find_spike(state, agreed)
+    if figures is None:
+        watchdog.remember(state, agreed)
+        return "continue", None
+    action, goal = run.train.on_spike, None
+    if action == "rewind":
+        goal = _last_checkpoint(run_dir)
+        action = "rewind" if goal is not None else "skip"
+    keys: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(keys, [key for _, part in seen for key in part])
+    log.spike({"step": state.step + 1, "action": action, **figures}, keys)
+    if action == "continue":
+        watchdog.remember(state, agreed)
+    else:
+        watchdog.leave_out(state, since=goal.state.step if goal else state.step + 1 - 2 * watchdog.PATIENCE)
+    return action, goal
+
+
+def _last_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest good one, as rank 0 sees it. Collective."""
+    path: list[Path | None] = [None]
+    if dist.get_rank() == 0:  # a save in the background must have ended before this
+        found = checkpoint.latest(run_dir)
+        path = [found.path if found is not None else None]
+    dist.broadcast_object_list(path)
+    return checkpoint.load(path[0]) if path[0] is not None else None
+
+
+def _rewind(run: RunConfig, engine: Engine, state: TrainState, log: RunLog, goal: Checkpoint) -> None:
+    """Put every rank back to where `goal` was saved, but for the steps that are left out from now on."""
+    vars(state).update(vars(goal.state) | {"left_out": state.left_out})
+    engine.state.restore_weights(goal.weights())
+    engine.state.restore_optimizer(goal.optimizer(), optimizer_steps(run, state))
+    log.rewind(state.step)
+    log.say(f"goes on from {goal.path}; left out: steps {', '.join(str(step + 1) for step in state.left_out)}")
 
 
 def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:
