@@ -153,6 +153,7 @@ class ZeroState:
                     state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
         return state
 
+    @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put weights of `gather_weights` in the place of those being trained; every rank passes all of them.
 
