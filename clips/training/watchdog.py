@@ -1,9 +1,10 @@
 """What a run of days is watched for besides values that are not finite: spikes, and ranks that hold up the others.
 
-A spike is a loss or a gradient norm far above those of the last steps, by the median and the median absolute
-deviation (MAD; Leys et al., J. Exp. Soc. Psychol. 49, 2013), which a few outliers do not move. The decision is a pure
-function of figures that are the same on every rank and stand in the checkpoint, so all ranks take it together and a
-resumed run takes it again.
+A spike is a loss or a gradient norm far above those of the last steps: above their median by several deviations, which
+are told from the median change between two steps. Neither is moved by a few outliers, and the second not by the fall of
+the loss either (von Neumann et al., Ann. Math. Stat. 12, 1941, have the mean of the squares instead of the median). The
+decision is a pure function of figures that are the same on every rank and stand in the checkpoint, so all ranks take it
+together and a resumed run takes it again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median, median_low
 from typing import Any
 
@@ -21,13 +23,13 @@ from clips.common.errors import DivergedError
 from clips.training.engine import Agreed
 from clips.weights.checkpoint import TrainState
 
-WINDOW = 64
+WINDOW = 32
 """Steps of the phase that are looked back on."""
 FEWEST = 16
 """Steps before which nothing counts as a spike."""
 DEVIATIONS = 8.0
-NORMAL = 1.4826
-"""MAD of a normal distribution → its standard deviation."""
+NORMAL = 1.0484
+"""Median absolute difference of two values of a normal distribution → its standard deviation: 1 / (0.6745 √2)."""
 SMALLEST_DEVIATION = 0.05
 """As a share of the median: values that hardly vary would make a spike of everything."""
 PATIENCE = 5
@@ -44,7 +46,7 @@ def limit(recent: Sequence[float]) -> float:
     if len(recent) < FEWEST:
         return math.inf
     middle = median(recent)
-    deviation = NORMAL * median(abs(value - middle) for value in recent)
+    deviation = NORMAL * median(abs(after - before) for before, after in pairwise(recent))
     return middle + DEVIATIONS * max(deviation, SMALLEST_DEVIATION * abs(middle))
 
 
