@@ -38,9 +38,7 @@ class Pulled(Task):
         return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
 
 
-def build(
-    kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task, accumulation: int = 1
-) -> Engine:
+def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task, accumulation: int = 1) -> Engine:
     kind, _, frozen = kind.partition(":")
     run = tiny_run(kind=kind)
     run = replace(run, train=replace(run.train, accumulation=accumulation))

@@ -224,13 +224,14 @@ class Meter:
         own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
         memory = self._memory()
         means = [self.sums[name].double() / self.count for name in names]
-        rest = torch.tensor([self.waiting, own, *memory.values()], dtype=torch.float64, device=self.device)
+        elapsed = time.perf_counter() - self.since
+        rest = torch.tensor([elapsed, self.waiting, own, *memory.values()], dtype=torch.float64, device=self.device)
         mine = torch.cat([torch.stack(means), rest])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
         columns = torch.stack(ranks, dim=1).tolist()
-        elapsed = time.perf_counter() - self.since
-        found = dict(zip([*names, "waiting", "own", *memory], columns, strict=True))
+        found = dict(zip([*names, "elapsed", "waiting", "own", *memory], columns, strict=True))
+        elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
         means = {name: sum(found[name]) / len(ranks) for name in names}
         state.logit_scale.append((state.samples, means["logit_scale"]))
         skipped = self._gather_skipped()
