@@ -60,13 +60,16 @@ def decode(data: bytes, key: str, **settings: Any) -> Any:
 
 
 def main() -> None:
-    fault, rank, *flags = sys.argv[1:]
-    if rank in ("all", os.environ.get("RANK", "0")):
-        if fault == "raise":
+    parser = cli.parser()
+    parser.add_argument("fault")
+    parser.add_argument("rank")
+    flags = parser.parse_args()
+    if flags.rank in ("all", os.environ.get("RANK", "0")):
+        if flags.fault == "raise":
             loader.decode_image = decode
         else:
-            loop.make_loader = lambda *arguments, **named: spoiled(fault, *arguments, **named)
-    cli.pretrain_from_flags(cli.parser().parse_args(flags))
+            loop.make_loader = lambda *arguments, **named: spoiled(flags.fault, *arguments, **named)
+    cli.pretrain_from_flags(flags)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What a run of days is watched for besides values that are not finite: spikes, and ranks that hold up the others.
 
-A spike is a loss or a gradient norm far above those of the last steps: above their median by several deviations, which
-are told from the median change between two steps. Neither is moved by a few outliers, and the second not by the fall of
-the loss either (von Neumann et al., Ann. Math. Stat. 12, 1941, have the mean of the squares instead of the median). The
-decision is a pure function of figures that are the same on every rank and stand in the checkpoint, so all ranks take it
-together and a resumed run takes it again.
+A spike is a loss or a gradient norm many times those of the last steps. Both are positive and vary in proportion to
+their size, so logarithms are compared: with the median of the last ones, by deviations that are told from the median
+change between two steps. Neither is moved by a few outliers, and the second not by the fall of the loss either (von
+Neumann et al., Ann. Math. Stat. 12, 1941, have the mean of the squares instead of the median). The decision is a pure
+function of figures that are the same on every rank and stand in the checkpoint, so all ranks take it together and a
+resumed run takes it again.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,7 +33,7 @@ DEVIATIONS = 8.0
 NORMAL = 1.0484
 """Median absolute difference of two values of a normal distribution → its standard deviation: 1 / (0.6745 √2)."""
 SMALLEST_DEVIATION = 0.05
-"""As a share of the median: values that hardly vary would make a spike of everything."""
+"""Values that hardly vary would make a spike of everything: it is at least exp(8 · 0.05) = 1.5 times the usual."""
 PATIENCE = 5
 """Steps left out of twice as many, or after one checkpoint, before the run ends: then it is no matter of a batch."""
 
@@ -42,12 +44,13 @@ MATTERS = 0.1
 
 
 def limit(recent: Sequence[float]) -> float:
-    """Above this a value that follows `recent` is a spike; infinite where there are too few."""
+    """Above this a value that follows `recent` (not negative) is a spike; infinite where there are too few."""
     if len(recent) < FEWEST:
         return math.inf
-    middle = median(recent)
-    deviation = NORMAL * median(abs(after - before) for before, after in pairwise(recent))
-    return middle + DEVIATIONS * max(deviation, SMALLEST_DEVIATION * abs(middle))
+    logs = [math.log(max(value, sys.float_info.min)) for value in recent]
+    deviation = NORMAL * median(abs(after - before) for before, after in pairwise(logs))
+    exponent = median(logs) + DEVIATIONS * max(deviation, SMALLEST_DEVIATION)
+    return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
 def find_spike(state: TrainState, agreed: Agreed) -> dict[str, Any] | None:

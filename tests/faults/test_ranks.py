@@ -77,8 +77,8 @@ def assert_nothing_left(out: Path, seconds: float = 20) -> None:
 
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     """Flags of `torchrun` for 60 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
-    words = ("--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "480", *flags)
-    return ["tests/faulty_run.py", fault, rank, *words, *FAST]
+    words = ("--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "480", *FAST, *flags)
+    return ["tests/faulty_run.py", fault, rank, *words]
 
 
 def weights(run_dir: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
@@ -231,7 +231,7 @@ def test_skip_leaves_the_step_out(skipped: Path) -> None:
 
 
 def test_rewind_equals_a_run_that_never_took_the_step(skipped: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
-    """Back to step 34, over the rest again, killed in between and resumed on the way."""
+    """Back to step 34, and over the rest again."""
     flags = ("--on-spike", "rewind", "--ds-config", "ds_configs/zero2.json", "--set", "train.checkpoint_every=272")
     done = run(torchrun(*faulty("spike", "all", tmp_path, shards, *flags)))
     assert done.code == 0, done.text
