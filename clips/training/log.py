@@ -118,6 +118,7 @@ class RunLog:
             self.first = (samples, time.monotonic())
             self.bar.initial = samples
         wanted = {"samples_per_s": "/s", "loss": "loss", "contrastive_loss": "con", "caption_loss": "cap"}
+        wanted |= {"data_wait_share": "wait", "peak_memory_gb": "GB"}
         parts = {short: f"{self.latest[key]:.4g}" for key, short in wanted.items() if key in self.latest}
         score = self.latest.get("sentence_t2i_r1", self.latest.get("part_t2i_r1"))
         if score is not None:
@@ -223,10 +224,10 @@ class Meter:
         names, steps = sorted(self.sums), state.step - self.step
         own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
         memory = self._memory()
-        means = [self.sums[name].double() / self.count for name in names]
+        losses = torch.stack([self.sums[name].double() / self.count for name in names])
         elapsed = time.perf_counter() - self.since
         rest = torch.tensor([elapsed, self.waiting, own, *memory.values()], dtype=torch.float64, device=self.device)
-        mine = torch.cat([torch.stack(means), rest])
+        mine = torch.cat([losses, rest])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
         columns = torch.stack(ranks, dim=1).tolist()
