@@ -73,6 +73,7 @@ Schedule = Literal["cosine", "trapezoid"]
 Freeze = Literal["none", "vision", "text"]
 OnFailedSave = Literal["stop", "retry"]
 CropAspect = Literal["picture", "absolute"]
+OnSpike = Literal["continue", "skip", "rewind"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
 
@@ -401,6 +402,9 @@ class TrainConfig:
     once, before the first step."""
     freeze: Freeze = "none"
     """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
+    on_spike: OnSpike = "continue"
+    """What follows a step whose loss or gradient norm stands far above the recent ones (clips/training/watchdog.py):
+    nothing but its record; its update is left out; or the run goes back to the last checkpoint and leaves it out."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -418,6 +422,7 @@ class TrainConfig:
         _one_of("train.precision", self.precision, Precision)
         _one_of("train.freeze", self.freeze, Freeze)
         _one_of("train.on_failed_save", self.on_failed_save, OnFailedSave)
+        _one_of("train.on_spike", self.on_spike, OnSpike)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
         _require(self.keep_every >= 0, f"train.keep_every {self.keep_every} is negative")

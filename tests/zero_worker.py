@@ -6,6 +6,7 @@ python zero_worker.py OUT KIND[:FROZEN_TOWER] [RESTORE]
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,10 @@ class Pulled(Task):
         return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
 
 
-def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task) -> Engine:
+def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task, accumulation: int = 1) -> Engine:
     kind, _, frozen = kind.partition(":")
     run = tiny_run(kind=kind)
+    run = replace(run, train=replace(run.train, accumulation=accumulation))
     model = random_model(run)
     model.freeze(frozen or "none")
     if weights is not None:
@@ -55,7 +57,8 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
         batch = {key: value[rank * share : (rank + 1) * share] for key, value in tiny_batch(step).items()}
         loss, _ = engine(batch)
         engine.backward(loss)
-        assert engine.agree(loss, stop=False) == (True, False, False)
+        agreed = engine.agree(loss, stop=0)
+        assert (agreed.finite, agreed.stopping, agreed.unsaved) == (True, 0, False)
         engine.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)

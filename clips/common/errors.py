@@ -1,6 +1,6 @@
 """Errors that end a command, with the exit code each one means (one table for every script).
 
-0 done · 2 the user's mistake · 3 loss not finite · 4 data broken beyond the limit ·
+0 done · 2 the user's mistake · 3 loss not finite, or spiking again and again · 4 data broken beyond the limit ·
 5 no usable checkpoint · 130/143 stopped by Ctrl-C/SIGTERM after saving.
 """
 
@@ -33,6 +33,12 @@ class UserError(CommandError):
 
 class NotFiniteError(CommandError):
     """The loss or a gradient became NaN or infinite; no weight was touched."""
+
+    exit_code = 3
+
+
+class DivergedError(CommandError):
+    """Loss or gradient norm spikes again and again, whatever is left out."""
 
     exit_code = 3
 

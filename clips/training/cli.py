@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         help="begin with these weights: a run, an export, an official CLIPS or open_clip checkpoint, a transformers "
         "model, timm:NAME_OR_DIR; a directory or a hub id (default: at random)",
     )
+    p.add_argument(
+        "--on-spike",
+        choices=("continue", "skip", "rewind"),
+        help="when a step's loss or gradient norm stands far above the recent ones: continue (it is only recorded), "
+        "skip its update, or rewind to the last checkpoint and leave it out (default: the recipe's, continue)",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
@@ -184,6 +190,8 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
             for i, phase in enumerate(run.phases):
                 factor = optim.lr_factor(flags.batch_size, phase.batch_size)
                 assignments += [f"phases.{i}.{rate}={getattr(phase, rate) * factor}" for rate in ("lr", "muon_lr")]
+    if flags.on_spike is not None:
+        assignments.append(f"train.on_spike={flags.on_spike}")
     run = run.override(assignments + flags.set)  # all at once: one alone may not fit the recipe
     if flags.init_from is not None and flags.tower != "clips":
         raise UserError(f"--tower {flags.tower}: the weights of --init-from bring their own image tower; leave it out")

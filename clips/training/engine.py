@@ -18,10 +18,11 @@ switches off what would be compiled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from clips.common.errors import NotFiniteError, UserError
 from clips.common.runtime import import_deepspeed
+from clips.common.signals import STOP_SIGNALS
 from clips.config import OptimConfig, RunConfig
 from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
 from clips.training.task import Task
@@ -99,6 +101,23 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     return config
 
 
+class Agreed(NamedTuple):
+    """What every rank knows of a step before it is taken; the same figures, bit for bit, on every rank."""
+
+    finite: bool
+    """Every loss and gradient."""
+    stopping: int
+    """Number of the signal that somebody was asked to stop by, the highest one; 0 for none."""
+    unsaved: bool
+    """A checkpoint could not be written."""
+    loss: float
+    """Mean over ranks."""
+    grad_norm: float | None
+    """Norm of the gradient of the parameters that AdamW steps, before clipping; None where there is none to be seen.
+    Muon's are left out: the size of its update does not depend on the gradient's, nor is that at hand in ZeRO 1 and 2.
+    """
+
+
 class Engine:
     """The DeepSpeed engine around a Task: backward, finite check, step, gather and restore."""
 
@@ -139,7 +158,6 @@ class Engine:
             "parameter_groups": {name: {"tensors": len(s), "parameters": sum(s)} for name, s in sizes.items()},
         }
         """What env.json tells of the engine."""
-        self._whole_grad_norm: Tensor | None = None
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile
         if run.train.compile:
@@ -163,39 +181,46 @@ class Engine:
         """Accumulate gradients; DeepSpeed divides by the accumulation steps and reduces at the boundary."""
         self.engine.backward(loss)
 
-    def step(self) -> None:
+    def step(self, *, leave_out: bool = False) -> None:
         """Called after each micro-batch; DeepSpeed acts at the accumulation boundary only.
 
+        `leave_out`: the gradients are dropped, and weights and optimizer state stay as they are.
         NotFiniteError where DeepSpeed skips a step: with offload it sees a gradient that `agree` does not hold.
         """
         is_boundary = self.engine.is_gradient_accumulation_boundary()
-        self.engine.step()
-        if is_boundary and not self.engine.was_step_applied():
+        with self.state.leaving_out() if leave_out else contextlib.nullcontext():
+            self.engine.step()
+        if is_boundary and not leave_out and not self.engine.was_step_applied():
             raise NotFiniteError("a gradient is not finite; DeepSpeed left this step out and no weight was changed")
 
-    def grad_norm(self) -> float | None:
-        """Norm of the last step's gradient over all parameters; with Muon in ZeRO 1-3, of its update (see the top)."""
-        norm = self._whole_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def agree(self, loss: Tensor, stop: int, unsaved: bool = False) -> Agreed:
+        """What all ranks know of the step; between the last backward and the step. Collective, the step's only sync.
 
-    def agree(self, loss: Tensor, stop: bool, unsaved: bool = False) -> tuple[bool, bool, bool]:
-        """(everything finite, somebody wants to stop, a checkpoint failed), the same on every rank.
-
-        Between the last backward and the step.
-
-        Looks at the loss and at every gradient that this rank holds. DeepSpeed itself would let non-finite
-        gradients into fp32 weights.
+        `loss`: this rank's mean over the step's micro-batches. Looks at it and at every gradient that this rank
+        holds. DeepSpeed itself would let non-finite gradients into fp32 weights. `stop`: number of the signal that
+        this rank got, 0 for none; `unsaved`: a checkpoint could not be written here.
         """
-        grads = self.state.gradients()
-        total = loss.detach().float()
-        if grads:
-            norm = torch.stack([part.to(self.device) for part in torch._foreach_norm(grads)]).norm()
-            self._whole_grad_norm = norm if self.stage == 0 else None
-            total = total + norm
-        flags = torch.cat([(~torch.isfinite(total)).float().view(1), total.new_tensor([float(stop), float(unsaved)])])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        broken, stopping, failed = flags.tolist()
-        return broken == 0, stopping > 0, failed > 0
+        zero = loss.new_zeros((), dtype=torch.float32)
+        adamw, muon = (
+            torch.stack([norm.to(self.device) for norm in torch._foreach_norm(part)]).norm() if part else zero
+            for part in self.state.gradients()
+        )
+        loss = loss.detach().float()
+        broken = ~torch.isfinite(loss + adamw + muon)
+        square = adamw.double().square()
+        if self.stage == 0:
+            square = square / self.world_size  # every rank holds the whole gradient
+        signals = square.new_tensor([unsaved, *(stop == number for number in STOP_SIGNALS)])
+        sums = torch.cat([torch.stack([broken.double(), loss.double(), square]), signals])
+        dist.all_reduce(sums)
+        found_broken, total, norm, found_unsaved, *found_stops = sums.tolist()
+        return Agreed(
+            finite=found_broken == 0,
+            stopping=max((n for n, found in zip(STOP_SIGNALS, found_stops, strict=True) if found), default=0),
+            unsaved=found_unsaved > 0,
+            loss=total / self.world_size,
+            grad_norm=math.sqrt(norm) if norm > 0 else None,
+        )
 
     @torch.no_grad()
     def limit_logit_scale(self) -> None:

@@ -1,13 +1,18 @@
-"""What a run writes while it trains: metrics.jsonl, skipped.jsonl, TensorBoard, W&B if asked, the progress line."""
+"""What a run writes while it trains: metrics.jsonl, skipped.jsonl, spikes.jsonl, TensorBoard, W&B if asked, the
+progress line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+import resource
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any, TextIO
 
 import torch
@@ -17,6 +22,7 @@ from tqdm import tqdm
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.rundir import METRICS, is_at_most, keep_lines
 from clips.config import RunConfig
+from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
 
 
@@ -27,11 +33,9 @@ class RunLog:
         self.active = active
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run_dir = run_dir
-        self.metrics, self.skips = (self._reopen(run_dir / name, start_step) for name in (METRICS, "skipped.jsonl"))
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        self._open(start_step)
+        self.spikes = self._reopen(run_dir / "spikes.jsonl", start_step)
         self.wandb = _start_wandb(run, run_dir) if wandb else None
         self.latest: dict[str, Any] = {}
         self.started = time.monotonic()
@@ -40,6 +44,19 @@ class RunLog:
         self.total = run.samples
         self.first: tuple[int, float] | None = None
         """(samples, time) of the first line, from which the time left is told."""
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics, self.skips = (self._reopen(self.run_dir / name, step) for name in (METRICS, "skipped.jsonl"))
+        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`, but for the spikes: they are why."""
+        if self.active:
+            for file in (self.metrics, self.skips, self.board):
+                file.close()
+            self._open(step)
 
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
@@ -54,15 +71,20 @@ class RunLog:
         """
         if not self.active:
             return
-        try:
+        with self._writing(values["step"]):
             self._record(kind, values)
-        except OSError as error:
-            raise CommandError(
-                f"the record of step {values['step']} cannot be written to {self.run_dir}: {error}. Make room, then "
-                "the same command goes on from the last checkpoint"
-            ) from None
         self.latest.update(values)
         self._show(values["samples"])
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CommandError(
+                f"the record of step {step} cannot be written to {self.run_dir}: {error}. Make room, then "
+                "the same command goes on from the last checkpoint"
+            ) from None
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
@@ -78,11 +100,25 @@ class RunLog:
         for key, reason in samples if self.active else []:
             self.skips.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
 
+    def spike(self, figures: dict[str, Any], keys: list[list[str]]) -> None:
+        """A line of spikes.jsonl, `keys` being each rank's samples of the step, and one for a person."""
+        if self.active:
+            with self._writing(figures["step"]):
+                self.spikes.write(json.dumps(figures | {"keys": keys}) + "\n")
+            norm = ""
+            if figures["grad_norm"] is not None:
+                norm = f", gradient norm {figures['grad_norm']:.4g} (usually {figures['usual_grad_norm']:.4g})"
+            self.say(
+                f"warning: spike at step {figures['step']}: loss {figures['loss']:.4g} (usually "
+                f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples stand in spikes.jsonl"
+            )
+
     def _show(self, samples: int) -> None:
         if self.first is None:
             self.first = (samples, time.monotonic())
             self.bar.initial = samples
         wanted = {"samples_per_s": "/s", "loss": "loss", "contrastive_loss": "con", "caption_loss": "cap"}
+        wanted |= {"data_wait_share": "wait", "peak_memory_gb": "GB"}
         parts = {short: f"{self.latest[key]:.4g}" for key, short in wanted.items() if key in self.latest}
         score = self.latest.get("sentence_t2i_r1", self.latest.get("part_t2i_r1"))
         if score is not None:
@@ -92,7 +128,7 @@ class RunLog:
             self.bar.set_postfix(parts)
             return
         done = samples - self.first[0]
-        left = (time.monotonic() - self.first[1]) / done * (self.total - samples) if done else None
+        left = (time.monotonic() - self.first[1]) / done * (self.total - samples) if done > 0 else None
         text = "  ".join(f"{key} {value}" for key, value in parts.items())
         eta = "" if left is None else f"  left {left / 60:.1f} min"
         print(f"[{samples:>9,}/{self.total:,}]  {text}{eta}", file=sys.stderr, flush=True)
@@ -105,7 +141,7 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            for file in (self.metrics, self.skips, self.board):
+            for file in (self.metrics, self.skips, self.spikes, self.board):
                 with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
                     file.close()
             if self.wandb is not None:
@@ -122,19 +158,40 @@ def _start_wandb(run: RunConfig, run_dir: Path) -> Any:
     return wandb.init(project="clips-mllm", name=run_dir.name, dir=str(run_dir), config=run.to_dict())
 
 
+def peak_resident_bytes() -> int:
+    """Of this process, since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def utilisation(device: torch.device) -> float:
+    """Of a GPU, in percent; NaN where NVML, its Python package or the right to ask is missing."""
+    try:
+        return float(torch.cuda.utilization(device))
+    except Exception:  # NVML's own errors are of no narrower kind, and nothing is worth less than a run
+        return math.nan
+
+
 class Meter:
-    """Losses, speed and the time spent waiting for data since the last log line."""
+    """Losses, speed, memory and each rank's own time since the last log line."""
 
-    def __init__(self, device: torch.device, state: TrainState) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, state: TrainState, own_time: OwnTime | None = None) -> None:
+        self.device, self.own_time = device, own_time
         self.started, self.first, self.waiting_total = time.perf_counter(), state.samples, 0.0
-        self._reset(state.samples)
+        self.has_nvml = True
+        self.named: set[int] = set()
+        """Ranks that were slow in the last line, and have been named."""
+        self.reset(state)
 
-    def _reset(self, samples: int) -> None:
-        self.since, self.waiting, self.samples = time.perf_counter(), 0.0, samples
+    def reset(self, state: TrainState) -> None:
+        """Begin anew with what comes after `state`."""
+        self.since, self.waiting = time.perf_counter(), 0.0
+        self.samples, self.step = state.samples, state.step
         self.sums: dict[str, torch.Tensor] = {}
         self.count = 0
         self.skipped: list[tuple[str, str]] = []
+        if self.own_time is not None:
+            self.own_time.seconds()
 
     def timed(self, loader: Any) -> Any:
         """Iterate `loader`, measuring the time in which the loop waits for it."""
@@ -164,27 +221,65 @@ class Meter:
 
     def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None, max_broken_share: float) -> None:
         """Write one line of means over ranks and steps; raises BrokenDataError above the limit. Collective."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name] for name in names]) / self.count
-        dist.all_reduce(values)
-        means = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
+        names, steps = sorted(self.sums), state.step - self.step
+        own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
+        memory = self._memory()
+        losses = torch.stack([self.sums[name].double() / self.count for name in names])
         elapsed = time.perf_counter() - self.since
+        rest = torch.tensor([elapsed, self.waiting, own, *memory.values()], dtype=torch.float64, device=self.device)
+        mine = torch.cat([losses, rest])
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+        columns = torch.stack(ranks, dim=1).tolist()
+        found = dict(zip([*names, "elapsed", "waiting", "own", *memory], columns, strict=True))
+        elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
+        means = {name: sum(found[name]) / len(ranks) for name in names}
         state.logit_scale.append((state.samples, means["logit_scale"]))
         skipped = self._gather_skipped()
         state.skipped += len(skipped)
         log.skipped(skipped, state.step)
         log.record("train", {
             "step": state.step, "samples": state.samples, **means, "lr": lr, "grad_norm": grad_norm,
-            "samples_per_s": (state.samples - self.samples) / elapsed, "data_wait_share": self.waiting / elapsed,
+            "samples_per_s": (state.samples - self.samples) / elapsed, "step_seconds": elapsed / steps,
+            "rank_seconds": [round(seconds, 6) for seconds in found["own"]],
+            "data_wait_share": max(found["waiting"]) / elapsed,
+            **{name: max(found[name]) for name in memory if not math.isnan(sum(found[name]))},
             "skipped": state.skipped,
         })  # fmt: skip
+        self._name_slow_ranks(log, found["own"], elapsed / steps, state.step)
         if state.skipped > max(10, max_broken_share * state.samples):
             reasons = "\n  ".join(f"{key}: {reason}" for key, reason in skipped[:5])
             raise BrokenDataError(
                 f"{state.skipped} of {state.samples} samples are broken, above data.max_broken_share = "
                 f"{max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n  {reasons}"
             )
-        self._reset(state.samples)
+        self.reset(state)
+
+    def _memory(self) -> dict[str, float]:
+        """This rank's memory in GB, and the GPU's utilisation in percent: NaN where NVML cannot be asked."""
+        if self.device.type != "cuda":
+            return {"peak_memory_gb": peak_resident_bytes() / 1e9}
+        found = {  # the same keys on every rank
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
+            "memory_gb": torch.cuda.memory_allocated(self.device) / 1e9,
+            "gpu_utilisation": utilisation(self.device) if self.has_nvml else math.nan,
+        }
+        self.has_nvml = not math.isnan(found["gpu_utilisation"])
+        return found
+
+    def _name_slow_ranks(self, log: RunLog, own_seconds: Sequence[float], step_seconds: float, step: int) -> None:
+        """Warn of a rank when it becomes slow. Collective where one does, which all ranks know."""
+        slow = set(slow_ranks(own_seconds, step_seconds))
+        if slow - self.named:
+            hosts = [""] * len(own_seconds)
+            dist.all_gather_object(hosts, socket.gethostname())
+            usual = median_low(own_seconds)
+            for rank in sorted(slow - self.named):
+                log.say(
+                    f"warning: rank {rank} ({hosts[rank]}) is slow at step {step}, and all wait for it: "
+                    f"{own_seconds[rank]:.3g} s a step for its data and forward pass, where the median is {usual:.3g} s"
+                )
+        self.named = slow
 
     def summary(self, state: TrainState) -> str:
         """What the training took, in one line."""

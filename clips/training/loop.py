@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -19,14 +20,15 @@ from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
-from clips.config import PhaseConfig, RunConfig
+from clips.config import OnSpike, PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPSModel
-from clips.training.engine import Engine, read_ds_config
+from clips.training import watchdog
+from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
@@ -40,7 +42,7 @@ from clips.training.prepare import (
 )
 from clips.training.task import Task
 from clips.weights import checkpoint
-from clips.weights.checkpoint import TrainState, Writer
+from clips.weights.checkpoint import Checkpoint, TrainState, Writer
 from clips.weights.initial import initialise
 
 
@@ -56,11 +58,13 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
 
 
 def optimizer_steps(run: RunConfig, state: TrainState) -> int:
-    """Steps since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    """Steps taken since the optimizer began: with the run, or anew with the last phase that asks for it."""
+    since = state.step
     for index in range(state.phase, 0, -1):
         if run.phases[index].fresh_optimizer:
-            return state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
-    return state.step
+            since = state.phase_step + sum(phase.steps for phase in run.phases[index : state.phase])
+            break
+    return since - sum(state.step - since <= step < state.step for step in state.left_out)
 
 
 def pretrain(run: RunConfig, options: Options) -> None:
@@ -139,56 +143,147 @@ def _train(
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
-    meter = Meter(engine.device, state)
+    # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
+    has_own_forward = engine.stage < 3 and not run.train.compile
+    own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
+    meter = Meter(engine.device, state, own_time)
+
+    def read_on() -> Generator[Batch, None, None]:
+        return meter.timed(make_loader(
+            source, tokenizer, run, rank=dist.get_rank(), world_size=engine.world_size,
+            phase=state.phase, step=state.phase_step,
+        ))  # fmt: skip
+
     if _owes_validation(run, state, writer.run_dir):
         with meter.aside():
             _validate(run, engine, tokenizer, state, log)
-    for index, phase in list(enumerate(run.phases))[state.phase :]:
+    batches = read_on()
+    while state.phase < len(run.phases):
+        phase = run.phases[state.phase]
         engine.model.visual.set_image_size(phase.image_size)
-        if phase.fresh_optimizer and state.phase_step == 0:
-            engine.state.reset_optimizer()
-        first = sum(p.steps * p.batch_size for p in run.phases[:index])
-        loader = make_loader(
-            source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,
-            rank=dist.get_rank(), world_size=engine.world_size,
-        )  # fmt: skip
-        batches = meter.timed(loader)
-        for step in range(state.phase_step, phase.steps):
-            factor = lr_factor(phase, step)
+        if state.phase_step == 0:
+            state.recent_losses, state.recent_norms = [], []
+            if phase.fresh_optimizer:
+                engine.state.reset_optimizer()
+        while state.phase_step < phase.steps:
+            factor = lr_factor(phase, state.phase_step)
             engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
-            seen = []
-            for micro in range(run.train.accumulation):
-                batch = next(batches)
-                loss, parts = engine(engine.to_device(batch))
-                seen.append((loss.detach(), batch["keys"]))
-                engine.backward(loss)
-                if micro == run.train.accumulation - 1:
-                    finite, stopping, unsaved = engine.agree(loss, bool(stop.requested), writer.has_failed())
-                    if unsaved:
-                        _await_checkpoint(writer)
-                    if not finite:
-                        _not_finite(seen, state, phase)
-                engine.step()
-                meter.add(parts, batch["skipped"])
-            engine.limit_logit_scale()
+            seen = _accumulate(run, engine, batches, meter, idle=state.step in state.left_out)
+            agreed, goal = None, None
+            if seen:
+                agreed = engine.agree(
+                    torch.stack([loss for loss, _ in seen]).mean(), stop.requested, writer.has_failed()
+                )
+                if agreed.unsaved:
+                    _await_checkpoint(writer)
+                if not agreed.finite:
+                    _not_finite(seen, state, phase)
+                action, goal = _watch(run, agreed, seen, state, log, writer)
+                engine.step(leave_out=action != "continue")
+                engine.limit_logit_scale()
+            if goal is not None:
+                with meter.aside():
+                    _rewind(run, engine, state, log, goal)
+                    batches.close()
+                    batches = read_on()
+                meter.reset(state)
+                break
             profiler.step()
-            state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
-            saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping
-            if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
-                meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
+            state.step, state.samples = state.step + 1, state.samples + phase.batch_size
+            state.phase_step += 1
+            stopping = agreed.stopping if agreed is not None else 0
+            saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping > 0
+            # With a checkpoint too: its means begin anew after it. Nothing is to be told of steps that were left out.
+            if (state.step % run.train.log_every == 0 or saving) and meter.count:
+                grad_norm = agreed.grad_norm if agreed is not None else None
+                meter.log(log, state, phase.lr * factor, grad_norm, run.data.max_broken_share)
             with meter.aside():
                 if saving:
                     _save(engine, state, writer)
                 if stopping:  # what is due to be validated is when the run goes on
                     _await_checkpoint(writer)
-                    raise stop.error()
+                    raise stopped_by(stopping)
                 if _validates(run, state):
                     _validate(run, engine, tokenizer, state, log)
-        state.phase, state.phase_step = index + 1, 0
+        else:
+            state.phase, state.phase_step = state.phase + 1, 0
+    batches.close()
     _await_checkpoint(writer)
     if state.samples > meter.first:
         log.say(meter.summary(state))
     stop.restore()
+
+
+def _accumulate(
+    run: RunConfig, engine: Engine, batches: Generator[Batch, None, None], meter: Meter, *, idle: bool
+) -> list[tuple[torch.Tensor, list[str]]]:
+    """A step's forward and backward passes, up to where ranks agree on it: loss and sample keys of each micro-batch.
+
+    `idle`: its batches are passed over, as those of a step that a rewind leaves out; then nothing is returned.
+    """
+    seen = []
+    for micro in range(run.train.accumulation):
+        batch = next(batches)
+        if idle:
+            continue
+        loss, parts = engine(to_device(batch, engine.device))
+        seen.append((loss.detach(), batch["keys"]))
+        engine.backward(loss)
+        meter.add(parts, batch["skipped"])
+        if micro < run.train.accumulation - 1:
+            engine.step()
+    return seen
+
+
+def _watch(
+    run: RunConfig,
+    agreed: Agreed,
+    seen: list[tuple[torch.Tensor, list[str]]],
+    state: TrainState,
+    log: RunLog,
+    writer: Writer,
+) -> tuple[OnSpike, Checkpoint | None]:
+    """What is done about the step at hand, and where a rewind goes; a spike is recorded with its samples.
+
+    `seen` as for `_not_finite`. Without a checkpoint to go back to, the step is skipped. Collective at a spike, which
+    all ranks see. DivergedError where leaving steps out does not help.
+    """
+    figures = watchdog.find_spike(state, agreed)
+    if figures is None:
+        watchdog.remember(state, agreed)
+        return "continue", None
+    action, goal = run.train.on_spike, None
+    if action == "rewind":
+        goal = _last_checkpoint(writer)
+        action = "rewind" if goal is not None else "skip"
+    keys: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(keys, [key for _, part in seen for key in part])
+    log.spike({"step": state.step + 1, "action": action, **figures}, keys)
+    if action == "continue":
+        watchdog.remember(state, agreed)
+    else:
+        watchdog.leave_out(state, since=goal.state.step if goal else state.step + 1 - 2 * watchdog.PATIENCE)
+    return action, goal
+
+
+def _last_checkpoint(writer: Writer) -> Checkpoint | None:
+    """The newest good one, as rank 0 sees it. Collective."""
+    _await_checkpoint(writer)
+    path: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        found = checkpoint.latest(writer.run_dir)
+        path = [found.path if found is not None else None]
+    dist.broadcast_object_list(path)
+    return checkpoint.load(path[0]) if path[0] is not None else None
+
+
+def _rewind(run: RunConfig, engine: Engine, state: TrainState, log: RunLog, goal: Checkpoint) -> None:
+    """Put every rank back to where `goal` was saved, but for the steps that are left out from now on."""
+    vars(state).update(vars(goal.state) | {"left_out": state.left_out})
+    engine.state.restore_weights(goal.weights())
+    engine.state.restore_optimizer(goal.optimizer(), optimizer_steps(run, state))
+    log.rewind(state.step)
+    log.say(f"goes on from {goal.path}; left out: steps {', '.join(str(step + 1) for step in state.left_out)}")
 
 
 def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:

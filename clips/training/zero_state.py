@@ -47,19 +47,63 @@ class ZeroState:
             engine.enable_backward_allreduce = False
         self.reset_optimizer()
 
-    def gradients(self) -> list[Tensor]:
-        """This rank's part of the reduced gradients, between the last backward of a step and the step itself.
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's parts of the reduced gradients, AdamW's and Muon's, between a step's last backward and the step.
 
-        With offload they are what DeepSpeed has brought to the CPU by then; of stage 3 nothing can be seen. There
-        DeepSpeed itself leaves a step out whose gradient is not finite (`was_step_applied`).
+        In ZeRO 1 and 2 DeepSpeed has put Muon's update in the place of its gradient by then. With offload they are
+        what it has brought to the CPU; of stage 3 nothing can be seen there: DeepSpeed itself leaves a step out whose
+        gradient is not finite (`was_step_applied`).
         """
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for member, gradients in self._gradients_by_group():
+            parts[self._is_muon(member)].extend(gradient for gradient in gradients if gradient is not None)
+        return parts
+
+    def _gradients_by_group(self) -> Iterator[tuple[nn.Parameter, Iterable[Tensor | None]]]:
+        """(a member, the gradients) of each group, whose members are all Muon's or all AdamW's."""
+        optimizer = self.optimizer
         if self.stage == 0:
-            return [p.grad for p in self.names.values() if p.grad is not None]
-        if self.optimizer.cpu_offload if self.stage < 3 else self.optimizer.offload_optimizer:
-            flats = self.optimizer.single_partition_of_fp32_groups if self.stage < 3 else []
-            return [flat.grad for flat in flats if flat.grad is not None]
-        held = self.optimizer.averaged_gradients.values()  # None stands for a group that was stepped already
-        return [grad for part in held if part is not None for grad in part if grad is not None]
+            yield from ((parameter, [parameter.grad]) for parameter in self.names.values())
+            return
+        if self.stage == 3:
+            members, has_offload = optimizer.fp16_groups, optimizer.offload_optimizer
+        else:
+            members, has_offload = optimizer.bit16_groups, optimizer.cpu_offload
+        if has_offload:
+            flats = optimizer.single_partition_of_fp32_groups if self.stage < 3 else []
+            yield from ((members[i][0], [flat.grad]) for i, flat in enumerate(flats))
+            return
+        for i, held in optimizer.averaged_gradients.items():
+            yield members[i][0], held or []  # None stands for a group that was stepped already
+
+    @contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Inside, DeepSpeed's step clears the gradients and leaves weights and optimizer state as they are.
+
+        It is told of an overflow, as fp16 has them: that is its own way to leave a step out, and the only one.
+        """
+        optimizer = self.optimizer
+
+        def overflows(*_: Any, **__: Any) -> bool:
+            optimizer.overflow = True
+            return True
+
+        if self.stage == 0:
+            optimizer.step = lambda: None
+        elif self.stage == 3:
+            optimizer._overflow_check_and_loss_scale_update = overflows  # asked before Muon's momentum moves
+        else:
+            optimizer.check_grad_overflow, optimizer.check_overflow = True, overflows
+        try:
+            yield
+        finally:  # the methods are the class's again
+            if self.stage == 0:
+                del optimizer.step
+            elif self.stage == 3:
+                del optimizer._overflow_check_and_loss_scale_update
+            else:
+                optimizer.check_grad_overflow = False
+                del optimizer.check_overflow
 
     def copies(self, name: str) -> Iterator[Tensor]:
         """Whatever this rank holds of a parameter: the value that computes and its fp32 master, to be changed in place.
@@ -108,6 +152,26 @@ class ZeroState:
                 if dist.get_rank() == 0:
                     state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
         return state
+
+    @torch.no_grad()
+    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights of `gather_weights` in the place of those being trained; every rank passes all of them.
+
+        A frozen tower has not moved, and is left alone.
+        """
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
+
+        parameter: Any  # with the attributes that DeepSpeed adds
+        for name, parameter in self.trained.items():
+            value = weights[name].to(self.device)
+            if parameter.data.numel() == value.numel():  # in stage 3 only small ones are whole
+                parameter.data.copy_(value)
+            if self.stage == 3:
+                part = self._part(value)
+                for held in (parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)):
+                    held.copy_(part.view_as(held))
+            elif self.stage > 0:
+                safe_set_full_fp32_param(parameter, value)
 
     def restore_optimizer(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
@@ -174,15 +238,21 @@ class ZeroState:
         if self.stage == 0:
             self.optimizer.state[parameter][key].copy_(value)
         elif self.stage == 3:
-            # Equal parts, the last one padded past the end (DeepSpeed's setter of whole values fails on that).
-            flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
-            safe_set_local_optimizer_state(parameter, flat.chunk(self.world_size)[dist.get_rank()], key)
+            safe_set_local_optimizer_state(parameter, self._part(value), key)
         elif self._keeps_whole_momenta(parameter):
             momentum, _ = self._whole_momentum(parameter)
             if momentum is not None:
                 momentum.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def _part(self, value: Tensor) -> Tensor:
+        """What this rank holds of a value in stage 3: equal parts, the last one padded past the end.
+
+        (DeepSpeed's setter of whole values fails on that.)
+        """
+        flat = nn.functional.pad(value.flatten(), (0, -value.numel() % self.world_size))
+        return flat.chunk(self.world_size)[dist.get_rank()]
 
     def _keeps_whole_momenta(self, parameter: nn.Parameter) -> bool:
         """ZeRO-1/2 without offload keeps Muon's momentum of a matrix whole on every rank that holds a part of it.

@@ -49,6 +49,12 @@ class TrainState:
     """Broken samples that were replaced."""
     logit_scale: list[tuple[int, float]] = field(default_factory=list)
     """(samples, logit scale) at each logged step."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps of this phase that were taken: what a spike is measured by (clips/training/watchdog.py)."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Their gradient norms."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps (0-based, over all phases) whose samples were passed over without an update."""
 
 
 @dataclass

@@ -23,19 +23,22 @@ IMPORTED = {
         "deepspeed.utils.safe_get_full_fp32_param",
         "deepspeed.utils.safe_get_full_optimizer_state",
         "deepspeed.utils.safe_get_local_fp32_param",
+        "deepspeed.utils.safe_set_full_fp32_param",
         "deepspeed.utils.safe_set_full_optimizer_state",
         "deepspeed.utils.safe_set_local_optimizer_state",
         "deepspeed.runtime.zero.GatheredParameters",
     },
 }
 ENGINE = {
-    *("backward", "step", "compile", "module", "optimizer", "zero_optimization_stage", "get_global_grad_norm"),
+    *("backward", "step", "compile", "module", "optimizer", "zero_optimization_stage"),
     *("is_gradient_accumulation_boundary", "was_step_applied", "enable_backward_allreduce"),
 }
 ONE_TWO = {"single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "first_offset", "cpu_offload"}
 ONE_TWO |= {"averaged_gradients", "_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state", "optimizer"}
+ONE_TWO |= {"overflow", "check_grad_overflow", "check_overflow"}
 THREE = {"fp32_partitioned_groups_flat", "fp16_groups", "offload_optimizer", "averaged_gradients", "optimizer"}
-OPTIMIZER = {"zero0": {"state"}, "zero1": ONE_TWO, "zero2": ONE_TWO, "zero3": THREE, "offload": ONE_TWO}
+THREE |= {"overflow", "_overflow_check_and_loss_scale_update"}
+OPTIMIZER = {"zero0": {"state", "step"}, "zero1": ONE_TWO, "zero2": ONE_TWO, "zero3": THREE, "offload": ONE_TWO}
 PARAMETER = {"zero0": set(), "zero1": {"_hp_mapping"}, "zero2": {"_hp_mapping"}, "offload": {"_hp_mapping"}}
 PARAMETER |= {"zero3": {"ds_tensor", "ds_numel"}}
 FRAGMENT = {"hp_fragment"}
@@ -104,7 +107,7 @@ def main(kind: str) -> None:
         state = wrapper.state.gather_optimizer()
         lacking = {name for name in wrapper.state.names if not any(key.startswith(f"{name}/") for key in state)}
         missing[stage] += [f"state of {name}" for name in lacking]
-        if not wrapper.state.gradients():
+        if not any(wrapper.state.gradients()):
             missing[stage].append("gradients")
     print(json.dumps(missing))
     shutdown()

@@ -47,8 +47,9 @@ THREE_PHASES = (
 
 
 def trace(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Every logged figure that does not depend on the clock."""
-    clock = {"time", "samples_per_s", "data_wait_share"}
+    """Every logged figure that does not depend on the clock or the machine."""
+    clock = {"time", "samples_per_s", "step_seconds", "rank_seconds", "data_wait_share", "peak_memory_gb"}
+    clock |= {"memory_gb", "gpu_utilisation"}  # of a GPU
     return [{k: v for k, v in line.items() if k not in clock} for line in lines(run_dir) if line["kind"] == kind]
 
 

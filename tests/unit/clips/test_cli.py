@@ -31,6 +31,7 @@ FROZEN = {
         "--samples": None,
         "--batch-size": None,
         "--init-from": None,
+        "--on-spike": None,
         "--seed": 0,
         "--device": "auto",
         "--ds-config": None,
@@ -120,6 +121,7 @@ def test_flags_go_where_they_say() -> None:
     run = pretrain(
         *("--data", "a/*.tar", "--val-data", "v.csv", "--test-data", "t.csv", "--image-root", "pics"),
         *("--fields", "image=file", "web=alt", "--fields", "long=recaption", "--seed", "3"),
+        *("--on-spike", "rewind"),
     )
     assert difference(recipe("demo"), run) == [
         'data.fields.image: "jpg;jpeg;png;webp" → "file"',
@@ -129,6 +131,7 @@ def test_flags_go_where_they_say() -> None:
         'data.test: null → "t.csv"',
         'data.train: "demo" → "a/*.tar"',
         'data.val: null → "v.csv"',
+        'train.on_spike: "continue" → "rewind"',
         "train.seed: 0 → 3",
     ]
 

@@ -1,0 +1,278 @@
+"""Rows 9 to 13: one rank, or one of its workers, fails: all end with a reason, and no process is left.
+
+And what the watchdog does about spikes and slow ranks (docs/training.md). Real launchers, real processes; what no
+signal can do stands in tests/faulty_run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launched import (
+    SCRIPT,
+    deepspeed,
+    lines,
+    pictures,
+    python,
+    recap,
+    run,
+    small_data,
+    started,
+    torchrun,
+    wait_for,
+    write_shard,
+)
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+
+FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2", "data.workers=0")
+"""What lets the debug twin learn its 64 samples within 40 steps."""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("shards"))
+
+
+def command(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
+    """More steps than any test waits for."""
+    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
+
+
+def of_rank(launcher: int, rank: int) -> psutil.Process:
+    """The training process of a rank, below its launcher."""
+    found = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
+    return min(found, key=psutil.Process.create_time)  # its workers came later
+
+
+def left_over(out: Path) -> list[psutil.Process]:
+    """Processes of the run in `out` that still live."""
+
+    def is_ours(process: psutil.Process) -> bool:
+        try:
+            return str(out) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.process_iter() if is_ours(process)]
+
+
+def assert_nothing_left(out: Path, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while left_over(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left_over(out) == []
+
+
+def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
+    """Flags of `torchrun` for 60 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
+    words = ("--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "480", *FAST, *flags)
+    return ["tests/faulty_run.py", fault, rank, *words]
+
+
+def weights(run_dir: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run_dir) if line["kind"] == "train"}
+
+
+@pytest.mark.parametrize(("fault", "stage"), [("nan", 0), ("inf", 2), ("nan", 3)])
+def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
+    fault: str, stage: int, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=8")
+    done = run(torchrun(*faulty(fault, "1", tmp_path, shards, *flags)))
+    assert done.code != 0
+    assert done.text.count("not finite at step 41 ") == 2, "every rank says so by itself"
+    assert "exitcode  : 3" in done.text.partition("Root Cause")[2]
+    assert "[rank" not in done.text, "a traceback of theirs"
+    assert "no weight was changed" in done.text
+    named = {word.strip(",") for word in done.text.split() if "tar#" in word}
+    assert len(named) == 8, "the loss runs over all ranks, so every sample of the step is named"
+    assert sorted(losses(tmp_path / "r")) == list(range(1, 41))
+    saved = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
+    assert saved[-1] == "step-00000040"
+    assert all(value.isfinite().all() for value in weights(tmp_path / "r", 40).values())
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("launch", [deepspeed, torchrun])
+def test_row_10_a_killed_rank_ends_the_others(
+    launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with started(launch(*command(tmp_path, shards)), log) as process:
+        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
+        of_rank(process.pid, 1).send_signal(signal.SIGKILL)
+        assert process.wait(60) != 0
+        assert_nothing_left(tmp_path)
+    assert "rank 0: a collective of step" in log.read_text()
+    assert "No sign of life from rank 1" in log.read_text()
+
+
+def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.3")), log) as process:
+        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
+        of_rank(process.pid, 1).send_signal(signal.SIGSTOP)
+        assert process.wait(150) != 0
+        assert_nothing_left(tmp_path)
+    said = log.read_text()
+    assert "No sign of life from rank 1" in said
+    assert "failed at clips/" in said
+    assert "18000ms" in said
+
+
+def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
+    """What a run of two ranks, the second with `data` of its own, says before it ends, which it must."""
+    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {data})'
+    log = tmp_path / "log"
+    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
+    with started(words, log) as process:
+        assert process.wait(120) != 0
+        assert_nothing_left(tmp_path)
+    return log.read_text()
+
+
+def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """The second rank's copy of the data is broken, as a bad disk of one node would have it."""
+    broken = [(b"no picture", recap("stock photo", "A plain picture."))] * 64
+    write_shard(tmp_path / "broken/0.tar", broken[:40])
+    write_shard(tmp_path / "broken/1.tar", broken[40:])
+    said = failed_with_own_data_on_rank_1(tmp_path / "broken", shards, tmp_path)
+    assert "16 samples drawn one after another are all broken" in said
+    assert "exitcode  : 4" in said
+
+
+def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with started(deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1")), log) as process:
+        assert process.wait(120) != 0
+        assert_nothing_left(tmp_path)
+    said = log.read_text()
+    assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
+    assert "a defect that" in said
+    assert "in decode" in said, "the place in the worker"
+    assert "[rank0]: ZeroDivisionError" not in said
+    assert 0 < len(losses(tmp_path / "r")) <= 40
+
+
+def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
+    fewer = [(picture, recap(web, long)) for picture, web, long in pictures(40)]
+    write_shard(tmp_path / "fewer/0.tar", fewer)
+    said = failed_with_own_data_on_rank_1(tmp_path / "fewer", shards, tmp_path)
+    assert "rank 0: 64 samples in 2 shards" in said
+    assert "rank 1: 40 samples in 1 shards" in said
+    assert not lines(tmp_path / "r")
+
+
+def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(deepspeed(*command(tmp_path, shards, "--set", "data.workers=1")), log) as process:
+        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
+        worker = max(of_rank(process.pid, 1).children(), key=psutil.Process.create_time)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert process.wait(60) != 0
+        assert_nothing_left(tmp_path)
+    assert f"(pid(s) {worker.pid})" in log.read_text()
+
+
+# What the watchdog does
+
+
+@pytest.fixture(scope="module")
+def skipped(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that skipped the spike of step 41, with Muon under ZeRO-2, and a checkpoint of each of its steps."""
+    out = tmp_path_factory.mktemp("skipped")
+    flags = ("--on-spike", "skip", "--ds-config", "ds_configs/zero2.json")
+    settings = ("--set", "train.checkpoint_every=8", "train.keep_checkpoints=60")
+    done = run(torchrun(*faulty("spike", "all", out, shards, *flags, *settings)))
+    assert done.code == 0, done.text
+    assert "warning: spike at step 41: loss" in done.text
+    assert "; skip. Its samples stand in spikes.jsonl" in done.text
+    return out / "r"
+
+
+def test_a_spike_is_recorded_with_the_samples_of_every_rank(skipped: Path) -> None:
+    (spike,) = lines(skipped, "spikes.jsonl")
+    assert (spike["step"], spike["action"]) == (41, "skip")
+    assert spike["loss"] == pytest.approx(losses(skipped)[41], rel=1e-6)
+    assert spike["loss"] > 2 * spike["usual_loss"]
+    assert [len(keys) for keys in spike["keys"]] == [4, 4]
+    assert len({key for keys in spike["keys"] for key in keys}) == 8
+
+
+def test_skip_leaves_the_step_out(skipped: Path) -> None:
+    for name in ("model", "optimizer"):
+        assert equal(weights(skipped, 41, name), weights(skipped, 40, name))
+        assert not equal(weights(skipped, 42, name), weights(skipped, 41, name))
+    assert sorted(losses(skipped)) == list(range(1, 61))
+
+
+def test_rewind_equals_a_run_that_never_took_the_step(skipped: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    """Back to step 34, and over the rest again."""
+    flags = ("--on-spike", "rewind", "--ds-config", "ds_configs/zero2.json", "--set", "train.checkpoint_every=272")
+    done = run(torchrun(*faulty("spike", "all", tmp_path, shards, *flags)))
+    assert done.code == 0, done.text
+    assert "goes on from" in done.text
+    assert "step-00000034; left out: steps 41" in done.text
+    run_dir = tmp_path / "r"
+    (spike,) = lines(run_dir, "spikes.jsonl")
+    assert (spike["step"], spike["action"]) == (41, "rewind")
+    there, here = losses(skipped), losses(run_dir)
+    assert here == {step: loss for step, loss in there.items() if step != 41}, "each step once, but for the spike"
+    for name in ("model", "optimizer"):
+        assert equal(weights(run_dir, 60, name), weights(skipped, 60, name))
+    states = [
+        json.loads((folder / "checkpoints/step-00000060/state.json").read_text()) for folder in (skipped, run_dir)
+    ]
+    assert states[0]["left_out"] == states[1]["left_out"] == [40]
+    assert states[0]["recent_losses"] == states[1]["recent_losses"]
+
+
+@pytest.mark.parametrize("action", ["skip", "rewind"])
+def test_spikes_without_an_end_end_the_run(action: str, shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--on-spike", action, "--set", "train.checkpoint_every=272")
+    done = run(python(*faulty("spikes", "all", tmp_path, shards, *flags)))
+    assert done.code == 3, done.text
+    assert "Traceback" not in done.text
+    assert "spike number 6 within" in done.text
+    assert "--on-spike continue" in done.text
+    assert [line["step"] for line in lines(tmp_path / "r", "spikes.jsonl")] == list(range(41, 47))
+    assert (tmp_path / "r" / "LATEST").read_text().strip() == "step-00000034"
+
+
+def test_a_slow_rank_is_named_once(shards: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--samples", "96", "--set", "train.log_every=3")
+    done = run(torchrun(*faulty("slow", "1", tmp_path, shards), *flags))
+    assert done.code == 0, done.text
+    assert done.text.count("is slow at step") == 1, done.text
+    assert f"warning: rank 1 ({socket.gethostname()}) is slow at step 3, and all wait for it" in done.text
+    records = [line for line in lines(tmp_path / "r") if line["kind"] == "train"]
+    for line in records:
+        fast, slow = line["rank_seconds"]
+        assert slow > 0.3 > 2 * fast
+        assert line["step_seconds"] >= 0.3
+        assert line["data_wait_share"] > 0.5, "of the rank that waits longest"
+        assert line["peak_memory_gb"] > 0.1

@@ -1,0 +1,76 @@
+"""scripts/pretrain_clips.py with a fault in what the data gives: python faulty_run.py FAULT RANK FLAGS …
+
+RANK: whose data has it, or "all". Everything else is the real run. FAULT, from step AT on (0-based):
+    nan, inf     one value of one picture in that step
+    slow         every batch comes late
+    raise        decoding raises what no code expects, in a worker of the loader
+    spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
+    spikes       of that step and all after it
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from clips.common.errors import run_command
+from clips.data import loader
+from clips.training import cli, loop
+
+AT = 40
+BATCH = 8
+SECONDS = 0.3
+"""By which a slow batch is late."""
+calls = itertools.count()
+real_loader, real_decode = loop.make_loader, loader.decode_image
+
+
+def spoil(batch: dict[str, Any], fault: str) -> None:
+    step = batch["positions"][0] // BATCH
+    if fault == "slow":
+        time.sleep(SECONDS)
+    elif step < AT or (step > AT and fault != "spikes"):
+        return
+    elif fault in ("nan", "inf"):
+        batch["images"][0, 0, 0, 0] = float(fault)
+    else:
+        noise = torch.Generator().manual_seed(batch["positions"][0])
+        batch["images"] = batch["images"].flip(0)
+        caption = batch["caption"]
+        words = torch.randint(5, 40, caption.shape, generator=noise)
+        batch["caption"] = torch.where(caption > 4, words, caption)
+
+
+def spoiled(fault: str, *arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
+    for batch in real_loader(*arguments, **named):
+        spoil(batch, fault)
+        yield batch
+
+
+def decode(data: bytes, key: str, **settings: Any) -> Any:
+    if next(calls) >= AT * BATCH // 2:  # of two ranks
+        raise ZeroDivisionError(f"a defect that {key} brings out")
+    return real_decode(data, key, **settings)
+
+
+def main() -> None:
+    parser = cli.parser()
+    parser.add_argument("fault")
+    parser.add_argument("rank")
+    flags = parser.parse_args()
+    if flags.rank in ("all", os.environ.get("RANK", "0")):
+        if flags.fault == "raise":
+            loader.decode_image = decode
+        else:
+            loop.make_loader = lambda *arguments, **named: spoiled(flags.fault, *arguments, **named)
+    cli.pretrain_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

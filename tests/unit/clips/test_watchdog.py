@@ -1,0 +1,114 @@
+"""When a loss or gradient norm counts as a spike, and a rank as slow."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clips.common.errors import DivergedError
+from clips.training import watchdog
+from clips.training.engine import Agreed
+from clips.weights.checkpoint import TrainState
+
+
+def agreed(loss: float, norm: float | None = 1.0) -> Agreed:
+    return Agreed(finite=True, stopping=False, loss=loss, grad_norm=norm)
+
+
+def spikes(losses: list[float], norms: list[float | None]) -> list[int]:
+    """Steps that are spikes, all of them taken."""
+    state, found = TrainState(seed=0), []
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        if watchdog.find_spike(state, agreed(loss, norm)):
+            found.append(step)
+        watchdog.remember(state, agreed(loss, norm))
+    return found
+
+
+def training(steps: int, seed: int = 0) -> list[float]:
+    """A loss that falls from 15 to 3, steeply at first, with noise of 5 %."""
+    rng = random.Random(seed)
+    return [(3 + 12 * math.exp(-step / 20)) * (1 + 0.05 * rng.gauss(0, 1)) for step in range(steps)]
+
+
+@pytest.mark.parametrize("at", [16, 25, 40, 300])
+def test_a_jump_of_the_loss_or_of_the_gradient_is_found_while_the_loss_falls(at: int) -> None:
+    losses, quiet = training(400), [1.0] * 400
+    assert spikes(losses, quiet) == []
+    losses[at] = 2.5 * losses[at - 1] + 5
+    assert spikes(losses, quiet) == [at]
+    assert spikes(training(400), [*quiet[:at], 1.6, *quiet[at + 1 :]]) == [at]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_no_spike(seed: int) -> None:
+    rng = random.Random(seed)
+    norms = [rng.lognormvariate(0, 0.5) for _ in range(2000)]
+    assert spikes(training(2000, seed), norms) == []
+
+
+def test_nothing_counts_before_there_is_a_past_nor_a_norm_that_cannot_be_seen() -> None:
+    assert spikes([1.0] * 15 + [100.0], [1.0] * 16) == []
+    assert spikes([1.0] * 16 + [100.0], [None] * 17) == [16]
+    assert spikes([0.0] * 16 + [1.0], [None] * 17) == [16]
+
+
+def test_a_level_that_stays_is_got_used_to() -> None:
+    found = spikes([1.0] * 50 + [3.0] * 50, [1.0] * 100)
+    assert found == list(range(50, 50 + watchdog.WINDOW // 2 + 1))
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=16, max_size=40), st.floats(0.01, 100))
+def test_the_limit_is_never_below_what_is_usual_and_follows_the_scale(recent: list[float], scale: float) -> None:
+    bound = watchdog.limit(recent)
+    assert bound > 1.4 * sorted(recent)[(len(recent) - 1) // 2]
+    assert watchdog.limit([scale * r for r in recent]) == pytest.approx(scale * bound, rel=1e-6)
+
+
+def test_the_memory_goes_through_a_checkpoint_bit_for_bit() -> None:
+    losses, state = training(60), TrainState(seed=0)
+    for loss in losses:
+        watchdog.remember(state, agreed(loss, loss / 3))
+    again = TrainState(**json.loads(json.dumps(asdict(state))))
+    assert again.recent_losses == losses[-watchdog.WINDOW :]
+    assert watchdog.limit(again.recent_norms) == watchdog.limit(state.recent_norms)
+
+
+def test_steps_left_out_one_after_another_end_the_run() -> None:
+    state = TrainState(seed=0)
+    for state.step in range(100, 105):
+        watchdog.leave_out(state, since=state.step - 9)
+    watchdog.leave_out(state, since=100)  # the same once more is not another
+    assert state.left_out == list(range(100, 105))
+    state.step = 200
+    watchdog.leave_out(state, since=191)
+    state.step = 105
+    with pytest.raises(DivergedError, match=r"step 106 is spike number 6 within 6 steps.*--on-spike continue") as ended:
+        watchdog.leave_out(state, since=100)
+    assert ended.value.exit_code == 3
+
+
+def test_a_slow_rank_is_one_that_the_others_wait_for() -> None:
+    assert watchdog.slow_ranks([1.0, 1.6], 2.0) == [1]
+    assert watchdog.slow_ranks([1.0, 1.4], 2.0) == []
+    assert watchdog.slow_ranks([1.0, 1.0, 0.9, 3.0, 1.1, 2.0], 4.0) == [3, 5]
+    assert watchdog.slow_ranks([0.01, 0.02], 1.0) == [], "of no matter in a step of a second"
+    assert watchdog.slow_ranks([0.5], 1.0) == []
+
+
+def test_own_time_is_that_of_the_forward_passes_since_it_was_asked_last() -> None:
+    model = torch.nn.Linear(2, 2)
+    own = watchdog.OwnTime(model, torch.device("cpu"))
+    assert own.seconds() == 0
+    model(torch.ones(1, 2))
+    model(torch.ones(1, 2))
+    assert len(own.marks) == 4
+    assert own.seconds() > 0
+    assert own.seconds() == 0
