@@ -36,14 +36,16 @@ def python(*arguments: str | Path) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def torchrun(*arguments: str | Path) -> list[str]:
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+def torchrun(*arguments: str | Path, per_host: int = 2) -> list[str]:
+    """Ranks on this host alone, unless the arguments say where several hosts meet."""
+    meet = () if any(str(word).startswith("--rdzv") for word in arguments) else ("--standalone",)
+    return python("-m", "torch.distributed.run", *meet, f"--nproc-per-node={per_host}", *arguments)
 
 
-def deepspeed(*arguments: str | Path) -> list[str]:
+def deepspeed(*arguments: str | Path, per_host: int = 2) -> list[str]:
     port = unused_port()
     launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
+    return [str(launcher), "--num_accelerators", str(per_host), "--master_port", str(port), *map(str, arguments)]
 
 
 def run(command: list[str], timeout: float = 300) -> Done:

@@ -55,7 +55,7 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
         batch = {key: value[rank * share : (rank + 1) * share] for key, value in tiny_batch(step).items()}
         loss, _ = engine(batch)
         engine.backward(loss)
-        assert engine.agree(loss, stop=False) == (True, False)
+        assert engine.agree(loss, stop=0) == (True, 0)
         engine.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
@@ -72,7 +72,7 @@ def temperatures_at_the_limit(engine: Engine) -> list[float]:
         loss, parts = engine({key: value[:4] for key, value in tiny_batch(0).items()})
         found.append(parts["logit_scale"].item())
         engine.backward(loss)
-        engine.agree(loss, stop=False)
+        engine.agree(loss, stop=0)
         engine.step()
         engine.limit_logit_scale()
     return found

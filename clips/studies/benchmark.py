@@ -394,7 +394,7 @@ def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
     def step(batch: Batch) -> None:
         loss, _ = engine(engine.to_device(batch))
         engine.backward(loss)
-        engine.agree(loss, False)
+        engine.agree(loss, 0)
         engine.step()
         engine.limit_logit_scale()
 

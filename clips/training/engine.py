@@ -178,9 +178,10 @@ class Engine:
         norm = self._whole_grad_norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def agree(self, loss: Tensor, stop: bool) -> tuple[bool, bool]:
-        """(everything finite, somebody wants to stop), the same on every rank; between the last backward and the step.
+    def agree(self, loss: Tensor, stop: int) -> tuple[bool, int]:
+        """(everything finite, the signal to stop by), the same on every rank; between the last backward and the step.
 
+        `stop`: number of the signal that this rank got, 0 for none; the highest one of all ranks counts.
         Looks at the loss and at every gradient that this rank holds. DeepSpeed itself would let non-finite
         gradients into fp32 weights.
         """
@@ -193,7 +194,7 @@ class Engine:
         flags = torch.stack([(~torch.isfinite(total)).float(), total.new_tensor(float(stop))])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         broken, stopping = flags.tolist()
-        return broken == 0, stopping > 0
+        return broken == 0, int(stopping)
 
     @torch.no_grad()
     def limit_logit_scale(self) -> None:

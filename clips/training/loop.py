@@ -15,7 +15,7 @@ from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
-from clips.common.signals import StopSignal
+from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size
@@ -150,7 +150,7 @@ def _train(
                 seen.append((loss.detach(), batch["keys"]))
                 engine.backward(loss)
                 if micro == run.train.accumulation - 1:
-                    finite, stopping = engine.agree(loss, bool(stop.requested))
+                    finite, stopping = engine.agree(loss, stop.requested)
                     if not finite:
                         _not_finite(seen, state, phase)
                 engine.step()
@@ -159,7 +159,7 @@ def _train(
             profiler.step()
             state.step, state.samples, state.phase_step = state.step + 1, state.samples + phase.batch_size, step + 1
             last = index == len(run.phases) - 1 and state.phase_step == phase.steps
-            saving = due(run.train.checkpoint_every, state, phase) or last or stopping
+            saving = due(run.train.checkpoint_every, state, phase) or last or stopping > 0
             if state.step % run.train.log_every == 0 or saving:  # with a checkpoint too: its means begin anew after it
                 meter.log(log, state, phase.lr * factor, engine.grad_norm(), run.data.max_broken_share)
             with meter.aside():
@@ -168,7 +168,7 @@ def _train(
                 if saving:
                     _save(run, engine, state, run_dir)
             if stopping:
-                raise stop.error()
+                raise stopped_by(stopping)
         state.phase, state.phase_step = index + 1, 0
     if state.samples > meter.first:
         log.say(meter.summary(state))

@@ -20,7 +20,7 @@ from clips.common.plots import LIGHT, Panel, curves_plot
 
 
 def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
-    """Put this stage's `record` into config.json; UserError where the run already has another one.
+    """Put this stage's `record` into config.json; UserError where the run has another one, or trains elsewhere now.
 
     Compared are the entries of `record["trains"]`; the rest is for people.
     """
@@ -34,6 +34,7 @@ def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: boo
         )
     if write:
         run_dir.mkdir(parents=True, exist_ok=True)
+        rundir.hold(run_dir)
         write_json(path, config | {stage: record})
 
 
