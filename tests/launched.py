@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from conftest import ROOT, run_group
 from PIL import Image
 
@@ -70,6 +71,12 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for below in psutil.Process(process.pid).children(
+                    recursive=True
+                ):  # torchrun's have groups of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        below.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -104,8 +104,8 @@ def _holder(run_dir: Path) -> str:
     above = ", ".join(map(str, found["launchers"]))
     under = f" under launcher {above}" if above else ""
     return (
-        f", process {found['pid']}{under} on host {found['host']} (`kill {found['pid']}` there ends its step and saves a "
-        "checkpoint)"
+        f", process {found['pid']}{under} on host {found['host']} (`kill {found['pid']}` there ends its step and "
+        "saves a checkpoint)"
     )
 
 

@@ -89,8 +89,8 @@ def _check_restarts() -> None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         raise UserError(
-            "torchrun --max-restarts: ranks that are started again would hang, for torchrun shares its store with them. "
-            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
+            "torchrun --max-restarts: ranks that are started again would hang, for torchrun shares its store with "
+            "them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
         )
 
 

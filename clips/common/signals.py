@@ -48,7 +48,7 @@ class StopSignal:
 
 
 def stopped_by(number: int) -> Stopped:
-    """What to end with after the checkpoint; `number` is what the ranks agreed on, also for those that got no signal."""
+    """What to end with after the checkpoint; `number`: what the ranks agreed on, whoever of them got it."""
     what = "the launcher is gone, which would have stopped this rank" if number == signal.SIGHUP else ""
     return Stopped(
         f"{what or f'stopped by {signal.Signals(number).name}'}; a checkpoint was saved, and the same command goes on "

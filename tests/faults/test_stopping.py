@@ -1,4 +1,4 @@
-"""A launcher that dies and leaves its ranks behind, a scheduler's signal, a second start while the first still trains."""
+"""A launcher that dies and leaves its ranks behind, a second start meanwhile, a scheduler's signal, the sbatch file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
 from launched import ENV, SCRIPT, deepspeed, lines, python, run, small_data, started, torchrun, wait_for

@@ -82,7 +82,8 @@ def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
 def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path: Path) -> None:
     """As a rank that is killed leaves its data workers for some seconds, and torchrun starts it anew at once."""
     code = (
-        f"import os, time; from pathlib import Path; from clips.common.rundir import hold; hold(Path({str(tmp_path)!r}))\n"
+        "import os, time; from pathlib import Path; from clips.common.rundir import hold\n"
+        f"hold(Path({str(tmp_path)!r}))\n"
         "worker = os.fork()\n"
         "if worker: print(worker, flush=True)\n"
         "time.sleep(60)"
