@@ -82,10 +82,15 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None, log: Path, timeout: float = 120
+) -> None:
+    """Fails when the time is over, or when `process` ends before."""
     end = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        assert process is None or process.poll() is None, (
+            f"ended with {process and process.returncode}:\n{log.read_text()[-3000:]}"
+        )
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.005)
 

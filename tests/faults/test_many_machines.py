@@ -137,21 +137,20 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back(
     hosts: Hosts, whole: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """First the host of rank 1, then that of rank 0, which also holds the ranks' meeting place and the lock."""
+    """It is that of rank 0, which also holds the ranks' meeting place and the run's lock."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
     command = hosts.command(SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path)
-    for host, step in (("host-b", 8), ("host-a", 18)):
-        with started(command, log) as process:
-            wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s, process, log)
-            hosts.kill(host)
-            assert process.wait(60) != 0, log.read_text()
-            wait_until_gone(tmp_path)
-        assert f"No sign of life from rank {'01'[host == 'host-b']}" in log.read_text()
-        hosts.start(host)
+    with started(command, log) as process:
+        wait_for(lambda: lines(run_dir) and lines(run_dir)[-1]["step"] >= 18, process, log)
+        hosts.kill("host-a")
+        assert process.wait(60) != 0, log.read_text()
+        wait_until_gone(tmp_path)
+    assert "No sign of life from rank 0" in log.read_text()
+    hosts.start("host-a")
     done = run(command)
     assert done.code == 0, done.text
     assert "goes on from" in done.text
-    assert {f"{name}: " in done.text for name in hosts.addresses} == {True}
+    assert all(f"{name}: " in done.text for name in hosts.addresses)
     assert_the_same(run_dir, whole)
 
 
@@ -174,10 +173,3 @@ def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
     assert "goes on from │" in said
     assert "another process trains in" not in said
     assert_the_same(run_dir, whole)
-
-
-def test_a_restart_that_would_hang_is_refused(shards: tuple[str, ...], tmp_path: Path) -> None:
-    done = run(torchrun("--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path, per_host=1))
-    assert done.code != 0
-    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun" in done.text
-    assert not (tmp_path / "r").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -35,11 +36,11 @@ def assert_saved_at_the_end(run_dir: Path) -> None:
     assert (run_dir / "LATEST").read_text().strip() == f"step-{steps(run_dir):08d}"
 
 
-@pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (deepspeed, 1), (torchrun, 1)])
+@pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
 def test_ranks_without_their_launcher_save_and_end(
     launch: Callable[..., list[str]], generation: int, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """`deepspeed` itself (the second generation above a rank), its launcher, torchrun: each killed with -9.
+    """`deepspeed` itself (the second generation above a rank), or torchrun, killed with -9.
 
     It was started in the background by a shell that has ended, which is nobody's wish to stop.
     """
@@ -50,18 +51,16 @@ def test_ranks_without_their_launcher_save_and_end(
             ["bash", "-c", 'nohup "$@" &', "-", *words], cwd=ROOT, env=ENV, stdout=out, stderr=out, check=True
         )
     try:
-        waits = subprocess.Popen(["sleep", "300"])
-        wait_for(lambda: steps(run_dir) >= 5, waits, log)
+        wait_for(lambda: steps(run_dir) >= 5, None, log)
         above = rank(tmp_path, 0).parents()[generation - 1]
-        assert above.name() in ("deepspeed", "python", "torchrun", "python3") or "python" in above.name()
-        if generation == 1:
+        if launch is deepspeed:
             again = run(python(*command(tmp_path, shards)))
             assert again.code == 2
-            assert f"process {rank(tmp_path, 0).pid} under launcher {above.pid}" in again.text
+            assert f"process {rank(tmp_path, 0).pid} under launcher " in again.text
+            assert f"{above.pid} on host {platform.node()}" in again.text
         above.kill()
         wait_until_gone(tmp_path)
     finally:
-        waits.kill()
         for process in of_run(tmp_path):
             process.kill()
     assert "the launcher is gone" in log.read_text()
