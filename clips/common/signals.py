@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
 from types import FrameType
@@ -37,6 +38,7 @@ class StopSignal:
     @property
     def requested(self) -> int:
         """The number of the signal that came, 0 for none; SIGHUP where the launcher is gone. Asked at every step."""
+        outlive_readers()
         if not self.number and launchers() != self.launchers:
             self.number = signal.SIGHUP
         return self.number
@@ -45,6 +47,22 @@ class StopSignal:
         """Signals mean again what they meant before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def outlive_readers() -> None:
+    """Once nobody reads this process's output any more, let it go nowhere: the next `print` would end the run.
+
+    So it is after a logout with the run in the background, and after Ctrl-C of `deepspeed --hostfile`, which cuts the
+    connections first and asks the ranks to stop after that.
+    """
+    streams = select.poll()
+    for stream in (1, 2):
+        streams.register(stream, 0)  # a reader's end is reported unasked
+    for stream, event in streams.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 def stopped_by(number: int) -> Stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from launched import (
     wait_for,
     write_shard,
 )
-from processes import rank, wait_until_gone
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,31 @@ def command(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
 
 
+def of_rank(launcher: int, rank: int) -> psutil.Process:
+    """The training process of a rank, below its launcher."""
+    found = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
+    return min(found, key=psutil.Process.create_time)  # its workers came later
+
+
+def left_over(out: Path) -> list[psutil.Process]:
+    """Processes of the run in `out` that still live."""
+
+    def is_ours(process: psutil.Process) -> bool:
+        try:
+            return str(out) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.process_iter() if is_ours(process)]
+
+
+def assert_nothing_left(out: Path, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while left_over(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left_over(out) == []
+
+
 @pytest.mark.parametrize("launch", [deepspeed, torchrun])
 def test_a_killed_rank_ends_the_others(
     launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
@@ -44,9 +69,9 @@ def test_a_killed_rank_ends_the_others(
     log = tmp_path / "log"
     with started(launch(*command(tmp_path, shards)), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        rank(tmp_path, 1).send_signal(signal.SIGKILL)
+        of_rank(process.pid, 1).send_signal(signal.SIGKILL)
         assert process.wait(60) != 0
-        wait_until_gone(tmp_path)
+        assert_nothing_left(tmp_path)
     assert "rank 0: a collective of step" in log.read_text()
     assert "No sign of life from rank 1" in log.read_text()
 
@@ -55,9 +80,9 @@ def test_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(shards: tup
     log = tmp_path / "log"
     with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.3")), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        rank(tmp_path, 1).send_signal(signal.SIGSTOP)
+        of_rank(process.pid, 1).send_signal(signal.SIGSTOP)
         assert process.wait(150) != 0
-        wait_until_gone(tmp_path)
+        assert_nothing_left(tmp_path)
     said = log.read_text()
     assert "No sign of life from rank 1" in said
     assert "failed at clips/" in said
@@ -71,7 +96,7 @@ def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path
     words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
     with started(words, log) as process:
         assert process.wait(120) != 0
-        wait_until_gone(tmp_path)
+        assert_nothing_left(tmp_path)
     return log.read_text()
 
 
@@ -98,8 +123,8 @@ def test_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[str, ..
     log = tmp_path / "log"
     with started(deepspeed(*command(tmp_path, shards, "--set", "data.workers=1")), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        worker = max(rank(tmp_path, 1).children(), key=psutil.Process.create_time)
+        worker = max(of_rank(process.pid, 1).children(), key=psutil.Process.create_time)
         os.kill(worker.pid, signal.SIGKILL)
         assert process.wait(60) != 0
-        wait_until_gone(tmp_path)
+        assert_nothing_left(tmp_path)
     assert f"(pid(s) {worker.pid})" in log.read_text()
