@@ -154,6 +154,20 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back(
     assert_the_same(run_dir, whole)
 
 
+@needs_hosts
+def test_ctrl_c_of_the_one_command_saves_though_it_cuts_the_connections_first(
+    hosts: Hosts, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    more = [word.replace(str(8 * STEPS), "400000") for word in FLAGS]
+    with started(hosts.command(SCRIPT, *more, *shards, "--output-dir", tmp_path), log) as process:
+        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        wait_until_gone(tmp_path)
+    assert (run_dir / "LATEST").read_text().strip() == f"step-{lines(run_dir)[-1]['step']:08d}"
+
+
 # ------------------------------------------------------------------------------------------------- torchrun
 
 
