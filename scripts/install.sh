@@ -108,15 +108,20 @@ install_bench() {
   fi
 }
 
-# Chromium for the tests of the web page, where this may install it; without one they are skipped, loudly.
-install_browser() {
-  if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
+# What tests need beside Python, where this may install it: Chromium for the web page, an sshd and pdsh for several
+# hosts (started by the tests on ports of their own). Without them those tests are skipped, loudly.
+install_programs() {
+  local packages=()
+  command -v chromium chromium-browser google-chrome >/dev/null || packages+=(chromium)
+  PATH="$PATH:/usr/sbin" command -v sshd >/dev/null || packages+=(openssh-server)
+  command -v pdsh >/dev/null || packages+=(pdsh)
+  if [ "${#packages[@]}" = 0 ]; then return; fi
   if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-    echo "installing chromium for the tests of the web page"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
-      echo "note: apt-get could not install chromium" >&2
+    echo "installing ${packages[*]} for the tests"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}"; } >/dev/null 2>&1 ||
+      echo "note: apt-get could not install ${packages[*]}" >&2
   else
-    echo "note: no chromium here; as root on Debian this script installs it, else install chromium or google-chrome" >&2
+    echo "note: not here: ${packages[*]}; as root on Debian this script installs them, else install them yourself" >&2
   fi
 }
 

@@ -12,7 +12,7 @@ set -euo pipefail
 
 install demo chat dev
 install_bench
-install_browser
+install_programs
 ruff check .
 ruff format --check .
 mypy

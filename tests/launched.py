@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from conftest import ROOT, run_group
 from PIL import Image
 
@@ -36,14 +37,16 @@ def python(*arguments: str | Path) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
-def torchrun(*arguments: str | Path) -> list[str]:
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+def torchrun(*arguments: str | Path, per_host: int = 2) -> list[str]:
+    """Ranks on this host alone, unless the arguments say where several hosts meet."""
+    meet = () if any(str(word).startswith("--rdzv") for word in arguments) else ("--standalone",)
+    return python("-m", "torch.distributed.run", *meet, f"--nproc-per-node={per_host}", *arguments)
 
 
-def deepspeed(*arguments: str | Path) -> list[str]:
+def deepspeed(*arguments: str | Path, per_host: int = 2) -> list[str]:
     port = unused_port()
     launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_accelerators", "2", "--master_port", str(port), *map(str, arguments)]
+    return [str(launcher), "--num_accelerators", str(per_host), "--master_port", str(port), *map(str, arguments)]
 
 
 def run(command: list[str], timeout: float = 300) -> Done:
@@ -68,15 +71,26 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield process
         finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for below in psutil.Process(process.pid).children(
+                    recursive=True
+                ):  # torchrun's have groups of their own
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        below.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path, timeout: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], Any], process: subprocess.Popen[bytes] | None, log: Path, timeout: float = 120
+) -> None:
+    """Fails when the time is over, or when `process` ends before."""
     end = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        assert process is None or process.poll() is None, (
+            f"ended with {process and process.returncode}:\n{log.read_text()[-3000:]}"
+        )
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.005)
 

@@ -7,7 +7,7 @@
     runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
     runs/NAME/export/, report/, evaluation*.json
                               what was made of the weights of one checkpoint, which each of them names
-    runs/NAME/.lock           held by the process that trains here
+    runs/NAME/.lock           held by the process that trains here; says which one, on which host
 
 Imports nothing heavy: a plan or a progress bar that asks about fifty runs waits for no torch and no matplotlib.
 """
@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from clips.common.errors import UserError
 from clips.common.files import MANIFEST, lock, read_json, write_atomically
+from clips.common.signals import launchers
 
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
@@ -156,14 +159,39 @@ _held: dict[Path, IO[str]] = {}
 
 
 def hold(run_dir: Path) -> None:
-    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already."""
+    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already.
+
+    The lock file says which one, for it may be on another host, or have outlived its launcher.
+    """
     place = run_dir.resolve()
     if place in _held:
         return
     try:
-        _held[place] = lock(run_dir / ".lock", wait=False)
+        file = lock(run_dir / ".lock", wait=False)
     except OSError:
-        raise UserError(f"another process trains in {run_dir}: wait for it, stop it, or give another --name") from None
+        raise UserError(
+            f"another process trains in {run_dir}{_holder(run_dir)}: wait for it, stop it, or give "
+            "another --name (--output_dir)"
+        ) from None
+    file.truncate(0)
+    json.dump({"host": platform.node(), "pid": os.getpid(), "launchers": launchers()}, file)
+    file.flush()
+    # A data worker outlives a killed rank by some seconds: it must not keep the rank that is started anew from the run.
+    os.register_at_fork(after_in_child=file.close)
+    _held[place] = file
+
+
+def _holder(run_dir: Path) -> str:
+    """Who holds the lock, as a part of a sentence; empty where it has not written that yet."""
+    found = parse_line((run_dir / ".lock").read_bytes())
+    if found is None:
+        return ""
+    above = ", ".join(map(str, found["launchers"]))
+    under = f" under launcher {above}" if above else ""
+    return (
+        f", process {found['pid']}{under} on host {found['host']} (`kill {found['pid']}` there ends its step and "
+        "saves a checkpoint)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

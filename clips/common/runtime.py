@@ -71,6 +71,7 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
         port = str(unused_port())
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    _check_restarts()
     # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed = import_deepspeed()
@@ -78,6 +79,19 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def _check_restarts() -> None:
+    """UserError where torchrun would start ranks again that then read the addresses of those before them.
+
+    Its own store, which the ranks share, outlives them, and nothing in it says of which start an address is: the
+    ranks connect to dead ones, and fail or hang (pytorch issue 135712; seen with torch 2.13, on one host too).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would hang, for torchrun shares its store with "
+            "them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every host"
+        )
 
 
 def import_deepspeed() -> Any:

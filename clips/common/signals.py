@@ -1,42 +1,98 @@
-"""A stop signal is remembered until the step has ended and a checkpoint is written."""
+"""A stop signal, or a launcher that is gone, is remembered until the step has ended and a checkpoint is written."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 import time
 from types import FrameType
 
+import psutil
+
 from clips.common.errors import Stopped
+
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+"""What a run can be stopped by; SIGHUP stands for a launcher that is gone."""
 
 
 class StopSignal:
-    """Remembers a SIGTERM or Ctrl-C, so that the step ends and a checkpoint is written.
+    """Remembers SIGTERM, Ctrl-C or SIGUSR1 (a scheduler's), so that the step ends and a checkpoint is written.
 
     Launchers pass on what the whole process group has got already, so a second signal is no second wish; only
     another Ctrl-C after `PATIENCE` seconds ends the run at once.
     """
 
     PATIENCE = 2.0
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.requested, self.since = 0, 0.0
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.number, self.since = 0, 0.0
+        self.launchers = launchers()
+        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested, self.since = number, time.monotonic()
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
             raise KeyboardInterrupt
 
-    def error(self) -> Stopped:
-        """What to end with after the checkpoint, also on a rank that got no signal itself."""
-        number = signal.Signals(self.requested or signal.SIGTERM)
-        return Stopped(
-            f"stopped by {number.name}; a checkpoint was saved, and the same command goes on from there",
-            exit_code=128 + number,
-        )
+    @property
+    def requested(self) -> int:
+        """The number of the signal that came, 0 for none; SIGHUP where the launcher is gone. Asked at every step."""
+        outlive_readers()
+        if not self.number and launchers() != self.launchers:
+            self.number = signal.SIGHUP
+        return self.number
 
     def restore(self) -> None:
         """Signals mean again what they meant before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def outlive_readers() -> None:
+    """Once nobody reads this process's output any more, let it go nowhere: the next `print` would end the run.
+
+    So it is after a logout with the run in the background, and after Ctrl-C of `deepspeed --hostfile`, which cuts the
+    connections first and asks the ranks to stop after that.
+    """
+    streams = select.poll()
+    for stream in (1, 2):
+        streams.register(stream, 0)  # a reader's end is reported unasked
+    for stream, event in streams.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def stopped_by(number: int) -> Stopped:
+    """What to end with after the checkpoint; `number`: what the ranks agreed on, whoever of them got it."""
+    what = "the launcher is gone, which would have stopped this rank" if number == signal.SIGHUP else ""
+    return Stopped(
+        f"{what or f'stopped by {signal.Signals(number).name}'}; a checkpoint was saved, and the same command goes on "
+        "from there",
+        exit_code=128 + number,
+    )
+
+
+def launchers() -> list[int]:
+    """Process ids of what torchrun or `deepspeed` runs above this rank on this host; empty where it has no launcher.
+
+    torchrun is the parent. `deepspeed` starts a launcher, the parent, and waits for it; killed with -9, or with a
+    signal it does not pass on, it leaves launcher and ranks running. The list changes when one of them is gone, for
+    the system gives an orphan another parent at once. Whatever started *them* may end as it likes: a shell does,
+    when its user leaves `deepspeed … &` behind and logs out.
+    """
+    if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}:  # torchrun's, and the deepspeed launcher's
+        return []
+    found = [os.getppid()]
+    with contextlib.suppress(psutil.Error):  # gone in this moment, or hidden from this user
+        parent = psutil.Process(found[0])
+        if "deepspeed.launcher.launch" in parent.cmdline():
+            above = psutil.Process(parent.ppid())
+            if any("deepspeed" in word for word in above.cmdline()):
+                found.append(above.pid)
+    return found

@@ -224,6 +224,7 @@ def _unchanged(item: Any) -> Any:
 def start_worker(worker: int) -> None:
     # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
     # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

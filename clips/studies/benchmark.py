@@ -406,7 +406,7 @@ def step_of(engine: Engine) -> Step:
     def step(batch: Batch) -> None:
         loss, _ = engine(engine.to_device(batch))
         engine.backward(loss)
-        engine.agree(loss, False)
+        engine.agree(loss, 0)
         engine.step()
         engine.limit_logit_scale()
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.rundir import METRICS, is_at_most, keep_lines
+from clips.common.signals import outlive_readers
 from clips.config import RunConfig
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
@@ -131,6 +132,7 @@ class RunLog:
         left = (time.monotonic() - self.first[1]) / done * (self.total - samples) if done > 0 else None
         text = "  ".join(f"{key} {value}" for key, value in parts.items())
         eta = "" if left is None else f"  left {left / 60:.1f} min"
+        outlive_readers()
         print(f"[{samples:>9,}/{self.total:,}]  {text}{eta}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

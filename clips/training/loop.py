@@ -18,7 +18,7 @@ from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
-from clips.common.signals import StopSignal
+from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
 from clips.config import OnSpike, PhaseConfig, RunConfig
 from clips.data.loader import make_loader, micro_batch_size

@@ -17,10 +17,11 @@ from clips.common.errors import never_in_the_way
 from clips.common.files import read_json, write_json
 from clips.common.page import save_plot
 from clips.common.plots import LIGHT, Panel, curves_plot
+from clips.common.signals import outlive_readers
 
 
 def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
-    """Put this stage's `record` into config.json; UserError where the run already has another one.
+    """Put this stage's `record` into config.json; UserError where the run has another one, or trains elsewhere now.
 
     Compared are the entries of `record["trains"]`; the rest is for people.
     """
@@ -34,6 +35,7 @@ def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: boo
         )
     if write:
         run_dir.mkdir(parents=True, exist_ok=True)
+        rundir.hold(run_dir)
         write_json(path, config | {stage: record})
 
 
@@ -77,6 +79,7 @@ class MetricsLog(TrainerCallback):
         line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        outlive_readers()
         print(
             f"[{self.stage} {now[1]:>6,}/{state.max_steps:,}]  loss {line['loss']:.4f}  "
             f"lr {line.get('learning_rate', 0):.2e}  {speed:.1f} samples/s  left {left:.1f} min",

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
-from clips.common.errors import Stopped
 from clips.common.escape import for_rich
 from clips.common.files import write_atomically, write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
+from clips.common.signals import stopped_by
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
@@ -166,7 +166,9 @@ def train(
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if stop.stopped:
-        raise Stopped(f"stopped by signal {stop.stopped}; a checkpoint was saved", exit_code=128 + stop.stopped)
+        if dist.is_initialized():
+            dist.barrier()  # the first rank to end has its launcher end the others, and rank 0 may still be writing
+        raise stopped_by(stop.stopped)
     if process.world_size > 1:
         dist.all_reduce(trainer.tokens_seen)
     samples = (result.global_step - first_step) * arguments.batch_size

@@ -110,7 +110,7 @@ class IndexedCollator:
 
 
 class StopCallback(TrainerCallback):
-    """On SIGTERM or Ctrl-C the step ends, a checkpoint is written and training stops, on every rank alike."""
+    """On a stop signal the step ends, a checkpoint is written and training stops, on every rank alike."""
 
     def __init__(self) -> None:
         self.signal = StopSignal()

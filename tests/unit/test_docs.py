@@ -25,7 +25,7 @@ from mllm.training.arguments import parse_train_arguments
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
 """First words of commands that are not this project's."""
-LAUNCHERS = {"python", "deepspeed", "torchrun", "bash"}
+LAUNCHERS = {"python", "deepspeed", "torchrun", "bash", "sbatch"}
 MAX_README_LINES = 140
 MAX_IMAGE_BYTES = 200_000
 
@@ -127,7 +127,10 @@ def check(command: str) -> None:
         script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
         path, rest = ROOT / words[script], words[script + 1 :]
         assert path.is_file(), f"{words[script]} is not in the repository"
-        assert (launcher == "bash") == (path.suffix == ".sh")
+        assert {"bash": ".sh", "sbatch": ".sbatch"}.get(launcher, ".py") == path.suffix
+        if launcher == "sbatch":  # hands its words to torchrun
+            check(shlex.join(["torchrun", *rest]))
+            continue
         check_launcher(launcher, words[1:])
         if path.stem == "train_llava":
             if "--help" not in rest:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +77,28 @@ def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
     rundir.hold(tmp_path)  # the same process may ask again
     code = f"from pathlib import Path; from clips.common.rundir import hold; hold(Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "another process trains in" in done.stderr
+    assert f"another process trains in {tmp_path}, process {os.getpid()} on host {platform.node()}" in done.stderr
+
+
+def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path: Path) -> None:
+    """As a rank that is killed leaves its data workers for some seconds, and torchrun starts it anew at once."""
+    code = (
+        "import os, time; from pathlib import Path; from clips.common.rundir import hold\n"
+        f"hold(Path({str(tmp_path)!r}))\n"
+        "worker = os.fork()\n"
+        "if worker: print(worker, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        worker = int(holder.stdout.readline())
+        try:
+            with pytest.raises(UserError, match=f"process {holder.pid} "):
+                rundir.hold(tmp_path)
+            holder.kill()
+            holder.wait()
+            rundir.hold(tmp_path)
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_finished_is_asked_without_torch_or_matplotlib(tmp_path: Path) -> None:

@@ -254,3 +254,11 @@ def test_tasks_of_srun_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=8, but no RANK"):
         init_distributed(torch.device("cpu"))
+
+
+def test_ranks_that_torchrun_would_start_again_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the variables that torchrun --max-restarts=1 gives its ranks."""
+    for name, value in {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        init_distributed(torch.device("cpu"))

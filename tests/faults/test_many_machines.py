@@ -1,0 +1,189 @@
+"""Training on several hosts: `deepspeed --hostfile` over a real sshd, torchrun with rendezvous; a host or a rank dies.
+
+A host is a loopback address with an sshd of its own, on a port that needs no rights, with keys made for the test.
+Everything below that sshd is the host's: it dies as one. The hosts share the file system, as those of a cluster do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from launched import SCRIPT, deepspeed, lines, run, small_data, started, torchrun, wait_for
+from processes import rank, wait_until_gone
+
+from clips.common.runtime import unused_port
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+FLAGS = (
+    *("--debug", "--name", "r", "--samples", str(8 * STEPS), "--set"),
+    *("train.precision=fp32", "train.checkpoint_every=40", "train.log_every=1", "data.workers=1"),
+)
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+needs_hosts = pytest.mark.skipif(not (SSHD and shutil.which("pdsh")), reason="needs openssh-server and pdsh")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of two ranks on one host that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run(torchrun(SCRIPT, *FLAGS, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    return out / "r"
+
+
+def assert_the_same(run_dir: Path, whole: Path) -> None:
+    """The loss trace, and the last checkpoint's weights and optimizer state, bit for bit."""
+    clock = {"time", "samples_per_s", "data_wait_share"}
+    traces = [
+        [{k: v for k, v in line.items() if k not in clock} for line in lines(place)] for place in (run_dir, whole)
+    ]
+    assert [line["step"] for line in traces[0] if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert traces[0] == traces[1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [place / "checkpoints" / f"step-{STEPS:08d}" / name for place in (run_dir, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------- deepspeed --hostfile
+
+
+@dataclass
+class Hosts:
+    """Two sshd, and what reaches them: host-a at 127.0.0.1, host-b at 127.0.0.2."""
+
+    place: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.place / key], check=True)
+        shutil.copy(self.place / "user.pub", self.place / "authorized")
+        port = self.port = unused_port()
+        (self.place / "hostfile").write_text("host-a slots=1\nhost-b slots=1\n")
+        config = "".join(
+            f"Host {name}\n  HostName {address}\n  Port {port}\n" for name, address in self.addresses.items()
+        )
+        config += (
+            f"Host *\n  IdentityFile {self.place}/user\n  IdentitiesOnly yes\n  BatchMode yes\n"
+            f"  StrictHostKeyChecking no\n  UserKnownHostsFile {self.place}/known\n  LogLevel ERROR\n"
+        )
+        (self.place / "config").write_text(config)
+        # `deepspeed` and pdsh call ssh without a configuration of their own: a user would have it in ~/.ssh.
+        wrapper = self.place / "bin" / "ssh"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.place}/config "$@"\n')
+        wrapper.chmod(0o755)
+        # What ssh does not carry to the hosts; PYTHONPATH it does.
+        (self.place / "environment").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=lo\n")
+        for name in self.addresses:
+            self.start(name)
+
+    addresses = {"host-a": "127.0.0.1", "host-b": "127.0.0.2"}  # noqa: RUF012
+
+    def start(self, name: str) -> None:
+        options = {
+            "HostKey": self.place / "host",
+            "AuthorizedKeysFile": self.place / "authorized",
+            "ListenAddress": f"{self.addresses[name]}:{self.port}",
+            "PidFile": "none",
+            "StrictModes": "no",
+            "UsePAM": "no",
+            "PasswordAuthentication": "no",
+            "PermitRootLogin": "prohibit-password",
+        }
+        words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        log = (self.place / f"{name}.log").open("ab")
+        self.daemons[name] = subprocess.Popen([SSHD, "-D", "-e", "-f", "/dev/null", *words], stderr=log)
+
+    def kill(self, name: str) -> None:
+        """Everything on the host, as when its power fails."""
+        daemon = psutil.Process(self.daemons[name].pid)
+        for process in [*daemon.children(recursive=True), daemon]:
+            process.kill()
+        self.daemons.pop(name).wait()
+
+    def command(self, *words: str | Path) -> list[str]:
+        """The user's, with the user's PATH and deepspeed's own file of variables for the hosts."""
+        env = ("env", f"PATH={self.place}/bin:{os.environ['PATH']}", f"DS_ENV_FILE={self.place}/environment")
+        flags = ("--hostfile", str(self.place / "hostfile"), "--master_addr", "127.0.0.1")
+        return [*env, *deepspeed(*flags, *map(str, words), per_host=1)]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where it shuts itself in; distributions make it at boot
+    found = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield found
+    for name in list(found.daemons):
+        found.kill(name)
+
+
+@needs_hosts
+def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back(
+    hosts: Hosts, whole: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """It is that of rank 0, which also holds the ranks' meeting place and the run's lock."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    command = hosts.command(SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path)
+    with started(command, log) as process:
+        wait_for(lambda: lines(run_dir) and lines(run_dir)[-1]["step"] >= 18, process, log)
+        hosts.kill("host-a")
+        assert process.wait(60) != 0, log.read_text()
+        wait_until_gone(tmp_path)
+    assert "No sign of life from rank 0" in log.read_text()
+    hosts.start("host-a")
+    done = run(command)
+    assert done.code == 0, done.text
+    assert "goes on from" in done.text
+    assert all(f"{name}: " in done.text for name in hosts.addresses)
+    assert_the_same(run_dir, whole)
+
+
+@needs_hosts
+def test_ctrl_c_of_the_one_command_saves_though_it_cuts_the_connections_first(
+    hosts: Hosts, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    more = [word.replace(str(8 * STEPS), "400000") for word in FLAGS]
+    with started(hosts.command(SCRIPT, *more, *shards, "--output-dir", tmp_path), log) as process:
+        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        wait_until_gone(tmp_path)
+    assert (run_dir / "LATEST").read_text().strip() == f"step-{lines(run_dir)[-1]['step']:08d}"
+
+
+# ------------------------------------------------------------------------------------------------- torchrun
+
+
+def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
+    whole: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two launchers that meet at one address, as on two hosts; the one of rank 0 has to get the run's lock again."""
+    run_dir = tmp_path / "r"
+    meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{unused_port()}", "--rdzv-id=test")
+    words = torchrun(*meet, "--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path, per_host=1)
+    command = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *words]
+    with started(command, tmp_path / "a") as one, started(command, tmp_path / "b") as other:
+        wait_for(lambda: lines(run_dir) and lines(run_dir)[-1]["step"] >= 8, one, tmp_path / "a")
+        rank(tmp_path, 0).send_signal(signal.SIGKILL)
+        assert one.wait(120) == other.wait(120) == 0, (tmp_path / "a").read_text() + (tmp_path / "b").read_text()
+    said = (tmp_path / "a").read_text() + (tmp_path / "b").read_text()
+    assert "goes on from │" in said
+    assert "another process trains in" not in said
+    assert_the_same(run_dir, whole)

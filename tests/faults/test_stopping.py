@@ -1,0 +1,129 @@
+"""A launcher that dies and leaves its ranks behind, a second start meanwhile, a scheduler's signal, the sbatch file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from launched import ENV, SCRIPT, deepspeed, lines, python, run, small_data, started, torchrun, wait_for
+from processes import of_run, rank, wait_until_gone
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("shards"))
+
+
+def command(out: Path, shards: tuple[str, ...]) -> list[str]:
+    """More steps than any test waits for."""
+    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000"]
+
+
+def steps(run_dir: Path) -> int:
+    return lines(run_dir)[-1]["step"] if lines(run_dir) else 0
+
+
+def assert_saved_at_the_end(run_dir: Path) -> None:
+    assert (run_dir / "LATEST").read_text().strip() == f"step-{steps(run_dir):08d}"
+
+
+@pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
+def test_ranks_without_their_launcher_save_and_end(
+    launch: Callable[..., list[str]], generation: int, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """`deepspeed` itself (the second generation above a rank), or torchrun, killed with -9.
+
+    It was started in the background by a shell that has ended, which is nobody's wish to stop.
+    """
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    words = launch(*command(tmp_path, shards))
+    with log.open("wb") as out:  # the shell ends at once
+        subprocess.run(
+            ["bash", "-c", 'nohup "$@" &', "-", *words], cwd=ROOT, env=ENV, stdout=out, stderr=out, check=True
+        )
+    try:
+        wait_for(lambda: steps(run_dir) >= 5, None, log)
+        above = rank(tmp_path, 0).parents()[generation - 1]
+        if launch is deepspeed:
+            again = run(python(*command(tmp_path, shards)))
+            assert again.code == 2
+            assert f"process {rank(tmp_path, 0).pid} under launcher " in again.text
+            assert f"{above.pid} on host {platform.node()}" in again.text
+        above.kill()
+        wait_until_gone(tmp_path)
+    finally:
+        for process in of_run(tmp_path):
+            process.kill()
+    assert "the launcher is gone" in log.read_text()
+    assert_saved_at_the_end(run_dir)
+
+
+def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with started(deepspeed(*command(tmp_path, shards)), log) as process:
+        wait_for(lambda: steps(tmp_path / "r") >= 3, process, log)
+        rank(tmp_path, 1).send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 128 + signal.SIGUSR1
+        wait_until_gone(tmp_path)
+    assert "stopped by SIGUSR1; a checkpoint was saved" in log.read_text()
+    assert_saved_at_the_end(tmp_path / "r")
+
+
+SRUN = """#!/bin/bash
+# As srun: the command once per node, signals passed on to each, the highest exit code.
+tasks=()
+for _ in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & tasks+=($!); done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+highest=0
+for task in "${tasks[@]}"; do
+  while :; do
+    wait "$task"; code=$?
+    kill -0 "$task" 2>/dev/null || break
+  done
+  if [ "$code" -gt "$highest" ]; then highest=$code; fi
+done
+exit "$highest"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >>"$(dirname "$0")/scontrol.log"
+if [ "$1 $2" = "show hostnames" ]; then echo localhost; fi
+"""
+
+
+def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """srun and scontrol stand in for a cluster; torchrun, its two launchers and the training are real."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
+    path = f"{programs}:{os.path.dirname(shutil.which('torchrun') or python()[0])}:{os.environ['PATH']}"
+    env = ["env", f"PATH={path}", *(f"{key}={value}" for key, value in job.items())]
+    batch = [*env, "bash", "scripts/slurm/train.sbatch"]
+    with started([*batch, *command(tmp_path, shards)], tmp_path / "log") as process:
+        wait_for(lambda: steps(tmp_path / "r") >= 3, process, tmp_path / "log")
+        process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as `--signal=B:USR1@120` asks
+        assert process.wait(90) != 0
+        wait_until_gone(tmp_path)
+    assert_saved_at_the_end(tmp_path / "r")
+    asked = (programs / "scontrol.log").read_text().splitlines()
+    assert asked == ["show hostnames here", "requeue 7"]
+
+    mistake = run([*batch, SCRIPT, "--recipe", "no-such-recipe"])
+    assert mistake.code != 0
+    asked = (programs / "scontrol.log").read_text().splitlines()
+    assert "requeue 7" not in asked[2:], "what fails by itself would fail again"

@@ -1,0 +1,48 @@
+"""What a rank outlives, and what it stops for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from clips.common.signals import StopSignal, launchers, stopped_by
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) -> None:
+    stop = StopSignal()
+    try:
+        assert stop.requested == 0
+        os.kill(os.getpid(), number)
+        assert stop.requested == number
+        assert stopped_by(stop.requested).exit_code == 128 + number
+    finally:
+        stop.restore()
+    assert signal.getsignal(number) == stop.before[number]
+
+
+def test_without_a_launcher_no_parent_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launchers() == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launchers() == [os.getppid()]
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output() -> None:
+    code = (
+        "import sys; from clips.common.signals import StopSignal; stop = StopSignal()\n"
+        "print('ready', flush=True); input(); stop.requested\n"
+        "print('a step', file=sys.stderr, flush=True); sys.exit(7)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.communicate("\n")
+    assert process.returncode == 7
