@@ -33,8 +33,8 @@ from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
-from clips.data.images import Preprocess, decode_image, normalise
-from clips.data.loader import Batch, make_loader
+from clips.data.images import Preprocess, decode_image, normalise, stacked
+from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sentences import kept_tokens, split_sentences, sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
@@ -274,9 +274,10 @@ def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
 
 
 def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int) -> Iterator[Batch]:
-    return make_loader(
-        source, tokenizer, run, run.phases[0], start=0, stop=steps, first_position=0, rank=0, world_size=1
-    )
+    """The first `steps` steps of the first phase."""
+    phase = run.phases[0]
+    run = replace(run, phases=(replace(phase, samples=steps * phase.batch_size),))
+    return make_loader(source, tokenizer, run, rank=0, world_size=1)
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
@@ -291,6 +292,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     images = [decode_image(sample.image) for sample in raw]
     preprocess = Preprocess(run.phases[0].image_size, run.phases[0].augment)
     pixels = [preprocess.pixels(image, rng) for image in images]
+    batch_pixels = stacked(pixels)
     subs = [sub_caption(sample.web, sample.long, run.captions, rng) for sample in raw]
     web = [sample.web for sample in raw]
     longs = [sample.long or "" for sample in raw]  # all are there: the source is opened with need_long
@@ -307,7 +309,8 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
         "resize and augment": lambda: [preprocess.pixels(image, rng) for image in images],
         "draw sub-captions": lambda: [sub_caption(s.web, s.long, run.captions, rng) for s in raw],
         "tokenise": tokenise,
-        "normalise": lambda: normalise(pixels),
+        "collate": lambda: stacked(pixels),
+        "normalise, on the device": lambda: normalise(batch_pixels),
     }
     seconds = fastest(parts, repeats, torch.device("cpu"))
     rows = [{"setting": name, "part": part, "us_per_sample": 1e6 * s / count} for part, s in seconds.items()]
@@ -320,7 +323,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     for _ in range(min(repeats, 3)):
         for part, loaded in loaders.items():
             loader = _loader(loaded, source, tokenizer, 1 + 2048 // batch)
-            next(loader)  # the workers' start is paid once per phase
+            next(loader)  # the workers' start is paid once per run
             begin = time.perf_counter()
             seen = sum(len(b["keys"]) for b in loader)
             rates[part] = max(rates[part], seen / (time.perf_counter() - begin))
@@ -392,7 +395,7 @@ def clips_step(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device
     engine.set_lr(run.phases[0].lr / 10, run.phases[0].muon_lr / 10)
 
     def step(batch: Batch) -> None:
-        loss, _ = engine(engine.to_device(batch))
+        loss, _ = engine(to_device(batch, device))
         engine.backward(loss)
         engine.agree(loss, False)
         engine.step()
@@ -408,9 +411,8 @@ def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.dev
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        batch = {key: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for key, x in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = loss_of(batch)
+            loss = loss_of(to_device(batch, device))
         loss.backward()
         optimizer.step()
         with torch.no_grad():

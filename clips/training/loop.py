@@ -18,7 +18,7 @@ from clips.common.runtime import choose_device, environment, init_distributed, s
 from clips.common.signals import StopSignal
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
-from clips.data.loader import make_loader, micro_batch_size
+from clips.data.loader import make_loader, micro_batch_size, to_device
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -130,23 +130,22 @@ def _train(
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
     meter = Meter(engine.device, state)
+    loader = make_loader(
+        source, tokenizer, run, rank=dist.get_rank(), world_size=engine.world_size,
+        phase=state.phase, step=state.phase_step,
+    )  # fmt: skip
+    batches = meter.timed(loader)
     for index, phase in list(enumerate(run.phases))[state.phase :]:
         engine.model.visual.set_image_size(phase.image_size)
         if phase.fresh_optimizer and state.phase_step == 0:
             engine.state.reset_optimizer()
-        first = sum(p.steps * p.batch_size for p in run.phases[:index])
-        loader = make_loader(
-            source, tokenizer, run, phase, start=state.phase_step, stop=phase.steps, first_position=first,
-            rank=dist.get_rank(), world_size=engine.world_size,
-        )  # fmt: skip
-        batches = meter.timed(loader)
         for step in range(state.phase_step, phase.steps):
             factor = lr_factor(phase, step)
             engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
             seen = []
             for micro in range(run.train.accumulation):
                 batch = next(batches)
-                loss, parts = engine(engine.to_device(batch))
+                loss, parts = engine(to_device(batch, engine.device))
                 seen.append((loss.detach(), batch["keys"]))
                 engine.backward(loss)
                 if micro == run.train.accumulation - 1:

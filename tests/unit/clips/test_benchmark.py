@@ -59,7 +59,8 @@ def test_the_stock_towers_are_as_large_as_ours(name: str, monkeypatch: pytest.Mo
 
 def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stock step lowers its own loss on one batch."""
-    run, batch = tiny_run(), tiny_batch(0)
+    run = tiny_run()
+    batch = tiny_batch(0) | {"images": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
     vision = replace(run.model.vision, width=48)  # another width than the decoder's, as in B/16
     run = replace(run, model=replace(run.model, vision=vision))
     tokenizer = build_tokenizer("bert")
