@@ -46,8 +46,9 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
 _JPEG = ("JPEG", "MPO")
-_ON_ITS_SIDE = (5, 6, 7, 8)
-"""Values of EXIF's orientation with which width and height change places."""
+_ON_ITS_SIDE, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+"""Values of EXIF's orientation with which width and height change places, and with which the upright picture's left
+or top edge is one that is stored last."""
 _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 # A marker of a JPEG that begins a segment or ends the picture: no stuffed or padding byte, nor one without a length.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
@@ -116,10 +117,9 @@ def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
     return image
 
 
-def _upright_size(jpeg: ImageFile.ImageFile) -> tuple[int, int]:
-    """Width and height that the picture has after `to_rgb`, known before it is decoded."""
-    turned = "exif" in jpeg.info and jpeg.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
-    return (jpeg.height, jpeg.width) if turned else jpeg.size
+def _orientation(jpeg: ImageFile.ImageFile) -> int:
+    """As EXIF has it; 1 is upright."""
+    return jpeg.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in jpeg.info else 1
 
 
 def _factor(image: Image.Image, reduce_to: int | None) -> int:
@@ -178,20 +178,24 @@ class Preprocess:
 
         The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image` does.
         """
-        factor = 1
+        box, factor, orientation = None, 1, 1
         try:
             image = _open(data)
             if image.format in _JPEG:
-                box = self._box(*_upright_size(image), rng)
+                orientation = _orientation(image)
+                width, height = image.size[::-1] if orientation in _ON_ITS_SIDE else image.size
+                box = self._box(width, height, rng)
                 factor = self._factor(box)
-                upright = to_rgb(_loaded(image, factor))
-            else:
-                upright = to_rgb(_loaded(image))
-                box = self._box(*upright.size, rng)
+            upright = to_rgb(_loaded(image, factor))
         except Exception as error:  # see decode_image
             raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
-        left, top, right, bottom = box
-        return self._squashed(upright, (left / factor, top / factor, right / factor, bottom / factor), rng)
+        if box is None:
+            return self.pixels(upright, rng)
+        left, top, right, bottom = (side / factor for side in box)
+        # The last row and column that are stored may stand for less than `factor` of the picture's.
+        x = upright.width - width / factor if orientation in _FROM_RIGHT else 0
+        y = upright.height - height / factor if orientation in _FROM_BELOW else 0
+        return self._squashed(upright, (x + left, y + top, x + right, y + bottom), rng)
 
     def _box(self, width: int, height: int, rng: random.Random | None) -> Box:
         """What is kept of a picture of this size: a crop, or all of it."""
