@@ -1,7 +1,7 @@
 """What things cost on this machine: attention kernels, the data path, sentences, training steps, the caption loss.
 
-Compared parts take turns within one run and the fastest turn of each counts, since whatever else the machine does
-only ever adds time. Where peak memory is reported, each part runs in a process of its own.
+The loader against bare decoding, and opening many shards, are in data_speed.py beside this file; how is measured, in
+measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -9,14 +9,12 @@ Shapes: B batch · H heads · L sequence · K head width.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -41,6 +39,8 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
+from clips.studies.data_speed import loader_rows, startup_rows
+from clips.studies.measuring import PeakMemory, Row, fastest, in_child
 from clips.studies.sentence_set import captions, score
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
@@ -49,13 +49,12 @@ from clips.training.task import Task
 from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
-Row = dict[str, Any]
 
-
-def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str | None) -> list[Row]:
+def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, shards: int, out: str | None) -> list[Row]:
     """Run one of the benchmarks, print its table, write it to `out` as JSON with the machine it ran on."""
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats} must be at least 1")
+    for flag, value in (("repeats", repeats), ("shards", shards)):
+        if value < 1:
+            raise UserError(f"--{flag} {value} must be at least 1")
     on = choose_device(device)
     if on.type == "cpu" and os.getloadavg()[0] > 1:
         print(
@@ -66,7 +65,9 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
     run = {
         "attention": lambda: attention_rows(on, repeats),
         "sentences": lambda: sentence_rows(repeats),
-        "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
+        "data": lambda: [row for name in SETTINGS for row in in_child(data_rows, name, on, repeats, demo_dir)],
+        "loader": lambda: loader_rows(repeats),
+        "startup": lambda: startup_rows(shards),
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
     }[what]
@@ -100,51 +101,6 @@ def captioner_of(model: ModelConfig) -> CaptionerConfig:
     if model.captioner is None:
         raise ValueError("what is measured here needs a model with a captioner: model.captioner is null")
     return model.captioner
-
-
-# ------------------------------------------------------------------------------------------------------- measuring
-def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
-    times = {name: float("inf") for name in parts}
-    for turn in range(repeats + 1):
-        for name, part in parts.items():
-            begin = time.perf_counter()
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                times[name] = min(times[name], time.perf_counter() - begin)
-    return times
-
-
-def _in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `function` in a fresh process, whose peak memory is then that of `function` alone."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips.studies.benchmark"])  # the slow imports are paid once, and not counted
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-class PeakMemory:
-    """Peak memory in MB since construction: CUDA's allocations, or this process's resident memory (Linux)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            self.before = self._resident("VmRSS")
-
-    def read(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e6
-        return self._resident("VmHWM") - self.before
-
-    @staticmethod
-    def _resident(field: str) -> float:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -351,14 +307,14 @@ def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> 
       the same one.
     """
     arguments = (name, device, demo_dir)
-    rows = [_in_child(recipe_row, *arguments)]
+    rows = [in_child(recipe_row, *arguments)]
     for pair, kinds in PAIRS.items():
         print(f"{name}: {pair}", file=sys.stderr)
-        rates = _in_child(paired_rates, *arguments, kinds, repeats)
+        rates = in_child(paired_rates, *arguments, kinds, repeats)
         for kind in kinds:
             row = {"setting": name, "pair": pair, "what": kind, "samples_per_s": rates[kind]}
             row["ours / this"] = rates[kinds[0]] / rates[kind]
-            rows.append(row | {"peak_MB": _in_child(peak_of, *arguments, kind)})
+            rows.append(row | {"peak_MB": in_child(peak_of, *arguments, kind)})
     return rows
 
 
@@ -523,7 +479,7 @@ def chunk_rows(device: torch.device, repeats: int) -> list[Row]:
     """Forward and backward pass of the caption loss of B/16, all logits at once against in chunks."""
     rows: list[Row] = []
     for chunk in (None, 4096, 1024):
-        row = _in_child(chunk_row, device, repeats, chunk)
+        row = in_child(chunk_row, device, repeats, chunk)
         whole = rows[0] if rows else row
         rows.append(row | {"memory / whole": row["peak_MB"] / whole["peak_MB"]})
     return rows
