@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tarfile
@@ -39,18 +41,22 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------- loader
-PHOTOS = ((500, 375, 64, 16), (1600, 1200, 32, 8))
+PHOTOS = ((500, 375, 64, 8), (1600, 1200, 24, 8))
 """(width, height, pictures, how often each is read in a turn)"""
 SIDE = 224
 """Pixels that they are squashed to; 1600 × 1200 is decoded at half its size for it, 500 × 375 whole."""
 BATCH = 32
+FALL = 0.7
+"""By which power of the octave its waves weaken: a picture of 500 × 375 then takes 100 KB, as ImageNet's do."""
+Speed = tuple[float, float]
+"""Pictures a second, and milliseconds of processor time a picture, over all processes."""
 
 
 def loader_rows(repeats: int) -> list[Row]:
     """Pictures/s of the loader, texts and all, against processes that only read, decode and squash the same files.
 
     Both decode at the same scale, and neither augments (`data` measures that). Turns alternate; figures are medians,
-    of the ratio also the lowest and highest.
+    of the ratio of pictures/s also the lowest and highest. Processor time is what a busy machine leaves comparable.
     """
     rows = []
     tokenizer = build_tokenizer(recipe("b16").captions.tokenizer)
@@ -69,29 +75,31 @@ def loader_rows(repeats: int) -> list[Row]:
 def _loader_row(
     files: list[Path], times: int, source: Source, tokenizer: CaptionTokenizer, workers: int, repeats: int
 ) -> Row:
-    run, total = _loader_run(workers, len(files) * times), len(files) * times
+    run = _loader_run(workers, len(files) * times)
     width, height = decode_image(files[0].read_bytes()).size
     factor = 2 if min(width, height) >= 4 * SIDE else 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
-        turns: dict[str, Callable[[], float]] = {
-            "bare": partial(_bare_rate, pool, workers, files * times, width * height // factor**2),
-            "whole": partial(_bare_rate, pool, workers, files * times, None),
-            "loader": partial(_loader_rate, run, source, tokenizer, total),
+        turns: dict[str, Callable[[], Speed]] = {
+            "bare": partial(_bare_speed, pool, workers, files * times, width * height // factor**2),
+            "whole": partial(_bare_speed, pool, workers, files * times, None),
+            "loader": partial(_loader_speed, run, source, tokenizer),
         }
         for turn in turns.values():
             turn()
-        rates: dict[str, list[float]] = {name: [] for name in turns}
+        speeds: dict[str, list[Speed]] = {name: [] for name in turns}
         for _ in range(repeats):
             for name, turn in turns.items():
-                rates[name].append(turn())
-    ratios = [loader / bare for loader, bare in zip(rates["loader"], rates["bare"], strict=True)]
+                speeds[name].append(turn())
+    ratios = [loader[0] / bare[0] for loader, bare in zip(speeds["loader"], speeds["bare"], strict=True)]
+    rates = {name: statistics.median(rate for rate, _ in found) for name, found in speeds.items()}
+    cpu = {name: statistics.median(ms for _, ms in found) for name, found in speeds.items()}
     batch = next(make_loader(source, tokenizer, _loader_run(0, BATCH), rank=0, world_size=1))
     shared, images = _bytes(batch), batch["images"].nbytes
     return {
-        "bare_per_s": statistics.median(rates["bare"]), "loader_per_s": statistics.median(rates["loader"]),
+        "bare_per_s": rates["bare"], "loader_per_s": rates["loader"],
         "loader / bare": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
-        "bare_whole_per_s": statistics.median(rates["whole"]),
-        "batch_MB": shared / 1e6, "batch_MB_as_float32": (shared + 3 * images) / 1e6,
+        "bare_cpu_ms": cpu["bare"], "loader_cpu_ms": cpu["loader"], "bare / loader, cpu": cpu["bare"] / cpu["loader"],
+        "whole_cpu_ms": cpu["whole"], "batch_MB": shared / 1e6, "as_float32_MB": (shared + 3 * images) / 1e6,
     }  # fmt: skip
 
 
@@ -108,25 +116,36 @@ def _loader_run(workers: int, samples: int) -> RunConfig:
     return replace(run, data=replace(run.data, workers=workers), phases=(phase,))
 
 
-def _loader_rate(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, total: int) -> float:
+def _loader_speed(run: RunConfig, source: Source, tokenizer: CaptionTokenizer) -> Speed:
+    before = _cpu_seconds()
     loader = make_loader(source, tokenizer, run, rank=0, world_size=1)
     first = run.data.workers  # of each worker; from then on all of them are at work
-    list(islice(loader, first))
+    seen = sum(len(batch["keys"]) for batch in islice(loader, first))
     begin = time.perf_counter()
-    seen = sum(len(batch["keys"]) for batch in loader)
-    assert seen == total - first * BATCH
-    return seen / (time.perf_counter() - begin)
+    timed = sum(len(batch["keys"]) for batch in loader)
+    rate = timed / (time.perf_counter() - begin)
+    return rate, 1e3 * (_cpu_seconds() - before) / (seen + timed)
 
 
-def _bare_rate(pool: ProcessPoolExecutor, processes: int, files: Sequence[Path], reduce_to: int | None) -> float:
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended, as workers have when their loader has."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _bare_speed(pool: ProcessPoolExecutor, processes: int, files: Sequence[Path], reduce_to: int | None) -> Speed:
+    parts = [files[i::processes] for i in range(processes)]
     begin = time.perf_counter()
-    list(pool.map(partial(_decode_and_squash, reduce_to=reduce_to), [files[i::processes] for i in range(processes)]))
-    return len(files) / (time.perf_counter() - begin)
+    used = sum(pool.map(partial(_decode_and_squash, reduce_to=reduce_to), parts))
+    return len(files) / (time.perf_counter() - begin), 1e3 * used / len(files)
 
 
-def _decode_and_squash(files: Sequence[Path], reduce_to: int | None) -> None:
+def _decode_and_squash(files: Sequence[Path], reduce_to: int | None) -> float:
+    """Seconds of processor time that it took."""
+    begin = time.process_time()
     for file in files:
         decode_image(file.read_bytes(), reduce_to=reduce_to).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    return time.process_time() - begin
 
 
 def write_photos(folder: Path, width: int, height: int, count: int) -> tuple[list[Path], Source]:
@@ -136,7 +155,7 @@ def write_photos(folder: Path, width: int, height: int, count: int) -> tuple[lis
     files = [folder / f"{i:05d}.jpg" for i in range(count)]
     with tarfile.open(folder / "photos.tar", "w") as tar:
         for i, (file, long) in enumerate(zip(files, longs, strict=True)):
-            photo(width, height, seed=i).save(file, "JPEG", quality=90)
+            photo(width, height, seed=i).save(file, "JPEG", quality=95)
             web = json.dumps({"org_caption": " ".join(long.split()[:10])})
             for extension, data in (("jpg", file.read_bytes()), ("json", web.encode()), ("txt", long.encode())):
                 tar.addfile(_member(f"{i:05d}.{extension}", data), io.BytesIO(data))
@@ -150,16 +169,16 @@ def _member(name: str, data: bytes) -> tarfile.TarInfo:
 
 
 def photo(width: int, height: int, seed: int) -> Image.Image:
-    """Bent waves of seven octaves in each channel: broad and fine structures as in a photograph, without noise."""
+    """Bent waves in each channel, from broad ones to some of four pixels: a photograph's structures, without noise."""
     rng = np.random.default_rng(seed)
     y, x = (np.mgrid[0:height, 0:width] / height).astype(np.float32)
     channels = []
     for _ in range(3):
         channel = np.zeros((height, width), dtype=np.float32)
-        for octave in range(7):
+        for octave in range(round(math.log2(height / 2))):
             frequency, (angle, phase) = 3 * 2.0**octave, rng.uniform(0, 2 * np.pi, 2)
             bent = np.cos(angle) * x + np.sin(angle) * y
-            channel += np.sin(frequency * bent + phase + 2 * np.sin(0.7 * frequency * y + angle)) / (octave + 1)
+            channel += np.sin(frequency * bent + phase + 2 * np.sin(0.7 * frequency * y + angle)) / (octave + 1) ** FALL
         channels.append(channel)
     return Image.fromarray((127.5 + 60 * np.stack(channels, axis=-1)).clip(0, 255).astype(np.uint8))
 
