@@ -52,6 +52,7 @@ def slowly(calls: Path) -> int:
 
 def opened(rank: int, asked: str, calls: Path) -> tuple[int, int]:
     found = once_per_machine(partial(slowly, calls), asked.format(rank=rank))
+    assert once_per_machine(os.getpid, asked.format(rank=rank)) == found, "it may be asked for again"
     return os.getpid(), found
 
 
