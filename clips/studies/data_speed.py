@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tarfile
@@ -41,11 +40,11 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------- loader
-PHOTOS = ((500, 375, 64, 8), (1600, 1200, 24, 8))
+PHOTOS = ((500, 375, 64, 5), (1600, 1200, 16, 6))
 """(width, height, pictures, how often each is read in a turn)"""
 SIDE = 224
 """Pixels that they are squashed to; 1600 × 1200 is decoded at half its size for it, 500 × 375 whole."""
-BATCH = 32
+BATCH = 16
 FALL = 0.7
 """By which power of the octave its waves weaken: a picture of 500 × 375 then takes 100 KB, as ImageNet's do."""
 Speed = tuple[float, float]
@@ -81,11 +80,11 @@ def _loader_row(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
         turns: dict[str, Callable[[], Speed]] = {
             "bare": partial(_bare_speed, pool, workers, files * times, width * height // factor**2),
-            "whole": partial(_bare_speed, pool, workers, files * times, None),
             "loader": partial(_loader_speed, run, source, tokenizer),
         }
         for turn in turns.values():
             turn()
+        whole = _bare_speed(pool, workers, files, None)
         speeds: dict[str, list[Speed]] = {name: [] for name in turns}
         for _ in range(repeats):
             for name, turn in turns.items():
@@ -99,7 +98,7 @@ def _loader_row(
         "bare_per_s": rates["bare"], "loader_per_s": rates["loader"],
         "loader / bare": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
         "bare_cpu_ms": cpu["bare"], "loader_cpu_ms": cpu["loader"], "bare / loader, cpu": cpu["bare"] / cpu["loader"],
-        "whole_cpu_ms": cpu["whole"], "batch_MB": shared / 1e6, "as_float32_MB": (shared + 3 * images) / 1e6,
+        "whole_cpu_ms": whole[1], "batch_MB": shared / 1e6, "as_float32_MB": (shared + 3 * images) / 1e6,
     }  # fmt: skip
 
 
@@ -117,20 +116,23 @@ def _loader_run(workers: int, samples: int) -> RunConfig:
 
 
 def _loader_speed(run: RunConfig, source: Source, tokenizer: CaptionTokenizer) -> Speed:
-    before = _cpu_seconds()
+    """From the first batch of each worker on: their start, and what a fork has to copy, comes once in a run."""
+    others = set(multiprocessing.active_children())
     loader = make_loader(source, tokenizer, run, rank=0, world_size=1)
-    first = run.data.workers  # of each worker; from then on all of them are at work
-    seen = sum(len(batch["keys"]) for batch in islice(loader, first))
-    begin = time.perf_counter()
-    timed = sum(len(batch["keys"]) for batch in loader)
-    rate = timed / (time.perf_counter() - begin)
-    return rate, 1e3 * (_cpu_seconds() - before) / (seen + timed)
+    first, steps = run.data.workers, run.phases[0].steps
+    list(islice(loader, first))
+    workers = [child.pid for child in set(multiprocessing.active_children()) - others]
+    begin, before = time.perf_counter(), _cpu_seconds(workers)
+    seen = sum(len(batch["keys"]) for batch in islice(loader, steps - first))
+    rate, used = seen / (time.perf_counter() - begin), _cpu_seconds(workers) - before
+    return rate, 1e3 * used / seen
 
 
-def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended, as workers have when their loader has."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+def _cpu_seconds(processes: Sequence[int | None]) -> float:
+    """Of this process and of `processes` (Linux)."""
+    stat = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes]
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in stat)  # utime and stime, counted from behind the name
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _bare_speed(pool: ProcessPoolExecutor, processes: int, files: Sequence[Path], reduce_to: int | None) -> Speed:
