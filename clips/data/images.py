@@ -65,8 +65,8 @@ def decode_image(
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
     try:
-        image = _open(data, max_pixels)
-        image = to_rgb(_loaded(image, _factor(image, reduce_to)))
+        opened = _open(data, max_pixels)
+        image = to_rgb(_loaded(opened, _factor(opened, reduce_to)))
         factor = _factor(image, reduce_to)
         return image if factor == 1 else image.reduce(factor)
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
