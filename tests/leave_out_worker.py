@@ -31,7 +31,7 @@ def step(engine: Engine, seed: int, *, leave_out: bool = False) -> Agreed:
         engine.backward(loss)
         if micro < ACCUMULATION - 1:
             engine.step()
-    agreed = engine.agree(torch.stack(losses).mean(), stop=False)
+    agreed = engine.agree(torch.stack(losses).mean(), stop=0)
     engine.step(leave_out=leave_out)
     return agreed
 

@@ -6,13 +6,15 @@ import os
 import posixpath
 from pathlib import Path, PurePosixPath
 
+CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
+
 
 def cache_root() -> Path:
     """Folder for what is computed once and may be deleted: indexes of read-only data, features, converted models.
 
     `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
     """
-    if own := os.environ.get("CLIPS_MLLM_CACHE"):
+    if own := os.environ.get(CACHE_VARIABLE):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clips-mllm"
 

@@ -1,14 +1,17 @@
-"""Work that ranks share, and which rank is missing: errors of collectives, told so that a user knows where to look."""
+"""What ranks do for one another: shares of work, long work of one for all, errors that name a lost rank."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -16,7 +19,11 @@ from clips.common.errors import CommandError
 
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
+PATIENCE = timedelta(days=30)
+"""For work that takes as long as the data is large: a collective's own timeout is for ranks that hang."""
 T = TypeVar("T")
+log = logging.getLogger("clips.ranks")
+_waits = itertools.count()
 
 
 def my_share(items: Sequence[T], *, sharded: bool) -> Sequence[T]:
@@ -31,6 +38,45 @@ def all_shares(mine: list[T], *, sharded: bool) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
+def once_per_machine(make: Callable[[], T], asked: str) -> T:
+    """What `make` returns on the first of the ranks of each machine that `asked` the same, handed to the others.
+
+    They wait however long it takes, and so do faster machines. A CommandError of `make` is raised on all that asked.
+    Collective; the result is pickled.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")  # names of rented machines and of containers are often the same
+    mine = f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''} {asked}"
+    everybody = [""] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    ranks = [rank for rank, theirs in enumerate(everybody) if theirs == mine]
+    outcome: list[Any] = [None]
+    group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True)
+    if dist.get_rank() == ranks[0]:
+        try:
+            outcome = [make()]
+        except CommandError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=ranks[0], group=group)
+    dist.destroy_process_group(group)
+    if isinstance(outcome[0], CommandError):
+        raise outcome[0]
+    wait_for_all_ranks("the data to be opened on every machine")
+    return outcome[0]
+
+
+def wait_for_all_ranks(what: str, tell_every: float = 60) -> None:
+    """A barrier without a time limit; rank 0 says every so many seconds how many ranks it waits for."""
+    # Through the store: every collective has a timeout, and NCCL's watchdog one of its own.
+    store, ranks, key = dist.distributed_c10d._get_default_store(), dist.get_world_size(), f"waits/{next(_waits)}"
+    arrived, pause, told = store.add(key, 1), 0.01, time.monotonic()
+    while arrived < ranks:
+        time.sleep(pause)
+        pause, arrived = min(2 * pause, 1.0), store.add(key, 0)
+        if dist.get_rank() == 0 and time.monotonic() - told > tell_every:
+            log.warning("waiting for %d of %d ranks: %s", ranks - arrived, ranks, what)
+            told = time.monotonic()
 
 
 @contextlib.contextmanager

@@ -13,11 +13,20 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageEnhance,
+    ImageFile,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from clips.config import AugmentConfig
 from clips.data.sample import BrokenSample
@@ -33,6 +42,9 @@ LEAST_SCANNED = 10_000
 """Pixels that a scan counts as at least."""
 STRIP_PIXELS = 2**20
 """Pixels that are converted at once, where a conversion takes several times the memory of what it converts."""
+KEPT = 2
+"""A JPEG is decoded at half, a quarter or an eighth of its size where the crop's shorter side still has this many times
+the pixels of the side that it is squashed to: what the smaller scale leaves out, the squash would average away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Only raster formats that Pillow decodes by itself; among others this leaves out EPS, which runs Ghostscript."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +53,10 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 # Compressed text and profile chunks of a PNG inflate before any pixel does.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
+_JPEG = ("JPEG", "MPO")
+_ON_ITS_SIDE, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+"""Values of EXIF's orientation with which width and height change places, and with which the upright picture's left
+or top edge is one that is stored last."""
 _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 # A marker of a JPEG that begins a segment or ends the picture: no stuffed or padding byte, nor one without a length.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
@@ -57,7 +73,8 @@ def decode_image(
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
     try:
-        image = to_rgb(_open(data, max_pixels, reduce_to))
+        opened = _open(data, max_pixels)
+        image = to_rgb(_loaded(opened, _factor(opened, reduce_to)))
         factor = _factor(image, reduce_to)
         return image if factor == 1 else image.reduce(factor)
     except UnidentifiedImageError:  # whose message ends with the address of an object
@@ -83,10 +100,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode_rgba(data: bytes) -> Image.Image:
     """Decode a drawing of our own (a rasterised SVG), keeping its transparency."""
-    return _open(data).convert("RGBA")
+    return _loaded(_open(data)).convert("RGBA")
 
 
-def _open(data: bytes, max_pixels: int = MAX_PIXELS, reduce_to: int | None = None) -> Image.Image:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """The picture with its header read; ValueError where it is beyond a limit. Nothing is decoded yet."""
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -94,14 +112,24 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, reduce_to: int | None = Non
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} × {image.height} pixels are above the limit of {max_pixels}")
-    if image.format in ("JPEG", "MPO"):
+    if image.format in _JPEG:
         scanned = max(image.width * image.height, LEAST_SCANNED) * _scans(data)
         if scanned > MAX_SCANNED:
             raise ValueError(f"{_scans(data)} scans of {image.width} × {image.height} pixels take too long to decode")
-        factor = _factor(image, reduce_to)
-        image.draft(None, (image.width // factor, image.height // factor))  # not below this size
+    return image
+
+
+def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
+    """Decode; a JPEG at the smallest of its scales (1, 1/2, 1/4, 1/8) that is not below 1/`factor`."""
+    if image.format in _JPEG:
+        image.draft(None, (image.width // factor, image.height // factor))
     image.load()
     return image
+
+
+def _orientation(jpeg: ImageFile.ImageFile) -> int:
+    """As EXIF has it; 1 is upright."""
+    return jpeg.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in jpeg.info else 1
 
 
 def _factor(image: Image.Image, reduce_to: int | None) -> int:
@@ -153,15 +181,53 @@ class Preprocess:
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
         """uint8 [S, S, 3]. With augmentation on, a pure function of the picture and the state of `rng`."""
-        config, box = self.augment, None
+        return self._squashed(image, self._box(*image.size, rng), rng)
+
+    def decoded(self, data: bytes, key: str, rng: random.Random) -> np.ndarray:
+        """`pixels` of an encoded picture, of which no more is decoded than its crop needs (see KEPT).
+
+        The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image` does.
+        """
+        box, factor, orientation = None, 1, 1
+        try:
+            image = _open(data)
+            if image.format in _JPEG:
+                orientation = _orientation(image)
+                width, height = image.size[::-1] if orientation in _ON_ITS_SIDE else image.size
+                box = self._box(width, height, rng)
+                factor = self._factor(box)
+            upright = to_rgb(_loaded(image, factor))
+        except Exception as error:  # see decode_image
+            raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
+        if box is None:
+            return self.pixels(upright, rng)
+        left, top, right, bottom = (side / factor for side in box)
+        # The last row and column that are stored may stand for less than `factor` of the picture's.
+        x = upright.width - width / factor if orientation in _FROM_RIGHT else 0
+        y = upright.height - height / factor if orientation in _FROM_BELOW else 0
+        return self._squashed(upright, (x + left, y + top, x + right, y + bottom), rng)
+
+    def _box(self, width: int, height: int, rng: random.Random | None) -> Box:
+        """What is kept of a picture of this size: a crop, or all of it."""
+        config = self.augment
         if config is None:
-            return np.asarray(self._squashed(image))
+            return 0, 0, width, height
         if rng is None:
             raise ValueError("augmentation needs an rng")
-        if config.min_crop_area < 1:
-            crop = inception_crop if config.crop_aspect == "absolute" else random_crop
-            box = crop(image.width, image.height, config.min_crop_area, rng)
-        image = self._squashed(image, box)
+        if config.min_crop_area == 1:
+            return 0, 0, width, height
+        crop = inception_crop if config.crop_aspect == "absolute" else random_crop
+        return crop(width, height, config.min_crop_area, rng)
+
+    def _factor(self, box: Box) -> int:
+        side = min(box[2] - box[0], box[3] - box[1])
+        return next((factor for factor in (8, 4, 2) if side >= factor * KEPT * self.image_size), 1)
+
+    def _squashed(self, image: Image.Image, box: Box, rng: random.Random | None) -> np.ndarray:
+        config = self.augment
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR, box=box)
+        if config is None or rng is None:
+            return np.asarray(image)
         # A share of 1 draws nothing, so that runs from before there was a share go on to the same samples.
         if (config.jitter or config.hue) and (
             config.jitter_probability == 1 or rng.random() < config.jitter_probability
@@ -171,13 +237,9 @@ class Preprocess:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
 
-    def _squashed(self, image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Image.Image:
-        size = (self.image_size, self.image_size)
-        return image if box is None and image.size == size else image.resize(size, Image.Resampling.BILINEAR, box=box)
-
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
         """float32 [3, S, S], normalised with ImageNet's mean and standard deviation."""
-        return normalise([self.pixels(image, rng)])[0]
+        return normalise(stacked([self.pixels(image, rng)]))[0]
 
 
 def eval_transform(image_size: int) -> Preprocess:
@@ -185,12 +247,22 @@ def eval_transform(image_size: int) -> Preprocess:
     return Preprocess(image_size)
 
 
-def normalise(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    """B arrays uint8 [S, S, 3] → float32 [B, 3, S, S] in one pass: (x / 255 − mean) / std."""
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255
-    return batch.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+def stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:
+    """B arrays uint8 [S, S, 3] → uint8 [B, 3, S, S], in memory still one picture's channels side by side."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] → float32 [B, 3, S, S], contiguous, on the same device: (x / 255 − mean) / std."""
+    mean, std = _statistics(images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageNet's mean and deviation of a pixel in 0 … 255, [1, 3, 1, 1], put on a device once."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean.to(device), std.to(device)
 
 
 Box = tuple[float, float, float, float]

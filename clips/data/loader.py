@@ -3,8 +3,9 @@
 What a batch holds is a pure function of (seed, position): any number of ranks and workers gives the same samples
 with the same augmentation and the same sub-captions, and a resumed run goes on exactly.
 
-A batch is a dict of torch tensors: images float32 [B, 3, S, S] normalised; web int64 [B, Lw]; for the objective
-"clips" also sub int64 [B, Ls] and, with a captioner, caption int64 [B, T]; and of lists: keys, positions,
+A batch is a dict of torch tensors: images uint8 [B, 3, S, S], a quarter of what normalised ones would take in shared
+memory and on the way to the device, which normalises them (`to_device`); web int64 [B, Lw]; for the
+objective "clips" also sub int64 [B, Ls] and, with a captioner, caption int64 [B, T]; and of lists: keys, positions,
 skipped = [(key, reason)] of the broken samples that substitutes stand for.
 """
 
@@ -21,13 +22,14 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import PhaseConfig, RunConfig
 from clips.data.ahead import ReadAhead
-from clips.data.images import Preprocess, decode_image, normalise
+from clips.data.images import Preprocess, normalise, stacked
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
 from clips.data.sources import Source
@@ -43,35 +45,35 @@ def make_loader(
     source: Source,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
-    phase: PhaseConfig,
     *,
-    start: int,
-    stop: int,
-    first_position: int,
     rank: int,
     world_size: int,
+    phase: int = 0,
+    step: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of the phase's optimizer steps `start` … `stop - 1`, in order.
+    """This rank's micro-batches from optimizer step `step` of phase `phase` to the end of the run, in order.
 
-    Step k covers the run's positions `first_position` + [k · batch_size, (k + 1) · batch_size), cut into
-    accumulation steps, and each of those into ranks.
+    The workers start once: while a phase ends they prepare the next one's first batches. A step covers the batch_size
+    positions that follow the step before, cut into accumulation steps, and each of those into ranks.
     Raises UserError for a batch that cannot be cut so; while iterating BrokenDataError when a sample and
     MAX_ATTEMPTS - 1 substitutes are broken, and CommandError when a worker process died.
     """
-    accumulation = run.train.accumulation
-    micro = micro_batch_size(phase, accumulation, world_size)
     loader = DataLoader(
-        BatchDataset(source, tokenizer, run, phase),
+        BatchDataset(source, tokenizer, run),
         batch_size=None,  # an item is a whole batch: texts and images are handled together
-        sampler=MicroBatches(
-            phase.batch_size, accumulation, micro, rank, world_size, first_position, range(start, stop)
-        ),
+        sampler=MicroBatches(run, rank, world_size, phase, step),
         num_workers=run.data.workers,
         collate_fn=_unchanged,
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_initialized(),
     )
     return _iterate(loader)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device` and its images normalised there, float32 [B, 3, S, S]."""
+    on = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
+    return on | {"images": normalise(on["images"])}
 
 
 def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> int:
@@ -88,40 +90,46 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
 
 
 class MicroBatches:
-    """The positions of each micro-batch of one rank, as ranges; nothing is held, however long the run."""
+    """(phase, positions) of each micro-batch of one rank, from a step of a phase to the end of the run.
 
-    def __init__(
-        self, batch: int, accumulation: int, micro: int, rank: int, world_size: int, first: int, steps: range
-    ) -> None:
-        self.batch, self.accumulation, self.micro, self.first, self.steps = batch, accumulation, micro, first, steps
-        self.rank, self.world_size = rank, world_size
+    Positions are ranges; nothing is held, however long the run. UserError as `micro_batch_size`.
+    """
+
+    def __init__(self, run: RunConfig, rank: int, world_size: int, phase: int = 0, step: int = 0) -> None:
+        self.phases, self.accumulation = run.phases, run.train.accumulation
+        self.micro = [micro_batch_size(p, self.accumulation, world_size) for p in run.phases]
+        self.rank, self.world_size, self.phase, self.step = rank, world_size, phase, step
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return (sum(phase.steps for phase in self.phases[self.phase :]) - self.step) * self.accumulation
 
-    def __iter__(self) -> Iterator[range]:
-        for step in self.steps:
-            for part in range(self.accumulation):
-                begin = self.first + step * self.batch + (part * self.world_size + self.rank) * self.micro
-                yield range(begin, begin + self.micro)
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        first = 0
+        for index, (phase, micro) in enumerate(zip(self.phases, self.micro, strict=True)):
+            begun = phase.steps if index < self.phase else self.step if index == self.phase else 0
+            for step in range(begun, phase.steps):
+                for part in range(self.accumulation):
+                    begin = first + step * phase.batch_size + (part * self.world_size + self.rank) * micro
+                    yield index, range(begin, begin + micro)
+            first += phase.steps * phase.batch_size
 
 
 class BatchDataset(Dataset):
-    """Maps a range of positions to a batch."""
+    """Maps (phase, range of positions) to a batch."""
 
-    def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig, phase: PhaseConfig) -> None:
+    def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
         self.order = source.order(run.train.seed)
         self.ahead = ReadAhead(source, self.order, int(run.data.cache_gb * 1e9))
-        self.preprocess = Preprocess(phase.image_size, phase.augment)
+        self.preprocess = [Preprocess(phase.image_size, phase.augment) for phase in run.phases]
 
-    def __getitem__(self, positions: range) -> Batch | CommandError:
+    def __getitem__(self, place: tuple[int, range]) -> Batch | CommandError:
         try:
-            return self._batch(positions)
+            return self._batch(*place)
         except CommandError as error:  # raised in the main process, where it keeps its type and exit code
             return error
 
-    def _batch(self, positions: range) -> Batch:
+    def _batch(self, phase: int, positions: range) -> Batch:
         task, text = self.run.task, self.run.model.text
         captioner = self.run.model.captioner if task.objective == "clips" else None
         keys, pixels, skipped = [], [], []
@@ -130,11 +138,10 @@ class BatchDataset(Dataset):
         draws: list[random.Random] = []
         self.ahead.at(positions)
         for position in positions:
-            sample, image, broken = self._read(position)
+            sample, image, rng, broken = self._read(position, self.preprocess[phase])
             skipped += broken
-            rng = self._rng(position)
             keys.append(sample.key)
-            pixels.append(self.preprocess.pixels(image, rng))
+            pixels.append(image)
             if task.objective == "clip":
                 synthetic = sample.long if rng.random() < task.synthetic_share else None
                 texts["web"].append(synthetic or sample.web)
@@ -146,7 +153,7 @@ class BatchDataset(Dataset):
                 if sample.long is None:
                     raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
                 captions.append(sample.long if has_words(sample.long) else sample.web)
-        batch: Batch = {"images": normalise(pixels)}
+        batch: Batch = {"images": stacked(pixels)}
         for name, batch_texts in texts.items():
             encoded = self.tokenizer.encode(batch_texts)
             if name == "sub":
@@ -156,15 +163,20 @@ class BatchDataset(Dataset):
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
-    def _read(self, position: int) -> tuple[RawSample, Any, list[tuple[str, str]]]:
-        """The sample at `position` with its decoded picture, or else the first whole one of its fixed substitutes."""
+    def _read(
+        self, position: int, preprocess: Preprocess
+    ) -> tuple[RawSample, np.ndarray, random.Random, list[tuple[str, str]]]:
+        """The sample at `position` with its pixels, or else the first whole one of its fixed substitutes.
+
+        Further what draws the rest of the sample, and the broken ones passed over.
+        """
         index = self.order.sample(position)
         substitutes: random.Random | None = None
         broken: list[tuple[str, str]] = []
         for _ in range(MAX_ATTEMPTS):
             try:
-                sample = self.source.read(index)
-                return sample, decode_image(sample.image, sample.key), broken
+                sample, rng = self.source.read(index), self._rng(position)
+                return sample, preprocess.decoded(sample.image, sample.key, rng), rng, broken
             except BrokenSample as error:
                 broken.append((error.key, error.reason))
                 substitutes = substitutes or self._rng(position, "substitute")

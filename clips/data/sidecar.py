@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import threading
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -20,6 +23,9 @@ SAMPLE_BYTES = 1 << 18
 """Asked of a remote file at once where single samples are read: most are smaller."""
 SCAN_BYTES = 1 << 22
 """… and where all of it is gone through."""
+
+_STAMPED = re.compile(r"(\..+)\.[0-9a-f]{12}(\.idx\.\w+)", re.DOTALL)
+_listing = threading.Lock()
 
 
 def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
@@ -63,9 +69,8 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
             raise UserError(f"the index of {url} cannot be made: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
-        for stale in path.parent.glob(f".{name}.*{suffix}"):
-            if stale != path:
-                stale.unlink(missing_ok=True)
+        for stale in _replaced(path, f".{name}{suffix}"):
+            stale.unlink(missing_ok=True)
         return path
     raise UserError(f"the index of {url} cannot be written ({'; '.join(refusals)}); set CLIPS_MLLM_CACHE to a folder")
 
@@ -89,6 +94,26 @@ def check_state(url: str, state: str) -> None:
 def made_for(path: Path, suffix: str) -> str:
     """The stamp in a sidecar's own name: of which state of its file it was made."""
     return path.name.removesuffix(suffix).rpartition(".")[2]
+
+
+def _replaced(path: Path, family: str) -> list[Path]:
+    """The files that stood in the place of `path`, which is new: of the same family, with another stamp."""
+    with _listing:
+        stamped = _derived(path.parent).setdefault(family, set())
+        older = [path.with_name(name) for name in stamped if name != path.name]
+        stamped.clear()
+        stamped.add(path.name)
+    return older
+
+
+@lru_cache(16)
+def _derived(folder: Path) -> dict[str, set[str]]:
+    """The derived files of a folder by family, kept: to list a folder of many shards for each of them took hours."""
+    found: dict[str, set[str]] = {}
+    for name in os.listdir(folder):
+        if stamped := _STAMPED.fullmatch(name):
+            found.setdefault(stamped[1] + stamped[2], set()).add(name)
+    return found
 
 
 def fingerprint(url: str, *, fresh: bool = False) -> str:

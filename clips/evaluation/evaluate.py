@@ -27,7 +27,7 @@ from clips.common.files import write_json
 from clips.common.ranks import all_shares, my_share
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
-from clips.data.images import decode_image, eval_transform, normalise
+from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
@@ -117,7 +117,7 @@ def encode_images(
         for batch in loader:
             encoded = []
             if good := [entry for entry in batch if not isinstance(entry, str)]:
-                states, _ = model.visual(normalise([pixels for pixels, _, _ in good]).to(device))
+                states, _ = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
                 encoded.append((F.normalize(model.visual.proj(states).float(), dim=-1).cpu(), states.float().cpu()))
             broken = [entry for entry in batch if isinstance(entry, str)]
             mine.append((encoded, [(item, index) for _, item, index in good], broken))

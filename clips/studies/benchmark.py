@@ -1,7 +1,7 @@
 """What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
-Compared parts take turns within one run and the fastest turn of each counts, since whatever else the machine does
-only ever adds time. Where peak memory is reported, each part runs in a process of its own.
+The loader against bare decoding, and opening many shards, are in data_speed.py beside this file; how is measured, in
+measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -9,15 +9,13 @@ Shapes: B batch · H heads · L sequence · K head width.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import platform
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -34,14 +32,16 @@ from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
-from clips.data.images import Preprocess, decode_image, normalise
-from clips.data.loader import Batch, make_loader
+from clips.data.images import Preprocess, decode_image, normalise, stacked
+from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sentences import kept_tokens, split_sentences, sub_caption
 from clips.data.sources import Source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
+from clips.studies.data_speed import loader_rows, startup_rows
+from clips.studies.measuring import PeakMemory, Row, fastest, in_child
 from clips.studies.sentence_set import captions, score
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.log import Meter
@@ -51,13 +51,12 @@ from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
-Row = dict[str, Any]
 
-
-def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str | None) -> list[Row]:
+def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, shards: int, out: str | None) -> list[Row]:
     """Run one of the benchmarks, print its table, write it to `out` as JSON with the machine it ran on."""
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats} must be at least 1")
+    for flag, value in (("repeats", repeats), ("shards", shards)):
+        if value < 1:
+            raise UserError(f"--{flag} {value} must be at least 1")
     on = choose_device(device)
     if on.type == "cpu" and os.getloadavg()[0] > 1:
         print(
@@ -68,10 +67,12 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str |
     run = {
         "attention": lambda: attention_rows(on, repeats),
         "sentences": lambda: sentence_rows(repeats),
-        "data": lambda: [row for name in SETTINGS for row in _in_child(data_rows, name, on, repeats, demo_dir)],
+        "data": lambda: [row for name in SETTINGS for row in in_child(data_rows, name, on, repeats, demo_dir)],
+        "loader": lambda: loader_rows(repeats),
+        "startup": lambda: startup_rows(shards),
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
-        "checkpoint": lambda: [_in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
+        "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
     }[what]
     rows = run()
     machine = {
@@ -103,51 +104,6 @@ def captioner_of(model: ModelConfig) -> CaptionerConfig:
     if model.captioner is None:
         raise ValueError("what is measured here needs a model with a captioner: model.captioner is null")
     return model.captioner
-
-
-# ------------------------------------------------------------------------------------------------------- measuring
-def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
-    times = {name: float("inf") for name in parts}
-    for turn in range(repeats + 1):
-        for name, part in parts.items():
-            begin = time.perf_counter()
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                times[name] = min(times[name], time.perf_counter() - begin)
-    return times
-
-
-def _in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `function` in a fresh process, whose peak memory is then that of `function` alone."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clips.studies.benchmark"])  # the slow imports are paid once, and not counted
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-class PeakMemory:
-    """Peak memory in MB since construction: CUDA's allocations, or this process's resident memory (Linux)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            self.before = self._resident("VmRSS")
-
-    def read(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e6
-        return self._resident("VmHWM") - self.before
-
-    @staticmethod
-    def _resident(field: str) -> float:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -277,9 +233,10 @@ def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
 
 
 def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int) -> Iterator[Batch]:
-    return make_loader(
-        source, tokenizer, run, run.phases[0], start=0, stop=steps, first_position=0, rank=0, world_size=1
-    )
+    """The first `steps` steps of the first phase."""
+    phase = run.phases[0]
+    run = replace(run, phases=(replace(phase, samples=steps * phase.batch_size),))
+    return make_loader(source, tokenizer, run, rank=0, world_size=1)
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
@@ -294,6 +251,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     images = [decode_image(sample.image) for sample in raw]
     preprocess = Preprocess(run.phases[0].image_size, run.phases[0].augment)
     pixels = [preprocess.pixels(image, rng) for image in images]
+    batch_pixels = stacked(pixels)
     subs = [sub_caption(sample.web, sample.long, run.captions, rng) for sample in raw]
     web = [sample.web for sample in raw]
     longs = [sample.long or "" for sample in raw]  # all are there: the source is opened with need_long
@@ -310,7 +268,8 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
         "resize and augment": lambda: [preprocess.pixels(image, rng) for image in images],
         "draw sub-captions": lambda: [sub_caption(s.web, s.long, run.captions, rng) for s in raw],
         "tokenise": tokenise,
-        "normalise": lambda: normalise(pixels),
+        "collate": lambda: stacked(pixels),
+        "normalise, on the device": lambda: normalise(batch_pixels),
     }
     seconds = fastest(parts, repeats, torch.device("cpu"))
     rows = [{"setting": name, "part": part, "us_per_sample": 1e6 * s / count} for part, s in seconds.items()]
@@ -323,7 +282,7 @@ def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> l
     for _ in range(min(repeats, 3)):
         for part, loaded in loaders.items():
             loader = _loader(loaded, source, tokenizer, 1 + 2048 // batch)
-            next(loader)  # the workers' start is paid once per phase
+            next(loader)  # the workers' start is paid once per run
             begin = time.perf_counter()
             seen = sum(len(b["keys"]) for b in loader)
             rates[part] = max(rates[part], seen / (time.perf_counter() - begin))
@@ -351,14 +310,14 @@ def train_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> 
       the same one.
     """
     arguments = (name, device, demo_dir)
-    rows = [_in_child(recipe_row, *arguments)]
+    rows = [in_child(recipe_row, *arguments)]
     for pair, kinds in PAIRS.items():
         print(f"{name}: {pair}", file=sys.stderr)
-        rates = _in_child(paired_rates, *arguments, kinds, repeats)
+        rates = in_child(paired_rates, *arguments, kinds, repeats)
         for kind in kinds:
             row = {"setting": name, "pair": pair, "what": kind, "samples_per_s": rates[kind]}
             row["ours / this"] = rates[kinds[0]] / rates[kind]
-            rows.append(row | {"peak_MB": _in_child(peak_of, *arguments, kind)})
+            rows.append(row | {"peak_MB": in_child(peak_of, *arguments, kind)})
     return rows
 
 
@@ -404,7 +363,7 @@ def step_of(engine: Engine) -> Step:
     """The training step of `engine`, as the loop takes it."""
 
     def step(batch: Batch) -> None:
-        loss, _ = engine(engine.to_device(batch))
+        loss, _ = engine(to_device(batch, engine.device))
         engine.backward(loss)
         engine.agree(loss, 0)
         engine.step()
@@ -420,9 +379,8 @@ def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.dev
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        batch = {key: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for key, x in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = loss_of(batch)
+            loss = loss_of(to_device(batch, device))
         loss.backward()
         optimizer.step()
         with torch.no_grad():
@@ -533,7 +491,7 @@ def chunk_rows(device: torch.device, repeats: int) -> list[Row]:
     """Forward and backward pass of the caption loss of B/16, all logits at once against in chunks."""
     rows: list[Row] = []
     for chunk in (None, 4096, 1024):
-        row = _in_child(chunk_row, device, repeats, chunk)
+        row = in_child(chunk_row, device, repeats, chunk)
         whole = rows[0] if rows else row
         rows.append(row | {"memory / whole": row["peak_MB"] / whole["peak_MB"]})
     return rows

@@ -232,7 +232,7 @@ def train_text_tokens(run_dir: Path, samples: int = 256) -> dict[str, float]:
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
     source = open_split(run.data, "train", need_long=True)
-    batch = BatchDataset(source, tokenizer, run, run.phases[0])[range(samples)]
+    batch = BatchDataset(source, tokenizer, run)[0, range(samples)]
     if isinstance(batch, CommandError):
         raise batch
     texts = {name: batch[name] for name in ("web", "sub") if name in batch}

@@ -174,9 +174,6 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = muon_lr if group["name"] == "muon" else lr
 
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; DeepSpeed divides by the accumulation steps and reduces at the boundary."""
         self.engine.backward(loss)

@@ -21,7 +21,7 @@ from clips.common.runtime import choose_device, environment, init_distributed, s
 from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
 from clips.config import OnSpike, PhaseConfig, RunConfig
-from clips.data.loader import make_loader, micro_batch_size
+from clips.data.loader import Batch, make_loader, micro_batch_size, to_device
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer

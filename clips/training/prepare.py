@@ -18,6 +18,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.peaks import peak_flops
+from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import has_bf16
 from clips.config import PhaseConfig, RunConfig, difference
 from clips.data.sources import Source
@@ -120,15 +121,21 @@ def read_given_weights(run: RunConfig, options: Options) -> InitialWeights | Non
 def prepare_data(
     run: RunConfig, options: Options, initial: InitialWeights | None = None
 ) -> tuple[Source, CaptionTokenizer]:
-    """Open the data and the tokenizer, which rank 0 makes where it is missing while the others wait.
+    """Open the data, once on each machine, and the tokenizer, which rank 0 makes where it is missing. Collective.
 
-    A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of.
+    A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of. The
+    others wait as long as that takes.
     """
     need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
-    source = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
-    for split in ("val", "test"):
-        if split_spec(run.data, split):
-            open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+
+    def opened() -> Source:
+        train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
+        for split in ("val", "test"):
+            if split_spec(run.data, split):
+                open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
+        return train
+
+    source = once_per_machine(opened, f"{run.data} {need_long}")
     directory = options.run_dir / "tokenizer"
     begun = (options.run_dir / "config.json").exists()  # without it, a tokenizer is of a run that never began
     other = _other_run(options)
@@ -138,7 +145,7 @@ def prepare_data(
 
     if dist.get_rank() == 0 and not begun and not options.dry_run:
         make().save(directory)
-    dist.barrier()
+    wait_for_all_ranks("the tokenizer to be trained")
     is_there = begun or not options.dry_run
     tokenizer = CaptionTokenizer.load(directory) if is_there else make()
     if tokenizer.vocab_size > run.model.text.vocab_size:

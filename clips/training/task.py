@@ -33,7 +33,7 @@ class Task(nn.Module):
         self.bf16 = run.train.precision == "bf16"
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch (see clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, logit_scale)."""
+        """A batch on the device (clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, …)."""
         images = batch["images"]
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):

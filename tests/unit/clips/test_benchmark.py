@@ -14,7 +14,7 @@ from conftest import ROOT, run_python, tiny_batch, tiny_run
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
-from clips.studies import benchmark
+from clips.studies import benchmark, data_speed
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,8 @@ def test_the_stock_towers_are_as_large_as_ours(name: str, monkeypatch: pytest.Mo
 
 def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stock step lowers its own loss on one batch."""
-    run, batch = tiny_run(), tiny_batch(0)
+    run = tiny_run()
+    batch = tiny_batch(0) | {"images": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
     vision = replace(run.model.vision, width=48)  # another width than the decoder's, as in B/16
     run = replace(run, model=replace(run.model, vision=vision))
     tokenizer = build_tokenizer("bert")
@@ -120,6 +121,29 @@ def test_what_a_checkpoint_stops_is_measured(tmp_path: Path) -> None:
     assert row["MB"] > 0.1
     assert row["beside / before"] == row["stop_ms_beside"] / row["stop_ms_written_before"] > 0
     assert row["written_after_ms"] > row["stop_ms_beside"]
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured_against_bare_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch takes of shared memory is its pictures' bytes and its ids."""
+    monkeypatch.setattr(data_speed, "PHOTOS", ((1000, 900, 8, 8),))
+    one, two = data_speed.loader_rows(1)
+    assert (one["workers"], two["workers"]) == (1, 2)
+    pixels = data_speed.BATCH * 3 * data_speed.SIDE**2 / 1e6
+    for row in (one, two):
+        assert row["lowest"] == row["loader / bare"] == row["highest"] > 0
+        assert all(row[name] > 0 for name in ("bare_cpu_ms", "loader_cpu_ms", "whole_cpu_ms"))
+        assert pixels < row["batch_MB"] < 1.1 * pixels
+        assert row["as_float32_MB"] - row["batch_MB"] == pytest.approx(3 * pixels)
+
+
+@pytest.mark.slow
+def test_startup_command_opens_what_it_made(tmp_path: Path) -> None:
+    out = tmp_path / "startup.json"
+    done = run_python(ROOT / "scripts" / "benchmark.py", "startup", "--shards", "300", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["samples"] for row in rows] == [450] * 4
 
 
 def test_unusable_flags_are_the_users_mistake() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import zlib
@@ -12,17 +13,21 @@ import pytest
 import torch
 from bad_corpus import encode, png, with_scans
 from conftest import run_python
-from PIL import Image, ImageEnhance
+from PIL import ExifTags, Image, ImageEnhance
 
 from clips.config import AugmentConfig
 from clips.data import images
 from clips.data.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Preprocess,
     decode_image,
     eval_transform,
     inception_crop,
     normalise,
     random_crop,
+    stacked,
+    to_rgb,
     turn_hue,
 )
 from clips.data.sample import BrokenSample
@@ -169,12 +174,84 @@ def test_eval_transform_squashes_and_normalises() -> None:
     np.testing.assert_allclose(out.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
-def test_normalise_a_batch_is_its_rows_one_by_one() -> None:
-    rows = [np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8) for i in range(3)]
-    batch = normalise(rows)
-    assert batch.is_contiguous()
-    for row, out in zip(rows, batch, strict=True):
-        assert torch.equal(normalise([row])[0], out)
+def test_normalise_is_the_plain_formula_to_the_bit() -> None:
+    """In float32, as it was when workers did it: uint8 [B, 3, S, S] in any order of memory."""
+    rows = [np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8) for i in range(3)]
+    batch = stacked(rows)
+    assert (batch.dtype, batch.shape) == (torch.uint8, (3, 3, 8, 8))
+    out = normalise(batch)
+    assert out.is_contiguous()
+    mean, std = (np.float32(values) * np.float32(255) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    for row, one in zip(rows, out, strict=True):
+        np.testing.assert_array_equal(one.numpy(), ((row.astype(np.float32) - mean) / std).transpose(2, 0, 1))
+    assert torch.equal(normalise(batch.contiguous()), out)
+    assert torch.equal(stacked(rows)[1].permute(1, 2, 0), torch.from_numpy(rows[1])), "it works on a copy"
+
+
+# -------------------------------------------------------------------------------------------- decoding at a scale
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Broad and fine structures, no two parts alike; edges are softer than a pixel, as a lens makes them."""
+    y, x = np.mgrid[0:height, 0:width] / height
+    waves = [np.sin(7 * x + 3 * np.sin(5 * y)), np.cos(40 * x * y + 3 * x), np.sin(9 * np.hypot(x - 0.4, y - 0.7) ** 2)]
+    return Image.fromarray((127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8))
+
+
+AUGMENTED = AugmentConfig(min_crop_area=0.4, crop_aspect="absolute", grayscale=0.2)
+
+
+@pytest.mark.parametrize(
+    ("data", "side"),
+    [
+        (encode(photo(800, 600)), 64),  # only a JPEG has smaller scales
+        (encode(photo(800, 600), "WEBP", quality=90), 64),
+        (encode(photo(100, 90), "JPEG"), 64),  # too small for any
+        (encode(photo(800, 600), "JPEG"), 320),
+    ],
+)
+def test_what_cannot_be_decoded_smaller_is_as_before_to_the_bit(data: bytes, side: int) -> None:
+    for augment in (None, AUGMENTED, AugmentConfig(min_crop_area=0.5, jitter=0.3)):
+        preprocess = Preprocess(side, augment)
+        for seed in range(3):
+            ours, theirs = random.Random(seed), random.Random(seed)
+            expected = preprocess.pixels(decode_image(data), theirs)
+            np.testing.assert_array_equal(preprocess.decoded(data, "k", ours), expected)
+            assert ours.random() == theirs.random()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("size", "kept"), [((1600, 1200), {4, 8}), ((601, 403), {1, 2})])
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], kept: set[int], orientation: int
+) -> None:
+    """The same crop as from the whole picture, wherever it lies and however the picture is turned."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(photo(*size), "JPEG", quality=95, exif=exif)
+    decoded: list[Image.Image] = []
+    monkeypatch.setattr(images, "to_rgb", lambda image: decoded.append(image) or to_rgb(image))
+    preprocess, factors = Preprocess(64, AUGMENTED), set()
+    for seed in range(6):
+        ours, theirs = random.Random(seed), random.Random(seed)
+        found = preprocess.decoded(data, "k", ours).astype(int)
+        small = decoded[-1].size
+        expected = preprocess.pixels(decode_image(data), theirs).astype(int)
+        assert ours.random() == theirs.random()
+        assert np.abs(found - expected).mean() < 1, "of 255; a crop that is one pixel off is at 3"
+        left, top, right, bottom = inception_crop(*decode_image(data).size, 0.4, random.Random(seed))
+        factor = math.ceil(size[0] / small[0])
+        assert min(right - left, bottom - top) / factor >= 2 * 64
+        assert min(right - left, bottom - top) / factor < 4 * 64 or factor == 8
+        factors.add(factor)
+    assert factors <= kept
+
+
+def test_a_broken_picture_is_named_at_any_scale() -> None:
+    data = encode(photo(800, 600), "JPEG")
+    for broken in (data[: len(data) // 2], data[:100], b"", b"no picture"):
+        with pytest.raises(BrokenSample, match=r"^shard#7: image: "):
+            Preprocess(32, AUGMENTED).decoded(broken, "shard#7", random.Random(0))
 
 
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:

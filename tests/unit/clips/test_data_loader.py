@@ -11,6 +11,7 @@ import signal
 import tarfile
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.config import AugmentConfig, DataConfig, Fields, MixPart, RunConfig, TaskConfig
 from clips.data.images import eval_transform
-from clips.data.loader import MAX_ATTEMPTS, MicroBatches, _dead_worker, make_loader
+from clips.data.loader import MAX_ATTEMPTS, MicroBatches, _dead_worker, make_loader, to_device
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
@@ -77,9 +78,11 @@ def a_run(*, workers: int = 0, accumulation: int = 1, **changes: object) -> RunC
     )
 
 
-def batches(source, tokenizer, run, *, start=0, stop=6, first_position=0, rank=0, world_size=1) -> list[dict]:
-    places = {"start": start, "stop": stop, "first_position": first_position, "rank": rank, "world_size": world_size}
-    return list(make_loader(source, tokenizer, run, run.phases[0], **places))
+def batches(source, tokenizer, run, *, start=0, stop=6, rank=0, world_size=1) -> list[dict]:
+    """What the loader gives for steps `start` … `stop - 1` of a run of one phase."""
+    (phase,) = run.phases
+    run = replace(run, phases=(replace(phase, samples=stop * phase.batch_size),))
+    return list(make_loader(source, tokenizer, run, step=start, rank=rank, world_size=world_size))
 
 
 def numbers(batch: dict) -> list[int]:
@@ -101,12 +104,13 @@ def test_a_batch_against_a_plain_reading(source: Source, tokenizer: CaptionToken
         return tokenizer.decode(tokenizer.encode([text])[0])
 
     for batch in batches(source, tokenizer, run):
+        normal = to_device(batch, torch.device("cpu"))
         for row, i in enumerate(numbers(batch)):
-            assert torch.equal(batch["images"][row], transform(Image.open(io.BytesIO(picture(i)))))
+            assert torch.equal(normal["images"][row], transform(Image.open(io.BytesIO(picture(i)))))
             assert tokenizer.decode(batch["web"][row]) == as_decoded(WEB[i])
             assert tokenizer.decode(batch["sub"][row]) in map(as_decoded, split_sentences(LONG[i]))
             assert tokenizer.decode(batch["caption"][row]) == as_decoded(LONG[i])
-        assert batch["images"].dtype == torch.float32
+        assert batch["images"].dtype == torch.uint8
         assert batch["skipped"] == []
 
 
@@ -153,13 +157,41 @@ def test_workers_change_nothing(source: Source, tokenizer: CaptionTokenizer, wor
         assert_same(a, b)
 
 
-def test_a_resumed_phase_goes_on_exactly(source: Source, tokenizer: CaptionTokenizer) -> None:
-    whole = batches(source, tokenizer, a_run(accumulation=2), first_position=16)
-    tail = batches(source, tokenizer, a_run(accumulation=2), first_position=16, start=4)
-    assert whole[0]["positions"][0] == 16
-    assert len(whole) == 12
-    for a, b in zip(whole[8:], tail, strict=True):
-        assert_same(a, b)
+def in_phases(run: RunConfig) -> RunConfig:
+    """Three phases, each with its own batch, resolution and augmentation."""
+    first = replace(run.phases[0], samples=3 * 8)
+    second = replace(first, name="b", samples=2 * 16, batch_size=16, image_size=48, augment=AugmentConfig())
+    return replace(run, phases=(first, second, replace(first, name="c", samples=2 * 4, batch_size=4)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_exactly_in_any_phase(source: Source, tokenizer: CaptionTokenizer, workers: int) -> None:
+    run = in_phases(a_run(accumulation=2))
+    whole = list(make_loader(source, tokenizer, run, rank=0, world_size=1))
+    assert [i for batch in whole for i in batch["positions"]] == list(range(24 + 32 + 8))
+    assert [batch["images"].shape[-1] for batch in whole] == [32] * 6 + [48] * 4 + [32] * 4
+    run = replace(run, data=replace(run.data, workers=workers))
+    for phase, step, skipped in ((0, 0, 0), (0, 2, 4), (1, 1, 8), (2, 0, 10)):
+        tail = list(make_loader(source, tokenizer, run, rank=0, world_size=1, phase=phase, step=step))
+        for a, b in zip(whole[skipped:], tail, strict=True):
+            assert_same(a, b)
+
+
+def test_the_workers_of_the_first_phase_are_those_of_the_last(source: Source, tokenizer: CaptionTokenizer) -> None:
+    """They start once, and the first batch of a phase is under way before the last one of the phase before is taken."""
+    read_by: list[str] = []
+    run = in_phases(a_run(workers=2))
+    others = set(multiprocessing.active_children())
+    loader = make_loader(WhoReads(source), tokenizer, run, rank=0, world_size=1)
+    workers: set[int] = set()
+    for batch in loader:
+        now = {child.pid for child in set(multiprocessing.active_children()) - others}
+        workers = workers or now
+        assert now == workers
+        read_by += [key.partition("@")[2] for key in batch["keys"]]
+    assert set(read_by) == set(map(str, workers))
+    assert len(workers) == 2
+    assert set(multiprocessing.active_children()) == others, "none is left"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -185,47 +217,94 @@ def mix(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_split(DataConfig(train="mix", mix=tuple(parts)), "train", need_long=True)
 
 
+def sequence(found: list[dict]) -> dict[int, tuple[str, bytes]]:
+    """What stands at each position, its pixels included; fails for one that is there twice."""
+    rows = [
+        (position, (key, image.numpy().tobytes()))
+        for batch in found
+        for position, key, image in zip(batch["positions"], batch["keys"], batch["images"], strict=True)
+    ]
+    assert len(dict(rows)) == len(rows)
+    return dict(rows)
+
+
 @pytest.mark.parametrize("sort", ["one", "mixed"])
 def test_a_resume_on_other_ranks_sees_the_same_sequence(sort: str, source, mix, tokenizer) -> None:
-    """Two ranks, then one, then three."""
+    """Two ranks, then one, then three; with other numbers of workers and accumulation steps each time."""
     data, run = {"one": source, "mixed": mix}[sort], a_run()
     run = replace(run, phases=(replace(run.phases[0], batch_size=12, samples=12 * 9),))
-    alone = [
-        pair
-        for batch in batches(data, tokenizer, run, stop=9)
-        for pair in zip(batch["positions"], batch["keys"], strict=True)
-    ]
+    alone = sequence(batches(data, tokenizer, run, stop=9))
+    assert list(alone) == list(range(12 * 9))
     found = []
-    for ranks, start, stop in ((2, 0, 3), (1, 3, 5), (3, 5, 9)):
+    for ranks, workers, accumulation, start, stop in ((2, 1, 3, 0, 3), (1, 2, 1, 3, 5), (3, 0, 2, 5, 9)):
+        other = replace(
+            run, data=replace(run.data, workers=workers), train=replace(run.train, accumulation=accumulation)
+        )
         for rank in range(ranks):
-            for batch in batches(data, tokenizer, run, start=start, stop=stop, rank=rank, world_size=ranks):
-                found += zip(batch["positions"], batch["keys"], strict=True)
-    assert sorted(found) == alone
-    assert [position for position, _ in alone] == list(range(12 * 9))
+            found += batches(data, tokenizer, other, start=start, stop=stop, rank=rank, world_size=ranks)
+    assert sequence(found) == alone
     if sort == "mixed":
-        of_a = sum("/a.tar#" in key for _, key in alone)
+        of_a = sum("/a.tar#" in key for key, _ in alone.values())
         assert 60 < of_a < 100
-        assert of_a < 12 * 9
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     micro=st.integers(1, 5),
     splits=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
-    first=st.integers(0, 10**12),
+    before=st.integers(0, 10**12),
 )
-def test_every_split_into_ranks_and_accumulation_covers_each_position_once(micro, splits, first) -> None:
-    """`splits`: (ranks, accumulation, steps) of stretches of a run that is resumed again and again."""
+def test_every_split_into_ranks_and_accumulation_covers_each_position_once(micro, splits, before) -> None:
+    """`splits`: (ranks, accumulation, steps) of stretches of a run that is resumed again and again in its 2nd phase."""
     batch = micro * math.lcm(*(ranks * accumulation for ranks, accumulation, _ in splits))
+    total = sum(steps for _, _, steps in splits)
+    run, phase = tiny_run(), replace(tiny_run().phases[0], batch_size=batch, samples=total * batch)
+    begun = replace(phase, name="begun", samples=max(before, batch))
+    run = replace(run, phases=(begun, phase))
     seen, start = [], 0
     for ranks, accumulation, steps in splits:
+        split = replace(run, train=replace(run.train, accumulation=accumulation))
         for rank in range(ranks):
-            size = batch // (ranks * accumulation)
-            mine = MicroBatches(batch, accumulation, size, rank, ranks, first, range(start, start + steps))
-            seen += [position for positions in mine for position in positions]
-            assert len(mine) == steps * accumulation
+            mine = MicroBatches(split, rank, ranks, phase=1, step=start)
+            assert len(mine) == (total - start) * accumulation
+            for index, positions in islice(mine, steps * accumulation):
+                assert index == 1
+                seen += positions
         start += steps
-    assert sorted(seen) == list(range(first, first + start * batch))
+    first = begun.steps * batch
+    assert sorted(seen) == list(range(first, first + total * batch))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), sort=st.sampled_from(["one", "mixed"]), seed=st.integers(0, 3))
+def test_any_split_into_ranks_workers_and_accumulation_gives_each_sample_once_an_epoch(
+    data, sort, seed, source, mix, tokenizer
+) -> None:
+    """The real loader over stretches of one run, each split in a way of its own; a mix has epochs of its parts."""
+    run = a_run()
+    run = replace(
+        run,
+        train=replace(run.train, seed=seed),
+        phases=(replace(run.phases[0], batch_size=12, samples=12 * 10, image_size=16),),
+    )
+    opened, found, start = {"one": source, "mixed": mix}[sort], [], 0
+    while start < 10:
+        stop = data.draw(st.integers(start + 1, 10), label="up to step")
+        ranks, accumulation = data.draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (6, 2)]))
+        workers = data.draw(st.integers(0, 2), label="workers")
+        split = replace(
+            run, data=replace(run.data, workers=workers), train=replace(run.train, accumulation=accumulation)
+        )
+        for rank in range(ranks):
+            found += batches(opened, tokenizer, split, start=start, stop=stop, rank=rank, world_size=ranks)
+        start = stop
+    keys = [key for _, (key, _) in sorted(sequence(found).items())]
+    assert keys == [opened.read(opened.order(seed).sample(position)).key for position in range(120)]
+    for part in {key.partition("#")[0] for key in keys}:
+        own = [key for key in keys if key.startswith(f"{part}#")]
+        for begin in range(0, len(own), COUNT):
+            epoch = own[begin : begin + COUNT]
+            assert len(set(epoch)) == len(epoch), "none twice before all have been seen"
 
 
 def test_seeds_and_positions_draw_anew(source: Source, tokenizer: CaptionTokenizer) -> None:
@@ -324,6 +403,17 @@ class Wrapped(Source):
         return self.source.read(index)
 
 
+class WhoReads(Wrapped):
+    """The key of each sample tells which process read it."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, lambda: None)
+
+    def read(self, index: int) -> RawSample:
+        sample = self.source.read(index)
+        return replace(sample, key=f"{sample.key}@{os.getpid()}")
+
+
 def refuse() -> None:
     raise UserError("row 7 leads out")
 
@@ -349,9 +439,8 @@ def test_errors_keep_their_type(source, tokenizer, workers: int) -> None:
 
 def test_a_killed_worker_is_named_where_its_batch_is_awaited(source, tokenizer) -> None:
     run = a_run(workers=1)
-    loader = make_loader(
-        source, tokenizer, run, run.phases[0], start=0, stop=1000, first_position=0, rank=0, world_size=1
-    )
+    run = replace(run, phases=(replace(run.phases[0], samples=8000),))
+    loader = make_loader(source, tokenizer, run, rank=0, world_size=1)
     others = set(multiprocessing.active_children())
     next(loader)
     (worker,) = set(multiprocessing.active_children()) - others
@@ -375,8 +464,8 @@ def test_a_worker_s_closed_socket_is_its_death_only_where_it_is_dead() -> None:
 
 def test_ctrl_c_does_not_kill_workers(source, tokenizer) -> None:
     run = a_run(workers=1)
-    places = {"start": 0, "stop": 20, "first_position": 0, "rank": 0, "world_size": 1}
-    loader = make_loader(source, tokenizer, run, run.phases[0], **places)
+    run = replace(run, phases=(replace(run.phases[0], samples=160),))
+    loader = make_loader(source, tokenizer, run, rank=0, world_size=1)
     next(loader)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGINT)

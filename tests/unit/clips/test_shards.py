@@ -62,8 +62,10 @@ def test_an_overview_is_what_the_shards_say(tmp_path: Path, monkeypatch: pytest.
 def test_a_changed_shard_is_seen(tmp_path: Path) -> None:
     urls = make(tmp_path / "data")
     open_shards(urls)
-    write(Path(urls[2]), 9)
-    assert open_shards(urls).counts[2].tolist() == [9, 0]
+    for count in (9, 7):
+        write(Path(urls[2]), count)
+        assert open_shards(urls).counts[2].tolist() == [count, 0]
+        assert len(list((tmp_path / "data").glob(".*.idx.npz"))) == 6, "and so is the outdated index"
     assert len(overviews(tmp_path)) == 1, "the outdated one is left behind"
 
 

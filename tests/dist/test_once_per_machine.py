@@ -1,0 +1,130 @@
+"""One rank of a machine opens the data for all: others wait beyond a collective's timeout, and open nothing."""
+
+from __future__ import annotations
+
+import io
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from clips.common.errors import UserError
+from clips.common.ranks import once_per_machine, wait_for_all_ranks
+from clips.common.runtime import unused_port
+from clips.config import Fields
+from clips.data.sources import Source, open_source
+from clips.studies.data_speed import write_small_shards
+
+TIMEOUT = 1.0
+"""Seconds of a collective, which the tests' work exceeds."""
+
+
+def in_ranks(work, *arguments) -> list:
+    """What `work(rank, …)` returns on each of two ranks of one group."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(partial(_in_group, work, arguments, unused_port()), range(2)))
+
+
+def _in_group(work, arguments: tuple, port: int, rank: int):
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
+    )
+    try:
+        return work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def slowly(calls: Path) -> int:
+    time.sleep(3 * TIMEOUT)
+    with calls.open("a") as file:
+        file.write("called\n")
+    return os.getpid()
+
+
+def opened(rank: int, asked: str, calls: Path) -> tuple[int, int]:
+    found = once_per_machine(partial(slowly, calls), asked.format(rank=rank))
+    assert once_per_machine(os.getpid, asked.format(rank=rank)) == found, "it may be asked for again"
+    return os.getpid(), found
+
+
+@pytest.mark.parametrize(("asked", "times"), [("the same", 1), ("data of rank {rank}", 2)])
+def test_one_rank_works_and_the_others_wait_beyond_the_timeout(tmp_path: Path, asked: str, times: int) -> None:
+    (first, of_first), (second, of_second) = in_ranks(opened, asked, tmp_path / "calls")
+    assert (tmp_path / "calls").read_text().count("called") == times
+    assert of_first == first
+    assert of_second == (first if times == 1 else second)
+
+
+def refused(rank: int) -> str:
+    def refuse() -> None:
+        raise UserError(f"rank {rank} finds no data")
+
+    with pytest.raises(UserError) as raised:
+        once_per_machine(refuse, "the same")
+    dist.barrier()
+    return str(raised.value)
+
+
+def test_the_reason_why_it_failed_reaches_all() -> None:
+    assert in_ranks(refused) == ["rank 0 finds no data"] * 2
+
+
+def late(rank: int) -> str:
+    told = io.StringIO()
+    logging.getLogger("clips.ranks").addHandler(logging.StreamHandler(told))
+    if rank == 1:
+        time.sleep(3 * TIMEOUT)
+    wait_for_all_ranks("rank 1 to come", tell_every=TIMEOUT)
+    dist.barrier()
+    return told.getvalue()
+
+
+def test_waiting_tells_of_whom_and_outlasts_the_timeout() -> None:
+    by_first, by_second = in_ranks(late)
+    assert "waiting for 1 of 2 ranks: rank 1 to come" in by_first
+    assert by_second == ""
+
+
+def read_by(rank: int, spec: str, fields: Fields) -> tuple[list[str], list[str]]:
+    """Keys of the source that a rank gets, and below `spec` what it opened, listed or looked at to get it."""
+    touched: list[str] = []
+    stat, listening = os.stat, True
+
+    def noting(path, *rest, **named):
+        touched.append(str(path))
+        return stat(path, *rest, **named)
+
+    def heard(event: str, arguments: tuple) -> None:
+        if listening and event in ("open", "os.listdir", "os.scandir"):
+            touched.append(str(arguments[0]))
+
+    os.stat = noting  # of which there is no audit event
+    sys.addaudithook(heard)
+    source: Source = once_per_machine(partial(open_source, spec, fields, need_long=True), spec)
+    listening, before_reading = False, [path for path in touched if path.startswith(spec)]
+    return [source.read(i).key for i in range(len(source))], before_reading
+
+
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_the_others_read_alike_and_look_at_no_file_before(tmp_path: Path, kind: str) -> None:
+    spec, fields, samples = tmp_path / "data", Fields(), 9 + 4
+    if kind == "shards":
+        write_small_shards(spec, 9)
+    else:
+        spec, fields, samples = tmp_path / "data.jsonl", Fields(image="image", web="web", long="long"), 5
+        (tmp_path / "picture.png").write_bytes(b"bytes")
+        spec.write_text('{"image": "picture.png", "web": "a tile", "long": "It is teal."}\n' * samples)
+    (first, looked_at), (others, nothing) = in_ranks(read_by, str(spec), fields)
+    assert first == others
+    assert len(first) == samples
+    assert looked_at
+    assert nothing == []
