@@ -19,6 +19,9 @@ from clips.common.rundir import METRICS, is_at_most, keep_lines
 from clips.config import RunConfig
 from clips.weights.checkpoint import TrainState
 
+MACHINE = ("time", "samples_per_s", "data_wait_share")
+"""What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""
+
 
 class RunLog:
     """Rank 0's log; on other ranks every method does nothing."""
