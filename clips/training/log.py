@@ -26,6 +26,12 @@ from clips.config import RunConfig
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
 
+MACHINE = (
+    *("time", "samples_per_s", "step_seconds", "rank_seconds", "data_wait_share", "peak_memory_gb"),
+    *("memory_gb", "gpu_utilisation"),
+)
+"""What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""
+
 
 class RunLog:
     """Rank 0's log; on other ranks every method does nothing."""

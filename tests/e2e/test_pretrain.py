@@ -33,6 +33,7 @@ from launched import (
 from safetensors.torch import load_file
 
 from clips.recipes import RECIPES
+from clips.training.log import MACHINE
 
 pytestmark = pytest.mark.slow
 LAST_STEP = 72
@@ -47,10 +48,8 @@ THREE_PHASES = (
 
 
 def trace(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Every logged figure that does not depend on the clock or the machine."""
-    clock = {"time", "samples_per_s", "step_seconds", "rank_seconds", "data_wait_share", "peak_memory_gb"}
-    clock |= {"memory_gb", "gpu_utilisation"}  # of a GPU
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines(run_dir) if line["kind"] == kind]
+    """Every logged figure that does not depend on the machine."""
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines(run_dir) if line["kind"] == kind]
 
 
 def checkpoints(run_dir: Path) -> list[str]:
