@@ -71,6 +71,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 Freeze = Literal["none", "vision", "text"]
+Contrastive = Literal["micro", "global"]
 OnFailedSave = Literal["stop", "retry"]
 CropAspect = Literal["picture", "absolute"]
 OnSpike = Literal["continue", "skip", "rewind"]
@@ -395,6 +396,10 @@ class TrainConfig:
     precision: Precision = "auto"
     """bf16 is autocast over fp32 weights; auto: what the run began in, or bf16 where the device computes in it."""
     accumulation: int = 1
+    """Micro-batches of one optimizer step, each of which passes the model by itself."""
+    contrastive: Contrastive = "micro"
+    """What the contrastive loss runs over where accumulation > 1: each micro-batch of all ranks by itself, or the whole
+    batch, exactly and in a micro-batch's memory, for one more forward pass of the towers (docs/training.md)."""
     activation_checkpointing: bool = False
     compile: bool = False
     init_from: str | None = None
@@ -420,6 +425,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
+        _one_of("train.contrastive", self.contrastive, Contrastive)
         _one_of("train.freeze", self.freeze, Freeze)
         _one_of("train.on_failed_save", self.on_failed_save, OnFailedSave)
         _one_of("train.on_spike", self.on_spike, OnSpike)

@@ -14,7 +14,7 @@ from conftest import random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
 from clips.training.engine import Engine
-from clips.training.task import Task
+from clips.training.task import Part, Task
 
 CPU = torch.device("cpu")
 STAGES = {
@@ -33,8 +33,8 @@ class Pulled(Task):
 
     direction = 1.0
 
-    def _loss(self, batch: dict, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        loss, parts = super()._loss(batch, images)
+    def _loss(self, batch: dict, part: Part | None) -> tuple[torch.Tensor, dict]:
+        loss, parts = super()._loss(batch, part)
         return 0.0 * loss + self.direction * self.model.logit_scale.sum(), parts
 
 

@@ -33,8 +33,8 @@ from clips.common.errors import NotFiniteError, UserError
 from clips.common.runtime import import_deepspeed
 from clips.common.signals import STOP_SIGNALS
 from clips.config import OptimConfig, RunConfig
-from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel
-from clips.training.task import Task
+from clips.model.clips import MAX_LOGIT_SCALE, CLIPSModel, Outputs
+from clips.training.task import Part, Task
 from clips.training.zero_state import ZeroState
 
 DEFAULT_DS_CONFIG = {"zero_optimization": {"stage": 0}}
@@ -163,12 +163,21 @@ class Engine:
         if run.train.compile:
             self.engine.compile()
 
-    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.engine(batch)
+    def __call__(self, batch: dict[str, Any], part: Part | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.engine(batch, part)
+
+    @torch.no_grad()
+    def features(self, batch: dict[str, Any]) -> Outputs:
+        """The model's outputs for `batch`, without a graph and without the captioner. Collective in ZeRO-3."""
+        return self.engine(batch, features_only=True)
+
+    @property
+    def task(self) -> Task:
+        return self.engine.module
 
     @property
     def model(self) -> CLIPSModel:
-        return self.engine.module.model
+        return self.task.model
 
     def set_lr(self, lr: float, muon_lr: float) -> None:
         for group in self.optimizer.param_groups:

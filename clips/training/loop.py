@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Generator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from clips.common.runtime import choose_device, environment, init_distributed, s
 from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
 from clips.config import OnSpike, PhaseConfig, RunConfig
-from clips.data.loader import Batch, make_loader, micro_batch_size, to_device
+from clips.data.loader import Batch, make_loader, micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -30,6 +31,7 @@ from clips.model.clips import CLIPSModel
 from clips.training import watchdog
 from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
+from clips.training.grad_cache import forward_passes
 from clips.training.log import Meter, RunLog
 from clips.training.prepare import (
     Options,
@@ -221,13 +223,14 @@ def _accumulate(
 
     `idle`: its batches are passed over, as those of a step that a rewind leaves out; then nothing is returned.
     """
+    of_step = islice(batches, run.train.accumulation)
+    if idle:
+        for _ in of_step:
+            pass
+        return []
     seen = []
-    for micro in range(run.train.accumulation):
-        batch = next(batches)
-        if idle:
-            continue
-        loss, parts = engine(to_device(batch, engine.device))
-        seen.append((loss.detach(), batch["keys"]))
+    for micro, (batch, loss, parts) in enumerate(forward_passes(engine, of_step)):
+        seen.append((parts["loss"], batch["keys"]))
         engine.backward(loss)
         meter.add(parts, batch["skipped"])
         if micro < run.train.accumulation - 1:

@@ -5,7 +5,7 @@ Shapes: B local batch · W ranks · E embedding width · D decoder width · V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +46,36 @@ def gather_features(x_BE: Tensor) -> Tensor:
     return x_BE if world_size() == 1 else _AllGather.apply(x_BE)
 
 
-def info_nce(image_BE: Tensor, text_BE: Tensor, all_image: Tensor, all_text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's rows against the whole global batch (CLIP; docs/method.md, "Loss").
+def info_nce(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
+    logit_scale: Tensor,
+    first: int | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE of some rows against the whole global batch (CLIP; docs/method.md, "Loss").
 
     `all_image` and `all_text` [W·B, E] come from `gather_features`. The mean of the ranks' values is the loss of
     the global batch, and the mean of the ranks' gradients (what data parallelism takes) is its gradient.
+    `first`: where among them the rows begin; without it they are this rank's.
     """
-    offset = (dist.get_rank() if world_size() > 1 else 0) * len(image_BE)
-    targets = torch.arange(offset, offset + len(image_BE), device=image_BE.device)
+    if first is None:
+        first = (dist.get_rank() if world_size() > 1 else 0) * len(image_BE)
+    targets = torch.arange(first, first + len(image_BE), device=image_BE.device)
     scaled = logit_scale * image_BE
     return 0.5 * (
         F.cross_entropy(scaled @ all_text.T, targets) + F.cross_entropy(logit_scale * text_BE @ all_image.T, targets)
     )
+
+
+def contrastive_loss(
+    rows: Sequence[Tensor], everywhere: Sequence[Tensor], logit_scale: Tensor, first: int | None = None
+) -> Tensor:
+    """The mean of `info_nce` over a sample's texts; `rows` [B, E] and `everywhere` [W·B, E]: images, then each text."""
+    (image, *texts), (all_image, *all_texts) = rows, everywhere
+    pairs = zip(texts, all_texts, strict=True)
+    return torch.stack([info_nce(image, text, all_image, all_, logit_scale, first) for text, all_ in pairs]).mean()
 
 
 def caption_loss(

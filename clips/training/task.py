@@ -3,22 +3,34 @@
 "clips": L = α·½[ℓ(v, web) + ℓ(v, sub)] + β·L_cap with α = contrastive_weight, β = caption_weight.
 "clip":  L = α·ℓ(v, text), text = the web caption or, for `synthetic_share` of the samples, the synthetic one.
 
-The contrastive loss sees the micro-batch of all ranks. With `train.accumulation` = A each of the A
-micro-batches is its own contrastive batch (A times fewer negatives than one batch of A times the size),
-and their losses and gradients are averaged.
+The contrastive loss ℓ sees the micro-batch of all ranks. With `train.accumulation` = A and `train.contrastive` =
+"micro" each of the A micro-batches is its own contrastive batch (A times fewer negatives than one batch of A times the
+size), and their losses and gradients are averaged; with "global" ℓ runs over the whole batch: grad_cache.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clips.config import RunConfig
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, Outputs
 from clips.model.text import word_slots
-from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
+from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks
+
+
+class Part(NamedTuple):
+    """What a micro-batch's loss is told of the whole batch. Means are over micro-batches and ranks."""
+
+    gradients: list[Tensor]
+    """With respect to the image features, each text's features [B, E], and the temperature [1]; their surrogate losses
+    average to the contrastive loss of the whole batch, as far as gradients go."""
+    value: Tensor
+    """Of the contrastive loss: averages to that of the whole batch."""
+    tokens: Tensor
+    """Caption tokens of a micro-batch, on average."""
 
 
 class Task(nn.Module):
@@ -32,31 +44,49 @@ class Task(nn.Module):
             raise ValueError("train.precision is not decided yet: see clips.training.prepare.with_precision")
         self.bf16 = run.train.precision == "bf16"
 
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch on the device (clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, …)."""
-        images = batch["images"]
-        # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._loss(batch, images)
+    def forward(
+        self, batch: dict[str, Any], part: Part | None = None, *, features_only: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]] | Outputs:
+        """A batch on the device (clips/data/loader.py) → (loss, detached parts: contrastive_loss, caption_loss, …).
 
-    def _loss(self, batch: dict[str, Any], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        texts = [batch[name] for name in ("web", "sub") if name in batch]
-        out = self.model(images, texts, batch.get("caption"))
-        with torch.autocast(images.device.type, enabled=False):
-            all_images = gather_features(out.image_features)
-            pairs = [
-                info_nce(out.image_features, text, all_images, gather_features(text), out.logit_scale)
-                for text in out.text_features
-            ]
-            contrastive = torch.stack(pairs).mean()
-        loss = self.config.contrastive_weight * contrastive
-        parts = {"contrastive_loss": contrastive.detach(), "logit_scale": out.logit_scale.detach()}
-        captioner = self.model.captioner
-        if captioner is not None and out.caption_states is not None and self.config.caption_weight:
-            caption = batch["caption"]
-            targets = caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
-            total, count = caption_loss(out.caption_states, targets, captioner.head, self.config.caption_chunk)
-            caption_mean = mean_over_ranks(total, count)
+        `part`: of a whole batch; the loss then has that share's gradient, and its value is in the parts alone.
+        `features_only`: the model's outputs instead, without the captioner.
+        """
+        # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
+        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=self.bf16):
+            if features_only:
+                return self.model(batch["images"], _texts(batch))
+            return self._loss(batch, part)
+
+    def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
+        """[B, T − 1], the token that each position predicts, IGNORE after the last; None where nothing is captioned."""
+        if self.model.captioner is None or not self.config.caption_weight or "caption" not in batch:
+            return None
+        caption = batch["caption"]
+        return caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
+
+    def _loss(self, batch: dict[str, Any], part: Part | None) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = self.caption_targets(batch)
+        out = self.model(batch["images"], _texts(batch), batch["caption"] if targets is not None else None)
+        features = [out.image_features, *out.text_features]
+        with torch.autocast(batch["images"].device.type, enabled=False):
+            if part is None:
+                contrastive = contrastive_loss(features, [gather_features(x) for x in features], out.logit_scale)
+                value = contrastive.detach()
+            else:
+                outputs = zip([*features, out.logit_scale], part.gradients, strict=True)
+                contrastive, value = torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), part.value
+        loss, value_of_all = self.config.contrastive_weight * contrastive, self.config.contrastive_weight * value
+        parts = {"contrastive_loss": value, "logit_scale": out.logit_scale.detach()}
+        if targets is not None:
+            head, chunk = self.model.captioner.head, self.config.caption_chunk
+            total, count = caption_loss(out.caption_states, targets, head, chunk)
+            caption_mean = mean_over_ranks(total, count) if part is None else total / part.tokens
             loss = loss + self.config.caption_weight * caption_mean
             parts["caption_loss"] = caption_mean.detach()
-        return loss, parts | {"loss": loss.detach()}
+            value_of_all = value_of_all + self.config.caption_weight * parts["caption_loss"]
+        return loss, parts | {"loss": value_of_all}
+
+
+def _texts(batch: dict[str, Any]) -> list[Tensor]:
+    return [batch[name] for name in ("web", "sub") if name in batch]

@@ -1,0 +1,95 @@
+"""A step's micro-batches, each with its loss: the contrastive one over its own samples, or over the whole batch's.
+
+The latter is GradCache (Gao, Zhang, Han, Callan, *Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup*, 2021, arXiv 2101.06983). The contrastive loss sees the towers through their features alone, and features are
+small. So each micro-batch passes the towers without a graph; the loss of all features of the step is taken, and its
+gradient with respect to them; then each micro-batch passes again, with a graph, and Σ ⟨feature, its gradient⟩ has the
+gradient of the whole batch's loss. Activations are held for one micro-batch at a time, the price is one more forward
+pass of the towers (the captioner, whose loss is a sum over samples, runs in the second pass only), and the whole
+step's batches wait on the host, their pictures as bytes.
+
+Shapes: A micro-batches · B samples of each · W ranks · E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from clips.data.loader import Batch, to_device
+from clips.model.clips import Outputs
+from clips.training.engine import Engine
+from clips.training.losses import IGNORE, contrastive_loss, gather_features, world_size
+from clips.training.task import Part
+
+
+def forward_passes(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+    """Each of a step's micro-batches with what the engine gives for it: (loss, parts).
+
+    The backward pass of one must be over before the next is asked for. `batches` are those of one step of this rank.
+    """
+    if engine.run.train.contrastive == "micro" or engine.accumulation == 1:
+        for batch in batches:
+            yield batch, *engine(to_device(batch, engine.device))
+        return
+    held = list(batches)
+    random_states, outputs = zip(*(_features(engine, batch) for batch in held), strict=True)
+    targets = [engine.task.caption_targets(batch) for batch in held]
+    tokens = sum(int((ids != IGNORE).sum()) for ids in targets if ids is not None)  # on the host, where batches are
+    for batch, state, part in zip(held, random_states, parts_of_whole(outputs, tokens), strict=True):
+        state.replay()
+        yield batch, *engine(to_device(batch, engine.device), part)
+
+
+class RandomState:
+    """The random numbers that a forward pass on `device` would draw from now on, to be drawn again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(torch.empty(0, device=device))
+
+    def replay(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+
+def _features(engine: Engine, batch: Batch) -> tuple[RandomState, Outputs]:
+    state = RandomState(engine.device)
+    return state, engine.features(to_device(batch, engine.device))
+
+
+def parts_of_whole(outputs: Sequence[Outputs], tokens: int) -> list[Part]:
+    """What each micro-batch's second pass is told of the whole batch. Collective.
+
+    `outputs`: of this rank's micro-batches, without graph. `tokens`: of all their captions.
+
+    Gradients are scaled so that their mean over micro-batches and ranks, which the engine takes, is the gradient of
+    the whole batch's loss. Rows of one micro-batch are compared with all columns at a time: similarities take
+    B × A·W·B numbers, not their A-fold.
+    """
+    count, own, ranks = len(outputs), len(outputs[0].image_features), world_size()
+    columns = zip(*([out.image_features, *out.text_features] for out in outputs), strict=True)
+    whole = [gather_features(torch.cat(column)).requires_grad_() for column in columns]  # [W·A·B, E], rank 0's first
+    scale = outputs[0].logit_scale.clone().requires_grad_()
+    mine = (dist.get_rank() if ranks > 1 else 0) * count * own
+    places = [slice(first, first + own) for first in range(mine, mine + count * own, own)]
+    values = []
+    for place in places:
+        rows = [features[place] for features in whole]
+        value = contrastive_loss(rows, whole, scale, place.start)
+        value.backward()
+        # One that is not finite makes all so: the samples to be named are those whose own features are not.
+        its_own = torch.stack([*(x.sum() for x in rows), scale.sum()]).detach().sum()
+        values.append(torch.where(value.isfinite(), value, 0 * its_own).detach())
+    sums = [features.grad for features in whole]
+    tokens_of_all = scale.new_tensor(float(tokens), requires_grad=False)
+    for x in [*sums, tokens_of_all] if ranks > 1 else []:
+        dist.all_reduce(x)
+    return [
+        Part([*(x[place] for x in sums), scale.grad / count], value, (tokens_of_all / (count * ranks)).clamp(min=1))
+        for place, value in zip(places, values, strict=True)
+    ]

@@ -1,0 +1,82 @@
+"""train.contrastive: accumulated steps of every kind under DeepSpeed against plain torch, which has no engine at all.
+
+"global" must give what one whole batch gives, "micro" the average of the micro-batches' own gradients.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, random_model, run_python
+from grad_cache_worker import BATCH, CASES, CPU, MICRO, STEPS, Case, a_run, samples, without_bf16
+
+from clips.data.loader import to_device
+from clips.training.engine import build_optimizer, parameter_groups
+from clips.training.task import Task
+
+WORKER = ROOT / "tests" / "grad_cache_worker.py"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    """(ranks, what the worker found)."""
+    out: Path = tmp_path_factory.mktemp("grad_cache") / "out.pt"
+    done = run_python(WORKER, out, ranks=request.param)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, torch.load(out, weights_only=True)
+
+
+def by_hand(case: Case, size: int) -> dict[str, Any]:
+    """Three steps in plain torch, without an engine: the mean of the gradients of batches of `size`, then the step."""
+    torch._dynamo.config.disable = True  # as the engine does: Muon's kernels are decorated with torch.compile
+    without_bf16()
+    run = a_run(case, accumulation=1)
+    task, logged = Task(random_model(run), run), []
+    optimizer = build_optimizer(parameter_groups(task, run.optim), run.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-2 if group["name"] == "muon" else 1e-2
+    for step in range(STEPS):
+        means: dict[str, float] = {}
+        for begin in range(0, BATCH, size):
+            loss, parts = task(to_device(samples(case, step, begin, begin + size), CPU))
+            (loss * size / BATCH).backward()
+            for name, value in parts.items():
+                means[name] = means.get(name, 0.0) + value.item() * size / BATCH
+        optimizer.step()
+        optimizer.zero_grad()
+        logged.append(means)
+    return {"weights": {name: p.detach().clone() for name, p in task.model.named_parameters()}, "logged": logged}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_accumulated_steps_are_those_of_the_plain_gradient(found: tuple[int, dict], case: Case) -> None:
+    ranks, results = found
+    result, expected = results[case.name], by_hand(case, BATCH if case.contrastive == "global" else MICRO * ranks)
+    begun = random_model(a_run(case, 1))
+    assert result["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        assert (result["weights"][name] - value).abs().max() < 1e-5, name
+    assert (expected["weights"]["logit_scale"] - begun.logit_scale).abs() > 1e-3
+    for logged, means in zip(result["logged"], expected["logged"], strict=True):
+        assert logged == pytest.approx(means, rel=1e-5)
+
+
+def test_the_two_modes_learn_differently(found: tuple[int, dict]) -> None:
+    _, results = found
+    for kind in ("adamw", "muon"):
+        both = [results[Case(0, kind, contrastive=mode).name]["weights"] for mode in ("micro", "global")]
+        assert (both[0]["visual.proj.weight"] - both[1]["visual.proj.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(
+    found: tuple[int, dict], stage: int
+) -> None:
+    ranks, results = found
+    finite = [[True] * (BATCH // (MICRO * ranks)) for _ in range(ranks)]
+    finite[-1][1] = False
+    assert results[f"poisoned{stage}"] == {"finite": finite, "agreed": False}
