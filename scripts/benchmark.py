@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure here: attention, data, loader, start-up, sentences, training against open_clip, loss memory, checkpoints."""
+"""Measure here: attention, data, loader, start-up, sentences, training, loss memory, accumulation, checkpoints."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from clips.common.errors import run_command
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parts = ("attention", "data", "loader", "startup", "sentences", "train", "chunk", "checkpoint")
+    parts = ("attention", "data", "loader", "startup", "sentences", "train", "chunk", "gradcache", "checkpoint")
     p.add_argument("what", choices=parts, help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")

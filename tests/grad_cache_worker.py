@@ -17,6 +17,7 @@ from conftest import random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
+from clips.data.loader import to_device
 from clips.training.engine import Engine
 from clips.training.grad_cache import forward_passes
 from clips.training.task import Task
@@ -134,11 +135,30 @@ def poisoned(stage: int) -> dict[str, Any]:
     return {"finite": ranks, "agreed": agreed.finite}
 
 
+def replayed(stage: int) -> dict[str, bool]:
+    """Whether both passes of each micro-batch gave the same features, in a model that draws random numbers."""
+    case = Case(stage, "adamw")
+    run = a_run(case, BATCH // (MICRO * dist.get_world_size()))
+    model, features = random_model(run), []
+    model.visual.blocks[0].mlp.act = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Dropout(0.5))
+    model.register_forward_hook(lambda module, inputs, out: features.append(out.image_features.detach()))
+    engine = Engine(Task(model, run), run, CPU, {"zero_optimization": {"stage": stage}})
+    batches = list(micro_batches(case, engine, 0))
+    take_step(engine, batches)
+    first, second = features[: len(batches)], features[len(batches) :]
+    engine.features(to_device(batches[-1], CPU))
+    return {
+        "same": all(torch.equal(*pair) for pair in zip(first, second, strict=True)),
+        "random": not torch.equal(second[-1], features[-1]),
+    }
+
+
 def main(out: str) -> None:
     init_distributed(CPU)
     without_bf16()
     results: dict[str, Any] = {case.name: train(case) for case in CASES}
     results |= {f"poisoned{stage}": poisoned(stage) for stage in (0, 3)}
+    results |= {f"replayed{stage}": replayed(stage) for stage in (0, 3)}
     if dist.get_rank() == 0:
         torch.save(results, out)
     shutdown()

@@ -1,7 +1,7 @@
 """What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
-The loader against bare decoding, and opening many shards, are in data_speed.py beside this file; how is measured, in
-measuring.py.
+The loader against bare decoding, and opening many shards, are in data_speed.py beside this file; accumulation is in
+accumulation.py; how is measured, in measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -40,6 +40,7 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
+from clips.studies.accumulation import accumulation_rows
 from clips.studies.data_speed import loader_rows, startup_rows
 from clips.studies.measuring import PeakMemory, Row, fastest, in_child
 from clips.studies.sentence_set import captions, score
@@ -72,6 +73,7 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, shards: in
         "startup": lambda: startup_rows(shards),
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
+        "gradcache": lambda: accumulation_rows(on, repeats),
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
     }[what]
     rows = run()

@@ -86,7 +86,7 @@ def parts_of_whole(outputs: Sequence[Outputs], tokens: int) -> list[Part]:
         its_own = torch.stack([*(x.sum() for x in rows), scale.sum()]).detach().sum()
         values.append(torch.where(value.isfinite(), value, 0 * its_own).detach())
     sums = [features.grad for features in whole]
-    tokens_of_all = scale.new_tensor(float(tokens), requires_grad=False)
+    tokens_of_all = torch.full((), float(tokens), device=scale.device)  # filled there: nothing waits for the device
     for x in [*sums, tokens_of_all] if ranks > 1 else []:
         dist.all_reduce(x)
     return [

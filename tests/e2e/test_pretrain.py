@@ -175,6 +175,10 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tm
     assert done.code == 0, done.text
     assert "3 steps × 8" in done.text
     assert not (tmp_path / "out").exists()
+    assert "contrasts" not in done.text
+    settings = ("--set", "train.accumulation=2", "train.contrastive=global")
+    done = run(python(SCRIPT, "--debug", "--dry-run", "--output-dir", tmp_path / "out", *shards, *settings))
+    assert "all 2 micro-batches of a step" in done.text, done.text
 
 
 # It is killed, stopped, and goes on
@@ -235,6 +239,27 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert not list((out / "r/checkpoints").glob(".*"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         files = [folder / "r/checkpoints" / f"step-{LAST_STEP:08d}" / name for folder in (out, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_a_run_contrasted_over_whole_batches_resumes_bit_for_bit(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """From its middle: what came after a checkpoint is taken away, as if it had been killed."""
+    flags = ("--recipe", "s16", "--debug", "--name", "r", "--samples", "32", *shards, "--set", "train.precision=fp32")
+    settings = ("train.accumulation=2", "train.contrastive=global", "train.checkpoint_every=16", "train.log_every=1")
+    settings = (*settings, "train.keep_checkpoints=99")
+    done = run(python(SCRIPT, *flags, *settings, "--output-dir", tmp_path / "whole"))
+    assert done.code == 0, done.text
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    kept, *later = sorted((out / "r/checkpoints").glob("step-*"))[2:]
+    for path in later:
+        shutil.rmtree(path)
+    (out / "r/LATEST").write_text(kept.name)
+    done = run(python(SCRIPT, *flags, *settings, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert f"{kept.name} (" in done.text, "goes on from the middle"
+    assert trace(out / "r") == trace(tmp_path / "whole/r")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "r/checkpoints" / later[-1].name / name for folder in (out, tmp_path / "whole")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, run_python, tiny_batch, tiny_run
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
-from clips.studies import benchmark, data_speed
+from clips.studies import accumulation, benchmark, data_speed
 
 CPU = torch.device("cpu")
 
@@ -95,6 +95,19 @@ def test_chunk_command_finds_the_saving(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     whole, *chunked = json.loads(out.read_text())["rows"]
     assert all(row["peak_MB"] < 0.7 * whole["peak_MB"] for row in chunked)
+
+
+@pytest.mark.slow
+def test_accumulation_is_measured_to_save_memory_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulation, "MICRO_BATCHES", (8,))
+    (row,) = accumulation.accumulation_rows(CPU, 1)
+    assert (row["micro_batches"], row["samples"]) == (8, 256)
+    assert row["batches_MB"] == pytest.approx(256 * (3 * 64 * 64 + 8 * (32 + 16 + 48)) / 1e6)
+    for mode in ("micro", "global"):
+        assert row[f"{mode}_peak_MB"] < 0.7 * row["one_batch_peak_MB"], mode
+    assert row["global / micro"] * row["micro_ms"] == pytest.approx(
+        row["micro_ms"] + row["extra / towers"] * row["towers_ms"]
+    )
 
 
 CHECKPOINT_ROW = """

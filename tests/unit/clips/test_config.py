@@ -73,6 +73,7 @@ def test_samples_and_steps_count_whole_batches() -> None:
         ("train.compile=1", r"config\.train\.compile must be bool"),
         ("train.precision=fp64", r"train\.precision = 'fp64' is not known; choose one of: auto, bf16, fp32"),
         ("train.accumulation=0", r"train\.accumulation must be at least 1"),
+        ("train.contrastive=all", r"train\.contrastive = 'all' is not known; choose one of: micro, global"),
         ("optim.kind=sgd", r"optim\.kind = 'sgd' is not known; choose one of: adamw, muon"),
         ("optim.betas=[0.9]", r"optim\.betas must have 2 items, found 1"),
         ("optim.betas=0.9", r"optim\.betas must be a list"),
