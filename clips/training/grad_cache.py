@@ -90,6 +90,6 @@ def parts_of_whole(outputs: Sequence[Outputs], tokens: int) -> list[Part]:
     for x in [*sums, tokens_of_all] if ranks > 1 else []:
         dist.all_reduce(x)
     return [
-        Part([*(x[place] for x in sums), scale.grad / count], value, (tokens_of_all / (count * ranks)).clamp(min=1))
+        Part([*(x[place] for x in sums), scale.grad / count], value, tokens_of_all.clamp(min=1) / (count * ranks))
         for place, value in zip(places, values, strict=True)
     ]

@@ -25,7 +25,7 @@ from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
-from clips.model.flops import BatchShape, training_flops
+from clips.model.flops import BatchShape, forward_flops, training_flops
 from clips.recipes import RECIPES
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
@@ -212,7 +212,11 @@ def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: in
     for phase in run.phases:
         todo = max(0, phase.steps * phase.batch_size - done)
         done = max(0, done - phase.steps * phase.batch_size)
-        seconds += todo * sum(training_flops(run.model, usual_shape(run, phase), run.train.freeze).values()) / speed
+        flops = sum(training_flops(run.model, usual_shape(run, phase), run.train.freeze).values())
+        if run.train.contrastive == "global" and run.train.accumulation > 1:  # the towers pass twice
+            forward = forward_flops(run.model, usual_shape(run, phase))
+            flops += forward["vision"] + forward["text"]
+        seconds += todo * flops / speed
     return seconds
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_python
 
 from clips.common.errors import UserError
@@ -202,6 +203,21 @@ def test_the_plan_says_what_another_batch_size_did_to_the_rate(flags: str, line:
 
     run = pretrain(*flags.split())
     assert phase_line(run, run.phases[0], samples=1, ranks=1).splitlines()[-1] == line
+
+
+def test_the_estimate_counts_the_towers_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clips.training import prepare
+
+    monkeypatch.setattr(prepare, "peak_flops", lambda *_: (1e12, ""))
+
+    def seconds(mode: str, accumulation: int) -> float:
+        run = pretrain(
+            "--set", "train.precision=fp32", f"train.contrastive={mode}", f"train.accumulation={accumulation}"
+        )
+        return prepare.estimated_seconds(run, torch.device("cpu"), 1, 0)
+
+    assert seconds("global", 1) == seconds("micro", 1) == seconds("micro", 4)
+    assert 1.05 < seconds("global", 4) / seconds("micro", 4) < 4 / 3
 
 
 def test_the_warm_up_keeps_its_share_of_a_shorter_run() -> None:
