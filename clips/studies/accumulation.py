@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from clips.common.runtime import has_bf16, init_distributed
-from clips.config import Contrastive, RunConfig
+from clips.config import Contrastive, Precision, RunConfig
 from clips.data.loader import Batch, to_device
 from clips.model.clips import CLIPSModel
 from clips.recipes import recipe
@@ -47,7 +47,7 @@ def a_run(device: torch.device, count: int, size: int, contrastive: Contrastive)
     """The demo in `count` micro-batches of `size` samples."""
     run = recipe("demo")
     phase = replace(run.phases[0], batch_size=count * size, samples=count * size)
-    precision = "bf16" if has_bf16(device) else "fp32"
+    precision: Precision = "bf16" if has_bf16(device) else "fp32"
     train = replace(run.train, accumulation=count, contrastive=contrastive, precision=precision)
     return replace(run, phases=(phase,), train=train)
 

@@ -77,19 +77,19 @@ def parts_of_whole(outputs: Sequence[Outputs], tokens: int) -> list[Part]:
     scale = outputs[0].logit_scale.clone().requires_grad_()
     mine = (dist.get_rank() if ranks > 1 else 0) * count * own
     places = [slice(first, first + own) for first in range(mine, mine + count * own, own)]
-    values = []
+    sums, scale_sum, values = [torch.zeros_like(features) for features in whole], torch.zeros_like(scale), []
     for place in places:
         rows = [features[place] for features in whole]
         value = contrastive_loss(rows, whole, scale, place.start)
-        value.backward()
+        for total, gradient in zip([*sums, scale_sum], torch.autograd.grad(value, [*whole, scale]), strict=True):
+            total += gradient
         # One that is not finite makes all so: the samples to be named are those whose own features are not.
-        its_own = torch.stack([*(x.sum() for x in rows), scale.sum()]).detach().sum()
+        its_own = torch.stack([*(x.sum() for x in rows), scale.sum()]).sum()
         values.append(torch.where(value.isfinite(), value, 0 * its_own).detach())
-    sums = [features.grad for features in whole]
     tokens_of_all = torch.full((), float(tokens), device=scale.device)  # filled there: nothing waits for the device
     for x in [*sums, tokens_of_all] if ranks > 1 else []:
         dist.all_reduce(x)
     return [
-        Part([*(x[place] for x in sums), scale.grad / count], value, tokens_of_all.clamp(min=1) / (count * ranks))
+        Part([*(x[place] for x in sums), scale_sum / count], value, tokens_of_all.clamp(min=1) / (count * ranks))
         for place, value in zip(places, values, strict=True)
     ]

@@ -251,8 +251,8 @@ def print_plan(
     table.add_row(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
-    if (parts := run.train.accumulation) > 1:
-        over = {"micro": f"each of {parts} micro-batches by itself", "global": f"all {parts} micro-batches of a step"}
+    if (count := run.train.accumulation) > 1:
+        over = {"micro": f"each of {count} micro-batches by itself", "global": f"all {count} micro-batches of a step"}
         table.add_row("  contrasts", f"{over[run.train.contrastive]} (train.contrastive={run.train.contrastive})")
     table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
     shares = sum(part.share for part in run.data.mix)

@@ -76,16 +76,16 @@ class Task(nn.Module):
             else:
                 outputs = zip([*features, out.logit_scale], part.gradients, strict=True)
                 contrastive, value = torch.stack([(x * gradient).sum() for x, gradient in outputs]).sum(), part.value
-        loss, value_of_all = self.config.contrastive_weight * contrastive, self.config.contrastive_weight * value
+        loss, whole_value = self.config.contrastive_weight * contrastive, self.config.contrastive_weight * value
         parts = {"contrastive_loss": value, "logit_scale": out.logit_scale.detach()}
-        if targets is not None:
-            head, chunk = self.model.captioner.head, self.config.caption_chunk
-            total, count = caption_loss(out.caption_states, targets, head, chunk)
+        captioner = self.model.captioner
+        if captioner is not None and targets is not None:
+            total, count = caption_loss(out.caption_states, targets, captioner.head, self.config.caption_chunk)
             caption_mean = mean_over_ranks(total, count) if part is None else total / part.tokens
             loss = loss + self.config.caption_weight * caption_mean
             parts["caption_loss"] = caption_mean.detach()
-            value_of_all = value_of_all + self.config.caption_weight * parts["caption_loss"]
-        return loss, parts | {"loss": value_of_all}
+            whole_value = whole_value + self.config.caption_weight * parts["caption_loss"]
+        return loss, parts | {"loss": whole_value}
 
 
 def _texts(batch: dict[str, Any]) -> list[Tensor]:
