@@ -25,8 +25,8 @@ class Part(NamedTuple):
     """What a micro-batch's loss is told of the whole batch. Means are over micro-batches and ranks."""
 
     gradients: list[Tensor]
-    """With respect to the image features, each text's features [B, E], and the temperature [1]; their surrogate losses
-    average to the contrastive loss of the whole batch, as far as gradients go."""
+    """Of the contrastive loss, with respect to the image features and each text's [B, E], and the temperature [1]:
+    Σ ⟨output, its gradient⟩ averages to a loss that has the gradient of the whole batch's."""
     value: Tensor
     """Of the contrastive loss: averages to that of the whole batch."""
     tokens: Tensor
