@@ -168,7 +168,11 @@ class Engine:
 
     @property
     def model(self) -> CLIPSModel:
-        return self.engine.module.model
+        return self.task.model
+
+    @property
+    def task(self) -> Task:
+        return self.engine.module
 
     def set_lr(self, lr: float, muon_lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from clips.common.errors import CommandError, NotFiniteError, UserError
 from clips.common.escape import for_terminal
 from clips.common.files import write_json
+from clips.common.peaks import peak_flops
 from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
@@ -30,10 +31,12 @@ from clips.model.clips import CLIPSModel
 from clips.training import watchdog
 from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
-from clips.training.log import Meter, RunLog
+from clips.training.log import RunLog
+from clips.training.meter import Meter
 from clips.training.prepare import (
     Options,
     check_ranks_agree,
+    compute_dtype,
     open_run_dir,
     prepare_data,
     print_plan,
@@ -113,7 +116,9 @@ def pretrain(run: RunConfig, options: Options) -> None:
         if beginning is not None:
             beginning.save(options.run_dir)
         run.save(options.run_dir / "config.json")
-        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
+        speed, of_what = peak_flops(device, compute_dtype(run))
+        peak = {"peak_tflops": speed / 1e12, "peak_of": of_what}
+        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts | peak)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
@@ -146,7 +151,8 @@ def _train(
     # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
     has_own_forward = engine.stage < 3 and not run.train.compile
     own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
-    meter = Meter(engine.device, state, own_time)
+    peak, _ = peak_flops(engine.device, compute_dtype(run))
+    meter = Meter(engine.device, state, own_time, peak=peak)
 
     def read_on() -> Generator[Batch, None, None]:
         return meter.timed(make_loader(
@@ -229,7 +235,7 @@ def _accumulate(
         loss, parts = engine(to_device(batch, engine.device))
         seen.append((loss.detach(), batch["keys"]))
         engine.backward(loss)
-        meter.add(parts, batch["skipped"])
+        meter.add(parts, batch["skipped"], engine.task.flops(batch))
         if micro < run.train.accumulation - 1:
             engine.step()
     return seen

@@ -204,9 +204,14 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 EFFICIENCY = {"cpu": 0.7, "cuda": 0.35}
 
 
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """In which the matrix products are."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+
+
 def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
     """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
-    peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
+    peak, _ = peak_flops(device, compute_dtype(run))
     speed = peak * EFFICIENCY[device.type] * ranks
     seconds = 0.0
     for phase in run.phases:

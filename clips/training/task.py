@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
+from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
-from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks
+from clips.training.losses import IGNORE, caption_loss, gather_features, info_nce, mean_over_ranks, world_size
 
 
 class Task(nn.Module):
@@ -27,7 +28,7 @@ class Task(nn.Module):
     def __init__(self, model: CLIPSModel, run: RunConfig) -> None:
         super().__init__()
         self.model = model
-        self.config = run.task
+        self.config, self.freeze = run.task, run.train.freeze
         if run.train.precision == "auto":
             raise ValueError("train.precision is not decided yet: see clips.training.prepare.with_precision")
         self.bf16 = run.train.precision == "bf16"
@@ -38,6 +39,19 @@ class Task(nn.Module):
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return self._loss(batch, images)
+
+    def flops(self, batch: dict[str, Any]) -> int:
+        """Of the forward and backward pass over `batch`, which may be on the host (clips/model/flops.py)."""
+        caption = batch.get("caption") if self.model.captioner is not None else None
+        shape = BatchShape(
+            samples=len(batch["images"]),
+            image_size=batch["images"].shape[-1],
+            texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
+            caption=0 if caption is None else caption.shape[1],
+            predicted=0 if caption is None else int(word_slots(caption, self.model.text.pad_id)[:, 1:].sum()),
+            world_size=world_size(),
+        )
+        return sum(training_flops(self.model.config, shape, self.freeze).values())
 
     def _loss(self, batch: dict[str, Any], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         texts = [batch[name] for name in ("web", "sub") if name in batch]

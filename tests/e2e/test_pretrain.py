@@ -106,6 +106,7 @@ def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], t
         assert [line["step"] for line in trace(run_dir)] == [1, 2, 3]
         assert [line["step"] for line in trace(run_dir, "eval")] == [3]
         assert ("caption_loss" in trace(run_dir)[0]) == (name != "clip_baseline")
+        assert all(line["mfu"] > 0 for line in lines(run_dir) if line["kind"] == "train")
         for shown in (f"recipe {name}", "parameters", "writes to", "% of the time spent waiting for data", "Next:"):
             assert shown in done.text
         assert f"python scripts/evaluate_clips.py --model {run_dir}" in done.text
