@@ -92,11 +92,11 @@ def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
 
 def checkpoint_classes() -> list[type]:
     """What DeepSpeed's checkpoints hold beside tensors and plain values: settings and addresses, which run nothing."""
-    deepspeed = import_deepspeed()
+    library = import_deepspeed()
     return [
-        deepspeed.runtime.zero.config.ZeroStageEnum,
-        deepspeed.runtime.fp16.loss_scaler.LossScaler,
-        deepspeed.utils.fragment_address,
+        library.runtime.zero.config.ZeroStageEnum,
+        library.runtime.fp16.loss_scaler.LossScaler,
+        library.utils.fragment_address,
     ]
 
 
