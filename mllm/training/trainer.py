@@ -269,8 +269,12 @@ class LlavaTrainer(Trainer):
         # The Trainer would look for a whole model, under file names of its own.
         with restoring(Path(resume_from_checkpoint)):
             saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
-            if {name: t.shape for name, t in saved.items()} != {name: p.shape for name, p in own.items()}:
+            if saved.keys() != own.keys():
                 raise UserError(f"{TRAINED} holds other parameters than those that train")
+            for name, parameter in own.items():
+                found, needed = tuple(saved[name].shape), tuple(parameter.shape)
+                if found != needed:
+                    raise UserError(f"{TRAINED}: {name} has shape {found}, this model needs {needed}")
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
 
