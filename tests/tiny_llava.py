@@ -95,6 +95,7 @@ def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProces
 def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: str | Path) -> tuple[int, str]:
     """A command of scripts/ as its user starts it, but in this process; returns its exit code and what it said."""
     monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "400")  # no path is broken over lines
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     said = io.StringIO()
     with (

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError, first_line
 from clips.common.hub import WEIGHT_FILES
+from clips.common.tensors import unpickling_reason
 
 BAR_FROM = 2 * 2**30
 """Bytes of weights that take long enough to read or write for a progress bar."""
@@ -35,7 +36,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
-            f"({first_line(error)})"
+            f"({unpickling_reason(error)})"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,11 +70,17 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({first_line(error)}). "
-            "Nothing in it was run"
+            f"{path} was refused: it is not a plain file of tensors and may hold pickled code "
+            f"({unpickling_reason(error)}). Nothing in it was run"
         ) from None
     except Exception as error:  # torch's reader raises nearly every built-in exception on hostile bytes
         raise UserError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
+
+
+def unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """What torch found; the rest of its message tells the reader how to run the code."""
+    found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
+    return found[0] if found else first_line(error)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, check_complete, loading
 from mllm.model.original import refuse_original
@@ -29,6 +30,11 @@ def load_llava(
     """
     directory = resolve(name, "model")
     refuse_original(directory, "model")
+    kind = read_json(Path(directory) / "config.json").get("model_type")
+    if kind != "llava":
+        raise UserError(
+            f"model: {directory} is of kind {kind}, and only a LLaVA-style model (llava) can be loaded here"
+        )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.

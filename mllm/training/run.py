@@ -22,7 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
-from clips.common.errors import Stopped
+from clips.common.errors import Stopped, reporting
 from clips.common.escape import for_rich
 from clips.common.files import write_atomically, write_json
 from clips.common.profile import profiled
@@ -82,7 +82,8 @@ def run_stage(flags: TrainArguments) -> None:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero_stage(process.deepspeed)):
                 if process.is_main:
-                    write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
+                    with reporting(f"stage {stage.number} is trained, and its results cannot be written to {run_dir}"):
+                        write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
             if dist.is_initialized():
                 dist.barrier()  # no rank ends, and takes the group down, while rank 0 writes
             print_summary(summary, stage.number, process.console)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import bomb
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
+from tiny_original import write_base, write_lora, write_tower
 from tiny_serve import write_models
 
 from clips.common.files import check_seal, seal
@@ -136,19 +138,41 @@ def as_bin(directory: Path, target: Path, mark: Path) -> Path:
     return target
 
 
+def native_with_a_pickle(models: Path, target: Path, mark: Path) -> Path:
+    """An encoder of this project, with a pickle for weights."""
+    shutil.copytree(models / "runs/clips-demo/export/native", target)
+    bomb.write_pickle(target / "model.safetensors", mark)
+    return target
+
+
+def adapter_with_a_pickle(root: Path, mark: Path) -> Path:
+    """LoRA adapters of the original LLaVA on a model beside them."""
+    write_tower(root / "tower")
+    write_base(root / "base")
+    lora, _ = write_lora(root)
+    bomb.plant(lora / "adapter_model.bin", mark)
+    return lora
+
+
+def filled(word: str, made: dict[str, Callable[[], Path]]) -> str:
+    """A word of a command in which a name stands for what is made for it."""
+    prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
+    return f"{prefix}{made[name]()}" if name in made else word
+
+
 ROUTES = {
     "resume": ("pretrain_clips.py", "--debug", "--device", "cpu", "--resume", "FILE"),
-    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "FILE"),
-    "convert": ("convert.py", "FILE", "out"),
-    "convert a model": ("convert.py", "VIT", "out", "--to", "native"),
+    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "VIT"),
+    "convert": ("convert.py", "VIT", "out"),
+    "adapter": ("convert.py", "LORA", "out", "--to", "transformers", "--base", "BASE", "--vision-tower", "TOWER"),
     "projector": ("train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "FILE", "--output_dir", "runs/x"),
     "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
     "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
     "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
-    "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--encoder", "FILE"),
-    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model-path", "LLAVA"),
-    "export": ("export_gguf.py", "LLAVA", "out.gguf"),
+    "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--encoder", "NATIVE"),
+    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model-path", "LLAVA", "--question-file", "q.jsonl"),
+    "export": ("export_gguf.py", "--model", "LLAVA", "--output", "out"),
 }
 
 
@@ -162,16 +186,19 @@ def test_row_23_a_pickle_on_every_route(
     made["LLM"] = lambda: as_bin(place / "llm", tmp_path / "llm", mark)
     made["VIT"] = lambda: as_bin(place / "runs/clips-demo/export/hf_vit", tmp_path / "vit", mark)
     made["LLAVA"] = lambda: as_bin(models / "runs/llava/model", tmp_path / "llava", mark)
+    made["NATIVE"] = lambda: native_with_a_pickle(models, tmp_path / "native", mark)
+    made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
+    made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
     script, *words = ROUTES[route]
-    for name, make in made.items():
-        if any(word.removeprefix("hf:") == name for word in words):
-            planted = str(make())
-            words = [word.replace(name, planted) if word.removeprefix("hf:") == name else word for word in words]
-    where = models if script in ("chat.py", "serve.py", "evaluate_llava.py") else place
+    words = [filled(word, made) for word in words]
+    (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
+    where = models if script in ("chat.py", "serve.py") else place
     code, said = command(where, monkeypatch, script, *words)
     assert code == 2, said
     assert str(tmp_path) in said
+    assert route == "resume" or "pickled code" in said or "is damaged" in said  # --resume takes directories alone
     assert "Traceback" not in said
+    assert "weights_only" not in said  # torch's own message says how to run the code
     assert not (where / "out").exists()
 
 
@@ -214,10 +241,8 @@ def test_row_24_a_model_that_asks_for_its_own_code(
         "VIT": place / "runs/clips-demo/export/hf_vit",
         "LLAVA": models / "runs/llava/model",
     }
-    for name, source in sources.items():
-        if any(word.removeprefix("hf:") == name for word in words):
-            planted = str(with_code(source, tmp_path / name, mark, "foreign"))
-            words = [word.replace(name, planted) if word.removeprefix("hf:") == name else word for word in words]
+    made = {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
+    words = [filled(word, made) for word in words]
     code, said = command(models if script in ("chat.py", "serve.py") else place, monkeypatch, script, *words)
     assert code == 2, said
     assert "Traceback" not in said
