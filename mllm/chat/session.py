@@ -170,8 +170,11 @@ class ChatSession:
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
         if unread:
-            # One after the other: of a decoded picture only what the encoder sees is kept.
-            pixels = [image_pixels(self.model.processor.image_processor, decoded(image)) for image in unread]
+            pixels = []
+            for image in unread:  # one after the other: of a decoded picture only what the encoder sees is kept
+                if streamer.is_cancelled():
+                    return 0
+                pixels.append(image_pixels(self.model.processor.image_processor, decoded(image)))
             inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
         cache = self._prefix.take(model.config.get_text_config())
         # The state of the random numbers is put back: a seed of one talk does not repeat another's answers.

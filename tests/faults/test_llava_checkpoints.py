@@ -68,7 +68,7 @@ def test_row_2_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypa
 def test_row_4_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system itself refuses to write beyond some bytes of a file, here in the optimizer's."""
     run_dir = kept(whole, tmp_path / "run")
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
     limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     full = start(place, "-c", limited, TRAIN, *FLAGS, "--output_dir", run_dir)
     assert full.returncode == 1, full.stderr[-3000:]
