@@ -21,6 +21,9 @@ NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
 
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For loaders whose report `check_complete` reads: of weights that do not fit, they would raise without the shapes."""
+
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
@@ -75,7 +78,7 @@ def _weight_bytes(place: Path) -> int | None:
 
 
 def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
-    """Raise UserError when `from_pretrained(…, output_loading_info=True)` left weights at random values.
+    """Raise UserError when `from_pretrained(…, **REPORTED)` left weights at random values.
 
     `allowed` are prefixes of parameters that nothing here uses.
     """

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.stock import NO_CODE, check_complete, loading
+from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
@@ -43,7 +43,7 @@ def load_llava(
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
+            directory, dtype=dtype, attn_implementation="eager" if slow else None, **REPORTED
         )
         model, info = loaded
     check_complete(info, "model", directory)

@@ -11,6 +11,7 @@ from pathlib import Path
 import bomb
 import pytest
 import torch
+from launched import small_data
 from safetensors.torch import load_file
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
 from tiny_original import write_base, write_lora, write_tower
@@ -161,8 +162,8 @@ def filled(word: str, made: dict[str, Callable[[], Path]]) -> str:
 
 
 ROUTES = {
-    "resume": ("pretrain_clips.py", "--debug", "--device", "cpu", "--resume", "FILE"),
-    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "VIT"),
+    "resume": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--resume", "FILE"),
+    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
     "convert": ("convert.py", "VIT", "out"),
     "adapter": ("convert.py", "LORA", "out", "--to", "transformers", "--base", "BASE", "--vision-tower", "TOWER"),
     "projector": ("train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "FILE", "--output_dir", "runs/x"),
@@ -190,7 +191,8 @@ def test_row_23_a_pickle_on_every_route(
     made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
     made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
     script, *words = ROUTES[route]
-    words = [filled(word, made) for word in words]
+    own = small_data(tmp_path / "data") if "DATA" in words else ()
+    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
     (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
     where = models if script in ("chat.py", "serve.py") else place
     code, said = command(where, monkeypatch, script, *words)
@@ -225,7 +227,7 @@ REMOTE = {
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
     "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
     "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
-    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", "VIT"),
+    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
     "convert": ("convert.py", "VIT", "out"),
 }
 
@@ -236,13 +238,14 @@ def test_row_24_a_model_that_asks_for_its_own_code(
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks at a terminal, where it is let
     script, *words = REMOTE[route]
+    own = small_data(tmp_path / "data") if "DATA" in words else ()
     sources = {
         "LLM": place / "llm",
         "VIT": place / "runs/clips-demo/export/hf_vit",
         "LLAVA": models / "runs/llava/model",
     }
     made = {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
-    words = [filled(word, made) for word in words]
+    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
     code, said = command(models if script in ("chat.py", "serve.py") else place, monkeypatch, script, *words)
     assert code == 2, said
     assert "Traceback" not in said

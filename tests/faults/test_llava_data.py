@@ -48,7 +48,7 @@ def image_id(place: Path) -> int:
 def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and counted, never a row without labels, no picture cut; one with nothing to learn is named or left out."""
     answer = "two dogs and a red cat " * 20
-    late = [("a red cat " * 20, "cat"), ("<image> " + "And?", answer)]
+    late = [("a red cat", "cat"), ("<image> And?", answer)]
     records = [conversation(f"{i}.png", [("What is it?", answer)]) for i in range(6)]
     records += [conversation(None, late) | {"id": "late", "image": "6.png"}]
     records += [conversation("7.png", [("What?", "cat")])]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from launched import small_data
 from tiny_llava import ALIGN, INSTRUCT, command, write_place
 from tiny_serve import write_models
 
@@ -52,7 +53,15 @@ def encoder(place: Path, models: Path, root: Path) -> tuple[list[str], tuple[str
 def init_from(place: Path, models: Path, root: Path) -> tuple[list[str], tuple[str, str]]:
     vit = shutil.copytree(place / "runs/clips-demo/export/hf_vit", root / "vit")
     shapes = widened(vit / "model.safetensors", "patch_embeddings.projection.weight")
-    return ["pretrain_clips.py", "--debug", "--device", "cpu", "--init-from", str(vit)], shapes
+    return [
+        "pretrain_clips.py",
+        "--debug",
+        "--device",
+        "cpu",
+        *small_data(root / "data"),
+        "--init-from",
+        str(vit),
+    ], shapes
 
 
 def language_model(place: Path, models: Path, root: Path) -> tuple[list[str], tuple[str, str]]:
