@@ -51,20 +51,20 @@ def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark:
     """The real launcher on two ranks: a sealed checkpoint with code in it is refused; without, all is bit-equal."""
     whole, stage = place / "runs" / f"zero{zero}", "align" if zero == 2 else "instruct"
     done = launch(place, WORKER, "keep", "2", *ZERO[zero], "--output_dir", str(whole))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     kept = whole.with_name(f"{whole.name}-kept")
     planted = shutil.copytree(kept, whole.with_name("planted"), dirs_exist_ok=True)
     checkpoint = planted / stage / "checkpoint-2"
     bomb.plant(checkpoint / "global_step2" / PLANTED[zero], mark)
     seal(checkpoint)
     refused = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(planted))
-    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert refused.returncode == 2, refused.stderr
     assert f"{PLANTED[zero]} was refused" in refused.stderr
     assert "Nothing in it was run" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not mark.exists()
     resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(kept))
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.returncode == 0, resumed.stderr
     assert "goes on from" in resumed.stderr
     assert losses(kept) == losses(whole)
     first, second = results(whole), results(kept)
