@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 
 from llava_worker import stop_in_step
-from tiny_llava import ALIGN, INSTRUCT, TRAIN, build, launch, losses, results, run, write_place
+from tiny_mllm import write_llm
+from tiny_llava import ALIGN, INSTRUCT, TRAIN, build, conversation, launch, losses, results, run, write_place
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.files import MANIFEST
