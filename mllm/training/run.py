@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
+from clips.common.errors import reporting
 from clips.common.escape import for_rich
 from clips.common.files import write_atomically, write_json
 from clips.common.profile import profiled
@@ -32,7 +33,7 @@ from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
-from mllm.training.checkpoints import newest
+from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters, learning_rates, llava_of
 from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
@@ -47,7 +48,7 @@ from mllm.training.trainer import (
     TrainingModel,
     training_arguments,
 )
-from mllm.training.zero import check_engine, deepspeed_config, fitted, whole, zero_stage
+from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, fitted, whole, zero_stage
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -82,7 +83,8 @@ def run_stage(flags: TrainArguments) -> None:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero_stage(process.deepspeed)):
                 if process.is_main:
-                    write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
+                    with reporting(f"stage {stage.number} is trained, and its results cannot be written to {run_dir}"):
+                        write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
             if dist.is_initialized():
                 dist.barrier()  # no rank ends, and takes the group down, while rank 0 writes
             print_summary(summary, stage.number, process.console)
@@ -152,12 +154,14 @@ def train(
     trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
+        classes = checkpoint_classes() if process.deepspeed else None
+        check_content(checkpoint, deepspeed=classes, world_size=process.world_size)
         process.console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
         r2 = fit_to_captions(arguments, prepared, collator, process.device)
         process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
-    first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    first_step = step_of(checkpoint) if checkpoint else 0
     with (
         naming_lost_ranks(lambda: trainer.state.global_step + 1),
         profiled(stage_dir / "profile", arguments.profile, process.device) as profiler,
