@@ -6,16 +6,19 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     raise        decoding raises what no code expects, in a worker of the loader
     spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
     spikes       of that step and all after it
+    record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +49,14 @@ def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"images": batch["images"].flip(0), "caption": torch.where(caption > 4, words, caption)}
 
 
+def recorded(file: Path, batch: dict[str, Any]) -> dict[str, Any]:
+    line = json.dumps({"positions": batch["positions"], "keys": batch["keys"]}) + "\n"
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())  # at once: several ranks write here
+    os.close(descriptor)
+    return batch
+
+
 def late(*arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
     for batch in real_loader(*arguments, **named):
         time.sleep(SECONDS)
@@ -68,6 +79,9 @@ def main() -> None:
             Preprocess.decoded = raising
         elif flags.fault == "slow":
             loop.make_loader = late
+        elif flags.fault == "record":
+            file = Path(flags.output_dir) / flags.name / "keys.jsonl"
+            loop.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
             loop.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
