@@ -74,13 +74,18 @@ def test_the_uninterrupted_run(whole: Path, shards: tuple[str, ...]) -> None:
     assert state(whole / "r")["samples"] == 8 * LAST_STEP
 
 
+def times(run_dir: Path) -> dict[Path, int]:
+    """When each file was written last; the lock says who holds it, even for a moment."""
+    return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (whole / "r").rglob("*") if path.is_file()}
+    before = times(whole / "r")
     done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", whole))
     assert done.code == 0, done.text
     assert "Next:" in done.text
     assert "phase" not in done.text
-    assert {path: path.stat().st_mtime_ns for path in (whole / "r").rglob("*") if path.is_file()} == before
+    assert times(whole / "r") == before
 
 
 def test_row_01_killed_in_a_step_and_resumed_equals_uninterrupted_bit_for_bit(
