@@ -21,7 +21,7 @@ NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
 
-REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """For loaders whose report `check_complete` reads: of weights that do not fit, they would raise without the shapes."""
 
 
