@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, run_group
 from tiny_mllm import pictures, write_llm, write_run
 from torch import Tensor
@@ -68,20 +69,25 @@ def build(place: Path) -> LlavaForConditionalGeneration:
 
 
 @contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
-    """A stage that trains in this process takes over how signals are handled; after it they are as before."""
+def process_kept() -> Iterator[None]:
+    """A command takes over signals, sets RANK and the like, joins a process group; after it all is as before."""
     before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    environment = dict(os.environ)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(environment)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """One stage in this process."""
     monkeypatch.chdir(place)
-    with signals_kept():
+    with process_kept():
         run_stage(parse_train_arguments(list(flags)))
 
 
@@ -100,7 +106,7 @@ def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: s
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     said = io.StringIO()
     with (
-        signals_kept(),
+        process_kept(),
         contextlib.redirect_stderr(said),
         contextlib.redirect_stdout(said),
         pytest.raises(SystemExit) as ended,

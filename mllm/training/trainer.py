@@ -290,6 +290,7 @@ class LlavaTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.is_deepspeed_enabled or self.optimizer is None:
             return
+        assert self.optimizer is not None  # super has just filled it
         states = self.optimizer.state.items()
         if not states or any(s[name].shape != p.shape for p, s in states for name in ("exp_avg", "exp_avg_sq")):
             raise UserError(f"{OPTIMIZER} holds the state of other parameters")
