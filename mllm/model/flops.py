@@ -1,9 +1,9 @@
 """What training steps of a LLaVA model compute, in floating-point operations, from shapes alone.
 
-A multiply-add counts twice. As `torch.utils.flop_counter`, matrix products, convolutions and attention are counted. Not
-counted is what is computed a second time to save memory, and what a step runs and does not use: an encoder's pooler, and
-the zero picture that a batch without pictures sends through the encoder (mllm/model/forward.py). Of a mixture of experts
-every expert is counted, although a token sees few of them.
+A multiply-add counts twice. As `torch.utils.flop_counter`, matrix products, convolutions and attention are counted.
+Not counted is what is computed a second time to save memory, and what a step runs and does not use: an encoder's
+pooler, and the zero picture that a batch without pictures sends through the encoder (mllm/model/forward.py). Of a
+mixture of experts every expert is counted, although a token sees few of them.
 """
 
 from __future__ import annotations

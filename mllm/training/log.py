@@ -83,13 +83,14 @@ class Work:
     def rates(self, *, samples: float, flops: float, seconds: float) -> dict[str, float]:
         """`samples` of all ranks and `flops` of one, as a line of the log names them."""
         speed = samples / seconds
-        return {
-            "samples_per_s": round(speed, 3),
-            "samples_per_s_per_gpu": round(speed / self.world_size, 3),
-            "tflops": round(flops / seconds / 1e12, 4),
-            "mfu": round(flops / seconds / self.peak, 4),
-            "peak_memory_gb": round(peak_memory_gb(self.device), 2),
+        rates = {
+            "samples_per_s": speed,
+            "samples_per_s_per_gpu": speed / self.world_size,
+            "tflops": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak,
+            "peak_memory_gb": peak_memory_gb(self.device),
         }
+        return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
 class MetricsLog(TrainerCallback):
