@@ -1,14 +1,14 @@
 """Bytes of one rank at the fullest moment of a step, from shapes: weights, optimizer, DeepSpeed's buffers, activations.
 
 What is counted is what torch's allocator hands out (`torch.cuda.max_memory_allocated`), not what a CUDA context and the
-allocator's gaps take beside it. `python scripts/plan_run.py --calibrate` measures the same here; docs/planning.md has the
-figures. What is assumed:
+allocator's gaps take beside it. `python scripts/plan_run.py calibrate` measures the same here, see docs/planning.md.
+What is assumed:
 
-- Activations are what autograd keeps (tests/unit/clips/test_memory.py counts it): of a block, per token, unit of width
-  and element of e bytes, 8 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), q, k and v (3),
-  the inputs of GELU and fc2 (2 · mlp_ratio). A GPU's autocast normalises in fp32, 4 bytes more. Attention with plain
-  products, as on a CPU in bf16, keeps its probabilities; a fused kernel with a mask of its own for each query keeps
-  that. With activation checkpointing a block keeps its input alone, and one block at a time is whole again.
+- Activations are what autograd keeps, which tests/unit/clips/test_memory.py counts: of a block, per token, unit of
+  width and element of e bytes, 8 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), q, k and
+  v (3), the inputs of GELU and fc2 (2 · mlp_ratio). A GPU's autocast normalises in fp32, 4 bytes more. Attention with
+  plain products, as on a CPU in bf16, keeps its probabilities; a fused kernel with a mask of its own for each query
+  keeps that. With activation checkpointing a block keeps its input alone, and one block at a time is whole again.
 - In the backward pass activations go as gradients come, from the captioner over the texts to the image tower.
 - DeepSpeed's buffers are of the size that its settings give them (reduce_bucket_size, max_live_parameters), which is
   2 GB and more whatever the model's size.
@@ -231,12 +231,15 @@ class Usage:
     optimizer: int
     buffers: int
     batch: int
-    gradients_and_activations: int
+    """Pictures, and with GradCache the features of the whole step."""
+    working: int
+    """Gradients, activations, and the bf16 copies of the weights."""
     host: int
+    """In the machine's memory, and no part of `total`."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.buffers + self.batch + self.gradients_and_activations
+        return self.weights + self.optimizer + self.buffers + self.batch + self.working
 
 
 def usage(
@@ -288,6 +291,6 @@ def usage(
         optimizer=on_rank.optimizer,
         buffers=on_rank.buffers,
         batch=batch * (accumulation if whole_step else 1) + features,
-        gradients_and_activations=fullest,
+        working=fullest,
         host=on_rank.host,
     )
