@@ -107,19 +107,26 @@ def memory_of(run: RunConfig, phase: PhaseConfig, machine: Machine, engine: str,
     return usage(run, shape, "cuda", settings, accumulation=accumulation, whole_step=accumulation > 1)
 
 
-def cuts(phase: PhaseConfig, gpus: int, at_least: int) -> Iterable[int]:
-    """The numbers of micro-batches that a step can be cut into, from `at_least` on."""
-    share = phase.batch_size // gpus
-    return (count for count in range(at_least, share + 1) if share % count == 0)
+def fits(run: RunConfig, phases: Sequence[PhaseConfig], machine: Machine, engine: str) -> list[Fit] | None:
+    """Each phase with the largest micro-batch that lets all of `phases` fit, none larger than the run's own.
 
-
-def fit(run: RunConfig, phase: PhaseConfig, machine: Machine, engine: str) -> Fit | None:
-    """With the largest micro-batch that fits, none larger than the run's own; None where not even one sample does."""
-    for count in cuts(phase, machine.gpus, run.train.accumulation):
-        found = memory_of(run, phase, machine, engine, count)
-        if found.total <= machine.card.usable:
-            return Fit(engine, count, micro_batch_size(phase, count, machine.gpus), found)
+    All are cut into as many micro-batches, since a run has one `train.accumulation`. None where not even one sample
+    at a time fits.
+    """
+    for count in cuts(phases, machine.gpus, run.train.accumulation):
+        found = [memory_of(run, phase, machine, engine, count) for phase in phases]
+        if all(usage.total <= machine.card.usable for usage in found):
+            return [
+                Fit(engine, count, micro_batch_size(phase, count, machine.gpus), usage)
+                for phase, usage in zip(phases, found, strict=True)
+            ]
     return None
+
+
+def cuts(phases: Sequence[PhaseConfig], gpus: int, at_least: int) -> Iterable[int]:
+    """The numbers of micro-batches that a step of each phase can be cut into, from `at_least` on."""
+    most = min(phase.batch_size for phase in phases) // gpus
+    return (n for n in range(at_least, most + 1) if not any(phase.batch_size % (gpus * n) for phase in phases))
 
 
 def plan(run: RunConfig, machine: Machine, *, engine: str | None = None, strict: bool = True) -> Plan:
@@ -132,21 +139,15 @@ def plan(run: RunConfig, machine: Machine, *, engine: str | None = None, strict:
         run = replace(run, train=replace(run.train, precision="bf16"))
     for phase in run.phases:
         micro_batch_size(phase, run.train.accumulation, machine.gpus)
-    engines = (engine,) if engine else ENGINES
-    tried = {name: [fit(run, phase, machine, name) for phase in run.phases] for name in engines}
-    whole = {name: fits for name, fits in tried.items() if all(fits)}
-    if not whole:
+    tried = {name: fits(run, run.phases, machine, name) for name in ((engine,) if engine else ENGINES)}
+    found = [chosen for chosen in tried.values() if chosen is not None]
+    if not found:
         raise UserError(_nothing_fits(run, machine, engine))
-
-    def pieces(name: str) -> int:
-        return max(found.accumulation for found in whole[name] if found is not None)
-
-    chosen = min(whole, key=lambda name: (pieces(name), engines.index(name)))
-    fits = [found for found in whole[chosen] if found is not None]
-    if strict and pieces(chosen) > run.train.accumulation:
-        raise UserError(_does_not_fit(run, machine, chosen, fits))
+    chosen = min(found, key=lambda fits: fits[0].accumulation)  # of equals the first
+    if strict and chosen[0].accumulation > run.train.accumulation:
+        raise UserError(_does_not_fit(run, machine, chosen))
     parameters = count_parameters(run.model, run.optim, run.train.freeze)
-    phases = [_timed(run, phase, found, machine, parameters) for phase, found in zip(run.phases, fits, strict=True)]
+    phases = [_timed(run, phase, found, machine, parameters) for phase, found in zip(run.phases, chosen, strict=True)]
     return Plan(run, machine, parameters, phases)
 
 
@@ -180,21 +181,20 @@ def collective_bytes(run: RunConfig, phase: PhaseConfig, found: Fit, gpus: int, 
     return moved + 3 * features  # gathered, and their gradients all-reduced
 
 
-def _does_not_fit(run: RunConfig, machine: Machine, engine: str, fits: Sequence[Fit]) -> str:
+def _does_not_fit(run: RunConfig, machine: Machine, chosen: Sequence[Fit]) -> str:
     lines = []
-    for phase, found in zip(run.phases, fits, strict=True):
-        asked = memory_of(run, phase, machine, engine, run.train.accumulation)
+    for phase, found in zip(run.phases, chosen, strict=True):
+        asked = memory_of(run, phase, machine, found.engine, run.train.accumulation)
         micro = micro_batch_size(phase, run.train.accumulation, machine.gpus)
-        line = f"  phase {phase.name}: {asked.total / 1e9:.0f} GB with micro-batches of {micro:,}"
-        if asked.total > machine.card.usable:
-            line += f"; fits: {found.accumulation} × {found.micro:,}, {found.usage.total / 1e9:.0f} GB"
-        lines.append(line)
-    most = max(found.accumulation for found in fits)
+        lines.append(
+            f"  phase {phase.name}: {asked.total / 1e9:.0f} GB with micro-batches of {micro:,}; "
+            f"{found.usage.total / 1e9:.0f} GB with {found.accumulation} of {found.micro:,}"
+        )
     return (
-        f"{run.recipe} does not fit {machine.gpus} × {machine.card.name} of {machine.card.memory_gb:g} GB "
-        f"({machine.card.usable / 1e9:.0f} GB usable) with ds_configs/{engine}.json:\n"
+        f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable) with "
+        f"ds_configs/{chosen[0].engine}.json:\n"
         + "\n".join(lines)
-        + f"\nGive --set train.accumulation={most}"
+        + f"\nGive --set train.accumulation={chosen[0].accumulation}"
         + ("" if run.train.activation_checkpointing else " or --set train.activation_checkpointing=true")
         + ", or more --gpus"
     )
@@ -202,16 +202,17 @@ def _does_not_fit(run: RunConfig, machine: Machine, engine: str, fits: Sequence[
 
 def _nothing_fits(run: RunConfig, machine: Machine, engine: str | None) -> str:
     name = engine or ENGINES[-1]
-    phase = max(run.phases, key=lambda phase: phase.image_size)
-    single = max(cuts(phase, machine.gpus, run.train.accumulation))
-    least = memory_of(run, phase, machine, name, single)
-    others = "another --ds-config, " if engine else ""
+    single = max(cuts(run.phases, machine.gpus, run.train.accumulation))
+    needs = [(memory_of(run, phase, machine, name, single), phase) for phase in run.phases]
+    least, phase = max(needs, key=lambda pair: pair[0].total)
     return (
-        f"{run.recipe} does not fit a {machine.card.name} of {machine.card.memory_gb:g} GB "
-        f"({machine.card.usable / 1e9:.0f} GB usable): with ds_configs/{name}.json and one sample at a time phase "
-        f"{phase.name} needs {least.total / 1e9:.0f} GB ({least.weights / 1e9:.1f} weights, "
-        f"{least.optimizer / 1e9:.1f} optimizer, {least.buffers / 1e9:.1f} DeepSpeed's buffers). Try {others}more "
-        "--gpus, a --kind with more memory, or a smaller reduce_bucket_size in the engine's settings"
+        f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable): with ds_configs/{name}.json "
+        f"and steps cut into {single:,} micro-batches phase {phase.name} still needs {least.total / 1e9:.0f} GB "
+        f"({least.weights / 1e9:.1f} weights, {least.optimizer / 1e9:.1f} optimizer, {least.buffers / 1e9:.1f} "
+        f"DeepSpeed's buffers, {least.batch / 1e9:.1f} pictures and features, {least.working / 1e9:.1f} gradients, activations and "
+        "logits). Try "
+        + ("another --engine, " if engine else "")
+        + "more --gpus, a --kind with more memory, or a smaller batch"
     )
 
 
@@ -229,8 +230,8 @@ def memory_rows(run: RunConfig, machine: Machine) -> list[list[str]]:
             for phase in run.phases:
                 asked = memory_of(changed, phase, machine, engine, run.train.accumulation)
                 row.append(f"{asked.total / 1e9:.1f}" + ("" if asked.total <= machine.card.usable else " ✗"))
-                found = fit(changed, phase, machine, engine)
-                row.append(f"{found.accumulation} × {found.micro:,}" if found else "–")
+                found = fits(changed, [phase], machine, engine)
+                row.append(f"{found[0].accumulation} × {found[0].micro:,}" if found else "–")
             row.append(f"{asked.host / 1e9 * min(machine.gpus, PER_MACHINE):.0f}" if asked.host else "–")
             rows.append(row)
     return rows
@@ -285,7 +286,8 @@ def assumptions(machine: Machine) -> list[str]:
         f"{PER_MACHINE} and of {card.network_gb_s:g} GB/s between machines, none of it behind computation",
         f"offload: {PCIE / 1e9:.0f} GB/s to the machine's memory, {HOST_MEMORY / 1e9:.0f} GB/s of it for AdamW's "
         "28 bytes a parameter",
-        "accumulation: the contrastive loss runs over the whole step (GradCache), one more forward pass of the towers",
+        "accumulation: the contrastive loss runs over the whole step (GradCache), one more forward "
+        "pass of the towers; the logits of a rank's rows are held whole",
     ]
 
 

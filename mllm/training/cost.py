@@ -200,7 +200,7 @@ def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None
     print(f"{hours:,.0f} GPU hours{machine.cost(hours)}", *_assumptions(machine), sep="\n")
     print(
         f"assumed, captions: {PROMPT} tokens of instruction and {CAPTION} of caption; generating runs at "
-        f"{GENERATION:.0%} of --mfu, since it reads weights and cache for every token; one copy of the model on each GPU, in bf16"
+        f"{GENERATION:.0%} of --mfu, since each token reads weights and cache; one copy of the model a GPU, in bf16"
     )
 
 
