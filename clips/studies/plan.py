@@ -209,8 +209,8 @@ def _nothing_fits(run: RunConfig, machine: Machine, engine: str | None) -> str:
         f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable): with ds_configs/{name}.json "
         f"and steps cut into {single:,} micro-batches phase {phase.name} still needs {least.total / 1e9:.0f} GB "
         f"({least.weights / 1e9:.1f} weights, {least.optimizer / 1e9:.1f} optimizer, {least.buffers / 1e9:.1f} "
-        f"DeepSpeed's buffers, {least.batch / 1e9:.1f} pictures and features, {least.working / 1e9:.1f} gradients, activations and "
-        "logits). Try "
+        f"DeepSpeed's buffers, {least.batch / 1e9:.1f} pictures and features, {least.working / 1e9:.1f} "
+        "gradients, activations and logits). Try "
         + ("another --engine, " if engine else "")
         + "more --gpus, a --kind with more memory, or a smaller batch"
     )
