@@ -195,7 +195,7 @@ def towers(name: str, device: torch.device, *, tiny: bool) -> list[Row]:
     run = recipe(SIZES[name])
     run = debug_twin(run) if tiny else run
     run = replace(run, train=replace(run.train, precision="bf16" if has_bf16(device) else "fp32"))
-    largest, rows = 0, []
+    largest, rows = 0, list[Row]()
     for what, (kind, compiled) in KINDS.items():
         if compiled and device.type == "cpu":
             continue  # minutes of a C++ compiler

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
 
 from clips.common.cards import BUS, PER_MACHINE, Machine
@@ -18,7 +19,7 @@ from clips.common.errors import UserError
 from clips.common.plain import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.training.arguments import ResolvedArguments, TrainArguments
-from mllm.training.freeze import apply_freeze, count_parameters
+from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.plan import memory_estimate_gb, steps_of
 from mllm.training.stages import STAGES, freeze_table
@@ -55,13 +56,13 @@ class Planned:
     """A model to be."""
 
     language_model: str
-    vision: Mapping[str, int]
-    """Fields of ViTConfig."""
+    vision: Mapping[str, Any]
+    """Fields of ViTConfig, all of them numbers."""
     lora: bool
-    bits: int
+    bits: Literal[4, 8, 16]
 
     @classmethod
-    def of(cls, language_model: str, vision: Mapping[str, int], *, lora: bool, bits: int) -> Planned:
+    def of(cls, language_model: str, vision: Mapping[str, Any], *, lora: bool, bits: Literal[4, 8, 16]) -> Planned:
         """UserError for a language model that is not known."""
         if language_model not in LANGUAGE_MODELS:
             known = ", ".join(LANGUAGE_MODELS)
@@ -80,8 +81,9 @@ class Planned:
         text = LlamaConfig(**LANGUAGE_MODELS[self.language_model])
         config = LlavaConfig(vision_config=ViTConfig(**self.vision), text_config=text)
         with torch.device("meta"):
-            model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
-        return model.requires_grad_(False)
+            model: nn.Module = LlavaForConditionalGeneration(config)
+        model.to(torch.bfloat16).requires_grad_(False)
+        return llava_of(model)
 
     def flops(self, model: LlavaForConditionalGeneration) -> LlavaFlops:
         size = self.vision["image_size"]

@@ -19,6 +19,7 @@ from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
 
+pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 
 

@@ -17,6 +17,7 @@ from clips.studies.gpu_report import towers
 from clips.training.engine import Engine
 from clips.training.task import Task
 
+pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 STAGES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}]
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}

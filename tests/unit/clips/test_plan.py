@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+import torch
+from conftest import ROOT, random_model, run_python, tiny_run
 
 from clips.common.cards import BUS, CARDS, Machine, card
 from clips.common.errors import UserError
@@ -23,7 +25,7 @@ from clips.studies.plan import (
     planning_table,
 )
 from clips.training.memory import count_parameters
-from clips.training.prepare import flops_per_sample, usual_shape
+from clips.training.prepare import flops_per_sample, most_memory, print_plan, usual_shape
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
 H100 = CARDS["h100"]
@@ -122,6 +124,17 @@ def test_the_table_of_the_docs_is_what_the_command_prints() -> None:
     table = planning_table("h100", price=2.5, mfu=0.2)
     assert table in page
     assert all(f"| `{name}` | {gpus} |" in table for name in TABLE for gpus in (8, 64))
+
+
+def test_memory_and_time_stand_in_the_plan_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run()
+    for zero, host in (({"stage": 0}, False), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, True)):
+        print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, zero)
+        said = " ".join(capsys.readouterr().err.split())
+        total = most_memory(run, "cpu", 1, zero)
+        assert f"about {(total.total + total.host) / 1e9:.1f} GB a rank at most" in said
+        assert ("the machine's" in said) == host
+        assert "time" in said
 
 
 @pytest.mark.slow
