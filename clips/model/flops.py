@@ -72,6 +72,15 @@ def training_flops(model: ModelConfig, shape: BatchShape, freeze: Freeze = "none
     return parts
 
 
+def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool) -> int:
+    """FLOPs that a step spends a second time to save memory, and that count for no MFU.
+
+    The caption head's always, those of all blocks with activation checkpointing.
+    """
+    forward = forward_flops(model, shape)
+    return sum(forward[part] for part in (("vision", "text", "captioner", "head") if checkpointing else ("head",)))
+
+
 def _blocks(width: int, layers: int, mlp_ratio: float, length: int) -> int:
     """One sequence through transformer blocks: projections, MLP, scores and their application to the values."""
     return layers * length * (8 * width**2 + 4 * width * int(width * mlp_ratio) + 4 * width * length)

@@ -92,8 +92,10 @@ def pretrain(run: RunConfig, options: Options) -> None:
     model = CLIPSModel(run.model, tokenizer.pad_id)
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
+    ds_config = read_ds_config(options.ds_config)
     if is_main:
-        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous, beginning)
+        zero, ranks = ds_config.get("zero_optimization", {}), dist.get_world_size()
+        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, zero, beginning)
     if options.dry_run:
         shutdown()
         return
@@ -102,7 +104,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
     if beginning is not None:
         state.began_with = beginning.sha256
-    engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
+    engine = Engine(Task(model, run), run, device, ds_config)
     if previous is not None:
         try:
             engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))

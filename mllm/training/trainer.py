@@ -38,6 +38,7 @@ from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.training.arguments import ResolvedArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
+from mllm.training.log import Work
 from mllm.training.zero import checkpoint_classes
 
 
@@ -142,7 +143,7 @@ class ProfileCallback(TrainerCallback):
 class LlavaTrainer(Trainer):
     """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples.
 
-    `keep` checkpoints stay.
+    `work` counts what is computed, `keep` checkpoints stay.
     """
 
     # What the Trainer holds, more closely than it says itself.
@@ -158,11 +159,11 @@ class LlavaTrainer(Trainer):
         *,
         rates: dict[str, float],
         sampler: EpochSampler,
+        work: Work,
         keep: int,
         **kwargs: Any,
     ) -> None:
-        self.rates, self.sampler, self.keep = rates, sampler, keep
-        self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)
+        self.rates, self.sampler, self.work, self.keep = rates, sampler, work, keep
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)  # MetricsLog prints
 
@@ -177,7 +178,7 @@ class LlavaTrainer(Trainer):
         return self.sampler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        self.work.add(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
