@@ -51,7 +51,7 @@ def assert_equal(run_dir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_row_2_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = place / "runs" / "killed"
     done = start(place, WORKER, "kill", "4", *FLAGS, "--output_dir", killed)
     assert done.returncode == -signal.SIGKILL
@@ -65,7 +65,7 @@ def test_row_2_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_row_4_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system itself refuses to write beyond some bytes of a file, here in the optimizer's."""
     run_dir = kept(whole, tmp_path / "run")
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
@@ -83,7 +83,7 @@ def test_row_4_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
-def test_row_5_a_damaged_checkpoint(
+def test_row_05_a_damaged_checkpoint(
     how: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = kept(whole, tmp_path / "run")
