@@ -38,6 +38,14 @@ from clips.config import (
 from clips.model.clips import CLIPSModel
 
 ROOT = Path(__file__).resolve().parent.parent
+collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
+"""Without a GPU its tests are no tests: neither skipped nor passed, but named at the end."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore_glob:
+        count = len(list((ROOT / "tests" / "gpu").glob("test_*.py")))
+        terminalreporter.write_line(f"tests/gpu: {count} files NOT RUN, torch sees no GPU here", yellow=True)
 
 
 def tiny_run(

@@ -6,21 +6,25 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     raise        decoding raises what no code expects, in a worker of the loader
     spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
     spikes       of that step and all after it
+    record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from clips.common.errors import run_command
-from clips.data import loader
+from clips.data.images import Preprocess
 from clips.training import cli, loop
 
 AT = 40
@@ -28,35 +32,41 @@ BATCH = 8
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
-real_loader, real_decode = loop.make_loader, loader.decode_image
+real_loader, real_to_device, real_decoded = loop.make_loader, loop.to_device, Preprocess.decoded
 
 
-def spoil(batch: dict[str, Any], fault: str) -> None:
+def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch on its device, with the fault if it is of a step that has it."""
     step = batch["positions"][0] // BATCH
-    if fault == "slow":
-        time.sleep(SECONDS)
-    elif step < AT or (step > AT and fault != "spikes"):
-        return
-    elif fault in ("nan", "inf"):
+    if step < AT or (step > AT and fault != "spikes"):
+        return batch
+    if fault in ("nan", "inf"):
         batch["images"][0, 0, 0, 0] = float(fault)
-    else:
-        noise = torch.Generator().manual_seed(batch["positions"][0])
-        batch["images"] = batch["images"].flip(0)
-        caption = batch["caption"]
-        words = torch.randint(5, 40, caption.shape, generator=noise)
-        batch["caption"] = torch.where(caption > 4, words, caption)
+        return batch
+    noise = torch.Generator().manual_seed(batch["positions"][0])
+    caption = batch["caption"]
+    words = torch.randint(5, 40, caption.shape, generator=noise)
+    return batch | {"images": batch["images"].flip(0), "caption": torch.where(caption > 4, words, caption)}
 
 
-def spoiled(fault: str, *arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
+def recorded(file: Path, batch: dict[str, Any]) -> dict[str, Any]:
+    line = json.dumps({"positions": batch["positions"], "keys": batch["keys"]}) + "\n"
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())  # at once: several ranks write here
+    os.close(descriptor)
+    return batch
+
+
+def late(*arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
     for batch in real_loader(*arguments, **named):
-        spoil(batch, fault)
+        time.sleep(SECONDS)
         yield batch
 
 
-def decode(data: bytes, key: str, **settings: Any) -> Any:
+def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -> Any:
     if next(calls) >= AT * BATCH // 2:  # of two ranks
         raise ZeroDivisionError(f"a defect that {key} brings out")
-    return real_decode(data, key, **settings)
+    return real_decoded(preprocess, data, key, rng)
 
 
 def main() -> None:
@@ -66,9 +76,14 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.rank in ("all", os.environ.get("RANK", "0")):
         if flags.fault == "raise":
-            loader.decode_image = decode
+            Preprocess.decoded = raising
+        elif flags.fault == "slow":
+            loop.make_loader = late
+        elif flags.fault == "record":
+            file = Path(flags.output_dir) / flags.name / "keys.jsonl"
+            loop.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
-            loop.make_loader = lambda *arguments, **named: spoiled(flags.fault, *arguments, **named)
+            loop.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 
 

@@ -22,6 +22,7 @@ from conftest import ROOT, run_group
 from PIL import Image
 
 from clips.common.runtime import unused_port
+from clips.training.log import MACHINE
 
 SCRIPT = "scripts/pretrain_clips.py"
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -136,3 +137,45 @@ def small_data(folder: Path) -> tuple[str, ...]:
     write_shard(folder / "train/1.tar", samples[40:64])
     held_out = write_shard(folder / "test.tar", samples[64:])
     return ("--data", f"{folder}/train", "--val-data", str(held_out), "--test-data", str(held_out))
+
+
+# What a run leaves
+
+
+def trace(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Every logged figure that does not depend on the machine."""
+    return [{k: v for k, v in line.items() if k not in MACHINE} for line in lines(run_dir) if line["kind"] == kind]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip() / "state.json").read_text())
+
+
+def assert_finished(run_dir: Path, *, figures: bool = True) -> None:
+    for name in ("config.json", "env.json", "metrics.jsonl", "skipped.jsonl", "LATEST", "report/index.html"):
+        assert (run_dir / name).is_file(), name
+    for name in ("native", "open_clip", "hf_vit"):
+        assert any((run_dir / "export" / name).glob("*.safetensors")), name
+    assert "<img" in (run_dir / "report/index.html").read_text()
+    assert list((run_dir / "tensorboard").iterdir())
+    if figures:
+        found = json.loads((run_dir / "evaluation.json").read_text())["figures"]
+        assert found
+        assert all(0 <= figure["value"] <= 100 for figure in found.values())
+
+
+def assert_refused(done: Done, code: int, *words: str) -> None:
+    assert done.code == code, done.text
+    assert "Traceback" not in done.text
+    for word in words:
+        assert word in done.text, f"{word!r} is not in:\n{done.text}"
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))

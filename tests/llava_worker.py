@@ -1,15 +1,20 @@
-"""Started by test_llava_train.py through the deepspeed launcher: scripts/train_llava.py, stopped by a signal.
+"""Started through the deepspeed launcher or alone: scripts/train_llava.py, to which something happens at a step.
 
-python llava_worker.py STEP [flags of train_llava.py]: rank 0 gets SIGUSR1 during optimizer step STEP.
+python llava_worker.py stop STEP [flags of train_llava.py]: rank 0 gets SIGUSR1 during optimizer step STEP.
+python llava_worker.py keep STEP [flags]: the sealed checkpoint of STEP is copied beside the run, to OUTPUT_DIR-kept.
+python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 from clips.common.errors import run_command
+from mllm.training import trainer
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.run import run_stage
 from mllm.training.trainer import LlavaTrainer
@@ -27,8 +32,34 @@ def stop_in_step(step: int, number: int = signal.SIGTERM) -> None:
     LlavaTrainer.training_step = training_step
 
 
+def at_seal(step: int, *, before: bool, act) -> None:
+    """`act(checkpoint)` before or after the checkpoint of `step` is sealed, on the rank that seals it."""
+    original = trainer.seal
+
+    def seal(directory: Path) -> None:
+        if not before:
+            original(directory)
+        if directory.name == f"checkpoint-{step}":
+            act(directory)
+        if before:
+            original(directory)
+
+    trainer.seal = seal
+
+
+def keep(checkpoint: Path) -> None:
+    """Copy the run, as far as it is, to a place of its own."""
+    run_dir = checkpoint.parents[1]
+    shutil.copytree(run_dir, run_dir.with_name(f"{run_dir.name}-kept"))
+
+
 if __name__ == "__main__":
     local_rank = [word for word in sys.argv[1:] if word.startswith("--local_rank")]  # the launcher puts it first
-    step, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    stop_in_step(int(step), signal.SIGUSR1)
+    what, step, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if what == "stop":
+        stop_in_step(int(step), signal.SIGUSR1)
+    elif what == "keep":
+        at_seal(int(step), before=False, act=keep)
+    else:
+        at_seal(int(step), before=True, act=lambda _: os.kill(os.getpid(), signal.SIGKILL))
     sys.exit(run_command(lambda: run_stage(parse_train_arguments([*flags, *local_rank]))))

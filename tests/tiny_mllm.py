@@ -10,7 +10,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
 
 from clips.config import (
     CaptionsConfig,
@@ -26,8 +33,10 @@ from clips.config import (
 from clips.model.clips import CLIPSModel
 from clips.weights.hf_vit import write_hf_vit
 from mllm.encoders.registry import load_vision
+from mllm.model.flops import LlavaFlops
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
+from mllm.training.log import Work
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -139,6 +148,17 @@ def write_llava(root: Path, *, context: int) -> None:
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)
     save_model(model, processor, root / "runs" / "llava" / "model", vision=vision, card={})
+
+
+def tiny_work() -> Work:
+    """What counts the work of a stage that trains a tiny LLaVA model, of which there are only the shapes."""
+    vision = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=100)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    model.model.vision_tower.requires_grad_(False)
+    flops = LlavaFlops(model, image_size=224, image_tokens=4, features=True)
+    return Work(flops, torch.device("cpu"), torch.float32, world_size=1)
 
 
 def pictures(directory: Path, count: int, *, seed: int = 0) -> list[str]:

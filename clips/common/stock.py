@@ -13,12 +13,16 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError, first_line
 from clips.common.hub import WEIGHT_FILES
+from clips.common.tensors import unpickling_reason
 
 BAR_FROM = 2 * 2**30
 """Bytes of weights that take long enough to read or write for a progress bar."""
 NO_CODE = {"trust_remote_code": False}
 """For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
 class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
+
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For loaders whose report `check_complete` reads: of weights that do not fit, they would raise without the shapes."""
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
-            f"({first_line(error)})"
+            f"({unpickling_reason(error)})"
         ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
@@ -74,7 +78,7 @@ def _weight_bytes(place: Path) -> int | None:
 
 
 def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
-    """Raise UserError when `from_pretrained(…, output_loading_info=True)` left weights at random values.
+    """Raise UserError when `from_pretrained(…, **REPORTED)` left weights at random values.
 
     `allowed` are prefixes of parameters that nothing here uses.
     """

@@ -8,8 +8,12 @@ and weights that do not fit the model are refused by name, with both shapes.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from clips.common.errors import UserError, first_line
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 SHOWN = 5
 """Names listed in an error message before "and N more"."""
 
@@ -34,17 +39,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} was refused: it is not a plain file of tensors and may hold pickled code ({first_line(error)}). "
-            "Nothing in it was run. Convert it to .safetensors where you trust it."
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or is not a weight file: {error}") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or is not a weight file: {first_line(error)}") from None
+    try:
+        content = read_torch(path)
+    except UserError as error:
+        raise UserError(f"{error}. Convert it to .safetensors where you trust it.") from None
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -55,6 +58,45 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if wrong:
         raise UserError(f"{path} holds no weights: {_listed(wrong)} are not tensors")
     return tensors
+
+
+def read_torch(path: Path, *, mapped: bool = False) -> Any:
+    """What a torch file holds: tensors, plain values, instances of the classes that `only_data` lets in.
+
+    `mapped` leaves the tensors' values on the disk, if the file's format allows. UserError for a file that is damaged
+    or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was refused: it is not a plain file of tensors and may hold pickled code "
+            f"({unpickling_reason(error)}). Nothing in it was run"
+        ) from None
+    except Exception as error:  # torch's reader raises nearly every built-in exception on hostile bytes
+        raise UserError(f"{path} is damaged or is not a torch file: {first_line(error)}") from None
+
+
+def unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """What torch found; the rest of its message tells the reader how to run the code."""
+    found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
+    return found[0] if found else first_line(error)
+
+
+@contextmanager
+def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
+    """Inside, no `torch.load` of this process runs what a file says, not even one of another library's.
+
+    `classes` may be in the files too: as an instance, by its attributes.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
+    os.environ[FORCE] = "1"  # torch's own switch, stronger than the `weights_only=False` that DeepSpeed passes
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            yield
+    finally:
+        os.environ.pop(FORCE)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ class BatchShape:
     predicted: int = 0
     """Caption tokens that are predicted, over all samples; without padding."""
     world_size: int = 1
-    """Ranks whose features the contrastive loss sees."""
+    """Ranks whose features the contrastive loss sees; times the micro-batches, where it sees all of a step."""
 
 
 def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
@@ -70,6 +70,15 @@ def training_flops(model: ModelConfig, shape: BatchShape, freeze: Freeze = "none
             parts[name] = forward[name] + shape.samples * texts * 2 * width * model.embed_dim
             parts["captioner"] -= _prefix(model, shape).get(name, 0)
     return parts
+
+
+def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool) -> int:
+    """FLOPs that a step spends a second time to save memory, and that count for no MFU.
+
+    The caption head's always, those of all blocks with activation checkpointing.
+    """
+    forward = forward_flops(model, shape)
+    return sum(forward[part] for part in (("vision", "text", "captioner", "head") if checkpointing else ("head",)))
 
 
 def _blocks(width: int, layers: int, mlp_ratio: float, length: int) -> int:

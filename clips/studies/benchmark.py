@@ -45,8 +45,8 @@ from clips.studies.data_speed import loader_rows, startup_rows
 from clips.studies.measuring import PeakMemory, Row, fastest, in_child
 from clips.studies.sentence_set import captions, score
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
-from clips.training.log import Meter
 from clips.training.losses import IGNORE, caption_loss
+from clips.training.meter import Meter
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState

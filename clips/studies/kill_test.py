@@ -241,9 +241,9 @@ def compare(here: Path, there: Path) -> list[str]:
             first = next((a for a, b in zip(one, other, strict=False) if a != b), (one + other)[-1])
             differences.append(f"{kind} lines from step {first['step']} on ({len(one)} against {len(other)})")
     for what, read in (("checkpoints", _checkpoints), ("evaluations", _figures), ("exports", _exports)):
-        one, other = read(here), read(there)
-        changed = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
-        if changed or not one:
+        ours, theirs = read(here), read(there)
+        changed = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+        if changed or not ours:
             differences.append(f"{what}: {', '.join(changed) or 'none'}")
     return differences
 

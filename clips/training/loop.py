@@ -15,6 +15,7 @@ import torch.distributed as dist
 from clips.common.errors import CommandError, NotFiniteError, UserError
 from clips.common.escape import for_terminal
 from clips.common.files import write_json
+from clips.common.peaks import peak_flops
 from clips.common.profile import Profiler, profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.rundir import has_report, is_finished, read_metrics
@@ -32,10 +33,12 @@ from clips.training import watchdog
 from clips.training.engine import Agreed, Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
 from clips.training.grad_cache import forward_passes
-from clips.training.log import Meter, RunLog
+from clips.training.log import RunLog
+from clips.training.meter import Meter
 from clips.training.prepare import (
     Options,
     check_ranks_agree,
+    compute_dtype,
     open_run_dir,
     prepare_data,
     print_plan,
@@ -91,8 +94,10 @@ def pretrain(run: RunConfig, options: Options) -> None:
     model = CLIPSModel(run.model, tokenizer.pad_id)
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
+    ds_config = read_ds_config(options.ds_config)
     if is_main:
-        print_plan(run, model, len(source), options.run_dir, device, dist.get_world_size(), previous, beginning)
+        zero, ranks = ds_config.get("zero_optimization", {}), dist.get_world_size()
+        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, zero, beginning)
     if options.dry_run:
         shutdown()
         return
@@ -101,7 +106,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     state = previous.state if previous is not None else TrainState(seed=run.train.seed)
     if beginning is not None:
         state.began_with = beginning.sha256
-    engine = Engine(Task(model, run), run, device, read_ds_config(options.ds_config))
+    engine = Engine(Task(model, run), run, device, ds_config)
     if previous is not None:
         try:
             engine.state.restore_optimizer(previous.optimizer(), optimizer_steps(run, state))
@@ -115,7 +120,9 @@ def pretrain(run: RunConfig, options: Options) -> None:
         if beginning is not None:
             beginning.save(options.run_dir)
         run.save(options.run_dir / "config.json")
-        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts)
+        speed, of_what = peak_flops(device, compute_dtype(run))
+        peak = {"peak_tflops": speed / 1e12, "peak_of": of_what}
+        write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts | peak)
     log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
@@ -148,7 +155,8 @@ def _train(
     # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
     has_own_forward = engine.stage < 3 and not run.train.compile
     own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
-    meter = Meter(engine.device, state, own_time)
+    peak, _ = peak_flops(engine.device, compute_dtype(run))
+    meter = Meter(engine.device, state, own_time, peak=peak)
 
     def read_on() -> Generator[Batch, None, None]:
         return meter.timed(make_loader(
@@ -232,7 +240,7 @@ def _accumulate(
     for micro, (batch, loss, parts) in enumerate(forward_passes(engine, of_step)):
         seen.append((parts["loss"], batch["keys"]))
         engine.backward(loss)
-        meter.add(parts, batch["skipped"])
+        meter.add(parts, batch["skipped"], engine.task.flops(batch))
         if micro < run.train.accumulation - 1:
             engine.step()
     return seen

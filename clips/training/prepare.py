@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,14 @@ from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import has_bf16
 from clips.config import PhaseConfig, RunConfig, difference
+from clips.data.loader import micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
-from clips.model.flops import BatchShape, forward_flops, training_flops
+from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.recipes import RECIPES
+from clips.training.memory import Usage, usage
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -199,25 +203,36 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-#: Share of a large matrix product's speed that training is taken to reach: measured on the demo for the CPU (0.7 to
-#: 0.9), a usual figure for GPUs.
-EFFICIENCY = {"cpu": 0.7, "cuda": 0.35}
+#: Share of the device's peak that training is taken to reach: measured on the demo for the CPU (0.7 to 0.9); for GPUs
+#: what others publish: 13 % (open_clip, B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (a compiled ViT-S, H100).
+EFFICIENCY = {"cpu": 0.7, "cuda": 0.2}
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """In which the matrix products are."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
 
 
 def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
     """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
-    peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
+    peak, _ = peak_flops(device, compute_dtype(run))
     speed = peak * EFFICIENCY[device.type] * ranks
     seconds = 0.0
     for phase in run.phases:
         todo = max(0, phase.steps * phase.batch_size - done)
         done = max(0, done - phase.steps * phase.batch_size)
-        flops = sum(training_flops(run.model, usual_shape(run, phase), run.train.freeze).values())
-        if run.train.contrastive == "global" and run.train.accumulation > 1:  # the towers pass twice
-            forward = forward_flops(run.model, usual_shape(run, phase))
-            flops += forward["vision"] + forward["text"]
-        seconds += todo * flops / speed
+        seconds += todo * flops_per_sample(run, phase) / speed
     return seconds
+
+
+def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
+    """All that one sample costs in a step, what is computed a second time included."""
+    shape = usual_shape(run, phase)
+    repeated = repeated_flops(run.model, shape, checkpointing=run.train.activation_checkpointing)
+    if run.train.contrastive == "global" and run.train.accumulation > 1:  # the towers pass twice
+        forward = forward_flops(run.model, shape)
+        repeated += forward["vision"] + forward["text"]
+    return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
 def usual_shape(run: RunConfig, phase: PhaseConfig) -> BatchShape:
@@ -229,6 +244,31 @@ def usual_shape(run: RunConfig, phase: PhaseConfig) -> BatchShape:
     return BatchShape(1, phase.image_size, texts, caption, predicted=max(0, caption - 1))
 
 
+def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
+    """A micro-batch of `samples` whose texts and captions all have full length: what memory has to be there for."""
+    text, captioner = run.model.text, run.model.captioner
+    clip = run.task.objective == "clip"
+    caption = captioner.length if captioner is not None and not clip else 0
+    return BatchShape(
+        samples=samples,
+        image_size=phase.image_size,
+        texts=(text.context_length,) * (1 if clip else 2),
+        caption=caption,
+        predicted=samples * max(0, caption - 1),
+        world_size=ranks,
+    )
+
+
+def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]) -> Usage:
+    """Of one rank, in the phase that takes most."""
+    usages = []
+    for phase in run.phases:
+        micro = micro_batch_size(phase, run.train.accumulation, ranks)
+        whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
+        usages.append(usage(run, fullest_shape(run, phase, micro, ranks), device, zero, whole_step=whole_step))
+    return max(usages, key=lambda found: found.total)
+
+
 def duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
@@ -236,9 +276,9 @@ def duration(seconds: float) -> str:
 
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None, beginning: Beginning | None = None,
+    previous: checkpoint.Checkpoint | None, zero: Mapping[str, Any], beginning: Beginning | None = None,
 ) -> None:  # fmt: skip
-    """What is about to happen, before it happens."""
+    """What is about to happen, before it happens; `zero`: the `zero_optimization` of the engine's settings."""
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
@@ -268,6 +308,14 @@ def print_plan(
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
     table.add_row("time", f"about {duration(estimated_seconds(run, device, ranks, done))} (rough)")
+    memory = most_memory(run, device.type, ranks, zero)
+    host = f", {memory.host / 1e9:.1f} GB of them the machine's" if memory.host else ""
+    table.add_row(
+        "memory",
+        f"about {(memory.total + memory.host) / 1e9:.1f} GB a rank at most{host}: "
+        f"{memory.weights / 1e9:.1f} weights, {memory.optimizer / 1e9:.1f} optimizer, "
+        f"{memory.working / 1e9:.1f} gradients and activations, {memory.buffers / 1e9:.1f} DeepSpeed's buffers",
+    )
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))

@@ -17,8 +17,16 @@ from torch import Tensor, nn
 
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel, Outputs
+from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
-from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks
+from clips.training.losses import (
+    IGNORE,
+    caption_loss,
+    contrastive_loss,
+    gather_features,
+    mean_over_ranks,
+    world_size,
+)
 
 
 class Part(NamedTuple):
@@ -39,7 +47,9 @@ class Task(nn.Module):
     def __init__(self, model: CLIPSModel, run: RunConfig) -> None:
         super().__init__()
         self.model = model
-        self.config = run.task
+        self.config, self.freeze = run.task, run.train.freeze
+        self.contrasted = run.train.accumulation if run.train.contrastive == "global" else 1
+        """Micro-batches that the contrastive loss runs over."""
         if run.train.precision == "auto":
             raise ValueError("train.precision is not decided yet: see clips.training.prepare.with_precision")
         self.bf16 = run.train.precision == "bf16"
@@ -64,6 +74,19 @@ class Task(nn.Module):
             return None
         caption = batch["caption"]
         return caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
+
+    def flops(self, batch: dict[str, Any]) -> int:
+        """Of the forward and backward pass over `batch`, which may be on the host (clips/model/flops.py)."""
+        caption = batch.get("caption") if self.model.captioner is not None else None
+        shape = BatchShape(
+            samples=len(batch["images"]),
+            image_size=batch["images"].shape[-1],
+            texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
+            caption=0 if caption is None else caption.shape[1],
+            predicted=0 if caption is None else int(word_slots(caption, self.model.text.pad_id)[:, 1:].sum()),
+            world_size=world_size() * self.contrasted,
+        )
+        return sum(training_flops(self.model.config, shape, self.freeze).values())
 
     def _loss(self, batch: dict[str, Any], part: Part | None) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.caption_targets(batch)

@@ -22,7 +22,7 @@ MAX_REDIRECTS = 3
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that a gateway turns into IPv4 ones, private ones too."""
 KEPT_PIXELS = 4_000_000
-"""Pixels that a picture keeps: more than any encoder reads, and 20 of them fit into 320 MB."""
+"""Pixels that a picture keeps: more than any encoder reads."""
 
 
 def _limit(default: float, text: str) -> Any:
@@ -42,6 +42,7 @@ class Limits:
     new_tokens: int = _limit(1024, "tokens of one answer")
     waiting: int = _limit(32, "requests that wait while another one is answered; more are refused")
     per_client: int = _limit(24, "requests of one client's address at a time, those still arriving included")
+    held_bytes: int = _limit(2**29, "bytes of all requests that arrive, wait or are answered; more are refused")
     body_seconds: float = _limit(20.0, "seconds that a request's body may take to arrive, and one more per 100 kB")
     upload_bytes: int = _limit(2**30, "bytes of all pictures that visitors have uploaded to the page")
     seconds: float = _limit(120.0, "seconds that one answer may take before it is cut off")

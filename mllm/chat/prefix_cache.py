@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL.Image import Image
 from transformers import DynamicCache, PretrainedConfig
+
+from mllm.chat.transcript import Picture
 
 Key = int | tuple[str, int]
 """What must be equal for a position's state to be usable: the token, and for an image's token which image it is."""
@@ -31,9 +32,9 @@ class PrefixCache:
         """Drop what was read, and its memory."""
         self._cache: DynamicCache | None = None
         self._read: list[Key] = []
-        self._images: Sequence[Image] = ()  # keeps them alive, for their identity is their key
+        self._images: Sequence[Picture] = ()  # keeps them alive, for their identity is their key
 
-    def reuse(self, ids: Sequence[int], images: Sequence[Image]) -> int:
+    def reuse(self, ids: Sequence[int], images: Sequence[Picture]) -> int:
         """Cut the cache back to its longest common prefix with a prompt; returns that prefix' length.
 
         At least one token is left to compute, for its output is the first token of the answer; and an image is reused
@@ -63,12 +64,12 @@ class PrefixCache:
         self.forget()
         return cache
 
-    def keep(self, cache: DynamicCache, ids: Sequence[int], answer: Sequence[int], images: Sequence[Image]) -> None:
+    def keep(self, cache: DynamicCache, ids: Sequence[int], answer: Sequence[int], images: Sequence[Picture]) -> None:
         """Remember `cache` as that of the prompt `ids` and its `answer`, whose last token was never read."""
         self._cache, self._images = cache, images
         self._read = [*self._keys(ids, images), *answer][: cache.get_seq_length()]
 
-    def _keys(self, ids: Sequence[int], images: Sequence[Image]) -> list[Key]:
+    def _keys(self, ids: Sequence[int], images: Sequence[Picture]) -> list[Key]:
         keys: list[Key] = list(ids)
         places = [i for i, token in enumerate(ids) if token == self.image_id]
         for number, place in enumerate(places):

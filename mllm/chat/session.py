@@ -15,14 +15,13 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import torch
-from PIL.Image import Image
 from transformers import GenerationConfig, LlavaForConditionalGeneration, StoppingCriteriaList
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.prefix_cache import PrefixCache
 from mllm.chat.stream import AnswerStreamer, StopWhenDone
-from mllm.chat.transcript import Turn, count_images, save_transcript, turn_text
+from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript, turn_text
 from mllm.encoders.registry import image_pixels
 from mllm.model.defaults import COLDEST
 
@@ -47,14 +46,14 @@ class ChatSession:
     def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
         self.model = model
         self.turns: list[Turn] = []
-        self.images: list[Image] = []
+        self.images: list[Picture] = []
         self.last: Stats | None = None
         self.set_system(system)
         self._prefix = PrefixCache(model.encoder.image_id, model.tokens_per_image)
 
     @classmethod
     def from_turns(
-        cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Image], system: str | None = None
+        cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture], system: str | None = None
     ) -> ChatSession:
         """A talk that took place elsewhere; `answer` continues it if the last turn is the human's."""
         session = cls(model, system=system)
@@ -75,7 +74,7 @@ class ChatSession:
     def ask(
         self,
         text: str,
-        images: Sequence[Image] = (),
+        images: Sequence[Picture] = (),
         sampling: Sampling = GREEDY,
         cancel: threading.Event | None = None,
     ) -> Generator[str, None, None]:
@@ -120,7 +119,7 @@ class ChatSession:
         return save_transcript(path, self.turns, self.images, system=self.system, model=self.model.name)
 
     def _answer(
-        self, turns: list[Turn], images: list[Image], sampling: Sampling, cancel: threading.Event | None
+        self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None
     ) -> Generator[str, None, None]:
         """Check what is asked, now; then return the stream."""
         start = time.perf_counter()
@@ -137,7 +136,7 @@ class ChatSession:
     def _stream(
         self,
         turns: list[Turn],
-        images: list[Image],
+        images: list[Picture],
         ids: list[int],
         sampling: Sampling,
         streamer: AnswerStreamer,
@@ -162,7 +161,7 @@ class ChatSession:
         future.result()  # raises what the worker raised
 
     @torch.inference_mode()
-    def _generate(self, ids: list[int], images: list[Image], sampling: Sampling, streamer: AnswerStreamer) -> int:
+    def _generate(self, ids: list[int], images: list[Picture], sampling: Sampling, streamer: AnswerStreamer) -> int:
         """Feed the streamer, in the worker's thread; returns how many tokens of the prompt came from the cache."""
         if streamer.is_cancelled():
             return 0
@@ -171,7 +170,11 @@ class ChatSession:
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
         if unread:
-            pixels = [image_pixels(self.model.processor.image_processor, image) for image in unread]
+            pixels = []
+            for image in unread:  # one after the other: of a decoded picture only what the encoder sees is kept
+                if streamer.is_cancelled():
+                    return 0
+                pixels.append(image_pixels(self.model.processor.image_processor, decoded(image)))
             inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
         cache = self._prefix.take(model.config.get_text_config())
         # The state of the random numbers is put back: a seed of one talk does not repeat another's answers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ from mllm.data.formats import IMAGE_TOKEN
 
 Turn = dict[str, Any]
 """`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
+
+Picture = Image | Callable[[], Image]
+"""A picture, or what decodes it when the model reads it: so a talk need not hold all of its pictures decoded."""
+
+
+def decoded(picture: Picture) -> Image:
+    """UserError where what decodes it finds that it cannot be."""
+    return picture if isinstance(picture, Image) else picture()
 
 
 def turn_text(turn: Turn) -> str:
@@ -26,7 +34,7 @@ def count_images(turn: Turn) -> int:
 
 
 def save_transcript(
-    path: Path | str, turns: Sequence[Turn], images: Sequence[Image], *, system: str | None, model: str
+    path: Path | str, turns: Sequence[Turn], images: Sequence[Picture], *, system: str | None, model: str
 ) -> list[Path]:
     """Write the talk in the format of `path`'s suffix, and its pictures as PNGs beside it; returns the files.
 
@@ -42,7 +50,7 @@ def save_transcript(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(as_text(turns, names, path.stem, system, model), encoding="utf-8")
         for name, image in zip(names, images, strict=True):
-            image.save(path.with_name(name))
+            decoded(image).save(path.with_name(name))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return [path, *(path.with_name(name) for name in names)]

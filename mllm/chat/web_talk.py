@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -24,6 +25,7 @@ from clips.common.errors import UserError
 from mllm.chat.limits import Limits, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats
 from mllm.chat.session import ChatSession
+from mllm.chat.transcript import Picture
 
 SHOWN_EVERY_S = 0.1
 """A page that draws every token of a quick model has no time left for the visitor's clicks."""
@@ -32,7 +34,7 @@ SHOWN_EVERY_S = 0.1
 @dataclass(frozen=True, kw_only=True)
 class UserMessage:
     text: str
-    images: list[Image.Image]
+    images: list[Picture]
     message: dict[str, Any]
     """What was in the box: `text` and `files`."""
 
@@ -64,8 +66,11 @@ def _literal(text: str) -> str:
 
 
 def read_upload(path: str, limits: Limits) -> Image.Image:
-    with open(path, "rb") as file:
-        return read_image(file.read(limits.image_bytes + 1), limits)
+    try:
+        with open(path, "rb") as file:
+            return read_image(file.read(limits.image_bytes + 1), limits)
+    except OSError:
+        raise UserError("A picture of this talk is no longer here: begin a new conversation.") from None
 
 
 def asking(**value: Any) -> dict[str, Any]:
@@ -93,7 +98,10 @@ def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> 
         raise UserError(f"The question has {len(text):,} characters, the limit is {limits.prompt_chars:,}.")
     if len(paths) > limits.images:
         raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
-    images = [read_upload(path, limits) for path in paths]
+    for path in paths:
+        read_upload(path, limits)
+    # Decoded again when the model reads them: a visitor's files are bounded, their pixels would not be.
+    images: list[Picture] = [partial(read_upload, path, limits) for path in paths]
     question = UserMessage(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
     return asking(value=None)

@@ -33,7 +33,7 @@ from clips import (
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.rundir import check_current
-from clips.common.stock import NO_CODE, check_complete, loading
+from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 from mllm.encoders.plain_vit import (
     PlainViT,
@@ -220,7 +220,7 @@ def _load_transformers(directory: Path) -> LoadedVision:
         )
     with loading("vision encoder", directory):
         # With its loading info it returns a pair, which its annotation does not say.
-        loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, **REPORTED)
         model, info = loaded
         stock = AutoImageProcessor.from_pretrained(directory, **NO_CODE)
     check_complete(info, "vision encoder", directory, allowed=UNUSED)

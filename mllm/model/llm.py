@@ -30,7 +30,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.common.paths import cache_root
-from clips.common.stock import NO_CODE, check_complete, loading, progress_bars
+from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
 from mllm.data.formats import (
     IMAGE_TOKEN,
     format_name,
@@ -79,7 +79,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
         # With its loading info it returns a pair, which its annotation does not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_CODE)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
     return ready_for_images(model, tokenizer, source, version)

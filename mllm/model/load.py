@@ -10,8 +10,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.stock import NO_CODE, check_complete, loading
+from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
@@ -29,6 +30,11 @@ def load_llava(
     """
     directory = resolve(name, "model")
     refuse_original(directory, "model")
+    kind = read_json(Path(directory) / "config.json").get("model_type")
+    if kind != "llava":
+        raise UserError(
+            f"model: {directory} is of kind {kind}, and only a LLaVA-style model (llava) can be loaded here"
+        )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.
@@ -37,7 +43,7 @@ def load_llava(
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager" if slow else None, output_loading_info=True
+            directory, dtype=dtype, attn_implementation="eager" if slow else None, **REPORTED
         )
         model, info = loaded
     check_complete(info, "model", directory)

@@ -31,7 +31,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.stock import check_complete, loading
+from clips.common.stock import REPORTED, check_complete, loading
 from clips.common.tensors import read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
 from mllm.model.projector import ACTIVATION
@@ -283,7 +283,7 @@ def _language_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], sou
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with loading("LLaVA checkpoint", source):
         # With its loading info it returns a pair, which its annotation does not say.
-        model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, output_loading_info=True)
+        model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, **REPORTED)
     check_complete(info, "LLaVA checkpoint", source)
     if info["unexpected_keys"]:
         unknown = ", ".join(sorted(info["unexpected_keys"])[:5])

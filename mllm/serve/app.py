@@ -7,8 +7,9 @@ its turn; its queue has no end, and an answer that is not streamed goes on when 
 OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
 
 Life of a request: middleware (host, key, what a client may hold) → body within its limits → a place → form checked →
-pictures fetched → its turn in the queue → pictures decoded, answer generated. Pictures are decoded only then: those of
-one request at a time fill the memory.
+pictures fetched → its turn in the queue → pictures decoded, answer generated. Pictures are decoded only then, one after
+the other, and only what an encoder sees of each is kept: one picture at a time fills the memory. What waits holds its
+encoded pictures alone, and all that is held is bounded (`Limits.held_bytes`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from mllm.chat.limits import Limits, limits_from_flags, read_image
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
 from mllm.serve.connections import BoundedConnection
-from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, placed_body, unless_gone
+from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, hold_of, placed_body, unless_gone
 from mllm.serve.schemas import (
     ApiError,
     ChatForm,
@@ -129,13 +131,14 @@ def create_app(
     async def chat_completions(request: Request) -> Response:
         form = parse(ChatForm, await body_of(request))
         check_model(form.model, chat.name)
-        asked = chat_request(form, limits)
-        data = await unless_gone(request, image_bytes(asked.images, limits, allow_image_urls, "messages"))
+        stream, usage = form.stream, form.stream_options is not None and bool(form.stream_options.include_usage)
+        asked, urls = chat_request(form, limits)
+        del form  # with the pictures as text, which are larger than what comes of them
+        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "messages", hold_of(request)))
         items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
-        if form.stream:
+        if stream:
             first = await unless_gone(request, anext(items))  # until then an error can still have its status
-            usage = form.stream_options is not None and bool(form.stream_options.include_usage)
             events = _events(_chain(first, items), head, usage, metrics)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         said = await unless_gone(request, _collect(items))
@@ -152,21 +155,23 @@ def create_app(
         if isinstance(encoder, str):
             raise ApiError(404, f"this server has no encoder: {encoder}", param="model", code="model_not_found")
         check_model(form.model, ENCODER)
-        texts = [entry.text for entry in form.input if entry.text is not None]
+        texts = [entry.text for entry in form.input]  # None where a picture stands
         urls = [entry.image for entry in form.input if entry.image is not None]
-        if len(form.input) > limits.inputs:
+        as_base64 = form.encoding_format == "base64"
+        del form
+        if len(texts) > limits.inputs:
             raise ApiError(400, f"input: more than this server's limit of {limits.inputs} inputs", param="input")
-        check_amount(len(urls), sum(map(len, texts)), limits, "input")
-        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "input"))
+        said = [text for text in texts if text is not None]
+        check_amount(len(urls), sum(map(len, said)), limits, "input")
+        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "input", hold_of(request)))
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
-            pictures = iter(_decode(data, limits, "input"))
-            inputs = [next(pictures) if entry.text is None else entry.text for entry in form.input]
-            yield embed(encoder, inputs), encoder.count_tokens(texts)
+            pixels = (encoder.preprocess(picture()) for picture in _pictures(data, limits, "input"))
+            yield embed(encoder, [next(pixels) if text is None else text for text in texts]), encoder.count_tokens(said)
 
         [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
         metrics.tokens.labels("embedding").inc(tokens)
-        vectors = [_base64(row) for row in rows] if form.encoding_format == "base64" else rows.tolist()
+        vectors = [_base64(row) for row in rows] if as_base64 else rows.tolist()
         return JSONResponse(
             {
                 "object": "list",
@@ -179,8 +184,8 @@ def create_app(
     return app
 
 
-def embed(encoder: CLIPS, inputs: list[str | Image]) -> np.ndarray:
-    """L2-normalised float32 [I, E], one row per text or picture."""
+def embed(encoder: CLIPS, inputs: Sequence[str | Image | torch.Tensor]) -> np.ndarray:
+    """L2-normalised float32 [I, E], one row per text or picture, which may be pixels of the encoder's `preprocess`."""
     rows = torch.empty(len(inputs), encoder.embed_dim)
     texts = {i: entry for i, entry in enumerate(inputs) if isinstance(entry, str)}
     images = {i: entry for i, entry in enumerate(inputs) if not isinstance(entry, str)}
@@ -194,7 +199,7 @@ def _answer(
 ) -> Iterator[str | Stats]:
     """The pieces of the answer, then what it took."""
     try:
-        session = ChatSession.from_turns(chat, asked.turns, _decode(data, limits, "messages"), asked.system)
+        session = ChatSession.from_turns(chat, asked.turns, _pictures(data, limits, "messages"), asked.system)
         yield from session.answer(asked.sampling, cancel)
     except ContextError as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
@@ -204,14 +209,16 @@ def _answer(
     yield session.last
 
 
-def _decode(data: list[bytes], limits: Limits, param: str) -> list[Image]:
-    images = []
-    for number, encoded in enumerate(data):
+def _pictures(data: list[bytes], limits: Limits, param: str) -> list[Callable[[], Image]]:
+    """What decodes each of the encoded pictures; ApiError 400 then."""
+
+    def decode(number: int) -> Image:
         try:
-            images.append(read_image(encoded, limits))
+            return read_image(data[number], limits)
         except UserError as error:
             raise bad_image(number, error, param) from None
-    return images
+
+    return [partial(decode, number) for number in range(len(data))]
 
 
 async def _collect(items: AsyncIterator[T]) -> list[T]:

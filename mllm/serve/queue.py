@@ -1,7 +1,7 @@
 """What stands between the server's routes and the one model behind them: key, places, queue, and their metrics.
 
 A place in the queue is taken when the body is there, so a client that sends slowly holds up nobody. What it may hold
-meanwhile is bounded by client: requests, and bytes (one body's limit).
+meanwhile is bounded by client: requests, and bytes (one body's limit). All requests together are bounded in bytes too.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.open = 0
         """POST requests that have a place."""
+        self.held_bytes = 0
+        """Of all bodies, those still arriving included, and of what was fetched for them."""
         self.requests = Counter("clips_requests", "Requests answered", ["route", "status"], registry=self.registry)
         buckets = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
         self.seconds = Histogram(
@@ -197,20 +199,37 @@ class Visit:
     limits: Limits
     metrics: Metrics
     body_bytes: int = 0
+    """Of a body that is not whole yet."""
+    held_bytes: int = 0
     placed: bool = False
 
     def receive(self, size: int) -> None:
-        """`size` more bytes are held; ApiError 429 where this client's bodies together are above the limit of one."""
+        """`size` more bytes came; ApiError 429 where this client's bodies together are above the limit of one."""
+        self.hold(size)
         self.body_bytes += size
         self.client.body_bytes += size
         if self.client.body_bytes > self.limits.body_bytes:
             message = f"the bodies that this address sends at once are above {self.limits.body_bytes:,} bytes"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "2"})
 
-    def forget(self) -> None:
-        """The body is whole, or dropped."""
+    def hold(self, size: int) -> None:
+        """`size` more bytes are held until the answer is there; ApiError 429 where all requests hold too much."""
+        self.held_bytes += size
+        self.metrics.held_bytes += size
+        if self.metrics.held_bytes > self.limits.held_bytes:
+            message = f"the requests that are open hold {self.limits.held_bytes:,} bytes: try again later"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
+
+    def arrived(self) -> None:
+        """The body is whole."""
         self.client.body_bytes -= self.body_bytes
         self.body_bytes = 0
+
+    def drop(self) -> None:
+        """Nothing is held any longer."""
+        self.arrived()
+        self.metrics.held_bytes -= self.held_bytes
+        self.held_bytes = 0
 
     def take_place(self) -> None:
         """ApiError 429 where all are taken."""
@@ -220,7 +239,7 @@ class Visit:
         self.metrics.open += 1
 
     def end(self) -> None:
-        self.forget()
+        self.drop()
         self.metrics.open -= self.placed
 
 
@@ -229,6 +248,12 @@ def _no_place(metrics: Metrics, limits: Limits) -> ApiError | None:
         return None
     message = f"{metrics.open} requests are being answered or waiting: try again later"
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "2"})
+
+
+def hold_of(request: Request) -> Callable[[int], None]:
+    """What is to be told of each amount of bytes that a request holds beside its body; see `Visit.hold`."""
+    visit: Visit = request.scope["visit"]
+    return visit.hold
 
 
 async def placed_body(request: Request, limits: Limits) -> bytes:
@@ -265,10 +290,10 @@ async def read_body(request: Request, visit: Visit, *, keep: int) -> bytes | Non
             chunks.append(chunk)
         else:
             chunks.clear()
-            visit.forget()
+            visit.drop()
         if size > keep + DROPPED * limits.body_bytes:
             break
-    visit.forget()
+    visit.arrived()
     return b"".join(chunks) if size <= keep else None
 
 

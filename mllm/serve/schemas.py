@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -176,16 +177,18 @@ def _param(location: tuple[int | str, ...]) -> str | None:
 # ---------------------------------------------------------------------------------------------- chat
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A checked chat request: what `ChatSession.from_turns` takes, pictures still as addresses."""
+    """A checked chat request: what `ChatSession.from_turns` takes, without its pictures."""
 
     turns: list[Turn]
-    images: list[str]
     system: str | None
     sampling: Sampling
 
 
-def chat_request(form: ChatForm, limits: Limits) -> ChatRequest:
-    """The turns and settings that `form` asks for; ApiError 400 for wrong order and for what is above a limit."""
+def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]]:
+    """The turns and settings that `form` asks for, and its pictures' addresses.
+
+    ApiError 400 for wrong order and for what is above a limit.
+    """
     first, *rest = form.messages
     system = first.text if first.role in ("system", "developer") else None
     messages = form.messages if system is None else rest
@@ -207,9 +210,8 @@ def chat_request(form: ChatForm, limits: Limits) -> ChatRequest:
     tokens = getattr(form, name) or limits.new_tokens
     if tokens > limits.new_tokens:
         raise ApiError(400, f"{name}: {tokens} is above this server's limit of {limits.new_tokens}", param=name)
-    return ChatRequest(
+    asked = ChatRequest(
         turns=[_turn(message) for message in messages],
-        images=images,
         system=system,
         sampling=Sampling(
             temperature=Sampling.temperature if form.temperature is None else form.temperature,
@@ -219,6 +221,7 @@ def chat_request(form: ChatForm, limits: Limits) -> ChatRequest:
             seed=form.seed,
         ),
     )
+    return asked, images
 
 
 def _turn(message: Message) -> Turn:
@@ -239,15 +242,23 @@ def check_amount(images: int, characters: int, limits: Limits, param: str) -> No
         raise ApiError(400, message, param=param, code="string_above_max_length")
 
 
-async def image_bytes(urls: list[str], limits: Limits, allow_image_urls: bool, param: str) -> list[bytes]:
-    """The encoded pictures of data URLs and, where allowed, of public addresses; ApiError 400 with the reason."""
+async def image_bytes(
+    urls: list[str], limits: Limits, allow_image_urls: bool, param: str, hold: Callable[[int], None]
+) -> list[bytes]:
+    """The encoded pictures of data URLs and, where allowed, of public addresses; ApiError 400 with the reason.
+
+    `urls` is emptied on the way, so that no picture is there twice. `hold` is told how much has been fetched.
+    """
     pictures, total = [], 0
-    for number, url in enumerate(urls):
+    urls.reverse()
+    for number in range(len(urls)):
+        url = urls.pop()
         try:
             if url[:5].lower() == "data:":
                 pictures.append(_data_url(url))
             elif allow_image_urls:
                 pictures.append(await download_image(url, limits))
+                hold(len(pictures[-1]))
             else:
                 raise UserError(
                     "send it as data:image/…;base64,… (this server does not fetch from addresses; its owner can allow "

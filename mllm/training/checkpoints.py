@@ -1,13 +1,39 @@
-"""Which of the Trainer's checkpoints are whole: each is sealed (clips/common/files.py) after it was written."""
+"""Which of the Trainer's checkpoints are whole, and what is in them before anything else opens them.
+
+Each is sealed (clips/common/files.py) after it was written. The seal tells damage, not where a file comes from, so what
+is sealed is still read as data: nothing in it is run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from clips.common.errors import NoCheckpointError
+import torch
+from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals as numpy_arrays
+
+from clips.common.errors import NoCheckpointError, UserError, first_line
 from clips.common.files import MANIFEST, check_seal, first_usable
+from clips.common.tensors import only_data, read_torch
+
+TRAINED = "trained.safetensors"
+"""The trained parameters, where DeepSpeed does not keep them."""
+OPTIMIZER, SCHEDULER, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+"""The Trainer's own files."""
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def engine_tag(checkpoint: Path) -> str:
+    """The folder of DeepSpeed's files in a checkpoint."""
+    return f"global_step{step_of(checkpoint)}"
 
 
 def newest(stage_dir: Path) -> Path | None:
@@ -26,6 +52,63 @@ def newest(stage_dir: Path) -> Path | None:
     return good
 
 
+@contextmanager
+def restoring(checkpoint: Path) -> Iterator[None]:
+    """Inside, whatever fails is the checkpoint's fault: a UserError with the mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch, DeepSpeed and the Trainer expect their own files, and raise what comes
+        raise UserError(
+            f"cannot go on from {checkpoint}: {first_line(error)}\nRestore it from a copy, or move it elsewhere: then "
+            "the same command goes on from the one before it, or from the start where there is none"
+        ) from None
+
+
+def check_content(checkpoint: Path, *, deepspeed: Sequence[type] | None, world_size: int) -> None:
+    """UserError where a checkpoint is of another kind of run, or one of its files is not what it should be.
+
+    Looks at every file, those of other ranks too, so that all ranks refuse alike; tensors' values are not read.
+    `deepspeed`: the classes that DeepSpeed's files hold instances of; None without DeepSpeed.
+    """
+    with restoring(checkpoint):
+        _check_kind(checkpoint, under_deepspeed=deepspeed is not None, world_size=world_size)
+        with only_data(deepspeed or ()), numpy_arrays():  # arrays: the state of numpy's random numbers
+            for path in sorted(path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth")):
+                read_torch(path, mapped=True)
+        _check_state(checkpoint)
+
+
+def _check_kind(checkpoint: Path, *, under_deepspeed: bool, world_size: int) -> None:
+    parts = len(list((checkpoint / engine_tag(checkpoint)).glob("*optim_states.pt")))
+    if under_deepspeed and not parts:
+        raise UserError("it was written without DeepSpeed: go on without it (--deepspeed none)")
+    if not under_deepspeed and parts:
+        raise UserError("it was written under DeepSpeed: go on under it, see --deepspeed")
+    if under_deepspeed and parts != world_size:
+        raise UserError(f"DeepSpeed cut it for {parts} ranks, and here are {world_size}: go on with as many")
+    needed = [SCHEDULER, STATE] + ([] if under_deepspeed else [TRAINED, OPTIMIZER])
+    if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+        raise UserError(f"{', '.join(missing)} is missing")
+
+
+def _check_state(checkpoint: Path) -> None:
+    """The Trainer would believe whatever trainer_state.json says, and fail steps later."""
+    path, sound = checkpoint / STATE, TrainerState()
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    for field in dataclasses.fields(TrainerState):
+        value, default = getattr(state, field.name), getattr(sound, field.name)
+        kind = (int, float) if type(default) in (int, float) else type(default)
+        if default is not None and not isinstance(value, kind):
+            raise UserError(f"{path} is damaged: {field.name} is {value!r}")
+    if state.global_step != step_of(checkpoint):
+        raise UserError(f"{path} is of step {state.global_step}, not {step_of(checkpoint)}")
+
+
 def prune(stage_dir: Path, keep: int) -> None:
     """Remove all checkpoints that are older than the `keep` newest sealed ones."""
     found = _newest_first(stage_dir)
@@ -36,4 +119,4 @@ def prune(stage_dir: Path, keep: int) -> None:
 
 def _newest_first(stage_dir: Path) -> list[Path]:
     found = [path for path in stage_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: -int(path.name.partition("-")[2]))
+    return sorted(found, key=lambda path: -step_of(path))

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clips.common import rundir
 from clips.common.errors import never_in_the_way
 from clips.common.files import read_json, write_json
 from clips.common.page import save_plot
+from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
 from clips.common.signals import outlive_readers
+from mllm.data.conversation import IGNORE
+from mllm.model.flops import LlavaFlops, LlavaShape
 
 
 def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
@@ -46,16 +50,65 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-class MetricsLog(TrainerCallback):
-    """Writes a line of metrics.jsonl and of the terminal for each of the Trainer's log calls; main process only."""
+class Work:
+    """What this rank has computed since the stage began or went on, and what that is per second and of its peak."""
 
-    def __init__(self, run_dir: Path, stage: str, batch_size: int, *, active: bool) -> None:
+    def __init__(self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
+        self.flops, self.device, self.world_size = flops, device, world_size
+        self.peak, _ = peak_flops(device, dtype)
+        self.counted = 0
+        # Summed where they are: a GPU is not waited for.
+        self.tokens = torch.zeros((), dtype=torch.long, device=device)
+        self.predicted = torch.zeros((), dtype=torch.long, device=device)
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        """One batch in the layout of mllm/data/dataset.py."""
+        samples, length = inputs["input_ids"].shape
+        pictures = sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
+        shape = LlavaShape(samples=samples, length=length, pictures=pictures, predicted=0)
+        self.counted += sum(self.flops(shape).values())
+        self.tokens += inputs["attention_mask"].sum().to(self.device)
+        self.predicted += (inputs["labels"][:, 1:] != IGNORE).sum().to(self.device)
+
+    def total(self) -> int:
+        """FLOPs so far."""
+        return self.counted + int(self.predicted) * self.flops.prediction
+
+    def over_all_ranks(self) -> tuple[int, int]:
+        """(FLOPs, tokens) so far. Collective."""
+        totals = torch.tensor([self.total(), int(self.tokens)], dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+        flops, tokens = totals.tolist()
+        return int(flops), int(tokens)
+
+    def rates(self, *, samples: float, flops: float, seconds: float) -> dict[str, float]:
+        """`samples` of all ranks and `flops` of one, as a line of the log names them."""
+        speed = samples / seconds
+        rates = {
+            "samples_per_s": speed,
+            "samples_per_s_per_gpu": speed / self.world_size,
+            "tflops": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak,
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+        return {name: float(f"{value:.4g}") for name, value in rates.items()}
+
+
+class MetricsLog(TrainerCallback):
+    """Writes a line of metrics.jsonl and of the terminal for each of the Trainer's log calls; main process only.
+
+    FLOPs and memory are those of this rank; ranks differ by the lengths of their samples.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, batch_size: int, work: Work, *, active: bool) -> None:
         self.path, self.stage, self.batch_size, self.active = run_dir / rundir.METRICS, stage, batch_size, active
+        self.work = work
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begin = self.last = (time.monotonic(), state.global_step)
+        self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
         if self.active:  # a stage that begins anew drops all of its own, the other stage's stay
             step = state.global_step
             rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
@@ -70,31 +123,38 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if not self.active or logs is None or "loss" not in logs:
             return
-        now = (time.monotonic(), state.global_step)
-        speed = (now[1] - self.last[1]) * self.batch_size / max(now[0] - self.last[0], 1e-9)
+        now = (time.monotonic(), state.global_step, self.work.total())
+        seconds, steps, flops = (new - old for new, old in zip(now, self.last, strict=True))
+        rates = self.work.rates(samples=steps * self.batch_size, flops=flops, seconds=max(seconds, 1e-9))
         self.last = now
         left = (state.max_steps - now[1]) * (now[0] - self.begin[0]) / max(now[1] - self.begin[1], 1) / 60
         line = {"kind": "train", "stage": self.stage, "step": now[1], "samples": now[1] * self.batch_size}
-        line |= {"time": round(time.time(), 3), "samples_per_s": round(speed, 3)}
+        line |= {"time": round(time.time(), 3), **rates}
         line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         outlive_readers()
         print(
             f"[{self.stage} {now[1]:>6,}/{state.max_steps:,}]  loss {line['loss']:.4f}  "
-            f"lr {line.get('learning_rate', 0):.2e}  {speed:.1f} samples/s  left {left:.1f} min",
+            f"lr {line.get('learning_rate', 0):.2e}  {rates['samples_per_s']:.1f} samples/s  "
+            f"MFU {rates['mfu']:.1%}  left {left:.1f} min",
             file=sys.stderr,
             flush=True,
         )
 
 
 def write_curves(run_dir: Path) -> None:
-    """curves.png: the loss of each stage against samples seen. Where it cannot be drawn, stderr says so."""
+    """curves.png: the loss and the MFU of each stage against samples seen. Where it cannot be drawn, stderr says so."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
         lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
         by_stage: dict[str, list[dict[str, Any]]] = {}
         for line in lines:
             by_stage.setdefault(str(line.get("stage")), []).append(line)
         if by_stage:
-            panels = [Panel(f"{stage}: loss", found, ["loss"]) for stage, found in by_stage.items()]
+            panels = [
+                Panel(f"{stage}: {name}", found, [name])
+                for stage, found in by_stage.items()
+                for name in ("loss", "mfu")
+                if any(name in line for line in found)  # older runs have no MFU
+            ]
             save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")

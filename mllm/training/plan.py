@@ -17,6 +17,11 @@ from mllm.training.arguments import STAGE_FLAGS, ResolvedArguments, TrainArgumen
 from mllm.training.freeze import count_parameters, learning_rates, llava_of
 from mllm.training.stages import PARTS, Training
 
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce_bucket_size."""
+LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
+
 
 def command_line(arguments: ResolvedArguments, world_size: int) -> str:
     """The command of this stage, with every flag that is not the parser's own default."""
@@ -53,7 +58,9 @@ def memory_estimate_gb(
 
     Trained weights are fp32 with autocast (4 + 4 + 8 bytes), or under DeepSpeed with bf16 2 bytes with 2 + 12 more.
     Activations: 34 bytes per token, layer and unit of width in bf16 (Korthikanti et al. 2022, section 4.1, without
-    the attention matrix), twice that in fp32; with checkpointing the layers' inputs and one whole layer.
+    the attention matrix), twice that in fp32; with checkpointing the layers' inputs and one whole layer. DeepSpeed's
+    buffers have the size of its defaults, whatever the model's: two to reduce gradients in (with `overlap_comm`, as in
+    ds_configs/), in ZeRO-3 one, and the weights that it leaves gathered.
     """
     text = model.config.get_text_config()
     half = bool(arguments.bf16)
@@ -68,11 +75,15 @@ def memory_estimate_gb(
     layers = text.num_hidden_layers
     factor = (2 * layers + per_layer) if arguments.gradient_checkpointing else per_layer * layers
     activations = arguments.per_device_train_batch_size * length * text.hidden_size * factor
-    return {
+    parts = {
         "weights": weights / (world_size if zero == 3 else 1) / 1e9,
         "gradients and AdamW": state / (world_size if zero else 1) / 1e9,
         "activations": activations / 1e9,
     }
+    if zero:
+        elements = BUCKET + min(trained + frozen, LIVE) if zero == 3 else 2 * BUCKET
+        parts["DeepSpeed's buffers"] = elements * (2 if half else 4) / 1e9
+    return parts
 
 
 def print_plan(

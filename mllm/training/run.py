@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback
 
+from clips.common.errors import reporting
 from clips.common.escape import for_rich
 from clips.common.files import write_atomically, write_json
 from clips.common.profile import profiled
@@ -30,12 +31,13 @@ from clips.common.runtime import choose_device, environment, init_distributed, s
 from clips.common.signals import stopped_by
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
+from mllm.model.flops import LlavaFlops
 from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
-from mllm.training.checkpoints import newest
+from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters, learning_rates, llava_of
-from mllm.training.log import MetricsLog, keep_config, peak_memory_gb, write_curves
+from mllm.training.log import MetricsLog, Work, keep_config, write_curves
 from mllm.training.plan import print_plan, steps_of
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
 from mllm.training.trainer import (
@@ -47,7 +49,7 @@ from mllm.training.trainer import (
     TrainingModel,
     training_arguments,
 )
-from mllm.training.zero import check_engine, deepspeed_config, fitted, whole, zero_stage
+from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, fitted, whole, zero_stage
 
 
 def run_stage(flags: TrainArguments) -> None:
@@ -82,7 +84,8 @@ def run_stage(flags: TrainArguments) -> None:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero_stage(process.deepspeed)):
                 if process.is_main:
-                    write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
+                    with reporting(f"stage {stage.number} is trained, and its results cannot be written to {run_dir}"):
+                        write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
             if dist.is_initialized():
                 dist.barrier()  # no rank ends, and takes the group down, while rank 0 writes
             print_summary(summary, stage.number, process.console)
@@ -148,16 +151,19 @@ def train(
     collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
     assert_freeze(prepared.model, prepared.freeze)
     stop = StopCallback()
-    log = MetricsLog(run_dir, stage.name, arguments.batch_size, active=process.is_main)
-    trainer = make_trainer(arguments, prepared, stage_dir, process, collator, [log, stop])
+    work = work_of(arguments, prepared, process)
+    log = MetricsLog(run_dir, stage.name, arguments.batch_size, work, active=process.is_main)
+    trainer = make_trainer(arguments, prepared, stage_dir, process, collator, work, [log, stop])
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
+        classes = checkpoint_classes() if process.deepspeed else None
+        check_content(checkpoint, deepspeed=classes, world_size=process.world_size)
         process.console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
         r2 = fit_to_captions(arguments, prepared, collator, process.device)
         process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
-    first_step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    first_step = step_of(checkpoint) if checkpoint else 0
     with (
         naming_lost_ranks(lambda: trainer.state.global_step + 1),
         profiled(stage_dir / "profile", arguments.profile, process.device) as profiler,
@@ -169,8 +175,7 @@ def train(
         if dist.is_initialized():
             dist.barrier()  # the first rank to end has its launcher end the others, and rank 0 may still be writing
         raise stopped_by(stop.stopped)
-    if process.world_size > 1:
-        dist.all_reduce(trainer.tokens_seen)
+    flops, tokens = work.over_all_ranks()
     samples = (result.global_step - first_step) * arguments.batch_size
     return {
         "stage": stage.name,
@@ -178,12 +183,21 @@ def train(
         "samples": result.global_step * arguments.batch_size,
         "train_seconds": round(seconds, 1),
         "prepare_seconds": round(prepared_s, 1),
-        "samples_per_s": round(samples / seconds, 2),
-        "tokens_per_s": round(int(trainer.tokens_seen) / seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb(process.device), 2),
+        **work.rates(samples=samples, flops=flops / process.world_size, seconds=seconds),
+        "tokens_per_s": round(tokens / seconds, 1),
         "truncated_samples": prepared.dataset.truncated,
         "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
     }
+
+
+def work_of(arguments: ResolvedArguments, prepared: Prepared, process: Process) -> Work:
+    flops = LlavaFlops(
+        llava_of(prepared.model),
+        image_size=prepared.vision.image_size,
+        image_tokens=prepared.vision.num_tokens,
+        features=arguments.caches_features,
+    )
+    return Work(flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size)
 
 
 def make_trainer(
@@ -192,6 +206,7 @@ def make_trainer(
     stage_dir: Path,
     process: Process,
     collator: Collator,
+    work: Work,
     callbacks: list[TrainerCallback],
 ) -> LlavaTrainer:
     return LlavaTrainer(
@@ -207,6 +222,7 @@ def make_trainer(
         ),
         data_collator=IndexedCollator(collator),
         train_dataset=Indexed(prepared.dataset),
+        work=work,
         keep=arguments.save_total_limit,
         callbacks=callbacks,
     )
@@ -215,6 +231,7 @@ def make_trainer(
 def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:
     console.print(
         f"stage {number} ({summary['stage']}): {summary['samples_per_s']:.1f} samples/s, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, peak memory {summary['peak_memory_gb']:.2f} GB, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['tflops']:.3g} TFLOP/s per rank "
+        f"(MFU {summary['mfu']:.1%}), peak memory {summary['peak_memory_gb']:.2f} GB, "
         f"{summary['train_seconds']:.0f} s of training after {summary['prepare_seconds']:.0f} s of preparation"
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -26,19 +27,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from clips.common.errors import NotFiniteError
+from clips.common.errors import CommandError, NotFiniteError, UserError, first_line
 from clips.common.files import seal
 from clips.common.profile import Profiler
 from clips.common.signals import StopSignal
-from clips.common.tensors import read_weights, write_weights
+from clips.common.tensors import only_data, read_torch, read_weights, write_weights
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.training.arguments import ResolvedArguments
-from mllm.training.checkpoints import prune
+from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
-
-TRAINED = "trained.safetensors"
+from mllm.training.log import Work
+from mllm.training.zero import checkpoint_classes
 
 
 class TrainingModel(nn.Module):
@@ -142,7 +143,7 @@ class ProfileCallback(TrainerCallback):
 class LlavaTrainer(Trainer):
     """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples.
 
-    `keep` checkpoints stay.
+    `work` counts what is computed, `keep` checkpoints stay.
     """
 
     # What the Trainer holds, more closely than it says itself.
@@ -158,11 +159,11 @@ class LlavaTrainer(Trainer):
         *,
         rates: dict[str, float],
         sampler: EpochSampler,
+        work: Work,
         keep: int,
         **kwargs: Any,
     ) -> None:
-        self.rates, self.sampler, self.keep = rates, sampler, keep
-        self.tokens_seen = torch.zeros((), dtype=torch.long, device=args.device)
+        self.rates, self.sampler, self.work, self.keep = rates, sampler, work, keep
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)  # MetricsLog prints
 
@@ -177,7 +178,7 @@ class LlavaTrainer(Trainer):
         return self.sampler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.tokens_seen += inputs["attention_mask"].sum().to(self.tokens_seen.device)
+        self.work.add(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -220,7 +221,14 @@ class LlavaTrainer(Trainer):
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each library's own error
+            raise CommandError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}: "
+                f"{first_line(error)}. The older ones are intact: make room, then the same command goes on from the "
+                "last one"
+            ) from error
         if self.args.world_size > 1:
             dist.barrier()  # every rank has written its files
         if self.args.should_save:
@@ -243,16 +251,54 @@ class LlavaTrainer(Trainer):
             return
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Not handed on: the Trainer would have DeepSpeed unpickle the files, whichever its file `latest` names.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            with restoring(checkpoint):
+                if self.is_deepspeed_enabled:
+                    with only_data(checkpoint_classes()):
+                        self.model_wrapped.load_checkpoint(str(checkpoint), tag=engine_tag(checkpoint))
+                self._load_optimizer_and_scheduler(str(checkpoint))
+        return prepared
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer would look for a whole model, under file names of its own.
-        saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
-        if saved.keys() != own.keys():
-            raise RuntimeError(f"{resume_from_checkpoint} holds other parameters than those that train")
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+        with restoring(Path(resume_from_checkpoint)):
+            saved, own = read_weights(Path(resume_from_checkpoint) / TRAINED), self.model.trained()
+            if saved.keys() != own.keys():
+                raise UserError(f"{TRAINED} holds other parameters than those that train")
+            for name, parameter in own.items():
+                found, needed = tuple(saved[name].shape), tuple(parameter.shape)
+                if found != needed:
+                    raise UserError(f"{TRAINED}: {name} has shape {found}, this model needs {needed}")
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        # torch takes whatever there is, and a step fails on it or goes wrong.
+        found, own = read_torch(Path(checkpoint) / SCHEDULER), self.lr_scheduler.state_dict()
+        if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {
+            k: type(v) for k, v in own.items()
+        }:
+            raise UserError(f"{SCHEDULER} holds no state of this scheduler")
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_deepspeed_enabled or self.optimizer is None:
+            return
+        assert self.optimizer is not None  # super has just filled it
+        states = self.optimizer.state.items()
+        if not states or any(s[name].shape != p.shape for p, s in states for name in ("exp_avg", "exp_avg_sq")):
+            raise UserError(f"{OPTIMIZER} holds the state of other parameters")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with restoring(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
 
 def training_arguments(

@@ -90,6 +90,16 @@ def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
         raise UserError(f"--deepspeed {path or 'settings'}: {error}") from None
 
 
+def checkpoint_classes() -> list[type]:
+    """What DeepSpeed's checkpoints hold beside tensors and plain values: settings and addresses, which run nothing."""
+    library = import_deepspeed()
+    return [
+        library.runtime.zero.config.ZeroStageEnum,
+        library.runtime.fp16.loss_scaler.LossScaler,
+        library.utils.fragment_address,
+    ]
+
+
 def zero_stage(config: dict[str, Any] | None) -> int:
     return (config or {}).get("zero_optimization", {}).get("stage", 0)
 

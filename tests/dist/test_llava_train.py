@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 
 from llava_worker import stop_in_step
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import write_llm
+from tiny_llava import ALIGN, INSTRUCT, TRAIN, build, conversation, launch, losses, results, run, write_place
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.files import MANIFEST
 from clips.common.runtime import unused_port
-from clips.common.signals import StopSignal
 from clips.common.errors import NoCheckpointError
 from clips.common.errors import NotFiniteError
 from clips.common.errors import Stopped
@@ -53,69 +53,13 @@ from mllm.training.trainer import TrainingModel
 from mllm.encoders.registry import load_vision
 
 CPU = torch.device("cpu")
-COMMON = ["--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", "--batch_size", "4"]
-COMMON += ["--logging_steps", "1", "--num_train_epochs", "2", "--bf16", "False", "--cache_dir", "cache"]
-ALIGN = ["--stage", "1", "--data_path", "align.json", *COMMON]
-INSTRUCT = ["--stage", "2", "--data_path", "instruct.json", "--learning_rate", "1e-3", *COMMON]
 CAPTIONS = ["--mm_projector_init", "captions"]
 LORA = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.2"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an encoder, a language model, data of 20 pictures and 12 text-only samples, and stage 1 done."""
-    root = tmp_path_factory.mktemp("llava")
-    write_run(root / "runs" / "clips-demo")
-    write_llm(root / "llm", initializer_range=0.1, hidden_size=64, intermediate_size=128)
-    names = pictures(root / "images", 20)
-    align = [conversation(name, [("What?", "A red cat " * (1 + i % 3))]) for i, name in enumerate(names)]
-    instruct = [
-        conversation(name, [("What is in the picture?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
-        for i, name in enumerate(names)
-    ]
-    instruct += [conversation(None, [("Say it", "the picture " * (1 + i % 2))]) for i in range(12)]
-    (root / "align.json").write_text(json.dumps(align))
-    (root / "instruct.json").write_text(json.dumps(instruct))
-    save_projector(build(root).model.multi_modal_projector, root / "start.bin")
-    return root
-
-
-def conversation(image: str | None, turns: list[tuple[str, str]]) -> dict:
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
-    if image is None:
-        return {"id": "text", "conversations": said}
-    said[0]["value"] = f"<image>\n{said[0]['value']}"
-    return {"id": image, "image": image, "conversations": said}
-
-
-def build(place: Path) -> LlavaForConditionalGeneration:
-    return build_model(load_vision("clips", runs=place / "runs"), load_llm(str(place / "llm")))[0]
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.chdir(place)
-    run_stage(parse_train_arguments(list(flags)))
-
-
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
-
-
-def results(run_dir: Path) -> dict[str, Tensor]:
-    """Every weight that a run leaves."""
-    found = {}
-    for path in sorted(run_dir.rglob("*.safetensors")) + sorted(run_dir.rglob("*.bin")):
-        found |= {f"{path.relative_to(run_dir)}:{name}": tensor for name, tensor in read_weights(path).items()}
-    return found
+    return write_place(tmp_path_factory.mktemp("llava"))
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -278,41 +222,6 @@ def test_the_captions_start_is_stage_one_s_alone(place: Path, monkeypatch: pytes
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
-def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks through the real deepspeed launcher; a hang ends as a failure."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    command += ["--master_port", str(unused_port()), str(script), *words]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return run_group(command, cwd=place, env=env, timeout=300)
-
-
-@pytest.mark.slow
-def test_zero3_on_two_ranks_with_text_on_one_of_them_is_one_rank_without_deepspeed(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Text-only micro-batches against ones with pictures; stopped by a signal and resumed; every weight trains."""
-    flags = [*INSTRUCT, "--pretrain_mm_mlp_adapter", "start.bin", "--group_by_modality_length", "False"]
-    flags += ["--per_device_train_batch_size", "1", "--num_train_epochs", "1"]
-    run(place, monkeypatch, *flags, "--output_dir", "runs/one")
-    order = list(EpochSampler([1] * 32, batch_size=1, chunks=4, seed=0, group_by_modality_length=False))
-    is_text = [index >= 20 for index in order]
-    assert any(is_text[i] != is_text[i + 1] for i in range(0, 32, 2))  # rank 0 and rank 1 of one forward pass
-    stopped = launch(place, ROOT / "tests" / "llava_worker.py", "5", *flags, "--output_dir", "runs/two")
-    assert stopped.returncode == 128 + signal.SIGUSR1
-    assert "a checkpoint was saved" in stopped.stderr, stopped.stderr[-3000:]
-    assert (place / "runs/two/instruct/checkpoint-5" / MANIFEST).is_file()
-    done = launch(place, ROOT / "scripts" / "train_llava.py", *flags, "--output_dir", "runs/two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "goes on from" in done.stderr
-    one, two = losses(place / "runs/one"), losses(place / "runs/two")
-    assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 9))
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=2e-4)
-    first, second = results(place / "runs/one"), results(place / "runs/two")
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, atol=2e-3, rtol=2e-3, msg=name)
-
-
 @pytest.mark.slow
 def test_stage_one_under_zero2_and_lora_under_zero3_leave_what_one_rank_leaves(
     place: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,7 +232,7 @@ def test_stage_one_under_zero2_and_lora_under_zero3_leave_what_one_rank_leaves(
         "b": [*lora, "--pretrain_mm_mlp_adapter", "start.bin"],
     }.items():
         run(place, monkeypatch, *flags, "--output_dir", f"runs/{name}1")
-        done = launch(place, ROOT / "scripts" / "train_llava.py", *flags, "--output_dir", f"runs/{name}2")
+        done = launch(place, TRAIN, *flags, "--output_dir", f"runs/{name}2")
         assert done.returncode == 0, done.stderr[-3000:]
         one, two = losses(place / f"runs/{name}1"), losses(place / f"runs/{name}2")
         assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=2e-4)
@@ -389,7 +298,7 @@ def test_llava_s_own_deepspeed_files_train(name: str, place: Path, monkeypatch: 
     run(place, monkeypatch, *flags, "--output_dir", f"runs/{name}-one")
     for more in (["--dry-run"], []):
         done = launch(
-            place, ROOT / "scripts" / "train_llava.py", *flags, *engine, "--output_dir", f"runs/{name}-two", *more
+            place, TRAIN, *flags, *engine, "--output_dir", f"runs/{name}-two", *more
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("scheduler of" in done.stderr) == (name == "zero3_offload")
@@ -414,7 +323,7 @@ def test_a_dry_run_refuses_the_engine_s_settings_that_the_run_would(
     path = llava_zero(place / "wrong.json", "zero2", **changes)
     words = [*ALIGN, "--deepspeed", path, "--output_dir", "runs/wrong-engine", "--dry-run"]
     done = run_group(
-        [sys.executable, str(ROOT / "scripts" / "train_llava.py"), *words], cwd=place, timeout=300,
+        [sys.executable, str(TRAIN), *words], cwd=place, timeout=300,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-3000:]

@@ -16,6 +16,7 @@ from launched import SCRIPT, Done, deepspeed, lines, python, run, small_data, st
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
+from clips.training.log import MACHINE
 from clips.weights.load import load_model
 from mllm.encoders.registry import load_vision
 
@@ -29,9 +30,8 @@ EVERY_STEP = (
 
 
 def trace(run_dir: Path) -> list[dict[str, Any]]:
-    """Every logged figure that does not depend on the clock."""
-    clock = {"time", "samples_per_s", "data_wait_share"}
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines(run_dir)]
+    """Every logged figure that does not depend on the machine, of training and validation."""
+    return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines(run_dir)]
 
 
 def steps(run_dir: Path) -> list[int]:

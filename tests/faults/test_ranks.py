@@ -173,7 +173,7 @@ def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     said = log.read_text()
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
     assert "a defect that" in said
-    assert "in decode" in said, "the place in the worker"
+    assert "in raising" in said, "the place in the worker"
     assert "[rank0]: ZeroDivisionError" not in said
     assert 0 < len(losses(tmp_path / "r")) <= 40
 

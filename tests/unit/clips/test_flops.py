@@ -55,20 +55,16 @@ def test_the_real_task_on_a_padded_batch(pool: str, freeze: Freeze) -> None:
     model.freeze(freeze)
     for block in [m for m in model.modules() if hasattr(m, "attn")]:  # zero at the start, and zero costs the same
         assert block.attn.proj.weight.abs().sum() == 0
+    run = replace(run, train=replace(run.train, freeze=freeze))
+    task = Task(model, run)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss, _ = Task(model, run)(batch)
+        loss, _ = task(batch)
         loss.backward()
     predicted = int((batch["caption"][:, 1:] != 0).sum())
-    shape = BatchShape(
-        samples=8,
-        image_size=32,
-        texts=(batch["web"].shape[1], batch["sub"].shape[1]),
-        caption=batch["caption"].shape[1],
-        predicted=predicted,
-    )
     assert predicted < 8 * (batch["caption"].shape[1] - 1), "nothing is padded here"
-    again = forward_flops(run.model, shape)["head"]
-    assert sum(training_flops(run.model, shape, freeze).values()) + again == counter.get_total_flops()
+    assert run.model.captioner is not None
+    again = predicted * 2 * run.model.captioner.width * run.model.text.vocab_size
+    assert task.flops(batch) + again == counter.get_total_flops()
 
 
 def _pooled(model: ModelConfig, pool: str) -> ModelConfig:

@@ -19,7 +19,7 @@ from clips.weights.checkpoint import TrainState
 
 
 def agreed(loss: float, norm: float | None = 1.0) -> Agreed:
-    return Agreed(finite=True, stopping=False, loss=loss, grad_norm=norm)
+    return Agreed(finite=True, stopping=0, unsaved=False, loss=loss, grad_norm=norm)
 
 
 def spikes(losses: list[float], norms: list[float | None]) -> list[int]:

@@ -21,7 +21,7 @@ from conftest import ROOT
 from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from rich.console import Console
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import pictures, tiny_work, write_llm, write_run
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import CommandError, UserError
@@ -402,7 +402,7 @@ def test_a_failure_beside_a_longer_one_begins_nothing_more() -> None:
 
 def log_steps(run_dir: Path, stage: str, steps: range, of: int) -> None:
     """metrics.jsonl as a stage writes it, one line a step of 4 samples."""
-    log, control = MetricsLog(run_dir, stage, 4, active=True), TrainerControl()
+    log, control = MetricsLog(run_dir, stage, 4, tiny_work(), active=True), TrainerControl()
     arguments = TrainingArguments(output_dir=str(run_dir), use_cpu=True, report_to="none")
     log.on_train_begin(arguments, TrainerState(global_step=steps.start - 1, max_steps=of), control)
     for step in steps:

@@ -1,0 +1,90 @@
+"""GPUs to plan with: their memory and bandwidths as makers state them, and what a collective takes on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clips.common.errors import UserError
+from clips.common.peaks import stated_peak
+
+PER_MACHINE = 8
+USABLE = 0.9
+"""Share of a card's memory that a plan fills: the rest is the CUDA context, NCCL's buffers and the allocator's gaps."""
+BUS = 0.7
+"""Share of a stated bandwidth that a collective reaches."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU, PER_MACHINE of them in a machine."""
+
+    name: str
+    """As clips/common/peaks.py knows it."""
+    memory_gb: float
+    link_gb_s: float
+    """To the other GPUs of its machine, each way."""
+    network_gb_s: float
+    """Of a whole machine to the others, each way: the usual network beside this GPU."""
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s, dense bf16."""
+        peak = stated_peak(self.name)
+        if peak is None:
+            raise ValueError(f"{self.name} has no peak in clips/common/peaks.py")
+        return peak
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a run may fill."""
+        return USABLE * self.memory_gb * 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    card: Card
+    gpus: int
+    mfu: float
+    """Share of the peak that is reached."""
+    price: float | None = None
+    """Of one GPU hour."""
+
+    def __str__(self) -> str:
+        return f"{self.gpus} × {self.card.name} of {self.card.memory_gb:g} GB"
+
+    @property
+    def speed(self) -> float:
+        """FLOP/s of one GPU."""
+        return self.card.peak * self.mfu
+
+    def collective_seconds(self, moved: float) -> float:
+        """Of a ring over all GPUs in which each one sends `moved` bytes (an all-reduce of n bytes: 2 n)."""
+        card = self.card
+        # Over several machines each GPU's ring crosses the network through its own adapter, so all of them add up.
+        bus = card.link_gb_s if self.gpus <= PER_MACHINE else min(card.link_gb_s, card.network_gb_s)
+        return moved * (self.gpus - 1) / self.gpus / (BUS * bus * 1e9)
+
+    def cost(self, hours: float) -> str:
+        """ ", N at PRICE a GPU hour", or nothing where no price is given."""
+        return "" if self.price is None else f", {hours * self.price:,.0f} at {self.price:g} a GPU hour"
+
+
+CARDS = {
+    "b200": Card("B200", 180, 900, 400),
+    "h200": Card("H200", 141, 450, 400),
+    "h100": Card("H100", 80, 450, 400),
+    "a100": Card("A100", 80, 300, 200),
+    "a100-40": Card("A100", 40, 300, 200),
+    "l40s": Card("L40S", 48, 32, 50),
+    "rtx4090": Card("RTX 4090", 24, 32, 12.5),
+}
+"""`--kind` → what it is. NVLink or, for the last two, PCIe 4; networks of 8 × 400, 8 × 200, 400 and 100 Gbit/s."""
+
+
+def card(kind: str) -> Card:
+    """UserError with the known kinds for any other."""
+    if kind not in CARDS:
+        raise UserError(f"--kind {kind!r} is not known; choose one of: {', '.join(CARDS)}")
+    return CARDS[kind]

@@ -1,0 +1,359 @@
+"""What a pretraining run needs before it begins: memory, time, communication, GPU hours, money, disk; and what fits.
+
+Nothing here was measured on a GPU. What is assumed is printed with the plan (`assumptions`): the memory formula of
+clips/training/memory.py, FLOPs from shapes (clips/model/flops.py), a share of the GPU's peak, bandwidths
+(clips/common/cards.py). Where a step does not fit, it is cut into micro-batches; the contrastive loss is then taken to
+run over all of them (GradCache), at the price of one more forward pass of the towers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from clips.common.cards import BUS, PER_MACHINE, USABLE, Machine, card
+from clips.common.errors import UserError
+from clips.common.plain import markdown, print_table
+from clips.config import PhaseConfig, RunConfig
+from clips.data.loader import micro_batch_size
+from clips.model.flops import forward_flops
+from clips.recipes import recipe
+from clips.training.memory import FP32, Parameters, Usage, count_parameters, usage
+from clips.training.prepare import flops_per_sample, fullest_shape, usual_shape
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+"""Files of ds_configs/, in the order in which they are tried: the simplest that fits is taken."""
+PCIE = 25e9
+"""Bytes per second between a GPU and the machine's memory, for offload."""
+HOST_MEMORY = 10e9
+"""Bytes per second of the machine's memory for one rank's AdamW, which touches 28 bytes a parameter."""
+
+
+@cache
+def engine_settings(name: str) -> dict[str, Any]:
+    """The `zero_optimization` of ds_configs/`name`.json."""
+    return json.loads((DS_CONFIGS / f"{name}.json").read_text())["zero_optimization"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to run a phase that fits."""
+
+    engine: str
+    accumulation: int
+    micro: int
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    phase: PhaseConfig
+    fit: Fit
+    compute_s: float
+    communication_s: float
+    """Of one optimizer step each. Nothing is taken to overlap."""
+    gpus: int
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.communication_s
+
+    @property
+    def hours(self) -> float:
+        return self.phase.steps * self.step_s / 3600
+
+    @property
+    def samples_per_s_per_gpu(self) -> float:
+        return self.phase.batch_size / self.step_s / self.gpus
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: RunConfig
+    machine: Machine
+    parameters: Parameters
+    phases: Sequence[PhasePlan]
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(phase.hours for phase in self.phases) * self.machine.gpus
+
+    @property
+    def days(self) -> float:
+        return sum(phase.hours for phase in self.phases) / 24
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: weights and optimizer state, fp32 and whole."""
+        return FP32 * (self.parameters.trained + self.parameters.frozen + self.parameters.state)
+
+    @property
+    def disk_bytes(self) -> int:
+        """All checkpoints that are kept, and the one that is being written."""
+        return self.checkpoint_bytes * (self.run.train.keep_checkpoints + 1)
+
+
+def memory_of(run: RunConfig, phase: PhaseConfig, machine: Machine, engine: str, accumulation: int) -> Usage:
+    """Of a step in `accumulation` micro-batches; UserError where the batch cannot be cut so."""
+    micro = micro_batch_size(phase, accumulation, machine.gpus)
+    shape = fullest_shape(run, phase, micro, machine.gpus)
+    settings = engine_settings(engine)
+    return usage(run, shape, "cuda", settings, accumulation=accumulation, whole_step=accumulation > 1)
+
+
+def fits(run: RunConfig, phases: Sequence[PhaseConfig], machine: Machine, engine: str) -> list[Fit] | None:
+    """Each phase with the largest micro-batch that lets all of `phases` fit, none larger than the run's own.
+
+    All are cut into as many micro-batches, since a run has one `train.accumulation`. None where not even one sample
+    at a time fits.
+    """
+    for count in cuts(phases, machine.gpus, run.train.accumulation):
+        found = [memory_of(run, phase, machine, engine, count) for phase in phases]
+        if all(usage.total <= machine.card.usable for usage in found):
+            return [
+                Fit(engine, count, micro_batch_size(phase, count, machine.gpus), usage)
+                for phase, usage in zip(phases, found, strict=True)
+            ]
+    return None
+
+
+def cuts(phases: Sequence[PhaseConfig], gpus: int, at_least: int) -> Iterable[int]:
+    """The numbers of micro-batches that a step of each phase can be cut into, from `at_least` on."""
+    most = min(phase.batch_size for phase in phases) // gpus
+    return (n for n in range(at_least, most + 1) if not any(phase.batch_size % (gpus * n) for phase in phases))
+
+
+def plan(run: RunConfig, machine: Machine, *, engine: str | None = None, strict: bool = True) -> Plan:
+    """The plan of `run` with `engine`, or with the first one that fits.
+
+    UserError where a phase does not fit as the run says, with what does; where that is an accumulation and not
+    `strict`, it is taken. One engine is chosen for all phases, since a run has one.
+    """
+    if run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="bf16"))
+    for phase in run.phases:
+        micro_batch_size(phase, run.train.accumulation, machine.gpus)
+    tried = {name: fits(run, run.phases, machine, name) for name in ((engine,) if engine else ENGINES)}
+    found = [chosen for chosen in tried.values() if chosen is not None]
+    if not found:
+        raise UserError(_nothing_fits(run, machine, engine))
+    chosen = min(found, key=lambda fits: fits[0].accumulation)  # of equals the first
+    if strict and chosen[0].accumulation > run.train.accumulation:
+        raise UserError(_does_not_fit(run, machine, chosen))
+    parameters = count_parameters(run.model, run.optim, run.train.freeze)
+    phases = [_timed(run, phase, found, machine, parameters) for phase, found in zip(run.phases, chosen, strict=True)]
+    return Plan(run, machine, parameters, phases)
+
+
+def _timed(run: RunConfig, phase: PhaseConfig, found: Fit, machine: Machine, parameters: Parameters) -> PhasePlan:
+    samples = found.micro * found.accumulation
+    flops = flops_per_sample(run, phase)
+    if found.accumulation > 1:  # GradCache: the features first, without a graph
+        forward = forward_flops(run.model, usual_shape(run, phase))
+        flops += forward["vision"] + forward["text"]
+    compute = samples * flops / machine.speed
+    moved = collective_bytes(run, phase, found, machine.gpus, parameters)
+    seconds = machine.collective_seconds(moved)
+    if "offload" in found.engine:
+        share = parameters.trained / machine.gpus
+        seconds += share * (2 * FP32 / PCIE + 28 / HOST_MEMORY)
+    return PhasePlan(phase, found, compute, seconds, machine.gpus)
+
+
+def collective_bytes(run: RunConfig, phase: PhaseConfig, found: Fit, gpus: int, parameters: Parameters) -> float:
+    """What each GPU sends in one optimizer step: gradients, weights, and the features of the contrastive loss."""
+    stage = engine_settings(found.engine)["stage"]
+    gradients, weights = FP32 * parameters.trained, FP32 * (parameters.trained + parameters.frozen)
+    if stage <= 1:  # an all-reduce, or a reduce-scatter and the gathering of the new weights
+        moved = 2 * gradients
+    elif stage == 2:  # reduced in each backward pass
+        moved = found.accumulation * gradients + gradients
+    else:  # gathered in each forward and backward pass
+        moved = found.accumulation * (gradients + 2 * weights)
+    texts = 1 if run.task.objective == "clip" else 2
+    features = FP32 * (1 + texts) * phase.batch_size * run.model.embed_dim
+    return moved + 3 * features  # gathered, and their gradients all-reduced
+
+
+def _does_not_fit(run: RunConfig, machine: Machine, chosen: Sequence[Fit]) -> str:
+    lines = []
+    for phase, found in zip(run.phases, chosen, strict=True):
+        asked = memory_of(run, phase, machine, found.engine, run.train.accumulation)
+        micro = micro_batch_size(phase, run.train.accumulation, machine.gpus)
+        lines.append(
+            f"  phase {phase.name}: {asked.total / 1e9:.0f} GB with micro-batches of {micro:,}; "
+            f"{found.usage.total / 1e9:.0f} GB with {found.accumulation} of {found.micro:,}"
+        )
+    return (
+        f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable) with "
+        f"ds_configs/{chosen[0].engine}.json:\n"
+        + "\n".join(lines)
+        + f"\nGive --set train.accumulation={chosen[0].accumulation}"
+        + ("" if run.train.activation_checkpointing else " or --set train.activation_checkpointing=true")
+        + ", or more --gpus"
+    )
+
+
+def _nothing_fits(run: RunConfig, machine: Machine, engine: str | None) -> str:
+    name = engine or ENGINES[-1]
+    single = max(cuts(run.phases, machine.gpus, run.train.accumulation))
+    needs = [(memory_of(run, phase, machine, name, single), phase) for phase in run.phases]
+    least, phase = max(needs, key=lambda pair: pair[0].total)
+    return (
+        f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable): with ds_configs/{name}.json "
+        f"and steps cut into {single:,} micro-batches phase {phase.name} still needs {least.total / 1e9:.0f} GB "
+        f"({least.weights / 1e9:.1f} weights, {least.optimizer / 1e9:.1f} optimizer, {least.buffers / 1e9:.1f} "
+        f"DeepSpeed's buffers, {least.batch / 1e9:.1f} pictures and features, {least.working / 1e9:.1f} "
+        "gradients, activations and logits). Try "
+        + ("another --engine, " if engine else "")
+        + "more --gpus, a --kind with more memory, or a smaller batch"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ showing
+
+
+def memory_rows(run: RunConfig, machine: Machine) -> list[list[str]]:
+    """GB of one GPU by engine and checkpointing (rows) and phase (columns), the step in one piece and cut to fit."""
+    rows = []
+    for engine in ENGINES:
+        for checkpointing in (True, False):
+            train = replace(run.train, activation_checkpointing=checkpointing)
+            changed = replace(run, train=train)
+            row = [engine, "yes" if checkpointing else "no"]
+            for phase in run.phases:
+                asked = memory_of(changed, phase, machine, engine, run.train.accumulation)
+                row.append(f"{asked.total / 1e9:.1f}" + ("" if asked.total <= machine.card.usable else " ✗"))
+                found = fits(changed, [phase], machine, engine)
+                row.append(f"{found[0].accumulation} × {found[0].micro:,}" if found else "–")
+            row.append(f"{asked.host / 1e9 * min(machine.gpus, PER_MACHINE):.0f}" if asked.host else "–")
+            rows.append(row)
+    return rows
+
+
+def memory_head(run: RunConfig, machine: Machine) -> list[str]:
+    columns = ["engine", "checkpointing"]
+    for phase in run.phases:
+        micro = micro_batch_size(phase, run.train.accumulation, machine.gpus)
+        columns += [f"{phase.name}: {micro:,} at once, GB", "what fits"]
+    return [*columns, "GB of a machine"]
+
+
+PHASE_HEAD = (
+    *("phase", "engine", "micro-batches", "GB", "steps", "step, s", "of it communication", "samples/s/GPU"),
+    *("days", "GPU hours"),
+)
+
+
+def phase_rows(found: Plan) -> list[list[str]]:
+    rows = []
+    for part in found.phases:
+        hours = part.hours * found.machine.gpus
+        rows.append([
+            part.phase.name, part.fit.engine, f"{part.fit.accumulation} × {part.fit.micro:,}",
+            f"{part.fit.usage.total / 1e9:.1f}", f"{part.phase.steps:,}", f"{part.step_s:.2f}",
+            f"{part.communication_s / part.step_s:.0%}", f"{part.samples_per_s_per_gpu:,.0f}",
+            f"{part.hours / 24:.1f}", f"{hours:,.0f}",
+        ])  # fmt: skip
+    return rows
+
+
+def totals(found: Plan) -> str:
+    return (
+        f"{found.days:.1f} days, {found.gpu_hours:,.0f} GPU hours{found.machine.cost(found.gpu_hours)}; "
+        f"{found.checkpoint_bytes / 1e9:.1f} GB a checkpoint, {found.disk_bytes / 1e9:.0f} GB of disk for "
+        f"{found.run.train.keep_checkpoints} and the one being written"
+    )
+
+
+def assumptions(machine: Machine) -> list[str]:
+    """Everything that the figures rest on and nobody measured here."""
+    card = machine.card
+    return [
+        f"speed: {machine.mfu:.0%} of {card.peak / 1e12:.0f} TFLOP/s (--mfu), as others publish: 13 % (open_clip, B/16 "
+        "on A100), 20 % (NeMo, g/14 on H100), 23 % (a compiled ViT-S, H100); what checkpointing and GradCache compute "
+        "again comes on top",
+        f"memory: {USABLE:.0%} of {card.memory_gb:g} GB is filled; every text and caption has full length; kernels "
+        "as in clips/training/memory.py",
+        "time: texts fill half of their context; nothing waits for data; evaluation and checkpoints take none",
+        f"communication: fp32, ring collectives at {BUS:.0%} of {card.link_gb_s:g} GB/s inside a machine of "
+        f"{PER_MACHINE} and of {card.network_gb_s:g} GB/s between machines, none of it behind computation",
+        f"offload: {PCIE / 1e9:.0f} GB/s to the machine's memory, {HOST_MEMORY / 1e9:.0f} GB/s of it for AdamW's "
+        "28 bytes a parameter",
+        "accumulation: the contrastive loss runs over the whole step (GradCache), one more forward "
+        "pass of the towers; the logits of a rank's rows are held whole",
+    ]
+
+
+TABLE_HEAD = (
+    *("recipe", "GPUs", "parameters", "engine", "micro-batches by phase", "GB a GPU by phase", "step by phase, s"),
+    *("communication", "days", "GPU hours", "cost", "a checkpoint, GB"),
+)
+
+
+def table_row(found: Plan) -> list[str]:
+    """One line for a whole run, as docs/planning.md has them."""
+    phases, price = found.phases, found.machine.price
+    spent = sum(part.phase.steps * part.step_s for part in phases)
+    sent = sum(part.phase.steps * part.communication_s for part in phases)
+    return [
+        f"`{found.run.recipe}`", str(found.machine.gpus), f"{found.parameters.trained / 1e6:,.0f} M",
+        phases[0].fit.engine, ", ".join(f"{part.fit.accumulation} × {part.fit.micro:,}" for part in phases),
+        ", ".join(f"{part.fit.usage.total / 1e9:.0f}" for part in phases),
+        ", ".join(f"{part.step_s:.2f}" for part in phases), f"{sent / spent:.0%}", f"{found.days:,.1f}",
+        f"{found.gpu_hours:,.0f}", "–" if price is None else f"{found.gpu_hours * price:,.0f}",
+        f"{found.checkpoint_bytes / 1e9:.1f}",
+    ]  # fmt: skip
+
+
+TABLE = ("s16", "b16", "l14", "h14")
+TABLE_GPUS = (8, 64)
+
+
+def planning_table(kind: str, price: float | None, mfu: float) -> str:
+    """The paper's recipes on one machine and on eight, in Markdown."""
+    plans = [
+        plan(recipe(name), Machine(card(kind), gpus, mfu, price), strict=False) for name in TABLE for gpus in TABLE_GPUS
+    ]
+    lines = [markdown(TABLE_HEAD, map(table_row, plans)), ""]
+    return "\n".join([*lines, *(f"- {line}" for line in assumptions(plans[0].machine))])
+
+
+def asked_for(flags: argparse.Namespace) -> tuple[RunConfig, Machine]:
+    """The run and the machines that the flags of scripts/plan_run.py describe."""
+    if flags.gpus < 1 or not 0 < flags.mfu <= 1 or flags.samples < 1:
+        raise UserError("--gpus and --samples must be at least 1, and --mfu above 0 and at most 1")
+    if flags.engine is not None and flags.engine not in ENGINES:
+        raise UserError(f"--engine {flags.engine!r} is not known; choose one of: {', '.join(ENGINES)}")
+    run = recipe(flags.recipe).override(flags.set)
+    return run, Machine(card(flags.kind), flags.gpus, flags.mfu, flags.price)
+
+
+def image_tower(run: RunConfig) -> dict[str, Any]:
+    """Its sizes by the names of transformers' configs, at the resolution of its export."""
+    vision = run.model.vision
+    return {
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": int(vision.width * vision.mlp_ratio),
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+    }
+
+
+def print_pretraining(run: RunConfig, machine: Machine, engine: str | None) -> None:
+    """The tables of a run; then UserError where it does not fit as it is."""
+    if run.train.precision == "auto":
+        run = replace(run, train=replace(run.train, precision="bf16"))
+    print_table(f"{run.recipe} on {machine}: memory of one GPU (✗: too much)", memory_head(run, machine),
+                memory_rows(run, machine))  # fmt: skip
+    found = plan(run, machine, engine=engine)
+    print_table("time", PHASE_HEAD, phase_rows(found))
+    print(totals(found), *(f"assumed, {line}" for line in assumptions(machine)), sep="\n")

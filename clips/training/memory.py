@@ -1,0 +1,296 @@
+"""Bytes of one rank at the fullest moment of a step, from shapes: weights, optimizer, DeepSpeed's buffers, activations.
+
+What is counted is what torch's allocator hands out (`torch.cuda.max_memory_allocated`), not what a CUDA context and the
+allocator's gaps take beside it. `python scripts/plan_run.py calibrate` measures the same here, see docs/planning.md.
+What is assumed:
+
+- Activations are what autograd keeps, which tests/unit/clips/test_memory.py counts: of a block, per token, unit of
+  width and element of e bytes, 8 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), q, k and
+  v (3), the inputs of GELU and fc2 (2 · mlp_ratio). A GPU's autocast normalises in fp32, 4 bytes more. Attention with
+  plain products, as on a CPU in bf16, keeps its probabilities; a fused kernel with a mask of its own for each query
+  keeps that. With activation checkpointing a block keeps its input alone, and one block at a time is whole again.
+- In the backward pass activations go as gradients come, from the captioner over the texts to the image tower.
+- DeepSpeed's buffers are of the size that its settings give them (reduce_bucket_size, max_live_parameters), which is
+  2 GB and more whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from clips.config import Freeze, ModelConfig, OptimConfig, RunConfig
+from clips.model.clips import CLIPSModel
+from clips.model.flops import BatchShape
+from clips.model.layers import CPU_PLAIN_KEYS
+from clips.training.engine import parameter_groups
+
+FP32 = 4
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce_bucket_size, and of the bucket of ZeRO 0, where nothing else is set."""
+LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are of each kind, in a run's model."""
+
+    groups: Mapping[str, int]
+    """Optimizer group → those that train in it."""
+    frozen: int
+    products: int
+    """Those of linear layers and convolutions, of which autocast makes bf16 copies."""
+
+    @property
+    def trained(self) -> int:
+        return sum(self.groups.values())
+
+    @property
+    def state(self) -> int:
+        """Elements of the optimizer's state: two per parameter of AdamW, one of Muon."""
+        return sum((1 if name == "muon" else 2) * count for name, count in self.groups.items())
+
+
+@cache
+def count_parameters(config: ModelConfig, optim: OptimConfig, freeze: Freeze) -> Parameters:
+    """By building the model without its weights."""
+    with torch.device("meta"):
+        model = CLIPSModel(config, pad_id=0)
+    model.freeze(freeze)
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)}
+    products = sum(p.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    return Parameters(groups=groups, frozen=total - sum(groups.values()), products=products)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one rank holds from step to step, and what DeepSpeed adds in one."""
+
+    weights: int
+    gradients: int
+    """At the end of a backward pass."""
+    optimizer: int
+    """Its state, and the fp32 copy of the weights that ZeRO 1 and 2 step on."""
+    buffers: int
+    host: int = 0
+    """What offload keeps in the machine's memory instead."""
+
+
+def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
+    """What ZeRO as configured (`zero_optimization` of a DeepSpeed config) leaves on a rank; all weights are fp32.
+
+    Offload without `pin_memory` would hold the same.
+    """
+    trained, frozen = parameters.trained, parameters.frozen
+    stage, share = zero.get("stage", 0), -(-trained // ranks)
+    state = FP32 * -(-parameters.state // ranks)
+    bucket = FP32 * int(zero.get("reduce_bucket_size", BUCKET))
+    if stage == 0:
+        reduced = FP32 * min(trained, BUCKET) if ranks > 1 else 0
+        return Held(FP32 * (trained + frozen), FP32 * trained, FP32 * parameters.state, reduced)
+    on_host = zero.get("offload_optimizer", {}).get("device") == "cpu"
+    if stage < 3:
+        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
+        # Before it steps on a group, DeepSpeed makes one tensor of the group's gradients.
+        flat = 0 if on_host else FP32 * -(-max(parameters.groups.values(), default=0) // ranks)
+        # ZeRO 1 reduces after the backward pass, ZeRO 2 while it runs.
+        gradients = FP32 * (trained if stage == 1 else 0 if on_host else share)
+        kept = FP32 * share + state
+        host = kept + 2 * FP32 * share if on_host else 0  # the gradient, and a copy of the weights on their way back
+        return Held(FP32 * (trained + frozen), gradients, 0 if on_host else kept, buckets + flat, host)
+    weights = FP32 * -(-(trained + frozen) // ranks)
+    live = FP32 * min(trained + frozen, int(zero.get("stage3_max_live_parameters", LIVE)))
+    if not on_host:
+        return Held(weights, FP32 * share, state, bucket + live)
+    params_on_host = zero.get("offload_param", {}).get("device") == "cpu"
+    host = 2 * FP32 * share + state + (weights if params_on_host else 0)
+    return Held(0 if params_on_host else weights, 0, 0, bucket + live, host)
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+@dataclass(frozen=True)
+class Place:
+    """What decides which kernels run."""
+
+    device: str
+    """cpu or cuda."""
+    bf16: bool
+    checkpointing: bool
+
+    @property
+    def element(self) -> int:
+        return 2 if self.bf16 else FP32
+
+
+def block_bytes(place: Place, width: int, heads: int, mlp_ratio: float, length: int, *, masked_rows: bool) -> int:
+    """What autograd keeps of one block for one sequence of `length` tokens.
+
+    `masked_rows`: each query has a mask of its own, as in the captioner.
+    """
+    elements = 6 + 2 * mlp_ratio  # all but the inputs of the norms
+    norms = 2 * (FP32 if place.device == "cuda" else place.element) + 16 / width
+    row = width * (elements * place.element + norms)
+    if place.device == "cpu" and place.bf16 and length <= CPU_PLAIN_KEYS:
+        row += place.element * heads * length
+    else:
+        row += FP32 * heads + (place.element * length if masked_rows else 0)
+    return int(length * row)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the forward pass."""
+
+    kept: int
+    """Bytes that autograd keeps of it."""
+    working: int
+    """Bytes that its backward pass needs beside what is kept, at most."""
+    parameters: int
+    """Those that get their gradients in it."""
+
+
+def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]:
+    """The parts of a step of `shape` in the order of the forward pass: vision, text, contrastive, captioner, head."""
+    model, B, e = run.model, shape.samples, place.element
+    vision, text, captioner = model.vision, model.text, model.captioner
+    counts = count_parameters_by_part(model)
+    pixels, patches = 3 * shape.image_size**2, vision.tokens(shape.image_size)
+    frozen = run.train.freeze
+    tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
+    parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
+    texts = [
+        _stack(place, text.width, text.heads, text.layers, text.mlp_ratio, length, rows=text.causal)
+        for length in shape.texts
+    ]
+    kept = sum(stack.kept for stack in texts)
+    most = max((stack.working for stack in texts), default=0)
+    # A token embedding's gradient is made whole before it is added.
+    embedding = FP32 * text.vocab_size * text.width
+    parts["text"] = Part(B * kept, B * most + embedding, counts["text"])
+    for name in ("vision", "text"):
+        if frozen == name:
+            parts[name] = Part(0, parts[name].working, 0)
+    # Both directions of each pair: log-probabilities are kept, a gradient and its product with them are made.
+    logits = FP32 * B * B * shape.world_size
+    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1)
+    if captioner is None or not shape.caption:
+        return parts
+    words = shape.texts[0] - (text.pool == "cls")
+    length = patches + words + shape.caption - 1
+    decoder = _stack(place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, length, rows=True)
+    inputs = e * (patches * vision.width + words * text.width)
+    norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
+    head = captioner.width * text.vocab_size
+    parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + length**2)
+    chunks = max(1, -(-shape.predicted // run.task.caption_chunk))
+    # Of a chunk's logits: log-probabilities, their gradient and that of the logits, in fp32; then the head's own.
+    logits = 3 * FP32 * -(-shape.predicted // chunks) * text.vocab_size
+    parts["head"] = Part(2 * e * shape.predicted * captioner.width, logits + (2 * e if place.bf16 else 0) * head, head)
+    return parts
+
+
+@cache
+def count_parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        return CLIPSModel(config, pad_id=0).parameter_counts()
+
+
+def _stack(
+    place: Place, width: int, heads: int, layers: int, mlp_ratio: float, length: int, *, rows: bool = False
+) -> Part:
+    """Blocks, for one sequence."""
+    block = block_bytes(place, width, heads, mlp_ratio, length, masked_rows=rows)
+    # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
+    working = int(place.element * (mlp_ratio + 2) * length * width)
+    if not place.checkpointing:
+        return Part(layers * block, working, 0)
+    return Part(layers * place.element * length * width, block + working, 0)
+
+
+def _scaled(stack: Part, samples: int, parameters: int, more: int) -> Part:
+    return Part(samples * (stack.kept + more), samples * stack.working, parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------- a step
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of one rank at the fullest moment of its steps."""
+
+    weights: int
+    optimizer: int
+    buffers: int
+    batch: int
+    """Pictures, and with GradCache the features of the whole step."""
+    working: int
+    """Gradients, activations, and the bf16 copies of the weights."""
+    host: int
+    """In the machine's memory, and no part of `total`."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.buffers + self.batch + self.working
+
+
+def usage(
+    run: RunConfig,
+    shape: BatchShape,
+    device: str,
+    zero: Mapping[str, Any],
+    *,
+    accumulation: int | None = None,
+    whole_step: bool = False,
+) -> Usage:
+    """Of steps of `accumulation` micro-batches of `shape` (run.train.accumulation of them if it is not given).
+
+    `whole_step`: the contrastive loss runs over all micro-batches of the step (GradCache). Then the towers' features
+    and their gradients are there for the whole step, and so are the logits of this rank's rows, but only one
+    micro-batch's activations.
+    """
+    accumulation = run.train.accumulation if accumulation is None else accumulation
+    place = Place(device, run.train.precision == "bf16", run.train.activation_checkpointing)
+    parameters = count_parameters(run.model, run.optim, run.train.freeze)
+    on_rank = held(parameters, zero, shape.world_size)
+    parts = parts_of(run, shape, place)
+    features = 0
+    if whole_step:
+        rows, columns = shape.samples * accumulation, shape.samples * accumulation * shape.world_size
+        pairs = 2 * len(shape.texts)
+        # The loss itself is over before the first micro-batch's graph is built.
+        features = 2 * FP32 * (1 + len(shape.texts)) * (rows + columns) * run.model.embed_dim
+        loss = FP32 * rows * columns * (pairs + 2)
+        parts["contrastive"] = Part(0, 0, 1)
+    copies = place.element * parameters.products if place.bf16 else 0
+    share = on_rank.gradients / max(FP32 * parameters.trained, 1)
+    """What a rank keeps of a gradient."""
+    before = on_rank.gradients if accumulation > 1 else 0
+    kept = sum(part.kept for part in parts.values())
+    fullest = before + copies + kept
+    done = 0
+    for part in reversed(parts.values()):  # the backward pass
+        gradients = before if accumulation > 1 else int(share * FP32 * done)
+        # With checkpointing the copies have gone with the forward pass.
+        fullest = max(fullest, gradients + kept + part.working + (0 if place.checkpointing else copies))
+        kept, done = kept - part.kept, done + part.parameters
+    fullest = max(fullest, on_rank.gradients)
+    if whole_step:
+        fullest = max(fullest, before + loss)
+    batch = shape.samples * (3 * FP32 * shape.image_size**2)
+    return Usage(
+        weights=on_rank.weights,
+        optimizer=on_rank.optimizer,
+        buffers=on_rank.buffers,
+        batch=batch * (accumulation if whole_step else 1) + features,
+        working=fullest,
+        host=on_rank.host,
+    )

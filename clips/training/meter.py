@@ -1,0 +1,173 @@
+"""What is measured between two lines of the log: losses, speed, memory, each rank's own time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median_low
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clips.common.errors import BrokenDataError
+from clips.training.log import RunLog
+from clips.training.watchdog import OwnTime, slow_ranks
+from clips.weights.checkpoint import TrainState
+
+
+def peak_resident_bytes() -> int:
+    """Of this process, since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def utilisation(device: torch.device) -> float:
+    """Of a GPU, in percent; NaN where NVML, its Python package or the right to ask is missing."""
+    try:
+        return float(torch.cuda.utilization(device))
+    except Exception:  # NVML's own errors are of no narrower kind, and nothing is worth less than a run
+        return math.nan
+
+
+class Meter:
+    """Losses, speed, memory and each rank's own time since the last log line."""
+
+    def __init__(
+        self, device: torch.device, state: TrainState, own_time: OwnTime | None = None, peak: float = math.nan
+    ) -> None:
+        """`peak`: FLOP/s that `device` reaches at most (clips/common/peaks.py), of which the MFU is the share."""
+        self.device, self.own_time, self.peak = device, own_time, peak
+        self.started, self.first, self.waiting_total = time.perf_counter(), state.samples, 0.0
+        self.has_nvml = True
+        self.named: set[int] = set()
+        """Ranks that were slow in the last line, and have been named."""
+        self.reset(state)
+
+    def reset(self, state: TrainState) -> None:
+        """Begin anew with what comes after `state`."""
+        self.since, self.waiting = time.perf_counter(), 0.0
+        self.samples, self.step = state.samples, state.step
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = self.flops = 0
+        self.skipped: list[tuple[str, str]] = []
+        if self.own_time is not None:
+            self.own_time.seconds()
+
+    def timed(self, loader: Any) -> Any:
+        """Iterate `loader`, measuring the time in which the loop waits for it."""
+        iterator = iter(loader)
+        while True:
+            begin = time.perf_counter()
+            batch = next(iterator, None)
+            waited = time.perf_counter() - begin
+            self.waiting, self.waiting_total = self.waiting + waited, self.waiting_total + waited
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self.since, self.started = self.since + spent, self.started + spent
+
+    def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0) -> None:
+        """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Task.flops`)."""
+        for key, value in parts.items():
+            self.sums[key] = self.sums.get(key, 0) + value.reshape(())
+        self.count, self.flops = self.count + 1, self.flops + flops
+        self.skipped += skipped
+
+    def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None, max_broken_share: float) -> None:
+        """Write one line of means over ranks and steps; raises BrokenDataError above the limit. Collective."""
+        names, steps = sorted(self.sums), state.step - self.step
+        own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
+        memory = self._memory()
+        losses = torch.stack([self.sums[name].double() / self.count for name in names])
+        elapsed = time.perf_counter() - self.since
+        rest = torch.tensor(
+            [elapsed, self.waiting, own, self.flops, *memory.values()], dtype=torch.float64, device=self.device
+        )
+        mine = torch.cat([losses, rest])
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+        columns = torch.stack(ranks, dim=1).tolist()
+        found = dict(zip([*names, "elapsed", "waiting", "own", "flops", *memory], columns, strict=True))
+        elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
+        means = {name: sum(found[name]) / len(ranks) for name in names}
+        speed, flops = (state.samples - self.samples) / elapsed, sum(found["flops"]) / len(ranks) / elapsed
+        state.logit_scale.append((state.samples, means["logit_scale"]))
+        skipped = self._gather_skipped()
+        state.skipped += len(skipped)
+        log.skipped(skipped, state.step)
+        log.record("train", {
+            "step": state.step, "samples": state.samples, **means, "lr": lr, "grad_norm": grad_norm,
+            "samples_per_s": speed, "samples_per_s_per_gpu": speed / len(ranks), "tflops": flops / 1e12,
+            "mfu": flops / self.peak, "step_seconds": elapsed / steps,
+            "rank_seconds": [round(seconds, 6) for seconds in found["own"]],
+            "data_wait_share": max(found["waiting"]) / elapsed,
+            **{name: max(found[name]) for name in memory if not math.isnan(sum(found[name]))},
+            "skipped": state.skipped,
+        })  # fmt: skip
+        self._name_slow_ranks(log, found["own"], elapsed / steps, state.step)
+        if state.skipped > max(10, max_broken_share * state.samples):
+            reasons = "\n  ".join(f"{key}: {reason}" for key, reason in skipped[:5])
+            raise BrokenDataError(
+                f"{state.skipped} of {state.samples} samples are broken, above data.max_broken_share = "
+                f"{max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n  {reasons}"
+            )
+        self.reset(state)
+
+    def _memory(self) -> dict[str, float]:
+        """This rank's memory in GB, and the GPU's utilisation in percent: NaN where NVML cannot be asked."""
+        if self.device.type != "cuda":
+            return {"peak_memory_gb": peak_resident_bytes() / 1e9}
+        found = {  # the same keys on every rank
+            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
+            "memory_gb": torch.cuda.memory_allocated(self.device) / 1e9,
+            "gpu_utilisation": utilisation(self.device) if self.has_nvml else math.nan,
+        }
+        self.has_nvml = not math.isnan(found["gpu_utilisation"])
+        return found
+
+    def _name_slow_ranks(self, log: RunLog, own_seconds: Sequence[float], step_seconds: float, step: int) -> None:
+        """Warn of a rank when it becomes slow. Collective where one does, which all ranks know."""
+        slow = set(slow_ranks(own_seconds, step_seconds))
+        if slow - self.named:
+            hosts = [""] * len(own_seconds)
+            dist.all_gather_object(hosts, socket.gethostname())
+            usual = median_low(own_seconds)
+            for rank in sorted(slow - self.named):
+                log.say(
+                    f"warning: rank {rank} ({hosts[rank]}) is slow at step {step}, and all wait for it: "
+                    f"{own_seconds[rank]:.3g} s a step for its data and forward pass, where the median is {usual:.3g} s"
+                )
+        self.named = slow
+
+    def summary(self, state: TrainState) -> str:
+        """What the training took, in one line."""
+        elapsed = time.perf_counter() - self.started
+        done = state.samples - self.first
+        return (
+            f"trained on {done:,} samples in {elapsed / 60:.1f} min: {done / elapsed:,.0f} samples/s, "
+            f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
+        )
+
+    def _gather_skipped(self) -> list[tuple[str, str]]:
+        if dist.get_world_size() == 1:
+            return self.skipped
+        count = torch.tensor(float(len(self.skipped)), device=self.device)
+        dist.all_reduce(count)
+        if count.item() == 0:
+            return []
+        parts: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, self.skipped)
+        return [entry for part in parts for entry in part]

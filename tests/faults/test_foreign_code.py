@@ -1,0 +1,252 @@
+"""Rows 23 and 24: code in a pickle and code beside a model; on every route it is refused, and nothing of it is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import bomb
+import pytest
+import torch
+from launched import small_data
+from safetensors.torch import load_file
+from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
+from tiny_original import write_base, write_lora, write_tower
+from tiny_serve import write_models
+
+from clips.common.files import check_seal, seal
+from clips.common.tensors import only_data
+
+TWO_STEPS = ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "4"]
+ZERO = {2: [*ALIGN, *TWO_STEPS], 3: [*INSTRUCT, *START, *TWO_STEPS]}
+"""ZeRO stage → a LLaVA stage that trains under it by default."""
+PLANTED = {2: "zero_pp_rank_1_mp_rank_00_optim_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[Path]:
+    """What a bomb leaves; at the end of each test it is not there."""
+    yield tmp_path / "was_run"
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_the_bomb_goes_off_where_code_is_run(tmp_path: Path) -> None:
+    bomb.works(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- DeepSpeed's files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ZERO)
+def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark: Path) -> None:
+    """The real launcher on two ranks: a sealed checkpoint with code in it is refused; without, all is bit-equal."""
+    whole, stage = place / "runs" / f"zero{zero}", "align" if zero == 2 else "instruct"
+    done = launch(place, WORKER, "keep", "2", *ZERO[zero], "--output_dir", str(whole))
+    assert done.returncode == 0, done.stderr
+    kept = whole.with_name(f"{whole.name}-kept")
+    planted = shutil.copytree(kept, whole.with_name("planted"), dirs_exist_ok=True)
+    checkpoint = planted / stage / "checkpoint-2"
+    bomb.plant(checkpoint / "global_step2" / PLANTED[zero], mark)
+    seal(checkpoint)
+    refused = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(planted))
+    assert refused.returncode == 2, refused.stderr
+    assert f"{PLANTED[zero]} was refused" in refused.stderr
+    assert "Nothing in it was run" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not mark.exists()
+    resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(kept))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on from" in resumed.stderr
+    assert losses(kept) == losses(whole)
+    first, second = results(whole), results(kept)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_row_23_another_library_s_torch_load_runs_nothing_either(tmp_path: Path, mark: Path, monkeypatch) -> None:
+    """Whatever it asks for, and whatever the environment does."""
+    bomb.plant(tmp_path / "states.pt", mark)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for _ in range(2):  # the second time after the first one was left by its error
+        with pytest.raises(Exception, match="Weights only load failed"), only_data():
+            torch.load(tmp_path / "states.pt", weights_only=False)
+
+
+# ---------------------------------------------------------------------------------------------- the Trainer's files
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Path) -> Path:
+    """A run of stage 1 with a checkpoint of step 2, on one rank without DeepSpeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllm.training.run.write_results", lambda *_, **__: None)  # which removes the checkpoints
+        run(place, patch, *ALIGN, "--max_steps", "2", "--save_steps", "2", "--output_dir", "runs/stopped")
+    assert check_seal(place / "runs/stopped/align/checkpoint-2")
+    return place / "runs" / "stopped"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trained.safetensors"])
+@pytest.mark.parametrize("how", ["among tensors", "bare"])
+def test_row_23_the_trainer_s_files_are_read_as_data(
+    name: str, how: str, stopped: Path, place: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sealed by whoever planted it."""
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run" / "align" / "checkpoint-2" / name
+    if how == "bare" or path.suffix == ".safetensors":
+        bomb.write_pickle(path, mark)
+    else:
+        bomb.plant(path, mark)
+    seal(path.parent)
+    flags = [*ALIGN, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path / "run")]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["align"]["trains"]["max_steps"] = 4  # the run is to go on
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    code, said = command(place, monkeypatch, "train_llava.py", *flags)
+    assert code == 2, said
+    assert str(path) in said
+    assert "move it elsewhere" in said
+    assert "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------- models and projectors
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA model, a language model and an encoder, whole."""
+    root = tmp_path_factory.mktemp("models")
+    write_models(root, context=256)
+    return root
+
+
+def as_bin(directory: Path, target: Path, mark: Path) -> Path:
+    """A copy of a model whose weights lie in a pytorch_model.bin with a bomb in it."""
+    shutil.copytree(directory, target)
+    weights = target / "model.safetensors"
+    torch.save(load_file(weights), target / "pytorch_model.bin")
+    bomb.plant(target / "pytorch_model.bin", mark)
+    weights.unlink()
+    return target
+
+
+def native_with_a_pickle(models: Path, target: Path, mark: Path) -> Path:
+    """An encoder of this project, with a pickle for weights."""
+    shutil.copytree(models / "runs/clips-demo/export/native", target)
+    bomb.write_pickle(target / "model.safetensors", mark)
+    return target
+
+
+def adapter_with_a_pickle(root: Path, mark: Path) -> Path:
+    """LoRA adapters of the original LLaVA on a model beside them."""
+    write_tower(root / "tower")
+    write_base(root / "base")
+    lora, _ = write_lora(root)
+    bomb.plant(lora / "adapter_model.bin", mark)
+    return lora
+
+
+def filled(word: str, made: dict[str, Callable[[], Path]]) -> str:
+    """A word of a command in which a name stands for what is made for it."""
+    prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
+    return f"{prefix}{made[name]()}" if name in made else word
+
+
+ROUTES = {
+    "resume": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--resume", "FILE"),
+    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
+    "convert": ("convert.py", "VIT", "out"),
+    "adapter": ("convert.py", "LORA", "out", "--to", "transformers", "--base", "BASE", "--vision-tower", "TOWER"),
+    "projector": ("train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "FILE", "--output_dir", "runs/x"),
+    "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
+    "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
+    "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
+    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
+    "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--encoder", "NATIVE"),
+    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model-path", "LLAVA", "--question-file", "q.jsonl"),
+    "export": ("export_gguf.py", "--model", "LLAVA", "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_row_23_a_pickle_on_every_route(
+    route: str, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weights.bin"
+    bomb.plant(file, mark)
+    made = {"FILE": lambda: file}
+    made["LLM"] = lambda: as_bin(place / "llm", tmp_path / "llm", mark)
+    made["VIT"] = lambda: as_bin(place / "runs/clips-demo/export/hf_vit", tmp_path / "vit", mark)
+    made["LLAVA"] = lambda: as_bin(models / "runs/llava/model", tmp_path / "llava", mark)
+    made["NATIVE"] = lambda: native_with_a_pickle(models, tmp_path / "native", mark)
+    made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
+    made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
+    script, *words = ROUTES[route]
+    own = small_data(tmp_path / "data") if "DATA" in words else ()
+    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
+    (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
+    where = models if script in ("chat.py", "serve.py") else place
+    code, said = command(where, monkeypatch, script, *words)
+    assert code == 2, said
+    assert str(tmp_path) in said
+    assert route == "resume" or "pickled code" in said or "is damaged" in said  # --resume takes directories alone
+    assert "Traceback" not in said
+    assert "weights_only" not in said  # torch's own message says how to run the code
+    assert not (where / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- remote code
+CODE = "import os\nos.mkdir({mark!r})\nfrom transformers import *\nclass Foreign(PreTrainedModel): pass\n"
+AUTO = {"AutoConfig": "foreign.Foreign", "AutoModel": "foreign.Foreign", "AutoModelForCausalLM": "foreign.Foreign"}
+AUTO |= {"AutoProcessor": "foreign.Foreign", "AutoTokenizer": ["foreign.Foreign", None]}
+
+
+def with_code(directory: Path, target: Path, mark: Path, kind: str) -> Path:
+    """A copy of a model that asks for the Python file beside it, as a kind of model that transformers does not know."""
+    shutil.copytree(directory, target)
+    (target / "foreign.py").write_text(CODE.format(mark=str(mark)))
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if (target / name).is_file():
+            fields = json.loads((target / name).read_text()) | {"auto_map": AUTO}
+            fields |= {"model_type": kind} if name == "config.json" else {}
+            (target / name).write_text(json.dumps(fields))
+    return target
+
+
+REMOTE = {
+    "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
+    "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
+    "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
+    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
+    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
+    "convert": ("convert.py", "VIT", "out"),
+}
+
+
+@pytest.mark.parametrize("route", REMOTE)
+def test_row_24_a_model_that_asks_for_its_own_code(
+    route: str, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks at a terminal, where it is let
+    script, *words = REMOTE[route]
+    own = small_data(tmp_path / "data") if "DATA" in words else ()
+    sources = {
+        "LLM": place / "llm",
+        "VIT": place / "runs/clips-demo/export/hf_vit",
+        "LLAVA": models / "runs/llava/model",
+    }
+    made = {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
+    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
+    code, said = command(models if script in ("chat.py", "serve.py") else place, monkeypatch, script, *words)
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert not mark.exists()

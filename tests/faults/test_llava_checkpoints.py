@@ -1,0 +1,181 @@
+"""Rows 2, 4 and 5 of the LLaVA half, and checkpoints whose seal is right and whose content is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_group
+from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run, write_place
+
+from clips.common.files import MANIFEST, check_seal, seal
+from clips.common.tensors import write_weights
+
+FLAGS = [*ALIGN, "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """An uninterrupted run; beside it `whole-kept`, as it was when the checkpoint of step 4 was sealed."""
+    done = start(place, WORKER, "keep", "4", *FLAGS, "--output_dir", str(place / "runs/whole"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / "runs" / "whole"
+
+
+def start(place: Path, *words: str | Path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return run_group([sys.executable, *map(str, words)], cwd=place, env=env, timeout=300)
+
+
+def kept(whole: Path, target: Path) -> Path:
+    return shutil.copytree(whole.with_name("whole-kept"), target)
+
+
+def assert_equal(run_dir: Path, whole: Path) -> None:
+    assert losses(run_dir) == losses(whole)
+    first, second = results(whole), results(run_dir)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.slow
+def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = place / "runs" / "killed"
+    done = start(place, WORKER, "kill", "4", *FLAGS, "--output_dir", killed)
+    assert done.returncode == -signal.SIGKILL
+    assert not (killed / "align/checkpoint-4" / MANIFEST).exists()
+    assert check_seal(killed / "align/checkpoint-2")
+    code, said = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", killed)
+    assert not code, said
+    assert f"goes on from {killed / 'align/checkpoint-2'}" in said
+    assert not list((killed / "align").glob("checkpoint-*"))
+    assert_equal(killed, whole)
+
+
+@pytest.mark.slow
+def test_row_04_a_full_disk(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system itself refuses to write beyond some bytes of a file, here in the optimizer's."""
+    run_dir = kept(whole, tmp_path / "run")
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+    limited += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    full = start(place, "-c", limited, TRAIN, *FLAGS, "--output_dir", run_dir)
+    assert full.returncode == 1, full.stderr[-3000:]
+    assert "the checkpoint of step 6 cannot be written" in full.stderr
+    assert "The older ones are intact" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert check_seal(run_dir / "align/checkpoint-4")
+    assert not (run_dir / "align/checkpoint-6" / MANIFEST).exists()
+    run(place, monkeypatch, *FLAGS, "--output_dir", str(run_dir))
+    assert_equal(run_dir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["truncated", "one bit"])
+def test_row_05_a_damaged_checkpoint(
+    how: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = kept(whole, tmp_path / "run")
+    path = run_dir / "align/checkpoint-4/optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "one bit" else data[:-100])
+    code, said = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+    assert not code, said
+    assert "checkpoint-4 is not usable (optimizer.pt does not match its SHA-256" in said
+    assert f"goes on from {run_dir / 'align/checkpoint-2'}" in said
+    assert_equal(run_dir, whole)
+
+
+def test_an_empty_config_of_a_run(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = kept(whole, tmp_path / "run")
+    (run_dir / "config.json").write_text("")
+    code, said = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+    assert code == 2, said
+    assert "config.json is damaged" in said
+    assert "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------- sealed all the same
+
+
+def change(**fields: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def other_shapes(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    for state in content["state"].values():
+        state |= {name: torch.zeros(3, 5) for name in ("exp_avg", "exp_avg_sq")}
+    torch.save(content, path)
+
+
+SEALED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "optimizer, truncated": ("optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), "is damaged"),
+    "optimizer, empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "is damaged"),
+    "optimizer, foreign": ("optimizer.pt", lambda path: torch.save([1, 2], path), "cannot go on from"),
+    "optimizer, other shapes": ("optimizer.pt", other_shapes, "holds the state of other parameters"),
+    "optimizer, missing": ("optimizer.pt", lambda path: path.unlink(), "is missing"),
+    "scheduler, text": ("scheduler.pt", lambda path: path.write_text("hello"), "scheduler.pt"),
+    "scheduler, foreign": ("scheduler.pt", lambda path: torch.save({"step": 5}, path), "no state of this scheduler"),
+    "scheduler, a list": ("scheduler.pt", lambda path: torch.save([1], path), "no state of this scheduler"),
+    "random numbers, foreign": ("rng_state.pth", lambda path: torch.save({"cpu": 1}, path), "cannot go on from"),
+    "random numbers, truncated": ("rng_state.pth", lambda path: path.write_bytes(path.read_bytes()[:99]), "rng_state"),
+    "state, empty": ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is damaged"),
+    "state, a list": ("trainer_state.json", lambda path: path.write_text("[]"), "trainer_state.json is damaged"),
+    "state, not UTF-8": ("trainer_state.json", lambda path: path.write_bytes(b"\xff"), "trainer_state.json is damaged"),
+    "state, unknown": ("trainer_state.json", change(more=1), "trainer_state.json is damaged"),
+    "state, wrong type": ("trainer_state.json", change(log_history=3), "log_history is 3"),
+    "state, another step": ("trainer_state.json", change(global_step=7), "is of step 7, not 4"),
+    "weights, other names": (
+        "trained.safetensors",
+        lambda path: write_weights({"a": torch.ones(1)}, path),
+        "other para",
+    ),
+    "weights, truncated": ("trained.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "is damaged"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEALED)
+def test_what_is_sealed_and_is_not_what_it_should_be(
+    kind: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seal is no signature: another program may have made it. The file is named, and the mend."""
+    run_dir = kept(whole, tmp_path / "run")
+    checkpoint = run_dir / "align/checkpoint-4"
+    name, damage, message = SEALED[kind]
+    damage(checkpoint / name)
+    seal(checkpoint)
+    code, said = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
+    assert code == 2, said
+    assert f"cannot go on from {checkpoint}" in said
+    assert message in " ".join(said.split())
+    assert "move it elsewhere" in said
+    assert "Traceback" not in said
+    shutil.move(checkpoint, tmp_path / "elsewhere")
+    assert check_seal(run_dir / "align/checkpoint-2")
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_how_it_goes_on(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without DeepSpeed and then under it."""
+    run_dir = kept(whole, tmp_path / "run")
+    words = [*FLAGS, "--output_dir", run_dir, "--deepspeed", ROOT / "ds_configs/llava_zero2.json"]
+    done = start(place, TRAIN, *words)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "it was written without DeepSpeed" in done.stderr
+    assert "Traceback" not in done.stderr

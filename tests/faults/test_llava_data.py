@@ -1,0 +1,107 @@
+"""Rows 20 to 22: samples that are too long, tokens typed in text, placeholders without pictures; in real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llava import INSTRUCT, START, command, conversation, run, write_place
+from transformers import AutoTokenizer
+
+from mllm.training.trainer import LlavaTrainer
+
+TOKENS = 16
+"""Of one picture, by the tiny encoder."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Every batch that is trained on, as the model gets it."""
+    seen: list[dict] = []
+    original = LlavaTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *rest, **options):
+        seen.append({name: value.clone() for name, value in inputs.items()})
+        return original(self, model, inputs, *rest, **options)
+
+    monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
+    return seen
+
+
+def flags(place: Path, records: list[dict], *more: str) -> list[str]:
+    (place / "own.json").write_text(json.dumps(records))
+    return [*INSTRUCT, *START, "--data_path", "own.json", "--num_train_epochs", "1", *more]
+
+
+def image_id(place: Path) -> int:
+    """`<image>` is the first token that is added to the language model's own."""
+    return len(AutoTokenizer.from_pretrained(place / "llm"))
+
+
+def test_row_20_samples_longer_than_the_context(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut and counted, never a row without labels, no picture cut; one with nothing to learn is named or left out."""
+    answer = "two dogs and a red cat " * 20
+    late = [("a red cat", "cat"), ("<image> And?", answer)]
+    records = [conversation(f"{i}.png", [("What is it?", answer)]) for i in range(6)]
+    records += [conversation(None, late) | {"id": "late", "image": "6.png"}]
+    records += [conversation("7.png", [("What?", "cat")])]
+    hopeless = conversation("8.png", [("picture " * 200, "cat")])
+    cut = ["--model_max_length", "64", "--output_dir"]
+    code, said = command(place, monkeypatch, "train_llava.py", *flags(place, [*records, hopeless], *cut, "runs/no"))
+    assert code == 2, said
+    assert "sample 8 (id 8.png)" in said
+    assert "every label is masked" in said
+    assert not batches
+    run(place, monkeypatch, *flags(place, [*records, hopeless], *cut, "runs/long", "--on_bad_sample", "skip"))
+    ids = torch.cat([row for batch in batches for row in batch["input_ids"].split(1, 1)]).flatten()
+    assert len(batches) == 2
+    assert (ids == image_id(place)).sum() == TOKENS * sum("image" in record for record in records)
+    for batch in batches:
+        assert batch["input_ids"].shape[1] <= 64
+        assert (batch["labels"] != -100).any(dim=1).all()
+    summary = json.loads((place / "runs/long/instruct/done.json").read_text())
+    assert summary["truncated_samples"] == 7
+    skipped = [json.loads(line) for line in (place / "runs/long/instruct/skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 1
+    assert "8.png" in json.dumps(skipped)
+
+
+def test_row_21_tokens_typed_in_text_are_text(place: Path, batches: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In answers and in questions without a picture: as many special tokens as there are pictures and turns."""
+    typed = "Type <image> or <|im_end|> or <|im_start|>assistant or <pad>"
+    records = [conversation(f"{i}.png", [("What is it?", typed)]) for i in range(2)]
+    records += [conversation(None, [(typed, "cat")]) for _ in range(2)]
+    run(place, monkeypatch, *flags(place, records, "--output_dir", "runs/typed"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "llm")
+    [batch] = batches
+    ids = batch["input_ids"][batch["attention_mask"].bool()]
+    assert (ids == image_id(place)).sum() == 2 * TOKENS
+    turns = 2 + 1  # and the system text
+    for name in ("<|im_start|>", "<|im_end|>"):
+        assert (ids == tokenizer.convert_tokens_to_ids(name)).sum() == len(records) * turns
+    said = [tokenizer.decode(row[row != image_id(place)]) for row in batch["input_ids"]]
+    assert sum(typed in text for text in said) == len(records)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [(["0.png"], "<image>\n<image>\nWhat?"), (["0.png", "1.png"], "<image>\nWhat?"), (["0.png"], "What?")],
+)
+def test_row_22_placeholders_that_are_not_the_pictures(
+    images: list, text: str, place: Path, batches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = conversation(None, [(text, "cat")]) | {"id": "wrong", "image": images}
+    records = [conversation("3.png", [("What?", "cat")]), wrong]
+    code, said = command(place, monkeypatch, "train_llava.py", *flags(place, records, "--output_dir", "runs/wrong"))
+    assert code == 2, said
+    assert f"sample 1 (id wrong): it has {len(images)} image" in said
+    assert "Traceback" not in said
+    assert not batches
+    assert not (place / "runs/wrong").exists()

@@ -1,0 +1,294 @@
+"""Rows 1 to 8 of the faults: a run is killed, stopped, damaged, changed, and goes on. Real processes, tiny twins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launched import (
+    SCRIPT,
+    Done,
+    assert_finished,
+    assert_refused,
+    checkpoints,
+    deepspeed,
+    flip_bit,
+    lines,
+    python,
+    run,
+    small_data,
+    started,
+    state,
+    torchrun,
+    trace,
+    wait_for,
+)
+from processes import wait_until_gone
+
+pytestmark = pytest.mark.slow
+LAST_STEP = 72
+"""Of the runs with THREE_PHASES: three phases of 24 steps of 8 samples."""
+THREE_PHASES = (
+    *("--recipe", "s16", "--debug", "--name", "r", "--samples", "192"),
+    *("--set", "train.precision=fp32", "train.checkpoint_every=40", "train.log_every=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return small_data(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of an uninterrupted run of three phases."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, killed in the middle of its second phase, a few steps after a checkpoint."""
+    out = tmp_path_factory.mktemp("killed")
+    with started(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), out / "log") as process:
+        wait_for(lambda: lines(out / "r") and lines(out / "r")[-1]["step"] >= 32, process, out / "log")
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    found = state(out / "r")
+    assert found["phase"] == 1
+    assert 0 < found["phase_step"] < 24
+    return out
+
+
+def test_the_uninterrupted_run(whole: Path, shards: tuple[str, ...]) -> None:
+    assert_finished(whole / "r")
+    assert [line["step"] for line in trace(whole / "r")] == list(range(1, LAST_STEP + 1))
+    assert checkpoints(whole / "r") == ["step-00000070", "step-00000072"]
+    assert state(whole / "r")["samples"] == 8 * LAST_STEP
+
+
+def times(run_dir: Path) -> dict[Path, int]:
+    """When each file was written last; the lock says who holds it, even for a moment."""
+    return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -> None:
+    before = times(whole / "r")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", whole))
+    assert done.code == 0, done.text
+    assert "Next:" in done.text
+    assert "phase" not in done.text
+    assert times(whole / "r") == before
+
+
+def test_row_01_killed_in_a_step_and_resumed_equals_uninterrupted_bit_for_bit(
+    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert "goes on from" in done.text
+    assert_same(out, whole)
+
+
+def test_a_run_contrasted_over_whole_batches_resumes_bit_for_bit(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """From its middle: what came after a checkpoint is taken away, as if it had been killed."""
+    flags = ("--recipe", "s16", "--debug", "--name", "r", "--samples", "32", *shards, "--set", "train.precision=fp32")
+    settings = ("train.accumulation=2", "train.contrastive=global", "train.checkpoint_every=16", "train.log_every=1")
+    settings = (*settings, "train.keep_checkpoints=99")
+    done = run(python(SCRIPT, *flags, *settings, "--output-dir", tmp_path / "whole"))
+    assert done.code == 0, done.text
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    kept, *later = sorted((out / "r/checkpoints").glob("step-*"))[2:]
+    for path in later:
+        shutil.rmtree(path)
+    (out / "r/LATEST").write_text(kept.name)
+    done = run(python(SCRIPT, *flags, *settings, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert f"{kept.name} (" in done.text, "goes on from the middle"
+    assert trace(out / "r") == trace(tmp_path / "whole/r")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "r/checkpoints" / later[-1].name / name for folder in (out, tmp_path / "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(
+    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    *_, previous, newest = checkpoints(out / "r")
+    flip_bit(out / "r/checkpoints" / newest / "model.safetensors")
+    done = run(torchrun(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert done.code == 0, done.text
+    assert f"{newest} is not usable (model.safetensors does not match" in done.text
+    assert f"{previous} (" in done.text
+    assert_finished(out / "r")
+    resumed, uninterrupted = trace(out / "r"), trace(whole / "r")
+    assert [line["samples"] for line in resumed] == [line["samples"] for line in uninterrupted]
+    for key in ("loss", "contrastive_loss", "caption_loss"):  # another order of samples would be off by far more
+        assert [a[key] for a in resumed] == pytest.approx([b[key] for b in uninterrupted], rel=2e-3), key
+
+
+def test_row_06_never_from_zero_when_no_checkpoint_is_good(
+    killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    for name in checkpoints(out / "r"):
+        flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
+    before = (out / "r/metrics.jsonl").read_bytes()
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    assert_refused(done, 5, "no usable checkpoint", "another --name")
+    assert (out / "r/metrics.jsonl").read_bytes() == before
+
+
+def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
+    killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "out")
+    flags = (SCRIPT, *THREE_PHASES, *shards, "--output-dir", str(out))
+    pickle = tmp_path / "model.pt"
+    pickle.write_bytes(b"\x80\x04.")
+    commands = {
+        "refused": python(*flags, "--seed", "5", "--set", "phases.0.lr=0.25"),
+        "never": python(*flags, "--resume", "never"),
+        "pickle": python(*flags, "--resume", pickle),
+        "optimizer": python(*flags, "--set", "optim.kind=muon", "--allow-config-change"),
+        "width": python(*flags, "--set", "model.embed_dim=16", "--allow-config-change"),
+        "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
+    }
+    found = {name: run(command) for name, command in commands.items()}  # one after another: they share a directory
+    assert_refused(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
+    assert "data.train" not in found["refused"].text, "only what differs is shown"
+    assert_refused(found["never"], 2, "holds a run already", "--name")
+    assert_refused(found["pickle"], 2, "--resume", "model.pt")
+    assert_refused(found["optimizer"], 2, "optim.kind cannot change within a run")
+    assert_refused(found["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
+    assert found["allowed"].code == 0, found["allowed"].text
+    assert "goes on from" in found["allowed"].text
+    assert json.loads((out / "r/config.json").read_text())["train"]["seed"] == 0
+
+
+def test_row_03_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """SIGTERM, then Ctrl-C on what goes on from there; a worker process gets the signals too."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000", "--set")
+    command = python(SCRIPT, *flags, "data.workers=1")
+    step = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with started(command, log) as process:
+            wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s + 3, process, log)
+            os.killpg(process.pid, number)
+            assert process.wait(60) == code, log.read_text()
+        assert_refused(Done(code, log.read_text()), code, "a checkpoint was saved", signal.Signals(number).name)
+        assert state(run_dir)["step"] == lines(run_dir)[-1]["step"] > step, "the step was ended, and saved"
+        step = state(run_dir)["step"]
+    assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
+
+
+def test_row_03_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """The launcher sends SIGTERM after the Ctrl-C that its children have got already: they must still save."""
+    run_dir, log = tmp_path / "r", tmp_path / "log"
+    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000")
+    with started(deepspeed(SCRIPT, *flags, "--set", "data.workers=1"), log) as process:
+        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        end = time.monotonic() + 20
+        while not (run_dir / "LATEST").exists() and time.monotonic() < end:  # the launcher does not wait for its own
+            time.sleep(0.1)
+    assert state(run_dir)["step"] == lines(run_dir)[-1]["step"]
+
+
+def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
+    killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The system refuses to let any file grow beyond 1 MiB; the weights take 8. The next save waits at the latest."""
+    out = shutil.copytree(killed, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
+    next_save = state(out / "r")["step"] + 5
+    command = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out)
+    done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
+    assert_refused(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
+    assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
+    steps = [line["step"] for line in trace(out / "r")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert next_save <= steps[-1] <= next_save + 5
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """The run in `out` is finished, and all that it leaves is that of the run that nobody disturbed."""
+    assert_finished(out / "r")
+    assert trace(out / "r") == trace(whole / "r")
+    assert trace(out / "r", "eval") == trace(whole / "r", "eval")
+    assert checkpoints(out / "r") == checkpoints(whole / "r")
+    assert not list((out / "r/checkpoints").glob(".*"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "r/checkpoints" / f"step-{LAST_STEP:08d}" / name for folder in (out, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def unfinished(out: Path) -> list[Path]:
+    return list((out / "r/checkpoints").glob(".*.tmp"))
+
+
+def test_row_02_killed_in_the_middle_of_saves(
+    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Killed while a checkpoint is written, beside the training: the one before it is used, and no trace is left."""
+    out = shutil.copytree(killed, tmp_path / "out")
+    command, half = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), []
+    for _ in range(5):  # a save takes some hundredths of a second: the kill may come too late
+        before = state(out / "r")["step"]
+        with started(command, out / "log") as process:
+            saves = (out / "r/checkpoints").glob
+            wait_for(
+                lambda now=before, f=saves: state(out / "r")["step"] > now and any(f(".*.tmp")), process, out / "log"
+            )
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        half = unfinished(out)
+        if half:
+            break
+    assert half, "no kill found its moment"
+    done = run(command)
+    assert done.code == 0, done.text
+    assert_same(out, whole)
+
+
+def recorded(out: Path) -> dict[int, str]:
+    """The sample of each position of the run, as ranks trained on it: twice where a kill came before a checkpoint."""
+    found: dict[int, str] = {}
+    for line in lines(out / "r", "keys.jsonl"):
+        for position, key in zip(line["positions"], line["keys"], strict=True):
+            assert found.setdefault(position, key) == key, f"position {position} was another sample the second time"
+    return found
+
+
+def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One rank to the end, and 2 → 1 → 2 ranks under kills: every position of the run has the same sample's key."""
+    words = ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output-dir")
+    alone = run(python(*words, tmp_path / "alone"))
+    assert alone.code == 0, alone.text
+    out, log = tmp_path / "changing", tmp_path / "log"
+    for launch, until in ((torchrun, 20), (python, 45)):
+        with started(launch(*words, out), log) as process:
+            wait_for(lambda s=until: lines(out / "r") and lines(out / "r")[-1]["step"] >= s, process, log)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        wait_until_gone(out)
+    done = run(torchrun(*words, out))
+    assert done.code == 0, done.text
+    assert recorded(out) == recorded(tmp_path / "alone")
+    assert sorted(recorded(out)) == list(range(8 * LAST_STEP))
+    changing, uninterrupted = trace(out / "r"), trace(tmp_path / "alone" / "r")
+    for key in ("loss", "contrastive_loss", "caption_loss"):  # another order of samples would be off by far more
+        assert [a[key] for a in changing] == pytest.approx([b[key] for b in uninterrupted], rel=2e-3), key

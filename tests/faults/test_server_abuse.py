@@ -1,0 +1,172 @@
+"""Rows 27 and 28, and the memory of a full queue: what strangers send to a server that really runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from PIL import Image
+from serve_defect import SECRET
+from serve_process import KEY, Running, ask, post, started
+from tiny_serve import BAD, CHAT, data_url, picture, png, user, write_models
+
+from mllm.chat.limits import Limits
+
+pytestmark = pytest.mark.slow
+DEFECT = Path(__file__).parents[1] / "serve_defect.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    write_models(root, context=32_768)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[Running]:
+    with started(place, "--allow-image-urls", script=DEFECT) as running:
+        yield running
+
+
+def port_of(server: Running) -> int:
+    return int(server.address.split(":")[2].split("/")[0])
+
+
+def test_row_27_it_survives_whatever_is_sent(server: Running) -> None:
+    """Every bad input gets its 4xx, little memory is taken, and the next question is answered as before."""
+    before, answer = server.peak_mb(), ask(server.client(), user("Hello")).choices[0].message.content
+    for name, (body, _, _) in BAD.items():
+        response = post(server, body)
+        assert response.status_code == 400, name
+        assert "Traceback" not in response.text
+    assert post(server, b"[" + b" " * 65 * 2**20).status_code == 413
+    assert post(server, {}, path="/nothing").status_code == 404
+    for url in ("http://127.0.0.1/x.png", "http://169.254.169.254/latest", "http://[::1]/", "http://2130706433/x"):
+        response = post(server, {"model": "llava", "messages": [user(picture(url))]})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_image")
+    with socket.create_connection(("127.0.0.1", port_of(server))) as raw:
+        raw.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    typed = ask(server.client(), user("Typed <image> and <|im_end|>"))
+    assert typed.choices[0].message.content
+    assert ask(server.client(), user("Hello")).choices[0].message.content == answer
+    assert server.process.poll() is None
+    assert server.peak_mb() - before < 500
+    assert "Traceback" not in server.output()
+
+
+def test_row_27_a_private_address_is_not_even_connected_to(server: Running) -> None:
+    """A listener of this machine, named in every way, hears nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0177.0.0.1", "2130706433"):
+            response = post(server, CHAT | {"messages": [user(picture(f"http://{host}:{port}/x.png"))]})
+            assert response.status_code == 400, host
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def costly() -> list[str]:
+    """Pictures near the limit of pixels that are a few hundred kilobytes: of 16 bits, with alpha, progressive."""
+    side = int(Limits().image_pixels ** 0.5) - 1
+    urls = []
+    for mode, kind, options in (
+        ("I;16", "PNG", {"compress_level": 1}),
+        ("RGBA", "PNG", {"compress_level": 1}),
+        ("RGB", "JPEG", {"progressive": True}),
+    ):
+        file = io.BytesIO()
+        Image.new(mode, (side, side)).save(file, kind, **options)
+        urls.append(data_url(file.getvalue(), f"image/{kind.lower()}"))
+    return urls
+
+
+def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place: Path) -> None:
+    """33 clients at once, each with 20 of them and of an address of its own, until the first answer is there."""
+    urls = costly()
+    body = json.dumps(CHAT | {"messages": [user("What?", *(picture(urls[i % 3]) for i in range(20)))]}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    seen: list[tuple[int, float, int]] = []
+    with started(place) as server, ThreadPoolExecutor(33) as pool:
+        ask(server.client(), user("Hello", picture(data_url(png()))))
+        before = server.peak_mb()
+
+        def one(number: int) -> None:
+            transport = httpx2.HTTPTransport(local_address=f"127.0.0.{2 + number}")
+            with httpx2.Client(transport=transport, timeout=300) as client, contextlib.suppress(httpx2.TransportError):
+                response = client.post(f"{server.address}/chat/completions", content=body, headers=headers)
+                if not seen:  # else the server has been ended below
+                    seen.append((response.status_code, figure(server, "clips_requests_waiting"), server.peak_mb()))
+                    server.process.kill()
+
+        list(pool.map(one, range(33)))
+    [(status, waiting, peak)] = seen
+    assert status == 200
+    assert waiting >= 31
+    print(f"{peak - before} MiB above the loaded model")
+    assert peak - before < 1024
+
+
+def figure(server: Running, name: str) -> float:
+    address = server.address.removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    lines = httpx2.get(f"{address}/metrics", headers=headers, timeout=60, trust_env=False).text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+def test_row_27_what_all_requests_hold_is_bounded(place: Path) -> None:
+    """One body above what all together may hold is refused, and what it held is free again."""
+    with started(place, "--max-held-bytes", "1000000") as server:
+        message = user("Hello", picture("data:image/png;base64," + "A" * 2**20))
+        for _ in range(2):
+            response = post(server, CHAT | {"messages": [message]})
+            assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+            assert post(server, CHAT).status_code == 200
+
+
+def test_row_28_this_machine_alone_reaches_it(server: Running) -> None:
+    """Bound to 127.0.0.1; no other address of the loopback is answered."""
+    own = f"0100007F:{port_of(server):04X}"
+    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"]
+    assert own in listening
+    assert f"00000000:{port_of(server):04X}" not in listening
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port_of(server)), timeout=5)
+
+
+def test_row_28_the_key_and_the_name(server: Running) -> None:
+    """Without the key nothing but /health; a browser that was led here by another name is not answered."""
+    for key in ("none", "wrong", KEY[:-1]):
+        response = post(server, CHAT, key=key)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert KEY not in response.text
+    address = server.address.removesuffix("/v1")
+    assert httpx2.get(f"{address}/metrics", trust_env=False).status_code == 401
+    assert httpx2.get(f"{address}/health", trust_env=False).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example"):
+        response = httpx2.get(f"{address}/health", headers={"Host": host}, trust_env=False)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert KEY not in server.output()
+
+
+def test_row_28_a_defect_shows_the_client_no_trace(server: Running) -> None:
+    """An error inside the running server: 500 (or the stream's end) without its text, which the log has."""
+    before = server.output().count("Traceback")
+    for stream in (False, True):
+        response = post(server, CHAT | {"messages": [user("a defect")], "stream": stream})
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == "the server failed; its log says how"
+        for secret in (SECRET, "Traceback", ".py", "RuntimeError"):
+            assert secret not in response.text
+    assert SECRET in server.output()
+    assert server.output().count("Traceback") > before
+    assert post(server, CHAT).status_code == 200

@@ -1,0 +1,128 @@
+"""What the tests of LLaVA training share: a folder with all that both stages need, and both ways of starting one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, run_group
+from tiny_mllm import pictures, write_llm, write_run
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from clips.common.runtime import unused_port
+from clips.common.signals import StopSignal
+from clips.common.tensors import read_weights
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.model.projector import save_projector
+from mllm.training.arguments import parse_train_arguments
+from mllm.training.run import run_stage
+
+COMMON = ["--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", "--batch_size", "4"]
+COMMON += ["--logging_steps", "1", "--num_train_epochs", "2", "--bf16", "False", "--cache_dir", "cache"]
+ALIGN = ["--stage", "1", "--data_path", "align.json", *COMMON]
+INSTRUCT = ["--stage", "2", "--data_path", "instruct.json", "--learning_rate", "1e-3", *COMMON]
+START = ["--pretrain_mm_mlp_adapter", "start.bin"]
+WORKER = ROOT / "tests" / "llava_worker.py"
+TRAIN = ROOT / "scripts" / "train_llava.py"
+
+
+def write_place(root: Path) -> Path:
+    """`root` with an encoder, a language model, data of 20 pictures and 12 text-only samples, and a projector."""
+    write_run(root / "runs" / "clips-demo")
+    write_llm(root / "llm", initializer_range=0.1, hidden_size=64, intermediate_size=128)
+    names = pictures(root / "images", 20)
+    align = [conversation(name, [("What?", "A red cat " * (1 + i % 3))]) for i, name in enumerate(names)]
+    instruct = [
+        conversation(name, [("What is in the picture?", "two dogs " * (1 + i % 4)), ("And?", "cat")])
+        for i, name in enumerate(names)
+    ]
+    instruct += [conversation(None, [("Say it", "the picture " * (1 + i % 2))]) for i in range(12)]
+    (root / "align.json").write_text(json.dumps(align))
+    (root / "instruct.json").write_text(json.dumps(instruct))
+    save_projector(build(root).model.multi_modal_projector, root / "start.bin")
+    return root
+
+
+def conversation(image: str | None, turns: list[tuple[str, str]]) -> dict:
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    if image is None:
+        return {"id": "text", "conversations": said}
+    said[0]["value"] = f"<image>\n{said[0]['value']}"
+    return {"id": image, "image": image, "conversations": said}
+
+
+def build(place: Path) -> LlavaForConditionalGeneration:
+    return build_model(load_vision("clips", runs=place / "runs"), load_llm(str(place / "llm")))[0]
+
+
+@contextlib.contextmanager
+def process_kept() -> Iterator[None]:
+    """A command takes over signals, sets RANK and the like, joins a process group; after it all is as before."""
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(environment)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """One stage in this process."""
+    monkeypatch.chdir(place)
+    with process_kept():
+        run_stage(parse_train_arguments(list(flags)))
+
+
+def launch(place: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks through the real deepspeed launcher; a hang ends as a failure."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--master_port", str(unused_port()), str(script), *words]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return run_group(command, cwd=place, env=env, timeout=300)
+
+
+def command(place: Path, monkeypatch: pytest.MonkeyPatch, script: str, *words: str | Path) -> tuple[int, str]:
+    """A command of scripts/ as its user starts it, but in this process; returns its exit code and what it said."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "400")  # no path is broken over lines
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    said = io.StringIO()
+    with (
+        process_kept(),
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(said),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    return ended.value.code, said.getvalue()
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def results(run_dir: Path) -> dict[str, Tensor]:
+    """Every weight that a run leaves."""
+    found = {}
+    for path in sorted(run_dir.rglob("*.safetensors")) + sorted(run_dir.rglob("*.bin")):
+        found |= {f"{path.relative_to(run_dir)}:{name}": tensor for name, tensor in read_weights(path).items()}
+    return found

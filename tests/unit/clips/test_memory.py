@@ -1,0 +1,146 @@
+"""Bytes from shapes against what autograd really keeps, and what DeepSpeed's engines really hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python, tiny_batch, tiny_run
+from torch.autograd.graph import saved_tensors_hooks
+from zero_worker import STAGES
+
+from clips.config import RunConfig
+from clips.model.clips import CLIPSModel
+from clips.model.flops import BatchShape
+from clips.recipes import RECIPES, recipe
+from clips.training.memory import Place, Usage, count_parameters, held, parts_of, usage
+from clips.training.task import Task
+
+Batch = dict[str, torch.Tensor]
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    caption = batch.get("caption")
+    return BatchShape(
+        samples=len(batch["images"]),
+        image_size=batch["images"].shape[-1],
+        texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
+        caption=caption.shape[1] if caption is not None else 0,
+        predicted=int((caption[:, 1:] != 0).sum()) if caption is not None else 0,
+    )
+
+
+def full_batch(run: RunConfig, size: int, image_size: int, length: int, caption: int) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    slots = {"web": length, "sub": length - 8, "caption": caption}
+    ids = {name: torch.randint(4, run.model.text.vocab_size, (size, n), generator=g) for name, n in slots.items()}
+    return {"images": torch.randn(size, 3, image_size, image_size, generator=g), **ids}
+
+
+def kept_by_autograd(task: Task, batch: Batch) -> int:
+    """Bytes of the storages that one forward pass leaves for the backward pass, the weights and the batch left out.
+
+    What is inside a checkpoint is not seen here, neither is its input.
+    """
+    there = [*task.parameters(), *task.buffers(), *batch.values()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in there}
+    found: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its place is not used again
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = task(batch)
+    assert loss.requires_grad
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tiny", "S/16", "S/16 at 336 px"])
+def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
+    """At 336 px the captioner is beyond the length up to which a CPU uses plain products."""
+    if name == "tiny":
+        run, batch = tiny_run(precision=precision), tiny_batch(0)
+    else:
+        run = recipe("s16").override([f"train.precision={precision}", "train.activation_checkpointing=false"])
+        run = replace(run, model=replace(run.model, vision=replace(run.model.vision, layers=4)))
+        batch = full_batch(run, 2, 336 if "336" in name else 112, 40, 100)
+    model = CLIPSModel(run.model, pad_id=0)
+    model.visual.set_image_size(batch["images"].shape[-1])
+    place = Place("cpu", bf16=precision == "bf16", checkpointing=False)
+    parts = parts_of(run, shape_of(batch), place)
+    assert list(parts) == ["vision", "text", "contrastive", "captioner", "head"]
+    copies = 2 * count_parameters(run.model, run.optim, "none").products if place.bf16 else 0
+    if place.bf16:  # the head's copy is made, and goes, inside its checkpoint
+        copies -= 2 * sum(p.numel() for p in model.captioner.head.parameters())
+    expected = copies + sum(part.kept for name, part in parts.items() if name != "head")
+    assert expected == pytest.approx(kept_by_autograd(Task(model, run), batch), rel=0.05)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    run = recipe(name)
+    parameters = count_parameters(run.model, run.optim, "none")
+    with torch.device("meta"):
+        model = CLIPSModel(run.model, pad_id=0)
+    assert parameters.trained == model.parameter_counts()["total"]
+    assert parameters.frozen == 0
+    assert ("muon" in parameters.groups) == (run.optim.kind == "muon")
+    frozen = count_parameters(run.model, run.optim, "vision")
+    assert frozen.frozen == model.parameter_counts()["vision"] - model.visual.proj.weight.numel()
+    assert frozen.trained + frozen.frozen == parameters.trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_engines_hold_what_is_said_in_every_stage(kind: str, tmp_path: Path) -> None:
+    """Two ranks; weights, the state and the fp32 copy, in whatever tensors DeepSpeed keeps them."""
+    out = tmp_path / "held.json"
+    done = run_python(ROOT / "tests" / "held_worker.py", out, kind, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tiny_run(kind=kind)
+    parameters = count_parameters(run.model, run.optim, "none")
+    for name, ranks in json.loads(out.read_text()).items():
+        expected = held(parameters, STAGES[name], ranks=2)
+        # With offload on a CPU "the machine's memory" is where everything is.
+        optimizer = expected.optimizer + (expected.host - 2 * 4 * -(-parameters.trained // 2) if expected.host else 0)
+        for rank in ranks:
+            # Partitions are padded; of a matrix that is cut in two Muon's momentum is whole on both ranks.
+            assert rank["weights"] == pytest.approx(expected.weights, rel=0.02), name
+            assert rank["optimizer"] == pytest.approx(optimizer, rel=0.06 if kind == "muon" else 0.02), name
+            if name in ("zero0", "zero3"):  # those of the others lie in DeepSpeed's buckets as well
+                assert rank["gradients"] == pytest.approx(expected.gradients, rel=0.02), name
+
+
+def at(run: RunConfig, samples: int, **changes: object) -> Usage:
+    shape = BatchShape(samples, 84, (80, 80), 128, predicted=samples * 127, world_size=8)
+    return usage(run, shape, "cuda", {"stage": 0}, **changes)
+
+
+def test_memory_with_gradcache_is_flat_in_the_number_of_micro_batches() -> None:
+    """What grows is the batch itself, the features, and the logits of one loss over all of it."""
+    run = recipe("s16").override(["train.precision=bf16"])
+    totals = {count: at(run, 64, accumulation=count, whole_step=True).total for count in (2, 4, 16, 64)}
+    growth = [totals[count] - totals[2] for count in (4, 16)]
+    assert all(0 < more < 0.05 * totals[2] for more in growth)
+    whole = at(run, 64 * 16, accumulation=1).total
+    assert totals[16] < 0.4 * whole
+
+
+def test_what_takes_less_is_told_to_take_less() -> None:
+    run = recipe("l14").override(["train.precision=bf16"])
+    plain = run.override(["train.activation_checkpointing=false"])
+    assert at(run, 64).total < 0.5 * at(plain, 64).total
+    assert at(run, 64).total < at(run, 128).total
+    parameters = count_parameters(run.model, run.optim, "none")
+    stages = [held(parameters, {"stage": stage}, 64) for stage in range(3)]
+    assert stages[0].optimizer > stages[1].optimizer == stages[2].optimizer
+    assert stages[1].gradients > stages[2].gradients
+    frozen = run.override(["train.freeze=vision"])
+    assert at(frozen, 64).total < at(run, 64).total

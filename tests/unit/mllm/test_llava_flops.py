@@ -1,0 +1,124 @@
+"""FLOPs of a LLaVA step from shapes against what torch counts while the model really trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_mllm import SHAPES, tiny_work, write_llm, write_run
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mllm.encoders.registry import load_vision
+from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
+from mllm.model.quantize import quantize
+from mllm.training.arguments import parse_train_arguments
+from mllm.training.freeze import apply_freeze, llava_of
+from mllm.training.lora import add_lora
+from mllm.training.stages import STAGES, freeze_table
+from mllm.training.trainer import TrainingModel
+
+CASES = {
+    "stage 1, cached": (1, "ViT", {}, ()),
+    "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
+    "stage 1, pixels": (1, "CLIP", {}, ("--no-feature-cache",)),
+    "full": (2, "SigLIP", {}, ()),
+    "full, pixels, two layers": (2, "CLIP", {}, ("--no-feature-cache",)),
+    "encoder too": (2, "CLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
+    "encoder too, SigLIP": (2, "SigLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
+    "LoRA": (2, "ViT", {"lora": True}, ("--lora_enable", "True")),
+    "LoRA behind a frozen projector": (2, "ViT", {"lora": True, "freeze_mm_mlp_adapter": True}, ("--lora_enable", "1")),
+    "projector alone": (2, "ViT", {"tune_mm_mlp_adapter": True}, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("flops")
+    for shape in ("ViT", "CLIP", "SigLIP"):
+        write_run(root / shape / "clips-demo", **SHAPES[shape])
+    write_llm(root / "llm")
+    write_llm(root / "wide", hidden_size=64, intermediate_size=128)  # whole blocks of bitsandbytes' 64 weights
+    return root
+
+
+def batch(image_id: int, image_tokens: int) -> dict[str, Tensor]:
+    """Three samples with a picture each, of 30 positions with padding at the end of two."""
+    ids = torch.randint(3, 90, (3, 30))
+    ids[:, 2 : 2 + image_tokens] = image_id
+    mask = torch.ones_like(ids)
+    mask[1, 25:] = mask[2, 28:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : 4 + image_tokens] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool) -> None:
+    number, shape, options, words = CASES[case]
+    arguments = parse_train_arguments(["--stage", str(number), *words]).resolve(1)
+    layer = [-1, -2] if "two layers" in case else -2
+    vision = load_vision("clips", runs=places / shape, select_layer=layer)
+    llm = load_llm(str(places / "llm"))
+    if not tie:
+        llm.model.lm_head.weight = torch.nn.Parameter(llm.model.lm_head.weight.detach().clone())
+    llava, _ = build_model(vision, llm, projector=arguments.mm_projector_type)
+    freeze = freeze_table(STAGES[number], **options)
+    model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
+    apply_freeze(model, freeze)
+    training = TrainingModel(model, features=arguments.caches_features)
+    inputs = batch(llava.config.image_token_id, vision.num_tokens)
+    pixels = torch.randn(3, 3, vision.image_size, vision.image_size)
+    if arguments.caches_features:
+        inputs["image_features"] = vision.features(pixels).detach()
+    else:
+        inputs["pixel_values"] = pixels
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        training(**inputs)["loss"].backward()
+    shape_of = LlavaShape(samples=3, length=30, pictures=3, predicted=int((inputs["labels"][:, 1:] != -100).sum()))
+    flops = LlavaFlops(
+        llava_of(model),
+        image_size=vision.image_size,
+        image_tokens=vision.num_tokens,
+        features=arguments.caches_features,
+    )
+    parts = flops(shape_of)
+    assert parts.keys() == {"vision_tower", "projector", "language_model", "head"}
+    assert sum(parts.values()) == counter.get_total_flops()
+
+
+def test_weights_in_4_bits_count_as_what_they_stand_for(places: Path) -> None:
+    vision, counted = load_vision("clips", runs=places / "ViT"), []
+    arguments = parse_train_arguments(["--stage", "2", "--lora_enable", "True", "--bits", "4"]).resolve(1)
+    for bits in (16, 4):
+        llava, _ = build_model(vision, load_llm(str(places / "wide")))
+        if bits == 4:
+            quantize(llava.model.language_model, 4, torch.float32, torch.device("cpu"))
+        model = add_lora(llava, arguments)
+        apply_freeze(model, freeze_table(STAGES[2], lora=True, bits=4))
+        flops = LlavaFlops(llava_of(model), image_size=vision.image_size, image_tokens=16, features=True)
+        counted.append(flops(LlavaShape(samples=2, length=20, pictures=2, predicted=9)))
+    assert counted[0] == counted[1]
+
+
+def test_the_work_of_a_rank_adds_up_and_is_told_in_the_field_s_units() -> None:
+    work = tiny_work()
+    inputs = batch(99, 4) | {"image_features": torch.zeros(3, 4, 16)}
+    work.add(inputs)
+    work.add({name: value for name, value in inputs.items() if name != "image_features"})
+    predicted = int((inputs["labels"][:, 1:] != -100).sum())
+    shapes = [LlavaShape(samples=3, length=30, pictures=pictures, predicted=predicted) for pictures in (3, 0)]
+    assert work.total() == sum(sum(work.flops(shape).values()) for shape in shapes)
+    assert int(work.tokens) == 2 * int(inputs["attention_mask"].sum())
+    assert work.over_all_ranks() == (work.total(), int(work.tokens))
+    work.world_size, work.peak = 4, 2e12
+    rates = work.rates(samples=80, flops=5e12, seconds=10)
+    assert {name: rates[name] for name in rates if name != "peak_memory_gb"} == {
+        "samples_per_s": 8.0, "samples_per_s_per_gpu": 2.0, "tflops": 0.5, "mfu": 0.25,
+    }  # fmt: skip
+    assert rates["peak_memory_gb"] > 0.1
