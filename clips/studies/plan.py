@@ -21,10 +21,9 @@ from clips.common.errors import UserError
 from clips.common.plain import markdown, print_table
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
-from clips.model.flops import forward_flops
 from clips.recipes import recipe
 from clips.training.memory import FP32, Parameters, Usage, count_parameters, usage
-from clips.training.prepare import flops_per_sample, fullest_shape, usual_shape
+from clips.training.prepare import flops_per_sample, fullest_shape
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -153,11 +152,8 @@ def plan(run: RunConfig, machine: Machine, *, engine: str | None = None, strict:
 
 def _timed(run: RunConfig, phase: PhaseConfig, found: Fit, machine: Machine, parameters: Parameters) -> PhasePlan:
     samples = found.micro * found.accumulation
-    flops = flops_per_sample(run, phase)
-    if found.accumulation > 1:  # GradCache: the features first, without a graph
-        forward = forward_flops(run.model, usual_shape(run, phase))
-        flops += forward["vision"] + forward["text"]
-    compute = samples * flops / machine.speed
+    cut = replace(run, train=replace(run.train, accumulation=found.accumulation, contrastive="global"))
+    compute = samples * flops_per_sample(cut, phase) / machine.speed
     moved = collective_bytes(run, phase, found, machine.gpus, parameters)
     seconds = machine.collective_seconds(moved)
     if "offload" in found.engine:
@@ -194,7 +190,7 @@ def _does_not_fit(run: RunConfig, machine: Machine, chosen: Sequence[Fit]) -> st
         f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable) with "
         f"ds_configs/{chosen[0].engine}.json:\n"
         + "\n".join(lines)
-        + f"\nGive --set train.accumulation={chosen[0].accumulation}"
+        + f"\nGive --set train.accumulation={chosen[0].accumulation} train.contrastive=global"
         + ("" if run.train.activation_checkpointing else " or --set train.activation_checkpointing=true")
         + ", or more --gpus"
     )
@@ -287,7 +283,7 @@ def assumptions(machine: Machine) -> list[str]:
         f"offload: {PCIE / 1e9:.0f} GB/s to the machine's memory, {HOST_MEMORY / 1e9:.0f} GB/s of it for AdamW's "
         "28 bytes a parameter",
         "accumulation: the contrastive loss runs over the whole step (GradCache), one more forward "
-        "pass of the towers; the logits of a rank's rows are held whole",
+        "pass of the towers (train.contrastive=global)",
     ]
 
 

@@ -254,8 +254,8 @@ def usage(
     """Of steps of `accumulation` micro-batches of `shape` (run.train.accumulation of them if it is not given).
 
     `whole_step`: the contrastive loss runs over all micro-batches of the step (GradCache). Then the towers' features
-    and their gradients are there for the whole step, and so are the logits of this rank's rows, but only one
-    micro-batch's activations.
+    and their gradients are there for the whole step, but only one micro-batch's activations, and logits of its rows
+    against those of all (clips/training/grad_cache.py). The step's batches wait on the host.
     """
     accumulation = run.train.accumulation if accumulation is None else accumulation
     place = Place(device, run.train.precision == "bf16", run.train.activation_checkpointing)
@@ -268,7 +268,7 @@ def usage(
         pairs = 2 * len(shape.texts)
         # The loss itself is over before the first micro-batch's graph is built.
         features = 2 * FP32 * (1 + len(shape.texts)) * (rows + columns) * run.model.embed_dim
-        loss = FP32 * rows * columns * (pairs + 2)
+        loss = FP32 * shape.samples * columns * (pairs + 2)
         parts["contrastive"] = Part(0, 0, 1)
     copies = place.element * parameters.products if place.bf16 else 0
     share = on_rank.gradients / max(FP32 * parameters.trained, 1)
@@ -290,7 +290,7 @@ def usage(
         weights=on_rank.weights,
         optimizer=on_rank.optimizer,
         buffers=on_rank.buffers,
-        batch=batch * (accumulation if whole_step else 1) + features,
+        batch=batch + features,
         working=fullest,
         host=on_rank.host,
     )

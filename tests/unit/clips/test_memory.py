@@ -124,7 +124,7 @@ def at(run: RunConfig, samples: int, **changes: object) -> Usage:
 
 
 def test_memory_with_gradcache_is_flat_in_the_number_of_micro_batches() -> None:
-    """What grows is the batch itself, the features, and the logits of one loss over all of it."""
+    """What grows are the features of all, and a micro-batch's logits against them."""
     run = recipe("s16").override(["train.precision=bf16"])
     totals = {count: at(run, 64, accumulation=count, whole_step=True).total for count in (2, 4, 16, 64)}
     growth = [totals[count] - totals[2] for count in (4, 16)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_what_does_not_fit_is_refused_and_what_is_proposed_fits() -> None:
     run = recipe("h14")
     with pytest.raises(UserError, match=r"does not fit 8 × H100 of 80 GB \(72 GB usable\)") as refused:
         plan(run, on(8))
-    (count,) = [line.split("=")[1].split(",")[0] for line in str(refused.value).splitlines() if "accumulation=" in line]
+    (count,) = re.findall(r"--set train\.accumulation=(\d+) train\.contrastive=global", str(refused.value))
     proposed = run.override([f"train.accumulation={count}"])
     found = plan(proposed, on(8))
     assert all(part.fit.accumulation == int(count) for part in found.phases)
