@@ -25,14 +25,14 @@ import torch
 
 from clips.common.errors import run_command
 from clips.data.images import Preprocess
-from clips.training import cli, loop
+from clips.training import cli, grad_cache, loop
 
 AT = 40
 BATCH = 8
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
-real_loader, real_to_device, real_decoded = loop.make_loader, loop.to_device, Preprocess.decoded
+real_loader, real_to_device, real_decoded = loop.make_loader, grad_cache.to_device, Preprocess.decoded
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def main() -> None:
             loop.make_loader = late
         elif flags.fault == "record":
             file = Path(flags.output_dir) / flags.name / "keys.jsonl"
-            loop.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
+            grad_cache.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
-            loop.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
+            grad_cache.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 
 
