@@ -473,10 +473,10 @@ def through_the_loader(spec: str, wanted: dict[str, str], folder: Path, told: di
     assert len(source) == len(wanted), (len(source), len(wanted))
     tokenizer = build_tokenizer("bert")
     run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=tokenizer.vocab_size)))
-    places = {"start": 0, "stop": len(source) // 8, "first_position": 0, "rank": 0, "world_size": 1}
+    run = replace(run, phases=(replace(run.phases[0], samples=len(source), batch_size=8),))
     reasons: Reasons = {}
     keys: Counter[str] = Counter()
-    for batch in make_loader(source, tokenizer, run, run.phases[0], **places):
+    for batch in make_loader(source, tokenizer, run, rank=0, world_size=1):
         assert batch["images"].float().isfinite().all()
         keys.update(key.rpartition("#")[2] for key in batch["keys"])
         reasons |= {key.rpartition("#")[2]: reason for key, reason in batch["skipped"]}

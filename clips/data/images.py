@@ -12,7 +12,8 @@ import io
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -72,11 +73,18 @@ def decode_image(
     One of more than `reduce_to` pixels is reduced, by whole factors, until it has no more; a JPEG while it is decoded.
     Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
     """
-    try:
+    with _decoding(key):
         opened = _open(data, max_pixels)
         image = to_rgb(_loaded(opened, _factor(opened, reduce_to)))
         factor = _factor(image, reduce_to)
         return image if factor == 1 else image.reduce(factor)
+
+
+@contextmanager
+def _decoding(key: str) -> Iterator[None]:
+    """Whatever a decoder raises is a BrokenSample."""
+    try:
+        yield
     except UnidentifiedImageError:  # whose message ends with the address of an object
         raise BrokenSample(key, f"image: cannot identify image file: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
@@ -189,7 +197,7 @@ class Preprocess:
         The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image` does.
         """
         box, factor, orientation = None, 1, 1
-        try:
+        with _decoding(key):
             image = _open(data)
             if image.format in _JPEG:
                 orientation = _orientation(image)
@@ -197,8 +205,6 @@ class Preprocess:
                 box = self._box(width, height, rng)
                 factor = self._factor(box)
             upright = to_rgb(_loaded(image, factor))
-        except Exception as error:  # see decode_image
-            raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
         if box is None:
             return self.pixels(upright, rng)
         left, top, right, bottom = (side / factor for side in box)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from bad_corpus import encode, png, with_scans
-from launched import SCRIPT, lines, pictures, python, recap, run, run_all, write_shard
+from launched import SCRIPT, lines, pictures, python, recap, run, run_all, trace, write_shard
 from PIL import Image
 
 from clips.data.images import decode_image
@@ -25,11 +24,6 @@ def good(count: int) -> Samples:
 def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
     fixed = ("--set", "train.precision=fp32", "train.log_every=1")
     return python(SCRIPT, "--debug", "--data", data, "--output-dir", out, "--name", name, *flags, *fixed)
-
-
-def losses(run_dir: Path) -> list[dict[str, Any]]:
-    clock = {"time", "samples_per_s", "data_wait_share"}
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines(run_dir) if line["kind"] == "train"]
 
 
 def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path: Path) -> None:
@@ -50,13 +44,13 @@ def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path:
     skipped = lines(tmp_path / "a", "skipped.jsonl")
     assert {line["key"].rpartition("#")[2] for line in skipped} == {f"{place:05d}" for place in faults}
     assert all(line["reason"].startswith("image: ") for line in skipped)
-    assert len(skipped) == losses(tmp_path / "a")[-1]["skipped"] >= 3
+    assert len(skipped) == trace(tmp_path / "a")[-1]["skipped"] >= 3
 
     def told(name: str) -> list[tuple[str, str]]:
         return [(line["key"], line["reason"]) for line in lines(tmp_path / name, "skipped.jsonl")]
 
     assert told("a") == told("b")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
 
 
 def test_row_14_above_one_percent_the_run_ends_with_exit_4(tmp_path: Path) -> None:
@@ -68,7 +62,7 @@ def test_row_14_above_one_percent_the_run_ends_with_exit_4(tmp_path: Path) -> No
     for words in ("samples are broken", "data.max_broken_share = 1.0%", "skipped.jsonl", "0.tar#000"):
         assert words in done.text
     skipped = lines(tmp_path / "r", "skipped.jsonl")
-    assert len(skipped) == losses(tmp_path / "r")[-1]["skipped"] > 10
+    assert len(skipped) == trace(tmp_path / "r")[-1]["skipped"] > 10
     assert all(int(line["key"].rpartition("#")[2]) % 2 == 0 and line["reason"] for line in skipped)
 
 
@@ -152,4 +146,4 @@ def test_row_16_every_kind_of_picture_trains_as_its_plain_twin(tmp_path: Path) -
     for done in run_all(commands).values():
         assert done.code == 0, done.text
     assert lines(tmp_path / "runs/kinds", "skipped.jsonl") == []
-    assert losses(tmp_path / "runs/kinds") == losses(tmp_path / "runs/plain") != []
+    assert trace(tmp_path / "runs/kinds") == trace(tmp_path / "runs/plain") != []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, run, small_data, started, torchrun, wait_for
+from launched import SCRIPT, deepspeed, lines, run, small_data, started, torchrun, trace, wait_for
 from processes import rank, wait_until_gone
 
 from clips.common.runtime import unused_port
@@ -47,12 +47,9 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def assert_the_same(run_dir: Path, whole: Path) -> None:
     """The loss trace, and the last checkpoint's weights and optimizer state, bit for bit."""
-    clock = {"time", "samples_per_s", "data_wait_share"}
-    traces = [
-        [{k: v for k, v in line.items() if k not in clock} for line in lines(place)] for place in (run_dir, whole)
-    ]
-    assert [line["step"] for line in traces[0] if line["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert traces[0] == traces[1]
+    assert [line["step"] for line in trace(run_dir)] == list(range(1, STEPS + 1))
+    assert trace(run_dir) == trace(whole)
+    assert trace(run_dir, "eval") == trace(whole, "eval")
     for name in ("model.safetensors", "optimizer.safetensors"):
         files = [place / "checkpoints" / f"step-{STEPS:08d}" / name for place in (run_dir, whole)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
