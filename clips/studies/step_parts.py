@@ -34,7 +34,7 @@ FLOPS = {
     LOSS: ("head", "contrastive"),
 }
 """Part → its names in clips/model/flops.py."""
-OTHERS = ("data wait", "copy to the device", "gradients between ranks", "finite check", "optimiser")
+OTHERS = ("data wait", "copy to the device", "finite check", "optimiser")
 
 
 class Clock:
@@ -79,17 +79,11 @@ def part_rows(engine: Engine, batches: Iterable[Batch], peak: float) -> list[Row
     """Median milliseconds of each part over the steps, its share, its TFLOP/s and their share of `peak` in FLOP/s.
 
     `engine` trains on, and with accumulation 1. FLOPs are the model's: what is computed a second time to save memory
-    takes time and counts nothing. Gradients are sent between ranks only in ZeRO 0, and only if there are several.
+    takes time and counts nothing. Of one process: what ranks send each other has no part of its own, it falls into the
+    backward pass, and the step's one small agreement into the finite check.
     """
     clock = Clock(engine.device)
     _watch(engine.model, clock)
-    between = engine.engine.allreduce_gradients
-
-    def allreduce(*arguments: Any, **named: Any) -> Any:
-        clock.begin("gradients between ranks")
-        return between(*arguments, **named)
-
-    engine.engine.allreduce_gradients = allreduce
     steps: list[dict[str, float]] = []
     flops: dict[str, list[int]] = defaultdict(list)
     clock.begin("data wait")
