@@ -34,6 +34,7 @@ from clips.common.files import write_json
 from clips.common.peaks import peak_flops
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
+from clips.data.demo import ensure_demo
 from clips.data.images import Preprocess, decode_image, normalise, stacked
 from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sentences import kept_tokens, split_sentences, sub_caption
@@ -87,7 +88,13 @@ def benchmark_programs(
     """This project's trainer against open_clip's as whole programs (clips/studies/program.py); reported as above."""
     on = _device(device, {"repeats": repeats})
     found = compare_programs(
-        size, objective, captions, device=on, repeats=repeats, demo_dir=demo_dir, their_python=their_python
+        size,
+        objective,
+        captions,
+        device=on,
+        repeats=repeats,
+        train=ensure_demo(demo_dir) / "train",
+        their_python=their_python,
     )
     rows = [
         {"program": name, **{key: value for key, value in found[name].items() if key != "turns"}}

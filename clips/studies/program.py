@@ -33,7 +33,6 @@ from clips.common.errors import CommandError, UserError
 from clips.common.files import write_json
 from clips.common.runtime import has_bf16
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
-from clips.data.demo import ensure_demo
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.studies.measuring import resident
@@ -64,6 +63,8 @@ class Turn:
     """One run of a program."""
 
     samples_per_s: float
+    samples_per_cpu_s: float
+    """By the processor time of the training process and its worker, which a busy machine leaves comparable."""
     startup_s: float
     """Until the first line of its log, less what the samples before that take at this speed."""
     peak_memory_MB: float
@@ -72,19 +73,18 @@ class Turn:
 
 def compare_programs(
     size: str, objective: Objective, captions: Captions, *,
-    device: torch.device, repeats: int, demo_dir: str, their_python: str,
+    device: torch.device, repeats: int, train: Path, their_python: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"ratios": …, "ours": …, "theirs": …}: medians over the turns, of the ratio of samples/s the extremes, too.
+    """{"ratios": …, "ours": …, "theirs": …}: medians over the turns, of the ratio of samples/s the extremes too.
 
     `objective`: "clip", one text a picture, the shards' .txt, and InfoNCE; or "clips", which reads both captions,
     against open_clip's CoCa, which reads the .txt. `captions`: what that .txt is, the long caption as in the demo's
-    shards, or the web caption in copies of them. UserError where `their_python` has no trainer of open_clip,
-    CommandError where a program ends before its turn does.
+    shards, or the web caption in copies of them. `train`: the folder of shards, laid out as the demo's. UserError
+    where `their_python` has no trainer of open_clip, CommandError where a program ends before its turn does.
     """
     _check_trainer(their_python)
     if captions == "web" and objective == "clips":
         raise UserError("--captions web is for --objective clip: CLIPS and CoCa learn to write the long caption")
-    train = ensure_demo(demo_dir) / "train"
     *_, batch, steps = SIZES[size]
     turns: dict[str, list[Turn]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,11 +108,12 @@ def summary(ours: Sequence[Turn], theirs: Sequence[Turn]) -> dict[str, Any]:
     """See `compare_programs`; a ratio is of the two programs of one turn."""
     both = list(zip(ours, theirs, strict=True))
     rates = [a.samples_per_s / b.samples_per_s for a, b in both]
+    processor = [a.samples_per_cpu_s / b.samples_per_cpu_s for a, b in both]
     memory = [a.peak_memory_MB / b.peak_memory_MB for a, b in both]
     return {
         "ratios": {
             "samples_per_s": statistics.median(rates), "samples_per_s_lowest": min(rates),
-            "samples_per_s_highest": max(rates), "peak_memory": statistics.median(memory),
+            "samples_per_s_highest": max(rates), "samples_per_cpu_s": statistics.median(processor), "peak_memory": statistics.median(memory),
         },
         "ours": _medians(ours),
         "theirs": _medians(theirs),
@@ -230,7 +231,7 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int, devic
     `progress`: finds the samples seen, its first group, in a line of the log.
     """
     before = _device_memory(device)
-    seen: list[tuple[int, float]] = []
+    seen: list[tuple[int, float, float]] = []
     peak = 0.0
     last: deque[str] = deque(maxlen=15)
     begin = time.perf_counter()
@@ -240,7 +241,7 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int, devic
             last.append(line)
             if (found := progress.search(line)) is None:
                 continue
-            seen.append((int(found[1].replace(",", "")), time.perf_counter()))
+            seen.append((int(found[1].replace(",", "")), time.perf_counter(), _cpu_seconds(process.pid)))
             memory = _device_memory(device) - before if device.type == "cuda" else resident("VmHWM", process.pid)
             peak = max(peak, memory)
             if seen[-1][0] >= samples:
@@ -248,12 +249,19 @@ def watch(command: Sequence[str], progress: re.Pattern[str], samples: int, devic
         else:
             code = process.wait()
             raise CommandError(f"{' '.join(command[:3])} … ended with {code} before its turn:\n{''.join(last)}")
-    timed = [(count, at) for count, at in seen if count >= WARM * samples]
+    timed = [line for line in seen if line[0] >= WARM * samples]
     if len(timed) < 2:
         raise CommandError(f"{' '.join(command[:3])} … told of its progress too seldom to be timed: {seen}")
-    (first, since), (end, until) = timed[0], timed[-1]
-    rate = (end - first) / (until - since)
-    return Turn(rate, seen[0][1] - begin - seen[0][0] / rate, peak)
+    count, seconds, cpu = (end - first for first, end in zip(timed[0], timed[-1], strict=True))
+    rate = count / seconds
+    return Turn(rate, count / cpu, seen[0][1] - begin - seen[0][0] / rate, peak)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process and those that it started."""
+    process = psutil.Process(pid)
+    times = [found.cpu_times() for found in (process, *process.children(recursive=True))]
+    return sum(found.user + found.system for found in times)
 
 
 def _device_memory(device: torch.device) -> float:

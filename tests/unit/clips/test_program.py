@@ -37,7 +37,10 @@ print("worker", child.pid, flush=True)
 time.sleep(0.4)
 for step in range(0, 200, 2):
     print(f"Train Epoch: 0 [ {10 * step:>4}/2000 (1%)] Loss: 1", file=sys.stderr, flush=True)
-    time.sleep(0.02)
+    end = time.process_time() + 0.01
+    while time.process_time() < end:
+        pass
+    time.sleep(0.01)
 """
 
 
@@ -46,6 +49,7 @@ def test_a_program_is_timed_by_its_log_and_ended_with_its_workers(tmp_path: Path
     script.write_text(STEADY.replace('"worker", child.pid', f'child.pid, file=open("{tmp_path}/pid", "w")'))
     turn = program.watch([sys.executable, str(script)], THEIRS, 400, CPU)
     assert 0 < turn.samples_per_s < 20 / 0.02  # 20 samples in 0.02 s and more
+    assert 0 < turn.samples_per_s < turn.samples_per_cpu_s < 1.5 * 20 / 0.01  # counted in hundredths of a second
     assert turn.startup_s >= 0.4
     assert turn.peak_memory_MB > 1
     worker = int((tmp_path / "pid").read_text())
@@ -62,14 +66,15 @@ def test_a_program_that_ends_early_is_told_with_its_last_words() -> None:
 
 def test_a_python_without_the_trainer_is_refused() -> None:
     with pytest.raises(UserError, match=r"nowhere cannot be started"):
-        program.compare_programs("demo", "clip", "long", device=CPU, repeats=1, demo_dir="", their_python="/nowhere")
+        program.compare_programs("demo", "clip", "long", device=CPU, repeats=1, train=Path(), their_python="/nowhere")
 
 
 def test_ratios_are_of_turns() -> None:
-    ours, theirs = [Turn(s, 1, 50) for s in (30, 10, 21)], [Turn(s, 2, 100) for s in (10, 5, 10)]
+    ours, theirs = [Turn(s, 9, 1, 50) for s in (30, 10, 21)], [Turn(s, 3, 2, 100) for s in (10, 5, 10)]
     found = program.summary(ours, theirs)
     assert found["ratios"] == {
-        "samples_per_s": pytest.approx(2.1), "samples_per_s_lowest": 2, "samples_per_s_highest": 3, "peak_memory": 0.5
+        "samples_per_s": pytest.approx(2.1), "samples_per_s_lowest": 2, "samples_per_s_highest": 3, "samples_per_cpu_s": 3,
+        "peak_memory": 0.5,
     }  # fmt: skip
     assert (found["ours"]["samples_per_s"], found["theirs"]["startup_s"]) == (21, 2)
     assert [turn["samples_per_s"] for turn in found["theirs"]["turns"]] == [10, 5, 10]
@@ -123,7 +128,7 @@ def test_both_programs_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install 'open_clip_torch[training]'")
     monkeypatch.setitem(program.SIZES, "demo", ("clip_baseline", "demo", 8, 10))
     found = program.compare_programs(
-        "demo", "clip", "long", device=CPU, repeats=1, demo_dir=str(demo), their_python=sys.executable
+        "demo", "clip", "long", device=CPU, repeats=1, train=demo / "train", their_python=sys.executable
     )
     assert all(found[name]["samples_per_s"] > 0 for name in ("ours", "theirs"))
 
