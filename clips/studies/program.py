@@ -113,7 +113,8 @@ def summary(ours: Sequence[Turn], theirs: Sequence[Turn]) -> dict[str, Any]:
     return {
         "ratios": {
             "samples_per_s": statistics.median(rates), "samples_per_s_lowest": min(rates),
-            "samples_per_s_highest": max(rates), "samples_per_cpu_s": statistics.median(processor), "peak_memory": statistics.median(memory),
+            "samples_per_s_highest": max(rates), "samples_per_cpu_s": statistics.median(processor),
+            "peak_memory": statistics.median(memory),
         },
         "ours": _medians(ours),
         "theirs": _medians(theirs),

@@ -73,8 +73,8 @@ def test_ratios_are_of_turns() -> None:
     ours, theirs = [Turn(s, 9, 1, 50) for s in (30, 10, 21)], [Turn(s, 3, 2, 100) for s in (10, 5, 10)]
     found = program.summary(ours, theirs)
     assert found["ratios"] == {
-        "samples_per_s": pytest.approx(2.1), "samples_per_s_lowest": 2, "samples_per_s_highest": 3, "samples_per_cpu_s": 3,
-        "peak_memory": 0.5,
+        "samples_per_s": pytest.approx(2.1), "samples_per_s_lowest": 2, "samples_per_s_highest": 3,
+        "samples_per_cpu_s": 3, "peak_memory": 0.5,
     }  # fmt: skip
     assert (found["ours"]["samples_per_s"], found["theirs"]["startup_s"]) == (21, 2)
     assert [turn["samples_per_s"] for turn in found["theirs"]["turns"]] == [10, 5, 10]
