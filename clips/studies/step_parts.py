@@ -43,6 +43,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.part: str | None = None
+        self.since = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
 
     def begin(self, part: str | None) -> None:
