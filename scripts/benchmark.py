@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure here: attention, data, loader, start-up, sentences, training, loss memory, accumulation, checkpoints."""
+"""Measure here: attention, data, start-up, sentences, training, open_clip beside it, memory, checkpoints, a step."""
 
 import argparse
 import sys
@@ -9,28 +9,49 @@ from clips.common.errors import run_command
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parts = ("attention", "data", "loader", "startup", "sentences", "train", "chunk", "gradcache", "checkpoint")
+    parts = (
+        "attention",
+        "data",
+        "loader",
+        "startup",
+        "sentences",
+        "train",
+        "chunk",
+        "gradcache",
+        "checkpoint",
+        "profile",
+        "program",
+    )
     p.add_argument("what", choices=parts, help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
     p.add_argument("--demo-dir", default="data/demo", help="the demo data, which data and train read")
     p.add_argument("--shards", type=int, default=100_000, help="shards that startup makes, of one or two samples")
     p.add_argument("--out", help="JSON file for the figures")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
+    p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
+    p.add_argument("--size", choices=("demo", "s16", "b16"), default="demo", help="program: towers and batch")
+    p.add_argument(
+        "--objective",
+        choices=("clip", "clips"),
+        default="clip",
+        help="program: CLIP's on both sides, or CLIPS and CoCa",
+    )
+    p.add_argument("--captions", choices=("long", "web"), default="long", help="program: which caption CLIP trains on")
+    p.add_argument("--their-python", default=sys.executable, help="program: the Python that has open_clip's trainer")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.studies.benchmark import benchmark
+    from clips.studies.benchmark import benchmark, benchmark_programs
 
-    benchmark(
-        flags.what,
-        device=flags.device,
-        repeats=flags.repeats,
-        demo_dir=flags.demo_dir,
-        shards=flags.shards,
-        out=flags.out,
-    )
+    common = {name: getattr(flags, name) for name in ("device", "repeats", "demo_dir", "out")}
+    common["as_json"] = flags.json
+    if flags.what == "program":
+        benchmark_programs(flags.size, flags.objective, flags.captions, their_python=flags.their_python, **common)
+    else:
+        benchmark(flags.what, shards=flags.shards, **common)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import platform
@@ -22,6 +23,10 @@ PACKAGES = (
     *("numpy",),
 )
 """Whose versions may explain a difference between two runs."""
+
+KEEP_FREED = ((-1, 2**31 - 1), (-3, 2**30))
+"""Options of glibc's mallopt and their values in bytes: M_TRIM_THRESHOLD, how much free memory at the heap's top stays;
+M_MMAP_THRESHOLD, from which size on a block is a mapping of its own, which ends when it is freed."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -60,6 +65,7 @@ def unused_port() -> int:
 def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
     if device.type == "cpu":
+        keep_freed_memory()
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
     if "RANK" not in os.environ:
         tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
@@ -79,6 +85,19 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what this process frees for what it allocates next; whether it does.
+
+    By default it gives tensors of megabytes back to the kernel as soon as they are freed, and each step then faults all
+    its pages in anew (`python scripts/benchmark.py profile`; docs/speed.md has what it costs). A user's own settings
+    of the allocator stand; elsewhere than on glibc nothing is done.
+    """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in KEEP_FREED)
 
 
 def _check_restarts() -> None:

@@ -1,7 +1,7 @@
 """What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
-The loader against bare decoding, and opening many shards, are in data_speed.py beside this file; accumulation is in
-accumulation.py; how is measured, in measuring.py.
+Beside this file: the loader against bare decoding, and opening many shards, in data_speed.py; accumulation in
+accumulation.py; whole programs in program.py; the parts of a step in step_parts.py; how is measured, in measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -9,13 +9,14 @@ Shapes: B batch · H heads · L sequence · K head width.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.files import write_json
+from clips.common.peaks import peak_flops
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import AugmentConfig, CaptionerConfig, ModelConfig, RunConfig
+from clips.data.demo import ensure_demo
 from clips.data.images import Preprocess, decode_image, normalise, stacked
 from clips.data.loader import Batch, make_loader, to_device
 from clips.data.sentences import kept_tokens, split_sentences, sub_caption
@@ -43,7 +46,9 @@ from clips.recipes import PRESETS, recipe
 from clips.studies.accumulation import accumulation_rows
 from clips.studies.data_speed import loader_rows, startup_rows
 from clips.studies.measuring import PeakMemory, Row, fastest, in_child
+from clips.studies.program import Captions, Objective, coca_config, compare_programs
 from clips.studies.sentence_set import captions, score
+from clips.studies.step_parts import WARM, part_rows
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.meter import Meter
@@ -53,18 +58,14 @@ from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
 
-def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, shards: int, out: str | None) -> list[Row]:
-    """Run one of the benchmarks, print its table, write it to `out` as JSON with the machine it ran on."""
-    for flag, value in (("repeats", repeats), ("shards", shards)):
-        if value < 1:
-            raise UserError(f"--{flag} {value} must be at least 1")
-    on = choose_device(device)
-    if on.type == "cpu" and os.getloadavg()[0] > 1:
-        print(
-            f"note: this machine is busy (load {os.getloadavg()[0]:.1f}); figures will scatter, and with more threads "
-            f"than free cores each step may take many times as long (now {torch.get_num_threads()}: OMP_NUM_THREADS)",
-            file=sys.stderr,
-        )
+def benchmark(
+    what: str, *, device: str, repeats: int, demo_dir: str, shards: int, out: str | None, as_json: bool = False
+) -> list[Row]:
+    """Run one of the benchmarks, print its table, write it to `out` as JSON with the machine it ran on.
+
+    `as_json`: that JSON is printed in place of the table.
+    """
+    on = _device(device, {"repeats": repeats, "shards": shards})
     run = {
         "attention": lambda: attention_rows(on, repeats),
         "sentences": lambda: sentence_rows(repeats),
@@ -75,19 +76,70 @@ def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, shards: in
         "chunk": lambda: chunk_rows(on, repeats),
         "gradcache": lambda: accumulation_rows(on, repeats),
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
+        "profile": lambda: [row for name in PROFILED for row in in_child(profile_rows, name, on, demo_dir)],
     }[what]
     rows = run()
+    _report(what, {"rows": rows}, rows, on, out, as_json)
+    return rows
+
+
+def benchmark_programs(
+    size: str, objective: Objective, captions: Captions, *,
+    device: str, repeats: int, demo_dir: str, their_python: str, out: str | None, as_json: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """This project's trainer against open_clip's as whole programs (clips/studies/program.py); reported as above."""
+    on = _device(device, {"repeats": repeats})
+    found = compare_programs(
+        size,
+        objective,
+        captions,
+        device=on,
+        repeats=repeats,
+        train=ensure_demo(demo_dir) / "train",
+        their_python=their_python,
+    )
+    rows = [
+        {"program": name, **{key: value for key, value in found[name].items() if key != "turns"}}
+        for name in ("ours", "theirs")
+    ]
+    rows.append({"program": "ours / theirs", **found["ratios"]})
+    asked = {"size": size, "objective": objective, "captions": captions}
+    _report(f"program, {', '.join(asked.values())} captions,", asked | found, rows, on, out, as_json)
+    return found
+
+
+def _device(device: str, counts: Mapping[str, int]) -> torch.device:
+    """The one that `device` means, with a word where it is busy; UserError for a flag of `counts` below 1."""
+    for flag, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{flag} {value} must be at least 1")
+    on = choose_device(device)
+    if on.type == "cpu" and os.getloadavg()[0] > 1:
+        print(
+            f"note: this machine is busy (load {os.getloadavg()[0]:.1f}); figures will scatter, and with more threads "
+            f"than free cores each step may take many times as long (now {torch.get_num_threads()}: OMP_NUM_THREADS)",
+            file=sys.stderr,
+        )
+    return on
+
+
+def _report(
+    what: str, found: dict[str, Any], rows: list[Row], on: torch.device, out: str | None, as_json: bool
+) -> None:
     machine = {
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
-    _print(f"{what} on {machine['device']}", rows)
+    report = {"benchmark": what.partition(",")[0], "machine": machine, **found}
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(f"{what} on {machine['device']}", rows)
     if out:
-        write_json(Path(out), {"benchmark": what, "machine": machine, "rows": rows})
+        write_json(Path(out), report)
         print(f"wrote {out}", file=sys.stderr)
-    return rows
 
 
 def _print(title: str, rows: list[Row]) -> None:
@@ -414,19 +466,9 @@ def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.dev
 def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:
     import open_clip
 
-    config = open_clip_config(run.model, tokenizer)["model_cfg"]
     captioner = captioner_of(run.model)
-    text = config["text_cfg"] | {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
-    decoder = {
-        "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
-        "context_length": captioner.length, "vocab_size": run.model.text.vocab_size,
-    }  # fmt: skip
-    # CoCa's pooler brings the image tokens, here as many as there are patches, to the decoder's width.
-    pooler = {
-        "attentional_pool": True, "attn_pooler_heads": captioner.heads,
-        "attn_pooler_queries": 1 + run.model.vision.tokens(), "output_tokens": True,
-    }  # fmt: skip
-    model = open_clip.CoCa(config["embed_dim"], decoder, text, config["vision_cfg"] | pooler)
+    config = coca_config(run.model, captioner, tokenizer)
+    model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
     # open_clip leaves this one as the memory was: now and then the first loss is not finite.
     torch.nn.init.normal_(model.text_decoder.text_projection, std=captioner.width**-0.5)
     loss = open_clip.loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=tokenizer.pad_id)
@@ -486,6 +528,26 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
     for batch in batches:
         step(batch)
     return memory.read()
+
+
+# --------------------------------------------------------------------------------------------------------- profile
+PROFILED = ("clip_baseline, adamw", "demo", "b16 112 px")
+
+
+def profile_rows(name: str, device: torch.device, demo_dir: str) -> list[Row]:
+    """The parts of a step of a setting; of `clip_baseline` with AdamW, as `program` runs it."""
+    init_distributed(device)
+    if name in SETTINGS:
+        run = setting(name, device, demo_dir)
+    else:
+        demo = setting("demo", device, demo_dir)
+        run = replace(recipe("clip_baseline"), data=demo.data, train=demo.train)
+        run = replace(run, optim=replace(run.optim, kind="adamw"))
+    source, tokenizer = _open(run)
+    peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
+    batches = _loader(run, source, tokenizer, WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8))
+    rows = part_rows(clips_engine(run, tokenizer, device), batches, peak)
+    return [{"setting": name, **row} for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------- chunk

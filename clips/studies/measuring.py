@@ -56,15 +56,16 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            self.before = self._resident("VmRSS")
+            self.before = resident("VmRSS")
 
     def read(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
-        return self._resident("VmHWM") - self.before
+        return resident("VmHWM") - self.before
 
-    @staticmethod
-    def _resident(field: str) -> float:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))
+
+def resident(field: str, process: int | None = None) -> float:
+    """MB of a process (default: this one): VmRSS now, VmHWM at most so far; NaN where there is no /proc."""
+    status = Path("/proc", "self" if process is None else str(process), "status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))

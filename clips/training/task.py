@@ -75,10 +75,10 @@ class Task(nn.Module):
         caption = batch["caption"]
         return caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
 
-    def flops(self, batch: dict[str, Any]) -> int:
-        """Of the forward and backward pass over `batch`, which may be on the host (clips/model/flops.py)."""
+    def shape(self, batch: dict[str, Any]) -> BatchShape:
+        """What the FLOPs of `batch` depend on; it may be on the host."""
         caption = batch.get("caption") if self.model.captioner is not None else None
-        shape = BatchShape(
+        return BatchShape(
             samples=len(batch["images"]),
             image_size=batch["images"].shape[-1],
             texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
@@ -86,7 +86,10 @@ class Task(nn.Module):
             predicted=0 if caption is None else int(word_slots(caption, self.model.text.pad_id)[:, 1:].sum()),
             world_size=world_size() * self.contrasted,
         )
-        return sum(training_flops(self.model.config, shape, self.freeze).values())
+
+    def flops(self, batch: dict[str, Any]) -> int:
+        """Of the forward and backward pass over `batch`, which may be on the host (clips/model/flops.py)."""
+        return sum(training_flops(self.model.config, self.shape(batch), self.freeze).values())
 
     def _loss(self, batch: dict[str, Any], part: Part | None) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.caption_targets(batch)

@@ -1,0 +1,196 @@
+"""Whole programs side by side, and the parts of a step: what is timed is what is said, on equal terms."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+from clips.common.errors import CommandError, UserError
+from clips.data.demo import ensure_demo
+from clips.model.clips import CLIPSModel
+from clips.studies import program
+from clips.studies.program import THEIRS, Turn
+from clips.training.cli import config_from_flags, parser
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_demo(tmp_path_factory.mktemp("demo") / "demo", sizes={"train": 60, "val": 8, "test": 8})
+
+
+# ------------------------------------------------------------------------------------------------------------ watching
+STEADY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("worker", child.pid, flush=True)
+time.sleep(0.4)
+for step in range(0, 200, 2):
+    print(f"Train Epoch: 0 [ {10 * step:>4}/2000 (1%)] Loss: 1", file=sys.stderr, flush=True)
+    end = time.process_time() + 0.01
+    while time.process_time() < end:
+        pass
+    time.sleep(0.01)
+"""
+
+
+def test_a_program_is_timed_by_its_log_and_ended_with_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "steady.py"
+    script.write_text(STEADY.replace('"worker", child.pid', f'child.pid, file=open("{tmp_path}/pid", "w")'))
+    turn = program.watch([sys.executable, str(script)], THEIRS, 400, CPU)
+    assert 0 < turn.samples_per_s < 20 / 0.02  # 20 samples in 0.02 s and more
+    assert 0 < turn.samples_per_s < turn.samples_per_cpu_s < 1.5 * 20 / 0.01  # counted in hundredths of a second
+    assert turn.startup_s >= 0.4
+    assert turn.peak_memory_MB > 1
+    worker = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_program_that_ends_early_is_told_with_its_last_words() -> None:
+    with pytest.raises(CommandError, match=r"ended with 3 before its turn:\nno such shard"):
+        program.watch([sys.executable, "-c", "print('no such shard'); exit(3)"], THEIRS, 400, CPU)
+
+
+def test_a_python_without_the_trainer_is_refused() -> None:
+    with pytest.raises(UserError, match=r"nowhere cannot be started"):
+        program.compare_programs("demo", "clip", "long", device=CPU, repeats=1, train=Path(), their_python="/nowhere")
+
+
+def test_ratios_are_of_turns() -> None:
+    ours, theirs = [Turn(s, 9, 1, 50) for s in (30, 10, 21)], [Turn(s, 3, 2, 100) for s in (10, 5, 10)]
+    found = program.summary(ours, theirs)
+    assert found["ratios"] == {
+        "samples_per_s": pytest.approx(2.1), "samples_per_s_lowest": 2, "samples_per_s_highest": 3,
+        "samples_per_cpu_s": 3, "peak_memory": 0.5,
+    }  # fmt: skip
+    assert (found["ours"]["samples_per_s"], found["theirs"]["startup_s"]) == (21, 2)
+    assert [turn["samples_per_s"] for turn in found["theirs"]["turns"]] == [10, 5, 10]
+
+
+# --------------------------------------------------------------------------------------------------------- equal terms
+@pytest.mark.parametrize(("size", "objective"), [("demo", "clip"), ("demo", "clips"), ("s16", "clip")])
+def test_both_programs_train_the_same(size: str, objective: program.Objective, demo: Path, tmp_path: Path) -> None:
+    """open_clip's own parser takes the flags, and what they and its configuration say is what our run says."""
+    import open_clip
+    from open_clip_train.params import parse_args
+
+    run = config_from_flags(parser().parse_args(program.our_flags(size, objective, CPU, demo / "train", tmp_path)))
+    stock = program.write_stock_config(run, objective, tmp_path)
+    theirs = parse_args(program.their_flags(run, CPU, demo / "train", stock, tmp_path / "logs"))
+    phase = run.phases[0]
+    assert (theirs.batch_size, theirs.train_num_samples) == (phase.batch_size, phase.samples)
+    assert (theirs.lr, theirs.wd, theirs.workers) == (phase.lr, run.optim.weight_decay, run.data.workers)
+    assert theirs.log_every_n_steps == run.train.log_every
+    assert theirs.train_data.count("::") == len(list((demo / "train").glob("*.tar"))) - 1
+    assert (theirs.precision == "amp_bf16") == (run.train.precision == "bf16")
+    assert not run.train.activation_checkpointing
+    model, _, _ = open_clip.create_model_and_transforms(theirs.model, output_dict=True)
+    assert model.visual.image_size == (phase.image_size, phase.image_size)
+    theirs.distill, theirs.rank, theirs.world_size = False, 0, 1  # as its main sets them
+    assert type(open_clip.create_loss(theirs)).__name__ == ("ClipLoss" if objective == "clip" else "CoCaLoss")
+    ours = CLIPSModel(run.model, pad_id=0)
+    assert len(model.visual.transformer.resblocks) == run.model.vision.layers
+    assert len(model.text.transformer.resblocks) == run.model.text.layers
+    if objective == "clip":  # theirs has no patch bias, and a CLS of the text that is no token
+        stock_size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert stock_size + run.model.vision.width - run.model.text.width == ours.parameter_counts()["total"]
+    texts = open_clip.get_tokenizer(theirs.model)(["a red cat"])
+    assert texts.shape[1] == (run.model.text.context_length - 1 if objective == "clip" else run.model.captioner.length)
+
+
+def test_web_captions_stand_where_open_clip_reads(demo: Path, tmp_path: Path) -> None:
+    folder = program._with_web_captions(demo / "train", tmp_path / "web")
+    (shard, *_) = sorted(folder.glob("*.tar"))
+    with tarfile.open(shard) as new, tarfile.open(demo / "train" / shard.name) as old:
+        assert new.getnames() == old.getnames()
+        for name in new.getnames():
+            got, before = new.extractfile(name).read(), old.extractfile(name).read()
+            if name.endswith(".txt"):
+                before = json.loads(old.extractfile(name.replace(".txt", ".json")).read())["org_caption"].encode()
+            assert got == before
+
+
+@pytest.mark.slow
+def test_both_programs_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("webdataset", reason="open_clip's trainer needs it: pip install 'open_clip_torch[training]'")
+    monkeypatch.setitem(program.SIZES, "demo", ("clip_baseline", "demo", 8, 10))
+    found = program.compare_programs(
+        "demo", "clip", "long", device=CPU, repeats=1, train=demo / "train", their_python=sys.executable
+    )
+    assert all(found[name]["samples_per_s"] > 0 for name in ("ours", "theirs"))
+
+
+# ------------------------------------------------------------------------------------------------------ parts of a step
+PARTS = """
+import json, torch
+from conftest import tiny_batch, tiny_run
+from clips.common.runtime import init_distributed
+from clips.data.tokenizer import build_tokenizer
+from clips.model.flops import training_flops
+from clips.studies.benchmark import clips_engine
+from clips.studies.step_parts import part_rows
+init_distributed(torch.device("cpu"))
+batches = [tiny_batch(seed) | {"skipped": [], "keys": []} for seed in range(6)]
+engine = clips_engine(tiny_run(), build_tokenizer("wordpiece", ["a cat"] * 8, vocab_size=64), torch.device("cpu"))
+rows = part_rows(engine, iter(batches), 1e12)
+flops = [sum(training_flops(engine.model.config, engine.task.shape(batch)).values()) for batch in batches[3:]]
+print(json.dumps({"rows": rows, "flops": flops}))
+"""
+
+
+@pytest.mark.slow
+def test_the_parts_make_up_the_step(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    done = run_python(tmp_path / "parts.py", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    *rows, whole = found["rows"]
+    ways = [f"{part}, {way}" for way in ("forward", "backward")
+            for part in ("image tower", "text tower", "captioner", "head and losses")]  # fmt: skip
+    assert [row["part"] for row in rows] == ["data wait", "copy to the device", *ways, "finite check", "optimiser"]
+    assert sum(row["ms"] for row in rows) == pytest.approx(whole["ms"])
+    assert sum(row["share_%"] for row in rows) == pytest.approx(100)
+    computed = sum(1e9 * row["tflops"] * row["ms"] for row in rows if "tflops" in row)
+    assert min(found["flops"]) * 0.9 < computed < max(found["flops"]) * 1.1  # medians over three batches
+    assert whole["of_peak_%"] == pytest.approx(100 * whole["tflops"])
+
+
+FAULTS = """
+import resource, torch
+from clips.common.runtime import keep_freed_memory
+print(keep_freed_memory())
+for turn in range(6):
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    """40 MB five times over are 48,828 pages of 4 KB."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    kept = run_python(tmp_path / "faults.py").stdout.split()
+    asked = run_python(tmp_path / "faults.py", env={"MALLOC_TRIM_THRESHOLD_": "131072"}).stdout.split()
+    assert (kept[0], asked[0]) == ("True", "False")
+    assert int(kept[1]) < 0.2 * int(asked[1])
+
+
+def test_progress_of_both_logs_is_found() -> None:
+    ours = re.search(program.OURS, "[   12,800/80,000]  /s 645  loss 3.2")
+    theirs = THEIRS.search("2026-01-01,00:00:00 | INFO | Train Epoch: 0 [ 1280/12800 (10%)] Data (t): 0.1")
+    assert (ours and ours[1], theirs and theirs[1]) == ("12,800", "1280")
