@@ -36,7 +36,8 @@ def questions() -> list[Question]:
     texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
     with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
     without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", image="")]
-    return [with_image[0], without[0], *with_image[1:], without[1]]
+    again = [Question(id=f"{i}", text=text, image=f"{i % 3}.png") for i, text in enumerate(texts * 2)]
+    return [with_image[0], without[0], *with_image[1:], without[1], *again]
 
 
 def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
