@@ -1,28 +1,42 @@
 #!/usr/bin/env python
-"""Training of a LLaVA stage in packed rows against padded batches: tokens/s, as a ratio within one run."""
+"""The LLaVA half against itself: packed rows against padded ones, pictures read once against once a question."""
 
 import argparse
 import sys
+from pathlib import Path
 
 from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=f"{__doc__} Further flags are those of scripts/train_llava.py, --stage 1 or 2 among them.",
+        description=f"{__doc__} Behind `train` stand flags of scripts/train_llava.py, --stage 1 or 2 among them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--repeats", type=int, default=10, help="pairs of steps; the median of their ratios counts")
+    p.add_argument("what", choices=["train", "questions"], help="what to measure")
+    p.add_argument("--repeats", type=int, default=10, help="pairs; the median of their ratios counts")
+    p.add_argument("--model-path", metavar="DIR_OR_HUB_ID", help="for questions; without it the newest runs/*/model")
     p.add_argument("--out", help="JSON file for the figures")
     return p
 
 
 def main() -> None:
     flags, training = parser().parse_known_args()
-    from mllm.training.benchmark import benchmark_training
+    if flags.what == "questions":
+        parser().parse_args()  # refuses what it does not know
+        from mllm.evaluation.benchmark import benchmark_questions
 
-    benchmark_training(training, repeats=flags.repeats, out=flags.out)
+        figures = benchmark_questions(flags.model_path, device="auto", repeats=flags.repeats)
+    else:
+        from mllm.training.benchmark import benchmark_training
+
+        figures = benchmark_training(training, repeats=flags.repeats)
+    print("{what}: {ours:,.1f} against {theirs:,.1f}, {ratio:.2f} times".format(**figures))
+    if flags.out:
+        from clips.common.files import write_json
+
+        write_json(Path(flags.out), figures)
 
 
 if __name__ == "__main__":

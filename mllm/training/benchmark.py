@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-import platform
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clips.common.errors import UserError
-from clips.common.files import write_json
 from clips.common.runtime import choose_device
+from clips.common.timing import busy_seconds
 from mllm.data.sampler import EpochSampler
 from mllm.model.packing import can_pack
 from mllm.training.arguments import parse_train_arguments
@@ -34,8 +29,8 @@ from mllm.training.prepare import collator_of, prepare
 from mllm.training.trainer import TrainingModel
 
 
-def benchmark_training(flags: list[str], *, repeats: int, out: str | None) -> dict[str, Any]:
-    """Measure the stage that training's `flags` describe, print a table, write it to `out` as JSON.
+def benchmark_training(flags: list[str], *, repeats: int) -> dict[str, Any]:
+    """Tokens per second of the stage that training's `flags` describe, packed ("ours") and padded ("theirs").
 
     UserError where its language model trains padded in any case, or the data hold fewer batches than `repeats` asks.
     """
@@ -76,30 +71,13 @@ def benchmark_training(flags: list[str], *, repeats: int, out: str | None) -> di
     measured = pairs[1:]  # the first pair warms up
     tokens = sum(count for _, _, count in measured)
     padded = sum(batch["attention_mask"].numel() for batch in batches[1:])
-    result = {
-        "stage": arguments.stage,
-        "samples a batch": arguments.per_device_train_batch_size,
-        "padding": 1 - tokens / padded,
-        "repeats": repeats,
-        "ours": {"tokens_per_s": tokens / sum(ours for ours, _, _ in measured)},
-        "theirs": {"tokens_per_s": tokens / sum(theirs for _, theirs, _ in measured)},
-        "ratios": {"tokens_per_s": statistics.median(theirs / ours for ours, theirs, _ in measured)},
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-        },
+    return {
+        "what": f"stage {arguments.stage}, tokens/s, {arguments.per_device_train_batch_size} samples, "
+        f"{1 - tokens / padded:.0%} padding",
+        "ours": tokens / sum(ours for ours, _, _ in measured),
+        "theirs": tokens / sum(theirs for _, theirs, _ in measured),
+        "ratio": statistics.median(theirs / ours for ours, theirs, _ in measured),
     }
-    table = Table("tokens/s, packed", "padded", "ratio", "padding of a batch", title=f"stage {arguments.stage}")
-    figures = [f"{result[side]['tokens_per_s']:,.0f}" for side in ("ours", "theirs")]
-    table.add_row(*figures, f"{result['ratios']['tokens_per_s']:.2f}", f"{result['padding']:.0%}")
-    Console(emoji=False).print(table)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(out), result)
-        print(f"wrote {out}", file=sys.stderr)
-    return result
 
 
 class _Side:
@@ -109,16 +87,10 @@ class _Side:
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """Seconds of one step."""
-        begin = self._now()
+        begin = busy_seconds(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})["loss"]
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._now() - begin
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
-        return time.process_time() / torch.get_num_threads()
+        return busy_seconds(self.device) - begin
