@@ -9,12 +9,10 @@ from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=f"{__doc__} Behind `train` stand flags of scripts/train_llava.py, --stage 1 or 2 among them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("what", choices=["train", "questions"], help="what to measure")
+    p.add_argument("--stage", choices=["1", "2"], default="2", help="for train: on the demo's data")
+    p.add_argument("--vision", default="clips", help="for train: the encoder, as in scripts/train_llava.sh")
     p.add_argument("--repeats", type=int, default=10, help="pairs; the median of their ratios counts")
     p.add_argument("--model-path", metavar="DIR_OR_HUB_ID", help="for questions; without it the newest runs/*/model")
     p.add_argument("--out", help="JSON file for the figures")
@@ -22,16 +20,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    flags, training = parser().parse_known_args()
+    flags = parser().parse_args()
     if flags.what == "questions":
-        parser().parse_args()  # refuses what it does not know
         from mllm.evaluation.benchmark import benchmark_questions
 
         figures = benchmark_questions(flags.model_path, device="auto", repeats=flags.repeats)
     else:
         from mllm.training.benchmark import benchmark_training
 
-        figures = benchmark_training(training, repeats=flags.repeats)
+        figures = benchmark_training(["--stage", flags.stage, "--vision", flags.vision], repeats=flags.repeats)
     print("{what}: {ours:,.1f} against {theirs:,.1f}, {ratio:.2f} times".format(**figures))
     if flags.out:
         from clips.common.files import write_json
