@@ -88,10 +88,11 @@ def generate_answers(
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
-            shown = {name: questions[i] for i in chosen if (name := questions[i].image) and store is not None}
-            found = [_pixels(processor, store, question, name) for name, question in shown.items()]
+            shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
+            found = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
             pixels = torch.stack(found).to(model.device, model.dtype) if found else None
-            owners = [list(shown).index(questions[i].image) if found else 0 for i in chosen]
+            numbers = {name: number for number, name in enumerate(shown)}
+            owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(seed + chosen[0])

@@ -112,7 +112,7 @@ def packed_attention(
     if shared:
         keys = torch.cat([begin[1].expand(samples, -1, -1, -1), keys], 2)
         values = torch.cat([begin[2].expand(samples, -1, -1, -1), values], 2)
-    options = {"groups": groups, "scaling": scaling, "dropout": dropout, "window": sliding_window}
+    options: dict[str, Any] = {"groups": groups, "scaling": scaling, "dropout": dropout, "window": sliding_window}
     out = _attend(rest, keys, values, **options).transpose(1, 2).flatten(0, 1).index_select(0, packing.filled)
     if shared:
         out = torch.cat([_attend(*begin, **options).transpose(1, 2)[0], out])

@@ -82,8 +82,8 @@ class Work:
             self.positions += samples * length
             self.pairs += samples * length**2
         else:
-            batch = [inputs[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")]
-            shared = shared_length(*batch, self.image_token_id)
+            ids, mask, labels = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask", "labels"))
+            shared = shared_length(ids, mask, labels, self.image_token_id)
             self.positions += tokens - (samples - 1) * shared
             self.pairs += pairs_of(samples, length, shared)
 
