@@ -7,7 +7,6 @@ read already) and `AnswerStreamer` (which text may be shown yet).
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -15,7 +14,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlavaForConditionalGeneration, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from clips.common.errors import UserError
 from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
@@ -24,9 +23,7 @@ from mllm.chat.stream import AnswerStreamer, StopWhenDone
 from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript, turn_text
 from mllm.encoders.registry import image_pixels
 from mllm.model.defaults import COLDEST
-
-_FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
-_CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # transformers renamed the argument
+from mllm.model.load import CACHE
 
 
 class ContextError(UserError):
@@ -185,7 +182,7 @@ class ChatSession:
                     torch.manual_seed(sampling.seed)
                 output = model.generate(
                     **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                    **{_CACHE: cache},
+                    **{CACHE: cache},
                     generation_config=self._settings(sampling, len(ids)),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([StopWhenDone(streamer)]),

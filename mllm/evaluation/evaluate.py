@@ -25,11 +25,11 @@ from clips.common.files import write_json
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.dataset import pad_rows
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
+from mllm.evaluation.batches import generate_inputs, make_batches
 from mllm.evaluation.scores import answer_line, score
 from mllm.model.defaults import COLDEST
 from mllm.model.load import load_llava, model_name, newest_model
@@ -56,7 +56,8 @@ def generate_answers(
 
     `conv_mode` is that of `mllm.data.conversation.answering_encoder`. Temperature 0 is greedy, more draws; the same
     seed and batch size draw the same.
-    Batches are padded on the left, so an answer does not depend on its neighbours (up to the arithmetic's rounding).
+    Batches are padded on the left (see batches.py), so an answer does not depend on its neighbours up to the
+    arithmetic's rounding.
     Raises UserError naming a question whose picture is missing or broken, or that is longer than the context.
     """
     if not 0 <= temperature < math.inf:
@@ -84,19 +85,15 @@ def generate_answers(
         **drawn,
     )
     answers = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: (not questions[i].image, len(prompts[i])))
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
-        for chosen in _chunks(order, batch_size, lambda i: not questions[i].image):
-            rows = [prompts[i] for i in chosen]
-            inputs = {
-                "input_ids": pad_rows(rows, tokenizer.pad_token_id, left=True),
-                "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=True),
-            }
-            shown = [(questions[i], name) for i in chosen if (name := questions[i].image)]
-            if shown and store is not None:  # without a store no question has an image: see above
-                pixels = [_pixels(processor, store, question, name) for question, name in shown]
-                inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        for chosen in make_batches(questions, prompts, batch_size):
+            # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
+            shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
+            found = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
+            pixels = torch.stack(found).to(model.device, model.dtype) if found else None
+            numbers = {name: number for number, name in enumerate(shown)}
+            owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
+            inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(seed + chosen[0])
                 output = model.generate(**inputs, generation_config=settings)
@@ -107,12 +104,6 @@ def generate_answers(
             if answered is not None:
                 answered(len(chosen))
     return answers
-
-
-def _chunks(order: list[int], size: int, key: Any) -> list[list[int]]:
-    """Batches of at most `size`, with and without pictures apart."""
-    groups = [[i for i in order if not key(i)], [i for i in order if key(i)]]
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question, name: str) -> torch.Tensor:

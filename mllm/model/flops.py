@@ -68,9 +68,19 @@ class LlavaFlops:
 
     def __call__(self, shape: LlavaShape) -> dict[str, int]:
         """FLOPs of forward and backward pass by part: vision_tower, projector, language_model, head."""
-        parts = {part: shape.pictures * count for part, count in self.picture.items()}
-        positions = self.position * shape.length + self.pair * shape.length**2
-        return parts | {"language_model": shape.samples * positions, "head": shape.predicted * self.prediction}
+        samples, length = shape.samples, shape.length
+        return self.parts(
+            pictures=shape.pictures,
+            positions=samples * length,
+            pairs=samples * length**2,
+            predicted=shape.predicted,
+        )
+
+    def parts(self, *, pictures: int, positions: int, pairs: int, predicted: int) -> dict[str, int]:
+        """The same for any number of positions and of pairs of query and key that attention computes."""
+        parts = {part: pictures * count for part, count in self.picture.items()}
+        language_model = self.position * positions + self.pair * pairs
+        return parts | {"language_model": language_model, "head": predicted * self.prediction}
 
 
 def _product(layer: nn.Linear, input_learns: bool) -> int:

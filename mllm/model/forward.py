@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm.data.conversation import IGNORE
 from mllm.encoders.encoder import select_features
+from mllm.model.packing import Packing
 
 
 def embed_inputs(
@@ -55,16 +56,30 @@ def causal_lm_loss(
     attention_mask: Tensor,
     labels: Tensor,
     num_items: Tensor | int | None = None,
+    shared: int | None = None,
 ) -> Tensor:
     """Mean next-token cross entropy over the labelled positions; logits exist only for those.
 
     inputs_embeds [B, L, D], attention_mask [B, L], labels [B, L] with -100 where nothing is learned. `num_items`
-    replaces the number of labelled tokens as divisor (gradient accumulation). Without any label the loss is zero,
-    and still depends on every weight.
+    replaces the number of labelled tokens as divisor (gradient accumulation). With `shared`, see `shared_length`, the
+    batch goes through the language model as one row without padding (mllm/model/packing.py), whose attention must be
+    `PACKED`. Without any label the loss is zero, and still depends on every weight.
     """
-    outputs = model.model.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
     targets = labels[:, 1:]
     learned = targets != IGNORE
-    logits = model.lm_head(outputs.last_hidden_state[:, :-1][learned]).float()
+    language_model = model.model.language_model
+    if shared is None:
+        outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
+        states = outputs.last_hidden_state[:, :-1][learned]
+    else:
+        packing = Packing.of(attention_mask, shared)
+        outputs = language_model(
+            inputs_embeds=inputs_embeds[packing.kept][None],
+            position_ids=packing.position_ids,
+            use_cache=False,
+            packing=packing,
+        )
+        states = outputs.last_hidden_state[0][packing.places(F.pad(learned, (0, 1)))]
+    logits = model.lm_head(states).float()
     divisor = num_items if num_items is not None else learned.sum().clamp_min(1)
     return F.cross_entropy(logits, targets[learned], reduction="sum") / divisor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
+_FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
+"""The argument that takes a model's keys and values; transformers renamed it."""
 
 
 def load_llava(

@@ -21,7 +21,8 @@ from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
 from clips.common.signals import outlive_readers
 from mllm.data.conversation import IGNORE
-from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.flops import LlavaFlops
+from mllm.model.packing import pairs_of, shared_length
 
 
 def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
@@ -51,28 +52,50 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Work:
-    """What this rank has computed since the stage began or went on, and what that is per second and of its peak."""
+    """What this rank has computed since the stage began or went on, and what that is per second and of its peak.
 
-    def __init__(self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
-        self.flops, self.device, self.world_size = flops, device, world_size
+    `image_token_id` is given where batches are packed (mllm/model/packing.py): padding is not computed then.
+    """
+
+    def __init__(
+        self,
+        flops: LlavaFlops,
+        device: torch.device,
+        dtype: torch.dtype,
+        world_size: int,
+        image_token_id: int | None = None,
+    ) -> None:
+        self.flops, self.device, self.world_size, self.image_token_id = flops, device, world_size, image_token_id
         self.peak, _ = peak_flops(device, dtype)
-        self.counted = 0
+        self.pictures = 0
         # Summed where they are: a GPU is not waited for.
-        self.tokens = torch.zeros((), dtype=torch.long, device=device)
-        self.predicted = torch.zeros((), dtype=torch.long, device=device)
+        self.tokens, self.positions, self.pairs, self.predicted = torch.zeros(4, dtype=torch.long, device=device)
 
     def add(self, inputs: dict[str, Any]) -> None:
         """One batch in the layout of mllm/data/dataset.py."""
         samples, length = inputs["input_ids"].shape
-        pictures = sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
-        shape = LlavaShape(samples=samples, length=length, pictures=pictures, predicted=0)
-        self.counted += sum(self.flops(shape).values())
-        self.tokens += inputs["attention_mask"].sum().to(self.device)
+        self.pictures += sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
+        tokens = inputs["attention_mask"].sum().to(self.device)
+        self.tokens += tokens
         self.predicted += (inputs["labels"][:, 1:] != IGNORE).sum().to(self.device)
+        if self.image_token_id is None:
+            self.positions += samples * length
+            self.pairs += samples * length**2
+        else:
+            ids, mask, labels = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask", "labels"))
+            shared = shared_length(ids, mask, labels, self.image_token_id)
+            self.positions += tokens - (samples - 1) * shared
+            self.pairs += pairs_of(samples, length, shared)
 
     def total(self) -> int:
         """FLOPs so far."""
-        return self.counted + int(self.predicted) * self.flops.prediction
+        parts = self.flops.parts(
+            pictures=self.pictures,
+            positions=int(self.positions),
+            pairs=int(self.pairs),
+            predicted=int(self.predicted),
+        )
+        return sum(parts.values())
 
     def over_all_ranks(self) -> tuple[int, int]:
         """(FLOPs, tokens) so far. Collective."""

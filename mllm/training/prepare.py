@@ -26,6 +26,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
+from mllm.model.packing import SHORT
 from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
 from mllm.training.arguments import ResolvedArguments, TrainArguments
@@ -35,9 +36,6 @@ from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
 
 PROJECTOR = "mm_projector.bin"
-SHORT = 512
-"""Up to this many tokens torch's fused attention is slower on CPUs in bf16 than plain products: a step of SmolLM2-135M
-on 32 samples of 40 tokens took 3.1 s of one core with it and 2.1 s without."""
 START_IMAGES = 8_192
 """The closed-form start (mllm/training/caption_start.py) takes this many images at most."""
 
@@ -98,7 +96,7 @@ def prepare(
             llava.model.language_model, arguments.bits, compute_dtype, device,
             quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
         )  # fmt: skip
-    if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:
+    if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # where it trains padded
         llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
         llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})

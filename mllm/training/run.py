@@ -32,6 +32,7 @@ from clips.common.signals import stopped_by
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
+from mllm.model.packing import can_pack
 from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import check_content, newest, step_of
@@ -191,13 +192,17 @@ def train(
 
 
 def work_of(arguments: ResolvedArguments, prepared: Prepared, process: Process) -> Work:
+    llava = llava_of(prepared.model)
     flops = LlavaFlops(
-        llava_of(prepared.model),
+        llava,
         image_size=prepared.vision.image_size,
         image_tokens=prepared.vision.num_tokens,
         features=arguments.caches_features,
     )
-    return Work(flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size)
+    return Work(
+        flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size,
+        image_token_id=llava.config.image_token_id if can_pack(llava.config.get_text_config()) else None,
+    )  # fmt: skip
 
 
 def make_trainer(

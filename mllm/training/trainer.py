@@ -35,6 +35,7 @@ from clips.common.tensors import only_data, read_torch, read_weights, write_weig
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
+from mllm.model.packing import PACKED, can_pack, shared_length
 from mllm.training.arguments import ResolvedArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
@@ -43,15 +44,21 @@ from mllm.training.zero import checkpoint_classes
 
 
 class TrainingModel(nn.Module):
-    """What the Trainer wraps: a batch → its loss. `model` is the LLaVA model, or that with adapters (PeftModel)."""
+    """What the Trainer wraps: a batch → its loss. `model` is the LLaVA model, or that with adapters (PeftModel).
+
+    Batches are packed (mllm/model/packing.py) where the language model can be given them so, and `packed` is true.
+    """
 
     accepts_loss_kwargs = True  # the Trainer hands over the number of labels of the whole step
 
-    def __init__(self, model: nn.Module, *, features: bool) -> None:
+    def __init__(self, model: nn.Module, *, features: bool, packed: bool = True) -> None:
         super().__init__()
         self.model = model
         self.features = features
         """Whether batches bring `image_features`, not `pixel_values`."""
+        self.packed = packed and can_pack(self.llava.config.get_text_config())
+        if self.packed:
+            self.llava.model.language_model.set_attn_implementation(PACKED)
 
     @property
     def llava(self) -> LlavaForConditionalGeneration:
@@ -71,7 +78,10 @@ class TrainingModel(nn.Module):
             side = llava.model.vision_tower.config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
         embeds = embed_inputs(llava, input_ids, image_features, pixel_values)
-        return {"loss": causal_lm_loss(llava, embeds, attention_mask, labels, num_items_in_batch)}
+        shared = None
+        if self.packed:
+            shared = int(shared_length(input_ids, attention_mask, labels, llava.config.image_token_id))
+        return {"loss": causal_lm_loss(llava, embeds, attention_mask, labels, num_items_in_batch, shared)}
 
     def train(self, mode: bool = True) -> TrainingModel:
         """The encoder stays in eval mode unless it trains."""

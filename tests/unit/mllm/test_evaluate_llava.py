@@ -18,10 +18,11 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from clips.common.errors import UserError
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
+from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
 from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
-from mllm.model.load import load_llava, newest_model
+from mllm.model.load import CACHE, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 place = tiny_chat.place  # a fixture
@@ -36,7 +37,8 @@ def questions() -> list[Question]:
     texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
     with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
     without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", image="")]
-    return [with_image[0], without[0], *with_image[1:], without[1]]
+    again = [Question(id=f"{i}", text=text, image=f"{i % 3}.png") for i, text in enumerate(texts * 2)]
+    return [with_image[0], without[0], *with_image[1:], without[1], *again]
 
 
 def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(place: Path, loaded: Loaded) -> None:
@@ -55,6 +57,21 @@ def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(plac
         output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         stock = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer == stock.strip()
+
+
+def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
+    model, _ = loaded
+    image, tokens = model.config.image_token_id, model.config.image_seq_length
+    rows = [[5, 6, *[image] * tokens, 7, *question] for question in ([8], [9, 10, 11], [9, 12])]
+    pixels = torch.rand(2, 3, 32, 32)
+    inputs = generate_inputs(model, rows, [0, 1, 0], pixels, 0)
+    assert "pixel_values" not in inputs
+    assert inputs[CACHE].get_seq_length() == 2 + tokens + 1
+    assert inputs["attention_mask"][:, -3:].tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
+    assert torch.equal(inputs[CACHE].layers[0].keys[0], inputs[CACHE].layers[0].keys[2])
+    assert "pixel_values" in generate_inputs(model, rows[:2], [0, 1], pixels, 0)  # nothing is shared
+    apart = [[5, *rows[0]], rows[1], rows[2]]  # their pictures stand in other places
+    assert generate_inputs(model, apart, [0, 1, 0], pixels, 0)["pixel_values"].shape[0] == 3
 
 
 def test_a_typed_image_token_is_text(place: Path, loaded: Loaded) -> None:

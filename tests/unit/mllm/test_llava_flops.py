@@ -18,6 +18,7 @@ from mllm.model.llm import load_llm
 from mllm.model.quantize import quantize
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze, llava_of
+from mllm.training.log import Work
 from mllm.training.lora import add_lora
 from mllm.training.stages import STAGES, freeze_table
 from mllm.training.trainer import TrainingModel
@@ -49,6 +50,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(image_id: int, image_tokens: int) -> dict[str, Tensor]:
     """Three samples with a picture each, of 30 positions with padding at the end of two."""
     ids = torch.randint(3, 90, (3, 30))
+    ids[:, :2] = 5  # begin alike
     ids[:, 2 : 2 + image_tokens] = image_id
     mask = torch.ones_like(ids)
     mask[1, 25:] = mask[2, 28:] = 0
@@ -58,8 +60,9 @@ def batch(image_id: int, image_tokens: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool) -> None:
+def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: bool) -> None:
     number, shape, options, words = CASES[case]
     arguments = parse_train_arguments(["--stage", str(number), *words]).resolve(1)
     layer = [-1, -2] if "two layers" in case else -2
@@ -71,7 +74,7 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool) -> None:
     freeze = freeze_table(STAGES[number], **options)
     model = add_lora(llava, arguments) if freeze["language_model"] == "lora" else llava
     apply_freeze(model, freeze)
-    training = TrainingModel(model, features=arguments.caches_features)
+    training = TrainingModel(model, features=arguments.caches_features, packed=packed)
     inputs = batch(llava.config.image_token_id, vision.num_tokens)
     pixels = torch.randn(3, 3, vision.image_size, vision.image_size)
     if arguments.caches_features:
@@ -89,7 +92,11 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool) -> None:
     )
     parts = flops(shape_of)
     assert parts.keys() == {"vision_tower", "projector", "language_model", "head"}
-    assert sum(parts.values()) == counter.get_total_flops()
+    if not packed:
+        assert sum(parts.values()) == counter.get_total_flops()
+    work = Work(flops, torch.device("cpu"), torch.float32, 1, llava.config.image_token_id if packed else None)
+    work.add(inputs)
+    assert work.total() == counter.get_total_flops()
 
 
 def test_weights_in_4_bits_count_as_what_they_stand_for(places: Path) -> None:

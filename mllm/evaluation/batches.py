@@ -1,0 +1,71 @@
+"""Batches of questions for `generate`: those about one picture side by side, and what they begin with read once.
+
+A prompt is system text, picture, question. Where several rows of a batch show the same picture, all up to and with the
+picture is read once for each distinct picture, and its keys and values are copied to the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGeneration
+
+from mllm.data.dataset import pad_rows
+from mllm.data.questions import Question
+from mllm.model.load import CACHE
+
+
+def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Indices of at most `size` questions each: with and without pictures apart, by length, pictures kept together."""
+    longest: dict[str, int] = {}
+    for question, prompt in zip(questions, prompts, strict=True):
+        longest[question.image or ""] = max(longest.get(question.image or "", 0), len(prompt))
+    with_picture = [i for i, question in enumerate(questions) if question.image]
+    without = [i for i, question in enumerate(questions) if not question.image]
+    with_picture.sort(key=lambda i: (longest[questions[i].image or ""], questions[i].image, len(prompts[i])))
+    without.sort(key=lambda i: len(prompts[i]))
+    return [group[start : start + size] for group in (with_picture, without) for start in range(0, len(group), size)]
+
+
+def generate_inputs(
+    model: LlavaForConditionalGeneration,
+    rows: Sequence[list[int]],
+    owners: Sequence[int],
+    pixels: Tensor | None,
+    pad_id: int,
+) -> dict[str, Any]:
+    """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
+
+    `pixels` [U, 3, S, S] are the batch's distinct pictures, None where it has none, and row i shows the one of number
+    `owners[i]`.
+    """
+    device, distinct = model.device, 1 if pixels is None else len(pixels)
+    shared = _shared_length(rows, model.config.image_token_id) if distinct < len(rows) else 0
+    cache = DynamicCache(config=model.config.get_text_config())
+    inputs: dict[str, Any] = {}
+    # Padding stands behind what is shared. A sliding window would count it, and a state be changed by it.
+    if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
+        ids = torch.tensor([rows[0][:shared]], device=device).expand(distinct, -1)
+        model.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), **{CACHE: cache})
+        cache.batch_select_indices(torch.tensor(owners, device=device))
+        inputs[CACHE] = cache
+    else:
+        shared = 0
+        if pixels is not None:
+            inputs["pixel_values"] = pixels[torch.tensor(owners, device=device)]
+    begin = torch.tensor([row[:shared] for row in rows], dtype=torch.long)
+    ids, mask = (
+        torch.cat([first, pad_rows([row[shared:] for row in filled], value, left=True)], 1).to(device)
+        for first, filled, value in ((begin, rows, pad_id), (torch.ones_like(begin), [[1] * len(r) for r in rows], 0))
+    )
+    return inputs | {"input_ids": ids, "attention_mask": mask}
+
+
+def _shared_length(rows: Sequence[list[int]], image_id: int) -> int:
+    """What all rows begin with, each row's picture in it; every row keeps a token of its own. 0 where there is none."""
+    limit = min(map(len, rows)) - 1
+    shared = next((i for i in range(limit) if len({row[i] for row in rows}) > 1), limit)
+    return 0 if any(image_id in row[shared:] for row in rows) else shared
