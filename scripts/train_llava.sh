@@ -37,10 +37,6 @@ if [ "$stages" = "1 2" ] && [ "$both_on_one" = true ]; then
   exit 2
 fi
 
-# glibc would give a step's memory back and have the next one fault it in again (1.03–1.05 times the steps of stage 1).
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-2147483647}"
-
 gpus="${NUM_GPUS:-}"
 if [ -z "$gpus" ] && [ "$device" != cpu ] && command -v nvidia-smi >/dev/null; then
   gpus="$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
