@@ -240,3 +240,14 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone, as after a SIGKILL of a rank.
+
+    torch's own watch ends the work, but then the worker waits for ever to get rid of batches that nobody takes.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

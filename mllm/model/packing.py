@@ -93,7 +93,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -101,9 +101,16 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function for one packed row; `packing` is handed through the model's layers.
 
-    query [1, H, T, D], key and value [1, a divisor of H, T, D] → [1, T, H, D].
+    query [1, H, T, D], key and value [1, a divisor of H, T, D] → [1, T, H, D]. Without `packing` the model is asked
+    outside its training, with any number of rows and no padding, else ValueError.
     """
-    shared, groups = packing.shared, query.shape[1] // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    if packing is None:
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("a model that is being trained takes no padding: set_attn_implementation('sdpa') first")
+        causal: dict[str, Any] = {"groups": groups, "scaling": scaling, "dropout": dropout, "window": sliding_window}
+        return _attend(query, key, value, **causal).transpose(1, 2), None
+    shared = packing.shared
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     rest, keys, values = (row.index_select(0, packing.rests.flatten()) for row in rows)
     samples, longest = packing.rests.shape

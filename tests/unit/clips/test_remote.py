@@ -74,9 +74,11 @@ def a_run(workers: int = 0, cache_gb: float = 1) -> RunConfig:
 
 def batches(spec: str, tokenizer: CaptionTokenizer, run: RunConfig, fields: Fields | None = None) -> list[dict]:
     source = open_source(spec, fields or Fields(), need_long=True)
-    steps = 2 * SHARDS * SAMPLES // run.phases[0].batch_size  # two epochs
-    places = {"start": 0, "stop": steps, "first_position": 0, "rank": 0, "world_size": 1}
-    return list(make_loader(source, tokenizer, run, run.phases[0], **places))
+    return list(make_loader(source, tokenizer, lasting(run, 2 * SHARDS * SAMPLES), rank=0, world_size=1))
+
+
+def lasting(run: RunConfig, samples: int) -> RunConfig:
+    return replace(run, phases=(replace(run.phases[0], samples=samples),))
 
 
 def assert_equal(found: list[dict], expected: list[dict]) -> None:
@@ -116,9 +118,7 @@ def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer, f
     source = open_source(spec(server), Fields(), need_long=True)
     server.fault = lambda method, name, before: fault if name == "3.tar" and method == "GET" else None
     run = a_run()
-    loader = make_loader(
-        source, tokenizer, run, run.phases[0], start=0, stop=12, first_position=0, rank=0, world_size=1
-    )
+    loader = make_loader(source, tokenizer, lasting(run, 12 * run.phases[0].batch_size), rank=0, world_size=1)
     with pytest.raises(CommandError, match=rf"{server.url}/3.tar cannot be read: .*{said}.*\(4 attempts") as ended:
         list(loader)
     assert ended.value.exit_code == 1
@@ -167,9 +167,9 @@ def test_copies_keep_to_their_size(folder, server, small_groups, tokenizer, tmp_
     for room, most in ((6.5, 6), (3.5, 3)):
         run = a_run(cache_gb=room * size / 1e9)
         source = open_source(spec(server), Fields(), need_long=True)
-        places = {"start": 0, "stop": 24, "first_position": 0, "rank": 0, "world_size": 1}
         seen = []
-        for batch in make_loader(source, tokenizer, run, run.phases[0], **places):
+        run = lasting(run, 24 * run.phases[0].batch_size)
+        for batch in make_loader(source, tokenizer, run, rank=0, world_size=1):
             assert not batch["skipped"]
             seen.append(taken(tmp_path / "cache"))
         assert 0 < max(seen) <= most * size * 1.05

@@ -47,7 +47,7 @@ def test_a_picture_is_read() -> None:
 @pytest.mark.parametrize(
     ("data", "limits", "message"),
     [
-        pytest.param(b"dear picture", LIMITS, "cannot identify image file$", id="text"),
+        pytest.param(b"dear picture", LIMITS, "cannot identify image file", id="text"),
         pytest.param(b"", LIMITS, "empty", id="empty"),
         pytest.param(png_header(50_000, 50_000), LIMITS, "2500000000 pixels", id="bomb"),
         pytest.param(png()[:45], LIMITS, "cannot be read", id="truncated"),
