@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from clips.common.errors import CommandError, UserError
-from clips.common.files import MANIFEST, read_json, sha256, write_json
+from clips.common.files import MANIFEST, read_json, write_json
 from clips.common.rundir import METRICS, parse_line, read_evaluations, read_metrics
 from clips.common.runtime import unused_port
+from clips.common.tensors import hash_weights, read_weights
 from clips.training.cli import config_from_flags
 from clips.training.cli import parser as training_parser
 from clips.training.log import MACHINE
@@ -115,7 +116,8 @@ def kill_test(kills: int, ranks: int, seed: int, output: Path, flags: Sequence[s
 
 
 def _training(flags: Sequence[str], ranks: int, output: Path, name: str) -> Training:
-    flags = [*flags, "--output-dir", str(output), "--name", name]
+    # Each step has a line of its own: a stop between two lines, as a lost launcher's, would write one more.
+    flags = [*flags, "--set", "train.log_every=1", "--output-dir", str(output), "--name", name]
     run = config_from_flags(training_parser().parse_args(flags))
     return Training(flags, ranks, output / name, run.samples, run.train.eval_every)
 
@@ -147,13 +149,15 @@ def train_under(kills: Sequence[Kill], training: Training, seed: int) -> Iterato
         process, family = training.start(), []
         start_ends = time.monotonic() + rng.uniform(0, LONGEST_START)
         try:
-            while process.poll() is None and not (waiting and _is_now(waiting[0], training, start_ends)):
+            kill = None
+            while process.poll() is None and kill is None:
+                kill = next((one for one in waiting if _is_now(one, training, start_ends)), None)
                 time.sleep(0.002)
-            if process.returncode is not None:
+            if kill is None:
                 if process.returncode:
                     raise CommandError(f"the run ended with {process.returncode} by itself; see {training.log}")
                 return
-            kill = waiting.pop(0)
+            waiting.remove(kill)
             if kill.place not in ("start", "save", "export"):  # which are short
                 time.sleep(rng.uniform(0, 0.5))
             family = _family(process)
@@ -261,4 +265,6 @@ def _figures(run_dir: Path) -> dict[str, Any]:
 
 
 def _exports(run_dir: Path) -> dict[str, Any]:
-    return {str(path.relative_to(run_dir)): sha256(path) for path in (run_dir / "export").rglob("*.safetensors")}
+    """Tensors, not files: safetensors writes metadata in no fixed order."""
+    files = (run_dir / "export").rglob("*.safetensors")
+    return {str(path.relative_to(run_dir)): hash_weights(read_weights(path)) for path in files}

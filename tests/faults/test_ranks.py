@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from launched import (
     wait_for,
     write_shard,
 )
+from processes import rank, wait_until_gone
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -48,31 +48,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def command(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     """More steps than any test waits for."""
     return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
-
-
-def of_rank(launcher: int, rank: int) -> psutil.Process:
-    """The training process of a rank, below its launcher."""
-    found = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") == str(rank)]
-    return min(found, key=psutil.Process.create_time)  # its workers came later
-
-
-def left_over(out: Path) -> list[psutil.Process]:
-    """Processes of the run in `out` that still live."""
-
-    def is_ours(process: psutil.Process) -> bool:
-        try:
-            return str(out) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-    return [process for process in psutil.process_iter() if is_ours(process)]
-
-
-def assert_nothing_left(out: Path, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while left_over(out) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert left_over(out) == []
 
 
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
@@ -116,7 +91,7 @@ def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
     saved = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
     assert saved[-1] == "step-00000040"
     assert all(value.isfinite().all() for value in weights(tmp_path / "r", 40).values())
-    assert_nothing_left(tmp_path)
+    wait_until_gone(tmp_path)
 
 
 @pytest.mark.parametrize("launch", [deepspeed, torchrun])
@@ -126,9 +101,9 @@ def test_row_10_a_killed_rank_ends_the_others(
     log = tmp_path / "log"
     with started(launch(*command(tmp_path, shards)), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        of_rank(process.pid, 1).send_signal(signal.SIGKILL)
+        rank(tmp_path, 1).send_signal(signal.SIGKILL)
         assert process.wait(60) != 0
-        assert_nothing_left(tmp_path)
+        wait_until_gone(tmp_path)
     assert "rank 0: a collective of step" in log.read_text()
     assert "No sign of life from rank 1" in log.read_text()
 
@@ -139,9 +114,9 @@ def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
     log = tmp_path / "log"
     with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.3")), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        of_rank(process.pid, 1).send_signal(signal.SIGSTOP)
+        rank(tmp_path, 1).send_signal(signal.SIGSTOP)
         assert process.wait(150) != 0
-        assert_nothing_left(tmp_path)
+        wait_until_gone(tmp_path)
     said = log.read_text()
     assert "No sign of life from rank 1" in said
     assert "failed at clips/" in said
@@ -155,7 +130,7 @@ def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path
     words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
     with started(words, log) as process:
         assert process.wait(120) != 0
-        assert_nothing_left(tmp_path)
+        wait_until_gone(tmp_path)
     return log.read_text()
 
 
@@ -175,7 +150,7 @@ def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     log = tmp_path / "log"
     with started(deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1")), log) as process:
         assert process.wait(120) != 0
-        assert_nothing_left(tmp_path)
+        wait_until_gone(tmp_path)
     said = log.read_text()
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
     assert "a defect that" in said
@@ -197,10 +172,10 @@ def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[
     log = tmp_path / "log"
     with started(deepspeed(*command(tmp_path, shards, "--set", "data.workers=1")), log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        worker = max(of_rank(process.pid, 1).children(), key=psutil.Process.create_time)
+        worker = max(rank(tmp_path, 1).children(), key=psutil.Process.create_time)
         os.kill(worker.pid, signal.SIGKILL)
         assert process.wait(60) != 0
-        assert_nothing_left(tmp_path)
+        wait_until_gone(tmp_path)
     assert f"(pid(s) {worker.pid})" in log.read_text()
 
 
