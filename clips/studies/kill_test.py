@@ -267,4 +267,4 @@ def _figures(run_dir: Path) -> dict[str, Any]:
 def _exports(run_dir: Path) -> dict[str, Any]:
     """Tensors, not files: safetensors writes metadata in no fixed order."""
     files = (run_dir / "export").rglob("*.safetensors")
-    return {str(path.relative_to(run_dir)): hash_weights(read_weights(path)) for path in files}
+    return {str(path.relative_to(run_dir)): hash_weights(read_weights(path)).hexdigest() for path in files}
