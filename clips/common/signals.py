@@ -29,7 +29,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
-        self.launchers = launchers()
+        self.launchers = LAUNCHERS
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -96,3 +96,7 @@ def launchers() -> list[int]:
             if any("deepspeed" in word for word in above.cmdline()):
                 found.append(above.pid)
     return found
+
+
+LAUNCHERS = launchers()
+"""As they were when this process began: one that is killed before the training begins is missed as well."""

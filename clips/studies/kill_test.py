@@ -134,7 +134,13 @@ def kills_for(samples: int, count: int, seed: int) -> list[Kill]:
         Kill(place, victim, at_the_end.get(place, int(rng.random() * LAST_PLANNED * samples)))
         for place, victim in zip(places, victims, strict=True)
     ]
-    return sorted(kills, key=lambda kill: kill.after)
+    kills.sort(key=lambda kill: kill.after)
+    # Without its launcher the last rank goes on and ends the run by itself: of these kills, that is the last one's.
+    last = [kill for kill in kills if kill.place in at_the_end]
+    others = ("rank", "everything")
+    ends = [Kill(kill.place, others[i % 2], kill.after) for i, kill in enumerate(last)]
+    ends[-1:] = [Kill(kill.place, "launcher", kill.after) for kill in last[-1:]]
+    return [kill for kill in kills if kill not in last] + ends
 
 
 # --------------------------------------------------------------------------------------------------------------- kills

@@ -37,6 +37,7 @@ def test_a_short_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None
 def test_kills_are_spread_over_places_and_victims() -> None:
     kills = kills_for(10_000, 20, seed=1)
     assert {kill.place for kill in kills} == set(PLACES)
-    assert sorted(kill.victim for kill in kills) == sorted(VICTIMS * 5)
+    assert {kill.victim for kill in kills} == set(VICTIMS)
+    assert [kill.victim for kill in kills if kill.after >= 10_000].count("launcher") == 1
     assert [kill.after for kill in kills] == sorted(kill.after for kill in kills)
     assert kills == kills_for(10_000, 20, seed=1) != kills_for(10_000, 20, seed=2)
