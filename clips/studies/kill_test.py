@@ -165,7 +165,7 @@ def train_under(kills: Sequence[Kill], training: Training, seed: int) -> Iterato
                 return
             waiting.remove(kill)
             if kill.place not in ("start", "save", "export"):  # which are short
-                time.sleep(rng.uniform(0, 0.5))
+                time.sleep(rng.uniform(0, 0.2))
             family = _family(process)
             seen = samples_seen(training.run_dir)
             victim, targets = _choose(kill.victim, process, family, rng)
