@@ -155,3 +155,11 @@ def _one_thread() -> None:
 @pytest.fixture(name="unused_port")
 def _unused_port() -> int:
     return unused_port()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags of the pretraining command that name small real data, which no test changes."""
+    from launched import small_data  # which imports from here
+
+    return small_data(tmp_path_factory.mktemp("shards"))

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import platform
+import resource
 import socket
 import sys
 from datetime import timedelta
@@ -53,6 +54,13 @@ def choose_device(name: str = "auto") -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16; elsewhere it is emulated, slower than float32."""
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def unused_port() -> int:

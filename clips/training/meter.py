@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from statistics import median_low
@@ -16,15 +14,10 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import BrokenDataError
+from clips.common.runtime import peak_memory_gb
 from clips.training.log import RunLog
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
-
-
-def peak_resident_bytes() -> int:
-    """Of this process, since it began."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def utilisation(device: torch.device) -> float:
@@ -129,9 +122,9 @@ class Meter:
     def _memory(self) -> dict[str, float]:
         """This rank's memory in GB, and the GPU's utilisation in percent: NaN where NVML cannot be asked."""
         if self.device.type != "cuda":
-            return {"peak_memory_gb": peak_resident_bytes() / 1e9}
+            return {"peak_memory_gb": peak_memory_gb(self.device)}
         found = {  # the same keys on every rank
-            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
+            "peak_memory_gb": peak_memory_gb(self.device),
             "memory_gb": torch.cuda.memory_allocated(self.device) / 1e9,
             "gpu_utilisation": utilisation(self.device) if self.has_nvml else math.nan,
         }

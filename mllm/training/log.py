@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from clips.common.files import read_json, write_json
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
+from clips.common.runtime import peak_memory_gb
 from clips.common.signals import outlive_readers
 from mllm.data.conversation import IGNORE
 from mllm.model.flops import LlavaFlops
@@ -42,13 +42,6 @@ def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: boo
         run_dir.mkdir(parents=True, exist_ok=True)
         rundir.hold(run_dir)
         write_json(path, config | {stage: record})
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Work:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import SCRIPT, Done, deepspeed, lines, python, run, small_data, started, torchrun, wait_for
+from launched import SCRIPT, Done, deepspeed, lines, python, run, started, torchrun, wait_for
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
@@ -42,11 +42,6 @@ def same_weights(one: Path, other: Path, step: int) -> bool:
     names = ("model.safetensors", "optimizer.safetensors")
     places = [run_dir / "checkpoints" / f"step-{step:08d}" for run_dir in (one, other)]
     return all((places[0] / name).read_bytes() == (places[1] / name).read_bytes() for name in names)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

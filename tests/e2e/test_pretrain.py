@@ -20,7 +20,6 @@ from launched import (
     recap,
     run,
     run_all,
-    small_data,
     state,
     torchrun,
     trace,
@@ -31,14 +30,6 @@ from safetensors.torch import load_file
 from clips.recipes import RECIPES
 
 pytestmark = pytest.mark.slow
-
-
-# Data
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 # It runs

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, run, small_data, started, torchrun, trace, wait_for
+from launched import SCRIPT, deepspeed, lines, run, started, torchrun, trace, wait_for
 from processes import rank, wait_until_gone
 
 from clips.common.runtime import unused_port
@@ -29,11 +29,6 @@ FLAGS = (
 )
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 needs_hosts = pytest.mark.skipif(not (SSHD and shutil.which("pdsh")), reason="needs openssh-server and pdsh")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

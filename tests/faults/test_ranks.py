@@ -24,7 +24,6 @@ from launched import (
     python,
     recap,
     run,
-    small_data,
     started,
     torchrun,
     wait_for,
@@ -38,11 +37,6 @@ pytestmark = pytest.mark.slow
 
 FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2", "data.workers=0")
 """What lets the debug twin learn its 64 samples within 40 steps."""
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 def command(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:

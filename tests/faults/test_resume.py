@@ -21,7 +21,6 @@ from launched import (
     lines,
     python,
     run,
-    small_data,
     started,
     state,
     torchrun,
@@ -37,11 +36,6 @@ THREE_PHASES = (
     *("--recipe", "s16", "--debug", "--name", "r", "--samples", "192"),
     *("--set", "train.precision=fp32", "train.checkpoint_every=40", "train.log_every=1"),
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")

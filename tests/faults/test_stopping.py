@@ -12,15 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launched import ENV, SCRIPT, deepspeed, lines, python, run, small_data, started, torchrun, wait_for
+from launched import ENV, SCRIPT, deepspeed, lines, python, run, started, torchrun, wait_for
 from processes import of_run, rank, wait_until_gone
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
 
 
 def command(out: Path, shards: tuple[str, ...]) -> list[str]:
