@@ -44,6 +44,12 @@ def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: boo
         write_json(path, config | {stage: record})
 
 
+def began_packed(run_dir: Path, stage: str) -> bool:
+    """False for a stage that began before batches were packed: its dropout goes on in the order it began with."""
+    began = read_json(run_dir / "config.json").get(stage)
+    return began is None or bool(began["trains"].get("packed"))
+
+
 class Work:
     """What this rank has computed since the stage began or went on, and what that is per second and of its peak.
 

@@ -26,12 +26,13 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.model.packing import SHORT
+from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
 from mllm.training.arguments import ResolvedArguments, TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
+from mllm.training.log import began_packed
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
 
@@ -52,6 +53,8 @@ class Prepared:
     freeze: dict[str, Training]
     facts: dict[str, str]
     """For the plan and the model card."""
+    packed: bool
+    """Whether batches go through the language model as one row (mllm/model/packing.py)."""
 
 
 def prepare(
@@ -111,8 +114,9 @@ def prepare(
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
-        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
-    )
+        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
+        packed=can_pack(llava.config.get_text_config()) and began_packed(run_dir, stage.name),
+    )  # fmt: skip
 
 
 def encoder_of(arguments: ResolvedArguments) -> VisionEncoder:

@@ -32,7 +32,6 @@ from clips.common.signals import stopped_by
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
-from mllm.model.packing import can_pack
 from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import check_content, newest, step_of
@@ -128,7 +127,8 @@ def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Pat
     UserError where the run directory holds a run that does not go with this stage.
     """
     stage = arguments.description
-    record = {"trains": arguments.what_trains() | {"vision_fingerprint": prepared.vision.fingerprint}}
+    made = {"vision_fingerprint": prepared.vision.fingerprint} | ({"packed": True} if prepared.packed else {})
+    record: dict[str, Any] = {"trains": arguments.what_trains() | made}
     record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         check_aligned(run_dir, record["projector_of"])
@@ -201,7 +201,7 @@ def work_of(arguments: ResolvedArguments, prepared: Prepared, process: Process) 
     )
     return Work(
         flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size,
-        image_token_id=llava.config.image_token_id if can_pack(llava.config.get_text_config()) else None,
+        image_token_id=llava.config.image_token_id if prepared.packed else None,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> LlavaTrainer:
     return LlavaTrainer(
-        TrainingModel(prepared.model, features=arguments.caches_features),
+        TrainingModel(prepared.model, features=arguments.caches_features, packed=prepared.packed),
         training_arguments(arguments, stage_dir, process.device, process.deepspeed),
         rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
         sampler=EpochSampler(
