@@ -12,7 +12,6 @@ skipped = [(key, reason)] of the broken samples that substitutes stand for.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -27,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.workers import start_worker
 from clips.config import PhaseConfig, RunConfig
 from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, normalise, stacked
@@ -231,23 +231,3 @@ def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def start_worker(worker: int) -> None:
-    # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
-    # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone, as after a SIGKILL of a rank.
-
-    torch's own watch ends the work, but then the worker waits for ever to get rid of batches that nobody takes.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

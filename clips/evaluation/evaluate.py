@@ -26,9 +26,9 @@ from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.ranks import all_shares, my_share
 from clips.common.tensors import hash_weights
+from clips.common.workers import start_worker
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform, normalise, stacked
-from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
 from clips.data.splits import Split
