@@ -14,7 +14,7 @@ import os
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +144,10 @@ class ShardWriter:
         if kind is None:
             fsync(self.path)
 
-    def add(self, sample: StoredSample, long: str) -> None:
-        for extension, data in with_caption(sample, long):
-            info = tarfile.TarInfo(f"{sample.name}.{extension}")
+    def add(self, name: str, members: Iterable[tuple[str, bytes]]) -> None:
+        """`members`: extension and content of each."""
+        for extension, data in members:
+            info = tarfile.TarInfo(f"{name}.{extension}")
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
         self.samples += 1
@@ -155,6 +156,11 @@ class ShardWriter:
     def sha256(self) -> str:
         """Of the file, once it is closed."""
         return self._digest.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Its bytes, once it is closed."""
+        return self.path.stat().st_size
 
 
 class _Hashing(io.RawIOBase):

@@ -1,0 +1,270 @@
+"""Recaptioning as a command: one process, or one a GPU, that take shards of one folder until none is left.
+
+Nothing is shared but the folder, so that processes of other machines may work on it too, begin later and end as they
+like. The parent of several processes computes nothing; it starts one again that was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from clips import CLIPS, Source, demo_split, ensure_demo, open_source, read_whole
+from clips.common.errors import CommandError, Stopped, UserError, reporting, run_command
+from clips.common.escape import for_rich
+from clips.common.runtime import choose_device
+from mllm.data.demo import DEMO_DIR
+from mllm.recaption.claims import Claims
+from mllm.recaption.manifest import Folder, agree, done_manifest
+from mllm.recaption.options import Options, options_from_flags
+from mllm.recaption.plan import demo_captioners, print_plan
+from mllm.recaption.progress import Board, Speed
+from mllm.recaption.registry import make_captioner
+from mllm.recaption.report import write_report
+from mllm.recaption.shards import Shard, shards_of
+from mllm.recaption.work import LostClaim, Tally, Worker, check_broken
+
+LOOK_AGAIN = 1.0
+"""Seconds between two looks at shards that others work on."""
+FAILURES = 3
+"""Ends of a process in a row, without a call in between, after which it is not started again."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which shards are this command's: every `size`-th."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def recaption_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/recaption.py does. UserError for what does not fit, BrokenDataError for too many broken pictures."""
+    console, share = Console(emoji=False, stderr=True), share_of(flags.rank, flags.world_size, os.environ)
+    if flags.data is None:
+        ensure_demo(DEMO_DIR)
+        flags.fields = [*flags.fields, "web=json:org_caption"]
+        flags.shards = flags.shards or 1
+    asked = [(flags.captioner, Path(flags.out))] if flags.captioner else demo_captioners(Path(flags.out))
+    for captioner, out in asked:
+        options = options_from_flags(flags, captioner, out)
+        recaption(options, share, flags.processes, flags.price, console, dry_run=flags.dry_run)
+
+
+def share_of(rank: int | None, size: int | None, environment: os._Environ[str] | dict[str, str]) -> Share:
+    """From the flags, else from what torchrun or srun set; LOCAL_RANK is set for srun's tasks too."""
+    if (rank is None) != (size is None):
+        raise UserError("--rank and --world-size go together: which of how many parts of the shards this command does")
+    if rank is None or size is None:
+        if "RANK" in environment:
+            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+            rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+            environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+        else:
+            rank, size = 0, 1
+    if not 0 <= rank < size:
+        raise UserError(f"--rank {rank} must be from 0 to {size - 1}, one below --world-size")
+    return Share(rank, size)
+
+
+def recaption(
+    options: Options,
+    share: Share,
+    processes: int | None,
+    price: Sequence[float] | None,
+    console: Console,
+    *,
+    dry_run: bool = False,
+) -> None:
+    """Caption what is not done of this command's share; whoever ends last writes the page."""
+    source = open_pairs(options)
+    shards = shards_of(source)[: options.shards]
+    if not shards:
+        raise UserError(f"{options.data!r} holds no pairs")
+    folder = Folder(options.out)
+    mine = shards[share.rank :: share.size]
+    missing = [shard for shard in mine if done_manifest(folder, shard) is None]
+    count = processes or default_processes(options, share)
+    count = max(1, min(count, len(missing)))
+    print_plan(options, folder, shards, missing, count, price, console)
+    if dry_run:
+        return
+    with stopping():
+        if missing:
+            folder.root.mkdir(parents=True, exist_ok=True)
+            if count == 1:
+                work_on(options, source, mine, Board(folder, missing, console))
+            else:
+                run_processes(options, mine, count, Board(folder, missing, console))
+    manifests = [done_manifest(folder, shard) for shard in shards]
+    done = [manifest for manifest in manifests if manifest is not None]
+    rejected = [manifest["rejected"].get("broken", 0) for manifest in done]
+    check_broken(sum(rejected), sum(manifest["counts"]["pairs"] for manifest in done), options)
+    if len(done) < len(shards):
+        others = len(shards) - len(done)
+        console.print(f"{others:,} shards are for others to do; the last one writes {for_rich(str(folder.report))}")
+        return
+    with reporting(f"the captions are whole, and {folder.report} could not be written"):
+        write_report(options, folder, [shard.name for shard in shards], done, console)
+
+
+def open_pairs(options: Options) -> Source:
+    source = open_source(options.data, options.fields, image_root=options.image_root, need_long=False)
+    read_whole(source, int(options.cache_gb * 1e9))
+    return source
+
+
+def default_processes(options: Options, share: Share) -> int:
+    """One a GPU for a model in the process, where nobody else starts processes; else one."""
+    if options.captioner.startswith("endpoint:") or "LOCAL_RANK" in os.environ or options.device not in ("auto", "cuda"):
+        return 1
+    if choose_device(options.device).type != "cuda":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+# -------------------------------------------------------------------------------------------------- one process
+def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Board) -> None:
+    """Take shards until each is done, here or by others; those that others hold are waited for, and missed if lost."""
+    folder = Folder(options.out)
+    encoder = None
+    with closing(make_captioner(options.captioner, options.prompt, **options.captioning())) as captioner:
+        agree(folder, {**options.settings(), "captioner": captioner.describe()})
+        if options.similarity_encoder is not None:
+            encoder = CLIPS.from_pretrained(options.similarity_encoder, device=options.device)
+        tally = Tally()
+        with (
+            Claims(folder.claims, options.claim_timeout) as claims,
+            Speed(folder.speed / f"{claims.owner}.json", tally) as speed,
+            board.showing(),
+        ):
+
+            def changed() -> None:
+                speed.changed()
+                board.show()
+
+            worker = Worker(options, folder, source, captioner, claims, tally, encoder=encoder, changed=changed)
+            waiting = list(shards)
+            while waiting:
+                waiting = [shard for shard in waiting if done_manifest(folder, shard) is None]
+                if not any([made(worker, folder, claims, shard) for shard in waiting]) and waiting:
+                    time.sleep(LOOK_AGAIN)
+
+
+def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
+    """Whether this process made the shard; False where another does, or has."""
+    if not claims.take(shard.name):
+        return False
+    try:
+        if done_manifest(folder, shard) is not None:  # between the look and the claim
+            return False
+        worker.make(shard)
+        return True
+    except LostClaim:
+        return False
+    finally:
+        claims.release(shard.name)
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+def run_processes(options: Options, shards: Sequence[Shard], count: int, board: Board) -> None:
+    """`count` processes at work, each started again after a kill; CommandError where what is left cannot be done."""
+    context = get_context("spawn")
+    failures = [0] * count
+    running: dict[int, SpawnProcess] = {}
+
+    def start(number: int) -> None:
+        os.environ["LOCAL_RANK"] = str(number)  # by which the process chooses its GPU
+        running[number] = context.Process(target=child, args=(options, list(shards), os.getpid()))
+        running[number].start()
+
+    try:
+        with board.showing():
+            for number in range(count):
+                start(number)
+            calls = 0
+            while running:
+                time.sleep(LOOK_AGAIN / 4)
+                tally = board.show()
+                if tally.pairs > calls:
+                    calls, failures = tally.pairs, [0] * count
+                for number, process in list(running.items()):
+                    if process.exitcode is None:
+                        continue
+                    del running[number]
+                    if process.exitcode in (UserError.exit_code, 4):
+                        raise CommandErrorOfChild(process.exitcode)
+                    if process.exitcode != 0:
+                        failures[number] += 1
+                        board.say(f"process {number} ended with exit code {process.exitcode}")
+                        if failures[number] < FAILURES:
+                            start(number)
+    finally:
+        os.environ.pop("LOCAL_RANK", None)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+    if any(done_manifest(board.folder, shard) is None for shard in shards):
+        raise CommandError(
+            f"{FAILURES} times in a row each process ended without a call of its captioner: the reason stands above. "
+            "The same command goes on"
+        )
+
+
+class CommandErrorOfChild(CommandError):
+    """A child has said why; its exit code is the command's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("a process cannot go on: the reason stands above")
+        self.exit_code = exit_code
+
+
+def child(options: Options, shards: list[Shard], parent: int) -> None:
+    """One of several processes; it ends at once when its parent is gone, which is as good as any other kill."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_AGAIN)
+        os._exit(128 + signal.SIGHUP)
+
+    threading.Thread(target=watch, daemon=True).start()
+    quiet = Board(Folder(options.out), shards, Console(emoji=False, quiet=True))
+
+    def main() -> None:
+        with stopping():
+            work_on(options, open_pairs(options), shards, quiet)
+
+    sys.exit(run_command(main))
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 (a scheduler's) and Ctrl-C end the work; nothing needs saving first."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
