@@ -49,6 +49,7 @@ WARNED = 10
 MAX_CAPTION = 20_000
 """Characters of a caption that are kept: ten times a long one, and few enough that none costs a second."""
 PARTS = ("image", "web", "long")
+WRITE_LONG = "python scripts/recaption.py writes them (docs/recaption.md)"
 
 
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
@@ -280,7 +281,7 @@ class TarSource(Source):
         opened = self._shard(shard)
         row = opened.complete[row]
         members = _Members(opened, row)
-        web, _ = self._texts(members)
+        web = self._text(members, "web")
         _checked(members.key, web, None, False)
         members.json("json")  # one that is none would make the sample broken wherever it is read
         found = {extension: members.read(extension) or b"" for extension in opened.extensions(row)}
@@ -290,14 +291,11 @@ class TarSource(Source):
         return StoredSample(opened.index.keys[row], found.pop(picture), web, picture, found)
 
     def _captions(self, members: _Members) -> tuple[str, str | None]:
-        return _checked(members.key, *self._texts(members), self.need_long)
+        return _checked(members.key, self._text(members, "web"), self._text(members, "long"), self.need_long)
 
-    def _texts(self, members: _Members) -> tuple[Any, Any]:
-        """The web and the long caption as they stand there."""
-        web, long = (
-            next(filter(None, (members.text(e, key) for e, key in self._fields[name])), None) for name in PARTS[1:]
-        )
-        return web, long
+    def _text(self, members: _Members, part: str) -> Any:
+        """A caption as it stands there."""
+        return next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None)
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
@@ -530,6 +528,7 @@ def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> Us
     return UserError(
         f"{where} has no {what}: data.fields.{name} = {spec!r} is not among the fields found: "
         f"{', '.join(found) or 'none'}. Name the right one with --fields {name}=FIELD"
+        + (f"; where there are none, {WRITE_LONG}" if name == "long" else "")
     )
 
 

@@ -23,7 +23,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from clips import CLIPS, Source, demo_split, ensure_demo, open_source, read_whole
+from clips import CLIPS, Source, ensure_demo, open_source, read_whole
 from clips.common.errors import CommandError, Stopped, UserError, reporting, run_command
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
@@ -57,7 +57,6 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     console, share = Console(emoji=False, stderr=True), share_of(flags.rank, flags.world_size, os.environ)
     if flags.data is None:
         ensure_demo(DEMO_DIR)
-        flags.fields = [*flags.fields, "web=json:org_caption"]
         flags.shards = flags.shards or 1
     asked = [(flags.captioner, Path(flags.out))] if flags.captioner else demo_captioners(Path(flags.out))
     for captioner, out in asked:

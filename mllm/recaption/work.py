@@ -150,7 +150,7 @@ class Worker:
     def _judged(self, index: int, written: Written, webs: dict[int, str]) -> Caption:
         web = webs.get(index)
         if web is None:  # of a call that was made before an interruption
-            web = self.source.texts(index)[0]
+            web = self.source.stored(index).web
         return Caption(judge(written, web, self._prompt, self.options.bounds), written.tokens)
 
     def _attempt(
