@@ -68,7 +68,9 @@ class Known:
         if pair.web in self.texts:
             return Written(self.texts[pair.web], True, 9)
         digest = hashlib.sha256(pair.image + pair.web.encode("utf-8", "surrogatepass") + bytes([attempt])).digest()
-        said = " ".join(["red", "green", "small", "large", "round", "old", "new", "dark"][byte % 8] for byte in digest[:6])
+        said = " ".join(
+            ["red", "green", "small", "large", "round", "old", "new", "dark"][byte % 8] for byte in digest[:6]
+        )
         number = int(re.sub(r"\D", "", pair.web) or 0) if len(pair.web) < 20 else 0
         return Written(f"A picture of something that is {said}. It has the number {number}.", True, 15)
 

@@ -35,7 +35,7 @@ class Journal:
             self._read(path)
 
     def __enter__(self) -> Journal:
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed at the end of the `with`
+        self._file = open(self.path, "ab")
         self._append({"made_of": self._made_of})
         fsync(self.path.parent)
         return self

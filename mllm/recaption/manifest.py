@@ -1,10 +1,10 @@
 """What a folder of recaptioned shards says of itself: how its captions were made, and what each shard came to.
 
-    OUT/NAME.tar               a shard, under its name only when whole
-    OUT/manifests/NAME.json    what it was made of, how, and what came of it; written last: with it the shard is done
-    OUT/rejected/NAME.jsonl    pairs that are not in it, with the reason and the caption that was refused
-    OUT/recaption.json         how captions are made here, which nobody may change
-    OUT/claims, OUT/work       of shards that are under way; OUT/speed: what each process has done in which time
+OUT/NAME.tar               a shard, under its name only when whole
+OUT/manifests/NAME.json    what it was made of, how, and what came of it; written last: with it the shard is done
+OUT/rejected/NAME.jsonl    pairs that are not in it, with the reason and the caption that was refused
+OUT/recaption.json         how captions are made here, which nobody may change
+OUT/claims, OUT/work       of shards that are under way; OUT/speed: what each process has done in which time
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ class Options:
             if not fits:
                 raise UserError(f"{name} {value} must be {must}")
         if not 0 <= self.bounds.least_words <= self.bounds.most_words:
-            raise UserError(f"--words {self.bounds.least_words} {self.bounds.most_words} must be the least and the most")
+            raise UserError(
+                f"--words {self.bounds.least_words} {self.bounds.most_words} must be the least and the most"
+            )
 
     def captioning(self) -> dict[str, Any]:
         """What `make_captioner` takes beside captioner and prompt."""
@@ -77,14 +79,14 @@ class Options:
         }
 
 
-def options_from_flags(flags: argparse.Namespace, captioner: str, out: Path) -> Options:
+def options_from_flags(flags: argparse.Namespace, prompt: Prompt, captioner: str, out: Path) -> Options:
     """UserError for flags that do not fit."""
     least, most = flags.words
     return Options(
         data=flags.data or demo_split(DEMO_DIR, "train"),
         out=out,
         captioner=captioner,
-        prompt=Prompt.read(flags.prompt),
+        prompt=prompt,
         fields=parse_fields(flags.fields, PAIRS),
         image_root=flags.image_root,
         shards=flags.shards,

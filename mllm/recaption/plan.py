@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +37,10 @@ PICTURE = 576
 def demo_captioners(out: Path) -> list[tuple[str, Path]]:
     """Without --captioner: the newest model trained here and the newest CLIPS captioner that writes word by word."""
     found = []
-    try:
+    with contextlib.suppress(UserError):  # the message below names both ways
         found.append((f"llava:{newest_model()}", out / "llava"))
-    except UserError:
-        pass  # the message below names both ways
     runs = []
-    for path in Path("runs").glob("*/config.json"):
+    for path in (*Path("runs").glob("*/config.json"), *Path("runs").glob("*/*/config.json")):
         try:
             captioner = json.loads(path.read_text())["model"]["captioner"] or {}
         except (OSError, ValueError, KeyError, TypeError):
@@ -52,8 +51,8 @@ def demo_captioners(out: Path) -> list[tuple[str, Path]]:
         found.append((f"clips:{max(runs)[1]}", out / "clips"))
     if not found:
         raise UserError(
-            "no captioner: there is no model trained here (bash scripts/train_llava.sh), nor a run of pretrain_clips.py "
-            "with --set model.captioner.inputs=tokens. --captioner names another (docs/recaption.md)"
+            "no captioner: there is no model trained here (bash scripts/train_llava.sh), nor a run of "
+            "pretrain_clips.py with --set model.captioner.inputs=tokens. --captioner names another (docs/recaption.md)"
         )
     return found
 
@@ -79,8 +78,8 @@ def print_plan(
         ("time", _time(options, left, processes, so_far.pairs / so_far.seconds if known and so_far.seconds else None)),
         (
             "tokens",
-            f"{left * tokens:,.0f} to write, {tokens:.0f} a caption ({'measured here' if known else 'assumed'}), at most "
-            f"{options.max_new_tokens}",
+            f"{left * tokens:,.0f} to write, {tokens:.0f} a caption ({'measured here' if known else 'assumed'}), "
+            f"at most {options.max_new_tokens}",
         ),
         ("output", f"{options.out}, refused captions are tried again and then {_ON_BAD[options.on_bad]}"),
     ]
@@ -89,9 +88,12 @@ def print_plan(
         hint = len(options.prompt.fill("")) / 4 + PROMPT
         cost = (PICTURE + hint) * read + tokens * written
         rows.append(
-            ("cost", f"{cost:,.2f} a million captions, {cost * left / 1e6:,.2f} here, at {PICTURE} tokens a picture and "
-             f"{hint:.0f} of prompt (assumed); second attempts come on top")
-        )  # fmt: skip
+            (
+                "cost",
+                f"{cost:,.2f} a million captions, {cost * left / 1e6:,.2f} here, at {PICTURE} tokens a picture "
+                f"and {hint:.0f} of prompt (assumed); second attempts come on top",
+            )
+        )
     for name, text in rows:
         table.add_row(name, for_rich(text))
     console.print(table)

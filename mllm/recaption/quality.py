@@ -15,7 +15,9 @@ from clips import script_of, split_sentences
 from mllm.recaption.captioner import Written
 
 # A letter of a script that writes no spaces counts as a word, as in clips/data/sentences.py.
-_WORD = re.compile(r"[\u0e00-\u0fff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+(?:['’-][^\W_]+)*")
+_WORD = re.compile(
+    r"[\u0e00-\u0fff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+(?:['’-][^\W_]+)*"
+)
 _ENDED = re.compile(r"[.!?…。！？।۔][\"'”’»)\]]*\s*$")
 _REFUSAL = re.compile(
     r"""\s*["'“]?(?:
@@ -28,13 +30,15 @@ _REFUSAL = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-_MARKS = re.compile(r"<\|?(?:im_start|im_end|image|endoftext|assistant|user|s|/s|bos|eos|unk|pad)\|?>|\b(?:USER|ASSISTANT):")
+_MARKS = re.compile(
+    r"<\|?(?:im_start|im_end|image|endoftext|assistant|user|s|/s|bos|eos|unk|pad)\|?>|\b(?:USER|ASSISTANT):"
+)
 ECHO = 8
 """Words in a row that a caption shares with the prompt only where it repeats it."""
 LONGEST_PERIOD, REPEATS, LEAST = 40, 3, 9
 """A loop: a run of words, at least LEAST, that are those up to LONGEST_PERIOD before them, REPEATS times over."""
-REASONS = ("empty", "cut off", "refusal", "prompt echo", "repetition", "short", "long", "script", "not captioned")
-"""As they are counted; a caption has the first that holds. "not captioned": the captioner gave an error for the pair."""
+REASONS = ("empty", "cut off", "refusal", "prompt echo", "repetition", "short", "long", "script")
+"""A caption has the first that holds."""
 
 
 @dataclass(frozen=True)

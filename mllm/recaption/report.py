@@ -1,4 +1,4 @@
-"""One page on what came out: pictures with both captions, lengths, what was refused, and the training that comes next."""
+"""One page on what came out: pictures with both captions, lengths, what was refused, the training that comes next."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _rows(total: Counter[str]) -> list[tuple[str, str]]:
 
 def _trimmed(counts: Counter[str]) -> dict[str, int]:
     """By "from – below", without the empty bins at both ends."""
-    labels = [f"{low} – {high - 1}" for low, high in zip(WORD_BINS, WORD_BINS[1:], strict=False)]
+    labels = [f"{low} – {high - 1}" for low, high in pairwise(WORD_BINS)]
     binned = dict(zip([*labels, f"{WORD_BINS[-1]} and more"], (counts[str(edge)] for edge in WORD_BINS), strict=True))
     filled = [place for place, count in enumerate(binned.values()) if count]
     return dict(list(binned.items())[filled[0] : filled[-1] + 1])

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -27,7 +26,8 @@ from clips import CLIPS, Source, ensure_demo, open_source, read_whole
 from clips.common.errors import CommandError, Stopped, UserError, reporting, run_command
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
-from mllm.data.demo import DEMO_DIR
+from mllm.data.demo import DEMO_DIR, SHOW
+from mllm.recaption.asking import Prompt
 from mllm.recaption.claims import Claims
 from mllm.recaption.manifest import Folder, agree, done_manifest
 from mllm.recaption.options import Options, options_from_flags
@@ -55,12 +55,14 @@ class Share:
 def recaption_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/recaption.py does. UserError for what does not fit, BrokenDataError for too many broken pictures."""
     console, share = Console(emoji=False, stderr=True), share_of(flags.rank, flags.world_size, os.environ)
+    prompt = Prompt.read(flags.prompt)
     if flags.data is None:
         ensure_demo(DEMO_DIR)
         flags.shards = flags.shards or 1
+        prompt = prompt if flags.prompt else Prompt(SHOW[0])  # which its models were asked in training
     asked = [(flags.captioner, Path(flags.out))] if flags.captioner else demo_captioners(Path(flags.out))
     for captioner, out in asked:
-        options = options_from_flags(flags, captioner, out)
+        options = options_from_flags(flags, prompt, captioner, out)
         recaption(options, share, flags.processes, flags.price, console, dry_run=flags.dry_run)
 
 
@@ -130,7 +132,11 @@ def open_pairs(options: Options) -> Source:
 
 def default_processes(options: Options, share: Share) -> int:
     """One a GPU for a model in the process, where nobody else starts processes; else one."""
-    if options.captioner.startswith("endpoint:") or "LOCAL_RANK" in os.environ or options.device not in ("auto", "cuda"):
+    if (
+        options.captioner.startswith("endpoint:")
+        or "LOCAL_RANK" in os.environ
+        or options.device not in ("auto", "cuda")
+    ):
         return 1
     if choose_device(options.device).type != "cuda":
         return 1

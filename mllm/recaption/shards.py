@@ -131,7 +131,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> ShardWriter:
-        self._file: BinaryIO = open(self.path, "wb")  # noqa: SIM115 - closed at the end of the `with`
+        self._file: BinaryIO = open(self.path, "wb")
         self._tar = tarfile.open(fileobj=_Hashing(self._file, self._digest), mode="w|", format=tarfile.PAX_FORMAT)
         return self
 

@@ -32,6 +32,7 @@ CHUNK = 64
 SURE = 1000
 """Pairs after which the share of broken ones is held against its limit while the work goes on."""
 WORD_BINS = (0, 5, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)
+TOTALS = ("trimmed", "mended", "kept although bad", "web words", "long words")
 BROKEN, DISSIMILAR, NOT_CAPTIONED = "broken", "dissimilar", "not captioned"
 """Reasons beside those of quality.py. "dissimilar": below the quantile that was asked for."""
 LONGEST_REJECTED = 2000
@@ -165,7 +166,9 @@ class Worker:
         reading = ahead(lambda number: read_samples(self.source, shard, calls[number]), missing)
         for number, samples in zip(missing, reading, strict=True):
             webs |= {
-                i: sample.web for i, sample in zip(calls[number], samples, strict=True) if isinstance(sample, StoredSample)
+                i: sample.web
+                for i, sample in zip(calls[number], samples, strict=True)
+                if isinstance(sample, StoredSample)
             }
             begin = time.monotonic()
             outcomes = journal.add(attempt, number, self._call(shard, samples, attempt))
@@ -290,7 +293,7 @@ class Worker:
             "counts": {
                 "pairs": len(shard), "left_out": shard.left_out, "written": writer.samples,
                 "tokens": sum(caption.tokens for caption in captions.values()),
-                **{name: totals[name] for name in ("trimmed", "mended", "kept although bad", "web words", "long words")},
+                **{name: totals[name] for name in TOTALS},
             },
             "first_attempts_refused": dict(sorted(first.items())),
             "rejected": dict(sorted(final.items())),
@@ -309,8 +312,8 @@ def check_broken(broken: int, pairs: int, options: Options) -> None:
     if share > options.max_broken_share:
         raise BrokenDataError(
             f"{broken:,} of {pairs:,} pairs are broken, {share:.1%}: above --max-broken-share "
-            f"{options.max_broken_share:g}. {options.out / 'rejected'} lists those of finished shards; the same command "
-            "with a larger share goes on"
+            f"{options.max_broken_share:g}. {options.out / 'rejected'} lists those of finished shards; the same "
+            "command with a larger share goes on"
         )
 
 

@@ -42,6 +42,8 @@ def test_pairs_are_refused_recaptioned_and_trained_on(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     (command,) = re.findall(r"^\s*python (scripts/pretrain_clips\.py .*)$", done.text, flags=re.MULTILINE)
     trained = run(
-        python(*shlex.split(command), *training[1:], "--val-data", tmp_path / "recap", "--test-data", tmp_path / "recap")
+        python(
+            *shlex.split(command), *training[1:], "--val-data", tmp_path / "recap", "--test-data", tmp_path / "recap"
+        )
     )
     assert trained.code == 0, trained.text

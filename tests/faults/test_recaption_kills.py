@@ -63,7 +63,9 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
             time.sleep(draw.uniform(0, 0.5))
             kind = ("worker", "parent")[sum(killed.values()) % 3 == 2]
             parent = draw.choice(running)
-            below = [p for p in psutil.Process(parent.pid).children() if "resource_tracker" not in " ".join(p.cmdline())]
+            below = [
+                p for p in psutil.Process(parent.pid).children() if "resource_tracker" not in " ".join(p.cmdline())
+            ]
             victim = parent.pid if kind == "parent" else draw.choice(below).pid if below else None
             if victim is None:
                 continue

@@ -52,7 +52,9 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
 
 def test_a_killed_process_of_this_machine_is_missed_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}) as owner:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "True\n"
         with Claims(tmp_path, 60) as claims:
@@ -88,7 +90,9 @@ def test_a_claim_is_kept_alive_while_its_process_works(tmp_path: Path) -> None:
             time.sleep(0.1)
 
 
-def test_a_claim_made_between_the_look_and_the_taking_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_made_between_the_look_and_the_taking_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Claims(tmp_path, 60) as gone, Claims(tmp_path, 60) as quick, Claims(tmp_path, 60) as slow:
         assert gone.take("a")
         path = tmp_path / "a.claim"
@@ -140,6 +144,6 @@ def test_of_many_at_once_one_takes_what_is_old(tmp_path: Path) -> None:
     (tmp_path / "end").touch()
     for racer in racers:
         racer.join()
-    together = sum(taken, [])
+    together = [name for names_of_one in taken for name in names_of_one]
     assert len(together) == len(set(together))
     assert len(together) > 40
