@@ -54,6 +54,7 @@ class Claims:
 
     def take(self, name: str) -> bool:
         """Whether `name` is this process's from now on: it was free, or its owner is gone."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # one that finds all done clears it away
         path = self._path(name)
         if self._made(path):
             self._mine.add(name)

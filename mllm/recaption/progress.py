@@ -19,8 +19,10 @@ from mllm.recaption.manifest import Folder
 from mllm.recaption.shards import Shard
 from mllm.recaption.work import Tally
 
-EVERY = 1.0
-"""Seconds between two writes of a file, and between two looks at all of them."""
+EVERY = 2.0
+"""Seconds between two writes of a file, and at least between two looks at all of them."""
+LOOKING = 0.02
+"""Share of the time that may go into looking: thousands of processes have thousands of files."""
 
 
 class Speed:
@@ -63,7 +65,7 @@ class Board:
         self._total = sum(map(len, shards))
         self._before, self._begin = measured(folder), time.monotonic()
         self._bar: tqdm | None = None
-        self._looked, self._told = float("-inf"), 0
+        self._next, self._told = float("-inf"), 0
         self._last = Tally()
 
     @contextmanager
@@ -76,10 +78,11 @@ class Board:
 
     def show(self) -> Tally:
         """What was done since this began, looked up at most once in EVERY seconds."""
-        if time.monotonic() - self._looked < EVERY:
+        begin = time.monotonic()
+        if begin < self._next or self.console.quiet:
             return self._last
-        self._looked = time.monotonic()
         self._last = tally = measured(self.folder, self._before)
+        self._next = time.monotonic() + max(EVERY, (time.monotonic() - begin) / LOOKING)
         if self._bar is not None:
             self._bar.set_postfix_str(self._text(tally), refresh=False)
             self._bar.update(min(tally.pairs + tally.found, self._total) - self._bar.n)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
 
+import torch
 from rich.console import Console
 
 from clips import CLIPS, Source, ensure_demo, open_source, read_whole
@@ -55,6 +57,8 @@ class Share:
 def recaption_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/recaption.py does. UserError for what does not fit, BrokenDataError for too many broken pictures."""
     console, share = Console(emoji=False, stderr=True), share_of(flags.rank, flags.world_size, os.environ)
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # srun may show each task its own GPU alone
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     prompt = Prompt.read(flags.prompt)
     if flags.data is None:
         ensure_demo(DEMO_DIR)
@@ -120,6 +124,8 @@ def recaption(
         others = len(shards) - len(done)
         console.print(f"{others:,} shards are for others to do; the last one writes {for_rich(str(folder.report))}")
         return
+    for left in (folder.claims, folder.root / "work"):  # of processes that were killed when a shard was whole
+        shutil.rmtree(left, ignore_errors=True)
     with reporting(f"the captions are whole, and {folder.report} could not be written"):
         write_report(options, folder, [shard.name for shard in shards], done, console)
 
@@ -140,8 +146,6 @@ def default_processes(options: Options, share: Share) -> int:
         return 1
     if choose_device(options.device).type != "cuda":
         return 1
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -166,11 +170,13 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
                 board.show()
 
             worker = Worker(options, folder, source, captioner, claims, tally, encoder=encoder, changed=changed)
-            waiting = list(shards)
-            while waiting:
-                waiting = [shard for shard in waiting if done_manifest(folder, shard) is None]
-                if not any([made(worker, folder, claims, shard) for shard in waiting]) and waiting:
-                    time.sleep(LOOK_AGAIN)
+            waiting, pause = list(shards), LOOK_AGAIN
+            while waiting := [shard for shard in waiting if done_manifest(folder, shard) is None]:
+                if any([made(worker, folder, claims, shard) for shard in waiting]):
+                    pause = LOOK_AGAIN
+                else:
+                    time.sleep(pause)
+                    pause = min(2 * pause, max(LOOK_AGAIN, options.claim_timeout / 6))
 
 
 def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
@@ -183,6 +189,10 @@ def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
         worker.make(shard)
         return True
     except LostClaim:
+        return False
+    except FileNotFoundError:  # the one that took the shard over has cleared up
+        if claims.holds(shard.name):
+            raise
         return False
     finally:
         claims.release(shard.name)

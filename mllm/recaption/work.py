@@ -27,8 +27,8 @@ from mllm.recaption.options import Options
 from mllm.recaption.quality import Judged, judge, words
 from mllm.recaption.shards import ContentHash, Shard, ShardWriter, read_samples, with_caption
 
-CHUNK = 64
-"""Samples that are read at once where no captioner asks for more."""
+CHUNK = 16
+"""Samples that are read at once where no captioner asks for more; a picture may have 64 MB."""
 SURE = 1000
 """Pairs after which the share of broken ones is held against its limit while the work goes on."""
 WORD_BINS = (0, 5, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)
@@ -125,85 +125,84 @@ class Worker:
     # ---------------------------------------------------------------------------------------------- captions
     def _captions(self, shard: Shard, journal: Journal) -> tuple[dict[int, Caption], dict[int, Exception]]:
         """By sample: what was written, and why nothing was."""
-        webs: dict[int, str] = {}
-        first = self._attempt(shard, journal, 0, range(shard.first, shard.stop), webs)
-        captions = {i: self._judged(i, outcome, webs) for i, outcome in first.items() if isinstance(outcome, Written)}
-        refused = {i: outcome for i, outcome in first.items() if not isinstance(outcome, Written)}
-        for caption in captions.values():
-            caption.first_reason = caption.judged.reason
-        again = sorted(
-            [i for i, caption in captions.items() if caption.judged.reason]
-            + [i for i, error in refused.items() if not isinstance(error, BrokenSample)]
-        )
-        for i, outcome in self._attempt(shard, journal, 1, again, webs).items():
-            if not isinstance(outcome, Written):
+        captions: dict[int, Caption] = {}
+        refused: dict[int, Exception] = {}
+        for i, made in self._attempt(shard, journal, 0, range(shard.first, shard.stop)).items():
+            if isinstance(made, Caption):
+                made.first_reason = made.judged.reason
+                captions[i] = made
+            else:
+                refused[i] = made
+        again = [i for i, caption in captions.items() if caption.judged.reason]
+        again += [i for i, error in refused.items() if not isinstance(error, BrokenSample)]
+        for i, made in self._attempt(shard, journal, 1, sorted(again)).items():
+            if not isinstance(made, Caption):
                 continue
-            second = self._judged(i, outcome, webs)
-            if i in refused:
-                del refused[i]
-                second.first_reason = NOT_CAPTIONED
-                captions[i] = second
-            elif not second.judged.reason or not captions[i].judged.text:
-                second.first_reason = captions[i].first_reason
-                captions[i] = second
+            if refused.pop(i, None) is not None:
+                made.first_reason = NOT_CAPTIONED
+                captions[i] = made
+            elif not made.judged.reason or not captions[i].judged.text:
+                made.first_reason = captions[i].first_reason
+                captions[i] = made
         return captions, refused
 
-    def _judged(self, index: int, written: Written, webs: dict[int, str]) -> Caption:
-        web = webs.get(index)
-        if web is None:  # of a call that was made before an interruption
-            web = self.source.stored(index).web
-        return Caption(judge(written, web, self._prompt, self.options.bounds), written.tokens)
-
     def _attempt(
-        self, shard: Shard, journal: Journal, attempt: int, indices: Sequence[int], webs: dict[int, str]
-    ) -> dict[int, Outcome]:
-        """What the calls for `indices` came to, those that were made before included; `webs` is filled."""
+        self, shard: Shard, journal: Journal, attempt: int, indices: Sequence[int]
+    ) -> dict[int, Caption | Exception]:
+        """What the calls for `indices` came to, those that were made before included."""
         size = self.captioner.batch_size
         calls = [indices[start : start + size] for start in range(0, len(indices), size)]
         missing = [number for number in range(len(calls)) if journal.found(attempt, number) is None]
-        if not attempt:
-            self.tally.found += len(indices) - sum(len(calls[number]) for number in missing)
+        made: dict[int, Caption | Exception] = {}
         reading = ahead(lambda number: read_samples(self.source, shard, calls[number]), missing)
         for number, samples in zip(missing, reading, strict=True):
-            webs |= {
-                i: sample.web
-                for i, sample in zip(calls[number], samples, strict=True)
-                if isinstance(sample, StoredSample)
-            }
             begin = time.monotonic()
             outcomes = journal.add(attempt, number, self._call(shard, samples, attempt))
             self.tally.seconds += time.monotonic() - begin
-            self._count(calls[number], outcomes, webs, attempt)
+            fresh = [self._judged(outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)]
+            made |= zip(calls[number], fresh, strict=True)
+            self._count(fresh, attempt)
             self._check_claim(shard)
-        found: dict[int, Outcome] = {}
-        for number, call in enumerate(calls):
-            found |= zip(call, journal.found(attempt, number) or (), strict=True)
-        return found
+        for number in sorted(set(range(len(calls))) - set(missing)):  # before an interruption
+            outcomes = journal.found(attempt, number) or []
+            for chunk in chunked(range(len(outcomes))):
+                samples = read_samples(self.source, shard, [calls[number][i] for i in chunk])
+                for i, sample in zip(chunk, samples, strict=True):
+                    made[calls[number][i]] = self._judged(outcomes[i], sample)
+            self.tally.found += 0 if attempt else len(outcomes)
+        self.changed()
+        return made
+
+    def _judged(self, outcome: Outcome, sample: StoredSample | BrokenSample) -> Caption | Exception:
+        if isinstance(sample, BrokenSample):
+            return sample
+        if not isinstance(outcome, Written):
+            return outcome
+        return Caption(judge(outcome, sample.web, self._prompt, self.options.bounds), outcome.tokens)
 
     def _call(self, shard: Shard, samples: Sequence[StoredSample | BrokenSample], attempt: int) -> list[Outcome]:
-        whole = [i for i, sample in enumerate(samples) if isinstance(sample, StoredSample)]
-        pairs = [
-            Pair(f"{shard.url}#{sample.name}", sample.image, sample.web.strip())
-            for sample in samples
+        pairs = {
+            i: Pair(f"{shard.url}#{sample.name}", sample.image, sample.web.strip())
+            for i, sample in enumerate(samples)
             if isinstance(sample, StoredSample)
-        ]
-        outcomes: list[Any] = list(samples)
-        for i, outcome in zip(whole, self.captioner.write(pairs, attempt) if pairs else (), strict=True):
-            outcomes[i] = outcome
-        return outcomes
+        }
+        written = self.captioner.write(list(pairs.values()), attempt) if pairs else []
+        outcomes = dict(zip(pairs, written, strict=True))
+        return [sample if isinstance(sample, BrokenSample) else outcomes[i] for i, sample in enumerate(samples)]
 
-    def _count(self, indices: Sequence[int], outcomes: Sequence[Outcome], webs: dict[int, str], attempt: int) -> None:
+    def _count(self, made: Sequence[Caption | Exception], attempt: int) -> None:
         tally = self.tally
-        for i, outcome in zip(indices, outcomes, strict=True):
-            if isinstance(outcome, Written):
-                tally.tokens += outcome.tokens
-                if not attempt and (reason := self._judged(i, outcome, webs).judged.reason):
-                    tally.bad[reason] += 1
-            elif not attempt:
-                tally.broken += isinstance(outcome, BrokenSample)
-                tally.bad[BROKEN if isinstance(outcome, BrokenSample) else NOT_CAPTIONED] += 1
+        tally.tokens += sum(caption.tokens for caption in made if isinstance(caption, Caption))
         if not attempt:
-            tally.pairs += len(indices)
+            broken = sum(isinstance(error, BrokenSample) for error in made)
+            tally.pairs += len(made)
+            tally.broken += broken
+            tally.bad.update({BROKEN: broken} if broken else {})
+            for one in made:
+                if isinstance(one, Caption):
+                    tally.bad.update([one.judged.reason] if one.judged.reason else [])
+                elif not isinstance(one, BrokenSample):
+                    tally.bad[NOT_CAPTIONED] += 1
         self.changed()
         if tally.pairs >= SURE:
             check_broken(tally.broken, tally.pairs, self.options)
@@ -214,7 +213,7 @@ class Worker:
         if self.encoder is None or self.options.min_similarity_quantile is None:
             return set()
         written = [i for i in sorted(captions) if self._is_written(captions[i])]
-        chunks = [written[start : start + CHUNK] for start in range(0, len(written), CHUNK)]
+        chunks = chunked(written)
         found: dict[int, float] = {}
         for chunk, samples in zip(chunks, ahead(lambda c: read_samples(self.source, shard, c), chunks), strict=True):
             pictures = {}
@@ -246,7 +245,7 @@ class Worker:
         first, final = Counter(c.first_reason for c in captions.values() if c.first_reason), Counter[str]()
         lengths = {"web": Counter[int](), "long": Counter[int]()}
         totals = Counter[str]()
-        chunks = [range(i, min(i + CHUNK, shard.stop)) for i in range(shard.first, shard.stop, CHUNK)]
+        chunks = chunked(range(shard.first, shard.stop))
         with ShardWriter(path) as writer:
             for chunk, samples in zip(
                 chunks, ahead(lambda c: read_samples(self.source, shard, c), chunks), strict=True
@@ -315,6 +314,11 @@ def check_broken(broken: int, pairs: int, options: Options) -> None:
             f"{options.max_broken_share:g}. {options.out / 'rejected'} lists those of finished shards; the same "
             "command with a larger share goes on"
         )
+
+
+def chunked(indices: Sequence[int]) -> list[Sequence[int]]:
+    """In parts of CHUNK."""
+    return [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
 
 
 def ahead(make: Callable[[ItemT], MadeT], items: Iterable[ItemT]) -> Iterator[MadeT]:

@@ -42,7 +42,7 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
         captioner = ("--captioner", f"known:{seconds}", "--processes", str(processes))
         return python("tests/recaption_process.py", *flags, *captioner, "--out", out)
 
-    whole = run(command(tmp_path / "whole", 0, 1))
+    whole = run(command(tmp_path / "whole", 0.3, 1))
     assert whole.code == 0, whole.text
     out, draw = tmp_path / "out", random.Random(0)
     killed = {"worker": 0, "parent": 0}
@@ -82,8 +82,8 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
     assert is_done(out)
     wait_until_gone(out)
     assert same(outcome(out), outcome(tmp_path / "whole"))
-    left = [path for name in ("work", "claims") for path in (out / name).iterdir()]
-    assert left == []
+    assert not (out / "work").exists()
+    assert not (out / "claims").exists()
 
 
 def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
@@ -91,7 +91,7 @@ def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     page = "report/index.html"
     assert one.keys() == other.keys()
     assert {name for name in one if name != page and one[name] != other[name]} == set()
-    return len(one[page]) == len(other[page].replace(b"/whole", b"/out"))
+    return one[page] == other[page].replace(b"/whole", b"/out")
 
 
 def test_a_real_model_under_two_commands_of_which_one_is_killed(tmp_path: Path) -> None:
