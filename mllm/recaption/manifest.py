@@ -52,6 +52,11 @@ class Folder:
     def manifest(self, name: str) -> Path:
         return self.root / "manifests" / f"{name}.json"
 
+    def manifests(self) -> set[str]:
+        """Names of the shards that have one."""
+        place = self.root / "manifests"
+        return {name.removesuffix(".json") for name in os.listdir(place)} if place.is_dir() else set()
+
     def rejected(self, name: str) -> Path:
         return self.root / "rejected" / f"{name}.jsonl"
 
@@ -71,8 +76,21 @@ def agree(folder: Folder, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{folder.root} holds shards that no recaptioning wrote: name another folder with --out")
         with placing(folder.settings, replace=False) as file:
             file.write((json.dumps(wanted, indent=2) + "\n").encode())
+    _refuse(folder, read_json(folder.settings), wanted)
+
+
+def agree_so_far(folder: Folder, settings: Mapping[str, Any], kind: str) -> None:
+    """As `agree`, by what is known before the captioner is loaded: its kind alone."""
+    there = read_json(folder.settings)
+    if there:
+        _refuse(
+            folder, there | {"captioner": there["captioner"]["kind"]}, {"format": FORMAT, **settings, "captioner": kind}
+        )
+
+
+def _refuse(folder: Folder, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     refuse(
-        difference(read_json(folder.settings), wanted),
+        difference(there, wanted),
         f"{folder.root} holds captions that were made otherwise (there → now)",
         "Name another folder with --out, or give the command as it was",
     )

@@ -14,7 +14,6 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
-from clips.common.hub import resolve
 from clips.common.peaks import peak_flops
 from clips.common.runtime import choose_device, has_bf16
 from mllm.model.flops import LlavaFlops
@@ -116,15 +115,15 @@ def _time(options: Options, pairs: int, processes: int, measured_speed: float | 
 
 
 def _expected_seconds(options: Options) -> float | None:
-    """For one caption on one device; None for what is no LLaVA in this process."""
+    """For one caption on one device; None for what is no LLaVA in a directory here."""
     kind, _, name = options.captioner.partition(":")
-    if kind not in ("llava", "hf"):
+    if kind not in ("llava", "hf") or not (Path(name) / "config.json").is_file():
         return None
-    config = AutoConfig.from_pretrained(resolve(name, "captioner"))
+    config = AutoConfig.from_pretrained(name)
     if not isinstance(config, LlavaConfig):
         return None
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(config).requires_grad_(False)
     size, tokens = config.vision_config.image_size, config.image_seq_length
     flops = LlavaFlops(model, image_size=size, image_tokens=tokens, features=False)
     device = choose_device(options.device)

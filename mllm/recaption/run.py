@@ -31,7 +31,7 @@ from clips.common.runtime import choose_device
 from mllm.data.demo import DEMO_DIR, SHOW
 from mllm.recaption.asking import Prompt
 from mllm.recaption.claims import Claims
-from mllm.recaption.manifest import Folder, agree, done_manifest
+from mllm.recaption.manifest import Folder, agree, agree_so_far, done_manifest
 from mllm.recaption.options import Options, options_from_flags
 from mllm.recaption.plan import demo_captioners, print_plan
 from mllm.recaption.progress import Board, Speed
@@ -102,6 +102,7 @@ def recaption(
     if not shards:
         raise UserError(f"{options.data!r} holds no pairs")
     folder = Folder(options.out)
+    agree_so_far(folder, options.settings(), options.captioner.partition(":")[0])
     mine = shards[share.rank :: share.size]
     missing = [shard for shard in mine if done_manifest(folder, shard) is None]
     count = processes or default_processes(options, share)
@@ -116,12 +117,14 @@ def recaption(
                 work_on(options, source, mine, Board(folder, missing, console))
             else:
                 run_processes(options, mine, count, Board(folder, missing, console))
-    manifests = [done_manifest(folder, shard) for shard in shards]
-    done = [manifest for manifest in manifests if manifest is not None]
-    rejected = [manifest["rejected"].get("broken", 0) for manifest in done]
-    check_broken(sum(rejected), sum(manifest["counts"]["pairs"] for manifest in done), options)
-    if len(done) < len(shards):
-        others = len(shards) - len(done)
+    names = folder.manifests()
+    others = sum(shard.name not in names for shard in shards)
+    done = [
+        manifest for shard in (mine if others else shards) if (manifest := done_manifest(folder, shard)) is not None
+    ]
+    broken = sum(manifest["rejected"].get("broken", 0) for manifest in done)
+    check_broken(broken, sum(manifest["counts"]["pairs"] for manifest in done), options)
+    if others:
         console.print(f"{others:,} shards are for others to do; the last one writes {for_rich(str(folder.report))}")
         return
     for left in (folder.claims, folder.root / "work"):  # of processes that were killed when a shard was whole
