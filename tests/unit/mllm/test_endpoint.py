@@ -109,7 +109,7 @@ def test_where_no_server_is_of_use_the_command_ends(way: str) -> None:
     with (
         endpoint(lambda number, body: (way, deed)) as served,
         captioner(served.url, timeout=0.3, patience=1.0) as asking,
-        pytest.raises(CommandError, match="no server has given a usable answer for 1 s .*same command goes on"),
+        pytest.raises(CommandError, match=r"no server has given a usable answer for 1 s .*same command goes on"),
     ):
         asking.write(pairs(200), 0)
     assert served.most_open <= 4
@@ -157,24 +157,29 @@ def test_what_fails_for_every_pair_ends_the_command(status: int, hint: str) -> N
 def test_a_dead_server_is_taken_out_and_tried_again() -> None:
     """Its pairs go to the other one; once it is there it gets its share."""
     port = unused_port()
-    with endpoint(lambda n, b: ("slowly", (0.02, echo(n, b)[1]))) as alive:
-        with captioner(f"http://127.0.0.1:{port}", alive.url) as asking:
-            assert texts(asking.write(pairs(20), 0)) == EXPECTED
-            dead, _ = asking.servers
-            assert dead.is_out
-            with endpoint(port=port) as risen:
-                time.sleep(0.2)
-                for _ in range(5):
-                    assert texts(asking.write(pairs(20), 0)) == EXPECTED
-                assert not dead.is_out
-                assert len(risen.asked) > 5
+    with (
+        endpoint(lambda n, b: ("slowly", (0.02, echo(n, b)[1]))) as alive,
+        captioner(f"http://127.0.0.1:{port}", alive.url) as asking,
+    ):
+        assert texts(asking.write(pairs(20), 0)) == EXPECTED
+        dead, _ = asking.servers
+        assert dead.is_out
+        with endpoint(port=port) as risen:
+            time.sleep(0.2)  # its pause ends
+            for _ in range(5):
+                assert texts(asking.write(pairs(20), 0)) == EXPECTED
+            assert not dead.is_out
+            assert len(risen.asked) > 5
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_other() -> None:
-    with endpoint(lambda n, b: ("never", None)) as hung, endpoint() as alive:
-        with captioner(hung.url, alive.url, timeout=0.5) as asking:
-            assert texts(asking.write(pairs(20), 0)) == EXPECTED
-            assert len(hung.asked) < 20
+    with (
+        endpoint(lambda n, b: ("never", None)) as hung,
+        endpoint() as alive,
+        captioner(hung.url, alive.url, timeout=0.5) as asking,
+    ):
+        assert texts(asking.write(pairs(20), 0)) == EXPECTED
+        assert len(hung.asked) < 20
 
 
 def test_a_server_that_takes_less_than_it_is_offered_is_given_less() -> None:
@@ -264,7 +269,7 @@ def test_the_model_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
             made.write(pairs(1), 0)
             assert made.describe()["model"] == "owner/name"
         assert served.asked[0]["model"] == "owner/name"
-    with pytest.raises(UserError, match="no server tells its models .*cannot be reached"):
+    with pytest.raises(UserError, match=r"no server tells its models .*cannot be reached"):
         make_captioner(f"endpoint:{served.url}", PROMPT, patience=0.05)
     assert "waiting for a server" in capsys.readouterr().err
 
