@@ -2,10 +2,9 @@
 
 A request that fails is asked again, of whichever server is free, after a pause that doubles, with jitter; after `TRIES`
 its pair is given up. A server is taken out when it cannot be reached, or after `FAILURES` failures with no answer
-between, and then asked with one request at a time, again with doubling pauses, until it answers. What is refused
+between, and then asked with one request at a time, again with doubling pauses, until it answers. What a server refuses
 because it has too much to do (429, 503) comes again after the time that it names, and it gets no more at once than it
-took. Where no server has given any
-usable answer for `patience` seconds, the whole command ends.
+took. Where no server has given any usable answer for `patience` seconds, the whole command ends.
 
 Bounded are the requests in flight (`in_flight` a server), the time and the bytes of an answer, and the pictures that
 are decoded and encoded at a time.
