@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from clips.common.errors import UserError

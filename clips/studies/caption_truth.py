@@ -6,6 +6,7 @@ words is not counted, neither as right nor as wrong.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def placements(caption: str) -> Iterator[tuple[str, str]]:
     for sentence in split_sentences(caption.lower()):
         found = [(match["thing"], match["place"]) for match in _words().finditer(sentence)]
         place_first = bool(found) and found[0][1] is not None
-        for (thing, place), (next_thing, next_place) in zip(found, found[1:], strict=False):
+        for (thing, place), (next_thing, next_place) in itertools.pairwise(found):
             if place_first and place and next_thing:
                 yield next_thing, place
             elif not place_first and thing and next_place:

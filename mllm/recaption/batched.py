@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from clips import BrokenSample, decode_image
+from clips.common.errors import UserError
 from clips.common.files import sha256
 from clips.common.hub import CONFIG_FILES, WEIGHT_FILES
 from mllm.chat.limits import KEPT_PIXELS
@@ -84,7 +85,7 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
                 if isinstance(read, BrokenSample):
                     raise read
                 items[i] = self.item(read, hint_of(pair.web))
-            except (BrokenSample, ValueError) as refused:
+            except (BrokenSample, ValueError, UserError) as refused:
                 written[i] = refused
         order = sorted(items, key=lambda i: (-items[i][0], i))  # the largest first: what does not fit is known at once
         for start in range(0, len(order), self._rows):

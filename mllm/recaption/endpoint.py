@@ -2,9 +2,9 @@
 
 A request that fails is asked again, of whichever server is free, after a pause that doubles, with jitter; after `TRIES`
 its pair is given up. A server is taken out when it cannot be reached, or after `FAILURES` failures with no answer
-between, and then asked with one request at a time, again with doubling pauses, until it answers. One that says it has
-too much to do (429, 503) is left alone for the time it names and then gets fewer at once. Where no server has given any
-usable answer for `patience` seconds, the whole command ends.
+between, and then asked with one request at a time, again with doubling pauses, until it answers. What a server refuses
+because it has too much to do (429, 503) comes again after the time that it names, and it gets no more at once than it
+took. Where no server has given any usable answer for `patience` seconds, the whole command ends.
 
 Bounded are the requests in flight (`in_flight` a server), the time and the bytes of an answer, and the pictures that
 are decoded and encoded at a time.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import email.utils
 import io
 import json
@@ -61,9 +62,10 @@ T = TypeVar("T")
 
 
 class _Busy(Exception):
-    """The server has too much to do; `seconds` it wants to be left alone."""
+    """The server has too much to do: the request may come again after `seconds`."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float) -> None:
+        super().__init__("it has too much to do")
         self.seconds = seconds
 
 
@@ -97,8 +99,10 @@ class Server:
     is_out: bool = False
     resumes: float = 0.0
     """Not asked before this time."""
+    pauses: int = 0
+    """Since its last usable answer."""
     lowered: float = 0.0
-    """`limit` stays until this time."""
+    """Time of the last answer that came too late."""
     last_error: str = ""
     answers: int = 0
     client: httpx2.AsyncClient = field(init=False, repr=False)
@@ -106,10 +110,35 @@ class Server:
     def is_free(self, now: float) -> bool:
         return now >= self.resumes and self.open < (1 if self.is_out else int(self.limit))
 
-    def pause(self, now: float) -> None:
-        """Out until the pause is over, which doubles with each failure."""
-        doubled = FIRST_PAUSE * 2 ** min(max(self.failures - FAILURES, 0), 10)
-        self.is_out, self.resumes = True, now + _jittered(min(doubled, LONGEST_PAUSE))
+    def pause(self, least: float = 0.0) -> None:
+        """Not to be asked for `least` seconds, and longer each time; what fails while it pauses is one failure."""
+        now = time.monotonic()
+        self.pauses += now >= self.resumes
+        self.resumes = max(self.resumes, now + _jittered(max(least, _pause(self.pauses))))
+
+    def succeed(self, most: int) -> None:
+        """A usable answer: one place more for each round of them, up to `most`."""
+        self.answers += 1
+        self.failures, self.pauses, self.is_out = 0, 0, False
+        self.limit = min(most, self.limit + 1 / self.limit)
+
+    def fail(self, reason: str, count: int = 1) -> None:
+        self.failures, self.last_error = self.failures + count, reason
+        if self.failures >= FAILURES:
+            self.is_out = True
+            self.pause()
+
+    def come_late(self) -> None:
+        """Fewer at once; once for those that were sent together."""
+        if time.monotonic() - self.lowered >= 1:
+            self.limit, self.lowered = max(1.0, self.limit * 0.75), time.monotonic()
+
+    def refuse(self, seconds: float) -> None:
+        """Too much to do: the others in flight are what it can do at once; if there are none, it is left alone."""
+        others = self.open - 1
+        self.limit, self.last_error = max(1.0, min(self.limit, others)), "it has too much to do"
+        if not others:
+            self.pause(seconds)
 
 
 class EndpointCaptioner:
@@ -233,19 +262,20 @@ class EndpointCaptioner:
         error: Exception = _Failed("not asked")
         tries = 0
         while tries < TRIES:
-            server = await self._free_server()
+            server, wait = await self._free_server(), 0.0
             try:
                 written = await self._ask(server, body)
             except _Busy as busy:
-                self._lower(server)
-                self._leave_alone(server, busy.seconds)
+                wait = busy.seconds
+                server.refuse(busy.seconds)
             except _Unreachable as unreachable:
-                self._fail(server, str(unreachable), FAILURES)
+                server.fail(str(unreachable), FAILURES)
             except _Failed as failed:
                 error, tries = failed, tries + 1
-                self._fail(server, str(failed), 1)
+                wait = _pause(tries)
+                server.fail(str(failed))
                 if failed.late:
-                    self._lower(server)
+                    server.come_late()
             except _Refused as refused:
                 self._succeed(server)
                 return ValueError(f"{server.url}: {refused}")
@@ -261,8 +291,7 @@ class EndpointCaptioner:
                     f"no server has given a usable answer for {self.patience:.0f} s ({said}). What is written so far "
                     "stays; the same command goes on"
                 )
-            if tries:
-                await asyncio.sleep(_jittered(FIRST_PAUSE * 2 ** (tries - 1)))
+            await asyncio.sleep(_jittered(wait))
         return ValueError(f"no usable answer in {TRIES} tries; the last: {error}")
 
     def _body(self, kind: str, data: bytes, web: str, attempt: int) -> bytes:
@@ -280,6 +309,10 @@ class EndpointCaptioner:
             }
         ).encode()
 
+    def _succeed(self, server: Server) -> None:
+        self._answered = time.monotonic()
+        server.succeed(self.most)
+
     # -------------------------------------------------------------------------------------- servers
     async def _free_server(self) -> Server:
         """The server with most room, its place taken; waits for one."""
@@ -295,29 +328,6 @@ class EndpointCaptioner:
                 await asyncio.wait_for(self._freed.wait(), min(later, default=LONGEST_PAUSE))
             except asyncio.TimeoutError:
                 continue
-
-    def _succeed(self, server: Server) -> None:
-        self._answered = time.monotonic()
-        server.answers += 1
-        server.failures, server.is_out = 0, False
-        server.limit = min(self.most, server.limit + 1 / server.limit)  # one more for each round of answers
-
-    def _fail(self, server: Server, reason: str, count: int) -> None:
-        server.failures, server.last_error = server.failures + count, reason
-        if server.failures >= FAILURES:
-            server.pause(time.monotonic())
-
-    def _lower(self, server: Server) -> None:
-        """Fewer at once, once for each time that it is too much: those that failed together were sent together."""
-        now = time.monotonic()
-        if now >= server.lowered:
-            server.limit = max(1.0, server.limit * 0.75)
-            server.lowered = now + 1
-
-    def _leave_alone(self, server: Server, seconds: float | None) -> None:
-        wanted = FIRST_PAUSE if seconds is None else min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
-        server.last_error = "it has too much to do"
-        server.resumes = max(server.resumes, time.monotonic() + wanted * random.uniform(1, 1.25))
 
     # -------------------------------------------------------------------------------------- requests
     async def _connect(self) -> None:
@@ -349,7 +359,7 @@ class EndpointCaptioner:
                         return name
                     server.last_error = "it names no model"
                 except (_Busy, _Unreachable, _Failed, _Refused) as error:
-                    server.last_error = str(error) or "it has too much to do"
+                    server.last_error = str(error)
                 except (KeyError, IndexError, TypeError):
                     server.last_error = "it names no model"
             said = "; ".join(f"{server.url}: {server.last_error}" for server in self.servers)
@@ -457,21 +467,23 @@ def _base(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After's seconds, also where it names a date; None for what is neither."""
-    try:
-        if retry_after is None:
-            return None
-        if retry_after.strip().isdigit():
-            return float(retry_after.strip()[:9])
-        return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
+def _seconds(retry_after: str | None) -> float:
+    """Retry-After in seconds, also where it names a date, between FIRST_PAUSE and LONGEST_RETRY_AFTER."""
+    found = 0.0
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # what is neither number nor date
+        text = (retry_after or "").strip()
+        found = float(text[:9]) if text.isdigit() else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    return min(max(found, FIRST_PAUSE), LONGEST_RETRY_AFTER)
+
+
+def _pause(count: int) -> float:
+    """Seconds of the pause number `count` in a row."""
+    return min(FIRST_PAUSE * 2 ** min(count - 1, 20), LONGEST_PAUSE)
 
 
 def _jittered(seconds: float) -> float:
-    """From half of `seconds` to one and a half: those who failed together do not come again together."""
-    return seconds * random.uniform(0.5, 1.5)
+    """Up to half of `seconds` more: those who failed together do not come again together."""
+    return seconds * random.uniform(1, 1.5)
 
 
 def _excerpt(content: bytes) -> str:

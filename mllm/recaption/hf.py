@@ -53,10 +53,10 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
         stop = model.generation_config.eos_token_id
         stop = self.tokenizer.eos_token_id if stop is None else stop
         self.stop_ids = set(stop) if isinstance(stop, list) else {stop} - {None}
-        names = (value for key, value in vars(processor).items() if key.endswith("_token"))
+        marks = [value for key, value in vars(processor).items() if key.endswith("_token") and isinstance(value, str)]
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         # A single character or a run of spaces is no control token, and every text has them.
-        self.control = {text for text in (*added, *map(str, names)) if len(text.strip()) > 1}
+        self.control = {text for text in (*added, *marks) if len(text.strip()) > 1}
         super().__init__(directory, prompt, place, batch_size=batch_size, max_new_tokens=max_new_tokens)
         try:
             self._inputs([self.item(Image.new("RGB", (64, 48)), "")[1]])

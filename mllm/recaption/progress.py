@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -39,12 +38,12 @@ class Speed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        write_json(self.path, asdict(self.tally))
+        write_json(self.path, vars(self.tally))
 
     def changed(self) -> None:
         if time.monotonic() - self._written >= EVERY:
             self._written = time.monotonic()
-            write_json(self.path, asdict(self.tally))
+            write_json(self.path, vars(self.tally))
 
 
 def measured(folder: Folder, before: Tally | None = None) -> Tally:

@@ -64,8 +64,8 @@ def make_sets(
         words += ["--on-bad", "keep", "--max-new-tokens", str(LONGEST)]
         _run(f"set-{name}", "recaption.py", words, output)
     notes = [
-        f"mllm: {model}, asked “{SHOW[0]}” without the web caption. Its training read other pictures' captions, if it is "
-        "the quickstart's; the encoder that it sees with was trained on these pictures too.",
+        f"mllm: {model}, asked “{SHOW[0]}” without the web caption. If it is the quickstart's, its language model was "
+        "trained on other pictures, but the encoder that it sees with on these too.",
         f"clips: the captioner of an encoder that was trained on the other {len(files) - shards} shards "
         f"({CAPTIONER_SAMPLES:,} samples), given the web caption.",
         "exact: the demo's own captions, made from what is in the picture.",
