@@ -8,7 +8,7 @@ from typing import Any
 from conftest import script_parser
 from pairs import Known
 
-import mllm.recaption.run as run
+import mllm.recaption.process as process
 from clips.common.errors import run_command
 
 
@@ -17,7 +17,9 @@ def make_captioner(spec: str, *_: Any, **__: Any) -> Known:
     return Known(seconds=float(spec.partition(":")[2]))
 
 
-run.make_captioner = make_captioner
+process.make_captioner = make_captioner
 
 if __name__ == "__main__":
+    from mllm.recaption import run
+
     sys.exit(run_command(lambda: run.recaption_from_flags(script_parser("recaption").parse_args())))

@@ -9,39 +9,33 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
 
-from clips import CLIPS, Source, ensure_demo, open_source, read_whole
-from clips.common.errors import CommandError, Stopped, UserError, reporting, run_command
+from clips import ensure_demo
+from clips.common.errors import CommandError, UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
 from mllm.data.demo import DEMO_DIR, SHOW
 from mllm.recaption.asking import Prompt
-from mllm.recaption.claims import Claims
-from mllm.recaption.manifest import Folder, agree, agree_so_far, done_manifest
+from mllm.recaption.manifest import Folder, agree_so_far, done_manifest
 from mllm.recaption.options import Options, options_from_flags
 from mllm.recaption.plan import demo_captioners, print_plan
-from mllm.recaption.progress import Board, Speed
-from mllm.recaption.registry import make_captioner
+from mllm.recaption.process import child, open_pairs, stopping, work_on
+from mllm.recaption.progress import Board
 from mllm.recaption.report import write_report
 from mllm.recaption.shards import Shard, shards_of
-from mllm.recaption.work import LostClaim, Tally, Worker, check_broken
+from mllm.recaption.work import check_broken
 
-LOOK_AGAIN = 1.0
-"""Seconds between two looks at shards that others work on."""
+LOOK = 0.25
+"""Seconds between two looks at the processes."""
 FAILURES = 3
 """Ends of a process in a row, without a call in between, after which it is not started again."""
 
@@ -133,12 +127,6 @@ def recaption(
         write_report(options, folder, [shard.name for shard in shards], done, console)
 
 
-def open_pairs(options: Options) -> Source:
-    source = open_source(options.data, options.fields, image_root=options.image_root, need_long=False)
-    read_whole(source, int(options.cache_gb * 1e9))
-    return source
-
-
 def default_processes(options: Options, share: Share) -> int:
     """One a GPU for a model in the process, where nobody else starts processes; else one."""
     if (
@@ -152,56 +140,6 @@ def default_processes(options: Options, share: Share) -> int:
     return torch.cuda.device_count()
 
 
-# -------------------------------------------------------------------------------------------------- one process
-def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Board) -> None:
-    """Take shards until each is done, here or by others; those that others hold are waited for, and missed if lost."""
-    folder = Folder(options.out)
-    encoder = None
-    with closing(make_captioner(options.captioner, options.prompt, **options.captioning())) as captioner:
-        agree(folder, {**options.settings(), "captioner": captioner.describe()})
-        if options.similarity_encoder is not None:
-            encoder = CLIPS.from_pretrained(options.similarity_encoder, device=options.device)
-        tally = Tally()
-        with (
-            Claims(folder.claims, options.claim_timeout) as claims,
-            Speed(folder.speed / f"{claims.owner}.json", tally) as speed,
-            board.showing(),
-        ):
-
-            def changed() -> None:
-                speed.changed()
-                board.show()
-
-            worker = Worker(options, folder, source, captioner, claims, tally, encoder=encoder, changed=changed)
-            waiting, pause = list(shards), LOOK_AGAIN
-            while waiting := [shard for shard in waiting if done_manifest(folder, shard) is None]:
-                if any([made(worker, folder, claims, shard) for shard in waiting]):
-                    pause = LOOK_AGAIN
-                else:
-                    time.sleep(pause)
-                    pause = min(2 * pause, max(LOOK_AGAIN, options.claim_timeout / 6))
-
-
-def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
-    """Whether this process made the shard; False where another does, or has."""
-    if not claims.take(shard.name):
-        return False
-    try:
-        if done_manifest(folder, shard) is not None:  # between the look and the claim
-            return False
-        worker.make(shard)
-        return True
-    except LostClaim:
-        return False
-    except FileNotFoundError:  # the one that took the shard over has cleared up
-        if claims.holds(shard.name):
-            raise
-        return False
-    finally:
-        claims.release(shard.name)
-
-
-# -------------------------------------------------------------------------------------------------- several processes
 def run_processes(options: Options, shards: Sequence[Shard], count: int, board: Board) -> None:
     """`count` processes at work, each started again after a kill; CommandError where what is left cannot be done."""
     context = get_context("spawn")
@@ -219,7 +157,7 @@ def run_processes(options: Options, shards: Sequence[Shard], count: int, board: 
                 start(number)
             calls = 0
             while running:
-                time.sleep(LOOK_AGAIN / 4)
+                time.sleep(LOOK)
                 tally = board.show()
                 if tally.pairs > calls:
                     calls, failures = tally.pairs, [0] * count
@@ -253,36 +191,3 @@ class CommandErrorOfChild(CommandError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("a process cannot go on: the reason stands above")
         self.exit_code = exit_code
-
-
-def child(options: Options, shards: list[Shard], parent: int) -> None:
-    """One of several processes; it ends at once when its parent is gone, which is as good as any other kill."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_AGAIN)
-        os._exit(128 + signal.SIGHUP)
-
-    threading.Thread(target=watch, daemon=True).start()
-    quiet = Board(Folder(options.out), shards, Console(emoji=False, quiet=True))
-
-    def main() -> None:
-        with stopping():
-            work_on(options, open_pairs(options), shards, quiet)
-
-    sys.exit(run_command(main))
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (a scheduler's) and Ctrl-C end the work; nothing needs saving first."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

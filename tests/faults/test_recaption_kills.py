@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -31,6 +32,16 @@ def calls(out: Path) -> int:
 
 def is_done(out: Path) -> bool:
     return len(list((out / "manifests").glob("*.json"))) == SHARDS
+
+
+def workers(parent: int) -> list[int]:
+    """Process ids of those that caption."""
+    found = []
+    for process in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):  # it was killed and is not yet gone
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> None:
@@ -63,10 +74,8 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
             time.sleep(draw.uniform(0, 0.5))
             kind = ("worker", "parent")[sum(killed.values()) % 3 == 2]
             parent = draw.choice(running)
-            below = [
-                p for p in psutil.Process(parent.pid).children() if "resource_tracker" not in " ".join(p.cmdline())
-            ]
-            victim = parent.pid if kind == "parent" else draw.choice(below).pid if below else None
+            below = workers(parent.pid)
+            victim = parent.pid if kind == "parent" else draw.choice(below) if below else None
             if victim is None:
                 continue
             os.kill(victim, signal.SIGKILL)

@@ -19,7 +19,7 @@ from pairs import BROKEN, Known, outcome, write_pairs
 from range_server import serving
 from rich.console import Console
 
-import mllm.recaption.run as run
+import mllm.recaption.process as process
 import mllm.recaption.shards as shards_module
 from clips import CLIPS, Fields, open_source
 from clips.common.errors import BrokenDataError, UserError
@@ -35,7 +35,7 @@ QUIET = Console(emoji=False, file=io.StringIO())
 @pytest.fixture
 def captioner(monkeypatch: pytest.MonkeyPatch) -> Known:
     known = Known()
-    monkeypatch.setattr(run, "make_captioner", lambda *_, **__: known)
+    monkeypatch.setattr(process, "make_captioner", lambda *_, **__: known)
     return known
 
 
