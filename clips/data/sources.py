@@ -56,8 +56,13 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
 
     Raises UserError when nothing is there, or when `fields` (with `need_long`: the long caption too) are not; the
-    message lists the fields found.
+    message lists the fields found. Also where web and long caption are to be one text.
     """
+    if need_long and fields.web == fields.long:
+        raise UserError(
+            f"data.fields: web and long are both {fields.web!r}, and a long caption is another text than the web one; "
+            f"where there are none, {WRITE_LONG}"
+        )
     files = expand(spec)
     tables = [file for file in files if file.endswith(SUFFIXES)]
     if tables and len(tables) < len(files):

@@ -373,3 +373,5 @@ def test_the_error_for_data_without_long_captions_names_the_command(tmp_path: Pa
         UserError, match=r"no long captions(.|\n)*python scripts/recaption.py writes them \(docs/recaption.md\)"
     ):
         open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
+    with pytest.raises(UserError, match=r"both 'txt'.*python scripts/recaption.py writes them"):
+        open_source(str(tmp_path / "a.tar"), Fields(web="txt"), need_long=True)
