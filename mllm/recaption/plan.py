@@ -124,7 +124,9 @@ def _expected_seconds(options: Options) -> float | None:
         return None
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).requires_grad_(False)
-    size, tokens = config.vision_config.image_size, config.image_seq_length
+    size, tokens = getattr(config.vision_config, "image_size", None), config.image_seq_length
+    if size is None:
+        return None
     flops = LlavaFlops(model, image_size=size, image_tokens=tokens, features=False)
     device = choose_device(options.device)
     peak, _ = peak_flops(device, torch.bfloat16 if has_bf16(device) else torch.float32)

@@ -69,7 +69,7 @@ def shards_of(source: Source) -> list[Shard]:
         else:
             begins = range(first, first + size, ROWS)
             parts = [(f"{stem}-{i:05d}", b, min(b + ROWS, first + size)) for i, b in enumerate(begins)]
-        found += [Shard(name, url, *place, left_out) for name, *place in parts]
+        found += [Shard(name, url, begin, stop, left_out) for name, begin, stop in parts]
         first += size
     return found
 
