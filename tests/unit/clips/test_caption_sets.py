@@ -162,7 +162,7 @@ def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> 
     assert web.task.synthetic_share == 0
     assert web.model.vision == a.model.vision
     assert variants["a"].label == "a"
-    for setting in ("train.seed=7", "phases.0.samples=64"):
+    for setting in ("train.seed=7", "phases.0.samples=640"):
         with pytest.raises(UserError, match="--seeds and --samples"):
             plan({"a": "x"}, common, "test/", tmp_path, seeds=2, samples=6400, settings=[setting])
 
