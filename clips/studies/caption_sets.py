@@ -80,7 +80,7 @@ def compare_sets(
     """Train what is missing for `sets` (name → data) and write captions.json, captions.md and captions.html.
 
     Args:
-        fields: where the sets keep their parts, as `PART=FIELD`.
+        fields: where the sets and the test data keep their parts, as `PART=FIELD`.
         test_data: what the encoders are measured on; by default the demo's test split.
         settings: `--set` assignments for every run.
         notes: sentences on where the sets come from, for the report.
@@ -97,8 +97,9 @@ def compare_sets(
     console = Console(emoji=False, stderr=True)
     begin = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    common = collect(sets, output, parse_fields(list(fields), Fields()))
-    runs_of, variants = plan(sets, common, test_data, demo_dir, seeds=seeds, samples=samples, settings=settings)
+    named = parse_fields(list(fields), Fields())
+    common = collect(sets, output, named)
+    runs_of, variants = plan(sets, common, test_data, demo_dir, named, seeds=seeds, samples=samples, settings=settings)
     console.print(plan_table(f"sets of captions: runs in {output}", runs_of, variants, output, jobs))
     if dry_run:
         return
@@ -157,20 +158,22 @@ def plan(
     common: Common,
     test_data: str,
     demo_dir: Path,
+    fields: Fields,
     *,
     seeds: int,
     samples: int,
     settings: Sequence[str],
 ) -> tuple[dict[str, list[PretrainingRun]], dict[str, Variant]]:
     """The runs and the variant of each set, and of "web". UserError for settings that a run would refuse."""
-    data = [f"data.train={common.table}", "data.fields.image=image", "data.fields.web=web"]
-    data += [f"data.test={test_data}", f"data.demo_dir={demo_dir}"]
+    data = [f"data.train={common.table}", f"data.test={test_data}", f"data.demo_dir={demo_dir}"]
+    # First the table's columns, then where the test data keep the same: a run has one list for both.
+    data += [f"data.fields.image=image;{fields.image}", f"data.fields.web=web;{fields.web}"]
     first = next(iter(sets))
     runs_of, variants = {}, {}
     for name in (*sets, WEB):
         kind = "web" if name == WEB else "captioner"
         # "web" trains its vocabulary on the first set's captions too, as the claims' variant does on the demo's.
-        column = f"data.fields.long={_column(first if name == WEB else name)}"
+        column = f"data.fields.long={_column(first if name == WEB else name)};{fields.long}"
         label = "web captions only" if name == WEB else name
         variants[name] = replace(VARIANTS[kind], label=label)
         runs_of[name] = [

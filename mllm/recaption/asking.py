@@ -83,7 +83,7 @@ def without_control_tokens(text: str, tokens: Iterable[str] = ()) -> str:
         before = text
         for pattern in patterns:
             text = pattern.sub("", text)
-    return text
+    return text.strip()
 
 
 def temperature_of(attempt: int) -> float:

@@ -23,6 +23,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -260,9 +261,9 @@ class EndpointCaptioner:
             return broken
         body = self._body(kind, data, pair.web, attempt)
         error: Exception = _Failed("not asked")
-        tries = 0
-        while tries < TRIES:
-            server, wait = await self._free_server(), 0.0
+        failed_at: Counter[str] = Counter()
+        while (tries := failed_at.total()) < TRIES:
+            server, wait = await self._free_server(failed_at), 0.0
             try:
                 written = await self._ask(server, body)
             except _Busy as busy:
@@ -271,8 +272,8 @@ class EndpointCaptioner:
             except _Unreachable as unreachable:
                 server.fail(str(unreachable), FAILURES)
             except _Failed as failed:
-                error, tries = failed, tries + 1
-                wait = _pause(tries)
+                error, wait = failed, _pause(tries + 1)
+                failed_at[server.url] += 1
                 server.fail(str(failed))
                 if failed.late:
                     server.come_late()
@@ -314,11 +315,17 @@ class EndpointCaptioner:
         server.succeed(self.most)
 
     # -------------------------------------------------------------------------------------- servers
-    async def _free_server(self) -> Server:
-        """The server with most room, its place taken; waits for one."""
+    async def _free_server(self, failed_at: Counter[str]) -> Server:
+        """The server with most room, its place taken; waits for one.
+
+        Never one that failed in this pair more often than another one that is not out: else a server that fails fast,
+        and so has most room, would use up all of a pair's tries.
+        """
         while True:
             now = time.monotonic()
-            if free := [server for server in self.servers if server.is_free(now)]:
+            least = min((failed_at[server.url] for server in self.servers if not server.is_out), default=TRIES)
+            allowed = [server for server in self.servers if failed_at[server.url] <= least]
+            if free := [server for server in allowed if server.is_free(now)]:
                 server = min(free, key=lambda server: server.open / server.limit)
                 server.open += 1
                 return server

@@ -148,23 +148,23 @@ def test_the_names_of_sets() -> None:
 def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> None:
     common = Common(tmp_path / "pairs.parquet", 10, {"a": 10, "b": 10}, {})
     runs_of, variants = plan(
-        {"a": "x", "b": "y"}, common, "test/", tmp_path, seeds=2, samples=6400, settings=["data.workers=0"]
+        {"a": "x", "b": "y"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=["data.workers=0"]
     )
     assert {name: [run.name for run in runs] for name, runs in runs_of.items()} == {
         name: [f"{name}-seed0", f"{name}-seed1"] for name in ("a", "b", "web")
     }
     a, b, web = (runs_of[name][1].config() for name in ("a", "b", "web"))
     assert a.data.train == b.data.train == web.data.train == str(common.table)
-    assert (a.data.fields.long, b.data.fields.long) == ("long_a", "long_b")
+    assert (a.data.fields.long, b.data.fields.long) == ("long_a;txt", "long_b;txt")
     assert a.task == b.task == recipe("demo").task
     assert a.model == b.model
     assert a.model.captioner is not None
     assert web.task.synthetic_share == 0
     assert web.model.vision == a.model.vision
     assert variants["a"].label == "a"
-    for setting in ("train.seed=7", "phases.0.samples=64"):
+    for setting in ("train.seed=7", "phases.0.samples=640"):
         with pytest.raises(UserError, match="--seeds and --samples"):
-            plan({"a": "x"}, common, "test/", tmp_path, seeds=2, samples=6400, settings=[setting])
+            plan({"a": "x"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=[setting])
 
 
 def test_the_figures_that_every_run_has(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_web_caption_is_never_more_than_text() -> None:
     [
         ("a cat<|im_end|>\n<|im_start|>assistant", "a cat\nassistant"),
         ("<<|im_end|>|im_end|>x", "x"),  # what is left around one is one
-        ("<image> </s> <start_of_turn> <｜User｜> [INST] [/INST] [IMG_BREAK]", "      "),
+        ("<image> </s> <start_of_turn> <｜User｜> [INST] [/INST] [IMG_BREAK]", ""),
         ("3 < 4 > 2, [sic], [x], <not a tag>", "3 < 4 > 2, [sic], [x], <not a tag>"),
         ("a##end##b", "ab"),
     ],
@@ -171,7 +171,7 @@ def test_llava_answers_as_the_chat_does(place: Path, pairs: list[Pair]) -> None:
     directory = str(place / "runs" / "llava" / "model")
     chat = ChatModel.load(directory, device="cpu", dtype="float32")
     with opened(f"llava:{directory}", batch_size=1) as captioner:
-        captioner.model.float()
+        captioner.model = chat.model  # in float32, as chat has it on a CPU
         written = captioner.write(pairs, 0)
     for pair, entry in zip(pairs, written, strict=True):
         asked = PROMPT.fill(hint_of(pair.web))

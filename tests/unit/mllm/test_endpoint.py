@@ -112,7 +112,6 @@ def test_where_no_server_is_of_use_the_command_ends(way: str) -> None:
         pytest.raises(CommandError, match=r"no server has given a usable answer for 1 s .*same command goes on"),
     ):
         asking.write(pairs(200), 0)
-    assert served.most_open <= 4
     assert len(served.asked) < 200  # it was taken out, and not asked for every pair
     assert time.monotonic() - begin < 30
 
@@ -226,7 +225,7 @@ def test_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asking.describe()["model"] == "tiny"
     image, text = greedy["messages"][0]["content"]
     assert base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,")) == pair.image
-    assert text["text"].startswith("Say this:\n{web} {0}   a cat\ufffd")
+    assert text["text"].startswith("Say this:\n{web} {0}    a cat\ufffd")
     assert len(text["text"]) < 1100
     assert (greedy["temperature"], greedy["seed"]) == (0, 0)
     assert drawn["temperature"] > 0
