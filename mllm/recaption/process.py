@@ -14,7 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from clips import CLIPS, Source, open_source, read_whole
-from clips.common.errors import Stopped, run_command
+from clips.common.errors import CommandError, Stopped, run_command
 from mllm.recaption.claims import BEATS, Claims
 from mllm.recaption.manifest import Folder, agree, done_manifest
 from mllm.recaption.options import Options
@@ -73,10 +73,12 @@ def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
         return True
     except LostClaim:
         return False
-    except FileNotFoundError:  # the one that took the shard over has cleared up
+    except OSError as error:
         if claims.holds(shard.name):
-            raise
-        return False
+            raise CommandError(
+                f"shard {shard.name}: {error}. What is written so far stays; the same command goes on"
+            ) from error
+        return False  # the one that took the shard over has cleared up
     finally:
         claims.release(shard.name)
 

@@ -72,7 +72,7 @@ class Board:
         if not self.console.is_terminal or self.console.quiet:
             yield
             return
-        with tqdm(total=self._total, unit="pair", desc="captions", smoothing=0.1) as self._bar:
+        with tqdm(total=self._total, unit=" pairs", desc="captions", smoothing=0.1) as self._bar:
             yield
 
     def show(self) -> Tally:

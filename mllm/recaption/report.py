@@ -9,7 +9,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -118,11 +117,12 @@ def _examples(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str
     sizes = [manifest["output"]["samples"] for manifest in manifests]
     chosen: Counter[int] = Counter(draw.choices(range(len(sizes)), sizes, k=SHOWN)) if any(sizes) else Counter()
     for shard in sorted(chosen):
-        source = open_source(str(folder.shard(names[shard])), Fields(), need_long=True)
+        path = folder.shard(names[shard])
+        source = open_source(str(path), Fields(), need_long=True)
         for index in sorted(draw.sample(range(len(source)), min(chosen[shard], len(source)))):
             sample = source.read(index)
             yield {
-                "key": f"{names[shard]}#{Path(sample.key).name}",
+                "key": names[shard] + sample.key.removeprefix(str(path)),
                 "picture": data_uri(_thumbnail(sample)),
                 "web": sample.web,
                 "long": sample.long,

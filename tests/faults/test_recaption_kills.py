@@ -95,6 +95,15 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
     assert not (out / "claims").exists()
 
 
+def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 4)
+    flags = ("--data", data, "--out", tmp_path / "out", "--captioner", "known:crash", "--processes", "2")
+    done = run(python("tests/recaption_process.py", *flags))
+    assert done.code == 1, done.text
+    assert done.text.count("ended with exit code 9") == 2 * 3
+    assert "3 times in a row each process ended without a call of its captioner" in done.text
+
+
 def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     """But for the folder's own name on the page."""
     page = "report/index.html"
@@ -122,6 +131,7 @@ def test_a_real_model_under_two_commands_of_which_one_is_killed(tmp_path: Path) 
     whole = run(command(tmp_path / "whole"))
     assert whole.code == 0, whole.text
     assert "pretrain_clips.py --name recaptioned --data" in whole.text
+    assert "if generating reaches 10% of the peak" in whole.text
     out = tmp_path / "out"
     with started(command(out), tmp_path / "a.log") as first, started(command(out), tmp_path / "b.log") as second:
         wait_for(lambda: calls(out) >= 2, first, tmp_path / "a.log")

@@ -22,7 +22,7 @@ from rich.console import Console
 import mllm.recaption.process as process
 import mllm.recaption.shards as shards_module
 from clips import CLIPS, Fields, open_source
-from clips.common.errors import BrokenDataError, UserError
+from clips.common.errors import BrokenDataError, CommandError, UserError
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
 from mllm.recaption.options import Options
@@ -301,7 +301,7 @@ def test_calls_that_were_made_of_other_data_do_not_count(tmp_path: Path, caption
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mllm.recaption.work.Worker._write", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(CommandError, match=r"shard 00000: no space left on device.*the same command goes on"):
             caption(data, tmp_path / "out")
     captioner.calls.clear()
     write_pairs(tmp_path / "pairs", 1, 8, broken=(1,))
