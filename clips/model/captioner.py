@@ -91,9 +91,9 @@ class Captioner(nn.Module):
         device = patches_BND.device
         if self.token_embed is None:
             ids = torch.zeros(B, last, dtype=torch.long, device=device)
-            out = _draw(self.head(self(patches_BND, states_BMD, visible_BM, ids)), temperature, generator)
-            ended = (out == eos_id).cumsum(dim=1) - (out == eos_id).long() > 0
-            return out.masked_fill(ended, pad_id)
+            drawn = _draw(self.head(self(patches_BND, states_BMD, visible_BM, ids)), temperature, generator)
+            ended = (drawn == eos_id).cumsum(dim=1) - (drawn == eos_id).long() > 0
+            return drawn.masked_fill(ended, pad_id)
 
         caches = [KVCache() for _ in self.blocks]
         prefix = self.prefix(patches_BND, states_BMD)

@@ -66,7 +66,8 @@ def benchmark_captions(model_path: str | None, *, device: str, repeats: int) -> 
 @torch.inference_mode()
 def _stock(captioner: LlavaCaptioner, pairs: list[Pair]) -> list[str]:
     """What one writes with transformers alone: batches in the order of the data, processor, `generate`."""
-    processor, model = captioner.processor, captioner.model
+    processor: Any = captioner.processor  # whose annotation knows no lists of parts
+    model = captioner.model
     processor.tokenizer.padding_side = "left"
     settings: Any = GenerationConfig(
         max_new_tokens=NEW_TOKENS,

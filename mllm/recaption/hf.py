@@ -42,7 +42,7 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
         model, info = loaded
         check_complete(info, "captioner", directory)
         self.model, self.processor = model.to(place).eval(), processor
-        self.tokenizer = getattr(processor, "tokenizer", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
         if self.tokenizer is None or getattr(processor, "image_processor", None) is None:
             raise UserError(f"captioner: {directory} has no processor for pictures and text (processor_config.json)")
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
