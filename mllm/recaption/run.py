@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from clips import ensure_demo
-from clips.common.errors import CommandError, UserError, reporting
+from clips.common.errors import BrokenDataError, CommandError, UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
 from mllm.data.demo import DEMO_DIR, SHOW
@@ -99,7 +99,7 @@ def recaption(
     agree_so_far(folder, options.settings(), options.captioner.partition(":")[0])
     mine = shards[share.rank :: share.size]
     missing = [shard for shard in mine if done_manifest(folder, shard) is None]
-    count = processes or default_processes(options, share)
+    count = processes or default_processes(options)
     count = max(1, min(count, len(missing)))
     print_plan(options, folder, shards, missing, count, price, console)
     if dry_run:
@@ -127,7 +127,7 @@ def recaption(
         write_report(options, folder, [shard.name for shard in shards], done, console)
 
 
-def default_processes(options: Options, share: Share) -> int:
+def default_processes(options: Options) -> int:
     """One a GPU for a model in the process, where nobody else starts processes; else one."""
     if (
         options.captioner.startswith("endpoint:")
@@ -165,8 +165,8 @@ def run_processes(options: Options, shards: Sequence[Shard], count: int, board: 
                     if process.exitcode is None:
                         continue
                     del running[number]
-                    if process.exitcode in (UserError.exit_code, 4):
-                        raise CommandErrorOfChild(process.exitcode)
+                    if process.exitcode in (UserError.exit_code, BrokenDataError.exit_code):
+                        raise ProcessEnded(process.exitcode)
                     if process.exitcode != 0:
                         failures[number] += 1
                         board.say(f"process {number} ended with exit code {process.exitcode}")
@@ -185,7 +185,7 @@ def run_processes(options: Options, shards: Sequence[Shard], count: int, board: 
         )
 
 
-class CommandErrorOfChild(CommandError):
+class ProcessEnded(CommandError):
     """A child has said why; its exit code is the command's."""
 
     def __init__(self, exit_code: int) -> None:

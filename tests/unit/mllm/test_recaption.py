@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
 from mllm.recaption.options import Options
+from mllm.recaption.plan import demo_captioners
 from mllm.recaption.quality import Bounds
 from mllm.recaption.run import Share, recaption, share_of
 
@@ -375,3 +377,62 @@ def test_the_error_for_data_without_long_captions_names_the_command(tmp_path: Pa
         open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
     with pytest.raises(UserError, match=r"both 'txt'.*python scripts/recaption.py writes them"):
         open_source(str(tmp_path / "a.tar"), Fields(web="txt"), need_long=True)
+
+
+def test_a_kill_between_the_shard_and_its_manifest(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 4)
+    caption(data, tmp_path / "out")
+    before = outcome(tmp_path / "out")
+    (tmp_path / "out/manifests/00000.json").unlink()
+    shard = tmp_path / "out/00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])  # and a copy that was cut
+    captioner.calls.clear()
+    caption(data, tmp_path / "out")
+    assert outcome(tmp_path / "out") == before
+    assert len(captioner.calls) == 2
+
+
+def test_a_claim_lost_in_a_call_costs_nothing_that_was_written(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a long stop: another process has the shard, and dies too."""
+    data = write_pairs(tmp_path / "pairs", 1, 12)
+    write = captioner.write
+
+    def losing(pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
+        if len(captioner.calls) == 1:
+            claim = tmp_path / "out/claims/00000.claim"
+            claim.write_text(json.dumps({"owner": "other", "machine": "another one"}))
+            os.utime(claim, (0, 0))
+        return write(pairs, attempt)
+
+    monkeypatch.setattr(captioner, "write", losing)
+    caption(data, tmp_path / "out")
+    assert len(list(trained_on(tmp_path / "out"))) == 12
+    assert len(captioner.calls) == 3
+
+
+def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train_llava.sh.*captioner.inputs=tokens"):
+        demo_captioners(Path("out"))
+    for run, inputs in (("a", "queries"), ("b", "tokens"), ("study/c", "tokens")):
+        (tmp_path / "runs" / run / "export").mkdir(parents=True)
+        config = tmp_path / "runs" / run / "config.json"
+        config.write_text(json.dumps({"model": {"captioner": {"inputs": inputs}}}))
+        os.utime(config, (len(run), len(run)))
+    assert demo_captioners(Path("out")) == [("clips:runs/study/c", Path("out/clips"))]
+    (tmp_path / "runs/chat/model").mkdir(parents=True)
+    (tmp_path / "runs/chat/model/config.json").write_text("{}")
+    assert demo_captioners(Path("out"))[0] == ("llava:runs/chat/model", Path("out/llava"))
+
+
+def test_the_plan_tells_what_it_costs_and_writes_nothing(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 6)
+    told = io.StringIO()
+    options = Options(data, tmp_path / "out", "known:0", Prompt("x" * 40 + "{web}"))
+    recaption(options, Share(), 1, (2.0, 5.0), Console(emoji=False, file=told, width=200), dry_run=True)
+    assert "12 in 2 shards, of which 12 in 2 are to do here" in told.getvalue()
+    tokens = 576 + 40 / 4 + 40  # of picture, prompt and web caption
+    assert f"{tokens * 2 + 100 * 5:,.2f} a million captions" in told.getvalue()
+    assert not (tmp_path / "out").exists()
