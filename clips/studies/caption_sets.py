@@ -28,6 +28,7 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
 from clips.config import Fields, parse_fields
+from clips.data.built import built_as
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
@@ -93,7 +94,9 @@ def compare_sets(
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
     if test_data is None:
-        test_data = demo_split(ensure_demo(demo_dir), "test")
+        if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
+            ensure_demo(demo_dir)
+        test_data = demo_split(demo_dir, "test")
     console = Console(emoji=False, stderr=True)
     begin = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)

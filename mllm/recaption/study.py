@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clips import demo_split, ensure_demo
+from clips import built_as, demo_split, ensure_demo
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.jobs import Commands
@@ -44,7 +44,9 @@ def make_sets(
     the demo has no more than `shards` shards; CommandError where a command fails.
     """
     model = model_path or str(newest_model())
-    files = sorted(Path(demo_split(ensure_demo(demo_dir), "train")).glob("*.tar"))
+    if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
+        ensure_demo(demo_dir)
+    files = sorted(Path(demo_split(demo_dir, "train")).glob("*.tar"))
     if not 0 < shards < len(files):
         raise UserError(
             f"--shards {shards}: the demo has {len(files)}, and the CLIPS captioner is trained on the others"
