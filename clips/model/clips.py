@@ -72,13 +72,24 @@ class CLIPSModel(nn.Module):
         )
 
     @torch.no_grad()
-    def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
-        """Greedy captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L]."""
+    def caption(
+        self,
+        images: Tensor,
+        web_ids: Tensor,
+        *,
+        bos_id: int,
+        eos_id: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L], see `Captioner.generate`."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
         _, states, visible = self.text(web_ids)
         tokens = self.visual(images)[1]
-        return self.captioner.generate(self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id)
+        return self.captioner.generate(
+            self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id, temperature, generator
+        )
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         for tower in (self.visual, self.text, self.captioner):

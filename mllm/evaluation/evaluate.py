@@ -29,9 +29,8 @@ from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_lla
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
-from mllm.evaluation.batches import generate_inputs, make_batches
+from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
 from mllm.evaluation.scores import answer_line, score
-from mllm.model.defaults import COLDEST
 from mllm.model.load import load_llava, model_name, newest_model
 
 PROGRESS = "progress.json"
@@ -75,31 +74,28 @@ def generate_answers(
         if question.image and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
-    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature >= COLDEST else {}
     settings = GenerationConfig(
-        do_sample=bool(drawn),
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
         eos_token_id=encoder.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
-        **drawn,
+        **drawn_at(temperature),
     )
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
             shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
-            found = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
-            pixels = torch.stack(found).to(model.device, model.dtype) if found else None
+            read = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
+            pixels = torch.stack(read).to(model.device, model.dtype) if read else None
             numbers = {name: number for number, name in enumerate(shown)}
             owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
-            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                torch.manual_seed(seed + chosen[0])
+            with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text.strip()
+            found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
+            for i, (text, _, _) in zip(chosen, found, strict=True):
+                answers[i] = text
             bar.update(len(chosen))
             if answered is not None:
                 answered(len(chosen))

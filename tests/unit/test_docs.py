@@ -25,7 +25,7 @@ from mllm.training.arguments import parse_train_arguments
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
 """First words of commands that are not this project's."""
-LAUNCHERS = {"python", "deepspeed", "torchrun", "bash", "sbatch"}
+LAUNCHERS = {"python", "deepspeed", "torchrun", "srun", "bash", "sbatch"}
 MAX_README_LINES = 140
 MAX_IMAGE_BYTES = 200_000
 
