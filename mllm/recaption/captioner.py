@@ -1,4 +1,4 @@
-"""What writes captions, as the rest of the recaptioning sees it: pairs in, texts out, and nothing that is remembered."""
+"""What writes captions, as the rest of the recaptioning sees it: pairs in, texts out, nothing that is remembered."""
 
 from __future__ import annotations
 
