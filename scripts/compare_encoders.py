@@ -43,11 +43,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--include-path", help="folder with further tasks of lmms-eval, in its YAML format")
     p.add_argument("--karpathy", help="also retrieval of clips and clip on COCO or Flickr30K: the Karpathy split file")
     p.add_argument("--image-root", help="folder of its images (default: that of the file)")
+    p.add_argument(
+        "--decides",
+        metavar="FIGURE",
+        help="the figure that the comparison is made for, fixed before the first cell: accuracy/KIND, cider_d "
+        "(default: accuracy, of all questions)",
+    )
+    alone = p.add_argument_group("finished comparisons (these run nothing)")
+    alone.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="compute every figure again from the raw answers of this output directory or archive, without a model",
+    )
+    alone.add_argument("--pack", metavar="DIR", help="verify this output directory and pack it into DIR.tar.xz")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
+    if flags.verify or flags.pack:
+        from mllm.compare.verify import pack_from_flags, verify_from_flags
+
+        if flags.verify:
+            verify_from_flags(flags.verify)
+        if flags.pack:
+            pack_from_flags(flags.pack)
+        return
     from mllm.compare.run import compare_from_flags
 
     compare_from_flags(flags)

@@ -12,7 +12,7 @@ from clips.common.progress import last_record
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import missing_benchmarks
 from mllm.compare.comparison import Comparison, asks_questions
-from mllm.encoders.registry import parse_vision_name
+from mllm.encoders.names import parse_vision_name
 
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
 """Encoders that are pretrained where they are missing."""

@@ -23,8 +23,9 @@ from mllm.compare.comparison import (
     is_demo,
     question_limit,
 )
+from mllm.compare.plan import deciding
 from mllm.data.questions import open_questions
-from mllm.encoders.registry import parse_vision_name
+from mllm.encoders.names import parse_vision_name
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
@@ -85,6 +86,7 @@ def check_inputs(comparison: Comparison) -> None:
             raise UserError(
                 f"{comparison.question_file} has neither answers nor references: there is nothing to compare"
             )
+        deciding(comparison, questions)
     if comparison.karpathy is not None:
         KarpathySet(comparison.karpathy, comparison.image_root or comparison.karpathy.parent)
     if any(missing_benchmarks(comparison, cell.directory) for cell in cells_of(comparison)):

@@ -19,7 +19,8 @@ from scipy import stats
 from clips.common.errors import UserError
 from mllm.compare.benchmarks import benchmark_results
 from mllm.compare.cells import Cell, cells_of, encoder_names
-from mllm.compare.comparison import Comparison, question_files
+from mllm.compare.comparison import Comparison
+from mllm.compare.plan import stored_questions
 from mllm.compare.statistics import Bootstrap, holm, mcnemar
 from mllm.data.questions import read_questions
 from mllm.evaluation.cider import cider
@@ -48,7 +49,7 @@ def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
     answers: dict[Cell, list[dict[str, Any]]] = {}
     cells = cells_of(comparison)
     for cell in cells:
-        files = [cell.evaluation / f"{name}.jsonl" for name in _answer_files(comparison)]
+        files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
         answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_text().splitlines()]
         asked = [{key: line.get(key) for key in ASKED} for line in answers[cell]]
         first = cells[0]
@@ -58,10 +59,6 @@ def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
                 "the comparison again"
             )
     return answers
-
-
-def _answer_files(comparison: Comparison) -> list[str]:
-    return [comparison.question_file.stem] if comparison.question_file else ["answers", "descriptions"]
 
 
 def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, ItemScores]:
@@ -87,7 +84,7 @@ def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]
         add(name, items, {cell: [lines[i]["correct"] for i in items] for cell, lines in answers.items()}, kind)
     references = {
         (file, question.id): question.references
-        for file, path in zip(_answer_files(comparison), question_files(comparison)[0], strict=True)
+        for file, path in stored_questions(comparison.output).items()
         for question in read_questions(path)
         if question.references
     }

@@ -20,7 +20,16 @@ from clips.common.escape import for_plot
 from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
+from mllm.compare.collect import REPORT
 from mllm.compare.probe import PROBE
+from mllm.compare.words import (
+    difference_text,
+    headline,
+    interval_text,
+    metric_name,
+    percent_text,
+    value_text,
+)
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
@@ -37,7 +46,7 @@ def write_report(report: Report, output: Path, image_folder: Path | None) -> Pat
     """
     page = output / "report.html"
     with reporting(f"the report in {output} cannot be written; every cell is finished"):
-        write_json(output / "report.json", report)
+        write_json(output / REPORT, report)
         write_atomically(output / "report.md", markdown(report))
         store = ImageStore(image_folder) if image_folder else None
         write_atomically(page, render("mllm.compare", "report.html.j2", **_shown(report, store)))
@@ -45,38 +54,23 @@ def write_report(report: Report, output: Path, image_folder: Path | None) -> Pat
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
-def metric_name(metric: str) -> str:
-    return "CIDEr-D" if metric == "cider_d" else "all questions" if metric == "accuracy" else metric.partition("/")[2]
-
-
-def _value(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric == "cider_d" else f"{100 * value:.1f}"
-
-
-def _difference(metric: str, value: float) -> str:
-    return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
-
-
-def _mean_and_sd(metric: str, figure: dict[str, Any]) -> str:
-    return _value(metric, figure["mean"]) + (f" ± {_value(metric, figure['sd'])}" if figure["sd"] is not None else "")
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"[{_difference(row['metric'], row['ci95'][0])}, {_difference(row['metric'], row['ci95'][1])}]"
-
-
 def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """A difference in overall accuracy in words."""
-    a, b, points = row["a"], row["b"], f"{abs(100 * row['mean']):.1f} points {_interval(row)}"
+    """A difference in right answers, of all questions or of a kind, or in CIDEr-D, in words."""
+    a, b, size = row["a"], row["b"], difference_text(row["metric"], abs(row["mean"])).removeprefix("+")
+    is_accuracy = row["metric"] != "cider_d"
+    points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
         seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
         return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {seen}."
-    return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} questions right than {b}."
+    if not is_accuracy:
+        return f"{a} describes {points} {'better' if row['verdict'] == 'win' else 'worse'} than {b}."
+    kind = "questions" if row["metric"] == "accuracy" else f"{metric_name(row['metric'])} questions"
+    return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} {kind} right than {b}."
 
 
 def floors(report: Report) -> list[str]:
@@ -113,8 +107,20 @@ def controls(report: Report) -> list[str]:
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {encoder["kind"] for encoder in report["encoders"].values()}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
+    points += _fixed(report)
     seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
     return points + [f"Pretrained with this project: {'; '.join(filter(None, seen))}."] * any(seen)
+
+
+def _fixed(report: Report) -> list[str]:
+    """What was decided before the first cell, and whether it was kept to."""
+    fixed, decides = report["fixed"], report["plan"]["decides"]
+    what = f"Decided by: {metric_name(decides)}. " if decides else ""
+    if fixed["kept"]:
+        return [f"{what}This, encoders, budget, questions and seeds were fixed before the first cell, and kept to: "
+                f"compare.json, SHA-256 {fixed['sha256']}."]  # fmt: skip
+    differs = "; ".join(fixed["differs"])
+    return [f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}."]
 
 
 FLOORS = {
@@ -193,20 +199,11 @@ INTRINSIC_NOTE = (
 )
 
 
-def headline_table(report: Report) -> Table:
-    metrics = list(next(iter(report["encoders"].values()))["metrics"])
-    rows = [
-        [name, *(_mean_and_sd(metric, encoder["metrics"][metric]) for metric in metrics)]
-        for name, encoder in report["encoders"].items()
-    ]
-    return Table(["encoder", *map(metric_name, metrics)], rows)
-
-
 def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any]], str]) -> Table:
     head = ["", "difference", "95 % interval", "verdict", "McNemar p", "Holm p", "questions", "needed"]
     lines = []
     for row in rows:
-        numbers = [_difference(row["metric"], row["mean"]), _interval(row), SIGNS[row["verdict"]]]
+        numbers = [difference_text(row["metric"], row["mean"]), interval_text(row), SIGNS[row["verdict"]]]
         numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
         lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
     return Table(head, lines)
@@ -219,7 +216,8 @@ def intrinsic_table(report: Report) -> Table | None:
     names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
     chance = {n: next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names}
     rows = [
-        [name, *(_percent(encoder["intrinsic"].get(figure)) for figure in names)] for name, encoder in encoders.items()
+        [name, *(percent_text(encoder["intrinsic"].get(figure)) for figure in names)]
+        for name, encoder in encoders.items()
     ]
     rows.append(["chance", *(f"{chance[name]:.1f}" for name in names)])
     return Table(["encoder", *map(intrinsic_name, names)], rows) if names else None
@@ -227,13 +225,6 @@ def intrinsic_table(report: Report) -> Table | None:
 
 def intrinsic_name(name: str) -> str:
     return "linear probe" if name == PROBE else pretty(name)
-
-
-def _percent(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    varies = len(set(figure["by_seed"])) > 1  # not where one encoder serves all seeds
-    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if varies else "")
 
 
 def cost_table(report: Report) -> Table:
@@ -293,12 +284,13 @@ def markdown(report: Report) -> str:
 def _both(report: Report) -> dict[str, Any]:
     """What the page and the Markdown have in common; every word that depends on the figures."""
     overall = _overall(report)
+    deciding = [row for row in report["differences"] if row["metric"] == report["plan"]["decides"]]
     return {
         "title": "What the encoder is worth",
         "note": _summary(report),
-        "findings": [sentence(row) for row in overall],
+        "findings": [sentence(row) for row in deciding],
         "floors": floors(report) if overall else [],
-        "headline": headline_table(report) if report["differences"] else None,
+        "headline": Table(*headline(report)) if report["differences"] else None,
         "statistics": STATISTICS,
         "pairs": [
             {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
@@ -373,7 +365,7 @@ def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -
     lines = []
     for row in rows:
         low, high = map(place, row["ci95"])
-        numbers = f"{_difference(row['metric'], row['mean'])} {_interval(row)} {SIGNS[row['verdict']]}"
+        numbers = f"{difference_text(row['metric'], row['mean'])} {interval_text(row)} {SIGNS[row['verdict']]}"
         places = {"low": f"{low:.2f}", "width": f"{high - low:.2f}", "mean": f"{place(row['mean']):.2f}"}
         lines.append({"name": name(row), "verdict": row["verdict"], "numbers": numbers} | places)
     return {"lines": lines, "reach": f"{100 * reach:.0f}"}
@@ -386,7 +378,7 @@ def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
     blocks = []
     for metric in (name for name in first if name.startswith("accuracy")):
         means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
-        bars = [(name, f"{100 * mean:.1f}", colours[name], _value(metric, mean)) for name, mean in means.items()]
+        bars = [(name, f"{100 * mean:.1f}", colours[name], value_text(metric, mean)) for name, mean in means.items()]
         blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})
     return blocks
 

@@ -10,6 +10,7 @@
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
     OUTPUT/cells/random-seed2.log   what it printed         OUTPUT/report.{json,md,html}
+    OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: mllm/compare/plan.py
 
 A finished cell is never run again, one that was cut goes on from its last checkpoint, and one with other settings
 than those asked for is refused. A cell is locked while a process works on it, also by a child that outlived a killed
@@ -19,6 +20,7 @@ comparison.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -31,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from clips.common.errors import CommandError
 from clips.common.escape import for_rich
-from clips.common.files import read_json, write_json
+from clips.common.files import read_json, sha256, write_json
 from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
@@ -45,7 +47,7 @@ from mllm.compare.cells import (
     is_done,
 )
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
-from mllm.compare.collect import collect
+from mllm.compare.collect import collect, keep_encoders
 from mllm.compare.commands import (
     evaluation_command,
     pretrain_command,
@@ -60,6 +62,8 @@ from mllm.compare.comparison import (
     evaluation_settings,
     question_files,
 )
+from mllm.compare.fix import fix
+from mllm.compare.plan import PLAN
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import write_report
 from mllm.compare.view import DONE, PRETRAINING, StateTable, print_overview
@@ -87,6 +91,9 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
     disable_progress_bar()  # of encoders that are loaded again for their figures: the table is the view
     # Asked for here, before several processes want it: it builds the demo where it is missing.
     image_folder = question_files(comparison)[1] if asks_questions(comparison) else None
+    plan = fix(comparison)
+    fixed = comparison.output / PLAN
+    console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {sha256(fixed)}", highlight=False, soft_wrap=True)
     cells, table = cells_of(comparison), StateTable(comparison, console)
     with table.live():
         pretrain_encoders(comparison, commands, table.say)
@@ -103,7 +110,8 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
             commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
 
         commands.map(retrieve, [run for run in runs if not retrieval_figures(split, run).is_file()])
-    report = collect(comparison, measure_encoders(comparison, choose_device(comparison.device)), command)
+    keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
+    report = collect(comparison, plan, command)
     page = write_report(report, comparison.output, image_folder)
     output = for_rich(str(comparison.output))
     console.print(
@@ -158,8 +166,10 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
     say(cell, "waits for its lock")
     with locked(cell.directory, commands) as lock:
         cell.directory.mkdir(exist_ok=True)
+        before = read_json(cell.directory / "cell.json")
         record = {"encoder": cell.encoder, "vision": cell.vision, "seed": cell.seed}
         record["evaluation"] = evaluation_settings(comparison)
+        record |= {"plan": before.get("plan", sha256(comparison.output / PLAN)), "commands": before.get("commands", {})}
         write_json(cell.directory / "cell.json", record)
         parts = [
             (stage.name, train_command(comparison, cell, number), (cell.directory / stage.name / "done.json").is_file())
@@ -171,6 +181,8 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
             if is_there:
                 continue
             say(cell, part)
+            record["commands"][part] = shlex.join(["python", *command[1:]])
+            write_json(cell.directory / "cell.json", record)
             with _timed(cell, part):
                 commands.run(command, cell.log, pass_fds=[lock])
         for task in missing_benchmarks(comparison, cell.directory):

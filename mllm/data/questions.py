@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
-from mllm.data.dataset import read_json_records
-from mllm.data.images import ImageStore
+from mllm.data.records import read_json_records
+
+if TYPE_CHECKING:
+    from mllm.data.images import ImageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
     """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
+    from mllm.data.images import ImageStore  # with it comes torch, which reading questions alone does without
+
     questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
         if not question.image:

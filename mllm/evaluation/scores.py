@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest
 
 from mllm.data.questions import Question
 from mllm.evaluation.cider import cider
+
+SOURCES = ("scores.py", "cider.py")
+"""The files that decide what an answer is worth."""
+
+
+def scorer_version() -> str:
+    """SHA-256 of `SOURCES`: equal ones score alike."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- figures

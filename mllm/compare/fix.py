@@ -1,0 +1,92 @@
+"""Writes down what a comparison is made for before its first cell (mllm/compare/plan.py)."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from clips.common.files import sha256, write_json
+from mllm.compare.cells import cells_of
+from mllm.compare.commands import dataset_size, stage_samples, train_arguments
+from mllm.compare.comparison import Comparison, asks_questions, budget_share, is_demo, question_files
+from mllm.compare.plan import (
+    FORMAT,
+    PLAN,
+    QUESTIONS,
+    asked_questions,
+    deciding,
+    fixed_flags,
+    kinds_of,
+    read_plan,
+    stored_questions,
+)
+from mllm.data.questions import read_questions
+from mllm.evaluation.scores import scorer_version
+from mllm.training.arguments import TrainArguments
+from mllm.training.prepare import START_IMAGES
+from mllm.training.stages import STAGES
+
+
+def fix(comparison: Comparison) -> dict[str, Any]:
+    """Write compare.json, unless a cell has begun by the one that is there, and copy the question files.
+
+    Returns the plan as it is asked for now, which is another one where somebody changed their mind.
+    """
+    plan, output = plan_of(comparison), comparison.output
+    files = question_files(comparison)[0] if asks_questions(comparison) else {}
+    (output / QUESTIONS).mkdir(parents=True, exist_ok=True)
+    copies = {
+        output / QUESTIONS / f"{name}.{'jsonl' if p.suffix == '.jsonl' else 'json'}": p for name, p in files.items()
+    }
+    for left in set(stored_questions(output).values()) - copies.keys():
+        left.unlink()
+    for copy, path in copies.items():
+        shutil.copyfile(path, copy)
+    begun = sum((cell.directory / "cell.json").is_file() for cell in cells_of(comparison))
+    if not read_plan(output) or not begun:
+        write_json(output / PLAN, plan | {"cells_begun": begun})
+    return plan
+
+
+def plan_of(comparison: Comparison) -> dict[str, Any]:
+    """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
+    cell = cells_of(comparison)[0]
+    arguments = {stage.name: train_arguments(comparison, cell, number) for number, stage in STAGES.items()}
+    files = question_files(comparison)[0] if asks_questions(comparison) else {}
+    asked = {name: asked_questions(comparison, path) for name, path in files.items()}
+    return {
+        "format": FORMAT,
+        "comparison": fixed_flags(comparison),
+        "decides": deciding(comparison, (question for questions in asked.values() for question in questions)),
+        "is_demo": is_demo(comparison),
+        "budget": {
+            "share": budget_share(comparison),
+            "samples": {stage.name: stage_samples(comparison, cell, number) for number, stage in STAGES.items()},
+            "projector": {name: _projector(given) for name, given in arguments.items()},
+        },
+        "questions": {
+            name: {
+                "file": path.name,
+                "sha256": sha256(path),
+                "questions": len(read_questions(path)),
+                "asked": len(asked[name]),
+                "kinds": kinds_of(asked[name]),
+            }
+            for name, path in files.items()
+        },
+        "scorer": scorer_version(),
+    }
+
+
+def _projector(arguments: TrainArguments) -> str:
+    """Which projector, and how it starts: the same in every cell."""
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        start = f"from {arguments.pretrain_mm_mlp_adapter}"
+    elif arguments.stage == 2:
+        start = "from stage 1"
+    elif arguments.mm_projector_init == "captions":
+        count = min(dataset_size(arguments), START_IMAGES)
+        start = f"fitted in closed form to the captions of {count:,} samples"
+    else:
+        start = "random"
+    return f"{arguments.mm_projector_type}, {start}"
