@@ -120,9 +120,7 @@ def _bounded(comparison: Comparison) -> Comparison:
 
 def _cells_there(output: Path, cells: list[Cell]) -> Iterator[str]:
     wanted = {cell.name for cell in cells}
-    there = (
-        {path.name for path in (output / "cells").iterdir() if path.is_dir()} if (output / "cells").is_dir() else set()
-    )
+    there = {path.name for path in (output / "cells").glob("*") if path.is_dir()}
     yield from (f"cell {name} is missing" for name in sorted(wanted - there))
     yield from (f"cell {name} is none of this comparison's" for name in sorted(there - wanted))
 

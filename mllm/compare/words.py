@@ -30,8 +30,8 @@ def percent_text(figure: dict[str, Any] | None) -> str:
     """A figure of the encoder alone, which is in percent already; – where it has none."""
     if figure is None:
         return "–"
-    varies = len(set(figure["by_seed"])) > 1  # not where one encoder serves all seeds
-    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if varies else "")
+    # One encoder that serves all seeds has no spread.
+    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] else "")
 
 
 def headline(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
