@@ -9,16 +9,37 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from clips.common.files import read_json
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import benchmark_results
-from mllm.compare.cells import Cell, cells_of, encoder_names, samples_seen, vision_fingerprint
+from mllm.compare.calibration import calibration
+from mllm.compare.cells import (
+    Cell,
+    cells_of,
+    encoder_names,
+    independent_groups,
+    llava_runs,
+    samples_seen,
+    vision_fingerprint,
+)
 from mllm.compare.commands import dataset_size, stage_samples, train_arguments
-from mllm.compare.comparison import Comparison, asks_questions, budget_share, evaluation_settings, is_demo
+from mllm.compare.comparison import (
+    Comparison,
+    asks_questions,
+    budget_share,
+    deciding_column,
+    evaluation_settings,
+    is_demo,
+    question_sets,
+)
 from mllm.compare.figures import (
+    blind_questions,
     compare_benchmarks,
     compare_scores,
     item_scores,
+    loose_answers,
     over_seeds,
     pick_examples,
     read_answers,
@@ -47,7 +68,11 @@ def collect(
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     if asks_questions(comparison):
         answers = read_answers(comparison)
-        summary, report["differences"] = compare_scores(comparison, item_scores(comparison, answers))
+        scores = item_scores(comparison, answers)
+        summary, report["differences"] = compare_scores(comparison, scores)
+        report["blind_questions"] = blind_questions(comparison, answers)
+        report["loose_answers"] = loose_answers(comparison, answers)
+        report["calibration"] = calibration(comparison, scores)
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}
     if comparison.benchmarks:
@@ -58,7 +83,7 @@ def collect(
             "kind": cells[0].kind,
             "metrics": summary[encoder],
             "benchmarks": benchmarks.get(encoder, {}),
-            "intrinsic": _intrinsic([measured[cell] for cell in cells]),
+            "intrinsic": _intrinsic([measured[cell] for cell in cells], independent_groups(comparison, encoder)),
             "described": read_json(cells[0].directory / "config.json")["instruct"]["facts"]["vision encoder"],
             "pretraining": [found for cell in cells if (found := _pretraining(cell))],
             "cost": _cost(cells),
@@ -66,10 +91,10 @@ def collect(
     return report
 
 
-def _intrinsic(by_seed: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
     """The figures that an encoder has with every seed, over seeds."""
     return {
-        name: over_seeds([figures[name]["value"] for figures in by_seed])
+        name: over_seeds([figures[name]["value"] for figures in by_seed], groups)
         | {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
         for name, first in by_seed[0].items()
         if all(name in figures for figures in by_seed)
@@ -94,6 +119,9 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
     return {
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
+        "llava_seeds": llava_runs(comparison),
+        "columns": list(dict.fromkeys(asked.column for asked in question_sets(comparison))),
+        "deciding_column": deciding_column(comparison),
         "quick": comparison.quick,
         "budget_share": budget_share(comparison),
         "distinct_encoders": {
@@ -126,6 +154,7 @@ def _projector(arguments: TrainArguments) -> str:
 def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     return {
         "encoder": cell.encoder,
+        "pretraining_seed": cell.pretraining_seed,
         "seed": cell.seed,
         "vision": cell.vision,
         "directory": str(cell.directory),

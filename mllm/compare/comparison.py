@@ -13,7 +13,7 @@ from typing import Any
 
 from clips.common.files import sha256
 from clips.common.runtime import choose_device
-from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DECIDING_COLUMN, DEMO_DIR, IMAGES, QUESTION_SETS, QuestionSet, ensure_llava_demo
 from mllm.evaluation.evaluate import answer_dtype
 from mllm.training.arguments import flags_of_stage
 from mllm.training.arguments import parser as training_parser
@@ -21,6 +21,8 @@ from mllm.training.stages import STAGES
 
 DEMO_SHARE, QUICK_SHARE = 0.75, 0.15
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
+SEEDS, QUICK_LLAVA_SEEDS = 5, 3
+"""Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""
 
@@ -30,14 +32,15 @@ class Comparison:
     """What was asked for, flag by flag (scripts/compare_encoders.py); equal ones give equal cells."""
 
     encoders: tuple[str, ...]
-    seeds: int = 3
+    seeds: int = SEEDS
+    """Pretraining seeds."""
+    llava_seeds: int | None = None
+    """LLaVA runs of each encoder, on its pretraining seeds in turn; None: as `llava_runs` says."""
     output: Path = Path("runs/compare")
     jobs: int = 1
     quick: bool = False
     budget: float | None = None
     """Share of each stage's samples that a cell trains; None: as DEMO_SHARE and QUICK_SHARE say."""
-    pretraining_seeds: int | None = None
-    """Encoders pretrained of each kind, cells take them in turn; None: one for each seed, with --quick one."""
     train_flags: tuple[str, ...] = ()
     pretrain_flags: tuple[str, ...] = ()
     device: str = "auto"
@@ -58,12 +61,12 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     both = not on_gpu and (os.cpu_count() or 1) >= 2
     return Comparison(
         encoders=tuple(filter(None, flags.encoders.split(","))),
-        seeds=flags.seeds,
+        seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
+        llava_seeds=QUICK_LLAVA_SEEDS if flags.quick and flags.llava_seeds is None else flags.llava_seeds,
         output=Path(flags.output),
         jobs=flags.jobs or (2 if both else 1),
         quick=flags.quick,
         budget=flags.budget,
-        pretraining_seeds=flags.pretraining_seeds,
         train_flags=tuple(shlex.split(flags.train_flags)),
         pretrain_flags=tuple(shlex.split(flags.pretrain_flags)),
         device=flags.device,
@@ -113,12 +116,23 @@ def question_limit(comparison: Comparison) -> int | None:
     return comparison.limit or (QUICK_LIMIT if comparison.quick else None)
 
 
+def question_sets(comparison: Comparison) -> tuple[QuestionSet, ...]:
+    """What every cell is asked, set by set."""
+    own = comparison.question_file
+    return QUESTION_SETS if own is None else (QuestionSet(own.stem, own.name, own.stem),)
+
+
+def deciding_column(comparison: Comparison) -> str:
+    """The column of sets that decides between encoders."""
+    return DECIDING_COLUMN if comparison.question_file is None else comparison.question_file.stem
+
+
 def question_files(comparison: Comparison) -> tuple[list[Path], Path | None]:
-    """Files, and the folder of pictures that they are about; builds the demo where it is missing."""
+    """The file of each set, and the folder of pictures that they are about; builds the demo where it is missing."""
     if comparison.question_file is not None:
         return [comparison.question_file], comparison.question_images
     demo = ensure_llava_demo(DEMO_DIR)
-    return [demo / QUESTIONS, demo / DESCRIPTIONS], demo / IMAGES
+    return [demo / asked.file for asked in QUESTION_SETS], demo / IMAGES
 
 
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:

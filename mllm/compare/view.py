@@ -86,7 +86,7 @@ class StateTable:
         return self.planned[key]
 
     def __rich__(self) -> Table:
-        table = Table("encoder", *(f"seed {seed}" for seed in range(self.comparison.seeds)), title_justify="left")
+        table = Table("encoder", *dict.fromkeys(cell.run for cell in self.cells), title_justify="left")
         for kind in dict.fromkeys(encoder.kind for encoder in self.encoders):
             table.add_row(f"{kind}, pretraining", *(self._text(run) for run in self.encoders if run.kind == kind))
         for name in encoder_names(self.comparison):
