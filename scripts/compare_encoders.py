@@ -37,6 +37,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
     p.add_argument("--train-flags", default="", help="further flags of train_llava.sh for every cell, in one string")
     p.add_argument("--pretrain-flags", default="", help="further flags of pretrain_clips.py for clips and clip alike")
+    p.add_argument(
+        "--calibrate",
+        metavar="DIR",
+        help="only: A/A test and power of the intervals, from the answers of a finished comparison",
+    )
+    p.add_argument(
+        "--order",
+        metavar="DIR,DIR",
+        help="only: whether the order of the encoders holds over finished comparisons (another language model, another "
+        "budget) and over their sorts of pictures; the first decides",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--gpus", type=int, default=1, help="GPUs of each cell (deepspeed launcher)")
     p.add_argument("--question-file", help="your own questions with answers, instead of the demo's")

@@ -14,6 +14,7 @@ from clips.common.progress import last_record
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import missing_benchmarks
 from mllm.compare.comparison import Comparison, asks_questions
+from mllm.compare.statistics import shared_runs
 from mllm.encoders.registry import parse_vision_name
 
 RECIPES = {"clips": "demo", "clip": "clip_baseline"}
@@ -122,25 +123,16 @@ def llava_runs(comparison: Comparison) -> int:
 
 
 def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
-    """[R] numbers from 0: runs with the same number share an encoder of those called `names`.
+    """[R] numbers from 0: runs with the same number share an encoder of those called `names` (statistics.shared_runs).
 
     Those trained anew are shared by the runs of a pretraining seed, `random` is another one in every run, and all
     others, `blind` too since it sees nothing, are the same in all runs.
     """
     runs = np.arange(llava_runs(comparison))
+    of_kind = {True: runs % comparison.seeds, "random": runs}
     given = [e for n, e in zip(encoder_names(comparison), comparison.encoders, strict=True) if n in names]
-    if any(map(is_pretrained_anew, given)):
-        return runs % comparison.seeds
-    return runs if "random" in {parse_vision_name(encoder)[0] for encoder in given} else np.zeros_like(runs)
-
-
-def independent_groups(comparison: Comparison, *names: str) -> np.ndarray:
-    """[R] numbers from 0: runs to average before their spread can speak of other runs (statistics.over_groups).
-
-    With one encoder for all runs the runs themselves, and what is said holds for this encoder.
-    """
-    groups = encoder_groups(comparison, *names)
-    return groups if groups.max() > 0 else np.arange(len(groups))
+    keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in given]
+    return shared_runs([of_kind.get(key, np.zeros_like(runs)) for key in keys])
 
 
 def encoder_names(comparison: Comparison) -> list[str]:

@@ -14,12 +14,12 @@ import numpy as np
 from clips.common.files import read_json
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import benchmark_results
-from mllm.compare.calibration import calibration
+from mllm.compare.calibration import AnsweredRuns, calibrate
 from mllm.compare.cells import (
     Cell,
     cells_of,
+    encoder_groups,
     encoder_names,
-    independent_groups,
     llava_runs,
     samples_seen,
     vision_fingerprint,
@@ -44,6 +44,8 @@ from mllm.compare.figures import (
     pick_examples,
     read_answers,
 )
+from mllm.compare.order import order_of
+from mllm.compare.statistics import independent_runs, labels
 from mllm.training.arguments import TrainArguments
 from mllm.training.prepare import START_IMAGES
 from mllm.training.stages import STAGES
@@ -72,7 +74,9 @@ def collect(
         summary, report["differences"] = compare_scores(comparison, scores)
         report["blind_questions"] = blind_questions(comparison, answers)
         report["loose_answers"] = loose_answers(comparison, answers)
-        report["calibration"] = calibration(comparison, scores)
+        if (overall := scores.get("accuracy")) is not None:
+            shared = {name: encoder_groups(comparison, name) for name in names}
+            report["calibration"] = calibrate(AnsweredRuns(overall.by_encoder, shared, labels(overall.clusters)))
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}
     if comparison.benchmarks:
@@ -83,11 +87,15 @@ def collect(
             "kind": cells[0].kind,
             "metrics": summary[encoder],
             "benchmarks": benchmarks.get(encoder, {}),
-            "intrinsic": _intrinsic([measured[cell] for cell in cells], independent_groups(comparison, encoder)),
+            "intrinsic": _intrinsic(
+                [measured[cell] for cell in cells], independent_runs(encoder_groups(comparison, encoder))
+            ),
             "described": read_json(cells[0].directory / "config.json")["instruct"]["facts"]["vision encoder"],
             "pretraining": [found for cell in cells if (found := _pretraining(cell))],
             "cost": _cost(cells),
         }
+    if len(report["settings"]["columns"]) > 1 and report["differences"]:
+        report["order"] = order_of([report])
     return report
 
 

@@ -18,9 +18,9 @@ from scipy import stats
 
 from clips.common.errors import UserError
 from mllm.compare.benchmarks import benchmark_results
-from mllm.compare.cells import Cell, cells_of, encoder_groups, encoder_names, independent_groups
+from mllm.compare.cells import Cell, cells_of, encoder_groups, encoder_names
 from mllm.compare.comparison import Comparison, deciding_column, question_files, question_sets
-from mllm.compare.statistics import holm, interval, labels, mcnemar, over_groups
+from mllm.compare.statistics import holm, independent_runs, interval, labels, mcnemar, over_groups
 from mllm.compare.variance import Spread, spread
 from mllm.data.questions import read_questions
 from mllm.evaluation.cider import cider
@@ -139,14 +139,14 @@ def compare_scores(
         clusters, items = labels(metric.clusters), len(metric.clusters)
         about = {"items": items, "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
-            groups = independent_groups(comparison, encoder)
+            groups = independent_runs(encoder_groups(comparison, encoder))
             estimate = interval(over_groups(scores, groups), clusters)
             figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": [estimate.low, estimate.high]} | about
             split = _spread(comparison, scores, clusters, encoder)
             summary[encoder][name] = figure | {"variance": split.shares() if split else {}}
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
-            groups = independent_groups(comparison, a, b)
+            groups = independent_runs(encoder_groups(comparison, a, b))
             estimate, split = interval(over_groups(between, groups), clusters), _spread(comparison, between, clusters, a, b)
             row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
             row |= {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "verdict": estimate.verdict}
@@ -259,11 +259,11 @@ def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]
     names = [name for name in every[0] if all(name in results for results in every)]
     summary: dict[str, dict[str, Any]] = {}
     for e in encoders:
-        groups = independent_groups(comparison, e)
+        groups = independent_runs(encoder_groups(comparison, e))
         summary[e] = {name: over_seeds([row[name] for row in by_encoder[e]], groups) for name in names}
     differences = []
     for a, b in combinations(encoders, 2):
-        groups = independent_groups(comparison, a, b)
+        groups = independent_runs(encoder_groups(comparison, a, b))
         for name in names:
             runs = np.array([x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)])
             between = over_groups(runs, groups)

@@ -36,6 +36,7 @@ from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
 from mllm.compare.benchmarks import benchmark_command, benchmark_log, missing_benchmarks
+from mllm.compare.calibration import print_calibration
 from mllm.compare.cells import (
     RECIPES,
     Cell,
@@ -60,6 +61,7 @@ from mllm.compare.comparison import (
     evaluation_settings,
     question_files,
 )
+from mllm.compare.order import print_order
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import write_report
 from mllm.compare.view import DONE, PRETRAINING, StateTable, print_overview
@@ -71,6 +73,12 @@ Say = Callable[[Cell | PretrainedEncoder, str], None]
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
+    if flags.calibrate:
+        print_calibration(Path(flags.calibrate), Console(emoji=False))
+        return
+    if flags.order:
+        print_order([Path(name) for name in flags.order.split(",") if name], Console(emoji=False))
+        return
     comparison, console = comparison_from_flags(flags), Console(emoji=False, stderr=True)
     check_inputs(comparison)
     print_overview(comparison, console)

@@ -43,6 +43,24 @@ def labels(names: Sequence[Hashable]) -> np.ndarray:
     return np.array([numbers[name] for name in names])
 
 
+def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
+    """[R] groups of runs that share an encoder, for several encoders at once, given those of each.
+
+    The coarsest that tell runs apart at all: a run's own encoder beside one that several runs share does not make
+    these independent, and an encoder that all runs share is not among what differs.
+    """
+    telling = [groups for groups in by_encoder if groups.max() > 0]
+    return min(telling, key=lambda groups: int(groups.max())) if telling else np.zeros_like(by_encoder[0])
+
+
+def independent_runs(shared: np.ndarray) -> np.ndarray:
+    """[R] groups to average before their spread can speak of other runs (`over_groups`).
+
+    Where one encoder served all runs they are these themselves, and what is said holds for this encoder.
+    """
+    return shared if shared.max() > 0 else np.arange(len(shared))
+
+
 def over_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """[R, …] → [S, …]: the mean of the runs of each group (numbers from 0, each there)."""
     return np.stack([scores[groups == group].mean(0) for group in range(groups.max() + 1)])

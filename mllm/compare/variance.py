@@ -109,10 +109,10 @@ class Spread:
 def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) -> Spread:
     """The variance of `scores` [R, I], split by levels of runs and of items, each coarse to fine.
 
-    The last level of each must tell every run or item apart. A level of one group says nothing and is left out; two
-    levels with the same groups cannot be told apart and become one.
+    The last level of each must tell every run or item apart; of the others those are left that say something
+    (`distinct_levels`).
     """
-    run_levels, item_levels = _distinct(runs), _distinct(items)
+    run_levels, item_levels = distinct_levels(runs), distinct_levels(items)
     run_groups, item_groups = [g for _, g in run_levels], [g for _, g in item_levels]
     return Spread(
         tuple(name for name, _ in run_levels),
@@ -123,7 +123,8 @@ def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) ->
     )
 
 
-def _distinct(levels: Sequence[Level]) -> list[Level]:
+def distinct_levels(levels: Sequence[Level]) -> list[Level]:
+    """Without those of one group, and as one where two have the same groups."""
     kept: list[Level] = []
     for name, groups in levels:
         if groups.max() == 0:
