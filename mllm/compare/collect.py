@@ -94,7 +94,7 @@ def collect(
             "pretraining": [found for cell in cells if (found := _pretraining(cell))],
             "cost": _cost(cells),
         }
-    if len(report["settings"]["columns"]) > 1 and report["differences"]:
+    if len(report["settings"]["columns"]) > 1 and all("accuracy" in metrics for metrics in summary.values()):
         report["order"] = order_of([report])
     return report
 
@@ -164,6 +164,7 @@ def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "encoder": cell.encoder,
         "pretraining_seed": cell.pretraining_seed,
         "seed": cell.seed,
+        "run": cell.run,
         "vision": cell.vision,
         "directory": str(cell.directory),
         "config": read_json(cell.directory / "config.json"),

@@ -20,6 +20,7 @@ from mllm.compare.statistics import LEVEL
 POWER = 0.8
 MOST = 10**7
 """More seeds or pictures than that are called none."""
+TOGETHER = " together"
 ANSWERS = "single answers"
 """What a seed does to one picture or question: every effect of a level of runs together with one of items."""
 Level = tuple[str, np.ndarray]
@@ -60,8 +61,8 @@ class Spread:
     def needed(self, difference: float) -> dict[str, int | None]:
         """Level → how many of it show `difference`, all else as it is; None where it alone cannot.
 
-        Coarse levels take their finer ones along: more pictures, each with as many questions as now. `together` are
-        as many of the coarsest seeds as are needed if the pictures grow by the same factor.
+        Coarse levels take their finer ones along: more pictures, each with as many questions as now. What ends with
+        `TOGETHER` is needed of the coarsest seeds and of the pictures if both grow by the same factor.
         """
         found: dict[str, int | None] = {}
         if self.runs:
@@ -71,7 +72,9 @@ class Spread:
         found[self.items[0]] = self._least(difference, 2, lambda n: self._sized(pictures=n))
         if self.runs:
             growth = self.item_counts[1] / self.run_counts[1]
-            found["together"] = self._least(difference, 2, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
+            seeds = self._least(difference, 2, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
+            found[self.runs[0] + TOGETHER] = seeds
+            found[self.items[0] + TOGETHER] = None if seeds is None else max(2, math.ceil(seeds * growth))
         return found
 
     def items_needed(self, difference: float) -> int | None:
