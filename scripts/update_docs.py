@@ -16,9 +16,7 @@ def parser() -> argparse.ArgumentParser:
         "or from the comparison.json of compare_pretraining.py",
     )
     p.add_argument("--name", default="compare", help="which file of docs/results to write")
-    p.add_argument(
-        "--check", action="store_true", help="write no page; end with 1 where its figures are others"
-    )
+    p.add_argument("--check", action="store_true", help="write no page; end with 1 where its figures are others")
     return p
 
 

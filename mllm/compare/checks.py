@@ -13,7 +13,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from mllm.compare.benchmarks import check_benchmarks, missing_benchmarks
-from mllm.compare.cells import RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
+from mllm.compare.cells import LLAVA_STEP, RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import (
     Comparison,
@@ -33,13 +33,15 @@ from mllm.training.stages import STAGES
 # ---------------------------------------------------------------------------------------------- what was asked for
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
-    seeds, pretrained = comparison.seeds, comparison.pretraining_seeds
+    seeds, llava_seeds = comparison.seeds, comparison.llava_seeds
     if seeds < 1 or comparison.jobs < 1 or comparison.gpus < 1:
         raise UserError("--seeds, --jobs and --gpus must be at least 1")
     if comparison.budget is not None and not 0 < comparison.budget <= 1:
         raise UserError(f"--budget {comparison.budget:g} must be above 0 and at most 1")
-    if pretrained is not None and not 1 <= pretrained <= seeds:
-        raise UserError(f"--pretraining-seeds {pretrained} must be between 1 and --seeds {seeds}")
+    if seeds > LLAVA_STEP:
+        raise UserError(f"--seeds {seeds} must be at most {LLAVA_STEP}")
+    if llava_seeds is not None and llava_seeds < seeds:
+        raise UserError(f"--llava-seeds {llava_seeds} must be at least --seeds {seeds}: each encoder is used")
     names = [slug(encoder) for encoder in comparison.encoders]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"--encoders {','.join(comparison.encoders)}: give at least two different ones")

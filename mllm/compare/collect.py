@@ -14,20 +14,35 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import benchmark_results, newest_results
-from mllm.compare.cells import Cell, cells_of, encoder_names, samples_seen, vision_fingerprint
+from mllm.compare.calibration import AnsweredRuns, calibrate
+from mllm.compare.cells import (
+    Cell,
+    cells_of,
+    encoder_groups,
+    encoder_names,
+    llava_runs,
+    samples_seen,
+    vision_fingerprint,
+)
 from mllm.compare.comparison import Comparison
 from mllm.compare.figures import (
+    blind_questions,
     compare_benchmarks,
     compare_scores,
     item_scores,
+    loose_answers,
     over_seeds,
     pick_examples,
     read_answers,
 )
-from mllm.compare.plan import PLAN, stored_questions, what_was_fixed
+from mllm.compare.order import order_of
+from mllm.compare.plan import PLAN, QUESTIONS, SETS, deciding_column, stored_questions, what_was_fixed
+from mllm.compare.statistics import independent_runs, labels
 from mllm.evaluation.scores import scorer_version
 from mllm.training.stages import STAGES
 
@@ -75,7 +90,13 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     if plan["questions"]:
         answers = read_answers(comparison)
-        summary, report["differences"] = compare_scores(comparison, item_scores(comparison, answers))
+        scores = item_scores(comparison, answers)
+        summary, report["differences"] = compare_scores(comparison, scores)
+        report["blind_questions"] = blind_questions(comparison, answers)
+        report["loose_answers"] = loose_answers(comparison, answers)
+        if (overall := scores.get("accuracy")) is not None:
+            shared = {name: encoder_groups(comparison, name) for name in names}
+            report["calibration"] = calibrate(AnsweredRuns(overall.by_encoder, shared, labels(overall.clusters)))
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}
     if comparison.benchmarks:
@@ -87,21 +108,25 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
             "kind": cells[0].kind,
             "metrics": summary[encoder],
             "benchmarks": benchmarks.get(encoder, {}),
-            "intrinsic": _intrinsic([record["figures"] for record in own]),
+            "intrinsic": _intrinsic(
+                [record["figures"] for record in own], independent_runs(encoder_groups(comparison, encoder))
+            ),
             "described": read_json(cells[0].directory / "config.json")["instruct"]["facts"]["vision encoder"],
             "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
             "cost": _cost(cells),
         }
+    if len(report["settings"]["columns"]) > 1 and all("accuracy" in metrics for metrics in summary.values()):
+        report["order"] = order_of([report])
     return report
 
 
 def stored_files(comparison: Comparison) -> list[str]:
     """The files that the report rests on, as paths below the comparison's directory, sorted."""
-    questions = stored_questions(comparison.output)
-    files = [comparison.output / PLAN, comparison.output / ENCODERS, *questions.values()]
+    output, questions = comparison.output, stored_questions(comparison.output)
+    files = [output / PLAN, output / ENCODERS, output / QUESTIONS / SETS, *questions.values()]
     for cell in cells_of(comparison):
         files += [cell.directory / name for name in RECORDS]
-        files += [cell.evaluation / f"{name}.jsonl" for name in questions]
+        files += [cell.evaluation / f"{asked.name}.jsonl" for asked in questions]
         files += [found for task in comparison.benchmarks if (found := newest_results(cell.directory, task))]
     return sorted(_below(comparison, path) for path in files if path.is_file())
 
@@ -110,10 +135,10 @@ def _below(comparison: Comparison, path: Path) -> str:
     return path.relative_to(comparison.output).as_posix()
 
 
-def _intrinsic(by_seed: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
     """The figures that an encoder has with every seed, over seeds."""
     return {
-        name: over_seeds([figures[name]["value"] for figures in by_seed])
+        name: over_seeds([figures[name]["value"] for figures in by_seed], groups)
         | {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
         for name, first in by_seed[0].items()
         if all(name in figures for figures in by_seed)
@@ -137,6 +162,9 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
     return {
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
+        "llava_seeds": llava_runs(comparison),
+        "columns": list(dict.fromkeys(asked.column for asked in stored_questions(comparison.output))),
+        "deciding_column": deciding_column(comparison.output),
         "quick": comparison.quick,
         "budget_share": plan["budget"]["share"],
         "distinct_encoders": {
@@ -155,7 +183,9 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
 def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     return {
         "encoder": cell.encoder,
+        "pretraining_seed": cell.pretraining_seed,
         "seed": cell.seed,
+        "run": cell.run,
         "vision": read_json(cell.directory / "cell.json")["vision"],
         "directory": _below(comparison, cell.directory),
         "config": read_json(cell.directory / "config.json"),

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import sha256
+from mllm.data.questions import QuestionSet
 from mllm.training.stages import STAGES
 
 DEMO_SHARE, QUICK_SHARE = 0.75, 0.15
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
+SEEDS, QUICK_LLAVA_SEEDS = 5, 3
+"""Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""
 
@@ -28,14 +31,15 @@ class Comparison:
     """What was asked for, flag by flag (scripts/compare_encoders.py); equal ones give equal cells."""
 
     encoders: tuple[str, ...]
-    seeds: int = 3
+    seeds: int = SEEDS
+    """Pretraining seeds."""
+    llava_seeds: int | None = None
+    """LLaVA runs of each encoder, on its pretraining seeds in turn; None: as `llava_runs` says."""
     output: Path = Path("runs/compare")
     jobs: int = 1
     quick: bool = False
     budget: float | None = None
     """Share of each stage's samples that a cell trains; None: as DEMO_SHARE and QUICK_SHARE say."""
-    pretraining_seeds: int | None = None
-    """Encoders pretrained of each kind, cells take them in turn; None: one for each seed, with --quick one."""
     train_flags: tuple[str, ...] = ()
     pretrain_flags: tuple[str, ...] = ()
     device: str = "auto"
@@ -60,12 +64,12 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     both = not on_gpu and (os.cpu_count() or 1) >= 2
     return Comparison(
         encoders=tuple(filter(None, flags.encoders.split(","))),
-        seeds=flags.seeds,
+        seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
+        llava_seeds=QUICK_LLAVA_SEEDS if flags.quick and flags.llava_seeds is None else flags.llava_seeds,
         output=Path(flags.output),
         jobs=flags.jobs or (2 if both else 1),
         quick=flags.quick,
         budget=flags.budget,
-        pretraining_seeds=flags.pretraining_seeds,
         train_flags=tuple(shlex.split(flags.train_flags)),
         pretrain_flags=tuple(shlex.split(flags.pretrain_flags)),
         device=flags.device,
@@ -119,17 +123,22 @@ def question_limit(comparison: Comparison) -> int | None:
     return comparison.limit or (QUICK_LIMIT if comparison.quick else None)
 
 
-def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:
-    """What the answers to each file are called → the file, and the folder of the pictures that they are about.
+def question_sets(comparison: Comparison) -> tuple[QuestionSet, ...]:
+    """What every cell is to be asked, set by set."""
+    from mllm.data.demo import QUESTION_SETS
 
-    Builds the demo where it is missing.
-    """
-    from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+    own = comparison.question_file
+    return QUESTION_SETS if own is None else (QuestionSet(own.stem, own.name, own.stem),)
+
+
+def question_files(comparison: Comparison) -> tuple[list[Path], Path | None]:
+    """The file of each set, and the folder of pictures that they are about; builds the demo where it is missing."""
+    from mllm.data.demo import DEMO_DIR, IMAGES, QUESTION_SETS, ensure_llava_demo
 
     if comparison.question_file is not None:
-        return {comparison.question_file.stem: comparison.question_file}, comparison.question_images
+        return [comparison.question_file], comparison.question_images
     demo = ensure_llava_demo(DEMO_DIR)
-    return {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}, demo / IMAGES
+    return [demo / asked.file for asked in QUESTION_SETS], demo / IMAGES
 
 
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,16 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import reporting
-from clips.common.escape import for_plot
+from clips.common.escape import clip, for_plot
 from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
+from mllm.compare.calibration import calibration_sentences
 from mllm.compare.collect import REPORT
+from mllm.compare.order import order_rows
 from mllm.compare.probe import PROBE
-from mllm.compare.words import (
-    difference_text,
-    headline,
-    interval_text,
-    metric_name,
-    percent_text,
-    value_text,
-)
+from mllm.compare.variance import ANSWERS, TOGETHER
+from mllm.compare.words import difference_text, headline, interval_text, metric_name, percent_text, value_text
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
@@ -61,7 +57,7 @@ def _p(value: float | None) -> str:
 def sentence(row: dict[str, Any]) -> str:
     """A difference in right answers, of all questions or of a kind, or in CIDEr-D, in words."""
     a, b, size = row["a"], row["b"], difference_text(row["metric"], abs(row["mean"])).removeprefix("+")
-    is_accuracy = row["metric"] != "cider_d"
+    is_accuracy = not row["metric"].startswith("cider_d")
     points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
@@ -102,8 +98,15 @@ def controls(report: Report) -> list[str]:
         f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features, "
         "and the same at every budget). Not equal: the encoder alone.",
         f"Stages: {trains}.",
-        f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
+        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed; the same questions, paired by item. "
+        f"Encoders that are trained anew have {settings['seeds']} pretraining seed(s), which the runs take in turn; no "
+        "two of these encoders share a LLaVA seed.",
     ]
+    if len(settings["columns"]) > 1:
+        points.append(
+            f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
+            f"{settings['deciding_column']} decides; figures of the others are named after them."
+        )
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {encoder["kind"] for encoder in report["encoders"].values()}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
@@ -155,14 +158,14 @@ def not_shown(report: Report) -> list[str]:
             + ": models trained to the end are better, and their differences may be others."
         )
     few = [
-        f"{count} of {name}"
+        name
         for name, count in settings["distinct_encoders"].items()
-        if count < settings["seeds"] and report["encoders"][name]["kind"] not in FLOORS
+        if count == 1 and settings["llava_seeds"] > 1 and report["encoders"][name]["kind"] not in FLOORS
     ]
     if few:
         points.append(
-            f"{settings['seeds']} training runs stand on fewer different encoders ({', '.join(few)}): intervals hold "
-            "for these encoders, not for the methods that made them (--pretraining-seeds, or {seed} in a path)."
+            f"All runs of {', '.join(few)} stand on one encoder each: intervals hold for these encoders, not for the "
+            "methods that made them (--seeds, or {seed} in a path)."
         )
     seen = {run["samples"] for encoder in report["encoders"].values() for run in encoder["pretraining"]}
     if len(seen) > 1:
@@ -170,10 +173,13 @@ def not_shown(report: Report) -> list[str]:
             "The encoders pretrained with this project saw different numbers of samples: what differs between them is "
             "not their method alone."
         )
-    if settings["seeds"] < 3:
+    fewest = min((row["seeds"] for row in report["differences"]), default=settings["llava_seeds"])
+    if fewest == 1:
+        points.append("One seed: the interval says nothing about other training runs.")
+    elif fewest < 4:
         points.append(
-            f"{settings['seeds']} seed(s): the interval says little or nothing about other training runs (in "
-            "simulations with two, it covers the truth in as few as 89 % of the cases)."
+            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so that "
+            "a difference that is there is often missed."
         )
     points.append(
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
@@ -183,14 +189,45 @@ def not_shown(report: Report) -> list[str]:
 
 
 STATISTICS = (
-    "± is the standard deviation over seeds. Brackets are 95 % intervals from a paired bootstrap: pictures (with all "
-    "questions about them) and seeds (one fewer than there are) are drawn with replacement, both models together, and "
-    "widened by Student's t, since so few seeds tell their own spread badly. They speak of other questions and other "
-    "training runs, and alone decide win, tie or loss; they are not corrected for their number. McNemar's exact test "
-    "speaks of other questions to these very models (an item counts for the model that is right in more runs, and "
-    "questions about one picture as independent); Holm's correction is over the kinds of one pair. “Needed” is the "
-    "number of questions with which the interval would find a difference of the size seen with power 0.8; – where "
-    "more questions alone would not do."
+    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean with seeds and pictures as crossed "
+    "random effects, both models paired by question and by seed: LLaVA runs of one pretraining seed are averaged, "
+    "questions about one picture go together, and Student's t allows for how badly few seeds tell their spread. They "
+    "speak of other questions and other training runs, and alone decide win, tie or loss; they are not corrected for "
+    "their number. McNemar's exact test speaks of other questions to these very models (an item counts for the model "
+    "that is right in more runs, and questions about one picture as independent); Holm's correction is over the kinds "
+    "of one pair. “Needed” is the number of questions with which the interval would find a difference of the size seen "
+    "with power 0.8; – where more questions alone would not do."
+)
+VARIANCE_NOTE = (
+    "Where a figure's uncertainty comes from: its standard error in points, and the part of its variance that each "
+    "source gives, in percent, as many seeds and pictures as there are here being averaged. “Single answers” is what a "
+    "seed does to one picture or question. A spread of few seeds is itself known badly: of five, to a factor between "
+    "0.6 and 2.9. Seeds whose effects cannot be told apart stand in one column."
+)
+NEEDED_NOTE = (
+    "How many of each show a difference of 1, 2 or 5 points over all questions in four of five comparisons: of one "
+    "source alone, all else as it is here, and of seeds and pictures together, both grown by one factor. More pictures "
+    "bring as many questions each as now. – where it alone cannot."
+)
+CALIBRATION_NOTE = (
+    "Differences that are none, and some of a known size. Observed: an encoder's answers against those of the same "
+    "encoder with other seeds, half of the pictures at a time; a gap is put in by turning that share of wrong answers "
+    "right. Simulated: as spread as the two encoders' difference, and as large as this comparison. “False” should be "
+    "5 %, and 3 to 7 are called so; `compare_encoders.py --calibrate` makes the same tables."
+)
+BLIND_NOTE = (
+    "Questions that blind models answer right in more than half of their runs. “Not answered blind” above is without "
+    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say yes: "
+    "then look at the kind by itself."
+)
+ORDER_NOTE = (
+    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets are "
+    "comparisons of their own: `compare_encoders.py --order` sets them beside each other."
+)
+LOOSE_NOTE = (
+    "An answer counts as right when it is the expected one but for case, articles and the full stop at the end. "
+    "Normalised: right, but only so. Prefix: counted wrong, but it begins with the expected words or letter and goes "
+    "on. Where either is frequent, the scorer decides with."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
@@ -207,6 +244,101 @@ def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any
         numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
         lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
     return Table(head, lines)
+
+
+def variance_table(report: Report) -> Table | None:
+    """Of every encoder's figures in the deciding column, and of every difference over all questions."""
+    figures = [
+        (f"{name}: {metric_name(metric)}", figure["variance"])
+        for name, encoder in report["encoders"].items()
+        for metric, figure in encoder["metrics"].items()
+        if _is_deciding(metric)
+    ]
+    figures += [(_pair_name(row), row["variance"]) for row in _overall(report)]
+    sources = _in_order(name for _, variance in figures for name in variance)
+    rows = []
+    for name, variance in figures:
+        if (total := sum(variance.values())) > 0:
+            shares = [f"{100 * variance[source] / total:.0f}" if source in variance else "–" for source in sources]
+            rows.append([name, f"{100 * total**0.5:.2f}", *shares])
+    return Table(["", "standard error", *sources], rows) if rows else None
+
+
+def _is_deciding(metric: str) -> bool:
+    """Whether right answers of the deciding column are what a metric counts."""
+    return "@" not in metric and not metric.startswith("cider_d")
+
+
+def _in_order(sources: Iterable[str]) -> list[str]:
+    """Names of sources of variance, seeds before pictures before single answers."""
+    found = set(sources)
+    return sorted(found, key=lambda name: (name == ANSWERS, "seed" not in name, " and " in name, name))
+
+
+def needed_table(report: Report) -> Table | None:
+    rows = _overall(report)
+    levels = _in_order(
+        name for row in rows for found in row["needed"].values() for name in found if not name.endswith(TOGETHER)
+    )
+    lines = []
+    for row in rows:
+        for points, found in row["needed"].items():
+            alone = [_count(found.get(level)) for level in levels]
+            both = [_count(number) for name, number in found.items() if name.endswith(TOGETHER)]
+            lines.append([_pair_name(row), points, *alone, " × ".join(both) or "–"])
+    return (
+        Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines) if lines else None
+    )
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def calibration_table(report: Report) -> Table | None:
+    found = report.get("calibration", {})
+    rows = [
+        [
+            f"{row['about']}, {way}",
+            str(row["seeds"]),
+            f"{row['pictures']:,}",
+            f"{100 * row['false']:.1f}",
+            *("–" if share is None else f"{100 * share:.0f}" for share in row["power"].values()),
+        ]
+        for way, of_way in found.items()
+        for row in of_way
+    ]
+    gaps = (
+        [f"wins at {points} points, %" for points in (found["simulated"] or found["observed"])[0]["power"]]
+        if rows
+        else []
+    )
+    return Table(["", "seeds", "pictures", "false, %", *gaps], rows) if rows else None
+
+
+def blind_table(report: Report) -> Table | None:
+    kinds = report.get("blind_questions", {}).get("kinds", {})
+    rows = [
+        [kind, f"{found['solved']:,} of {found['questions']:,}", _most_common(found["answers"])]
+        for kind, found in kinds.items()
+    ]
+    return Table(["kind", "answered blind", "their answers"], rows) if rows else None
+
+
+def _most_common(answers: dict[str, int]) -> str:
+    shown = [f"{answer} ({times})" for answer, times in list(answers.items())[:5]]
+    return ", ".join(shown) + (", …" if len(answers) > 5 else "") or "–"
+
+
+def loose_table(report: Report) -> Table | None:
+    rows = []
+    for name, found in report.get("loose_answers", {}).items():
+        for way in ("normalised", "prefix"):
+            examples = [f"{one['text']} ({one['expected']}) × {one['times']}" for one in found[way]["examples"]]
+            if examples:
+                of_all = f"{found[way]['count']:,} of {found['answers']:,}"
+                rows.append([f"{name}, {way}", of_all, "; ".join(clip(one, 80) for one in examples)])
+    return Table(["", "answers", "most frequent: said (expected) × times"], rows) if rows else None
 
 
 def intrinsic_table(report: Report) -> Table | None:
@@ -233,7 +365,7 @@ def cost_table(report: Report) -> Table:
     rows, every = [], [sum(cell["cost"].values()) for cell in report["cells"]]
     for cell, together in zip(report["cells"], every, strict=True):
         seconds = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]
-        rows.append([f"{cell['encoder']}, seed {cell['seed']}", *seconds, f"{together:.0f}"])
+        rows.append([f"{cell['encoder']}, {cell['run']}", *seconds, f"{together:.0f}"])
     rows.append(["all cells", *("" for _ in parts), f"{sum(every):.0f}"])
     return Table(["seconds", *parts, "together"], rows)
 
@@ -262,7 +394,7 @@ def _overall(report: Report) -> list[dict[str, Any]]:
 
 def _summary(report: Report) -> str:
     settings = report["settings"]
-    line = f"{len(report['encoders'])} encoders × {settings['seeds']} seeds · {settings['language_model']}"
+    line = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
     return f"{line} · {report['time']}" + (" · quick budget" if settings["quick"] else "")
 
 
@@ -296,6 +428,7 @@ def _both(report: Report) -> dict[str, Any]:
             {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
             for (a, b), rows in _pairs(report).items()
         ],
+        "parts": _parts(report),
         "benchmarks": benchmarks_table(report),
         "intrinsic": intrinsic_table(report),
         "intrinsic_note": INTRINSIC_NOTE,
@@ -307,13 +440,37 @@ def _both(report: Report) -> dict[str, Any]:
     }
 
 
+def _parts(report: Report) -> list[dict[str, Any]]:
+    """Sections of tables with a note, and lines before them, in the order of the report."""
+    calibration, order = report.get("calibration"), report.get("order")
+    parts = [
+        ("Where the uncertainty comes from", VARIANCE_NOTE, variance_table(report), []),
+        ("How many are needed", NEEDED_NOTE, needed_table(report), []),
+        (
+            "Does the interval keep its promise?",
+            CALIBRATION_NOTE,
+            calibration_table(report),
+            calibration_sentences(calibration) if calibration else [],
+        ),
+        (
+            "Does the order hold?",
+            ORDER_NOTE,
+            Table(*order_rows(order)) if order else None,
+            order and [order["conclusion"]],
+        ),
+        ("Questions that need no picture", BLIND_NOTE, blind_table(report), []),
+        ("Answers that are nearly right", LOOSE_NOTE, loose_table(report), []),
+    ]
+    return [{"title": t, "note": n, "table": table, "lines": lines} for t, n, table, lines in parts if table]
+
+
 def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
     """What templates/report.html.j2 shows."""
     shown, overall = _both(report), _overall(report)
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
     measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
     for pair in shown["pairs"]:
-        pair["forest"] = _forest([row for row in pair["rows"] if "/" in row["metric"]], _metric)
+        pair["forest"] = _forest([row for row in pair["rows"] if row["metric"].startswith("accuracy/")], _metric)
     return shown | {
         "demo_note": shown["not_shown"][0] if report["settings"]["is_demo"] else "",
         "tiles": _tiles(report) if overall else [],
@@ -376,7 +533,7 @@ def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
     encoders = report["encoders"]
     first = next(iter(encoders.values()))["metrics"]
     blocks = []
-    for metric in (name for name in first if name.startswith("accuracy")):
+    for metric in (name for name in first if name.startswith("accuracy") and _is_deciding(name)):
         means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
         bars = [(name, f"{100 * mean:.1f}", colours[name], value_text(metric, mean)) for name, mean in means.items()]
         blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})

@@ -2,8 +2,8 @@
 
 1. Encoders trained here that are missing are pretrained: `clips` with the recipe demo, `clip` with clip_baseline on
    the same data, for the same samples and steps.
-2. A cell is one encoder and one seed: stage 1, stage 2 and the evaluation, as ordinary runs of the scripts. Cells of
-   one seed share the start of the adapters, the order of the samples and every other setting; the projector starts in
+2. A cell is one encoder, one pretraining seed and one LLaVA seed: stage 1, stage 2 and the evaluation, as ordinary
+   runs of the scripts. Cells of one LLaVA seed share the start of the adapters, the order of the samples and every other setting; the projector starts in
    the same way (on the demo: fitted in closed form to the captions, on each encoder's own features).
 3. mllm/compare/figures.py and probe.py turn what the cells left into figures, collect.py joins them, report.py shows
    them.
@@ -38,6 +38,7 @@ from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
 from mllm.compare.benchmarks import benchmark_command, benchmark_log, missing_benchmarks
+from mllm.compare.calibration import print_calibration
 from mllm.compare.cells import (
     RECIPES,
     Cell,
@@ -63,6 +64,7 @@ from mllm.compare.comparison import (
     question_files,
 )
 from mllm.compare.fix import fix
+from mllm.compare.order import print_order
 from mllm.compare.plan import PLAN
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import write_report
@@ -75,6 +77,12 @@ Say = Callable[[Cell | PretrainedEncoder, str], None]
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
+    if flags.calibrate:
+        print_calibration(Path(flags.calibrate), Console(emoji=False))
+        return
+    if flags.order:
+        print_order([Path(name) for name in flags.order.split(",") if name], Console(emoji=False))
+        return
     comparison, console = comparison_from_flags(flags), Console(emoji=False, stderr=True)
     check_inputs(comparison)
     print_overview(comparison, console)
@@ -167,7 +175,8 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
     with locked(cell.directory, commands) as lock:
         cell.directory.mkdir(exist_ok=True)
         before = read_json(cell.directory / "cell.json")
-        record = {"encoder": cell.encoder, "vision": cell.vision, "seed": cell.seed}
+        record = {"encoder": cell.encoder, "vision": cell.vision}
+        record |= {"pretraining_seed": cell.pretraining_seed, "seed": cell.seed}
         record["evaluation"] = evaluation_settings(comparison)
         record |= {"plan": before.get("plan", sha256(comparison.output / PLAN)), "commands": before.get("commands", {})}
         write_json(cell.directory / "cell.json", record)

@@ -31,7 +31,7 @@ from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
 from mllm.compare.cells import Cell, cells_of
 from mllm.compare.collect import REPORT, computed, stored_files
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
+from mllm.compare.plan import PLAN, QUESTIONS, SETS, asked_questions, comparison_of, deciding_column, stored_questions
 from mllm.compare.words import headline
 from mllm.data.questions import Question
 from mllm.evaluation.scores import is_right, score, scorer_version
@@ -79,7 +79,7 @@ def _verify(output: Path) -> Verification:
     found.differs += _cells_there(output, cells)
     found.differs += _questions(output, report["plan"])
     if not found.differs:
-        asked = {name: asked_questions(comparison, path) for name, path in stored_questions(output).items()}
+        asked = {one.name: asked_questions(comparison, path) for one, path in stored_questions(output).items()}
         for cell in cells:
             found.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, asked)]
             found.answers += sum(map(len, asked.values()))
@@ -126,13 +126,22 @@ def _cells_there(output: Path, cells: list[Cell]) -> Iterator[str]:
 
 
 def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
-    files, wanted = stored_questions(output), plan["questions"]
-    yield from (f"question file {name} is missing" for name in wanted if name not in files)
-    for name, path in files.items():
+    files = {asked.name: (asked, path) for asked, path in stored_questions(output).items()}
+    wanted, there = plan["questions"], {path.name for path in (output / QUESTIONS).glob("*")}
+    yield from (f"question set {name} is missing" for name in wanted if name not in files)
+    for name, (asked, path) in files.items():
         if name not in wanted:
-            yield f"question file {name} is none of this comparison's"
+            yield f"question set {name} is none of this comparison's"
+        elif asked.column != wanted[name]["column"]:
+            yield f"question set {name} is of column {asked.column}, and was fixed as of {wanted[name]['column']}"
+        elif not path.is_file():
+            yield f"question file {path.name} is missing"
         elif sha256(path) != wanted[name]["sha256"]:
-            yield f"question file {name} was changed: its SHA-256 is not the one that was fixed before"
+            yield f"question file {path.name} was changed: its SHA-256 is not the one in the plan"
+    for name in sorted(there - {SETS} - {path.name for _, path in files.values()}):
+        yield f"question file {name} is none of this comparison's"
+    if deciding_column(output) != plan["deciding_column"]:
+        yield f"the deciding column is {deciding_column(output)}, and was fixed as {plan['deciding_column']}"
     if sum(entry["asked"] for entry in wanted.values()) > MOST_QUESTIONS:
         raise UserError(f"{output}: more than {MOST_QUESTIONS:,} questions")
 
@@ -141,8 +150,9 @@ def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
 def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]]) -> Iterator[str]:
     """What is wrong with a cell's record, its answers and its own figures."""
     record = read_json(cell.directory / "cell.json")
-    if record.get("encoder") != cell.encoder or record.get("seed") != cell.seed:
-        yield f"it says that it is of {record.get('encoder')}, seed {record.get('seed')}"
+    for name in ("encoder", "pretraining_seed", "seed"):
+        if record.get(name) != getattr(cell, name):
+            yield f"its {name} is {record.get(name)!r} in cell.json, and by the plan {getattr(cell, name)!r}"
     if record.get("plan") != sha256(comparison.output / PLAN):
         yield f"it began by another {PLAN} than this one, or by none"
     if not asked:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm.compare.figures import NEEDS_PICTURE
+
+METRICS = {"accuracy": "all questions", NEEDS_PICTURE: "not answered blind", "cider_d": "CIDEr-D"}
+
 
 def metric_name(metric: str) -> str:
-    return "CIDEr-D" if metric == "cider_d" else "all questions" if metric == "accuracy" else metric.partition("/")[2]
+    figure, at, column = metric.partition("@")
+    name = METRICS.get(figure) or figure.partition("/")[2]
+    return f"{name}, {column}" if at else name
 
 
 def value_text(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric == "cider_d" else f"{100 * value:.1f}"
+    return f"{value:.2f}" if metric.startswith("cider_d") else f"{100 * value:.1f}"
 
 
 def difference_text(metric: str, value: float) -> str:
-    return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
+    return (f"{value:+.2f}" if metric.startswith("cider_d") else f"{100 * value:+.1f}").replace("-", "−")
 
 
-def mean_and_sd(metric: str, figure: dict[str, Any]) -> str:
-    text = value_text(metric, figure["mean"])
-    return text + (f" ± {value_text(metric, figure['sd'])}" if figure["sd"] is not None else "")
+def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
+    """A figure of right answers or CIDEr-D; – where an encoder has none."""
+    if figure is None:
+        return "–"
+    spread = f" ± {value_text(metric, figure['sd'])}" if figure["sd"] is not None else ""
+    return value_text(metric, figure["mean"]) + spread
 
 
 def interval_text(row: dict[str, Any]) -> str:
@@ -36,9 +45,9 @@ def percent_text(figure: dict[str, Any] | None) -> str:
 
 def headline(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of right answers: encoders × metrics."""
-    metrics = list(next(iter(report["encoders"].values()))["metrics"])
+    metrics = list(dict.fromkeys(name for encoder in report["encoders"].values() for name in encoder["metrics"]))
     rows = [
-        [name, *(mean_and_sd(metric, encoder["metrics"][metric]) for metric in metrics)]
+        [name, *(mean_and_sd(metric, encoder["metrics"].get(metric)) for metric in metrics)]
         for name, encoder in report["encoders"].items()
     ]
     return ["encoder", *map(metric_name, metrics)], rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,17 @@ class Question:
     kind: str = "question"
     answer: str | None = None
     references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """One file of held-out questions, and what becomes of its answers."""
+
+    name: str
+    """Of the file of answers, without .jsonl."""
+    file: str
+    column: str
+    """What tables call the pictures that are asked about; sets of one column are about the same sort."""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -59,10 +71,13 @@ def read_questions(path: Path) -> list[Question]:
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
+    """`limit` questions of a file (see `draw_evenly`) and their pictures.
+
+    UserError naming a question whose picture is not there.
+    """
     from mllm.data.images import ImageStore  # with it comes torch, which reading questions alone does without
 
-    questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
         if not question.image:
             continue
@@ -96,8 +111,27 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
     return chunk
 
 
-def evenly_spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` of them, evenly spread, because question files are sorted by kind."""
+def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:
+    """`limit` of them, drawn evenly over kinds and, within a kind, over answers; in the order of the file.
+
+    Counts of two kinds, or of two answers of one kind, differ by one at most, until one has no more. A smaller limit
+    draws a part of what a larger one draws. Every n-th line would not do: files are sorted by kind and their answers
+    often take turns, so that a stride meets the same few answers again and again.
+    """
     if limit is None or limit >= len(questions):
         return questions
-    return [questions[i * len(questions) // limit] for i in range(limit)]
+    rng = random.Random(seed)
+    piles: dict[str, dict[str | None, list[int]]] = {}
+    for i in rng.sample(range(len(questions)), len(questions)):
+        piles.setdefault(questions[i].kind, {}).setdefault(questions[i].answer, []).append(i)
+    drawn = _in_turn([_in_turn(list(of_kind.values()), rng) for of_kind in piles.values()], rng)
+    return [questions[i] for i in sorted(drawn[:limit])]
+
+
+def _in_turn(piles: list[list[int]], rng: random.Random) -> list[int]:
+    """Round by round one of each pile that has any left, in a new random order every time."""
+    order = []
+    for depth in range(max(map(len, piles))):
+        left = [pile[depth] for pile in piles if depth < len(pile)]
+        order += rng.sample(left, len(left))
+    return order

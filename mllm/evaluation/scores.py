@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scipy.stats import binomtest
 
@@ -33,6 +33,23 @@ def normalise(text: str) -> str:
 
 def is_right(answer: str, expected: str) -> bool:
     return normalise(answer) == normalise(expected)
+
+
+Exactness = Literal["exact", "normalised", "prefix", "wrong"]
+
+
+def exactness(answer: str, expected: str) -> Exactness:
+    """How literally an answer is the expected one.
+
+    "normalised" counts as right, but only by `normalise`. "prefix" does not: it begins with the expected words and goes
+    on, or names the letter of a choice in another form ("(B)", "B. A fox").
+    """
+    if answer.strip() == expected.strip():
+        return "exact"
+    if is_right(answer, expected):
+        return "normalised"
+    said, wanted = (re.findall(r"\w+", normalise(text)) for text in (answer, expected))
+    return "prefix" if wanted and said[: len(wanted)] == wanted else "wrong"
 
 
 def says_yes(text: str) -> bool:
