@@ -7,7 +7,6 @@ import ast
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import shlex
 from pathlib import Path
@@ -280,20 +279,3 @@ def test_pictures_of_scenes_name_the_artists() -> None:
             if "screenshot_web.py" in text:
                 assert "OpenMoji" in text
                 assert "CC BY-SA 4.0" in text
-
-
-def test_the_drawn_figures_are_those_of_the_table() -> None:
-    report = json.loads((ROOT / "docs" / "results" / "compare.json").read_text())
-    page = (ROOT / "docs" / "results.md").read_text()
-    head, *rows = re.findall(r"^\| (.+) \|$", page[page.index("## What the encoder is worth") :], flags=re.MULTILINE)
-    table = {row.split(" | ")[0].strip("*"): row.split(" | ")[1:] for row in rows}
-    names = head.split(" | ")[1:]
-    kinds = {"accuracy": "all 1,000"}
-    for metric in (name for name in report["encoders"]["clips"]["metrics"] if name.startswith("accuracy")):
-        row = dict(zip(names, table[kinds.get(metric, metric.partition("/")[2])], strict=True))
-        for encoder, content in report["encoders"].items():
-            figure = content["metrics"][metric]
-            assert row[encoder] == f"{100 * figure['mean']:.1f} ± {100 * figure['sd']:.1f}"
-        (difference,) = [d for d in report["differences"] if d["metric"] == metric]
-        numbers = [f"{100 * value:+.1f}".replace("-", "−") for value in (difference["mean"], *difference["ci95"])]
-        assert row["clips − clip [95 %]"].strip("*") == f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"

@@ -21,7 +21,8 @@ from conftest import ROOT
 from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from rich.console import Console
-from tiny_mllm import pictures, tiny_work, write_llm, write_run
+from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place
+from tiny_mllm import pictures, tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import CommandError, UserError
@@ -35,9 +36,8 @@ from clips.data.tokenizer import build_tokenizer
 from clips.recipes import debug_twin, recipe
 from clips.training.log import RunLog
 from mllm.compare.benchmarks import benchmark_log, benchmark_results, missing_benchmarks
-from mllm.compare.cells import RECIPES, Cell, cells_of, encoder_names, encoders_to_pretrain, is_done
+from mllm.compare.cells import RECIPES, cells_of, encoder_names, encoders_to_pretrain, is_done
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, check_request, load_encoders
-from mllm.compare.collect import collect
 from mllm.compare.commands import pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, budget_share, evaluation_settings
 from mllm.compare.figures import compare_scores, item_scores, read_answers
@@ -49,89 +49,17 @@ from mllm.encoders.registry import load_vision
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.model.projector import save_projector
 from mllm.training.log import MetricsLog
-from mllm.training.prepare import PROJECTOR, encoder_of, prepare
-from mllm.training.stages import STAGES
+from mllm.training.prepare import PROJECTOR, prepare
 
-ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
-NAMES = ("clips", "clip", "random", "blind")
-SKILL = {"clips": 0.9, "clip": 0.55, "random": 0.5, "blind": 0.3}
-FLAGS = (
-    *("--model_name_or_path", "llm", "--image_folder", "images", "--batch_size", "4"),
-    *("--align.data_path", "align.json", "--instruct.data_path", "instruct.json"),
-)
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("compare")
-    write_run(root / "clips-run", seed=1)
-    write_run(root / "clip-run", "clip", seed=2)
-    write_llm(root / "llm")
-    names = pictures(root / "images", 12)
-    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
-    more = [{"from": "human", "value": "And now?"}, said[1]]
-    captions = [{"id": name, "image": name, "conversations": said} for name in names]
-    records = [{"id": name, "image": name, "conversations": said + more * (i % 3)} for i, name in enumerate(names)]
-    text_only = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Hello"}, said[1]]} for i in range(4)]
-    (root / "align.json").write_text(json.dumps(captions))
-    (root / "instruct.json").write_text(json.dumps(records + text_only))
-    questions = [
-        {"question_id": 10 * i + j, "image": name, "text": f"{kind}?", "kind": kind, "answer": "yes"}
-        for i, name in enumerate(names)
-        for j, kind in enumerate(("identity", "where", "yes_no"))
-    ]
-    (root / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    return root
-
-
-@pytest.fixture
-def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.chdir(made)
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def comparison_of(output: Path, **options: object) -> Comparison:
-    settings = {"encoders": ENCODERS, "seeds": 3, "output": output / "out", "train_flags": FLAGS, "device": "cpu"}
-    settings |= {"question_file": Path("question.jsonl"), "question_images": Path("images")}
-    return Comparison(**settings | options)
-
-
-def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
-    """A finished cell as run_cell leaves it, without the model; a question is answered right with chance `skill`."""
-    config = {}
-    for number, stage in STAGES.items():
-        trains = train_arguments(comparison, cell, number).what_trains()
-        trains["vision_fingerprint"] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
-        facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
-        config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
-        done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
-        (cell.directory / stage.name).mkdir(parents=True)
-        (cell.directory / stage.name / "done.json").write_text(json.dumps(done))
-    write = {"config": config, "env": {"device": "cpu"}, "cost": {"align": 10.0, "instruct": 20.0, "evaluation": 5.0}}
-    write["cell"] = {"evaluation": evaluation_settings(comparison)}
-    for name, content in write.items():
-        (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
-    lines = []
-    for question in map(json.loads, Path(comparison.question_file).read_text().splitlines()):
-        right = bool(rng.random() < skill)
-        line = {"question_id": question["question_id"], "prompt": question["text"], "image": question["image"]}
-        line |= {"kind": question["kind"], "expected": "yes", "text": "yes" if right else "<b>no", "correct": right}
-        lines.append(json.dumps(line))
-    cell.evaluation.mkdir()
-    (cell.evaluation / f"{comparison.question_file.stem}.jsonl").write_text("\n".join(lines) + "\n")
-    accuracy = np.mean(['"correct": true' in line for line in lines])
-    cell.figures.write_text(json.dumps({"exact_match": {"overall": {"accuracy": accuracy}}}))
+__all__ = ["made", "place"]  # fixtures
 
 
 @pytest.fixture
 def finished(place: Path) -> Comparison:
-    comparison = comparison_of(place)
-    for cell in cells_of(comparison):
-        write_cell(comparison, cell, SKILL[cell.encoder])
-    return comparison
+    return finish(comparison_of(place))
 
 
 class Recorder(Commands):
@@ -536,7 +464,7 @@ def report(finished: Comparison) -> dict:
         else {}
         for cell in cells_of(finished)
     }
-    return collect(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
+    return collected(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
 
 
 def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finished: Comparison) -> None:
@@ -578,7 +506,7 @@ def test_what_a_reader_would_parse_stands_in_fields_of_its_own(report: dict, fin
     assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["test_set"] is None
     assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
     fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
-    settings = collect(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
+    settings = collected(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
     start = "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
     assert settings["stages"]["align"]["projector"] == start
 
@@ -660,13 +588,13 @@ def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Comparison) 
         if cell.encoder == "random":
             blind = next(c for c in cells_of(finished) if c.encoder == "blind" and c.seed == cell.seed)
             (cell.evaluation / "question.jsonl").write_text((blind.evaluation / "question.jsonl").read_text())
-    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
+    text = markdown(collected(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "random does not beat blind" in text
     assert "clips does not beat blind" not in text
 
 
 def test_encoders_that_serve_several_seeds_are_named(finished: Comparison) -> None:
-    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
+    text = markdown(collected(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "3 training runs stand on fewer different encoders (1 of clips, 1 of clip)" in text
 
 
@@ -693,7 +621,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
 
 
 def test_a_report_of_descriptions_alone_has_its_differences(finished: Comparison) -> None:
-    report = collect(finished, {cell: {} for cell in cells_of(finished)}, [])
+    report = collected(finished, {cell: {} for cell in cells_of(finished)}, [])
     report["differences"] = [
         row | {"metric": "cider_d"} for row in report["differences"] if row["metric"] == "accuracy"
     ]
@@ -724,7 +652,7 @@ def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
         "mmmu_val/mmmu_acc": 0.3,
         "mmmu_val/mmmu_acc (strict)": 0.2,
     }
-    report = collect(comparison, {cell: {} for cell in cells}, [])
+    report = collected(comparison, {cell: {} for cell in cells}, [])
     assert report["encoders"]["blind"]["benchmarks"] == {
         "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
     }
