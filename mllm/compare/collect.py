@@ -29,13 +29,12 @@ from mllm.compare.comparison import (
     Comparison,
     asks_questions,
     budget_share,
-    deciding_column,
     evaluation_settings,
     is_demo,
-    question_sets,
 )
 from mllm.compare.figures import (
     blind_questions,
+    columns_of,
     compare_benchmarks,
     compare_scores,
     item_scores,
@@ -71,6 +70,7 @@ def collect(
     if asks_questions(comparison):
         answers = read_answers(comparison)
         scores = item_scores(comparison, answers)
+        report["settings"]["columns"] = columns_of(answers)
         summary, report["differences"] = compare_scores(comparison, scores)
         report["blind_questions"] = blind_questions(comparison, answers)
         report["loose_answers"] = loose_answers(comparison, answers)
@@ -128,8 +128,7 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
         "llava_seeds": llava_runs(comparison),
-        "columns": list(dict.fromkeys(asked.column for asked in question_sets(comparison))),
-        "deciding_column": deciding_column(comparison),
+        "columns": [],
         "quick": comparison.quick,
         "budget_share": budget_share(comparison),
         "distinct_encoders": {

@@ -13,7 +13,7 @@ from typing import Any
 
 from clips.common.files import sha256
 from clips.common.runtime import choose_device
-from mllm.data.demo import DECIDING_COLUMN, DEMO_DIR, IMAGES, QUESTION_SETS, QuestionSet, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.evaluation.evaluate import answer_dtype
 from mllm.training.arguments import flags_of_stage
 from mllm.training.arguments import parser as training_parser
@@ -116,23 +116,12 @@ def question_limit(comparison: Comparison) -> int | None:
     return comparison.limit or (QUICK_LIMIT if comparison.quick else None)
 
 
-def question_sets(comparison: Comparison) -> tuple[QuestionSet, ...]:
-    """What every cell is asked, set by set."""
-    own = comparison.question_file
-    return QUESTION_SETS if own is None else (QuestionSet(own.stem, own.name, own.stem),)
-
-
-def deciding_column(comparison: Comparison) -> str:
-    """The column of sets that decides between encoders."""
-    return DECIDING_COLUMN if comparison.question_file is None else comparison.question_file.stem
-
-
 def question_files(comparison: Comparison) -> tuple[list[Path], Path | None]:
-    """The file of each set, and the folder of pictures that they are about; builds the demo where it is missing."""
+    """Files, and the folder of pictures that they are about; builds the demo where it is missing."""
     if comparison.question_file is not None:
         return [comparison.question_file], comparison.question_images
     demo = ensure_llava_demo(DEMO_DIR)
-    return [demo / asked.file for asked in QUESTION_SETS], demo / IMAGES
+    return [demo / QUESTIONS, demo / DESCRIPTIONS], demo / IMAGES
 
 
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def order_of(reports: Sequence[Report]) -> dict[str, Any]:
     shared = [name for name in reports[0]["encoders"] if all(name in report["encoders"] for report in reports)]
     if len(shared) < 2:
         raise UserError("an order needs two encoders that all the comparisons have, by the same names")
-    conditions = [_condition(report, column, shared) for report in reports for column in _columns(report)]
+    conditions = [_condition(report, column, shared) for report in reports for column in report["settings"]["columns"]]
     first = [conditions[0]["accuracy"][name] for name in shared]
     for condition in conditions:
         tau = stats.kendalltau(first, [condition["accuracy"][name] for name in shared]).statistic
@@ -48,15 +48,9 @@ def order_of(reports: Sequence[Report]) -> dict[str, Any]:
     return {"conditions": conditions, "pairs": pairs, "conclusion": _conclusion(conditions, pairs)}
 
 
-def _columns(report: Report) -> list[str]:
-    """The deciding one first."""
-    settings = report["settings"]
-    return sorted(settings["columns"], key=lambda column: column != settings["deciding_column"])
-
-
 def _condition(report: Report, column: str, names: Sequence[str]) -> dict[str, Any]:
     settings = report["settings"]
-    metric = "accuracy" if column == settings["deciding_column"] else f"accuracy@{column}"
+    metric = "accuracy" if column == settings["columns"][0] else f"accuracy@{column}"
     accuracy = {n: report["encoders"][n]["metrics"][metric]["mean"] for n in names}
     turned = {"win": "loss", "loss": "win", "tie": "tie"}
     verdicts = {}
@@ -105,7 +99,7 @@ def read_reports(directories: Sequence[Path]) -> list[Report]:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             settings = report["settings"]
-            if not {"columns", "deciding_column", "language_model", "budget_share"} <= settings.keys():
+            if not {"columns", "language_model", "budget_share"} <= settings.keys():
                 raise KeyError("columns")
             if any("accuracy" not in encoder["metrics"] for encoder in report["encoders"].values()):
                 raise KeyError("accuracy")

@@ -124,7 +124,7 @@ def controls(report: Report) -> list[str]:
     if len(settings["columns"]) > 1:
         points.append(
             f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
-            f"{settings['deciding_column']} decides; figures of the others are named after them."
+            f"{settings['columns'][0]} decides; figures of the others are named after them."
         )
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {encoder["kind"] for encoder in report["encoders"].values()}

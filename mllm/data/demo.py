@@ -47,23 +47,6 @@ ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """One file of held-out questions, and what becomes of its answers."""
-
-    name: str
-    """Of the file of answers, without .jsonl."""
-    file: str
-    column: str
-    """What tables call the pictures that are asked about; sets of one column are about the same sort."""
-
-
-SEEN = "seen"
-QUESTION_SETS = (QuestionSet("answers", QUESTIONS, SEEN), QuestionSet("descriptions", DESCRIPTIONS, SEEN))
-DECIDING_COLUMN = SEEN
-"""The column that a comparison of encoders decides by."""
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (3, 5)
