@@ -72,10 +72,10 @@ def collect(
         scores = item_scores(comparison, answers)
         report["settings"]["columns"] = columns_of(answers)
         summary, report["differences"] = compare_scores(comparison, scores)
-        report["blind_questions"] = blind_questions(comparison, answers)
         report["loose_answers"] = loose_answers(comparison, answers)
         if (overall := scores.get("accuracy")) is not None:
             shared = {name: encoder_groups(comparison, name) for name in names}
+            report["blind_questions"] = blind_questions(comparison, answers, overall)
             report["calibration"] = calibrate(AnsweredRuns(overall.by_encoder, shared, labels(overall.clusters)))
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}

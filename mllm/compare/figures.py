@@ -206,14 +206,15 @@ def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
     return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
 
 
-def blind_questions(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
+def blind_questions(
+    comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]], overall: ItemScores
+) -> dict[str, Any]:
     """Of the deciding column: how many questions of each kind, and with which answers, blind models answer; their ids.
 
-    Empty where no blind models were compared, or nothing has an answer.
+    `overall` is `accuracy` of `item_scores`. Empty where no blind models were compared.
     """
-    deciding = columns_of(answers)[0]
-    overall = _scores_of_column(comparison, answers, deciding).get("accuracy")
-    if overall is None or not _blind(comparison):
+    deciding = overall.column
+    if not _blind(comparison):
         return {}
     marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
     lines = [line for line in first if COLUMNS.get(line["file"], line["file"]) == deciding and "correct" in line]
