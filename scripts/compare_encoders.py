@@ -18,12 +18,14 @@ def parser() -> argparse.ArgumentParser:
         "clips:DIR takes a run or export, in which {seed} stands for the pretraining seed",
     )
     p.add_argument(
-        "--seeds", type=int, help="pretraining seeds: encoders of each kind that is trained here (default: 5, --quick: 1)"
+        "--seeds",
+        type=int,
+        help="pretraining seeds: encoders of each kind that is trained here (default: 5, --quick: 1)",
     )
     p.add_argument(
         "--llava-seeds",
         type=int,
-        help="LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, which tells "
+        help="LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, to tell "
         "both kinds of seed apart; --quick: 3; as many as --seeds where no encoder is trained here)",
     )
     p.add_argument("--output", default="runs/compare", help="where encoders, cells and the report are written")

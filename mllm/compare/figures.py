@@ -160,7 +160,10 @@ def compare_scores(
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
             groups = independent_runs(encoder_groups(comparison, a, b))
-            estimate, split = interval(over_groups(between, groups), clusters), _spread(comparison, between, clusters, a, b)
+            estimate, split = (
+                interval(over_groups(between, groups), clusters),
+                _spread(comparison, between, clusters, a, b),
+            )
             row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
             row |= {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "verdict": estimate.verdict}
             row |= {"seeds": len(set(groups.tolist())), "runs": len(groups), "p_mcnemar": None, "p_holm": None}
@@ -228,7 +231,7 @@ def blind_questions(
 
 
 def loose_answers(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Encoder → how often, over all runs, an answer is right only when read loosely (evaluation/scores.py), examples."""
+    """Encoder → how often, over all runs, an answer is right only when read loosely (scores.exactness), examples."""
     found: dict[str, Any] = {}
     for encoder in encoder_names(comparison):
         lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]

@@ -185,8 +185,8 @@ def not_shown(report: Report) -> list[str]:
         points.append("One seed: the interval says nothing about other training runs.")
     elif fewest < 4:
         points.append(
-            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so that "
-            "a difference that is there is often missed."
+            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so "
+            "that a difference that is there is often missed."
         )
     points.append(
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
@@ -224,12 +224,12 @@ CALIBRATION_NOTE = (
 )
 BLIND_NOTE = (
     "Questions that blind models answer right in more than half of their runs. “Not answered blind” above is without "
-    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say yes: "
-    "then look at the kind by itself."
+    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say "
+    "yes: then look at the kind by itself."
 )
 ORDER_NOTE = (
-    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets are "
-    "comparisons of their own: `compare_encoders.py --order` sets them beside each other."
+    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets "
+    "are comparisons of their own: `compare_encoders.py --order` sets them beside each other."
 )
 LOOSE_NOTE = (
     "An answer counts as right when it is the expected one but for case, articles and the full stop at the end. "
@@ -302,7 +302,9 @@ def needed_table(report: Report) -> Table | None:
             alone = [_count(found.get(level)) for level in levels]
             both = [_count(number) for name, number in found.items() if name.endswith(TOGETHER)]
             lines.append([_pair_name(row), points, *alone, " × ".join(both) or "–"])
-    return Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines) if lines else None
+    return (
+        Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines) if lines else None
+    )
 
 
 def _count(number: int | None) -> str:
@@ -322,7 +324,11 @@ def calibration_table(report: Report) -> Table | None:
         for way, of_way in found.items()
         for row in of_way
     ]
-    gaps = [f"wins at {points} points, %" for points in (found["simulated"] or found["observed"])[0]["power"]] if rows else []
+    gaps = (
+        [f"wins at {points} points, %" for points in (found["simulated"] or found["observed"])[0]["power"]]
+        if rows
+        else []
+    )
     return Table(["", "seeds", "pictures", "false, %", *gaps], rows) if rows else None
 
 
@@ -467,7 +473,12 @@ def _parts(report: Report) -> list[dict[str, Any]]:
             calibration_table(report),
             calibration_sentences(calibration) if calibration else [],
         ),
-        ("Does the order hold?", ORDER_NOTE, Table(*order_rows(order)) if order else None, order and [order["conclusion"]]),
+        (
+            "Does the order hold?",
+            ORDER_NOTE,
+            Table(*order_rows(order)) if order else None,
+            order and [order["conclusion"]],
+        ),
         ("Questions that need no picture", BLIND_NOTE, blind_table(report), []),
         ("Answers that are nearly right", LOOSE_NOTE, loose_table(report), []),
     ]

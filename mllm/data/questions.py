@@ -58,7 +58,10 @@ def read_questions(path: Path) -> list[Question]:
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file (see `draw_evenly`) and their pictures; UserError naming a question whose picture is not there."""
+    """`limit` questions of a file, drawn evenly, and their pictures.
+
+    Raises UserError naming a question whose picture is not there.
+    """
     questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
         if not question.image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stored_answers_of_one_encoder_differ_from_themselves_in_about_5_of_100_pairs(many: Path) -> None:
-    """What `compare_encoders.py --calibrate` prints: at least 200 pairs of disjoint seeds, and the power beside them."""
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    """What `compare_encoders.py --calibrate` prints: 200 pairs of disjoint seeds or more, and the power."""
+    console = Console(record=True, width=160, file=io.StringIO())
     results = print_calibration(many, console)
     (result,) = results.values()
     assert list(results) == ["answers.jsonl"]
@@ -77,7 +78,7 @@ def test_stored_answers_of_one_encoder_differ_from_themselves_in_about_5_of_100_
 
 
 def test_an_interval_that_is_too_narrow_is_found_out(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that counts every answer for itself, as if no two runs, and no two questions of a picture, had luck in common."""
+    """One that counts every answer for itself, as if neither runs nor questions of a picture had luck in common."""
 
     def naive(scores: np.ndarray, clusters: np.ndarray) -> Estimate:
         reach = 1.96 * scores.std() / scores.size**0.5
@@ -127,7 +128,9 @@ def test_too_few_seeds_are_no_test(tmp_path: Path) -> None:
     assert found["observed"] == []
     assert len(found["simulated"]) == 1
     assert "needs four seeds" in calibration_sentences(found)[-1]
-    one = AnsweredRuns({n: s[:1] for n, s in runs.scores.items()}, dict.fromkeys(runs.shared, np.zeros(1, int)), runs.clusters)
+    one = AnsweredRuns(
+        {n: s[:1] for n, s in runs.scores.items()}, dict.fromkeys(runs.shared, np.zeros(1, int)), runs.clusters
+    )
     assert simulated("clips", "clip", one) is None
 
 

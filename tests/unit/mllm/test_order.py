@@ -13,7 +13,11 @@ from mllm.compare.order import HOLDS, OPEN, PARTLY, TURNS, order_of, print_order
 
 
 def report(
-    accuracy: dict[str, float], *, model: str = "SmolLM2-135M", budget: float = 0.75, other: dict[str, float] | None = None
+    accuracy: dict[str, float],
+    *,
+    model: str = "SmolLM2-135M",
+    budget: float = 0.75,
+    other: dict[str, float] | None = None,
 ) -> dict:
     """A report in which differences of 3 points and more are told apart; `other`: of a second sort of pictures."""
     metrics = {"accuracy": accuracy} | ({"accuracy@seen": other} if other else {})

@@ -64,7 +64,7 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("pictures_share", [0.0, 0.3, 1.0, 3.0, 30.0])
 def test_models_that_differ_by_picture_alone_tie_as_often(seeds: int, pictures_share: float) -> None:
-    """Differences with known variances: of seeds, of pictures (`pictures_share` of it in the mean), of single answers."""
+    """Known variances: of seeds, of pictures (`pictures_share` of it in the mean), of single answers."""
     rng, pictures = np.random.default_rng(11), 150
     clusters = np.arange(pictures)
     seed_deviation = 0.02

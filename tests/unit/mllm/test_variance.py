@@ -1,4 +1,4 @@
-"""Components of variance against their definition, the analysis of variance and known effects; counts that are needed."""
+"""Components of variance against their definition, the analysis of variance, known effects; counts that are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def runs_and_items(pretraining: int, llava: int, pictures: int, questions: int):
 def drawn(rng: np.random.Generator, runs, items, deviations: np.ndarray) -> np.ndarray:
     """[R, I] with effects of known standard deviations [1 + levels of runs, 1 + levels of items]."""
     total = np.zeros((len(runs[-1]), len(items[-1])))
-    for (a, row), (b, column) in product(enumerate([np.zeros_like(runs[0]), *runs]), enumerate([np.zeros_like(items[0]), *items])):
+    for (a, row), (b, column) in product(
+        enumerate([np.zeros_like(runs[0]), *runs]), enumerate([np.zeros_like(items[0]), *items])
+    ):
         total += deviations[a, b] * rng.standard_normal((row.max() + 1, column.max() + 1))[np.ix_(row, column)]
     return total
 
@@ -77,7 +79,9 @@ def test_levels_that_cannot_be_told_apart_become_one() -> None:
     runs, pictures = np.arange(3), np.array([0, 0, 1, 1])
     named = distinct_levels([("pretraining seed", runs), ("LLaVA seed", runs)])
     assert [name for name, _ in named] == ["pretraining seed and LLaVA seed"]
-    assert [name for name, _ in distinct_levels([("pretraining seed", 0 * runs), ("LLaVA seed", runs)])] == ["LLaVA seed"]
+    assert [name for name, _ in distinct_levels([("pretraining seed", 0 * runs), ("LLaVA seed", runs)])] == [
+        "LLaVA seed"
+    ]
     one = spread(np.eye(4)[:1], [("pretraining seed", np.zeros(1, int)), ("LLaVA seed", np.zeros(1, int))],
                  [("picture", pictures), ("question", np.arange(4))])  # fmt: skip
     assert one.runs == ()
