@@ -25,6 +25,8 @@ SEEDS, QUICK_LLAVA_SEEDS = 5, 3
 """Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""
+DRAWN = "evenly over kinds and answers"
+"""How a limit leaves questions; cells whose questions were chosen otherwise are asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +129,10 @@ def question_files(comparison: Comparison) -> tuple[list[Path], Path | None]:
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
     """What decides which questions a cell answers, and how."""
     dtype = answer_dtype("auto", choose_device(comparison.device))
-    content = {}
+    content: dict[str, Any] = {}
     if comparison.question_file is not None:
         content = {"sha256": sha256(comparison.question_file)}
     questions = comparison.question_file.name if comparison.question_file else "the demo's"
     limit = question_limit(comparison)
+    content |= {"drawn": DRAWN} if limit is not None else {}
     return {"questions": questions, "limit": limit, "dtype": str(dtype).removeprefix("torch.")} | content

@@ -360,6 +360,14 @@ def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: P
     place = cells_of(finished)[0].evaluation
     with pytest.raises(UserError, match=rf"limit: None there, 7 asked\n.*remove {place}"):
         check_cells(shorter)
+    record = cells_of(finished)[0].directory / "cell.json"
+    strided = json.loads(record.read_text())
+    strided["evaluation"]["limit"] = 7  # of a version that took every n-th question
+    record.write_text(json.dumps(strided))
+    with pytest.raises(UserError, match=r"drawn: None there, evenly over kinds and answers asked"):
+        check_cells(shorter)
+    write_record = strided | {"evaluation": evaluation_settings(finished)}
+    record.write_text(json.dumps(write_record))
     mended = tmp_path / "question.jsonl"
     mended.write_text(finished.question_file.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match=r"sha256: \w+ there, \w+ asked"):
