@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--llava-seeds",
         type=int,
-        help="LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, which tells "
+        help="LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, to tell "
         "both kinds of seed apart; --quick: 3; as many as --seeds where no encoder is trained here)",
     )
     p.add_argument("--output", default="runs/compare", help="where encoders, cells and the report are written")

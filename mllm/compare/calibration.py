@@ -121,7 +121,9 @@ def simulated(a: str, b: str, runs: AnsweredRuns, *, tries: int = TRIES, seed: i
         for gap in GAPS:
             wins[gap] += found.mean + gap > reach
     power: dict[str, float | None] = {_points(gap): wins[gap] / tries for gap in GAPS}
-    return Calibration(f"{a} − {b}", int(groups.max()) + 1, int(runs.clusters.max()) + 1, tries, None, false / tries, power)
+    return Calibration(
+        f"{a} − {b}", int(groups.max()) + 1, int(runs.clusters.max()) + 1, tries, None, false / tries, power
+    )
 
 
 class _Drawn:

@@ -124,8 +124,8 @@ def check_cells(comparison: Comparison) -> None:
         _refuse(cell.directory, f"cell {cell.name} ({cell.directory})", changes)
         record = read_json(cell.directory / "cell.json") if cell.evaluation.is_dir() else {}
         before = record.get("evaluation", {})
-        names = [name for name in before if before[name] != asked.get(name)]
-        changes = [f"{name}: {before[name]} there, {asked.get(name)} asked" for name in names]
+        names = [name for name in before | asked if before and before.get(name) != asked.get(name)]
+        changes = [f"{name}: {before.get(name)} there, {asked.get(name)} asked" for name in names]
         _refuse(cell.evaluation, f"cell {cell.name} was asked otherwise: {cell.evaluation}", changes)
 
 

@@ -32,6 +32,7 @@ from mllm.compare.cells import (
 from mllm.compare.comparison import Comparison
 from mllm.compare.figures import (
     blind_questions,
+    columns_of,
     compare_benchmarks,
     compare_scores,
     item_scores,
@@ -41,7 +42,7 @@ from mllm.compare.figures import (
     read_answers,
 )
 from mllm.compare.order import order_of
-from mllm.compare.plan import PLAN, QUESTIONS, SETS, deciding_column, stored_questions, what_was_fixed
+from mllm.compare.plan import PLAN, stored_questions, what_was_fixed
 from mllm.compare.statistics import independent_runs, labels
 from mllm.evaluation.scores import scorer_version
 from mllm.training.stages import STAGES
@@ -91,11 +92,12 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     if plan["questions"]:
         answers = read_answers(comparison)
         scores = item_scores(comparison, answers)
+        report["settings"]["columns"] = columns_of(answers)
         summary, report["differences"] = compare_scores(comparison, scores)
-        report["blind_questions"] = blind_questions(comparison, answers)
         report["loose_answers"] = loose_answers(comparison, answers)
         if (overall := scores.get("accuracy")) is not None:
             shared = {name: encoder_groups(comparison, name) for name in names}
+            report["blind_questions"] = blind_questions(comparison, answers, overall)
             report["calibration"] = calibrate(AnsweredRuns(overall.by_encoder, shared, labels(overall.clusters)))
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}
@@ -123,10 +125,10 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
 def stored_files(comparison: Comparison) -> list[str]:
     """The files that the report rests on, as paths below the comparison's directory, sorted."""
     output, questions = comparison.output, stored_questions(comparison.output)
-    files = [output / PLAN, output / ENCODERS, output / QUESTIONS / SETS, *questions.values()]
+    files = [output / PLAN, output / ENCODERS, *questions.values()]
     for cell in cells_of(comparison):
         files += [cell.directory / name for name in RECORDS]
-        files += [cell.evaluation / f"{asked.name}.jsonl" for asked in questions]
+        files += [cell.evaluation / f"{name}.jsonl" for name in questions]
         files += [found for task in comparison.benchmarks if (found := newest_results(cell.directory, task))]
     return sorted(_below(comparison, path) for path in files if path.is_file())
 
@@ -163,8 +165,7 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
         "llava_seeds": llava_runs(comparison),
-        "columns": list(dict.fromkeys(asked.column for asked in stored_questions(comparison.output))),
-        "deciding_column": deciding_column(comparison.output),
+        "columns": [],
         "quick": comparison.quick,
         "budget_share": plan["budget"]["share"],
         "distinct_encoders": {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import sha256
-from mllm.data.questions import QuestionSet
 from mllm.training.stages import STAGES
 
 DEMO_SHARE, QUICK_SHARE = 0.75, 0.15
@@ -24,6 +23,8 @@ SEEDS, QUICK_LLAVA_SEEDS = 5, 3
 """Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
 QUICK_LIMIT = 400
 """Questions of each file with --quick, where --limit does not say."""
+DRAWN = "evenly over kinds and answers"
+"""How a limit leaves questions; cells whose questions were chosen otherwise are asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,22 +124,17 @@ def question_limit(comparison: Comparison) -> int | None:
     return comparison.limit or (QUICK_LIMIT if comparison.quick else None)
 
 
-def question_sets(comparison: Comparison) -> tuple[QuestionSet, ...]:
-    """What every cell is to be asked, set by set."""
-    from mllm.data.demo import QUESTION_SETS
+def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:
+    """What the answers to each file are called → the file, and the folder of pictures that they are about.
 
-    own = comparison.question_file
-    return QUESTION_SETS if own is None else (QuestionSet(own.stem, own.name, own.stem),)
-
-
-def question_files(comparison: Comparison) -> tuple[list[Path], Path | None]:
-    """The file of each set, and the folder of pictures that they are about; builds the demo where it is missing."""
-    from mllm.data.demo import DEMO_DIR, IMAGES, QUESTION_SETS, ensure_llava_demo
+    Builds the demo where it is missing.
+    """
+    from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 
     if comparison.question_file is not None:
-        return [comparison.question_file], comparison.question_images
+        return {comparison.question_file.stem: comparison.question_file}, comparison.question_images
     demo = ensure_llava_demo(DEMO_DIR)
-    return [demo / asked.file for asked in QUESTION_SETS], demo / IMAGES
+    return {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}, demo / IMAGES
 
 
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
@@ -147,9 +143,10 @@ def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
     from mllm.evaluation.evaluate import answer_dtype
 
     dtype = answer_dtype("auto", choose_device(comparison.device))
-    content = {}
+    content: dict[str, Any] = {}
     if comparison.question_file is not None:
         content = {"sha256": sha256(comparison.question_file)}
     questions = comparison.question_file.name if comparison.question_file else "the demo's"
     limit = question_limit(comparison)
+    content |= {"drawn": DRAWN} if limit is not None else {}
     return {"questions": questions, "limit": limit, "dtype": str(dtype).removeprefix("torch.")} | content

@@ -20,7 +20,7 @@ from clips.common.errors import UserError
 from mllm.compare.benchmarks import benchmark_results
 from mllm.compare.cells import Cell, cells_of, encoder_groups, encoder_names
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import deciding_column, stored_questions
+from mllm.compare.plan import stored_questions
 from mllm.compare.statistics import holm, independent_runs, interval, labels, mcnemar, over_groups
 from mllm.compare.variance import Spread, spread
 from mllm.data.questions import read_questions
@@ -33,6 +33,9 @@ EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
 POINTS = (0.01, 0.02, 0.05)
 """Differences for which the report says how many seeds and pictures they need."""
+SEEN, UNSEEN = "seen", "unseen"
+COLUMNS = {"answers": SEEN, "descriptions": SEEN, "answers_unseen": UNSEEN, "descriptions_unseen": UNSEEN}
+"""File of answers to the demo's questions → what sort of pictures it is about; any other file is a sort of its own."""
 NEEDS_PICTURE = "needs_picture"
 """The metric over the questions of the deciding column that blind models do not answer."""
 
@@ -53,11 +56,11 @@ class ItemScores:
 
 # ---------------------------------------------------------------------------------------------- downstream
 def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
-    """Each cell's answers, all sets of questions together; UserError naming a cell that was asked something else."""
+    """Each cell's answers, all question files together; UserError naming a cell that was asked something else."""
     answers: dict[Cell, list[dict[str, Any]]] = {}
     cells = cells_of(comparison)
     for cell in cells:
-        files = [cell.evaluation / f"{asked.name}.jsonl" for asked in stored_questions(comparison.output)]
+        files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
         answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_text().splitlines()]
         asked = [{key: line.get(key) for key in ASKED} for line in answers[cell]]
         first = cells[0]
@@ -69,16 +72,22 @@ def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
     return answers
 
 
+def columns_of(answers: dict[Cell, list[dict[str, Any]]]) -> list[str]:
+    """The sorts of pictures that were asked about, the deciding one first: those of unseen artists, where there are."""
+    first = next(iter(answers.values()))
+    found = dict.fromkeys(COLUMNS.get(line["file"], line["file"]) for line in first)
+    return sorted(found, key=lambda column: column != UNSEEN)
+
+
 def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, ItemScores]:
     """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` where there are references.
 
     Of another column than the deciding one a metric's name ends with @COLUMN. `needs_picture` is the accuracy over
     the deciding column without the questions that blind models answer, for all others than these.
     """
-    deciding, found = deciding_column(comparison.output), {}
-    for column in sorted(
-        {asked.column for asked in stored_questions(comparison.output)}, key=lambda name: name != deciding
-    ):
+    columns = columns_of(answers)
+    deciding, found = columns[0], {}
+    for column in columns:
         suffix = "" if column == deciding else f"@{column}"
         for name, metric in _scores_of_column(comparison, answers, column).items():
             found[name + suffix] = metric
@@ -98,7 +107,6 @@ def _scores_of_column(
     cells = cells_of(comparison)
     first = answers[cells[0]]
     clusters = [line.get("image") or f"question {line['question_id']}" for line in first]
-    sets = [asked for asked in stored_questions(comparison.output) if asked.column == column]
     found: dict[str, ItemScores] = {}
 
     def add(name: str, items: list[int], scores: Mapping[Cell, Sequence[float]], kind: str | None = None) -> None:
@@ -108,8 +116,8 @@ def _scores_of_column(
         arrays = {encoder: np.array(rows) for encoder, rows in by_encoder.items()}
         found[name] = ItemScores([clusters[i] for i in items], arrays, column, kind)
 
-    names = {asked.name for asked in sets}
-    scored = [i for i, line in enumerate(first) if line["file"] in names and "correct" in line]
+    of_column = [i for i, line in enumerate(first) if COLUMNS.get(line["file"], line["file"]) == column]
+    scored = [i for i in of_column if "correct" in first[i]]
     kinds = list(dict.fromkeys(first[i]["kind"] for i in scored))
     groups = [("accuracy", None, scored)] if scored else []
     if len(kinds) > 1:
@@ -117,13 +125,12 @@ def _scores_of_column(
     for name, kind, items in groups:
         add(name, items, {cell: [lines[i]["correct"] for i in items] for cell, lines in answers.items()}, kind)
     references = {
-        (asked.name, question.id): question.references
-        for asked, path in stored_questions(comparison.output).items()
-        if asked in sets
+        (file, question.id): question.references
+        for file, path in stored_questions(comparison.output).items()
         for question in read_questions(path)
         if question.references
     }
-    described = [i for i, line in enumerate(first) if (line["file"], line["question_id"]) in references]
+    described = [i for i in of_column if (first[i]["file"], first[i]["question_id"]) in references]
     if described:
         texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
         each = {cell: cider([lines[i]["text"] for i in described], texts)[1] for cell, lines in answers.items()}
@@ -199,17 +206,18 @@ def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
     return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
 
 
-def blind_questions(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
+def blind_questions(
+    comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]], overall: ItemScores
+) -> dict[str, Any]:
     """Of the deciding column: how many questions of each kind, and with which answers, blind models answer; their ids.
 
-    Empty where no blind models were compared, or nothing has an answer.
+    `overall` is `accuracy` of `item_scores`. Empty where no blind models were compared.
     """
-    overall = _scores_of_column(comparison, answers, deciding_column(comparison.output)).get("accuracy")
-    if overall is None or not _blind(comparison):
+    deciding = overall.column
+    if not _blind(comparison):
         return {}
-    marked = solved_blind(comparison, overall)
-    names = {asked.name for asked in stored_questions(comparison.output) if asked.column == overall.column}
-    lines = [line for line in next(iter(answers.values())) if line["file"] in names and "correct" in line]
+    marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
+    lines = [line for line in first if COLUMNS.get(line["file"], line["file"]) == deciding and "correct" in line]
     solved = [line for line, is_solved in zip(lines, marked, strict=True) if is_solved]
     kinds: dict[str, Any] = {}
     for kind in dict.fromkeys(line["kind"] for line in lines):
@@ -220,7 +228,7 @@ def blind_questions(comparison: Comparison, answers: dict[Cell, list[dict[str, A
 
 
 def loose_answers(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Encoder → how often, over all runs, an answer is right only when read loosely (evaluation/scores.py), examples."""
+    """Encoder → how often, over all runs, an answer is right only when read loosely (scores.exactness), examples."""
     found: dict[str, Any] = {}
     for encoder in encoder_names(comparison):
         lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]

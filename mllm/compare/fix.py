@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,21 @@ from mllm.compare.comparison import (
     Comparison,
     asks_questions,
     budget_share,
-    deciding_column,
     is_demo,
     question_files,
-    question_sets,
 )
+from mllm.compare.figures import COLUMNS, UNSEEN
 from mllm.compare.plan import (
     FORMAT,
     PLAN,
     QUESTIONS,
-    SETS,
     asked_questions,
     deciding,
     fixed_flags,
     kinds_of,
     read_plan,
 )
-from mllm.data.questions import QuestionSet, read_questions
+from mllm.data.questions import read_questions
 from mllm.evaluation.scores import scorer_version
 from mllm.training.arguments import TrainArguments
 from mllm.training.prepare import START_IMAGES
@@ -45,12 +42,8 @@ def fix(comparison: Comparison) -> dict[str, Any]:
     plan, output = plan_of(comparison), comparison.output
     shutil.rmtree(output / QUESTIONS, ignore_errors=True)
     (output / QUESTIONS).mkdir(parents=True)
-    sets = []
-    for asked, path in _sets(comparison):
-        copy = replace(asked, file=f"{asked.name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
-        shutil.copyfile(path, output / QUESTIONS / copy.file)
-        sets.append(asdict(copy))
-    write_json(output / QUESTIONS / SETS, {"deciding_column": plan["deciding_column"], "sets": sets})
+    for name, path in _files(comparison).items():
+        shutil.copyfile(path, output / QUESTIONS / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
     begun = len(list((output / "cells").glob("*/cell.json")))  # also of encoders and seeds that are not asked for now
     if not read_plan(output) or not begun:
         write_json(output / PLAN, plan | {"cells_begun": begun})
@@ -61,15 +54,16 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
     cell = cells_of(comparison)[0]
     arguments = {stage.name: train_arguments(comparison, cell, number) for number, stage in STAGES.items()}
-    sets = _sets(comparison)
-    asked = {one.name: asked_questions(comparison, path) for one, path in sets}
-    column = deciding_column(comparison)
-    of_column = [question for one, _ in sets if one.column == column for question in asked[one.name]]
+    files = _files(comparison)
+    asked = {name: asked_questions(comparison, path) for name, path in files.items()}
+    columns = {name: COLUMNS.get(name, name) for name in files}
+    first = UNSEEN if UNSEEN in columns.values() else next(iter(columns.values()), None)
     return {
         "format": FORMAT,
         "comparison": fixed_flags(comparison),
-        "decides": deciding(comparison, of_column),
-        "deciding_column": column,
+        "decides": deciding(
+            comparison, [q for name, of_file in asked.items() if columns[name] == first for q in of_file]
+        ),
         "is_demo": is_demo(comparison),
         "budget": {
             "share": budget_share(comparison),
@@ -77,25 +71,23 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
             "projector": {name: _projector(given) for name, given in arguments.items()},
         },
         "questions": {
-            one.name: {
+            name: {
                 "file": path.name,
-                "column": one.column,
+                "column": columns[name],
                 "sha256": sha256(path),
                 "questions": len(read_questions(path)),
-                "asked": len(asked[one.name]),
-                "kinds": kinds_of(asked[one.name]),
+                "asked": len(asked[name]),
+                "kinds": kinds_of(asked[name]),
             }
-            for one, path in sets
+            for name, path in files.items()
         },
         "scorer": scorer_version(),
     }
 
 
-def _sets(comparison: Comparison) -> list[tuple[QuestionSet, Path]]:
+def _files(comparison: Comparison) -> dict[str, Path]:
     """What every cell is asked; nothing where there are benchmarks alone."""
-    if not asks_questions(comparison):
-        return []
-    return list(zip(question_sets(comparison), question_files(comparison)[0], strict=True))
+    return question_files(comparison)[0] if asks_questions(comparison) else {}
 
 
 def _projector(arguments: TrainArguments) -> str:

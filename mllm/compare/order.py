@@ -87,7 +87,7 @@ def _conclusion(conditions: list[dict[str, Any]], pairs: list[dict[str, Any]]) -
             f"{partly} are told apart in some and tie in others."
         )
     if names(HOLDS):
-        return f"The conclusion does not depend on the {what}: every pair that is told apart is so, the same way, each time."
+        return f"The conclusion does not depend on the {what}: what is told apart is so, the same way, each time."
     return "No pair of encoders was told apart under any condition: there is no order that could hold."
 
 

@@ -5,12 +5,12 @@
     decides      the figure that the comparison is made for, as `accuracy` or `accuracy/KIND`, of the deciding column
     is_demo      whether the cells train on the demo's data
     budget       the share of each stage's samples, the samples, and how each stage's projector starts
-    questions    set → file and column, the file's SHA-256, its questions, how many are asked, of which kinds
+    questions    name → file, column (what sort of pictures), SHA-256, questions, how many are asked, of which kinds
     scorer       which scorer (`mllm.evaluation.scores.scorer_version`)
     cells_begun  cells that had begun when this was written: 0, or nothing was fixed before
 
-OUTPUT/questions/ holds a copy of each set's file, and sets.json, their order and columns: so that a finished comparison
-answers for itself.
+OUTPUT/questions/NAME.jsonl is a copy of the file that is answered in CELL/evaluation/NAME.jsonl: so that a finished
+comparison answers for itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, sha256
 from mllm.compare.comparison import Comparison, question_limit
-from mllm.data.questions import Question, QuestionSet, draw_evenly, read_questions
+from mllm.data.questions import Question, draw_evenly, read_questions
 
-PLAN, QUESTIONS, SETS = "compare.json", "questions", "sets.json"
+PLAN, QUESTIONS = "compare.json", "questions"
 FORMAT = 1
 NOT_FIXED = {
     *("output", "jobs", "device", "question_file", "question_images", "include_path", "karpathy", "image_root"),
@@ -61,21 +61,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
-def stored_questions(output: Path) -> dict[QuestionSet, Path]:
-    """The sets of questions → the copies of their files, in the order in which they are compared.
-
-    UserError for a name that leads elsewhere.
-    """
-    sets = [QuestionSet(**found) for found in read_json(output / QUESTIONS / SETS).get("sets", [])]
-    for one in sets:
-        if any(not isinstance(text, str) or Path(text).name != text for text in (one.name, one.file)):
-            raise UserError(f"{output / QUESTIONS / SETS}: {one.name!r}, {one.file!r} are no names of files")
-    return {one: output / QUESTIONS / one.file for one in sets}
-
-
-def deciding_column(output: Path) -> str:
-    """The column of the sets of questions that decides."""
-    return read_json(output / QUESTIONS / SETS)["deciding_column"]
+def stored_questions(output: Path) -> dict[str, Path]:
+    """What the answers to each file are called → the copy of the file, in the order in which they are compared."""
+    return {path.stem: path for path in sorted((output / QUESTIONS).glob("*"))}
 
 
 def asked_questions(comparison: Comparison, path: Path) -> list[Question]:

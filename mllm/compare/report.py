@@ -105,7 +105,7 @@ def controls(report: Report) -> list[str]:
     if len(settings["columns"]) > 1:
         points.append(
             f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
-            f"{settings['deciding_column']} decides; figures of the others are named after them."
+            f"{settings['columns'][0]} decides; figures of the others are named after them."
         )
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {encoder["kind"] for encoder in report["encoders"].values()}
@@ -178,8 +178,8 @@ def not_shown(report: Report) -> list[str]:
         points.append("One seed: the interval says nothing about other training runs.")
     elif fewest < 4:
         points.append(
-            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so that "
-            "a difference that is there is often missed."
+            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so "
+            "that a difference that is there is often missed."
         )
     points.append(
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
@@ -217,12 +217,12 @@ CALIBRATION_NOTE = (
 )
 BLIND_NOTE = (
     "Questions that blind models answer right in more than half of their runs. “Not answered blind” above is without "
-    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say yes: "
-    "then look at the kind by itself."
+    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say "
+    "yes: then look at the kind by itself."
 )
 ORDER_NOTE = (
-    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets are "
-    "comparisons of their own: `compare_encoders.py --order` sets them beside each other."
+    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets "
+    "are comparisons of their own: `compare_encoders.py --order` sets them beside each other."
 )
 LOOSE_NOTE = (
     "An answer counts as right when it is the expected one but for case, articles and the full stop at the end. "

@@ -31,7 +31,7 @@ from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
 from mllm.compare.cells import Cell, cells_of
 from mllm.compare.collect import REPORT, computed, stored_files
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import PLAN, QUESTIONS, SETS, asked_questions, comparison_of, deciding_column, stored_questions
+from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
 from mllm.compare.words import headline
 from mllm.data.questions import Question
 from mllm.evaluation.scores import is_right, score, scorer_version
@@ -79,7 +79,7 @@ def _verify(output: Path) -> Verification:
     found.differs += _cells_there(output, cells)
     found.differs += _questions(output, report["plan"])
     if not found.differs:
-        asked = {one.name: asked_questions(comparison, path) for one, path in stored_questions(output).items()}
+        asked = {name: asked_questions(comparison, path) for name, path in stored_questions(output).items()}
         for cell in cells:
             found.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, asked)]
             found.answers += sum(map(len, asked.values()))
@@ -126,22 +126,13 @@ def _cells_there(output: Path, cells: list[Cell]) -> Iterator[str]:
 
 
 def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
-    files = {asked.name: (asked, path) for asked, path in stored_questions(output).items()}
-    wanted, there = plan["questions"], {path.name for path in (output / QUESTIONS).glob("*")}
-    yield from (f"question set {name} is missing" for name in wanted if name not in files)
-    for name, (asked, path) in files.items():
+    files, wanted = stored_questions(output), plan["questions"]
+    yield from (f"question file {name} is missing" for name in wanted if name not in files)
+    for name, path in files.items():
         if name not in wanted:
-            yield f"question set {name} is none of this comparison's"
-        elif asked.column != wanted[name]["column"]:
-            yield f"question set {name} is of column {asked.column}, and was fixed as of {wanted[name]['column']}"
-        elif not path.is_file():
-            yield f"question file {path.name} is missing"
+            yield f"question file {name} is none of this comparison's"
         elif sha256(path) != wanted[name]["sha256"]:
-            yield f"question file {path.name} was changed: its SHA-256 is not the one in the plan"
-    for name in sorted(there - {SETS} - {path.name for _, path in files.values()}):
-        yield f"question file {name} is none of this comparison's"
-    if deciding_column(output) != plan["deciding_column"]:
-        yield f"the deciding column is {deciding_column(output)}, and was fixed as {plan['deciding_column']}"
+            yield f"question file {name} was changed: its SHA-256 is not the one in the plan"
     if sum(entry["asked"] for entry in wanted.values()) > MOST_QUESTIONS:
         raise UserError(f"{output}: more than {MOST_QUESTIONS:,} questions")
 
@@ -160,15 +151,17 @@ def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]
     if not cell.figures.is_file():
         yield "its figures are missing"
         return
-    recorded, again = read_json(cell.figures), {}
+    recorded = read_json(cell.figures)
+    again: dict[str, Any] = {}
     if recorded.get("scorer") != scorer_version():
         yield f"its answers were scored by another version of the scorer ({str(recorded.get('scorer'))[:12]})"
-    for name, questions in asked.items():
+    sets = recorded.get("sets", {})
+    for name in sorted(asked, key=lambda name: list(sets).index(name) if name in sets else len(sets)):  # as it did
+        questions, said = asked[name], sets.get(name, {})
         path = cell.evaluation / f"{name}.jsonl"
         if not path.is_file():
             yield f"its answers {name} are missing"
             continue
-        said = recorded.get("sets", {}).get(name, {})
         if said.get("answers", {}).get("sha256") != sha256(path):
             yield f"its answers {name} are not those that it gave: their SHA-256 is another one"
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]

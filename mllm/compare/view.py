@@ -118,7 +118,7 @@ def seconds_of_cell(comparison: Comparison) -> tuple[float, str]:
         seconds += stage_samples(comparison, cells[0], number) / ASSUMED[stage.name]
     if asks_questions(comparison):
         limit = question_limit(comparison)
-        counts = [len(read_json_records(path)) for path in question_files(comparison)[0]]
+        counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
         seconds += sum(min(count, limit or count) for count in counts) / ASSUMED["evaluation"]
     rates = ", ".join(f"{rate:g}/s {name}" for name, rate in ASSUMED.items())
     return seconds, f"an assumption for one core, no cell is finished yet ({rates})"

@@ -37,7 +37,6 @@ from clips import (
     open_source,
 )
 from clips.common.errors import UserError
-from mllm.data.questions import QuestionSet
 
 VERSION = 2
 """Raise it when texts or files change: older folders are then built anew."""
@@ -48,11 +47,6 @@ ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-
-SEEN = "seen"
-QUESTION_SETS = (QuestionSet("answers", QUESTIONS, SEEN), QuestionSet("descriptions", DESCRIPTIONS, SEEN))
-DECIDING_COLUMN = SEEN
-"""The column that a comparison of encoders decides by."""
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (3, 5)

@@ -27,17 +27,6 @@ class Question:
     references: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class QuestionSet:
-    """One file of held-out questions, and what becomes of its answers."""
-
-    name: str
-    """Of the file of answers, without .jsonl."""
-    file: str
-    column: str
-    """What tables call the pictures that are asked about; sets of one column are about the same sort."""
-
-
 def read_questions(path: Path) -> list[Question]:
     """LLaVA's question.jsonl (`question_id`, `text`, `image`), with `kind`, `answer` or `references` where known.
 
@@ -71,9 +60,9 @@ def read_questions(path: Path) -> list[Question]:
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file (see `draw_evenly`) and their pictures.
+    """`limit` questions of a file, drawn evenly, and their pictures.
 
-    UserError naming a question whose picture is not there.
+    Raises UserError naming a question whose picture is not there.
     """
     from mllm.data.images import ImageStore  # with it comes torch, which reading questions alone does without
 

@@ -28,7 +28,7 @@ from clips.common.hub import resolve
 from clips.common.progress import ProgressFile
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, IMAGES, QUESTION_SETS, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
@@ -163,7 +163,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        files = {asked.name: demo / asked.file for asked in QUESTION_SETS}
+        files = {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     if flags.num_chunks > 1:

@@ -21,7 +21,7 @@ from mllm.data.questions import Question, read_questions
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
+from mllm.evaluation.scores import exact_match_figures, exactness, is_right, normalise, says_yes, yes_no_figures
 from mllm.model.load import CACHE, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
@@ -183,6 +183,23 @@ def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
 def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, expected: str, right: bool) -> None:
     assert is_right(answer, expected) == right
     assert normalise(normalise(answer)) == normalise(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "how"),
+    [
+        ("A fox", "A fox", "exact"),
+        ("a fox.", "A fox", "normalised"),
+        ("Yes, there is a fox.", "Yes", "prefix"),
+        ("(B) a fox", "B", "prefix"),
+        ("Yesterday", "Yes", "wrong"),
+        ("A foxglove", "A fox", "wrong"),
+        ("", "Yes", "wrong"),
+    ],
+)
+def test_how_literally_an_answer_is_right(answer: str, expected: str, how: str) -> None:
+    assert exactness(answer, expected) == how
+    assert is_right(answer, expected) == (how in ("exact", "normalised"))
 
 
 def test_accuracy_per_kind_with_wilson_s_interval() -> None:
