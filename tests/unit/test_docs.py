@@ -22,7 +22,7 @@ from mllm.encoders.names import parse_vision_name
 from mllm.training.arguments import parse_train_arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"source", "mkdir", "tar", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
+OTHERS = {"source", "mkdir", "tar", "sha256sum", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
 """First words of commands that are not this project's."""
 LAUNCHERS = {"python", "deepspeed", "torchrun", "bash", "sbatch"}
 MAX_README_LINES = 140
