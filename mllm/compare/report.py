@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,24 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import reporting
-from clips.common.escape import clip, for_plot
+from clips.common.escape import for_plot
 from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
-from mllm.compare.calibration import calibration_sentences
 from mllm.compare.collect import REPORT
-from mllm.compare.order import order_rows
+from mllm.compare.evidence import evidence
 from mllm.compare.probe import PROBE
-from mllm.compare.variance import ANSWERS, TOGETHER
-from mllm.compare.words import difference_text, headline, interval_text, metric_name, percent_text, value_text
+from mllm.compare.words import (
+    counts_right_answers,
+    difference_text,
+    headline,
+    interval_text,
+    metric_name,
+    overall_rows,
+    pair_name,
+    percent_text,
+    value_text,
+)
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
@@ -198,37 +206,6 @@ STATISTICS = (
     "of one pair. “Needed” is the number of questions with which the interval would find a difference of the size seen "
     "with power 0.8; – where more questions alone would not do."
 )
-VARIANCE_NOTE = (
-    "Where a figure's uncertainty comes from: its standard error in points, and the part of its variance that each "
-    "source gives, in percent, as many seeds and pictures as there are here being averaged. “Single answers” is what a "
-    "seed does to one picture or question. A spread of few seeds is itself known badly: of five, to a factor between "
-    "0.6 and 2.9. Seeds whose effects cannot be told apart stand in one column."
-)
-NEEDED_NOTE = (
-    "How many of each show a difference of 1, 2 or 5 points over all questions in four of five comparisons: of one "
-    "source alone, all else as it is here, and of seeds and pictures together, both grown by one factor. More pictures "
-    "bring as many questions each as now. – where it alone cannot."
-)
-CALIBRATION_NOTE = (
-    "Differences that are none, and some of a known size. Observed: an encoder's answers against those of the same "
-    "encoder with other seeds, half of the pictures at a time; a gap is put in by turning that share of wrong answers "
-    "right. Simulated: as spread as the two encoders' difference, and as large as this comparison. “False” should be "
-    "5 %, and 3 to 7 are called so; `compare_encoders.py --calibrate` makes the same tables."
-)
-BLIND_NOTE = (
-    "Questions that blind models answer right in more than half of their runs. “Not answered blind” above is without "
-    "them. Where there are few answers that leaves out whole ones, as all yes of yes/no for models that always say "
-    "yes: then look at the kind by itself."
-)
-ORDER_NOTE = (
-    "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets "
-    "are comparisons of their own: `compare_encoders.py --order` sets them beside each other."
-)
-LOOSE_NOTE = (
-    "An answer counts as right when it is the expected one but for case, articles and the full stop at the end. "
-    "Normalised: right, but only so. Prefix: counted wrong, but it begins with the expected words or letter and goes "
-    "on. Where either is frequent, the scorer decides with."
-)
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
     "sees and is measured the same way for all; retrieval (one sentence an image; parts: several captions) and "
@@ -244,101 +221,6 @@ def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any
         numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
         lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
     return Table(head, lines)
-
-
-def variance_table(report: Report) -> Table | None:
-    """Of every encoder's figures in the deciding column, and of every difference over all questions."""
-    figures = [
-        (f"{name}: {metric_name(metric)}", figure["variance"])
-        for name, encoder in report["encoders"].items()
-        for metric, figure in encoder["metrics"].items()
-        if _is_deciding(metric)
-    ]
-    figures += [(_pair_name(row), row["variance"]) for row in _overall(report)]
-    sources = _in_order(name for _, variance in figures for name in variance)
-    rows = []
-    for name, variance in figures:
-        if (total := sum(variance.values())) > 0:
-            shares = [f"{100 * variance[source] / total:.0f}" if source in variance else "–" for source in sources]
-            rows.append([name, f"{100 * total**0.5:.2f}", *shares])
-    return Table(["", "standard error", *sources], rows) if rows else None
-
-
-def _is_deciding(metric: str) -> bool:
-    """Whether right answers of the deciding column are what a metric counts."""
-    return "@" not in metric and not metric.startswith("cider_d")
-
-
-def _in_order(sources: Iterable[str]) -> list[str]:
-    """Names of sources of variance, seeds before pictures before single answers."""
-    found = set(sources)
-    return sorted(found, key=lambda name: (name == ANSWERS, "seed" not in name, " and " in name, name))
-
-
-def needed_table(report: Report) -> Table | None:
-    rows = _overall(report)
-    levels = _in_order(
-        name for row in rows for found in row["needed"].values() for name in found if not name.endswith(TOGETHER)
-    )
-    lines = []
-    for row in rows:
-        for points, found in row["needed"].items():
-            alone = [_count(found.get(level)) for level in levels]
-            both = [_count(number) for name, number in found.items() if name.endswith(TOGETHER)]
-            lines.append([_pair_name(row), points, *alone, " × ".join(both) or "–"])
-    return (
-        Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines) if lines else None
-    )
-
-
-def _count(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
-
-
-def calibration_table(report: Report) -> Table | None:
-    found = report.get("calibration", {})
-    rows = [
-        [
-            f"{row['about']}, {way}",
-            str(row["seeds"]),
-            f"{row['pictures']:,}",
-            f"{100 * row['false']:.1f}",
-            *("–" if share is None else f"{100 * share:.0f}" for share in row["power"].values()),
-        ]
-        for way, of_way in found.items()
-        for row in of_way
-    ]
-    gaps = (
-        [f"wins at {points} points, %" for points in (found["simulated"] or found["observed"])[0]["power"]]
-        if rows
-        else []
-    )
-    return Table(["", "seeds", "pictures", "false, %", *gaps], rows) if rows else None
-
-
-def blind_table(report: Report) -> Table | None:
-    kinds = report.get("blind_questions", {}).get("kinds", {})
-    rows = [
-        [kind, f"{found['solved']:,} of {found['questions']:,}", _most_common(found["answers"])]
-        for kind, found in kinds.items()
-    ]
-    return Table(["kind", "answered blind", "their answers"], rows) if rows else None
-
-
-def _most_common(answers: dict[str, int]) -> str:
-    shown = [f"{answer} ({times})" for answer, times in list(answers.items())[:5]]
-    return ", ".join(shown) + (", …" if len(answers) > 5 else "") or "–"
-
-
-def loose_table(report: Report) -> Table | None:
-    rows = []
-    for name, found in report.get("loose_answers", {}).items():
-        for way in ("normalised", "prefix"):
-            examples = [f"{one['text']} ({one['expected']}) × {one['times']}" for one in found[way]["examples"]]
-            if examples:
-                of_all = f"{found[way]['count']:,} of {found['answers']:,}"
-                rows.append([f"{name}, {way}", of_all, "; ".join(clip(one, 80) for one in examples)])
-    return Table(["", "answers", "most frequent: said (expected) × times"], rows) if rows else None
 
 
 def intrinsic_table(report: Report) -> Table | None:
@@ -388,10 +270,6 @@ def _pairs(report: Report) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return pairs
 
 
-def _overall(report: Report) -> list[dict[str, Any]]:
-    return [row for row in report["differences"] if row["metric"] == "accuracy"]
-
-
 def _summary(report: Report) -> str:
     settings = report["settings"]
     line = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
@@ -415,7 +293,7 @@ def markdown(report: Report) -> str:
 
 def _both(report: Report) -> dict[str, Any]:
     """What the page and the Markdown have in common; every word that depends on the figures."""
-    overall = _overall(report)
+    overall = overall_rows(report)
     deciding = [row for row in report["differences"] if row["metric"] == report["plan"]["decides"]]
     return {
         "title": "What the encoder is worth",
@@ -428,7 +306,7 @@ def _both(report: Report) -> dict[str, Any]:
             {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
             for (a, b), rows in _pairs(report).items()
         ],
-        "parts": _parts(report),
+        "parts": evidence(report),
         "benchmarks": benchmarks_table(report),
         "intrinsic": intrinsic_table(report),
         "intrinsic_note": INTRINSIC_NOTE,
@@ -440,33 +318,9 @@ def _both(report: Report) -> dict[str, Any]:
     }
 
 
-def _parts(report: Report) -> list[dict[str, Any]]:
-    """Sections of tables with a note, and lines before them, in the order of the report."""
-    calibration, order = report.get("calibration"), report.get("order")
-    parts = [
-        ("Where the uncertainty comes from", VARIANCE_NOTE, variance_table(report), []),
-        ("How many are needed", NEEDED_NOTE, needed_table(report), []),
-        (
-            "Does the interval keep its promise?",
-            CALIBRATION_NOTE,
-            calibration_table(report),
-            calibration_sentences(calibration) if calibration else [],
-        ),
-        (
-            "Does the order hold?",
-            ORDER_NOTE,
-            Table(*order_rows(order)) if order else None,
-            order and [order["conclusion"]],
-        ),
-        ("Questions that need no picture", BLIND_NOTE, blind_table(report), []),
-        ("Answers that are nearly right", LOOSE_NOTE, loose_table(report), []),
-    ]
-    return [{"title": t, "note": n, "table": table, "lines": lines} for t, n, table, lines in parts if table]
-
-
 def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
     """What templates/report.html.j2 shows."""
-    shown, overall = _both(report), _overall(report)
+    shown, overall = _both(report), overall_rows(report)
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
     measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
     for pair in shown["pairs"]:
@@ -474,8 +328,8 @@ def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
     return shown | {
         "demo_note": shown["not_shown"][0] if report["settings"]["is_demo"] else "",
         "tiles": _tiles(report) if overall else [],
-        "forest": _forest(overall, _pair_name),
-        "tests": differences_table(overall, _pair_name),
+        "forest": _forest(overall, pair_name),
+        "tests": differences_table(overall, pair_name),
         "kinds": _kinds(report, colours) if overall else [],
         "benchmark_differences": _benchmark_differences(report.get("benchmark_differences", [])),
         "plots": [
@@ -506,10 +360,6 @@ def _metric(row: dict[str, Any]) -> str:
     return metric_name(row["metric"])
 
 
-def _pair_name(row: dict[str, Any]) -> str:
-    return f"{row['a']} − {row['b']}"
-
-
 def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, Any] | None:
     """A line for each difference, interval and mean against zero on one scale: places in percent of the width."""
     if not rows:
@@ -533,7 +383,7 @@ def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
     encoders = report["encoders"]
     first = next(iter(encoders.values()))["metrics"]
     blocks = []
-    for metric in (name for name in first if name.startswith("accuracy") and _is_deciding(name)):
+    for metric in (name for name in first if name.startswith("accuracy") and counts_right_answers(name)):
         means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
         bars = [(name, f"{100 * mean:.1f}", colours[name], value_text(metric, mean)) for name, mean in means.items()]
         blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})
@@ -544,7 +394,7 @@ def _benchmark_differences(rows: list[dict[str, Any]]) -> Table:
     table = []
     for row in rows:
         interval = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
-        table.append([f"{_pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
+        table.append([f"{pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
     return Table(["", "mean", "95 % interval"], table)
 
 

@@ -15,6 +15,21 @@ def metric_name(metric: str) -> str:
     return f"{name}, {column}" if at else name
 
 
+def counts_right_answers(metric: str) -> bool:
+    """Whether right answers of the deciding column are what a metric counts."""
+    return "@" not in metric and not metric.startswith("cider_d")
+
+
+def pair_name(row: dict[str, Any]) -> str:
+    """Of a difference."""
+    return f"{row['a']} − {row['b']}"
+
+
+def overall_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Differences over all questions of the deciding column."""
+    return [row for row in report["differences"] if row["metric"] == "accuracy"]
+
+
 def value_text(metric: str, value: float) -> str:
     return f"{value:.2f}" if metric.startswith("cider_d") else f"{100 * value:.1f}"
 
