@@ -241,7 +241,7 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
     packages = report.get("environment", {}).get("packages", {})
     if "numpy" in packages and packages["numpy"] != version("numpy"):
-        yield f"the intervals were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
+        yield f"examples and calibration were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -264,7 +264,7 @@ def verified(output: Path, called: Path) -> Verification:
         raise UserError(str(error).replace(str(output), str(called))) from None
     if found.differs:
         more = len(found.differs) - NAMED
-        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0)
+        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({note})" for note in found.notes]
         raise CommandError(f"{called} is not what its report says:\n  " + "\n  ".join(lines))
     return found
 
@@ -289,7 +289,7 @@ def verify_from_flags(place: str) -> None:
 def pack_from_flags(directory: str) -> None:
     """What `compare_encoders.py --pack DIR` does: DIR.tar.xz, of a comparison that verifies."""
     output = Path(directory)
-    archive = output.with_name(output.resolve().name + ENDING)
+    archive = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)
     digest = pack(output, archive)
     shown = f"{archive}: {archive.stat().st_size:,} bytes, SHA-256 {digest}"
