@@ -46,8 +46,8 @@ MOST_JSON = 30_000_000
 """Bytes of one file."""
 OTHER_SHAPE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What code raises that reads JSON of another shape than it expects."""
-NAMED = 20
-"""Differences that are printed."""
+NAMED, NAMED_EACH = 30, 4
+"""Differences that are printed, in all and of one part of the report."""
 
 
 @dataclass
@@ -208,8 +208,10 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
     yield from (f"{name} was removed after the report" for name in sorted(before.keys() - now.keys()))
     yield from (f"{name} was changed after the report" for name in now if before.get(name, now[name]) != now[name])
     for name, value in again.items():
-        if name != "files":
-            yield from _differences(report.get(name), value, name)
+        found = [] if name == "files" else list(_differences(report.get(name), value, name))
+        yield from found[:NAMED_EACH]
+        if len(found) > NAMED_EACH:
+            yield f"{name}: {len(found) - NAMED_EACH:,} more that differ"
 
 
 def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
