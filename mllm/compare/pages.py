@@ -33,7 +33,7 @@ from mllm.compare.words import difference_text, mean_and_sd, percent_text
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("cells", "examples", "files")
 """Parts of report.json that stay in the archive."""
-BLOCK = re.compile(r"(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
+BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
 PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:@]+?)(?: @([\w-]+))?\}")
 
 
@@ -65,7 +65,7 @@ def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
     changed = []
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         before = page.read_text(encoding="utf-8")
-        starts = before.count("<!-- figures:")
+        starts = len(re.findall("^<!-- figures:", before, re.MULTILINE))
         after, blocks = BLOCK.subn(lambda block, page=page: _filled(block, page, root), before)
         if blocks != starts:
             raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as mllm/compare/pages.py says")
