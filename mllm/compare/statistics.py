@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 Verdict = Literal["win", "tie", "loss"]
@@ -116,11 +117,11 @@ def reach_in_errors(
     if variance <= 0:
         return 0.0
     if seeds < 2:
-        return float(stats.t.ppf(tail, last))
+        return float(stdtrit(last, tail))
     squares = runs**2 / (seeds - 1) + pictures**2 / (last if freedom is None else freedom)
-    of_runs, of_pictures = stats.t.ppf(tail, [seeds - 1, last])
+    of_runs, of_pictures = stdtrit(seeds - 1, tail), stdtrit(last, tail)
     cochran = (runs * of_runs + pictures * of_pictures) / variance
-    satterthwaite = stats.t.ppf(tail, variance**2 / squares) if seeds > 2 else cochran
+    satterthwaite = stdtrit(variance**2 / squares, tail) if seeds > 2 else cochran
     return float(satterthwaite + cochran) / 2
 
 

@@ -51,10 +51,10 @@ class Spread:
         parts = np.maximum(self.variances, 0) / np.outer(self.run_counts, self.item_counts)
         runs, pictures = float(parts[1:].sum()), float(parts[0].sum())
         seeds = self.run_counts[1] if self.runs else 1.0
-        reaches = (
-            reach_in_errors(runs, pictures, seeds, self.item_counts[1], level=of) for of in (LEVEL, 2 * POWER - 1)
+        of_interval, of_power = (
+            reach_in_errors(runs, pictures, seeds, self.item_counts[1], level=level) for level in (LEVEL, 2 * POWER - 1)
         )
-        return sum(reaches) * (runs + pictures) ** 0.5
+        return (of_interval + of_power) * (runs + pictures) ** 0.5
 
     def needed(self, difference: float) -> dict[str, int | None]:
         """Level → how many of it show `difference`, all else as it is; None where it alone cannot.
