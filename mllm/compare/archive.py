@@ -23,7 +23,7 @@ from mllm.compare.collect import REPORT, stored_files
 from mllm.compare.plan import comparison_of
 
 ENDING = ".tar.xz"
-MOST_PACKED, MOST_BYTES, MOST_MEMORY = 100_000_000, 500_000_000, 100_000_000
+MOST_PACKED, MOST_BYTES, MOST_MEMORY = 50_000_000, 200_000_000, 100_000_000
 """Bytes of an archive, of what it unpacks to, and of memory that its decoder may ask for (xz -6 needs 9 MB)."""
 MOST_MEMBERS = 20_000
 _NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"

@@ -61,7 +61,7 @@ def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
     cells = cells_of(comparison)
     for cell in cells:
         files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
-        answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_text().splitlines()]
+        answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_bytes().splitlines()]
         asked = [{key: line.get(key) for key in ASKED} for line in answers[cell]]
         first = cells[0]
         if asked != [{key: line.get(key) for key in ASKED} for line in answers[first]]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clips.common.files import sha256, write_json
+from clips.common.files import replacing, sha256, write_json
 from mllm.compare.cells import cells_of
 from mllm.compare.commands import dataset_size, stage_samples, train_arguments
 from mllm.compare.comparison import (
@@ -40,10 +40,9 @@ def fix(comparison: Comparison) -> dict[str, Any]:
     Returns the plan as it is asked for now, which is another one where somebody changed their mind.
     """
     plan, output = plan_of(comparison), comparison.output
-    shutil.rmtree(output / QUESTIONS, ignore_errors=True)
-    (output / QUESTIONS).mkdir(parents=True)
-    for name, path in _files(comparison).items():
-        shutil.copyfile(path, output / QUESTIONS / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
+    with replacing(output / QUESTIONS) as copies:
+        for name, path in _files(comparison).items():
+            shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
     begun = len(list((output / "cells").glob("*/cell.json")))  # also of encoders and seeds that are not asked for now
     if not read_plan(output) or not begun:
         write_json(output / PLAN, plan | {"cells_begun": begun})

@@ -29,7 +29,7 @@ from clips.common.paths import is_plain
 from clips.common.plain import print_table
 from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
 from mllm.compare.cells import Cell, cells_of
-from mllm.compare.collect import REPORT, computed, stored_files
+from mllm.compare.collect import ENCODERS, REPORT, computed, stored_files
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
 from mllm.compare.words import headline
@@ -41,7 +41,11 @@ AS_RECORDED = ("command", "time", "environment")
 TOLERANCE = 1e-6
 """Relative and absolute: sums of the same numbers may end in other digits on another machine."""
 MOST_ENCODERS, MOST_SEEDS, MOST_QUESTIONS, MOST_CHARACTERS = 50, 100, 20_000, 20_000
-"""Of a comparison; the last one is of one answer. The bootstrap's memory grows with the questions."""
+"""Of a comparison; the last one is of one answer."""
+MOST_JSON = 30_000_000
+"""Bytes of one file."""
+OTHER_SHAPE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What code raises that reads JSON of another shape than it expects."""
 NAMED = 20
 """Differences that are printed."""
 
@@ -61,7 +65,7 @@ def verify(output: Path) -> Verification:
     """Check the comparison in `output`. Raises UserError where there is none, or one that cannot be read at all."""
     try:
         return _verify(output)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    except OTHER_SHAPE as error:
         raise UserError(
             f"{output} cannot be verified, its files are not what a comparison writes: {in_one_line(error)}"
         ) from error
@@ -73,8 +77,11 @@ def _verify(output: Path) -> Verification:
     if "plan" not in report:
         raise UserError(f"{output} holds no {REPORT} of a finished comparison that says what it was fixed to")
     comparison = _bounded(comparison_of(report["plan"], output))
-    for name in stored_files(comparison):
+    names = dict.fromkeys([PLAN, ENCODERS, *stored_files(comparison)])
+    for name in names:
         _check_json(output / name)
+    if sum((output / name).stat().st_size for name in names) > MOST_BYTES:
+        raise UserError(f"{output} holds more than {MOST_BYTES:,} bytes")
     found, cells = Verification(report), cells_of(comparison)
     found.differs += _cells_there(output, cells)
     found.differs += _questions(output, report["plan"])
@@ -87,6 +94,8 @@ def _verify(output: Path) -> Verification:
             again = json.loads(json.dumps(computed(comparison, report["plan"])))
         except UserError as error:  # such as cells that were asked different things
             found.differs.append(str(error))
+        except OTHER_SHAPE as error:
+            found.differs.append(f"the figures cannot be computed again: {in_one_line(error)}")
         else:
             found.differs += _report(report, again)
     found.notes += _notes(report)
@@ -98,8 +107,8 @@ def _check_json(path: Path) -> None:
     """UserError unless `path` is a file of bounded size whose JSON can be parsed."""
     if not path.is_file():
         raise UserError(f"there is no {path}: give the directory or the archive of a finished comparison")
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} has more than {MOST_BYTES:,} bytes")
+    if path.stat().st_size > MOST_JSON:
+        raise UserError(f"{path} has more than {MOST_JSON:,} bytes")
     text = path.read_bytes()
     try:
         for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
@@ -232,7 +241,7 @@ def _notes(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
     packages = report.get("environment", {}).get("packages", {})
     if "numpy" in packages and packages["numpy"] != version("numpy"):
-        yield f"the intervals were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
+        yield f"examples and calibration were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
 
 
 # ---------------------------------------------------------------------------------------------- the commands
@@ -249,10 +258,13 @@ def opened(place: Path) -> Iterator[Path]:
 
 def verified(output: Path, called: Path) -> Verification:
     """`verify`; CommandError, listing what differs, unless the comparison is what its report says."""
-    found = verify(output)
+    try:
+        found = verify(output)
+    except UserError as error:  # of an archive that is unpacked for the time being
+        raise UserError(str(error).replace(str(output), str(called))) from None
     if found.differs:
         more = len(found.differs) - NAMED
-        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0)
+        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({note})" for note in found.notes]
         raise CommandError(f"{called} is not what its report says:\n  " + "\n  ".join(lines))
     return found
 
@@ -277,7 +289,7 @@ def verify_from_flags(place: str) -> None:
 def pack_from_flags(directory: str) -> None:
     """What `compare_encoders.py --pack DIR` does: DIR.tar.xz, of a comparison that verifies."""
     output = Path(directory)
-    archive = output.with_name(output.resolve().name + ENDING)
+    archive = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)
     digest = pack(output, archive)
     shown = f"{archive}: {archive.stat().st_size:,} bytes, SHA-256 {digest}"

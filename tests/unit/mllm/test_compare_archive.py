@@ -204,22 +204,22 @@ def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPa
         ("report.json", "{}", "says what it was fixed to"),
         ("report.json", '{"plan": {"format": 99}}', "another version of this program"),
         ("report.json", '{"plan": 3}', "cannot be verified"),
-        (f"{CELL}/config.json", "{}", "cannot be verified.*KeyError"),
+        (f"{CELL}/config.json", "{}", "figures cannot be computed again: KeyError"),
         (f"{CELL}/config.json", '{"a": ' * 100_000, "damaged, or no JSON"),
         (ANSWERS, "[1, 2]\n" * 36, "cannot be verified"),
         (
             '{"sets": [{"name": "../x", "file": "/etc/passwd", "column": "x"}]}',
             "no names of files",
         ),
-        ("encoders.json", "{}", "cannot be verified.*KeyError"),
+        ("encoders.json", "{}", "figures cannot be computed again: KeyError"),
     ],
 )
 def test_files_of_another_shape_are_refused_without_a_traceback(
     output: Path, name: str, content: str, said: str
 ) -> None:
     (output / name).write_text(content)
-    with pytest.raises(UserError, match=said):
-        verify(output)
+    with pytest.raises(CommandError, match=said):
+        verified(output, output)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, 
 from mllm.compare.commands import pretrain_config, stage_samples, train_arguments
 from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings
 from mllm.compare.figures import compare_scores, item_scores, read_answers
+from mllm.compare.fix import fix
 from mllm.compare.report import markdown, sentence, write_report
 from mllm.compare.run import run_cell
 from mllm.compare.view import PRETRAINING, StateTable, print_overview, seconds_of_cell
@@ -716,6 +717,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
     ]
     (place / "described.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=1, question_file=place / "described.jsonl")
+    fix(comparison)
     answers = {
         cell: [
             {"question_id": i, "prompt": "Describe.", "image": f"{i}.png", "file": "described"}
