@@ -32,7 +32,7 @@ from mllm.compare.variance import Level, components, distinct_levels
 from mllm.encoders.names import parse_vision_name
 
 PAIRS = 400
-TRIES = 1000
+TRIES = 500
 GAPS = (0.01, 0.02, 0.05)
 AIM = (0.03, 0.07)
 """The share of false findings that an interval of 95 % may show."""
