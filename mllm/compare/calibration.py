@@ -32,7 +32,7 @@ from mllm.compare.variance import Level, components, distinct_levels
 from mllm.encoders.names import parse_vision_name
 
 PAIRS = 400
-TRIES = 1000
+TRIES = 500
 GAPS = (0.01, 0.02, 0.05)
 AIM = (0.03, 0.07)
 """The share of false findings that an interval of 95 % may show."""
@@ -93,8 +93,8 @@ def observed(encoder: str, runs: AnsweredRuns, *, pairs: int = PAIRS, seed: int 
         clusters = labels(runs.clusters[chosen].tolist())
         b = over_groups(scores[:, chosen], groups)[order[size : 2 * size]]
         for gap in (0.0, *gaps):
-            raised = np.where(luck < gap / max(gap, 1 - scores.mean()), 1.0, scores)[:, chosen]
-            verdict = interval(over_groups(raised, groups)[order[:size]] - b, clusters).verdict
+            raised = np.where(luck < gap / (1 - scores.mean()), 1.0, scores) if gap else scores
+            verdict = interval(over_groups(raised[:, chosen], groups)[order[:size]] - b, clusters).verdict
             if gap:
                 wins[gap] += verdict == "win"
             else:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from mllm.compare.statistics import LEVEL
+from mllm.compare.statistics import LEVEL, reach_in_errors
 
 POWER = 0.8
 MOST = 10**7
@@ -50,13 +49,12 @@ class Spread:
     def detectable(self) -> float:
         """The smallest difference that the interval of such a mean tells from none with power 0.8."""
         parts = np.maximum(self.variances, 0) / np.outer(self.run_counts, self.item_counts)
-        by_runs, by_items = float(parts[1:].sum()), float(parts[0].sum())
-        variance = by_runs + by_items
-        squares = by_items**2 / max(1.0, self.item_counts[1] - 1)
-        if self.runs:
-            squares += by_runs**2 / max(1.0, self.run_counts[1] - 1)
-        freedom = variance**2 / squares if squares > 0 else np.inf
-        return float(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom)) * variance**0.5
+        runs, pictures = float(parts[1:].sum()), float(parts[0].sum())
+        seeds = self.run_counts[1] if self.runs else 1.0
+        of_interval, of_power = (
+            reach_in_errors(runs, pictures, seeds, self.item_counts[1], level=level) for level in (LEVEL, 2 * POWER - 1)
+        )
+        return (of_interval + of_power) * (runs + pictures) ** 0.5
 
     def needed(self, difference: float) -> dict[str, int | None]:
         """Level → how many of it show `difference`, all else as it is; None where it alone cannot.

@@ -73,7 +73,7 @@ def test_stored_answers_of_one_encoder_differ_from_themselves_in_about_5_of_100_
     assert AIM[0] <= np.mean(shares) <= AIM[1]
     assert AIM[0] <= result["simulated"][0]["false"] <= AIM[1]
     text = console.export_text()
-    assert "clips − clip" in text
+    assert "clip − clips" in text
     assert "as a 95 % interval should" in text
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mllm.compare.statistics import interval
-from mllm.compare.variance import ANSWERS, TOGETHER, components, distinct_levels, spread
+from mllm.compare.variance import ANSWERS, TOGETHER, Spread, components, distinct_levels, spread
 
 
 def runs_and_items(pretraining: int, llava: int, pictures: int, questions: int):
@@ -127,14 +127,13 @@ def test_items_needed_is_the_closed_form_of_a_paired_comparison() -> None:
 
 @pytest.mark.parametrize("level", ["pretraining seed", "picture", "both"])
 def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(level: str) -> None:
-    deviations = np.array([[0, 0.25, 0.3], [0.03, 0.05, 0.05], [0.03, 0.05, 0.4]])
+    deviations = np.array([[0, 0.25, 0.3], [0.02, 0.05, 0.05], [0.02, 0.05, 0.4]])
     rng, gap = np.random.default_rng(4), 0.06
-    large = runs_and_items(30, 2, 400, 2)
-    found = split_of(drawn(rng, *large, deviations), *large)
-    found = type(found)(found.runs, found.items, deviations**2, (1, 4, 8), (1, 100, 200))
+    levels = ("pretraining seed", "LLaVA seed"), ("picture", "question")
+    found = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
     needed = found.needed(gap)
     seeds = needed["pretraining seed" + TOGETHER * (level == "both")] if level != "picture" else 4
-    pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 100
+    pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 250
     assert seeds is not None
     assert pictures is not None
     runs, items = runs_and_items(seeds, 2, pictures, 2)
