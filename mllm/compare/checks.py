@@ -114,6 +114,7 @@ def check_cells(comparison: Comparison) -> None:
             if stage.name in there:
                 before = dict(there[stage.name]["trains"])
                 fingerprint = before.pop("vision_fingerprint", None)
+                before.pop("packed", None)  # how its batches are computed, which no flag says
                 arguments = train_arguments(comparison, cell, number)
                 now = json.loads(json.dumps(arguments.what_trains()))
                 # The weights say which encoder it is; its path may be written in several ways.
