@@ -17,6 +17,8 @@ from mllm.compare.variance import ANSWERS, TOGETHER
 from mllm.compare.words import counts_right_answers, metric_name, overall_rows, pair_name
 
 Report = dict[str, Any]
+ORDER = {"LLaVA seed": 1, "question": 1}
+"""Finer levels, behind the coarser ones."""
 VARIANCE_NOTE = (
     "Where a figure's uncertainty comes from: its standard error in points, and the part of its variance that each "
     "source gives, in percent, as many seeds and pictures as there are here being averaged. “Single answers” is what a "
@@ -32,7 +34,7 @@ CALIBRATION_NOTE = (
     "Differences that are none, and some of a known size. Observed: an encoder's answers against those of the same "
     "encoder with other seeds, half of the pictures at a time; a gap is put in by turning that share of wrong answers "
     "right. Simulated: as spread as the two encoders' difference, and as large as this comparison. “False” should be "
-    "5 %, and 3 to 7 are called so; `compare_encoders.py --calibrate` makes the same tables."
+    "5 %, and 3 to 7 are called so; compare_encoders.py --calibrate makes the same tables."
 )
 BLIND_NOTE = (
     "Questions that blind models answer right in more than half of their runs. “Not answered blind” above is without "
@@ -41,7 +43,7 @@ BLIND_NOTE = (
 )
 ORDER_NOTE = (
     "The encoders by right answers over all questions, for each sort of pictures. Other language models and budgets "
-    "are comparisons of their own: `compare_encoders.py --order` sets them beside each other."
+    "are comparisons of their own: compare_encoders.py --order sets them beside each other."
 )
 LOOSE_NOTE = (
     "An answer counts as right when it is the expected one but for case, articles and the full stop at the end. "
@@ -95,7 +97,7 @@ def variance_table(report: Report) -> Table | None:
 def _in_order(sources: Iterable[str]) -> list[str]:
     """Names of sources of variance, seeds before pictures before single answers."""
     found = set(sources)
-    return sorted(found, key=lambda name: (name == ANSWERS, "seed" not in name, " and " in name, name))
+    return sorted(found, key=lambda name: (name == ANSWERS, "seed" not in name, " and " in name, ORDER.get(name, 0)))
 
 
 def needed_table(report: Report) -> Table | None:

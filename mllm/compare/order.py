@@ -58,8 +58,9 @@ def _condition(report: Report, column: str, names: Sequence[str]) -> dict[str, A
         if row["metric"] == metric:
             verdicts[f"{row['a']} − {row['b']}"] = row["verdict"]
             verdicts[f"{row['b']} − {row['a']}"] = turned[row["verdict"]]
+    how = settings["stages"]["instruct"]["trains"].get("language_model")
     return {
-        "language_model": settings["language_model"],
+        "language_model": settings["language_model"] + (f", {how}" if how else ""),
         "budget": settings["budget_share"],
         "column": column,
         "accuracy": accuracy,

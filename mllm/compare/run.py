@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -176,7 +177,7 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
     with locked(cell.directory, commands) as lock:
         cell.directory.mkdir(exist_ok=True)
         before = read_json(cell.directory / "cell.json")
-        record = {"encoder": cell.encoder, "vision": cell.vision}
+        record: dict[str, Any] = {"encoder": cell.encoder, "vision": cell.vision}
         record |= {"pretraining_seed": cell.pretraining_seed, "seed": cell.seed}
         record["evaluation"] = evaluation_settings(comparison)
         record |= {"plan": before.get("plan", sha256(comparison.output / PLAN)), "commands": before.get("commands", {})}

@@ -34,21 +34,25 @@ class Spread:
     """Names of the levels, coarse to fine; empty with one run."""
     items: tuple[str, ...]
     variances: np.ndarray
-    """[1 + A, 1 + B]: of the effect of a level of runs with a level of items, 0 being neither; may be below zero."""
+    """[1 + A, 1 + B]: of the effect of a level of runs with a level of items, 0 being neither."""
     run_counts: tuple[float, ...]
     """[1 + A]: groups of each level, after a 1."""
     item_counts: tuple[float, ...]
 
     def shares(self) -> dict[str, float]:
-        """Source → what it adds to the variance of the mean; estimates below zero count as zero."""
-        parts = np.maximum(self.variances, 0) / np.outer(self.run_counts, self.item_counts)
+        """Source → what it adds to the variance of the mean."""
+        parts = self._parts()
         named = {name: float(parts[1 + a, 0]) for a, name in enumerate(self.runs)}
         named |= {name: float(parts[0, 1 + b]) for b, name in enumerate(self.items)}
         return named | ({ANSWERS: float(parts[1:, 1:].sum())} if self.runs else {})
 
+    def _parts(self) -> np.ndarray:
+        """[1 + A, 1 + B]: what each effect adds to the variance of the mean."""
+        return self.variances / np.outer(self.run_counts, self.item_counts)
+
     def detectable(self) -> float:
         """The smallest difference that the interval of such a mean tells from none with power 0.8."""
-        parts = np.maximum(self.variances, 0) / np.outer(self.run_counts, self.item_counts)
+        parts = self._parts()
         runs, pictures = float(parts[1:].sum()), float(parts[0].sum())
         seeds = self.run_counts[1] if self.runs else 1.0
         of_interval, of_power = (
@@ -115,13 +119,24 @@ def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) ->
     """
     run_levels, item_levels = distinct_levels(runs), distinct_levels(items)
     run_groups, item_groups = [g for _, g in run_levels], [g for _, g in item_levels]
-    return Spread(
-        tuple(name for name, _ in run_levels),
-        tuple(name for name, _ in item_levels),
-        components(scores, run_groups, item_groups),
-        (1.0, *(float(groups.max() + 1) for groups in run_groups)),
-        (1.0, *(float(groups.max() + 1) for groups in item_groups)),
-    )
+    run_counts = (1.0, *(float(groups.max() + 1) for groups in run_groups))
+    item_counts = (1.0, *(float(groups.max() + 1) for groups in item_groups))
+    counts = np.outer(run_counts, item_counts)
+    parts = components(scores, run_groups, item_groups) / counts
+    parts[0, 1:] = _without_negatives(parts[0, 1:])
+    for column in parts.T:
+        column[1:] = _without_negatives(column[1:])
+    names = tuple(name for name, _ in run_levels), tuple(name for name, _ in item_levels)
+    return Spread(*names, parts * counts, run_counts, item_counts)
+
+
+def _without_negatives(parts: np.ndarray) -> np.ndarray:
+    """Estimates below zero as zero, the others made smaller by as much, so that their sum stays (zero at least).
+
+    The sum, as of both kinds of seed, is known better than how it splits: two runs on one encoder split it badly.
+    """
+    kept = np.maximum(parts, 0.0)
+    return kept * max(0.0, float(parts.sum())) / kept.sum() if kept.any() else kept
 
 
 def distinct_levels(levels: Sequence[Level]) -> list[Level]:

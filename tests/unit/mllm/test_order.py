@@ -29,7 +29,12 @@ def report(
                 verdict = "tie" if abs(gap) < 0.03 else "win" if gap > 0 else "loss"
                 rows.append({"a": a, "b": b, "metric": metric, "mean": gap, "verdict": verdict})
     return {
-        "settings": {"language_model": model, "budget_share": budget, "columns": ["unseen", "seen"][: len(metrics)]},
+        "settings": {
+            "language_model": model,
+            "stages": {"instruct": {"trains": {"language_model": "lora"}}},
+            "budget_share": budget,
+            "columns": ["unseen", "seen"][: len(metrics)],
+        },
         "encoders": {n: {"metrics": {m: {"mean": v[n]} for m, v in metrics.items()}} for n in names},
         "differences": rows,
     }
@@ -75,7 +80,7 @@ def test_the_command_reads_reports_and_leaves_its_table(tmp_path: Path) -> None:
         order = print_order(places, Console(file=file, width=160))
     assert json.loads((places[0] / "order.json").read_text()) == order
     text = (tmp_path / "printed").read_text()
-    assert "large" in text
+    assert "large, lora" in text
     assert "clips > clip" in text
     with pytest.raises(UserError, match=r"--order: .*nowhere/report\.json is no report"):
         read_reports([tmp_path / "nowhere"])

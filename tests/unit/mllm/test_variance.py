@@ -154,3 +154,18 @@ def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
     seeds = found.needed(0.05)["pretraining seed and LLaVA seed"]
     assert seeds is not None
     assert seeds > 100
+
+
+def test_estimates_below_zero_are_taken_from_the_others_not_forgotten() -> None:
+    """Two runs on one of five encoders that happen to differ: what all seeds add stays what their means say."""
+    rng = np.random.default_rng(8)
+    runs, items = [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(200) // 2, np.arange(200)]
+    luck = np.array([0.1, 0.0, 0.0, 0.0, 0.0, -0.1])[:, None]
+    scores = luck + rng.normal(0, 0.05, (6, 200))
+    raw = components(scores, runs, items)
+    assert raw[1, 0] < 0 < raw[2, 0]
+    found = split_of(scores, runs, items)
+    assert (found.variances >= 0).all()
+    assert found.variances[1, 0] == 0
+    parts = raw / np.outer(found.run_counts, found.item_counts)
+    assert found.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)
