@@ -36,7 +36,7 @@ class Spread:
     variances: np.ndarray
     """[1 + A, 1 + B]: of the effect of a level of runs with a level of items, 0 being neither."""
     run_counts: tuple[float, ...]
-    """[1 + A]: groups of each level, after a 1."""
+    """[1 + A]: groups of each level, after a 1; fewer than there are where they are of unequal weight."""
     item_counts: tuple[float, ...]
 
     def shares(self) -> dict[str, float]:
@@ -119,8 +119,9 @@ def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) ->
     """
     run_levels, item_levels = distinct_levels(runs), distinct_levels(items)
     run_groups, item_groups = [g for _, g in run_levels], [g for _, g in item_levels]
-    run_counts = (1.0, *(float(groups.max() + 1) for groups in run_groups))
-    item_counts = (1.0, *(float(groups.max() + 1) for groups in item_groups))
+    coarse = run_groups[0] if run_groups else np.zeros(len(scores), int)
+    run_counts = _counts(1 / np.bincount(coarse)[coarse], run_groups)  # the mean is one over the coarsest seeds' means
+    item_counts = _counts(np.ones(scores.shape[1]), item_groups)
     counts = np.outer(run_counts, item_counts)
     parts = components(scores, run_groups, item_groups) / counts
     parts[0, 1:] = _without_negatives(parts[0, 1:])
@@ -128,6 +129,12 @@ def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) ->
         column[1:] = _without_negatives(column[1:])
     names = tuple(name for name, _ in run_levels), tuple(name for name, _ in item_levels)
     return Spread(*names, parts * counts, run_counts, item_counts)
+
+
+def _counts(weights: np.ndarray, levels: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """1 and, of each level, as how many equal groups its groups count in a mean with these weights."""
+    shares = [np.bincount(groups, weights) / weights.sum() for groups in levels]
+    return (1.0, *(1 / float((share**2).sum()) for share in shares))
 
 
 def _without_negatives(parts: np.ndarray) -> np.ndarray:

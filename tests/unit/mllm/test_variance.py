@@ -106,6 +106,18 @@ def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
     assert sum(found.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
 
 
+def test_of_unequal_numbers_they_add_up_too() -> None:
+    """Six runs on five encoders, averaged by encoder: on average over many draws."""
+    rng, runs, items = np.random.default_rng(9), [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(80)] * 2
+    levels = [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])]
+    added, expected = [], []
+    for _ in range(300):
+        scores = drawn(rng, runs, items[:1], np.array([[0, 0.5], [0.1, 0.1], [0.2, 0.3]]))
+        added.append(sum(spread(scores, levels, [("picture", items[0]), ("question", items[1])]).shares().values()))
+        expected.append(_variance(np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)]), items[0]))
+    assert np.mean(added) == pytest.approx(np.mean(expected), rel=0.03)
+
+
 def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:
     """Of the mean, for equal clusters: between rows, and between pictures without what single answers add."""
     pictures = np.stack([np.bincount(clusters, row) / np.bincount(clusters) for row in rows])
