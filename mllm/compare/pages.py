@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -66,7 +67,7 @@ def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
     for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         before = page.read_text(encoding="utf-8")
         starts = len(re.findall("^<!-- figures:", before, re.MULTILINE))
-        after, blocks = BLOCK.subn(lambda block, page=page: _filled(block, page, root), before)
+        after, blocks = BLOCK.subn(partial(_filled, page=page, root=root), before)
         if blocks != starts:
             raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as mllm/compare/pages.py says")
         if after != before:
@@ -103,10 +104,11 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
 
 
 def _comparison(report: Mapping[str, Any], who: str, name: str) -> str:
-    if " − " in who:
+    first, _, other = who.partition(" − ")
+    if other:
         rows = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}
-        return _difference(rows[(*who.split(" − "), name)], lambda value: difference_text(name, value))
-    encoder = report["encoders"][who]
+        return _difference(rows[first, other, name], lambda value: difference_text(name, value))
+    encoder = report["encoders"][first]
     is_own = name not in encoder["metrics"]
     return percent_text(encoder["intrinsic"].get(name)) if is_own else mean_and_sd(name, encoder["metrics"][name])
 

@@ -47,7 +47,7 @@ def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
     known = hints.keys() - NOT_FIXED
     if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() != known:
         raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     wrong = [name for name in sorted(known) if not _fits(given[name], hints[name])]
     if wrong:
         raise UserError(f"{output}: its plan gives {wrong[0]} as {given[wrong[0]]!r}")
