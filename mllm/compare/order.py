@@ -1,4 +1,4 @@
-"""Does the order of the encoders hold under other conditions: another language model, another budget, other pictures?
+"""Whether the order of the encoders holds for another language model, another budget, other pictures.
 
 A condition is one column of questions of one finished comparison. The first is the one that the conclusion was drawn
 from: the deciding column of the comparison that is named first. A pair of encoders turns where one condition shows a
