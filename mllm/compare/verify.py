@@ -277,7 +277,7 @@ def verify_from_flags(place: str) -> None:
     with opened(path) as output:
         found = verified(output, path)
     report, console = found.report, Console(emoji=False)
-    print_table(f"{place}: mean ± standard deviation over seeds", *headline(report))
+    print_table("mean ± standard deviation over seeds", *headline(report))
     lines = [
         f"verified: {len(report['cells'])} cells, {found.answers:,} answers scored anew, every figure as in {REPORT}",
         *found.notes,
