@@ -44,7 +44,7 @@ def results_plot(encoders: dict[str, dict[str, Any]], differences: list[dict[str
 
     `encoders`: name → metric → figure. The title tells the first difference over all questions, with its interval.
     """
-    metrics = [name for name in next(iter(encoders.values())) if name.startswith(ALL)]
+    metrics = [name for name in next(iter(encoders.values())) if name.startswith(ALL) and "@" not in name]
     metrics.sort(key=lambda name: name == ALL)  # all questions at the right end
     plot = Plot(figsize=(8, 3.6), dpi=150, facecolor=theme.paper, layout="constrained")
     axes = plot.add_subplot(facecolor=theme.paper)

@@ -38,6 +38,7 @@ from mllm.encoders.load import (
     trained_here,
     untrained,
 )
+from mllm.encoders.names import parse_vision_name
 
 
 def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
@@ -54,27 +55,6 @@ VISION: dict[str, Callable[[VisionRequest], LoadedVision]] = {
     "hf": load_hf,
     "timm": load_timm,
 }
-NEEDS_ARGUMENT = {"open_clip": "MODEL/PRETRAINED", "hf": "ID_OR_DIR", "timm": "NAME"}
-
-
-def parse_vision_name(name: str) -> tuple[str, str]:
-    """(kind, argument) of an encoder's name; UserError for a kind that is not known and for a missing argument.
-
-    A hub id or a directory alone, as LLaVA's commands give it, is of kind `hf`.
-    """
-    key, colon, argument = name.partition(":")
-    if key not in VISION and not colon and "/" in name:
-        if (Path(name) / "export").is_dir():
-            raise UserError(f"vision encoder {name} is a run of this project: clips:{name}, or clip:{name}")
-        key, argument = "hf", name
-    if key not in VISION:
-        raise UserError(
-            f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT), and owner/name "
-            "for hf:owner/name"
-        )
-    if key in NEEDS_ARGUMENT and not argument:
-        raise UserError(f"vision encoder {key} needs an argument: {key}:{NEEDS_ARGUMENT[key]}")
-    return key, argument
 
 
 def load_vision(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,19 +21,21 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips import BrokenSample
-from clips.common.errors import UserError
+from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.files import write_json
+from clips.common.files import sha256, write_json
+from clips.common.hub import resolve
 from clips.common.progress import ProgressFile
-from clips.common.runtime import choose_device, has_bf16
+from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
 from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
+from mllm.data.questions import Question, draw_evenly, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
-from mllm.evaluation.scores import answer_line, score
-from mllm.model.load import load_llava, model_name, newest_model
+from mllm.evaluation.scores import answer_line, score, scorer_version
+from mllm.model.card import add_evaluation
+from mllm.model.load import load_llava, model_name, newest_model, weights_digest
 
 PROGRESS = "progress.json"
 """Beside the answers while they are being given (clips/common/progress.py)."""
@@ -149,14 +153,14 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     out = Path(flags.out) if flags.out else _default_output(Path(directory))
     if flags.question_file:
         own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
-        sets = {Path(flags.question_file).stem: own}
+        files, sets = {Path(flags.question_file).stem: Path(flags.question_file)}, {Path(flags.question_file).stem: own}
     elif flags.image_folder or flags.answers_file:
         raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
-        sets = {key: evenly_spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
+        files = {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}
+        sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     if flags.num_chunks > 1:
         out = out / f"{flags.num_chunks}_{flags.chunk_idx}"  # several run at once
@@ -164,6 +168,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     console = Console(emoji=False, stderr=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
+    answered: dict[str, dict[str, Any]] = {}
     with ProgressFile(out / PROGRESS, sum(map(len, sets.values()))) as progress:
         for key, questions in sets.items():
             begin = time.perf_counter()
@@ -177,16 +182,43 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
+            asked = {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
+            answered[key] = {"questions": asked, "answers": {"file": path.name, "sha256": sha256(path)}}
             seconds = time.perf_counter() - begin
             console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
     for table in figures_tables(figures, f"{name}: exact match"):
         console.print(table)
     if figures:
-        figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
+        figures = _origin(directory, model, answered, flags) | figures
         write_json(out / "figures.json", figures)
+        if flags.num_chunks == 1 and Path(directory).is_dir():
+            with never_in_the_way(f"the figures are not on the card of {directory}"):
+                add_evaluation(Path(directory), _test_set(flags), figures)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures
+
+
+def _origin(
+    directory: str, model: LlavaForConditionalGeneration, answered: dict[str, dict[str, Any]], flags: argparse.Namespace
+) -> dict[str, Any]:
+    """What the figures are of: which weights, questions, answers, scorer and packages, so that they can be checked."""
+    return {
+        "model": str(directory),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_digest(resolve(directory, "model")),
+        "scorer": scorer_version(),
+        "sets": answered,
+        "flags": vars(flags),
+        "command": shlex.join(sys.argv),
+        "environment": environment(model.device, world_size=1),
+    }
+
+
+def _test_set(flags: argparse.Namespace) -> str:
+    """How the model's card calls what was asked."""
+    name = Path(flags.question_file).name if flags.question_file else "the demo's held-out questions"
+    return f"{name} ({flags.limit} of each file)" if flags.limit else name
 
 
 def _default_output(directory: Path) -> Path:

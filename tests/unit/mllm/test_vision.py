@@ -39,8 +39,9 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
+from mllm.encoders.names import parse_vision_name
 from mllm.encoders.plain_vit import check_equal
-from mllm.encoders.registry import VISION, load_vision, parse_vision_name
+from mllm.encoders.registry import VISION, load_vision
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
