@@ -161,7 +161,7 @@ class Engine:
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile
         if run.train.compile:
-            self.engine.compile()
+            task.model.compile_blocks()
 
     def __call__(self, batch: dict[str, Any], part: Part | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         return self.engine(batch, part)

@@ -30,7 +30,7 @@ IMPORTED = {
     },
 }
 ENGINE = {
-    *("backward", "step", "compile", "module", "optimizer", "zero_optimization_stage"),
+    *("backward", "step", "module", "optimizer", "zero_optimization_stage"),
     *("is_gradient_accumulation_boundary", "was_step_applied", "enable_backward_allreduce"),
 }
 ONE_TWO = {"single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "first_offset", "cpu_offload"}
