@@ -21,14 +21,14 @@ class BatchShape:
     image_size: int
     texts: Sequence[int]
     """Slots of each text of a sample, padding included: web caption, then sub-caption."""
-    words: Sequence[int] = ()
-    """Those of each text that are computed, over all samples; without padding where it is masked. None given: all."""
     caption: int = 0
     """Positions of the captions, padding included; 0: the captioner does not run."""
     predicted: int = 0
     """Caption tokens that are predicted, over all samples; without padding."""
     world_size: int = 1
     """Ranks whose features the contrastive loss sees; times the micro-batches, where it sees all of a step."""
+    words: Sequence[int] = ()
+    """Slots of each text that are computed, over all samples; without padding where it is masked. None given: all."""
 
 
 def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:

@@ -86,7 +86,8 @@ class Packed(NamedTuple):
         """[B, L, D]; zeros where there are no rows."""
         D = x_RD.shape[1]
         if self.places is not None:
-            x_RD = x_RD.new_zeros(self.samples * self.slots, D).index_copy(0, self.places, x_RD)
+            # Not index_copy, for which autograd would keep the rows.
+            x_RD = x_RD.new_zeros(self.samples * self.slots, D).index_put((self.places,), x_RD)
         return x_RD.view(self.samples, self.slots, D)
 
 

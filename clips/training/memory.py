@@ -133,11 +133,19 @@ class Place:
 
 
 def block_bytes(
-    place: Place, width: int, heads: int, mlp_ratio: float, slots: int, tokens: float, *, masked_rows: bool
+    place: Place,
+    width: int,
+    heads: int,
+    mlp_ratio: float,
+    slots: int,
+    tokens: float,
+    *,
+    masked_rows: bool,
+    packed: bool,
 ) -> int:
     """What autograd keeps of one block for one sequence of `slots`, `tokens` of which are computed.
 
-    `masked_rows`: each query has a mask of its own, as in the captioner.
+    `masked_rows`: each query has a mask of its own, as in the captioner. `packed`: the tokens stand in rows.
     """
     elements = 3 + 2 * mlp_ratio  # all but the inputs of the norms, and q, k and v, which are padded
     norms = 2 * (FP32 if place.device == "cuda" else place.element) + 16 / width
@@ -146,6 +154,7 @@ def block_bytes(
         slot += place.element * heads * slots
     else:
         slot += FP32 * heads + (place.element * slots if masked_rows else 0)
+        slot += width * place.element if packed else 0  # what comes out of it, of which the input of proj is a copy
     return int(tokens * token + slots * slot)
 
 
@@ -171,7 +180,17 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
     parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
     texts = [
-        _stack(place, text.width, text.heads, text.layers, text.mlp_ratio, slots, tokens / B, rows=text.causal)
+        _stack(
+            place,
+            text.width,
+            text.heads,
+            text.layers,
+            text.mlp_ratio,
+            slots,
+            tokens / B,
+            rows=text.causal,
+            packed=text.trim,
+        )  # fmt: skip
         for slots, tokens in zip(shape.texts, computed_words(shape), strict=True)
     ]
     kept = sum(stack.kept for stack in texts)
@@ -190,8 +209,9 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     words = shape.texts[0] - (text.pool == "cls")
     slots, tokens = patches + words + shape.caption - 1, captioner_tokens(model, shape) / B
     decoder = _stack(
-        place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, slots, tokens, rows=True
-    )
+        place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, slots, tokens, rows=True,
+        packed=True,
+    )  # fmt: skip
     inputs = e * (patches * vision.width + words * text.width)
     norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
     head = captioner.width * text.vocab_size
@@ -219,10 +239,11 @@ def _stack(
     tokens: float | None = None,
     *,
     rows: bool = False,
+    packed: bool = False,
 ) -> Part:
     """Blocks, for one sequence."""
     tokens = slots if tokens is None else tokens
-    block = block_bytes(place, width, heads, mlp_ratio, slots, tokens, masked_rows=rows)
+    block = block_bytes(place, width, heads, mlp_ratio, slots, tokens, masked_rows=rows, packed=packed)
     # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
     working = int(place.element * (mlp_ratio + 2) * tokens * width)
     if not place.checkpointing:

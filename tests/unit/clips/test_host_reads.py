@@ -18,8 +18,8 @@ from host_reads_worker import LOG, LOGGED, STEP
 WORKER = ROOT / "tests" / "host_reads_worker.py"
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 AGREE, COUNTED = "engine.py/agree", "clips.py/counts"
-OWN = {"zero0": 0, "zero1": 1, "zero2": 1, "zero3": 1, "offload": 1}
-"""DeepSpeed's own reads in a step, by ZeRO stage."""
+NORM = "utils.py/is_invalid_grad_norm"
+"""DeepSpeed's look at the norm, which it takes in ZeRO 1 to 3 whether anybody clips by it or not."""
 
 
 @pytest.mark.slow
@@ -28,12 +28,14 @@ def test_a_step_reads_what_ranks_agree_on_and_nothing_else(kind: str) -> None:
     done = run_python(WORKER, "engine", kind, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.keys() == OWN.keys()
-    for stage, steps in found.items():
-        for reads in steps:
-            assert reads.count(AGREE) == 1, (stage, reads)
-            others = [read for read in reads if read != AGREE]
-            assert len(others) == OWN[stage], (stage, reads)
+    assert found["zero0"] == [[AGREE]] * 3
+    assert found["zero1"] == found["zero2"] == [[AGREE, NORM]] * 3
+    # DeepSpeed compares lists of ranks while ZeRO-3 learns the order of modules, and looks at each gradient that it
+    # offloads: this project adds its one read.
+    own = {path.name for path in (ROOT / "clips").rglob("*.py")} - {"utils.py"}
+    for stage in ("zero3", "offload"):
+        for reads in found[stage]:
+            assert [read for read in reads if read.split("/")[0] in own] == [AGREE], (stage, set(reads))
 
 
 @pytest.mark.slow
@@ -45,7 +47,7 @@ def test_between_two_logs_each_step_reads_once(shards: tuple[str, ...], tmp_path
     seen = json.loads((tmp_path / "reads.json").read_text())
     assert (seen.count(STEP), seen.count(LOG)) == (12, 3)  # after steps 5 and 10, and at the end
     steps = [i for i, what in enumerate(seen) if what == STEP]
-    for before, at in pairwise([-1, *steps]):
+    for before, at in pairwise(steps):  # what stands before the first is the start
         between = seen[before + 1 : at]
         logged = between.index(LOGGED) + 1 if LOG in between else 0  # reading is what a log is there for
         assert between.count(COUNTED) == 3  # of a batch that is still on the host: two texts and the caption
