@@ -179,18 +179,9 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     frozen = run.train.freeze
     tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
     parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
+    text_shape = (text.width, text.heads, text.layers, text.mlp_ratio)
     texts = [
-        _stack(
-            place,
-            text.width,
-            text.heads,
-            text.layers,
-            text.mlp_ratio,
-            slots,
-            tokens / B,
-            rows=text.causal,
-            packed=text.trim,
-        )  # fmt: skip
+        _stack(place, *text_shape, slots, tokens / B, rows=text.causal, packed=text.trim)
         for slots, tokens in zip(shape.texts, computed_words(shape), strict=True)
     ]
     kept = sum(stack.kept for stack in texts)
