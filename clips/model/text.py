@@ -89,7 +89,7 @@ class TextTower(nn.Module):
                 raise ValueError(
                     f"texts have {L} slots, the tower's context is {context} (pad_mask={self.config.pad_mask})"
                 )
-        known = counts or [None] * len(texts)
+        known: Sequence[int | None] = counts or [None] * len(texts)
         batches = [
             Packed.of(ids.shape, self.computed(ids), count, self._mask(ids))
             for ids, count in zip(texts, known, strict=True)
