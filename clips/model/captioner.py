@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clips.config import CaptionerConfig, TextConfig, VisionConfig
-from clips.model.layers import LAYER_NORM_EPS, Blocks, KVCache, init_weights
+from clips.model.layers import LAYER_NORM_EPS, Blocks, KVCache, Packed, init_weights
 
 
 def caption_mask(prefix: int, positions: int, visible_BM: Tensor | None, device: torch.device) -> Tensor:
@@ -62,12 +62,31 @@ class Captioner(nn.Module):
         queries = self.queries[start : start + T].expand(B, T, -1)
         return queries if self.token_embed is None else queries + self.token_embed(ids_BT)
 
-    def forward(self, patches_BND: Tensor, states_BMD: Tensor, visible_BM: Tensor | None, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1."""
+    def forward(
+        self,
+        patches_BND: Tensor,
+        states_BMD: Tensor,
+        visible_BM: Tensor | None,
+        ids_BT: Tensor,
+        predicts_BT: Tensor | None = None,
+        count: int | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
+
+        `predicts`: the positions that are wanted, the first ones of each caption; None: all. `count`: how many of all
+        tokens, the prefix included, are visible or wanted, where that is known: without it a GPU is waited for.
+        """
         prefix = self.prefix(patches_BND, states_BMD)
-        T = ids_BT.shape[1]
+        (B, N), M, T = patches_BND.shape[:2], states_BMD.shape[1], ids_BT.shape[1]
         x = torch.cat([prefix, self.positions(ids_BT).to(prefix.dtype)], dim=1)
-        x = self.blocks(x, caption_mask(prefix.shape[1], T, visible_BM, x.device))
+        computed = None
+        if visible_BM is not None or predicts_BT is not None:
+            computed = torch.ones(B, N + M + T, dtype=torch.bool, device=x.device)
+            for part, slots in ((visible_BM, slice(N, N + M)), (predicts_BT, slice(N + M, None))):
+                if part is not None:
+                    computed[:, slots] = part
+        batch = Packed.of(x.shape, computed, count, caption_mask(N + M, T, visible_BM, x.device))
+        x = batch.unpack(self.blocks(batch.pack(x), [batch]))
         return self.norm(x[:, -T:])
 
     @torch.no_grad()

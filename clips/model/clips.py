@@ -6,7 +6,8 @@ Shapes: B samples · E embedding width · N image tokens · T caption positions.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
-from clips.model.text import TextTower
+from clips.model.text import TextTower, word_slots
 from clips.model.vision import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
@@ -30,7 +31,19 @@ class Outputs(NamedTuple):
     logit_scale: Tensor
     """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
-    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1; None without a captioner."""
+    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, of no meaning where there is no token; None
+    without a captioner."""
+
+
+class Counts(NamedTuple):
+    """How many tokens of a batch are computed, which depends on its words: known where the batch is on the host."""
+
+    texts: list[int]
+    """Of each text."""
+    predicted: int
+    """Caption tokens that are predicted."""
+    captioner: int
+    """Image tokens, the web caption's and the positions that predict."""
 
 
 class CLIPSModel(nn.Module):
@@ -51,22 +64,27 @@ class CLIPSModel(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised."""
-        return F.normalize(self.text.proj(self.text(ids)[0]).float(), dim=-1)
+        return F.normalize(self.text.proj(self.text(ids)[0].pooled).float(), dim=-1)
 
-    def forward(self, images: Tensor, texts: list[Tensor], caption: Tensor | None = None) -> Outputs:
+    def forward(
+        self, images: Tensor, texts: list[Tensor], caption: Tensor | None = None, counts: Counts | None = None
+    ) -> Outputs:
         """One pass for training. `texts[0]` is the web caption, which the captioner reads too.
 
-        `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1.
+        `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1. `counts` are those of this
+        batch, where they are known: without them a GPU is waited for.
         """
         pooled, tokens = self.visual(images)
-        texts_out = [self.text(ids) for ids in texts]
+        texts_out = self.text(*texts, counts=counts.texts if counts is not None else None)
         states = None
         if self.captioner is not None and caption is not None:
-            _, web_states, web_visible = texts_out[0]
-            states = self.captioner(self.visual.patches(tokens), web_states, web_visible, caption[:, :-1])
+            patches, web = self.visual.patches(tokens), texts_out[0]
+            predicts = word_slots(caption, self.text.pad_id)[:, 1:]
+            rows = counts.captioner if counts is not None else None
+            states = self.captioner(patches, web.states, web.visible, caption[:, :-1], predicts, rows)
         return Outputs(
             image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
-            text_features=[F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out],
+            text_features=[F.normalize(self.text.proj(text.pooled).float(), dim=-1) for text in texts_out],
             logit_scale=self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
             caption_states=states,
         )
@@ -85,7 +103,7 @@ class CLIPSModel(nn.Module):
         """Captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L], see `Captioner.generate`."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
-        _, states, visible = self.text(web_ids)
+        ((_, states, visible),) = self.text(web_ids)
         tokens = self.visual(images)[1]
         return self.captioner.generate(
             self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id, temperature, generator
@@ -95,6 +113,25 @@ class CLIPSModel(nn.Module):
         for tower in (self.visual, self.text, self.captioner):
             if tower is not None:
                 tower.blocks.activation_checkpointing = enabled
+
+    def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None) -> Counts:
+        """What `forward` can be told of its inputs."""
+        computed = [self.text.computed(ids) for ids in texts]
+        words = [ids.numel() if slots is None else int(slots.sum()) for ids, slots in zip(texts, computed, strict=True)]
+        predicted = 0 if caption is None else int(word_slots(caption, self.text.pad_id)[:, 1:].sum())
+        tokens = self.config.vision.tokens(images.shape[-1]) - (self.config.text.pool == "cls")  # whose CLS is not read
+        return Counts(words, predicted, len(images) * tokens + words[0] + predicted)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let torch.compile each block by itself, `options` being its own; those of one tower share the code.
+
+        Batch and length are symbols in it, so that neither a longer text nor a smaller batch compiles anew. What lies
+        between the blocks is a small part of the time, and holds what would break a graph: collectives, the recomputed
+        logits.
+        """
+        for tower in (self.visual, self.text, self.captioner):
+            for block in tower.blocks if tower is not None else ():
+                block.compile(dynamic=True, **options)
 
     def freeze(self, part: Freeze) -> None:
         """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""

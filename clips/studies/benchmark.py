@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +46,7 @@ from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
 from clips.studies.accumulation import accumulation_rows
 from clips.studies.data_speed import loader_rows, startup_rows
-from clips.studies.measuring import PeakMemory, Row, fastest, in_child
+from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
 from clips.studies.program import Captions, Objective, coca_config, compare_programs
 from clips.studies.sentence_set import captions, score
 from clips.studies.step_parts import WARM, part_rows
@@ -76,7 +77,7 @@ def benchmark(
         "chunk": lambda: chunk_rows(on, repeats),
         "gradcache": lambda: accumulation_rows(on, repeats),
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
-        "profile": lambda: [row for name in PROFILED for row in in_child(profile_rows, name, on, demo_dir)],
+        "profile": lambda: [row for name in PROFILED for row in profiled_setting(name, on, demo_dir)],
     }[what]
     rows = run()
     _report(what, {"rows": rows}, rows, on, out, as_json)
@@ -286,11 +287,13 @@ def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 
-def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int) -> Iterator[Batch]:
+def _loader(
+    run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """The first `steps` steps of the first phase."""
     phase = run.phases[0]
     run = replace(run, phases=(replace(phase, samples=steps * phase.batch_size),))
-    return make_loader(source, tokenizer, run, rank=0, world_size=1)
+    return make_loader(source, tokenizer, run, rank=rank, world_size=world_size)
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
@@ -417,7 +420,7 @@ def step_of(engine: Engine) -> Step:
     """The training step of `engine`, as the loop takes it."""
 
     def step(batch: Batch) -> None:
-        loss, _ = engine(to_device(batch, engine.device))
+        loss, _ = engine(to_device(engine.task.counted(batch), engine.device))
         engine.backward(loss)
         engine.agree(loss, 0)
         engine.step()
@@ -531,21 +534,35 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- profile
-PROFILED = ("clip_baseline, adamw", "demo", "b16 112 px")
+PROFILED = {"clip_baseline, adamw": 1, "demo": 1, "demo, 2 ranks": 2, "b16 112 px": 1}
+"""Setting → its ranks."""
+
+
+def profiled_setting(name: str, device: torch.device, demo_dir: str) -> list[Row]:
+    """The parts of a step of a setting; none where there are fewer GPUs than ranks."""
+    ranks = PROFILED[name]
+    if ranks == 1:
+        return in_child(profile_rows, name, device, demo_dir)
+    if device.type == "cuda" and torch.cuda.device_count() < ranks:
+        return []
+    return in_ranks(ranks, profile_rows, name, device, demo_dir)
 
 
 def profile_rows(name: str, device: torch.device, demo_dir: str) -> list[Row]:
     """The parts of a step of a setting; of `clip_baseline` with AdamW, as `program` runs it."""
+    if "LOCAL_RANK" in os.environ:
+        device = choose_device(device.type)
     init_distributed(device)
-    if name in SETTINGS:
-        run = setting(name, device, demo_dir)
+    if (base := name.removesuffix(", 2 ranks")) in SETTINGS:
+        run = setting(base, device, demo_dir)
     else:
         demo = setting("demo", device, demo_dir)
         run = replace(recipe("clip_baseline"), data=demo.data, train=demo.train)
         run = replace(run, optim=replace(run.optim, kind="adamw"))
     source, tokenizer = _open(run)
     peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
-    batches = _loader(run, source, tokenizer, WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8))
+    steps = WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8)
+    batches = _loader(run, source, tokenizer, steps, dist.get_rank(), dist.get_world_size())
     rows = part_rows(clips_engine(run, tokenizer, device), batches, peak)
     return [{"setting": name, **row} for row in rows]
 

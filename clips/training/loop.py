@@ -152,9 +152,8 @@ def _train(
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
-    # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
-    has_own_forward = engine.stage < 3 and not run.train.compile
-    own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
+    # In ZeRO-3 ranks wait for each other's weights inside the model.
+    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
     peak, _ = peak_flops(engine.device, compute_dtype(run))
     meter = Meter(engine.device, state, own_time, peak=peak)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clips.config import RunConfig
-from clips.model.clips import CLIPSModel, Outputs
+from clips.model.clips import CLIPSModel, Counts, Outputs
 from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
 from clips.training.losses import (
@@ -65,7 +65,7 @@ class Task(nn.Module):
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
         with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=self.bf16):
             if features_only:
-                return self.model(batch["images"], _texts(batch))
+                return self.model(batch["images"], _texts(batch), None, batch.get("counts"))
             return self._loss(batch, part)
 
     def caption_targets(self, batch: dict[str, Any]) -> Tensor | None:
@@ -75,25 +75,34 @@ class Task(nn.Module):
         caption = batch["caption"]
         return caption.masked_fill(~word_slots(caption, self.model.text.pad_id), IGNORE)[:, 1:]
 
+    def counted(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch`, which is on the host, with the counts that the model would have to wait for on a device."""
+        if "counts" in batch:
+            return batch
+        return batch | {"counts": self.model.counts(batch["images"], _texts(batch), batch.get("caption"))}
+
     def shape(self, batch: dict[str, Any]) -> BatchShape:
-        """What the FLOPs of `batch` depend on; it may be on the host."""
+        """What the FLOPs of `batch` depend on; on the host, unless it is `counted`."""
         caption = batch.get("caption") if self.model.captioner is not None else None
+        counts: Counts = self.counted(batch)["counts"]
         return BatchShape(
             samples=len(batch["images"]),
             image_size=batch["images"].shape[-1],
-            texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
+            texts=[ids.shape[1] for ids in _texts(batch)],
+            words=counts.texts,
             caption=0 if caption is None else caption.shape[1],
-            predicted=0 if caption is None else int(word_slots(caption, self.model.text.pad_id)[:, 1:].sum()),
+            predicted=0 if caption is None else counts.predicted,
             world_size=world_size() * self.contrasted,
         )
 
     def flops(self, batch: dict[str, Any]) -> int:
-        """Of the forward and backward pass over `batch`, which may be on the host (clips/model/flops.py)."""
+        """Of the forward and backward pass over `batch` (clips/model/flops.py); as for `shape`."""
         return sum(training_flops(self.model.config, self.shape(batch), self.freeze).values())
 
     def _loss(self, batch: dict[str, Any], part: Part | None) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.caption_targets(batch)
-        out = self.model(batch["images"], _texts(batch), batch["caption"] if targets is not None else None)
+        caption, counts = batch["caption"] if targets is not None else None, batch.get("counts")
+        out = self.model(batch["images"], _texts(batch), caption, counts)
         features = [out.image_features, *out.text_features]
         with torch.autocast(batch["images"].device.type, enabled=False):
             if part is None:
@@ -106,7 +115,11 @@ class Task(nn.Module):
         parts = {"contrastive_loss": value, "logit_scale": out.logit_scale.detach()}
         captioner = self.model.captioner
         if captioner is not None and targets is not None:
-            total, count = caption_loss(out.caption_states, targets, captioner.head, self.config.caption_chunk)
+            most = len(targets) * (captioner.config.length - 1) if world_size() > 1 else None
+            total, count = caption_loss(
+                out.caption_states, targets, captioner.head, self.config.caption_chunk,
+                predicted=counts.predicted if counts is not None else None, most=most,
+            )  # fmt: skip
             caption_mean = mean_over_ranks(total, count) if part is None else total / part.tokens
             loss = loss + self.config.caption_weight * caption_mean
             parts["caption_loss"] = caption_mean.detach()

@@ -93,7 +93,7 @@ def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
     scale = model.logit_scale.exp().item()
     contrastive = 0.5 * sum(slow_info_nce(image, model.encode_text(batch[name]), scale) for name in ("web", "sub"))
     _, tokens = model.visual(batch["images"])
-    _, states, visible = model.text(batch["web"])
+    ((_, states, visible),) = model.text(batch["web"])
     hidden = model.captioner(tokens[:, 1:], states, visible, batch["caption"][:, :-1])
     targets = batch["caption"][:, 1:].masked_fill(batch["caption"][:, 1:] == 0, IGNORE)
     caption = slow_caption_loss(model, hidden, targets)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clips.config import Freeze, ModelConfig
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, Counts
 from clips.model.flops import BatchShape, forward_flops, training_flops
 from clips.recipes import PRESETS
 from clips.training.task import Task
@@ -29,7 +29,8 @@ def test_every_preset_forward_and_backward(preset: str) -> None:
         texts = [torch.zeros(2, web, dtype=torch.long), torch.zeros(2, sub, dtype=torch.long)]
         ids = torch.zeros(2, caption, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            out = model(images, texts, ids)
+            tokens = 2 * (config.vision.tokens(size) - 1 + web) + 30
+            out = model(images, texts, ids, Counts([2 * web, 2 * sub], predicted=30, captioner=tokens))
             assert model.captioner is not None
             assert out.caption_states is not None
             logits = model.captioner.head(out.caption_states.flatten(0, 1)[:30])

@@ -22,17 +22,6 @@ from clips.training.task import Task
 Batch = dict[str, torch.Tensor]
 
 
-def shape_of(batch: Batch) -> BatchShape:
-    caption = batch.get("caption")
-    return BatchShape(
-        samples=len(batch["images"]),
-        image_size=batch["images"].shape[-1],
-        texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
-        caption=caption.shape[1] if caption is not None else 0,
-        predicted=int((caption[:, 1:] != 0).sum()) if caption is not None else 0,
-    )
-
-
 def full_batch(run: RunConfig, size: int, image_size: int, length: int, caption: int) -> Batch:
     g = torch.Generator().manual_seed(0)
     slots = {"web": length, "sub": length - 8, "caption": caption}
@@ -74,13 +63,14 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     model = CLIPSModel(run.model, pad_id=0)
     model.visual.set_image_size(batch["images"].shape[-1])
     place = Place("cpu", bf16=precision == "bf16", checkpointing=False)
-    parts = parts_of(run, shape_of(batch), place)
+    task = Task(model, run)
+    parts = parts_of(run, task.shape(batch), place)
     assert list(parts) == ["vision", "text", "contrastive", "captioner", "head"]
     copies = 2 * count_parameters(run.model, run.optim, "none").products if place.bf16 else 0
     if place.bf16:  # the head's copy is made, and goes, inside its checkpoint
         copies -= 2 * sum(p.numel() for p in model.captioner.head.parameters())
     expected = copies + sum(part.kept for name, part in parts.items() if name != "head")
-    assert expected == pytest.approx(kept_by_autograd(Task(model, run), batch), rel=0.05)
+    assert expected == pytest.approx(kept_by_autograd(task, batch), rel=0.05)
 
 
 @pytest.mark.parametrize("name", RECIPES)
