@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,31 @@ def tiny_run(
         phases=(PhaseConfig(name="a", samples=64, batch_size=8, lr=1e-2, muon_lr=2e-2, image_size=32),),
         train=TrainConfig(precision=precision),
     )
+
+
+def generative(run: RunConfig, objective: str) -> RunConfig:
+    """`run` with the objective "caption" or "caption+web"."""
+    captioner = replace(run.model.captioner, web=objective == "caption+web")
+    model = replace(run.model, captioner=captioner, embed_dim=0)
+    return replace(run, model=model, task=replace(run.task, objective=objective))
+
+
+def dropping(run: RunConfig) -> RunConfig:
+    """`run` whose image tower sees 8 of 16 patches in training, and its captioner 3 of these."""
+    vision = replace(run.model.vision, patch_size=8, patch_dropout=0.5)
+    return replace(
+        run, model=replace(run.model, vision=vision, captioner=replace(run.model.captioner, image_token_keep=0.4))
+    )
+
+
+def drawn_tokens(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
+    """What the loader draws for a run that is `dropping`, and puts beside `tiny_batch`."""
+    rng = random.Random(seed)
+
+    def draw(there: int, kept: int) -> torch.Tensor:
+        return torch.tensor([sorted(rng.sample(range(there), kept)) for _ in range(size)])
+
+    return {"patches": draw(16, 8), "image_tokens": draw(8, 3)}
 
 
 def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:

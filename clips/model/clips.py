@@ -1,6 +1,7 @@
 """The CLIPS model: two towers, a captioner, one temperature.
 
-Shapes: B samples · E embedding width · N image tokens · T caption positions.
+Shapes: B samples · E embedding width, or the image tower's without a shared space · N image tokens · T caption
+positions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ from clips.model.text import TextTower
 from clips.model.vision import VisionTower
 
 MAX_LOGIT_SCALE = 100.0
+NO_SHARED_SPACE = (
+    "this model has no space that images and texts share, since it was trained to write captions without a contrastive "
+    "loss: texts have no features"
+)
+
+
+class Kept(NamedTuple):
+    """Which tokens of each image a training pass sees, by their places, in order; None: all of them."""
+
+    patches: Tensor | None = None
+    """[B, K] of the image's N patches: those that the image tower sees."""
+    image_tokens: Tensor | None = None
+    """[B, J] of the tower's K patch tokens: those that the captioner sees."""
+
+
+ALL = Kept()
 
 
 class Outputs(NamedTuple):
@@ -26,7 +43,7 @@ class Outputs(NamedTuple):
     image_features: Tensor
     """[B, E], L2-normalised."""
     text_features: list[Tensor]
-    """One [B, E] per text of the batch (web caption first), L2-normalised."""
+    """One [B, E] per text of the batch (web caption first), L2-normalised; none without a shared space."""
     logit_scale: Tensor
     """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
@@ -34,51 +51,73 @@ class Outputs(NamedTuple):
 
 
 class CLIPSModel(nn.Module):
-    """Image tower, text tower and, where configured, the captioner."""
+    """Image tower and, where configured, text tower and captioner."""
 
     def __init__(self, config: ModelConfig, pad_id: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.pad_id = config, pad_id
         self.visual = VisionTower(config.vision, config.embed_dim)
-        self.text = TextTower(config.text, config.embed_dim, pad_id)
+        self.text = TextTower(config.text, config.embed_dim, pad_id) if config.has_text_tower else None
         self.captioner = Captioner(config.captioner, config.vision, config.text) if config.captioner else None
         # One element rather than a scalar: DeepSpeed cannot broadcast 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+        if not config.embed_dim:  # only a contrastive loss would reach these
+            self.logit_scale.requires_grad_(False)
+            for tower in (self.visual, self.text):
+                if tower is not None:
+                    tower.norm.requires_grad_(False)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] → [B, E], L2-normalised."""
         return F.normalize(self.visual.proj(self.visual(images)[0]).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised."""
+        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised. ValueError without a shared space."""
+        if self.text is None or not self.config.embed_dim:
+            raise ValueError(NO_SHARED_SPACE)
         return F.normalize(self.text.proj(self.text(ids)[0]).float(), dim=-1)
 
-    def forward(self, images: Tensor, texts: list[Tensor], caption: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, texts: list[Tensor], caption: Tensor | None = None, kept: Kept = ALL) -> Outputs:
         """One pass for training. `texts[0]` is the web caption, which the captioner reads too.
 
         `caption` [B, T] holds `bos … eos` and padding; its position k predicts token k + 1.
         """
-        pooled, tokens = self.visual(images)
-        texts_out = [self.text(ids) for ids in texts]
+        pooled, tokens = self.visual(images, kept.patches)
+        texts_out = [self.text(ids) for ids in texts] if self.text is not None else []
         states = None
         if self.captioner is not None and caption is not None:
-            _, web_states, web_visible = texts_out[0]
-            states = self.captioner(self.visual.patches(tokens), web_states, web_visible, caption[:, :-1])
+            patches = self.visual.patches(tokens)
+            if kept.image_tokens is not None:
+                patches = patches.take_along_dim(kept.image_tokens[..., None], dim=1)
+            _, web_states, web_visible = texts_out[0] if self.captioner.config.web else (None, None, None)
+            states = self.captioner(patches, web_states, web_visible, caption[:, :-1])
+        text_features = []
+        if self.text is not None and self.config.embed_dim:
+            text_features = [F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out]
         return Outputs(
             image_features=F.normalize(self.visual.proj(pooled).float(), dim=-1),
-            text_features=[F.normalize(self.text.proj(text[0]).float(), dim=-1) for text in texts_out],
+            text_features=text_features,
             logit_scale=self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp(),
             caption_states=states,
         )
+
+    def caption_prefix(self, images: Tensor, web_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the captioner reads: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
+
+        `web_ids` [B, L] are those of the web captions, which count nothing for a captioner that reads the image alone.
+        """
+        patches = self.visual.patches(self.visual(images)[1])
+        if self.captioner is None or not self.captioner.config.web or self.text is None:
+            return patches, None, None
+        _, states, visible = self.text(web_ids)
+        return patches, states, visible
 
     @torch.no_grad()
     def caption(self, images: Tensor, web_ids: Tensor, *, bos_id: int, eos_id: int) -> Tensor:
         """Greedy captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L]."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
-        _, states, visible = self.text(web_ids)
-        tokens = self.visual(images)[1]
-        return self.captioner.generate(self.visual.patches(tokens), states, visible, bos_id, eos_id, self.text.pad_id)
+        return self.captioner.generate(*self.caption_prefix(images, web_ids), bos_id, eos_id, self.pad_id)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         for tower in (self.visual, self.text, self.captioner):
@@ -88,7 +127,7 @@ class CLIPSModel(nn.Module):
     def freeze(self, part: Freeze) -> None:
         """Leave a tower as it is, but for its projection into the shared space; no gradient is computed inside it."""
         for name, tower in (("vision", self.visual), ("text", self.text)):
-            if name == part:
+            if name == part and tower is not None:
                 tower.requires_grad_(False)
                 tower.proj.requires_grad_(True)
 

@@ -75,6 +75,7 @@ def benchmark(
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
         "gradcache": lambda: accumulation_rows(on, repeats),
+        "tokens": lambda: [row for name in SETTINGS for row in token_rows(name, on, repeats, demo_dir)],
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
         "profile": lambda: [row for name in PROFILED for row in in_child(profile_rows, name, on, demo_dir)],
     }[what]
@@ -525,6 +526,66 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
     """Peak memory in MB of a few steps of `kind`, the model and its optimizer included."""
     run, tokenizer, batches = _ready(name, device, demo_dir)
     memory, step = PeakMemory(device), STEPS[kind](run, tokenizer, device)
+    for batch in batches:
+        step(batch)
+    return memory.read()
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+KEEP, DROP = "model.captioner.image_token_keep=0.3", "model.vision.patch_dropout=0.5"
+ALONE = "model.embed_dim=0", "task.objective=caption", "model.captioner.web=false"
+DROPS: dict[str, tuple[str, ...]] = {
+    "clips, all tokens": (),
+    "clips, captioner on 30 %": (KEEP,),
+    "clips, half of the patches": (DROP,),
+    "clips, both": (KEEP, DROP),
+    "caption, all tokens": ALONE,
+    "caption, captioner on 30 %": (*ALONE, KEEP),
+    "caption+web, captioner on 30 %": (*ALONE[:1], "task.objective=caption+web", KEEP),
+}
+"""What is compared → what of the setting is changed."""
+
+
+def token_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
+    """Steps of the setting that drop image tokens, or the contrastive loss, against those that do not, in turns."""
+    shares, flops = in_child(token_seconds, name, device, repeats, demo_dir)
+    first = next(iter(DROPS))
+    return [
+        {
+            "setting": name, "what": what, "samples_per_s": 1 / shares[what],
+            "time / all": shares[what] / shares[first], "FLOPs / all": flops[what] / flops[first],
+            "peak_MB": in_child(token_peak, name, device, demo_dir, what),
+        }
+        for what in DROPS
+    ]  # fmt: skip
+
+
+def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tuple[Engine, list[Batch]]:
+    init_distributed(device)
+    run = setting(name, device, demo_dir).override([*DROPS[what], "data.workers=0"])
+    source, tokenizer = _open(run)
+    return clips_engine(run, tokenizer, device), list(_loader(run, source, tokenizer, TURN))
+
+
+def token_seconds(name: str, device: torch.device, repeats: int, demo_dir: str) -> tuple[dict[str, float], ...]:
+    """Of each kind the seconds of a sample, in turns of two steps, and its FLOPs."""
+    kinds = {what: _dropping(name, device, demo_dir, what) for what in DROPS}
+    steps = {what: step_of(engine) for what, (engine, _) in kinds.items()}
+    turns = {what: lambda what=what: [steps[what](batch) for batch in kinds[what][1]] for what in kinds}
+    seconds = fastest(turns, repeats, device)
+    counts = {what: sum(len(batch["keys"]) for batch in batches) for what, (_, batches) in kinds.items()}
+    flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in kinds.items()}
+    return (
+        {what: seconds[what] / counts[what] for what in kinds},
+        {what: flops[what] / counts[what] for what in kinds},
+    )
+
+
+def token_peak(name: str, device: torch.device, demo_dir: str, what: str) -> float:
+    """Peak memory in MB of two steps, the model and its optimizer included."""
+    memory = PeakMemory(device)
+    engine, batches = _dropping(name, device, demo_dir, what)
+    step = step_of(engine)
     for batch in batches:
         step(batch)
     return memory.read()

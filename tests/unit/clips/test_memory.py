@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_batch, tiny_run
+from conftest import ROOT, drawn_tokens, dropping, generative, run_python, tiny_batch, tiny_run
 from torch.autograd.graph import saved_tensors_hooks
 from zero_worker import STAGES
 
@@ -62,11 +62,15 @@ def kept_by_autograd(task: Task, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["tiny", "S/16", "S/16 at 336 px"])
+@pytest.mark.parametrize("name", ["tiny", "dropping", "caption", "caption+web", "S/16", "S/16 at 336 px"])
 def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     """At 336 px the captioner is beyond the length up to which a CPU uses plain products."""
     if name == "tiny":
         run, batch = tiny_run(precision=precision), tiny_batch(0)
+    elif "/" not in name:
+        run, batch = dropping(tiny_run(precision=precision)), tiny_batch(0) | drawn_tokens(0)
+        run = run if name == "dropping" else generative(run, name)
+        batch = {key: batch[key] for key in ("images", "caption", "patches", "image_tokens", *run.task.texts)}
     else:
         run = recipe("s16").override([f"train.precision={precision}", "train.activation_checkpointing=false"])
         run = replace(run, model=replace(run.model, vision=replace(run.model.vision, layers=4)))
@@ -89,11 +93,17 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     parameters = count_parameters(run.model, run.optim, "none")
     with torch.device("meta"):
         model = CLIPSModel(run.model, pad_id=0)
-    assert parameters.trained == model.parameter_counts()["total"]
-    assert parameters.frozen == 0
+    untrained = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert (untrained == 0) == run.task.contrasts, "else nothing reaches the norms behind the towers"
+    assert parameters.trained == model.parameter_counts()["total"] - untrained
+    assert parameters.frozen == untrained
     assert ("muon" in parameters.groups) == (run.optim.kind == "muon")
     frozen = count_parameters(run.model, run.optim, "vision")
-    assert frozen.frozen == model.parameter_counts()["vision"] - model.visual.proj.weight.numel()
+    towers = sum(p.numel() for name, p in model.visual.named_parameters() if not name.startswith("proj."))
+    others = sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("visual.") and not p.requires_grad
+    )
+    assert frozen.frozen == towers + others
     assert frozen.trained + frozen.frozen == parameters.trained
 
 
