@@ -32,7 +32,8 @@ from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
 from clips.weights.load import LoadedModel, clip_tokenizer, load_model
 
 FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING_FIELDS.items()))
-"""What the recipe or `--set` may choose although the file says otherwise; for a size positions are made or resampled."""
+"""What the recipe or `--set` may choose although the file says otherwise; positions are made or resampled for a size.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
