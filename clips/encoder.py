@@ -73,6 +73,11 @@ class CLIPS:
         return self.model.config.embed_dim or self.model.config.vision.width
 
     @property
+    def has_text_features(self) -> bool:
+        """Whether `encode_text` gives any: a model that was trained by captions alone has none."""
+        return self.model.config.embed_dim > 0
+
+    @property
     def logit_scale(self) -> float:
         """What cosines are multiplied with before a softmax: the learned inverse temperature."""
         return float(self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE))
