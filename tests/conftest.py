@@ -79,21 +79,23 @@ def generative(run: RunConfig, objective: str) -> RunConfig:
 
 
 def dropping(run: RunConfig) -> RunConfig:
-    """`run` whose image tower sees 8 of 16 patches in training, and its captioner 3 of these."""
+    """`run` with patches of 8 px; in training its tower sees half of them and its captioner 0.4 of these, 8 and 3 of an
+    image of 32 px."""
     vision = replace(run.model.vision, patch_size=8, patch_dropout=0.5)
     return replace(
         run, model=replace(run.model, vision=vision, captioner=replace(run.model.captioner, image_token_keep=0.4))
     )
 
 
-def drawn_tokens(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
-    """What the loader draws for a run that is `dropping`, and puts beside `tiny_batch`."""
+def drawn_tokens(seed: int, *, size: int = 8, patches: int = 16) -> dict[str, torch.Tensor]:
+    """What the loader draws for a run that is `dropping` and images of so many patches, to stand beside `tiny_batch`."""
     rng = random.Random(seed)
 
     def draw(there: int, kept: int) -> torch.Tensor:
         return torch.tensor([sorted(rng.sample(range(there), kept)) for _ in range(size)])
 
-    return {"patches": draw(16, 8), "image_tokens": draw(8, 3)}
+    seen = round(0.5 * patches)
+    return {"patches": draw(patches, seen), "image_tokens": draw(seen, round(0.4 * seen))}
 
 
 def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
+from clips.model.layers import taken
 from clips.model.text import TextTower
 from clips.model.vision import VisionTower
 
@@ -88,7 +89,7 @@ class CLIPSModel(nn.Module):
         if self.captioner is not None and caption is not None:
             patches = self.visual.patches(tokens)
             if kept.image_tokens is not None:
-                patches = patches.take_along_dim(kept.image_tokens[..., None], dim=1)
+                patches = taken(patches, kept.image_tokens)
             _, web_states, web_visible = texts_out[0] if self.captioner.config.web else (None, None, None)
             states = self.captioner(patches, web_states, web_visible, caption[:, :-1])
         text_features = []

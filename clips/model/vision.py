@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clips.config import PositionTable, VisionConfig, check_image_size
-from clips.model.layers import Blocks, init_weights, stream_dtype
+from clips.model.layers import Blocks, init_weights, stream_dtype, taken
 
 
 def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> Tensor:
@@ -103,7 +103,7 @@ class VisionTower(nn.Module):
         positions = self.positions().to(dtype)
         x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype) + positions[C:]
         if kept_BK is not None:
-            x = x.take_along_dim(kept_BK[..., None], dim=1)
+            x = taken(x, kept_BK)
         if self.cls_token is not None:
             x = torch.cat([(self.cls_token.to(dtype) + positions[0]).expand(len(images), 1, -1), x], dim=1)
         tokens = self.blocks(self.pre_norm(x))
