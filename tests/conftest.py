@@ -88,7 +88,7 @@ def dropping(run: RunConfig) -> RunConfig:
 
 
 def drawn_tokens(seed: int, *, size: int = 8, patches: int = 16) -> dict[str, torch.Tensor]:
-    """What the loader draws for a run that is `dropping` and images of so many patches, to stand beside `tiny_batch`."""
+    """What the loader draws for a run that is `dropping` and images of so many patches, to go with `tiny_batch`."""
     rng = random.Random(seed)
 
     def draw(there: int, kept: int) -> torch.Tensor:
