@@ -568,11 +568,14 @@ def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tupl
 
 
 def token_seconds(name: str, device: torch.device, repeats: int, demo_dir: str) -> tuple[dict[str, float], ...]:
-    """Of each kind the seconds of a sample, in turns of two steps, and its FLOPs."""
+    """Of each kind the seconds of a sample, in turns of two steps, and its FLOPs.
+
+    On a CPU seconds of this process's own work, which others on the machine hardly change.
+    """
     kinds = {what: _dropping(name, device, demo_dir, what) for what in DROPS}
     steps = {what: step_of(engine) for what, (engine, _) in kinds.items()}
     turns = {what: lambda what=what: [steps[what](batch) for batch in kinds[what][1]] for what in kinds}
-    seconds = fastest(turns, repeats, device)
+    seconds = fastest(turns, repeats, device, time.process_time if device.type == "cpu" else None)
     counts = {what: sum(len(batch["keys"]) for batch in batches) for what, (_, batches) in kinds.items()}
     flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in kinds.items()}
     return (
