@@ -547,17 +547,14 @@ DROPS: dict[str, tuple[str, ...]] = {
 
 
 def token_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
-    """Steps of the setting that drop image tokens, or the contrastive loss, against those that do not, in turns."""
-    shares, flops = in_child(token_seconds, name, device, repeats, demo_dir)
-    first = next(iter(DROPS))
-    return [
-        {
-            "setting": name, "what": what, "samples_per_s": 1 / shares[what],
-            "time / all": shares[what] / shares[first], "FLOPs / all": flops[what] / flops[first],
-            "peak_MB": in_child(token_peak, name, device, demo_dir, what),
-        }
-        for what in DROPS
-    ]  # fmt: skip
+    """Steps of the setting that drop image tokens, or the contrastive loss, each in turns with those that do not."""
+    first, *others = DROPS
+    rows: list[Row] = [{"setting": name, "what": first, "time / all": 1.0, "FLOPs / all": 1.0}]
+    for what in others:
+        print(f"{name}: {what}", file=sys.stderr)
+        time_share, flops_share = in_child(token_shares, name, device, repeats, demo_dir, (first, what))
+        rows.append({"setting": name, "what": what, "time / all": time_share, "FLOPs / all": flops_share})
+    return [row | {"peak_MB": in_child(token_peak, name, device, demo_dir, row["what"])} for row in rows]
 
 
 def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tuple[Engine, list[Batch]]:
@@ -567,21 +564,20 @@ def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tupl
     return clips_engine(run, tokenizer, device), list(_loader(run, source, tokenizer, TURN))
 
 
-def token_seconds(name: str, device: torch.device, repeats: int, demo_dir: str) -> tuple[dict[str, float], ...]:
-    """Of each kind the seconds of a sample, in turns of two steps, and its FLOPs.
+def token_shares(
+    name: str, device: torch.device, repeats: int, demo_dir: str, kinds: tuple[str, str]
+) -> tuple[float, float]:
+    """Time and FLOPs of the second kind over those of the first, in turns of two steps.
 
     On a CPU seconds of this process's own work, which others on the machine hardly change.
     """
-    kinds = {what: _dropping(name, device, demo_dir, what) for what in DROPS}
-    steps = {what: step_of(engine) for what, (engine, _) in kinds.items()}
-    turns = {what: lambda what=what: [steps[what](batch) for batch in kinds[what][1]] for what in kinds}
+    engines = {what: _dropping(name, device, demo_dir, what) for what in kinds}
+    steps = {what: step_of(engine) for what, (engine, _) in engines.items()}
+    turns = {what: lambda what=what: [steps[what](batch) for batch in engines[what][1]] for what in kinds}
     seconds = fastest(turns, repeats, device, time.process_time if device.type == "cpu" else None)
-    counts = {what: sum(len(batch["keys"]) for batch in batches) for what, (_, batches) in kinds.items()}
-    flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in kinds.items()}
-    return (
-        {what: seconds[what] / counts[what] for what in kinds},
-        {what: flops[what] / counts[what] for what in kinds},
-    )
+    flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in engines.items()}
+    first, second = kinds
+    return seconds[second] / seconds[first], flops[second] / flops[first]
 
 
 def token_peak(name: str, device: torch.device, demo_dir: str, what: str) -> float:

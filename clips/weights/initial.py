@@ -96,7 +96,7 @@ def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
 
 def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
     config = loaded.model.config
-    parts = {
+    parts: dict[str, Any] = {
         "model.vision": dataclasses.asdict(config.vision),
         "model.text": dataclasses.asdict(config.text),
         "captions.tokenizer": loaded.run.captions.tokenizer,

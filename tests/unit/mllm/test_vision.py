@@ -408,7 +408,7 @@ def test_unknown_names_and_layers(runs, tmp_path):
         load_vision("hf")
     with pytest.raises(UserError, match="has layers -4 … 3"):
         load_vision("clips", runs=runs, select_layer=-5)
-    assert list(VISION) == ["clips", "clip", "random", "blind", "open_clip", "hf", "timm"]
+    assert list(VISION) == ["clips", "clip", "caption", "caption+web", "random", "blind", "open_clip", "hf", "timm"]
 
 
 def test_fingerprint_follows_weights_layer_and_preprocessing(runs, tmp_path):
