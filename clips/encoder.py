@@ -82,7 +82,13 @@ class CLIPS:
 
     @property
     def embed_dim(self) -> int:
-        return self.model.config.embed_dim
+        """Width of a feature; of a model that has no space shared with texts, that of its image tower."""
+        return self.model.config.embed_dim or self.model.config.vision.width
+
+    @property
+    def has_text_features(self) -> bool:
+        """Whether `encode_text` gives any: a model that was trained by captions alone has none."""
+        return self.model.config.embed_dim > 0
 
     @property
     def logit_scale(self) -> float:
@@ -130,7 +136,7 @@ class CLIPS:
             yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """L2-normalised features [T, E] on the CPU."""
+        """L2-normalised features [T, E] on the CPU. UserError where the model was trained by captions alone."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
@@ -153,8 +159,8 @@ class CLIPS:
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one an image, given their web captions (one for all, or one each).
 
-        UserError where the model was trained without a captioner (an open_clip export has none), ValueError where
-        there are more or fewer web captions than images.
+        UserError where the model was trained without a captioner (an open_clip export has none), or with one that reads
+        the image alone while a web caption is given; ValueError where there are more or fewer web captions than images.
         """
         return [caption.text for caption in self.write_captions(images, web)]
 
@@ -165,6 +171,8 @@ class CLIPS:
         """As `caption`, with whether each came to its end; above temperature 0 they are drawn, with `seed`."""
         if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
+        if web and not self.model.captioner.config.web:
+            raise UserError(f"the captioner of {self.path} reads the image alone: leave the web captions out")
         webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
         generator = torch.Generator(self.device).manual_seed(seed)
         bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id

@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
         "train",
         "chunk",
         "gradcache",
+        "tokens",
         "checkpoint",
         "profile",
         "program",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clips.config import Freeze, ModelConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BatchShape:
     samples: int
     image_size: int
     texts: Sequence[int]
-    """Slots of each text of a sample, padding included: web caption, then sub-caption."""
+    """Slots of each text of a sample, padding included: web caption, then sub-caption; as many as the objective has."""
     caption: int = 0
     """Positions of the captions, padding included; 0: the captioner does not run."""
     predicted: int = 0
@@ -34,7 +34,7 @@ class BatchShape:
 def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
     """FLOPs of the forward pass by part: vision, text, captioner, head (of the captioner), contrastive."""
     vision, text, captioner, B = model.vision, model.text, model.captioner, shape.samples
-    patches = vision.tokens(shape.image_size)
+    patches = vision.kept_tokens(shape.image_size)
     parts = {
         "vision": _patch_embed(model, shape)
         + _blocks(vision.width, vision.layers, vision.mlp_ratio, B, patches + vision.prefix_tokens)
@@ -49,8 +49,8 @@ def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         "contrastive": len(shape.texts) * 2 * 2 * B * (B * shape.world_size) * model.embed_dim,
     }
     if captioner is not None and shape.caption:
-        slots = patches + _words(model, shape) + shape.caption - 1
-        tokens = captioner_tokens(model, shape)
+        slots = captioner.kept_tokens(patches) + _words(captioner, model, shape) + shape.caption - 1
+        tokens = captioner_tokens(captioner, model, shape)
         parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, B, slots, tokens)
         parts["captioner"] += sum(_prefix(model, shape).values())
         parts["head"] = shape.predicted * 2 * captioner.width * text.vocab_size
@@ -88,10 +88,11 @@ def computed_words(shape: BatchShape) -> Sequence[int]:
     return shape.words or [shape.samples * slots for slots in shape.texts]
 
 
-def captioner_tokens(model: ModelConfig, shape: BatchShape) -> int:
+def captioner_tokens(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
     """Image tokens, the web caption's and positions that predict, over all samples."""
-    patches, cls = model.vision.tokens(shape.image_size), model.text.pool == "cls"
-    return shape.samples * (patches - cls) + computed_words(shape)[0] + shape.predicted
+    patches = captioner.kept_tokens(model.vision.kept_tokens(shape.image_size))
+    words = computed_words(shape)[0] - shape.samples * (model.text.pool == "cls") if captioner.web else 0
+    return shape.samples * patches + words + shape.predicted
 
 
 def _blocks(width: int, layers: int, mlp_ratio: float, samples: int, slots: int, tokens: int | None = None) -> int:
@@ -104,17 +105,19 @@ def _blocks(width: int, layers: int, mlp_ratio: float, samples: int, slots: int,
 
 def _prefix(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
     """The captioner's projections of what the towers give it, by tower."""
-    if model.captioner is None or not shape.caption:
+    vision, captioner = model.vision, model.captioner
+    if captioner is None or not shape.caption:
         return {}
     inputs = {
-        "vision": model.vision.tokens(shape.image_size) * model.vision.width,
-        "text": _words(model, shape) * model.text.width,
+        "vision": captioner.kept_tokens(vision.kept_tokens(shape.image_size)) * vision.width,
+        "text": _words(captioner, model, shape) * model.text.width,
     }
-    return {tower: shape.samples * 2 * size * model.captioner.width for tower, size in inputs.items()}
+    return {tower: shape.samples * 2 * size * captioner.width for tower, size in inputs.items()}
 
 
-def _words(model: ModelConfig, shape: BatchShape) -> int:
-    return shape.texts[0] - (model.text.pool == "cls")
+def _words(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
+    """States of the web caption that the captioner reads."""
+    return shape.texts[0] - (model.text.pool == "cls") if captioner.web else 0
 
 
 def _patch_embed(model: ModelConfig, shape: BatchShape) -> int:

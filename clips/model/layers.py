@@ -42,6 +42,12 @@ def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | 
     return scores.softmax(-1) @ v_BHSK
 
 
+def taken(x_BND: Tensor, places_BK: Tensor) -> Tensor:
+    """Of each sequence the tokens at its `places`, [B, K, D]."""
+    # Tensor.take_along_dim would write the places out for every unit of width, and autograd would keep that.
+    return x_BND.gather(1, places_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
+
+
 class KVCache:
     """Keys and values of the positions that a block has already seen, for generation."""
 

@@ -60,7 +60,7 @@ class TextTower(nn.Module):
             config.layers, config.width, config.heads, config.mlp_ratio, config.activation, config.norm_eps
         )
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        self.proj = nn.Linear(config.width, embed_dim, bias=False) if embed_dim else nn.Identity()
         init_weights(self)
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)

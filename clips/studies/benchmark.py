@@ -76,6 +76,7 @@ def benchmark(
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
         "gradcache": lambda: accumulation_rows(on, repeats),
+        "tokens": lambda: [row for name in SETTINGS for row in token_rows(name, on, repeats, demo_dir)],
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
         "profile": lambda: [row for name in PROFILED for row in profiled_setting(name, on, demo_dir)],
     }[what]
@@ -528,6 +529,65 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
     """Peak memory in MB of a few steps of `kind`, the model and its optimizer included."""
     run, tokenizer, batches = _ready(name, device, demo_dir)
     memory, step = PeakMemory(device), STEPS[kind](run, tokenizer, device)
+    for batch in batches:
+        step(batch)
+    return memory.read()
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+KEEP, DROP = "model.captioner.image_token_keep=0.3", "model.vision.patch_dropout=0.5"
+ALONE = "model.embed_dim=0", "task.objective=caption", "model.captioner.web=false"
+DROPS: dict[str, tuple[str, ...]] = {
+    "clips, all tokens": (),
+    "clips, captioner on 30 %": (KEEP,),
+    "clips, half of the patches": (DROP,),
+    "clips, both": (KEEP, DROP),
+    "caption, all tokens": ALONE,
+    "caption, captioner on 30 %": (*ALONE, KEEP),
+    "caption+web, captioner on 30 %": (*ALONE[:1], "task.objective=caption+web", KEEP),
+}
+"""What is compared → what of the setting is changed."""
+
+
+def token_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
+    """Steps of the setting that drop image tokens, or the contrastive loss, each in turns with those that do not."""
+    first, *others = DROPS
+    rows: list[Row] = [{"setting": name, "what": first, "time / all": 1.0, "FLOPs / all": 1.0}]
+    for what in others:
+        print(f"{name}: {what}", file=sys.stderr)
+        time_share, flops_share = in_child(token_shares, name, device, repeats, demo_dir, (first, what))
+        rows.append({"setting": name, "what": what, "time / all": time_share, "FLOPs / all": flops_share})
+    return [row | {"peak_MB": in_child(token_peak, name, device, demo_dir, row["what"])} for row in rows]
+
+
+def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tuple[Engine, list[Batch]]:
+    init_distributed(device)
+    run = setting(name, device, demo_dir).override([*DROPS[what], "data.workers=0"])
+    source, tokenizer = _open(run)
+    return clips_engine(run, tokenizer, device), list(_loader(run, source, tokenizer, TURN))
+
+
+def token_shares(
+    name: str, device: torch.device, repeats: int, demo_dir: str, kinds: tuple[str, str]
+) -> tuple[float, float]:
+    """Time and FLOPs of the second kind over those of the first, in turns of two steps.
+
+    On a CPU seconds of this process's own work, which others on the machine hardly change.
+    """
+    engines = {what: _dropping(name, device, demo_dir, what) for what in kinds}
+    steps = {what: step_of(engine) for what, (engine, _) in engines.items()}
+    turns = {what: lambda what=what: [steps[what](batch) for batch in engines[what][1]] for what in kinds}
+    seconds = fastest(turns, repeats, device, time.process_time if device.type == "cpu" else None)
+    flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in engines.items()}
+    first, second = kinds
+    return seconds[second] / seconds[first], flops[second] / flops[first]
+
+
+def token_peak(name: str, device: torch.device, demo_dir: str, what: str) -> float:
+    """Peak memory in MB of two steps, the model and its optimizer included."""
+    memory = PeakMemory(device)
+    engine, batches = _dropping(name, device, demo_dir, what)
+    step = step_of(engine)
     for batch in batches:
         step(batch)
     return memory.read()

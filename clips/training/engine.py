@@ -235,6 +235,8 @@ class Engine:
 
         The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
         """
+        if not self.run.task.contrasts:
+            return  # it does not train, and DeepSpeed's optimizers do not know it
         for held in self.state.copies("logit_scale"):
             held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
@@ -246,6 +248,6 @@ class Engine:
         weights = self.state.gather_weights(everywhere=everywhere)
         if not weights:
             return None
-        model = CLIPSModel(self.run.model, self.model.text.pad_id)
+        model = CLIPSModel(self.run.model, self.model.pad_id)
         model.load_state_dict(weights)
         return model.to(self.device).eval()

@@ -175,7 +175,7 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     model, B, e = run.model, shape.samples, place.element
     vision, text, captioner = model.vision, model.text, model.captioner
     counts = count_parameters_by_part(model)
-    pixels, patches = 3 * shape.image_size**2, vision.tokens(shape.image_size)
+    pixels, patches = 3 * shape.image_size**2, vision.kept_tokens(shape.image_size)
     frozen = run.train.freeze
     tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
     parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
@@ -187,23 +187,24 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     kept = sum(stack.kept for stack in texts)
     most = max((stack.working for stack in texts), default=0)
     # A token embedding's gradient is made whole before it is added.
-    embedding = FP32 * text.vocab_size * text.width
-    parts["text"] = Part(B * kept, B * most + embedding, counts["text"])
+    embedding = FP32 * text.vocab_size * text.width if model.has_text_tower else 0
+    parts["text"] = Part(B * kept, B * most + embedding, counts.get("text", 0))
     for name in ("vision", "text"):
         if frozen == name:
             parts[name] = Part(0, parts[name].working, 0)
     # Both directions of each pair: log-probabilities are kept, a gradient and its product with them are made.
     logits = FP32 * B * B * shape.world_size
-    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1)
+    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1) if model.embed_dim else Part(0, 0, 0)
     if captioner is None or not shape.caption:
         return parts
-    words = shape.texts[0] - (text.pool == "cls")
-    slots, tokens = patches + words + shape.caption - 1, captioner_tokens(model, shape) / B
+    words = shape.texts[0] - (text.pool == "cls") if captioner.web else 0
+    seen = captioner.kept_tokens(patches)
+    slots, tokens = seen + words + shape.caption - 1, captioner_tokens(captioner, model, shape) / B
     decoder = _stack(
         place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, slots, tokens, rows=True,
         packed=True,
     )  # fmt: skip
-    inputs = e * (patches * vision.width + words * text.width)
+    inputs = e * (seen * vision.width + words * text.width)
     norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
     head = captioner.width * text.vocab_size
     parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + slots**2)

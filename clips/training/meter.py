@@ -97,7 +97,8 @@ class Meter:
         elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
         means = {name: sum(found[name]) / len(ranks) for name in names}
         speed, flops = (state.samples - self.samples) / elapsed, sum(found["flops"]) / len(ranks) / elapsed
-        state.logit_scale.append((state.samples, means["logit_scale"]))
+        if "logit_scale" in means:
+            state.logit_scale.append((state.samples, means["logit_scale"]))
         skipped = self._gather_skipped()
         state.skipped += len(skipped)
         log.skipped(skipped, state.step)

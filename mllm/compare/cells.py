@@ -17,8 +17,10 @@ from mllm.compare.comparison import Comparison, asks_questions
 from mllm.compare.statistics import shared_runs
 from mllm.encoders.names import parse_vision_name
 
-RECIPES = {"clips": "demo", "clip": "clip_baseline"}
+RECIPES = {"clips": "demo", "clip": "clip_baseline", "caption": "caption", "caption+web": "caption_web"}
 """Encoders that are pretrained where they are missing."""
+WITH_TEXTS = ("clips", "clip")
+"""Those of them that have features of texts, to measure retrieval by."""
 
 
 @dataclass(frozen=True)

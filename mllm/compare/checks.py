@@ -13,7 +13,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from mllm.compare.benchmarks import check_benchmarks, missing_benchmarks
-from mllm.compare.cells import LLAVA_STEP, RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
+from mllm.compare.cells import LLAVA_STEP, WITH_TEXTS, cells_of, encoders_to_pretrain, samples_seen, slug
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import (
     Comparison,
@@ -58,7 +58,7 @@ def check_request(comparison: Comparison) -> None:
         if taken := [name for name in own if name in given]:
             raise UserError(f"{option}: --{taken[0]} is what the comparison itself sets; leave it out")
     kinds = {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
-    if comparison.karpathy is not None and not kinds & set(RECIPES):
+    if comparison.karpathy is not None and not kinds & set(WITH_TEXTS):
         raise UserError("--karpathy measures encoders with a text tower that were trained here: name clips or clip")
     if comparison.question_file is None and not is_demo(comparison) and not comparison.benchmarks:
         raise UserError(

@@ -43,6 +43,7 @@ from mllm.compare.benchmarks import benchmark_command, benchmark_log, missing_be
 from mllm.compare.calibration import print_calibration
 from mllm.compare.cells import (
     RECIPES,
+    WITH_TEXTS,
     Cell,
     PretrainedEncoder,
     cells_of,
@@ -114,7 +115,8 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         )
     split = comparison.karpathy
     if split is not None:
-        runs = sorted({run for cell in cells if (run := cell.pretraining_run) is not None})
+        with_texts = [cell for cell in cells if cell.kind in WITH_TEXTS]
+        runs = sorted({run for cell in with_texts if (run := cell.pretraining_run) is not None})
 
         def retrieve(run: Path) -> None:
             commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
@@ -167,8 +169,9 @@ def pretrain_encoders(comparison: Comparison, commands: Commands, say: Say) -> N
     for encoder in encoders:
         of_seed.setdefault(encoder.seed, {})[encoder.kind] = encoder.directory
     for directories in of_seed.values():
-        if len(directories) == len(RECIPES):
-            assert_same_samples(*(directories[kind] for kind in RECIPES))
+        first, *others = (directories[kind] for kind in RECIPES if kind in directories)
+        for other in others:
+            assert_same_samples(first, other)
 
 
 def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -> None:

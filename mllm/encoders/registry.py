@@ -2,6 +2,7 @@
 
     clips[:DIR|ID]  the newest CLIPS export under runs/, or the one named (run, export or model directory, hub id)
     clip[:DIR|ID]   the same for the CLIP baseline trained here
+    caption[:DIR|ID]  the same for an encoder trained here by captions alone; caption+web for one beside web captions
     random[:DIR]    the architecture of a CLIPS export, untrained, seeded
     blind[:DIR]     the same, and every image gives the same tokens: no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
@@ -49,6 +50,8 @@ def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
 VISION: dict[str, Callable[[VisionRequest], LoadedVision]] = {
     "clips": load_clips,
     "clip": trained_here("clip", "clip_baseline"),
+    "caption": trained_here("caption", "caption"),
+    "caption+web": trained_here("caption+web", "caption_web"),
     "random": untrained(blind=False),
     "blind": untrained(blind=True),
     "open_clip": load_open_clip,

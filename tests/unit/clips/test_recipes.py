@@ -36,7 +36,7 @@ TOWERS = {
 
 
 def test_the_table_of_recipes() -> None:
-    assert list(RECIPES) == ["demo", "clip_baseline", *PAPER]
+    assert list(RECIPES) == ["demo", "clip_baseline", "caption", "caption_web", *PAPER]
     for name, make in RECIPES.items():
         assert recipe(name) == make()
         assert recipe(name).recipe == name
@@ -44,7 +44,9 @@ def test_the_table_of_recipes() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'b32' is not known; choose one of: demo, clip_baseline, s16, b16, l14, h14"):
+    with pytest.raises(
+        UserError, match="'b32' is not known; choose one of: demo, clip_baseline, caption, caption_web, s16"
+    ):
         recipe("b32")
 
 
@@ -74,6 +76,7 @@ def test_paper_recipes_are_the_papers(name: str) -> None:
     assert (text.width, text.layers, text.heads) == (captioner.width, captioner.layers, captioner.heads) == language
     assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, RESOLUTIONS[name][-1])
     assert (text.context_length, text.vocab_size, captioner.length) == (80, 32_000, 128)
+    assert (vision.patch_dropout, captioner.image_token_keep, captioner.web) == (0.0, 1.0, True)
     assert not vision.pre_norm
     assert run.data.train == "", "there is no default for somebody's own data"
 
@@ -94,6 +97,18 @@ def test_the_demo_uses_muon_and_its_baseline_differs_in_the_objective_only() -> 
     assert baseline.data == demo.data
     assert baseline.optim.kind == demo.optim.kind
     assert (baseline.model.vision, baseline.model.text) == (demo.model.vision, demo.model.text)
+
+
+@pytest.mark.parametrize(("name", "objective"), [("caption", "caption"), ("caption_web", "caption+web")])
+def test_recipes_by_captions_alone_differ_from_the_demo_in_the_objective_only(name: str, objective: str) -> None:
+    demo, run = recipe("demo"), recipe(name)
+    assert (run.task.objective, run.model.embed_dim, run.model.captioner.web) == (objective, 0, name == "caption_web")
+    assert run.model.captioner.image_token_keep == 0.3
+    assert (run.data, run.optim, run.phases, run.captions) == (demo.data, demo.optim, demo.phases, demo.captions)
+    assert (run.model.vision, run.model.text) == (demo.model.vision, demo.model.text)
+    model = CLIPSModel(run.model, pad_id=0)
+    assert (model.text is not None) == (name == "caption_web")
+    assert not any(part in key for key in model.state_dict() for part in ("visual.proj", "text.proj"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
