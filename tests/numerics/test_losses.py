@@ -115,7 +115,7 @@ def slow_dropped_states(model: CLIPSModel, batch: dict[str, torch.Tensor], row: 
     seen = tower.blocks(torch.stack(tokens)[None])[0, 1:]
     prefix = [captioner.image_proj(seen[place]) for place in batch["image_tokens"][row].tolist()]
     if captioner.config.web:
-        _, states, visible = model.text(batch["web"][row : row + 1])
+        ((_, states, visible),) = model.text(batch["web"][row : row + 1])
         prefix += [captioner.text_proj(state) for state, there in zip(states[0], visible[0], strict=True) if there]
     ids = batch["caption"][row, :-1].tolist()
     queries = list(captioner.queries[: len(ids)])

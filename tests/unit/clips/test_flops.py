@@ -30,7 +30,8 @@ def test_every_preset_forward_and_backward(preset: str) -> None:
         ids = torch.zeros(2, caption, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             tokens = 2 * (config.vision.tokens(size) - 1 + web) + 30
-            out = model(images, texts, ids, Counts([2 * web, 2 * sub], predicted=30, captioner=tokens))
+            counts = Counts([2 * web, 2 * sub], predicted=30, captioner=tokens)
+            out = model(images, texts, ids, counts=counts)
             assert model.captioner is not None
             assert out.caption_states is not None
             logits = model.captioner.head(out.caption_states.flatten(0, 1)[:30])
