@@ -43,6 +43,9 @@ class BatchedMuon(MuonWithAuxAdam):
         """One step of matrices [rows, columns] of one shape."""
         beta, lr = group["momentum"], group["lr"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - beta)
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, beta))
