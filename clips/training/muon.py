@@ -21,6 +21,8 @@ AT_ONCE = 2**24
 
 
 class BatchedMuon(MuonWithAuxAdam):
+    param_groups: list[dict[str, Any]]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, step_id: Any = None) -> Any:
         groups = self.param_groups  # ZeRO 1 and 2 put one group at a time in their place
