@@ -6,6 +6,7 @@ In ZeRO 0 all matrices are there at once. The Newton–Schulz iteration is DeepS
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,13 @@ AT_ONCE = 2**24
 
 
 class BatchedMuon(MuonWithAuxAdam):
+    param_groups: list[dict[str, Any]]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, step_id: Any = None) -> Any:
-        groups = [group for group in self.param_groups if group["use_muon"]]
-        if any(p.ndim < 2 for group in groups for p in group["params"]):  # ZeRO's flat parts, orthogonalised before
-            return super().step(closure, step_id)
-        for group in groups:
+        groups = self.param_groups  # ZeRO 1 and 2 put one group at a time in their place
+        whole = [group for group in groups if group["use_muon"] and all(p.ndim == 2 for p in group["params"])]
+        for group in whole:
             shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 shapes[matrix.shape].append(matrix)
@@ -33,19 +35,24 @@ class BatchedMuon(MuonWithAuxAdam):
                 count = max(1, AT_ONCE // shape.numel())
                 for first in range(0, len(matrices), count):
                     self._step_equal(matrices[first : first + count], group)
-        for parameter in (p for group in self.aux_optimizer.param_groups for p in group["params"]):
-            if parameter.grad is None:  # as DeepSpeed has it, in every stage
-                parameter.grad = torch.zeros_like(parameter)
-        return self.aux_optimizer.step()
+        self.param_groups = [group for group in groups if all(group is not done for done in whole)]
+        try:  # AdamW's, and flat parts of matrices that ZeRO orthogonalised before
+            return super().step(closure, step_id)
+        finally:
+            self.param_groups = groups
 
     def _step_equal(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """One step of matrices [rows, columns] of one shape."""
         beta, lr = group["momentum"], group["lr"]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - beta)
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, beta))
         rows, columns = matrices[0].shape
-        updates = zeropower_via_newtonschulz5(nesterov, steps=5).to(nesterov.dtype)
+        # Scaled in the precision of the iteration, as DeepSpeed does it: the stages agree to the last bit.
+        updates = zeropower_via_newtonschulz5(nesterov, steps=5).mul_(math.sqrt(max(1, rows / columns)))
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(matrices, list(updates.unbind()), alpha=-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_add_(matrices, list(updates.to(nesterov.dtype).unbind()), alpha=-lr)
