@@ -134,10 +134,11 @@ def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str
     for name, runs in runs_of.items():
         variant = VARIANTS[name]
         done = sum(run.is_finished(output) for run in runs)
-        seconds = (len(runs) - done) * (runs[0].samples / variant.rate + OVERHEAD_SECONDS)
+        samples = runs[0].config().samples
+        seconds = (len(runs) - done) * (samples / variant.rate + OVERHEAD_SECONDS)
         total += seconds
         used = ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants)
-        row = (variant.label, used, variant.recipe, for_rich(" ".join(variant.settings)), f"{runs[0].samples:,}")
+        row = (variant.label, used, variant.recipe, for_rich(" ".join(variant.settings)), f"{samples:,}")
         out.add_row(*row, f"{done}/{len(runs)}", f"{seconds / 60:.1f}")
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"
