@@ -279,7 +279,7 @@ def measure_averages(run: Path, count: int, device: str = "auto") -> None:
             figures = evaluate(model, loaded.tokenizer, config, "val", image_size=size)
             at = {"step": found.state.step, "samples": found.state.samples}
             lines.append(at | {name: figure.value for name, figure in figures.items()})
-    figures = evaluate(model, loaded.tokenizer, config, "test", full=True, image_size=config.phases[-1].image_size)
+    figures = evaluate(model, loaded.tokenizer, config, "test", image_size=config.phases[-1].image_size)
     write_json(out, {"eval": lines, "test": {name: figure.value for name, figure in figures.items()}})
 
 
