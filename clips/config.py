@@ -69,7 +69,7 @@ SentenceSplitter = Literal["smart", "reference"]
 TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "trapezoid"]
+Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
 OnFailedSave = Literal["stop", "retry"]
@@ -429,6 +429,8 @@ class PhaseConfig:
     image_size: int
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
+    """After the warm-up: down to 0 in a half wave, in a straight line (linear) or in one over the phase's last third
+    (trapezoid); or constant, at the peak to the end, for a phase that another one goes on from."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fresh_optimizer: bool = False
     """Begin with an empty optimizer, as the reference does in each phase, instead of the state of the one before."""

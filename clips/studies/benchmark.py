@@ -1,7 +1,8 @@
 """What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
 Beside this file: the loader against bare decoding, and opening many shards, in data_speed.py; accumulation in
-accumulation.py; whole programs in program.py; the parts of a step in step_parts.py; how is measured, in measuring.py.
+accumulation.py; whole programs in program.py; the parts of a step in step_parts.py; samples and seconds to a figure in
+to_quality.py; how is measured, in measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -50,6 +51,7 @@ from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
 from clips.studies.program import Captions, Objective, coca_config, compare_programs
 from clips.studies.sentence_set import captions, score
 from clips.studies.step_parts import WARM, part_rows
+from clips.studies.to_quality import Target, leaderboard, read_variants, table_rows, to_quality
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.meter import Meter
@@ -107,6 +109,25 @@ def benchmark_programs(
     rows.append({"program": "ours / theirs", **found["ratios"]})
     asked = {"size": size, "objective": objective, "captions": captions}
     _report(f"program, {', '.join(asked.values())} captions,", asked | found, rows, on, out, as_json)
+    return found
+
+
+def benchmark_to_quality(
+    variants: Sequence[Sequence[str]], figures: Sequence[str], threshold: float, *,
+    output: str, seeds: int, every: int, rates: Sequence[float], average: int,
+    device: str, demo_dir: str, out: str | None, as_json: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples and seconds to a figure (clips/studies/to_quality.py); reported as above, with the leaderboard's rows."""
+    on = _device(device, {"seeds": seeds, "every": every})
+    target = Target(tuple(figures), threshold)
+    found = to_quality(
+        Path(output), read_variants(variants), target,
+        seeds=seeds, every=every, rates=rates, average=average, demo_dir=demo_dir, device=device,
+    )  # fmt: skip
+    rows, without = leaderboard(found)
+    _report("to-quality", found | {"leaderboard": rows}, table_rows(found), on, out, as_json)
+    if not as_json:
+        print("\n".join(["", *without, "", *rows]))
     return found
 
 

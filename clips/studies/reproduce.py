@@ -156,10 +156,11 @@ def plan_table(
     for name, runs in runs_of.items():
         variant = variants[name]
         done = sum(run.is_finished(output) for run in runs)
-        seconds = (len(runs) - done) * (runs[0].samples / variant.rate + OVERHEAD_SECONDS)
+        samples = runs[0].config().samples
+        seconds = (len(runs) - done) * (samples / variant.rate + OVERHEAD_SECONDS)
         total += seconds
         row = (for_rich(variant.label), *(texts[name] for texts in more.values()), variant.recipe)
-        row += (for_rich(" ".join(variant.settings)), f"{runs[0].samples:,}")
+        row += (for_rich(" ".join(variant.settings)), f"{samples:,}")
         out.add_row(*row, f"{done}/{len(runs)}", f"{seconds / 60:.1f}")
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"

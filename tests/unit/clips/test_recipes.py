@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import tiny_run
 
 from clips.common.errors import UserError
-from clips.config import PhaseConfig
+from clips.config import PhaseConfig, Schedule
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
@@ -144,7 +145,7 @@ def phase(samples: int, warmup: int, schedule: str, batch: int = 10) -> PhaseCon
     return replace(small, samples=samples, batch_size=batch, warmup_samples=warmup, schedule=schedule)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_the_warm_up_is_a_straight_line_to_the_peak(schedule: str) -> None:
     p = phase(1000, 200, schedule)  # 100 steps, 20 of warm-up
     factors = [lr_factor(p, step) for step in range(p.steps)]
@@ -175,7 +176,14 @@ def test_trapezoid_against_points_worked_out_by_hand() -> None:
     assert factors[-1] == pytest.approx(1 / 30), "the last step still learns"
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_linear_and_constant_against_points_worked_out_by_hand() -> None:
+    factors = [lr_factor(phase(1200, 200, "linear"), step) for step in range(120)]  # 20 up, then 100 down
+    assert factors[20:] == pytest.approx([(120 - step) / 100 for step in range(20, 120)])
+    factors = [lr_factor(phase(1200, 200, "constant"), step) for step in range(120)]
+    assert factors[19:] == [1.0] * 101
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_short_and_odd_phases(schedule: str) -> None:
     for p in (
         phase(10, 0, schedule),  # one step
