@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,14 +28,14 @@ TIMEOUT = 1.0
 
 def in_ranks(work, *arguments) -> list:
     """What `work(rank, …)` returns on each of two ranks of one group."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(partial(_in_group, work, arguments, unused_port()), range(2)))
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends a rank that waits for the other for ever
+        return pool.map_async(partial(_in_group, work, arguments, unused_port()), range(2)).get(120)
 
 
 def _in_group(work, arguments: tuple, port: int, rank: int):
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # Not before: on a busy machine the ranks take longer to find each other, and one that gives up leaves the other.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT))
     try:
         return work(rank, *arguments)
     finally:
