@@ -141,8 +141,8 @@ def _npm_pack(names: Sequence[str]) -> str:
         if done.returncode:
             reasons = [line for line in done.stderr.splitlines() if line.strip() and "A complete log" not in line]
             return f"npm cannot fetch them: {' '.join(reasons[:2])}"
-        for name in names:
-            (Path(work) / ARTISTS[name].tarball.name).replace(ARTISTS[name].tarball)
+        for brought in Path(work).glob("*.tgz"):
+            brought.replace(_folder() / brought.name)
     wrong = [ARTISTS[name].package for name in names if _tarball(name) is None]
     return f"npm brought other files than the pinned ones: {', '.join(wrong)}" if wrong else ""
 

@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets
 from clips.data.built import built_as, ensure_built
 
 VERSION = 3
 """Raise it when scenes, texts or files change: older folders are then built anew."""
-UNSEEN = "unseen"
 SIZES = {"train": 24_000, "val": 1_000, "test": 1_000, UNSEEN: 1_000}
 IMAGE_SIZE = 64
 SHARD = 1_000
@@ -523,8 +523,8 @@ def ensure_demo(
 
 
 def lacks_unseen(directory: str | Path) -> bool:
-    """Whether the demo data in `directory` had to be drawn by one artist alone."""
-    return "alone" in str((built_as(Path(directory)) or {}).get("version"))
+    """Whether the demo data in `directory` has no split `unseen`: it had to be drawn by one artist alone."""
+    return not (Path(directory) / UNSEEN).is_dir()
 
 
 def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -570,9 +570,9 @@ def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Se
         json.dumps({"classes": list(CONCEPTS), "templates": PROMPTS}, indent=2) + "\n"
     )
     (directory / "ATTRIBUTION.md").write_text(
-        f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these drawings, "
-        "scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under CC BY-SA 4.0, "
-        "so the pictures are shared under that licence.\n"
+        f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these "
+        "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
+        "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
     missing = f"{MISSING[0].upper()}{MISSING[1:]}.\n\n" if wanted["version"] != VERSION else ""
     (directory / "README.md").write_text(

@@ -17,7 +17,7 @@ from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
-from clips.data.splits import Split, open_split
+from clips.data.splits import is_demo, open_split
 
 PROTOCOLS = {
     "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
@@ -136,12 +136,11 @@ def _read_inside(root: Path, name: str) -> bytes:
 
 
 def open_test_set(
-    data: DataConfig, split: Split, splitter: SentenceSplitter = "smart"
+    data: DataConfig, split: str, splitter: SentenceSplitter = "smart"
 ) -> tuple[SourceSet, Classes | None]:
     """A split of a run's data as a test set, and its classes where it names any (the demo does)."""
     items = SourceSet(open_split(data, split, need_long=False), splitter)
-    demo = data.train == "demo" and getattr(data, split) in (None, "demo")
-    return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
+    return items, load_classes(Path(data.demo_dir) / "concepts.json") if is_demo(data, split) else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from clips.evaluation.testsets import PROTOCOLS
 
 DECIDING = "sentence_r1"
-"""The figure that decides every claim: retrieval with the test set's sentences, as the paper's own tables have it."""
+"""The figure that decides every claim: retrieval with the test set's sentences, as the paper's own tables have it. On
+a test set `unseen`, where the runs have one, as on the demo (`clips.common.rundir.deciding`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 """R@1 of a protocol as the mean of both ways."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")

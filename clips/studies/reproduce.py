@@ -26,6 +26,7 @@ from rich.table import Table
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
+from clips.common.rundir import by_test_set, deciding
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
@@ -95,7 +96,7 @@ def reproduce(
         "samples": samples,
         "seeds": seeds,
         "jobs": jobs,
-        "deciding_figure": DECIDING,
+        "deciding_figure": deciding(DECIDING, variants[names[0]]["runs"][0]["figures"]) if names else DECIDING,
         "environment": environment(everything, output),
         "test_text_tokens": evaluation_text_tokens(output / everything[0].name) if names else {},
         "claims": {key: judge(key, variants) if key in CLAIMS else llava for key in sorted(set(claims))},
@@ -169,7 +170,13 @@ def run_figures(run: Path) -> dict[str, float]:
             "samples carry `captions` and `label` in their JSON member, as the demo's do"
         ) from None
     # Rounded: what floating point leaves over must not pass for a spread over seeds.
-    return found | {name: round(mean(found[way] for way in both), 6) for name, both in MEANS.items()}
+    sets = by_test_set(found, "")
+    means = {
+        f"{test_set}/{name}" if test_set else name: round(mean(figures[way] for way in both), 6)
+        for test_set, figures in sets.items()
+        for name, both in MEANS.items()
+    }
+    return found | means
 
 
 def judge(key: str, variants: dict[str, Any]) -> dict[str, Any]:
@@ -178,10 +185,12 @@ def judge(key: str, variants: dict[str, Any]) -> dict[str, Any]:
     rows = {name: [run["figures"] for run in variants[name]["runs"]] for name in claim.variants}
     contrasts = []
     for better, worse in claim.contrasts:
-        found = {figure: difference(rows[better], rows[worse], figure) for figure in (*MEANS, *FIGURES)}
+        figures = [name for name in rows[better][0] if name != "train_seconds"]
+        found = {figure: difference(rows[better], rows[worse], figure) for figure in figures}
+        decides = deciding(DECIDING, found)
         contrasts.append(
-            {"a": better, "b": worse, "metric": DECIDING, **found[DECIDING], "seeds": len(rows[better])}
-            | {"verdict": verdict(found[DECIDING]["ci95"]), "figures": found}
+            {"a": better, "b": worse, "metric": decides, **found[decides], "seeds": len(rows[better])}
+            | {"verdict": verdict(found[decides]["ci95"]), "figures": found}
         )
     return asdict(claim) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
 

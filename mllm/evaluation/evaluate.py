@@ -23,9 +23,10 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.progress import ProgressFile
+from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
@@ -34,6 +35,7 @@ from mllm.evaluation.scores import answer_line, score
 from mllm.model.defaults import COLDEST
 from mllm.model.load import load_llava, model_name, newest_model
 
+UNSEEN_ANSWERS = "answers_unseen"
 PROGRESS = "progress.json"
 """Beside the answers while they are being given (clips/common/progress.py)."""
 
@@ -159,7 +161,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS}
+        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
+        files = {key: file for key, file in files.items() if (demo / file).is_file()}
         sets = {key: evenly_spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     if flags.num_chunks > 1:
@@ -176,15 +179,17 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                 batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
                 temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
             )  # fmt: skip
-            figures |= score(questions, answers)
+            scored = score(questions, answers)
+            figures |= {UNSEEN: scored} if key == UNSEEN_ANSWERS else scored
             path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
             seconds = time.perf_counter() - begin
             console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
-    for table in figures_tables(figures, f"{name}: exact match"):
-        console.print(table)
+    for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
+        for table in figures_tables(found, f"{title}: exact match"):
+            console.print(table)
     if figures:
         figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
         write_json(out / "figures.json", figures)
