@@ -36,6 +36,8 @@ from clips.data.built import built_as, ensure_built
 
 VERSION = 3
 """Raise it when scenes, texts or files change: older folders are then built anew."""
+BY_ONE = f"{VERSION}, by one artist"
+"""The version of a folder for which the drawings of the others could not be fetched."""
 SIZES = {"train": 24_000, "val": 1_000, "test": 1_000, UNSEEN: 1_000}
 IMAGE_SIZE = 64
 SHARD = 1_000
@@ -509,7 +511,7 @@ def ensure_demo(
     directory = Path(directory)
     by_many = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
     by_one = by_many | {
-        "version": f"{VERSION}, OpenMoji alone",
+        "version": BY_ONE,
         "sizes": {split: size for split, size in sizes.items() if split != UNSEEN},
     }
     if built_as(directory) in (by_many, *([] if again else [by_one])):
@@ -522,9 +524,9 @@ def ensure_demo(
     return ensure_built(directory, wanted, partial(_write_all, wanted=wanted, hands=hands), what="demo data")
 
 
-def lacks_unseen(directory: str | Path) -> bool:
-    """Whether the demo data in `directory` has no split `unseen`: it had to be drawn by one artist alone."""
-    return not (Path(directory) / UNSEEN).is_dir()
+def is_by_one(directory: str | Path) -> bool:
+    """Whether the demo data in `directory` had to be drawn by one artist alone, and has no split `unseen`."""
+    return (built_as(Path(directory)) or {}).get("version") == BY_ONE
 
 
 def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
-from clips.data.demo import demo_split, ensure_demo, lacks_unseen
+from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import MixedSource, Source, open_source
 
 OWN = ("train", "val", "test")
@@ -28,7 +29,7 @@ def test_sets(data: DataConfig) -> list[str]:
     if is_demo(data, "test"):
         ensure_demo(data.demo_dir)
     first = ["test"] if split_spec(data, "test") else []
-    unseen = [UNSEEN] if is_demo(data, "test") and not lacks_unseen(data.demo_dir) else []
+    unseen = [UNSEEN] if is_demo(data, "test") and Path(data.demo_dir, UNSEEN).is_dir() else []
     return [*first, *unseen, *(part.name for part in data.further_tests)]
 
 

@@ -28,7 +28,7 @@ from clips.common.ranks import all_shares, my_share
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
-from clips.data.demo import MISSING, lacks_unseen
+from clips.data.demo import MISSING, is_by_one
 from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
@@ -286,7 +286,7 @@ def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str,
 
 def missing_of(run: RunConfig, split: str) -> str | None:
     """What the evaluation of a split lacks, in words, where the demo had to be drawn by one artist."""
-    return MISSING if split == "test" and is_demo(run.data, "test") and lacks_unseen(run.data.demo_dir) else None
+    return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
 
 
 def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:

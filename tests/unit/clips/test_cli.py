@@ -137,6 +137,21 @@ def test_flags_go_where_they_say() -> None:
     ]
 
 
+def test_several_test_sets_have_names_but_for_the_first() -> None:
+    run = pretrain("--data", "a/*.tar", "--test-data", "coco=1.csv", "flickr=f.csv", "unseen=https://host/u?v=1.tar")
+    assert run.data.test == "coco=1.csv"  # a place may have an equals sign in it
+    further = [(part.name, part.data) for part in run.data.further_tests]
+    assert further == [("flickr", "f.csv"), ("unseen", "https://host/u?v=1.tar")]
+    for wrong in ("f.csv", "=f.csv", "f="):
+        with pytest.raises(UserError, match="every set behind the first is NAME=DATA"):
+            pretrain("--data", "a", "--test-data", "t.csv", wrong)
+    for wrong, message in (("a/b=f.csv", "'a/b' is no name"), ("test=f.csv", "'test' is no name")):
+        with pytest.raises(UserError, match=message):
+            pretrain("--data", "a", "--test-data", "t.csv", wrong)
+    with pytest.raises(UserError, match="names a set twice"):
+        pretrain("--data", "a", "--test-data", "t.csv", "a=1", "a=2")
+
+
 def test_a_mix_is_several_sets_with_shares() -> None:
     run = pretrain("--mix", "recap=3:a/*.tar", "cc=0.5:https://host:80/b.parquet", "--set", "data.mix.1.fields=null")
     assert run.data.train == "mix"

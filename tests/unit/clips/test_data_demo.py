@@ -33,7 +33,7 @@ from clips.data.demo import (
     describe,
     draw_scene,
     ensure_demo,
-    lacks_unseen,
+    is_by_one,
     render,
     split_of,
     split_scene,
@@ -174,7 +174,7 @@ def test_open_split_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
     data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
     assert len(open_split(data, "test", need_long=True)) == 20
-    names = ["test"] if lacks_unseen(tmp_path / "data") else ["test", UNSEEN]
+    names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
     assert test_sets(data) == names
     assert deciding_set(data) == names[-1]
 
