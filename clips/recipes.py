@@ -48,8 +48,8 @@ PRESETS: dict[str, ModelConfig] = {
     "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
     "demo": ModelConfig(
         vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
-        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
-        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
+        text=TextConfig(width=128, layers=2, heads=4, context_length=56, vocab_size=640, pad_mask=True),
+        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
         embed_dim=128,
     ),
 }

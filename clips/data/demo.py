@@ -49,13 +49,13 @@ MISSING = (
     "unseen artists is missing"
 )
 _PLAIN = (
-    "lion fox panda frog chicken penguin duck turtle fish crab butterfly rooster bat bear koala shrimp snail spider "
+    "lion fox panda frog chicken penguin duck turtle fish crab butterfly bat bear koala shrimp snail spider "
     "scorpion crocodile lizard snake dragon dolphin shark gorilla camel deer wolf "
     "banana strawberry pineapple watermelon carrot lemon pizza mushroom tomato pear peach potato cucumber taco cookie "
     "bicycle rocket sailboat helicopter tractor bus motorcycle ship "
-    "guitar drum violin trumpet saxophone microphone radio camera telephone laptop keyboard "
+    "guitar drum violin trumpet saxophone microphone radio camera telephone laptop "
     "flashlight candle watch key hammer wrench gear shield bomb spoon pencil microscope telescope pill thermometer "
-    "door bed bathtub window house tent castle factory church fountain volcano mountain "
+    "door bed bathtub house tent castle factory church fountain volcano mountain "
     "cactus sunflower rose tulip bouquet cloud rainbow snowflake sun star "
     "balloon crown bell ghost dress skull snowman trophy basketball baseball backpack ring"
 )
@@ -122,6 +122,10 @@ COLOUR_JITTER = 8
 PATTERNS = ("noise", "stripes", "gradient", "dots")
 CONTRAST = (0.06, 0.2)
 """How far a pattern lightens and darkens the background's colour, as a share of it."""
+SECOND_SHARE = 0.5
+"""Share of the grounds whose pattern has a second colour; it covers about a third, the named one the rest."""
+SECOND_STRENGTH = (0.35, 0.8)
+"""How much of the second colour is in it, the rest being the first."""
 CYCLES = (2.0, 6.0)
 """Stripes or rows of dots across the picture."""
 PLACES: dict[str, tuple[float, float]] = {
@@ -192,6 +196,8 @@ class Ground:
     """A background: one colour, lightened and darkened by a pattern and by light that falls from one side."""
 
     colour: tuple[int, int, int]
+    second: tuple[int, int, int]
+    """The pattern's own colour, mixed with the first; the same as the first where the pattern has none."""
     pattern: str
     contrast: float
     angle: float
@@ -234,18 +240,34 @@ def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IM
 
 
 def _draw_ground(rng: random.Random, background: str) -> Ground:
-    red, green, blue = (
-        min(255, max(0, c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for c in BACKGROUNDS[background]
-    )  # fmt: skip
+    colour = second = _jittered(rng, background)
+    pattern = rng.choice(PATTERNS)
+    if pattern != "gradient" and rng.random() < SECOND_SHARE:
+        other, strength = (
+            rng.choice([name for name in BACKGROUNDS if name != background]),
+            rng.uniform(*SECOND_STRENGTH),
+        )
+        red, green, blue = (
+            round(a + strength * (b - a)) for a, b in zip(colour, _jittered(rng, other), strict=True)
+        )  # fmt: skip
+        second = (red, green, blue)
     return Ground(
-        colour=(red, green, blue),
-        pattern=rng.choice(PATTERNS),
+        colour=colour,
+        second=second,
+        pattern=pattern,
         contrast=rng.uniform(*CONTRAST),
         angle=rng.uniform(0, 2 * math.pi),
         cycles=rng.uniform(*CYCLES),
         shade=(rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08)),
         seed=rng.getrandbits(32),
     )
+
+
+def _jittered(rng: random.Random, background: str) -> tuple[int, int, int]:
+    red, green, blue = (
+        min(255, max(0, c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for c in BACKGROUNDS[background]
+    )  # fmt: skip
+    return red, green, blue
 
 
 def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_size: int) -> Thing:
@@ -421,17 +443,19 @@ def _painted(ground: Ground, image_size: int) -> np.ndarray:
     along = x * math.cos(ground.angle) + y * math.sin(ground.angle)
     across = y * math.cos(ground.angle) - x * math.sin(ground.angle)
     if ground.pattern == "stripes":
-        pattern = (2 * np.sin(turned * along)).clip(-1, 1)
+        pattern = (2 * np.sin(turned * along) - 0.4).clip(-1, 1)
     elif ground.pattern == "dots":
-        pattern = (3 * np.sin(turned * along) * np.sin(turned * across) - 1).clip(-1, 1)
+        pattern = (3 * np.sin(turned * along) * np.sin(turned * across) - 0.5).clip(-1, 1)
     elif ground.pattern == "gradient":
         pattern = (2 * along).clip(-1, 1)
     else:
-        grains = np.random.default_rng(ground.seed).normal(0, 0.6, (16, 16)).astype(np.float32)
+        grains = np.random.default_rng(ground.seed).normal(0, 0.8, (16, 16)).astype(np.float32)
         size = (image_size, image_size)
         pattern = np.asarray(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC)).clip(-1, 1)
+    first, second = (np.array(colour, np.float32) for colour in (ground.colour, ground.second))
+    colours = first + (8 * (pattern - 0.5)).clip(0, 1)[..., None] * (second - first)
     light = 1 + ground.contrast * pattern + 2 * (ground.shade[0] * x + ground.shade[1] * y)
-    return light[..., None] * np.array(ground.colour, np.float32)
+    return light[..., None] * colours
 
 
 @cache
