@@ -119,7 +119,7 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
 
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
     sentences = [text for number in range(500) for text in split_scene("train", number, 0)[1].sentences]
-    tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=512)
+    tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=recipe("demo").model.text.vocab_size)
     assert abs(mean(map(len, tokenizer.encode(sentences))) - BLOCK_TOKENS) < 1
 
 
