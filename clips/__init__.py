@@ -44,7 +44,7 @@ FACE = {
     # measuring an encoder
     "ImageSet": "clips.evaluation.evaluate",
     "KarpathySet": "clips.evaluation.testsets",
-    "test_sets": "clips.data.splits",
+    "held_out_sets": "clips.data.splits",
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample
     from clips.data.sources import open_source
-    from clips.data.splits import test_sets
+    from clips.data.splits import held_out_sets
     from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images

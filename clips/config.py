@@ -51,7 +51,7 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
     further = []
     for entry in entries[1:]:
         name, has_name, data = entry.partition("=")
-        if not (has_name and data):
+        if not (name and has_name and data):
             raise UserError(
                 f"--test-data {entry!r}: every set behind the first is NAME=DATA, as in flickr=flickr.jsonl"
             )

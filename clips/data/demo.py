@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clips.common.rundir import UNSEEN
-from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets
+from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets, packages
 from clips.data.built import built_as, ensure_built
 
 VERSION = 3
@@ -120,7 +120,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 COLOUR_JITTER = 8
 """Each channel of a background moves by up to this much (0–255)."""
 PATTERNS = ("noise", "stripes", "gradient", "dots")
-CONTRAST = (0.06, 0.2)
+CONTRAST = (0.08, 0.2)
 """How far a pattern lightens and darkens the background's colour, as a share of it."""
 SECOND_SHARE = 0.5
 """Share of the grounds whose pattern has a second colour; it covers about a third, the named one the rest."""
@@ -447,7 +447,7 @@ def _painted(ground: Ground, image_size: int) -> np.ndarray:
     elif ground.pattern == "dots":
         pattern = (3 * np.sin(turned * along) * np.sin(turned * across) - 0.5).clip(-1, 1)
     elif ground.pattern == "gradient":
-        pattern = (2 * along).clip(-1, 1)
+        pattern = (3 * along).clip(-1, 1)
     else:
         grains = np.random.default_rng(ground.seed).normal(0, 0.8, (16, 16)).astype(np.float32)
         size = (image_size, image_size)
@@ -540,6 +540,7 @@ def ensure_demo(
     }
     if built_as(directory) in (by_many, *([] if again else [by_one])):
         return directory
+    packages()  # one that is not installed is named before anything is fetched
     hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
     wanted = by_many
     if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):

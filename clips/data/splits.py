@@ -12,7 +12,7 @@ from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import MixedSource, Source, open_source
 
 OWN = ("train", "val", "test")
-"""Every run's splits; beside them it has those that `test_sets` names."""
+"""Every run's splits; beside them it has those that `held_out_sets` names."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -21,7 +21,7 @@ def is_demo(data: DataConfig, split: str) -> bool:
     return data.train == "demo" and (split == "train" or chosen in (None, "demo"))
 
 
-def test_sets(data: DataConfig) -> list[str]:
+def held_out_sets(data: DataConfig) -> list[str]:
     """What the run is tested on, by name: `test` first, if there is one, then the further sets.
 
     Builds the demo where it is missing, for only then is it known by how many artists it can be drawn.
@@ -34,8 +34,8 @@ def test_sets(data: DataConfig) -> list[str]:
 
 
 def deciding_set(data: DataConfig) -> str | None:
-    """The one of `test_sets` that decides; without any, the validation split, if there is one."""
-    names = test_sets(data)
+    """The one of `held_out_sets` that decides; without any, the validation split, if there is one."""
+    names = held_out_sets(data)
     return UNSEEN if UNSEEN in names else next(iter(names), "val" if split_spec(data, "val") else None)
 
 

@@ -33,7 +33,7 @@ from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
-from clips.data.splits import is_demo, test_sets
+from clips.data.splits import held_out_sets, is_demo
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, zero_shot_metrics
 from clips.evaluation.testsets import (
@@ -260,7 +260,7 @@ def evaluate(
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
     train: ImageSet | None = None
-    for name in test_sets(run.data) if split == "test" else [split]:
+    for name in held_out_sets(run.data) if split == "test" else [split]:
         items, classes = open_test_set(run.data, name, run.captions.splitter)
         images = encode_images(model, items, limit=None if full else run.eval.max_images, sharded=sharded, **options)
         found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
@@ -411,7 +411,7 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     if flags.data is not None:
         name = Path(flags.data).stem.strip("*{}") or "data"
         return name, {name: (_open(flags.data, flags, run), None)}
-    tests = test_sets(run.data) or ["test"]
+    tests = held_out_sets(run.data) or ["test"]
     known = dict.fromkeys(("val", "test", *tests))
     if flags.split not in known:
         raise UserError(f"--split {flags.split!r} of the run's own data: choose one of {', '.join(known)}")

@@ -17,9 +17,9 @@ from clips import (
     DataConfig,
     ImageSet,
     decode_image,
+    held_out_sets,
     open_test_set,
     probe_images,
-    test_sets,
 )
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
@@ -46,7 +46,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
     train, tests = [], {}
     if on_demo:
         train = _labelled("train", PROBE_SAMPLES)
-        tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in test_sets(DEMO)}
+        tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
         figures: dict[str, dict[str, Any]] = {}
         run = cell.pretraining_run

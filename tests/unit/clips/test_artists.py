@@ -22,7 +22,7 @@ from clips.data import artists
 from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, attribution, drawings, fetch_sets
 from clips.data.demo import CONCEPTS, HANDS, MISSING, TRAINING, demo_split, ensure_demo
 from clips.data.sources import open_source
-from clips.data.splits import deciding_set, test_sets
+from clips.data.splits import deciding_set, held_out_sets
 
 SIZES = {"train": 4, "val": 2, "test": 2, UNSEEN: 2}
 
@@ -177,7 +177,7 @@ def test_without_npm_one_artist_draws_and_it_is_said(
         assert len(source) == SIZES[split]
         assert {t["artist"] for i in range(len(source)) for t in source.read(i).extra["objects"]} == {OPENMOJI}
     monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    assert test_sets(data) == ["test"]
+    assert held_out_sets(data) == ["test"]
     assert deciding_set(data) == "test"
     before = (folder / "manifest.json").stat().st_mtime_ns
     ensure_demo(folder, sizes=SIZES)

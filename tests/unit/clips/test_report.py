@@ -115,7 +115,7 @@ def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path
     as_first = dataclasses.replace(small[1], data=dataclasses.replace(small[1].data, test=run.data.val))
     for name, figure in evaluate(model, tokenizer, as_first, "test", full=True).items():
         assert found[f"unseen/{name}"] == figure
-    assert found["sentence_i2t_r1"] != found["unseen/sentence_i2t_r1"]
+    assert any(found[name] != found[f"unseen/{name}"] for name in alone)
     table = Console(width=120, file=io.StringIO())
     table.print(figures_table(found, "test split"))
     row = next(line for line in table.file.getvalue().splitlines() if " sentence_i2t_r1 " in line)
