@@ -533,7 +533,7 @@ def ensure_demo(
     it cannot be written.
     """
     directory = Path(directory)
-    by_many = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
+    by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
     by_one = by_many | {
         "version": BY_ONE,
         "sizes": {split: size for split, size in sizes.items() if split != UNSEEN},

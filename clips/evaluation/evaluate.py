@@ -342,9 +342,8 @@ def figures_table(figures: dict[str, Figure], title: str, first: str = "test", m
     sets = by_test_set(figures, first)
     table = Table(title=for_rich(title), title_justify="left", caption=missing, caption_justify="left")
     table.add_column("figure")
-    for name in ([f"{name} %" for name in sets] if len(sets) > 1 else ["%"], ["chance %", "items"]):
-        for column in name:
-            table.add_column(for_rich(column), justify="right")
+    for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
+        table.add_column(for_rich(column), justify="right")
     for name in dict.fromkeys(key for found in sets.values() for key in found):
         of_sets = [found.get(name) for found in sets.values()]
         one = next(figure for figure in of_sets if figure is not None)

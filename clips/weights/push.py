@@ -123,7 +123,7 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
     elif isinstance(data := config.get("data"), dict):  # a run's configuration
         demo = data.get("train") == "demo"
-        unpublished = {
+        unpublished: dict[str, Any] = {
             "val": None,
             "test": None,
             "further_tests": [],

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import script_parser
+from conftest import random_model, script_parser
 from hostile import HOSTILE
 from PIL import Image
 from rich.console import Console
