@@ -49,7 +49,7 @@ PRESETS: dict[str, ModelConfig] = {
     "demo": ModelConfig(
         vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
         text=TextConfig(width=128, layers=2, heads=4, context_length=56, vocab_size=640, pad_mask=True),
-        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=64),
+        captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
         embed_dim=128,
     ),
 }
