@@ -18,12 +18,18 @@ FACE = {
     # data: what a sample is, decoded within limits
     "BrokenSample": "clips.data.sample",
     "RawSample": "clips.data.sample",
+    "StoredSample": "clips.data.sample",
     "IMAGENET_MEAN": "clips.data.images",
     "IMAGENET_STD": "clips.data.images",
     "MAX_BYTES": "clips.data.images",
     "MAX_PIXELS": "clips.data.images",
     "decode_image": "clips.data.images",
+    "Source": "clips.data.sources",
     "open_source": "clips.data.sources",
+    "read_whole": "clips.data.ahead",
+    "stamp": "clips.data.sidecar",
+    "script_of": "clips.data.check",
+    "split_sentences": "clips.data.sentences",
     "read_members": "clips.data.tar",
     "built_as": "clips.data.built",
     "ensure_built": "clips.data.built",
@@ -39,6 +45,7 @@ FACE = {
     "Fields": "clips.config",
     "RunConfig": "clips.config",
     "difference": "clips.config",
+    "parse_fields": "clips.config",
     "config_from_flags": "clips.training.cli",
     "parser": "clips.training.cli",
     # measuring an encoder
@@ -60,12 +67,16 @@ FACE = {
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
-    from clips.config import DataConfig, Fields, RunConfig, difference
+    from clips.config import DataConfig, Fields, RunConfig, difference, parse_fields
+    from clips.data.ahead import read_whole
     from clips.data.built import built_as, ensure_built
+    from clips.data.check import script_of
     from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo
     from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
-    from clips.data.sample import BrokenSample, RawSample
-    from clips.data.sources import open_source
+    from clips.data.sample import BrokenSample, RawSample, StoredSample
+    from clips.data.sentences import split_sentences
+    from clips.data.sidecar import stamp
+    from clips.data.sources import Source, open_source
     from clips.data.splits import held_out_sets
     from clips.data.tar import read_members
     from clips.encoder import CLIPS

@@ -70,7 +70,7 @@ def _one_of(name: str, value: str, choices: Any) -> None:
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
 
 
-Objective = Literal["clips", "clip"]
+Objective = Literal["clips", "clip", "caption", "caption+web"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 PositionTable = Literal["sincos", "sincos_reference"]
 Positions = Literal[PositionTable, "learned"]
@@ -82,7 +82,7 @@ SentenceSplitter = Literal["smart", "reference"]
 TokenizerKind = Literal["bert", "wordpiece", "clip"]
 Precision = Literal["auto", "bf16", "fp32"]
 OptimizerKind = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "trapezoid"]
+Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
 OnFailedSave = Literal["stop", "retry"]
@@ -114,9 +114,12 @@ class VisionConfig:
     pool: ImagePool = "mean"
     """What the final LayerNorm and the projection get: the mean of the patch tokens, or the CLS token."""
     norm_eps: float = 1e-6
+    patch_dropout: float = 0.0
+    """Share of an image's patches that the tower does not see in training (FLIP); it always sees all elsewhere."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
+        _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         _one_of("vision.pos_embed", self.pos_embed, Positions)
         _require(
             self.width % 4 == 0 or self.pos_embed == "learned",
@@ -148,6 +151,14 @@ class VisionConfig:
     def tokens(self, image_size: int | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
         return ((image_size or self.image_size) // self.patch_size) ** 2
+
+    def kept_tokens(self, image_size: int) -> int:
+        """Those of them that training passes through the blocks."""
+        return _kept(self.tokens(image_size), 1 - self.patch_dropout)
+
+
+def _kept(tokens: int, share: float) -> int:
+    return max(1, round(share * tokens))
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:
@@ -208,18 +219,43 @@ class CaptionerConfig:
     mlp_ratio: float = 4.0
     head_bias: bool = True
     """A bias in the head over the vocabulary; the reference has none."""
+    image_token_keep: float = 1.0
+    """Share of the image tower's patch tokens that it sees in training, drawn anew for each sample; it always sees all
+    elsewhere. The authors report 0.25 to 0.35 as cheaper and better."""
+    web: bool = True
+    """Whether it reads the web caption (the states of the text tower), or the image alone."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
         _one_of("captioner.inputs", self.inputs, CaptionerInputs)
+        keep = self.image_token_keep
+        _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
+
+    def kept_tokens(self, tokens: int) -> int:
+        """Of an image's `tokens` in the tower, those that the captioner sees in training."""
+        return _kept(tokens, self.image_token_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     vision: VisionConfig
     text: TextConfig
+    """The text tower, and the vocabulary of the captioner; where nothing reads texts there is no tower."""
     captioner: CaptionerConfig | None
     embed_dim: int
+    """Width of the space that images and texts share; 0: there is none, for objectives without contrastive loss. Then
+    the image feature is the tower's pooled state, and texts have no feature."""
+
+    def __post_init__(self) -> None:
+        _require(self.embed_dim >= 0, f"model.embed_dim {self.embed_dim} is negative")
+
+    @property
+    def has_text_tower(self) -> bool:
+        return self.embed_dim > 0 or (self.captioner is not None and self.captioner.web)
+
+
+TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
+"""Part of a model → what of it is a matter of the training alone: weights that a run begins with do not bring it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +293,26 @@ class TaskConfig:
         _one_of("task.objective", self.objective, Objective)
         _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether there is a contrastive loss."""
+        return self.objective in ("clips", "clip")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of a sample that the text tower reads, by their names in a batch."""
+        return {"clips": ("web", "sub"), "clip": ("web",), "caption": (), "caption+web": ("web",)}[self.objective]
+
+    @property
+    def captions(self) -> bool:
+        """Whether long captions are predicted, where there is a captioner."""
+        return self.objective != "clip"
+
+    @property
+    def needs_long(self) -> bool:
+        """Whether training reads long captions."""
+        return self.captions or self.synthetic_share > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,6 +462,8 @@ class PhaseConfig:
     image_size: int
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
+    """After the warm-up: down to 0 in a half wave, in a straight line (linear) or in one over the phase's last third
+    (trapezoid); or constant, at the peak to the end, for a phase that another one goes on from."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fresh_optimizer: bool = False
     """Begin with an empty optimizer, as the reference does in each phase, instead of the state of the one before."""
@@ -494,9 +552,42 @@ class RunConfig:
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",
         )
+        self._check_objective()
         _require(
             self.captions.tokenizer != "clip" or self.model.text.pool == "eos",
             "captions.tokenizer=clip has no CLS token, which model.text.pool=cls reads: set model.text.pool=eos",
+        )
+
+    def _check_objective(self) -> None:
+        """Whether the model has what the objective trains, and nothing that it leaves untrained."""
+        objective, captioner = self.task.objective, self.model.captioner
+        contrasts = self.task.contrasts
+        _require(
+            contrasts == (self.model.embed_dim > 0),
+            f"model.embed_dim is {self.model.embed_dim}, and the objective {objective} has "
+            + ("a contrastive loss: give the space a width" if contrasts else "no contrastive loss: set it to 0"),
+        )
+        if contrasts:
+            return
+        recipe = f"--recipe {objective.replace('+', '_')}"
+        _require(
+            captioner is not None and self.task.caption_weight > 0,
+            f"the objective {objective} trains by the captioner alone: give model.captioner and a task.caption_weight "
+            f"above 0, as {recipe} has them",
+        )
+        assert captioner is not None
+        _require(
+            captioner.web == (objective == "caption+web"),
+            f"model.captioner.web is {str(captioner.web).lower()}, which is not the objective {objective}: {recipe} "
+            "has it right",
+        )
+        _require(
+            self.train.contrastive == "micro",
+            f"train.contrastive=global: the objective {objective} has no contrastive loss; leave it out",
+        )
+        _require(
+            self.train.freeze != "text" or self.model.has_text_tower,
+            f"train.freeze=text: the objective {objective} has no text tower",
         )
 
     @property

@@ -12,6 +12,7 @@ E width of a feature.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.runtime import choose_device
+from clips.config import CaptionerInputs
 from clips.data.demo import PROMPTS
 from clips.data.images import decode_image, eval_transform, to_rgb
 from clips.data.sample import BrokenSample
@@ -38,6 +40,17 @@ Picture = Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image of any mode, a path, an array uint8 [H, W, 3], or pixels [3, S, S] as `CLIPS.preprocess` gives them."""
 Images = Picture | Iterable[Picture]
 """One picture, or several: a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the captioner wrote."""
+
+    text: str
+    finished: bool
+    """False where it may be cut off: it fills the captioner's length, where captions were cut in training too."""
+    tokens: int
+    """The end token included."""
 
 
 class CLIPS:
@@ -69,7 +82,13 @@ class CLIPS:
 
     @property
     def embed_dim(self) -> int:
-        return self.model.config.embed_dim
+        """Width of a feature; of a model that has no space shared with texts, that of its image tower."""
+        return self.model.config.embed_dim or self.model.config.vision.width
+
+    @property
+    def has_text_features(self) -> bool:
+        """Whether `encode_text` gives any: a model that was trained by captions alone has none."""
+        return self.model.config.embed_dim > 0
 
     @property
     def logit_scale(self) -> float:
@@ -117,7 +136,7 @@ class CLIPS:
             yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """L2-normalised features [T, E] on the CPU."""
+        """L2-normalised features [T, E] on the CPU. UserError where the model was trained by captions alone."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
@@ -132,25 +151,44 @@ class CLIPS:
         """Cosines [B, T]."""
         return self.encode_image(images) @ self.encode_text(texts).T
 
-    @torch.no_grad()
+    @property
+    def caption_inputs(self) -> CaptionerInputs | None:
+        """How the captioner reads what it has written (clips/model/captioner.py); None without a captioner."""
+        return None if self.model.captioner is None else self.model.captioner.config.inputs
+
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
         """Greedy long captions, one an image, given their web captions (one for all, or one each).
 
-        UserError where the model was trained without a captioner (an open_clip export has none), ValueError where
-        there are more or fewer web captions than images.
+        UserError where the model was trained without a captioner (an open_clip export has none), or with one that reads
+        the image alone while a web caption is given; ValueError where there are more or fewer web captions than images.
         """
+        return [caption.text for caption in self.write_captions(images, web)]
+
+    @torch.no_grad()
+    def write_captions(
+        self, images: Images, web: Iterable[str] | str = "", *, temperature: float = 0.0, seed: int = 0
+    ) -> list[Caption]:
+        """As `caption`, with whether each came to its end; above temperature 0 they are drawn, with `seed`."""
         if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
+        if web and not self.model.captioner.config.web:
+            raise UserError(f"the captioner of {self.path} reads the image alone: leave the web captions out")
         webs = repeat(web) if isinstance(web, str) else iter(_texts(web))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        bos_id, eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
+        longest = self.model.captioner.config.length - 1
         captions = []
         for pixels in self._batches(images):
             texts = list(islice(webs, len(pixels)))
             if len(texts) < len(pixels):
                 raise ValueError("there are fewer web captions than images")
             ids = self.model.caption(
-                pixels, self.tokenize(texts).to(self.device), bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id
-            )
-            captions += [self.tokenizer.decode(row) for row in ids.tolist()]
+                pixels, self.tokenize(texts).to(self.device), bos_id=bos_id, eos_id=eos_id,
+                temperature=temperature, generator=generator,
+            )  # fmt: skip
+            for row in ids.tolist():
+                tokens = row.index(eos_id) + 1 if eos_id in row else len(row)
+                captions.append(Caption(self.tokenizer.decode(row), eos_id in row and tokens < longest, tokens))
         if not isinstance(web, str) and next(webs, None) is not None:
             raise ValueError(f"there are more web captions than the {len(captions)} images")
         return captions

@@ -19,6 +19,7 @@ from clips.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    Objective,
     OptimConfig,
     PhaseConfig,
     RunConfig,
@@ -103,6 +104,35 @@ def clip_baseline() -> RunConfig:
     )
 
 
+def caption() -> RunConfig:
+    """An encoder on the demo from captions alone, as OpenVision 2 trains (arXiv 2509.01644): no text tower and no
+    contrastive loss; the decoder sees 30 % of the image tokens and writes the long caption.
+
+    python scripts/pretrain_clips.py --recipe caption
+    """
+    return _caption(demo(), "caption", web=False)
+
+
+def caption_web() -> RunConfig:
+    """The same with a decoder that reads the web caption too, which a text tower encodes, as in CLIPS.
+
+    python scripts/pretrain_clips.py --recipe caption_web
+    """
+    return _caption(demo(), "caption+web", web=True)
+
+
+def _caption(run: RunConfig, objective: Objective, *, web: bool) -> RunConfig:
+    """`run` without its contrastive loss: optimizer, rates and data are the same."""
+    assert run.model.captioner is not None
+    captioner = replace(run.model.captioner, web=web, image_token_keep=0.3)
+    return replace(
+        run,
+        recipe=objective.replace("+", "_"),
+        model=replace(run.model, captioner=captioner, embed_dim=0),
+        task=replace(run.task, objective=objective, caption_weight=1.0),
+    )
+
+
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
@@ -182,6 +212,8 @@ def h14() -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "clip_baseline": clip_baseline,
+    "caption": caption,
+    "caption_web": caption_web,
     "s16": s16,
     "b16": b16,
     "l14": l14,
@@ -234,7 +266,7 @@ def debug_twin(run: RunConfig) -> RunConfig:
         vision=replace(run.model.vision, width=32, layers=2, heads=2, image_size=phases[-1].image_size),
         text=replace(run.model.text, width=32, layers=2, heads=2),
         captioner=captioner and replace(captioner, width=32, layers=1, heads=2),
-        embed_dim=32,
+        embed_dim=min(run.model.embed_dim, 32),
     )
     return replace(
         run,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure here: attention, data, start-up, sentences, training, open_clip beside it, memory, checkpoints, a step."""
+"""Measure here: attention, data, sentences, training, beside open_clip too, memory, a step, samples to a figure."""
 
 import argparse
 import sys
@@ -18,9 +18,11 @@ def parser() -> argparse.ArgumentParser:
         "train",
         "chunk",
         "gradcache",
+        "tokens",
         "checkpoint",
         "profile",
         "program",
+        "to-quality",
     )
     p.add_argument("what", choices=parts, help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -39,19 +41,45 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--captions", choices=("long", "web"), default="long", help="program: which caption CLIP trains on")
     p.add_argument("--their-python", default=sys.executable, help="program: the Python that has open_clip's trainer")
+    p.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "RECIPE FIELD=VALUE"),
+        help="to-quality: what is measured, fields as in --set; again for each variant, none: CLIPS and CLIP, each "
+        "with Muon and AdamW",
+    )
+    p.add_argument("--figures", nargs="+", default=["sentence_i2t_r1", "sentence_t2i_r1"], help="to-quality: of what")
+    p.add_argument("--threshold", type=float, default=95.0, help="to-quality: what all figures must reach, in percent")
+    p.add_argument("--seeds", type=int, default=3, help="to-quality: runs of each variant")
+    p.add_argument("--every", type=int, default=2560, help="to-quality: samples between two validations")
+    p.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="to-quality: multiples of the learning rates, of which each variant gets its best, by seed 0",
+    )
+    p.add_argument("--average", type=int, default=0, help="to-quality: measure the mean of so many checkpoints too")
+    p.add_argument("--output", default="runs/to_quality", help="to-quality: where the runs are written")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.studies.benchmark import benchmark, benchmark_programs
+    from clips.studies.benchmark import benchmark, benchmark_programs, benchmark_to_quality
 
-    common = {name: getattr(flags, name) for name in ("device", "repeats", "demo_dir", "out")}
+    common = {name: getattr(flags, name) for name in ("device", "demo_dir", "out")}
     common["as_json"] = flags.json
     if flags.what == "program":
-        benchmark_programs(flags.size, flags.objective, flags.captions, their_python=flags.their_python, **common)
+        common |= {"repeats": flags.repeats, "their_python": flags.their_python}
+        benchmark_programs(flags.size, flags.objective, flags.captions, **common)
+    elif flags.what == "to-quality":
+        common |= {name: getattr(flags, name) for name in ("output", "seeds", "every", "rates", "average")}
+        benchmark_to_quality(flags.variant, flags.figures, flags.threshold, **common)
     else:
-        benchmark(flags.what, shards=flags.shards, **common)
+        benchmark(flags.what, shards=flags.shards, repeats=flags.repeats, **common)
 
 
 if __name__ == "__main__":

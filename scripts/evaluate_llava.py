@@ -25,7 +25,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of drawn answers (default: 0)")
     p.add_argument("--num-chunks", type=int, default=1, help="parts of the questions, for several at once (default: 1)")
     p.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0 (default: 0)")
-    p.add_argument("--limit", type=int, help="only so many questions of each file, evenly spread (default: all)")
+    p.add_argument(
+        "--limit",
+        type=int,
+        help="only so many questions of each file, drawn evenly over kinds and answers (default: all)",
+    )
     p.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16"],

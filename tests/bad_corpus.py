@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,12 @@ def write_shards(folder: Path) -> tuple[str, dict[str, str]]:
     return str(folder), outcomes | {f"whole {i}": USED for i in range(8)}
 
 
+def write_pair_shards(folder: Path) -> tuple[str, dict[str, str]]:
+    """The same, for who needs no long caption: a bad one is the source's other member, and kept."""
+    spec, outcomes = write_shards(folder)
+    return spec, outcomes | {key: USED for key in outcomes if key.startswith("txt ")}
+
+
 def _good(bad: int) -> int:
     """So many that all, with the eight whole ones of the damaged shard, are a number of batches of 8."""
     return GOOD + -(bad + GOOD) % 8
@@ -351,7 +358,7 @@ def _write_damaged(path: Path, plain: dict[str, bytes], picture: bytes) -> None:
     path.write_bytes(data[: data.rindex(b"cut off.img") + 520])
 
 
-def write_table(folder: Path) -> tuple[str, dict[str, str]]:
+def write_table(folder: Path, *, need_long: bool = True) -> tuple[str, dict[str, str]]:
     """A table of JSON lines beside its pictures; what to open, and the outcome of each row."""
     import socket
 
@@ -372,7 +379,7 @@ def write_table(folder: Path) -> tuple[str, dict[str, str]]:
         add(kind.outcome, image=f"{i}.bin")
     for kind in CAPTIONS.values():
         add(kind.outcome, org_caption=kind.make())
-        add(kind.outcome, long=kind.make())
+        add(kind.outcome if need_long else USED, long=kind.make())
     for kind in PATHS.values():
         add(kind.outcome, image=kind.make())
     for kind in JSONS.values():
@@ -541,10 +548,46 @@ def through_llava_data(spec: str, wanted: dict[str, str], folder: Path, told: di
     return reasons
 
 
+def through_recaptioning(spec: str, wanted: dict[str, str], folder: Path, told: dict[str, Reasons]) -> Reasons:
+    """Every pair is written, and read again as pretraining reads it, or listed with the reason."""
+    from pairs import Known
+
+    from clips import Fields, decode_image, open_source
+    from mllm.recaption.asking import Prompt
+    from mllm.recaption.claims import Claims
+    from mllm.recaption.manifest import Folder
+    from mllm.recaption.options import Options
+    from mllm.recaption.shards import shards_of
+    from mllm.recaption.work import Tally, Worker
+
+    options = Options(spec, folder / "out", "known:0", Prompt(), fields=_fields(spec), max_broken_share=1.0)
+    source, out = open_source(spec, options.fields, need_long=False), Folder(options.out)
+    reasons: Reasons = {}
+    written = 0
+    with Claims(out.claims, 60) as claims:
+        worker = Worker(options, out, source, Known(), claims, Tally())
+        for shard in shards_of(source):
+            assert claims.take(shard.name)
+            written += worker.make(shard)["output"]["samples"]
+            for line in out.rejected(shard.name).read_text().splitlines():
+                record = json.loads(line)
+                assert record["reason"] == "broken", record
+                reasons[str(record["row"]) if spec.endswith(".jsonl") else record["key"]] = record["error"]
+    result = open_source(str(options.out), Fields(), need_long=True)
+    assert len(result) == written == len(wanted) - len(reasons)
+    for index in range(written):
+        sample = result.read(index)
+        decode_image(sample.image, sample.key)
+        assert sample.long.startswith("A picture of something")
+    return reasons
+
+
 TRIPLES = {"loader": through_the_loader, "pre-flight": through_the_check}
 ROUTES: dict[str, tuple[Callable[[Path], tuple[str, dict[str, str]]], dict[str, Callable[..., Reasons]]]] = {
     "shards": (write_shards, TRIPLES),
     "table": (write_table, TRIPLES),
+    "pairs in shards": (write_pair_shards, {"recaptioning": through_recaptioning}),
+    "pairs in a table": (partial(write_table, need_long=False), {"recaptioning": through_recaptioning}),
     "LLaVA data": (write_llava, {"pre-flight": through_llava_s_check, "training": through_llava_data}),
 }
 """Set → what writes it, and what reads it."""

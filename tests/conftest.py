@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,33 @@ def tiny_run(
         phases=(PhaseConfig(name="a", samples=64, batch_size=8, lr=1e-2, muon_lr=2e-2, image_size=32),),
         train=TrainConfig(precision=precision),
     )
+
+
+def generative(run: RunConfig, objective: str) -> RunConfig:
+    """`run` with the objective "caption" or "caption+web"."""
+    captioner = replace(run.model.captioner, web=objective == "caption+web")
+    model = replace(run.model, captioner=captioner, embed_dim=0)
+    return replace(run, model=model, task=replace(run.task, objective=objective))
+
+
+def dropping(run: RunConfig) -> RunConfig:
+    """`run` with patches of 8 px; in training its tower sees half of them and its captioner 0.4 of these, 8 and 3 of an
+    image of 32 px."""
+    vision = replace(run.model.vision, patch_size=8, patch_dropout=0.5)
+    return replace(
+        run, model=replace(run.model, vision=vision, captioner=replace(run.model.captioner, image_token_keep=0.4))
+    )
+
+
+def drawn_tokens(seed: int, *, size: int = 8, patches: int = 16) -> dict[str, torch.Tensor]:
+    """What the loader draws for a run that is `dropping` and images of so many patches, to go with `tiny_batch`."""
+    rng = random.Random(seed)
+
+    def draw(there: int, kept: int) -> torch.Tensor:
+        return torch.tensor([sorted(rng.sample(range(there), kept)) for _ in range(size)])
+
+    seen = round(0.5 * patches)
+    return {"patches": draw(patches, seen), "image_tokens": draw(seen, round(0.4 * seen))}
 
 
 def random_model(run: RunConfig, seed: int = 0) -> CLIPSModel:

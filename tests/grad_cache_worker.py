@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from conftest import random_model, tiny_batch, tiny_run
+from conftest import drawn_tokens, dropping, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
@@ -34,18 +34,22 @@ class Case(NamedTuple):
     captioner: bool = True
     checkpointing: bool = False
     contrastive: str = "global"
+    drops: bool = False
+    """Image tokens, which both passes of a micro-batch must drop alike."""
 
     @property
     def name(self) -> str:
         captioner = "captioner" if self.captioner else "none"
         checkpointing = "checkpointing" if self.checkpointing else "plain"
-        return f"zero{self.stage}-{self.kind}-{self.objective}-{captioner}-{checkpointing}-{self.contrastive}"
+        drops = "-drops" if self.drops else ""
+        return f"zero{self.stage}-{self.kind}-{self.objective}-{captioner}-{checkpointing}-{self.contrastive}{drops}"
 
 
 CASES = [
     *(Case(*case) for case in product(range(4), ("adamw", "muon"), ("clips",), (True, False), (True, False))),
     *(Case(stage, kind, objective="clip", captioner=False) for stage, kind in product(range(4), ("adamw", "muon"))),
     *(Case(stage, kind, contrastive="micro") for stage, kind in product(range(4), ("adamw", "muon"))),
+    *(Case(stage, "adamw", drops=True) for stage in (0, 3)),
 ]
 
 
@@ -56,6 +60,7 @@ def without_bf16() -> None:
 
 def a_run(case: Case, accumulation: int) -> RunConfig:
     run = tiny_run(kind=case.kind)
+    run = dropping(run) if case.drops else run
     return replace(
         run,
         model=run.model if case.captioner else replace(run.model, captioner=None),
@@ -71,10 +76,11 @@ def a_run(case: Case, accumulation: int) -> RunConfig:
 
 def samples(case: Case, step: int, begin: int, end: int) -> dict[str, Any]:
     """Of a step's batch, as the loader gives them: pictures as bytes."""
-    batch = tiny_batch(step, size=BATCH)
+    batch = tiny_batch(step, size=BATCH) | drawn_tokens(step, size=BATCH)
     batch["images"] = (batch["images"] * 50 + 128).clamp(0, 255).byte()
     wanted = {"images", "web"} | ({"sub"} if case.objective == "clips" else set())
     wanted |= {"caption"} if case.captioner else set()
+    wanted |= {"patches", "image_tokens"} if case.drops else set()
     return {name: batch[name][begin:end] for name in wanted}
 
 

@@ -155,10 +155,12 @@ def state(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip() / "state.json").read_text())
 
 
-def assert_finished(run_dir: Path, *, figures: bool = True) -> None:
+def assert_finished(
+    run_dir: Path, *, figures: bool = True, formats: tuple[str, ...] = ("native", "open_clip", "hf_vit")
+) -> None:
     for name in ("config.json", "env.json", "metrics.jsonl", "skipped.jsonl", "LATEST", "report/index.html"):
         assert (run_dir / name).is_file(), name
-    for name in ("native", "open_clip", "hf_vit"):
+    for name in formats:
         assert any((run_dir / "export" / name).glob("*.safetensors")), name
     assert "<img" in (run_dir / "report/index.html").read_text()
     assert list((run_dir / "tensorboard").iterdir())

@@ -1,6 +1,6 @@
 """Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
 
-python zero_worker.py OUT KIND[:FROZEN_TOWER] [RESTORE]
+python zero_worker.py OUT KIND[:FROZEN_TOWER|:caption] [RESTORE]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from conftest import random_model, tiny_batch, tiny_run
+from conftest import drawn_tokens, dropping, generative, random_model, tiny_batch, tiny_run
 
 from clips.common.runtime import init_distributed, shutdown
 from clips.training.engine import Engine
@@ -24,8 +24,8 @@ STAGES = {
     "zero3": {"stage": 3},
     "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
 }
-FROZEN_STAGES = ("zero0", "zero2", "zero3")
-"""Each of another kind where a frozen tower is concerned."""
+FEW_STAGES = ("zero0", "zero2", "zero3")
+"""Each of another kind where parameters are concerned that do not train."""
 
 
 class Pulled(Task):
@@ -39,11 +39,13 @@ class Pulled(Task):
 
 
 def build(kind: str, zero: dict, weights: dict | None = None, task: type[Task] = Task, accumulation: int = 1) -> Engine:
-    kind, _, frozen = kind.partition(":")
+    kind, _, variant = kind.partition(":")
     run = tiny_run(kind=kind)
+    if variant == "caption":
+        run = dropping(generative(run, "caption"))
     run = replace(run, train=replace(run.train, accumulation=accumulation))
     model = random_model(run)
-    model.freeze(frozen or "none")
+    model.freeze(variant if variant in ("vision", "text") else "none")
     if weights is not None:
         model.load_state_dict(weights)
     return Engine(task(model, run), run, CPU, {"zero_optimization": dict(zero)})
@@ -54,7 +56,8 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
     rank, share = dist.get_rank(), 8 // dist.get_world_size()
     for step in range(first, last):
         engine.set_lr(1e-2, 2e-2)
-        batch = {key: value[rank * share : (rank + 1) * share] for key, value in tiny_batch(step).items()}
+        whole = tiny_batch(step) | drawn_tokens(step)
+        batch = {key: value[rank * share : (rank + 1) * share] for key, value in whole.items()}
         loss, _ = engine(batch)
         engine.backward(loss)
         agreed = engine.agree(loss, stop=0)
@@ -115,7 +118,7 @@ def main(out: str, kind: str, restore: str | None = None) -> None:
     init_distributed(CPU)
     results = {}
     for name, zero in STAGES.items():
-        if ":" in kind and name not in FROZEN_STAGES:
+        if ":" in kind and name not in FEW_STAGES:
             continue
         if restore is not None:
             saved = torch.load(restore, weights_only=True)

@@ -10,10 +10,11 @@ import os
 import shutil
 import stat
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from clips.common.errors import UserError
 
@@ -58,6 +59,29 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def placing(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """A file to fill; it is put at `path` once the block ends without an error, whole and on the disk.
+
+    Its name until then is unlike any other's, so that several processes may write `path` at once: the last one counts,
+    or without `replace` the first.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

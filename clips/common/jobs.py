@@ -38,10 +38,11 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
 
 
 class Commands:
-    """Commands beside each other, each with its share of the cores and with what it prints in a file."""
+    """Commands beside each other, each with its own threads and with what it prints in a file."""
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: int, threads: int | None = None) -> None:
+        """`threads` of each command; by default its share of the cores."""
+        self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
@@ -52,7 +53,7 @@ class Commands:
         """
         if self.stopping.is_set():
             raise CommandError("stopped")
-        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         with log.open("a") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, **popen)
         self.running.add(process)

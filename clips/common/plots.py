@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import FuncFormatter
 
+from clips.common.errors import UserError
+
+FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
 """Points drawn of one curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4")
@@ -59,6 +63,19 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.ink, alpha=0.6)
     if panel.title.endswith("%"):
         axes.set_ylim(0, 100)
+
+
+def save_plot(plot: Plot, out: Path) -> Path:
+    """Write `plot` to `out`, whose folder is made if need be; returns `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(out)
+    return out
+
+
+def check_format(out: Path) -> None:
+    """UserError unless `out` is a file name that a plot can be saved under."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out}: name it {' or '.join(FORMATS)}")
 
 
 def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:

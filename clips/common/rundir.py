@@ -133,7 +133,7 @@ def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]
     return found
 
 
-def deciding(figure: str, figures: Iterable[str]) -> str:
+def deciding_name(figure: str, figures: Iterable[str]) -> str:
     """What a figure is called on the test set that decides, if it is among `figures`; else its plain name."""
     return f"{UNSEEN}/{figure}" if f"{UNSEEN}/{figure}" in figures else figure
 

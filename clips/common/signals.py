@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 import psutil
@@ -42,7 +43,7 @@ class StopSignal:
     def requested(self) -> int:
         """The number of the signal that came, 0 for none; SIGHUP where the launcher is gone. Asked at every step."""
         outlive_readers()
-        if not self.number and launchers() != self.launchers:
+        if not self.number and has_lost(self.launchers):
             self.number = signal.SIGHUP
         return self.number
 
@@ -82,9 +83,8 @@ def launchers() -> list[int]:
     """Process ids of what torchrun or `deepspeed` runs above this rank on this host; empty where it has no launcher.
 
     torchrun is the parent. `deepspeed` starts a launcher, the parent, and waits for it; killed with -9, or with a
-    signal it does not pass on, it leaves launcher and ranks running. The list changes when one of them is gone, for
-    the system gives an orphan another parent at once. Whatever started *them* may end as it likes: a shell does,
-    when its user leaves `deepspeed … &` behind and logs out.
+    signal it does not pass on, it leaves launcher and ranks running. Whatever started *them* may end as it likes: a
+    shell does, when its user leaves `deepspeed … &` behind and logs out.
     """
     if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}:  # torchrun's, and the deepspeed launcher's
         return []
@@ -96,6 +96,20 @@ def launchers() -> list[int]:
             if any("deepspeed" in word for word in above.cmdline()):
                 found.append(above.pid)
     return found
+
+
+def has_lost(known: Sequence[int]) -> bool:
+    """Whether one of `known`, which `launchers` gave before, is gone.
+
+    The system gives an orphan another parent at once. Command lines are not read again: this is asked at every step.
+    """
+    if not known:
+        return False
+    *_, above = known
+    try:
+        return os.getppid() != known[0] or (above != known[0] and psutil.Process(known[0]).ppid() != above)
+    except psutil.Error:  # gone in this moment
+        return True
 
 
 LAUNCHERS = launchers()

@@ -59,6 +59,26 @@ class ReadAhead:
             self._parts[part].at(turns[part])
 
 
+def read_whole(source: Source, limit: int) -> None:
+    """Let `source` read each remote file from a copy that is fetched when it is first asked for.
+
+    That is for going through one shard after the other; `limit`: as for `ReadAhead`.
+    """
+    if limit <= 0 or not _is_remote(source):
+        return
+    copies = Copies(limit)
+
+    def of_shard(shard: int) -> BinaryIO | None:
+        assert isinstance(source, TarSource)
+        url = source.shards[shard]
+        return copies.open(url, source.state(shard)) if is_remote(url) else None
+
+    if isinstance(source, TarSource):
+        source.read_copies(of_shard)
+    elif isinstance(source, TableSource):
+        source.read_copies(lambda url: copies.open(url, stamp_of(remote_facts(url)[1])))
+
+
 def _is_remote(source: Source) -> bool:
     if isinstance(source, TableSource):
         return any(is_remote(root) for root in source.roots)

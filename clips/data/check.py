@@ -334,8 +334,7 @@ def check_triples(
     (exit 4) where more are broken than `data.max_broken_share`, and as `open_split`.
     """
     console = console or Console(emoji=False)
-    needs_long = run.task.objective == "clips" or run.task.synthetic_share > 0
-    source = open_split(run.data, "train", need_long=needs_long)
+    source = open_split(run.data, "train", need_long=run.task.needs_long)
     draw = random.Random(seed)
     indices: Sequence[int] = range(len(source))
     if samples is not None and samples < len(source):

@@ -4,15 +4,15 @@ What a batch holds is a pure function of (seed, position): any number of ranks a
 with the same augmentation and the same sub-captions, and a resumed run goes on exactly.
 
 A batch is a dict of torch tensors: images uint8 [B, 3, S, S], a quarter of what normalised ones would take in shared
-memory and on the way to the device, which normalises them (`to_device`); web int64 [B, Lw]; for the
-objective "clips" also sub int64 [B, Ls] and, with a captioner, caption int64 [B, T]; and of lists: keys, positions,
-skipped = [(key, reason)] of the broken samples that substitutes stand for.
+memory and on the way to the device, which normalises them (`to_device`); the objective's texts (`TaskConfig.texts`),
+web int64 [B, Lw] and sub int64 [B, Ls]; where a captioner trains, caption int64 [B, T]; where image tokens are dropped,
+patches and image_tokens, int64 (`clips.model.clips.Kept`); and of lists: keys, positions, skipped = [(key, reason)] of
+the broken samples that substitutes stand for.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -27,7 +27,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
-from clips.config import PhaseConfig, RunConfig
+from clips.common.workers import start_worker
+from clips.config import CaptionerConfig, PhaseConfig, RunConfig
 from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, normalise, stacked
 from clips.data.sample import BrokenSample, RawSample
@@ -131,9 +132,9 @@ class BatchDataset(Dataset):
 
     def _batch(self, phase: int, positions: range) -> Batch:
         task, text = self.run.task, self.run.model.text
-        captioner = self.run.model.captioner if task.objective == "clips" else None
+        captioner = self.run.model.captioner if task.captions else None
         keys, pixels, skipped = [], [], []
-        texts: dict[str, list[str]] = {"web": []} if task.objective == "clip" else {"web": [], "sub": []}
+        texts: dict[str, list[str]] = {name: [] for name in task.texts}
         captions: list[str] = []
         draws: list[random.Random] = []
         self.ahead.at(positions)
@@ -146,9 +147,11 @@ class BatchDataset(Dataset):
                 synthetic = sample.long if rng.random() < task.synthetic_share else None
                 texts["web"].append(synthetic or sample.web)
                 continue
-            texts["web"].append(sample.web)
-            texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
-            draws.append(rng)
+            if "web" in texts:
+                texts["web"].append(sample.web)
+            if "sub" in texts:
+                texts["sub"].append(sub_caption(sample.web, sample.long, self.run.captions, rng))
+                draws.append(rng)
             if captioner is not None:
                 if sample.long is None:
                     raise ValueError(f"{sample.key} has no long caption: open the source with need_long=True")
@@ -161,6 +164,7 @@ class BatchDataset(Dataset):
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
+        batch |= self._kept_tokens(phase, positions, captioner)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(
@@ -183,6 +187,22 @@ class BatchDataset(Dataset):
                 index = self.order.substitute(position, substitutes)
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
+
+    def _kept_tokens(self, phase: int, positions: range, captioner: CaptionerConfig | None) -> Batch:
+        """Which of its image tokens each sample keeps, drawn apart from the rest of the sample: without dropping it is
+        the same."""
+        vision, size = self.run.model.vision, self.run.phases[phase].image_size
+        seen = vision.kept_tokens(size)
+        drawn = {}
+        if vision.patch_dropout:
+            drawn["patches"] = (vision.tokens(size), seen)
+        if captioner is not None and captioner.image_token_keep < 1:
+            drawn["image_tokens"] = (seen, captioner.kept_tokens(seen))
+        rngs = [self._rng(position, "image tokens") for position in positions] if drawn else []
+        return {
+            name: torch.tensor([sorted(rng.sample(range(there), kept)) for rng in rngs])
+            for name, (there, kept) in drawn.items()
+        }
 
     def _rng(self, position: int, purpose: str = "sample") -> random.Random:
         return random.Random(f"{self.run.train.seed}/{self.order.epoch(position)}/{position}/{purpose}")
@@ -231,23 +251,3 @@ def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def start_worker(worker: int) -> None:
-    # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
-    # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone, as after a SIGKILL of a rank.
-
-    torch's own watch ends the work, but then the worker waits for ever to get rid of batches that nobody takes.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -19,6 +19,20 @@ class RawSample:
     """Whatever else the sample's JSON member or table row holds (label, captions, …)."""
 
 
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as its source keeps it, for what writes it elsewhere: neither stripped nor cut."""
+
+    name: str
+    """Within its shard or table; a row's number in nine digits."""
+    image: bytes
+    web: str
+    picture: str
+    """Extension of the member, or column, that the image was in."""
+    others: dict[str, bytes]
+    """The other members by extension, captions among them. Of a table's row: `json`, its cells, and those of bytes."""
+
+
 class BrokenSample(Exception):
     """One sample cannot be used; training takes a substitute and counts it."""
 

@@ -6,6 +6,7 @@ random access by sample index, can be pickled, and opens its files lazily in eac
 
 from __future__ import annotations
 
+import base64
 import bisect
 import contextlib
 import glob
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import read_range, remote_facts
-from clips.data.sample import BrokenSample, RawSample
+from clips.data.sample import BrokenSample, RawSample, StoredSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
 from clips.data.table import SUFFIXES, Table
@@ -47,14 +49,20 @@ WARNED = 10
 MAX_CAPTION = 20_000
 """Characters of a caption that are kept: ten times a long one, and few enough that none costs a second."""
 PARTS = ("image", "web", "long")
+WRITE_LONG = "python scripts/recaption.py writes them (docs/recaption.md)"
 
 
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
     """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
 
     Raises UserError when nothing is there, or when `fields` (with `need_long`: the long caption too) are not; the
-    message lists the fields found.
+    message lists the fields found. Also where web and long caption are to be one text.
     """
+    if need_long and fields.web == fields.long:
+        raise UserError(
+            f"data.fields: web and long are both {fields.web!r}, and a long caption is another text than the web one; "
+            f"where there are none, {WRITE_LONG}"
+        )
     files = expand(spec)
     tables = [file for file in files if file.endswith(SUFFIXES)]
     if tables and len(tables) < len(files):
@@ -125,7 +133,11 @@ def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
 class Source:
     """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
 
+    files: list[str]
+    """Shards or tables, as many as `shard_sizes`; none of a mix."""
     shard_sizes: list[int]
+    left_out: list[int]
+    """By shard: samples that lack a needed member and do not count."""
     problems: Sequence[str] = ()
     """What was found wrong when the set was opened, shard by shard; its samples are left out of the length."""
 
@@ -149,6 +161,10 @@ class Source:
 
     def texts(self, index: int) -> tuple[str, str | None]:
         """(web caption, long caption) without the image; raises as `read`."""
+        raise NotImplementedError
+
+    def stored(self, index: int) -> StoredSample:
+        """All that the source keeps of a sample; raises as `read`."""
         raise NotImplementedError
 
     def captions(self) -> Iterator[str]:
@@ -191,7 +207,8 @@ class TarSource(Source):
     """Samples of tar shards; one that lacks a needed member is left out when the set is opened, with a warning."""
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
-        self.shards, self.need_long = shards, need_long
+        self.shards = self.files = shards
+        self.need_long = need_long
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._needed = PARTS if need_long else PARTS[:2]
         self._set = open_shards(shards)
@@ -200,6 +217,7 @@ class TarSource(Source):
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
         self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
+        self.left_out = self._set.counts[:, self._lacks].sum(axis=1).tolist()
         self._warn_of_problems()
         self._check_fields(fields)
 
@@ -263,11 +281,26 @@ class TarSource(Source):
         shard, row = self._locate(index)
         return self._captions(_Members(self._shard(shard), self._shard(shard).complete[row]))
 
+    def stored(self, index: int) -> StoredSample:
+        shard, row = self._locate(index)
+        opened = self._shard(shard)
+        row = opened.complete[row]
+        members = _Members(opened, row)
+        web = self._text(members, "web")
+        _checked(members.key, web, None, False)
+        members.json("json")  # one that is none would make the sample broken wherever it is read
+        found = {extension: members.read(extension) or b"" for extension in opened.extensions(row)}
+        picture = next((e for e, _ in self._fields["image"] if found.get(e)), None)
+        if picture is None:
+            raise BrokenSample(members.key, "image: the file is empty")
+        return StoredSample(opened.index.keys[row], found.pop(picture), web, picture, found)
+
     def _captions(self, members: _Members) -> tuple[str, str | None]:
-        web, long = (
-            next(filter(None, (members.text(e, key) for e, key in self._fields[name])), None) for name in PARTS[1:]
-        )
-        return _checked(members.key, web, long, self.need_long)
+        return _checked(members.key, self._text(members, "web"), self._text(members, "long"), self.need_long)
+
+    def _text(self, members: _Members, part: str) -> Any:
+        """A caption as it stands there."""
+        return next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None)
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
@@ -380,7 +413,9 @@ class TableSource(Source):
             for name in PARTS if need_long else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
                     raise _missing_field(table.url, name, getattr(fields, name), table.columns)
+        self.files = [table.url for table in self.tables]
         self._set_sizes([len(table) for table in self.tables])
+        self.left_out = [0] * len(self.tables)
 
     def read(self, index: int) -> RawSample:
         file, key, row = self._row(index)
@@ -391,6 +426,25 @@ class TableSource(Source):
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
         return self._captions(key, row)
+
+    def stored(self, index: int) -> StoredSample:
+        file, key, row = self._row(index)
+        web = self._value(row, "web")
+        _checked(key, web, None, False)
+        column = next((c for c in self._fields["image"] if row.get(c) is not None), "")
+        image = self._image(file, key, row.get(column))
+        if isinstance(row[column], dict):  # the datasets library: its path is told, the picture itself is not
+            row[column] = row[column].get("path")
+        elif isinstance(row[column], bytes):
+            del row[column]
+        cells = {name: value for name, value in row.items() if isinstance(value, bytes) and _MEMBER.fullmatch(name)}
+        rest = {name: value for name, value in row.items() if name not in cells}
+        try:
+            text = json.dumps(rest, default=_plain)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BrokenSample(key, f"the row cannot be written as JSON ({error})") from None
+        _, number = self._locate(index)
+        return StoredSample(f"{number:09d}", image, web, column, {"json": text.encode()} | cells)
 
     def picture(self, index: int) -> str | None:
         """The URL of a sample's picture; None where that is a local file, or in the table. Raises as `read`."""
@@ -450,6 +504,15 @@ class TableSource(Source):
             raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
 
 
+_MEMBER = re.compile(r"(?!json$)[a-z0-9_]+")
+"""Columns whose cells can be members under the column's name."""
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no word for: times and decimals as they are written, bytes in base64."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
 def _alternatives(spec: str) -> list[tuple[str, str | None]]:
     """`ext;ext:key` → [(ext, None), (ext, key)]."""
     parts = [part.partition(":") for part in spec.split(";") if part]
@@ -470,6 +533,7 @@ def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> Us
     return UserError(
         f"{where} has no {what}: data.fields.{name} = {spec!r} is not among the fields found: "
         f"{', '.join(found) or 'none'}. Name the right one with --fields {name}=FIELD"
+        + (f"; where there are none, {WRITE_LONG}" if name == "long" else "")
     )
 
 

@@ -27,15 +27,15 @@ from clips.common.files import write_json
 from clips.common.ranks import all_shares, my_share
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
+from clips.common.workers import start_worker
 from clips.config import RunConfig
 from clips.data.demo import MISSING, is_by_one
 from clips.data.images import decode_image, eval_transform, normalise, stacked
-from clips.data.loader import start_worker
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets, is_demo
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import (
     PROTOCOLS,
     Classes,
@@ -48,8 +48,10 @@ from clips.evaluation.testsets import (
     load_classes,
     open_test_set,
 )
-from clips.model.clips import CLIPSModel
+from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.text import word_slots
 
+NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
 
@@ -105,15 +107,7 @@ def encode_images(
     some of the batches, which are those of a single rank, so that every figure is the same; collective.
     """
     image_size = image_size or model.visual.image_size
-    indices: Sequence[int] = range(len(items))
-    if limit is not None and limit < len(items):
-        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
-    positions = range(len(indices))
-    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
-    loader = DataLoader(
-        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
-        collate_fn=list, worker_init_fn=start_worker,
-    )  # fmt: skip
+    loader = _batches(items, image_size, batch_size, workers, limit, sharded=sharded)
     mine: list[tuple[list[tuple[Tensor, Tensor]], list[tuple[Item, int]], list[str]]] = []  # of each batch
     with evaluating(model, image_size) as device:
         for batch in loader:
@@ -139,14 +133,72 @@ def encode_images(
     )
 
 
+def _batches(
+    items: TestSet, image_size: int, batch_size: int, workers: int, limit: int | None, *, sharded: bool
+) -> DataLoader:
+    """This rank's batches of `_Pixels`, as lists; all of them unless `sharded`."""
+    indices: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
+    positions = range(len(indices))
+    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
+    return DataLoader(
+        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        collate_fn=list, worker_init_fn=start_worker,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_captions(
+    model: CLIPSModel,
+    tokenizer: CaptionTokenizer,
+    items: TestSet,
+    *,
+    image_size: int | None = None,
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+    sharded: bool = False,
+) -> dict[str, Figure]:
+    """`caption_token_top1`: tokens of the long captions that the captioner predicts from all image tokens.
+
+    With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
+    captioner or long captions. Options as for `encode_images`; with `sharded` rank 0 alone has the figure.
+    """
+    if model.captioner is None:
+        return {}
+    image_size = image_size or model.visual.image_size
+    mine: list[tuple[Tensor, Tensor]] = []  # predicted and true tokens
+    with evaluating(model, image_size) as device:
+        for batch in _batches(items, image_size, batch_size, workers, limit, sharded=sharded):
+            good = [entry[:2] for entry in batch if not isinstance(entry, str) and entry[1].captions.get("long")]
+            if not good:
+                continue
+            encoded = tokenizer.encode([item.captions["long"][0] for _, item in good])
+            caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(device)
+            web = tokenizer.for_tower([item.captions["web"][0] for _, item in good], model.config.text).to(device)
+            prefix = model.caption_prefix(normalise(stacked([pixels for pixels, _ in good]).to(device)), web)
+            states = model.captioner(*prefix, caption[:, :-1])
+            there = word_slots(caption, model.pad_id)[:, 1:]
+            mine.append((model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu()))
+    found = all_shares(mine, sharded=sharded)
+    if not found or (sharded and dist.get_rank() > 0):
+        return {}
+    predicted, truth = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
+    return {"caption_token_top1": token_accuracy(predicted, truth)}
+
+
 @torch.no_grad()
 def encode_texts(
     model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int, sharded: bool = False
 ) -> Tensor:
     """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
 
-    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features.
+    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError where the model
+    has no features of texts.
     """
+    if not model.config.embed_dim:
+        raise UserError(NO_SHARED_SPACE)
     config = model.config.text
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     row = {text: i for i, text in enumerate(unique)}
@@ -167,7 +219,7 @@ def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[tor
     if image_size is not None and image_size != before:
         tower.set_image_size(image_size)
     try:
-        yield tower.proj.weight.device
+        yield tower.patch_embed.weight.device
     finally:
         model.train(training)
         if image_size is not None and image_size != before:
@@ -195,9 +247,12 @@ def measure(
 
     Where only some images carry a label, these are for classification and the others for retrieval (the demo).
     Without `classes` the labels themselves are the classes, in open_clip's general templates. `sharded`: the ranks
-    share the texts, and rank 0 alone computes figures, the others return none; collective.
+    share the texts, and rank 0 alone computes figures, the others return none; collective. Nothing of a model without
+    a space that images and texts share.
     """
     figures: dict[str, Figure] = {}
+    if not model.config.embed_dim:
+        return figures
     here = not sharded or dist.get_rank() == 0
     for protocol in PROTOCOLS:
         rows = retrieval_rows(images, protocol)
@@ -244,11 +299,13 @@ def evaluate(
     """Measure `model` on a split of its run's data (names as in `measure`); "test" stands for all its test sets.
 
     The figures of the first test set have those plain names, those of a further one are called NAME/FIGURE. During
-    training at most `eval.max_images` images are used; `full` uses all and adds `linear_probe_top1` where the
-    training data has labels. `out` receives the figures with their items and chance levels, and which `checkpoint` of
-    the run the weights are (`clips.common.rundir.weights_of`). The weights must be whole on this process (ZeRO-3:
-    gather them first). The model's mode, resolution and device stay as they are. `sharded`: the ranks share the work,
-    rank 0 has the figures, the others none; collective, and not with `full`, whose probe is one rank's.
+    training at most `eval.max_images` images are used; `full` uses all and adds `caption_token_top1` where there
+    is a captioner and `linear_probe_top1` where the training data has labels. Without a shared space the former is
+    measured during training too: there is nothing else. `out` receives the figures with their items and chance levels,
+    and which `checkpoint` of the run the weights are (`clips.common.rundir.weights_of`). The weights must be whole on
+    this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are. `sharded`: the
+    ranks share the work, rank 0 has the figures, the others none; collective, and not with `full`, whose probe is one
+    rank's.
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
@@ -260,10 +317,13 @@ def evaluate(
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
     train: ImageSet | None = None
+    limit = None if full else run.eval.max_images
     for name in held_out_sets(run.data) if split == "test" else [split]:
         items, classes = open_test_set(run.data, name, run.captions.splitter)
-        images = encode_images(model, items, limit=None if full else run.eval.max_images, sharded=sharded, **options)
+        images = encode_images(model, items, limit=limit, sharded=sharded, **options)
         found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
+        if full or not run.model.embed_dim:
+            found |= measure_captions(model, tokenizer, items, limit=limit, sharded=sharded, **options)
         if full and labelled_rows(images):
             if train is None:
                 train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
@@ -379,6 +439,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         images = encode_images(model, items, limit=flags.limit, **options)
         classes = own_classes or classes
         found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
+        found |= measure_captions(model, loaded.tokenizer, items, limit=flags.limit, **options)
         if train is not None:
             probe = probe_images(train, images)
             if probe is None:
@@ -388,7 +449,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         skipped += images.skipped
         count += len(images.indices)
     if not figures:
-        raise UserError("nothing to measure: the test set has neither captions nor labels")
+        raise UserError(
+            "nothing to measure: the test set has neither captions nor labels"
+            if model.config.embed_dim
+            else f"nothing to measure: {NO_SHARED_SPACE}. Give --probe-train, or a test set with long captions"
+        )
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
@@ -397,6 +462,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         image_size=flags.image_size, missing=missing,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
+    if not model.config.embed_dim:
+        print(NOT_MEASURED)
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 

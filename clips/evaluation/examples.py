@@ -89,7 +89,8 @@ def collect_examples(
     examples = Examples()
     protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
     scene = retrieval_rows(images, protocol)
-    if len(scene) > 1:
+    has_text_features = model.config.embed_dim > 0
+    if len(scene) > 1 and has_text_features:
         queries = [images.captions[row][protocol][0] for row in scene]
         similarity = encode_texts(model, tokenizer, queries, batch_size=batch) @ images.features[scene].T
         own = similarity.diagonal()[:, None]
@@ -99,7 +100,7 @@ def collect_examples(
             found = [thumbnail(scene[j]) for j in best]
             examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
 
-    if labels_by_row := labelled_rows(images):
+    if has_text_features and (labels_by_row := labelled_rows(images)):
         labelled, names = list(labels_by_row), list(labels_by_row.values())
         classes = classes or classes_of(names)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
@@ -116,7 +117,7 @@ def collect_examples(
             )
 
     if model.captioner is not None:
-        device = model.visual.proj.weight.device
+        device = model.visual.patch_embed.weight.device
         rows = [row for row in scene if images.captions[row].get("web") and images.captions[row].get("long")][:n]
         transform = eval_transform(size)
         for row in rows:

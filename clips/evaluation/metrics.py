@@ -138,6 +138,12 @@ def zero_shot_metrics(image_features: Tensor, prompt_features: Tensor, labels: S
     return _figures(["top1", "top5"], [ensemble]) | alone
 
 
+def token_accuracy(predicted: Tensor, truth: Tensor) -> Figure:
+    """Share of the tokens [N] that are predicted; chance is that of always naming the commonest one."""
+    value, chance = (predicted == truth).double().mean().item(), truth.bincount().max().item() / len(truth)
+    return Figure(round(100 * value, 4), round(100 * chance, 4), len(truth))
+
+
 def linear_probe(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int]) -> Figure:
     """Accuracy of a logistic regression on frozen features [N, D], standardised by the training features."""
     from sklearn.linear_model import LogisticRegression

@@ -59,9 +59,12 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """The figures that matter first: R@1 both ways of the set's first protocol, and zero-shot accuracy."""
-    recall = [name for name in dict.fromkeys(names) if name.endswith(("_i2t_r1", "_t2i_r1"))]
-    return recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
+    """The figures that matter first: R@1 both ways of the set's first protocol and zero-shot accuracy; else the others
+    that a model without text features has."""
+    names = list(dict.fromkeys(names))
+    recall = [name for name in names if name.endswith(("_i2t_r1", "_t2i_r1"))]
+    found = recall[:2] + (["zero_shot_top1"] if "zero_shot_top1" in names else [])
+    return found or [name for name in ("linear_probe_top1", "caption_token_top1") if name in names]
 
 
 def panels(record: RunRecord) -> list[Panel]:
@@ -119,6 +122,7 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
         "missing": record.missing,
         "is_demo": config.get("data", {}).get("train") == "demo",
         "has_queries": captioner.get("inputs") == "queries",
+        "reads_web": captioner.get("web", True),
         "config": json.dumps(config, indent=2) if config else None,
     }
 
@@ -150,5 +154,11 @@ def _model_line(config: Mapping[str, Any]) -> str:
     vision, text = config["model"]["vision"], config["model"]["text"]
     return (
         f"image tower {vision['width']}×{vision['layers']}, patch {vision['patch_size']} at {vision['image_size']} px, "
-        f"text tower {text['width']}×{text['layers']}"
+        + ("no text tower" if _has_no_text_tower(config) else f"text tower {text['width']}×{text['layers']}")
     )
+
+
+def _has_no_text_tower(config: Mapping[str, Any]) -> bool:
+    """As `ModelConfig.has_text_tower`, from config.json, in which older runs lack what came later."""
+    model = config["model"]
+    return model.get("embed_dim") == 0 and not (model.get("captioner") or {}).get("web", True)

@@ -13,11 +13,12 @@ from clips.common.errors import UserError
 from clips.common.files import read_regular
 from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
+from clips.data.demo import demo_split
 from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
-from clips.data.splits import is_demo, open_split
+from clips.data.splits import open_split, split_spec
 
 PROTOCOLS = {
     "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
@@ -140,7 +141,8 @@ def open_test_set(
 ) -> tuple[SourceSet, Classes | None]:
     """A split of a run's data as a test set, and its classes where it names any (the demo does)."""
     items = SourceSet(open_split(data, split, need_long=False), splitter)
-    return items, load_classes(Path(data.demo_dir) / "concepts.json") if is_demo(data, split) else None
+    demo = split_spec(data, split) == demo_split(data.demo_dir, split)
+    return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The captioner: predicts the full synthetic caption from the image and the web caption.
+"""The captioner: predicts the full synthetic caption from the image and, with `web`, the web caption.
 
-Shapes: B samples · N image tokens · M web-text states · T caption positions · D width · V vocabulary.
+Shapes: B samples · N image tokens · M web-text states (0 without `web`) · T caption positions · D width · V vocabulary.
 Sequence `[N image tokens; M web-text states; T positions]`, self-attention only. The prefix is
 visible to everything and never sees the positions; positions are causal among themselves.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clips.config import CaptionerConfig, TextConfig, VisionConfig
-from clips.model.layers import LAYER_NORM_EPS, Blocks, KVCache, init_weights
+from clips.model.layers import LAYER_NORM_EPS, Blocks, KVCache, Packed, init_weights
 
 
 def caption_mask(prefix: int, positions: int, visible_BM: Tensor | None, device: torch.device) -> Tensor:
@@ -39,7 +39,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.config = config
         self.image_proj = nn.Linear(vision.width, config.width, bias=False)
-        self.text_proj = nn.Linear(text.width, config.width, bias=False)
+        self.text_proj = nn.Linear(text.width, config.width, bias=False) if config.web else None
         self.queries = nn.Parameter(torch.empty(config.length, config.width))
         self.token_embed = nn.Embedding(text.vocab_size, config.width) if config.inputs == "tokens" else None
         self.blocks = Blocks(config.layers, config.width, config.heads, config.mlp_ratio, "gelu_tanh", LAYER_NORM_EPS)
@@ -52,9 +52,12 @@ class Captioner(nn.Module):
             nn.init.normal_(self.queries, std=0.02)  # here they are the positions of the tokens
             nn.init.normal_(self.token_embed.weight, std=0.02)
 
-    def prefix(self, patches_BND: Tensor, states_BMD: Tensor) -> Tensor:
+    def prefix(self, patches_BND: Tensor, states_BMD: Tensor | None) -> Tensor:
         """Image tokens and web-text states projected to the decoder's width, [B, N + M, D]."""
-        return torch.cat([self.image_proj(patches_BND), self.text_proj(states_BMD)], dim=1)
+        image = self.image_proj(patches_BND)
+        if self.text_proj is None:
+            return image
+        return torch.cat([image, self.text_proj(states_BMD)], dim=1)
 
     def positions(self, ids_BT: Tensor, start: int = 0) -> Tensor:
         """The inputs of caption positions start … start + T − 1, [B, T, D]; "queries" reads only the shape of `ids`."""
@@ -62,19 +65,46 @@ class Captioner(nn.Module):
         queries = self.queries[start : start + T].expand(B, T, -1)
         return queries if self.token_embed is None else queries + self.token_embed(ids_BT)
 
-    def forward(self, patches_BND: Tensor, states_BMD: Tensor, visible_BM: Tensor | None, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1."""
+    def forward(
+        self,
+        patches_BND: Tensor,
+        states_BMD: Tensor | None,
+        visible_BM: Tensor | None,
+        ids_BT: Tensor,
+        predicts_BT: Tensor | None = None,
+        count: int | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
+
+        `predicts`: the positions that are wanted, the first ones of each caption; None: all. `count`: how many of all
+        tokens, the prefix included, are visible or wanted, where that is known: without it a GPU is waited for.
+        """
         prefix = self.prefix(patches_BND, states_BMD)
-        T = ids_BT.shape[1]
+        (B, N), L, T = patches_BND.shape[:2], prefix.shape[1], ids_BT.shape[1]
         x = torch.cat([prefix, self.positions(ids_BT).to(prefix.dtype)], dim=1)
-        x = self.blocks(x, caption_mask(prefix.shape[1], T, visible_BM, x.device))
+        computed = None
+        if visible_BM is not None or predicts_BT is not None:
+            computed = torch.ones(B, L + T, dtype=torch.bool, device=x.device)
+            for part, slots in ((visible_BM, slice(N, L)), (predicts_BT, slice(L, None))):
+                if part is not None:
+                    computed[:, slots] = part
+        batch = Packed.of(x.shape, computed, count, caption_mask(L, T, visible_BM, x.device))
+        x = batch.unpack(self.blocks(batch.pack(x), [batch]))
         return self.norm(x[:, -T:])
 
     @torch.no_grad()
     def generate(
-        self, patches_BND: Tensor, states_BMD: Tensor, visible_BM: Tensor | None, bos_id: int, eos_id: int, pad_id: int
+        self,
+        patches_BND: Tensor,
+        states_BMD: Tensor | None,
+        visible_BM: Tensor | None,
+        bos_id: int,
+        eos_id: int,
+        pad_id: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Greedy captions [B, T], `bos` left out, `pad_id` after `eos`.
+        """Captions [B, T], `bos` left out, `pad_id` after `eos`; temperature 0 is greedy.
 
         "tokens": one token at a time; the prefix and the earlier tokens stand in a KV cache.
         "queries": all positions at once, since no position's input depends on another's output.
@@ -83,9 +113,9 @@ class Captioner(nn.Module):
         device = patches_BND.device
         if self.token_embed is None:
             ids = torch.zeros(B, last, dtype=torch.long, device=device)
-            out = self.head(self(patches_BND, states_BMD, visible_BM, ids)).argmax(-1)
-            ended = (out == eos_id).cumsum(dim=1) - (out == eos_id).long() > 0
-            return out.masked_fill(ended, pad_id)
+            drawn = _draw(self.head(self(patches_BND, states_BMD, visible_BM, ids)), temperature, generator)
+            ended = (drawn == eos_id).cumsum(dim=1) - (drawn == eos_id).long() > 0
+            return drawn.masked_fill(ended, pad_id)
 
         caches = [KVCache() for _ in self.blocks]
         prefix = self.prefix(patches_BND, states_BMD)
@@ -98,9 +128,17 @@ class Captioner(nn.Module):
         for k in range(last):
             row = mask[..., seen + k : seen + k + 1, : seen + k + 1]
             x = self.blocks(self.positions(token, k).to(prefix.dtype), row, caches)
-            token = self.head(self.norm(x)).argmax(-1).masked_fill(done[:, None], pad_id)
+            token = _draw(self.head(self.norm(x)), temperature, generator).masked_fill(done[:, None], pad_id)
             out.append(token)
             done |= token[:, 0] == eos_id
             if done.all():
                 break
         return torch.cat(out, dim=1)
+
+
+def _draw(logits_BTV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Tokens [B, T]."""
+    if temperature == 0:
+        return logits_BTV.argmax(-1)
+    shares = (logits_BTV.float() / temperature).softmax(-1)
+    return torch.multinomial(shares.flatten(0, 1), 1, generator=generator).view(logits_BTV.shape[:-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clips.config import Freeze, ModelConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,28 @@ class BatchShape:
     samples: int
     image_size: int
     texts: Sequence[int]
-    """Slots of each text of a sample, padding included: web caption, then sub-caption."""
+    """Slots of each text of a sample, padding included: web caption, then sub-caption; as many as the objective has."""
     caption: int = 0
     """Positions of the captions, padding included; 0: the captioner does not run."""
     predicted: int = 0
     """Caption tokens that are predicted, over all samples; without padding."""
     world_size: int = 1
     """Ranks whose features the contrastive loss sees; times the micro-batches, where it sees all of a step."""
+    words: Sequence[int] = ()
+    """Slots of each text that are computed, over all samples; without padding where it is masked. None given: all."""
 
 
 def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
     """FLOPs of the forward pass by part: vision, text, captioner, head (of the captioner), contrastive."""
     vision, text, captioner, B = model.vision, model.text, model.captioner, shape.samples
-    patches = vision.tokens(shape.image_size)
+    patches = vision.kept_tokens(shape.image_size)
     parts = {
         "vision": _patch_embed(model, shape)
-        + B * _blocks(vision.width, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
+        + _blocks(vision.width, vision.layers, vision.mlp_ratio, B, patches + vision.prefix_tokens)
         + B * 2 * vision.width * model.embed_dim,
         "text": sum(
-            B * _blocks(text.width, text.layers, text.mlp_ratio, length) + B * 2 * text.width * model.embed_dim
-            for length in shape.texts
+            _blocks(text.width, text.layers, text.mlp_ratio, B, slots, tokens) + B * 2 * text.width * model.embed_dim
+            for slots, tokens in zip(shape.texts, computed_words(shape), strict=True)
         ),
         "captioner": 0,
         "head": 0,
@@ -47,8 +49,9 @@ def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         "contrastive": len(shape.texts) * 2 * 2 * B * (B * shape.world_size) * model.embed_dim,
     }
     if captioner is not None and shape.caption:
-        length = patches + _words(model, shape) + shape.caption - 1
-        parts["captioner"] = B * _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, length)
+        slots = captioner.kept_tokens(patches) + _words(captioner, model, shape) + shape.caption - 1
+        tokens = captioner_tokens(captioner, model, shape)
+        parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, B, slots, tokens)
         parts["captioner"] += sum(_prefix(model, shape).values())
         parts["head"] = shape.predicted * 2 * captioner.width * text.vocab_size
     return parts
@@ -81,24 +84,40 @@ def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool
     return sum(forward[part] for part in (("vision", "text", "captioner", "head") if checkpointing else ("head",)))
 
 
-def _blocks(width: int, layers: int, mlp_ratio: float, length: int) -> int:
-    """One sequence through transformer blocks: projections, MLP, scores and their application to the values."""
-    return layers * length * (8 * width**2 + 4 * width * int(width * mlp_ratio) + 4 * width * length)
+def computed_words(shape: BatchShape) -> Sequence[int]:
+    return shape.words or [shape.samples * slots for slots in shape.texts]
+
+
+def captioner_tokens(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
+    """Image tokens, the web caption's and positions that predict, over all samples."""
+    patches = captioner.kept_tokens(model.vision.kept_tokens(shape.image_size))
+    words = computed_words(shape)[0] - shape.samples * (model.text.pool == "cls") if captioner.web else 0
+    return shape.samples * patches + words + shape.predicted
+
+
+def _blocks(width: int, layers: int, mlp_ratio: float, samples: int, slots: int, tokens: int | None = None) -> int:
+    """Sequences through transformer blocks: projections and MLP of `tokens` (all slots, if they are not given); scores
+    and their application to the values of all slots, for attention is padded."""
+    tokens = samples * slots if tokens is None else tokens
+    each = 8 * width**2 + 4 * width * int(width * mlp_ratio)
+    return layers * (tokens * each + samples * slots**2 * 4 * width)
 
 
 def _prefix(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
     """The captioner's projections of what the towers give it, by tower."""
-    if model.captioner is None or not shape.caption:
+    vision, captioner = model.vision, model.captioner
+    if captioner is None or not shape.caption:
         return {}
     inputs = {
-        "vision": model.vision.tokens(shape.image_size) * model.vision.width,
-        "text": _words(model, shape) * model.text.width,
+        "vision": captioner.kept_tokens(vision.kept_tokens(shape.image_size)) * vision.width,
+        "text": _words(captioner, model, shape) * model.text.width,
     }
-    return {tower: shape.samples * 2 * size * model.captioner.width for tower, size in inputs.items()}
+    return {tower: shape.samples * 2 * size * captioner.width for tower, size in inputs.items()}
 
 
-def _words(model: ModelConfig, shape: BatchShape) -> int:
-    return shape.texts[0] - (model.text.pool == "cls")
+def _words(captioner: CaptionerConfig, model: ModelConfig, shape: BatchShape) -> int:
+    """States of the web caption that the captioner reads."""
+    return shape.texts[0] - (model.text.pool == "cls") if captioner.web else 0
 
 
 def _patch_embed(model: ModelConfig, shape: BatchShape) -> int:

@@ -1,12 +1,17 @@
 """Attention and the pre-norm transformer block that every tower here is made of.
 
-Shapes: B batch · L query positions · S key positions · D width · H heads · K = D / H.
+Shapes: B batch · L query positions · S key positions · D width · H heads · K = D / H · R rows.
+
+Texts and captions of a batch have many lengths, and what pads them costs as much as words. So their blocks take rows
+[R, D]: the tokens of all sequences one after the other, without padding. Attention alone, a small part of the work,
+runs on padded sequences (`Packed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +42,12 @@ def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | 
     return scores.softmax(-1) @ v_BHSK
 
 
+def taken(x_BND: Tensor, places_BK: Tensor) -> Tensor:
+    """Of each sequence the tokens at its `places`, [B, K, D]."""
+    # Tensor.take_along_dim would write the places out for every unit of width, and autograd would keep that.
+    return x_BND.gather(1, places_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
+
+
 class KVCache:
     """Keys and values of the positions that a block has already seen, for generation."""
 
@@ -50,6 +61,46 @@ class KVCache:
         return self.k, self.v
 
 
+class Packed(NamedTuple):
+    """Which slots of sequences [B, L] stand in rows [R, D], and who sees whom among all of them."""
+
+    samples: int
+    slots: int
+    places: Tensor | None
+    """[R] of 0 … B · L − 1, ascending; None: all of them. The others are seen by none of these."""
+    visible: Tensor | None
+    """As `attention` takes it."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int], computed_BL: Tensor | None, count: int | None, visible: Tensor | None) -> Packed:
+        """`computed`: which slots are rows, None: all; `count`: how many, without which a GPU is waited for."""
+        places = None
+        if computed_BL is not None:
+            flat = computed_BL.flatten()
+            places = (flat.nonzero() if count is None else torch.nonzero_static(flat, size=count)).squeeze(1)
+        return cls(shape[0], shape[1], places, visible)
+
+    @property
+    def rows(self) -> int:
+        return self.samples * self.slots if self.places is None else len(self.places)
+
+    def pack(self, x_BLD: Tensor) -> Tensor:
+        x = x_BLD.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def unpack(self, x_RD: Tensor) -> Tensor:
+        """[B, L, D]; zeros where there are no rows."""
+        D = x_RD.shape[1]
+        if self.places is not None:
+            # Not index_copy, for which autograd would keep the rows.
+            x_RD = x_RD.new_zeros(self.samples * self.slots, D).index_put((self.places,), x_RD)
+        return x_RD.view(self.samples, self.slots, D)
+
+
+Visible = Tensor | None | Sequence[Packed]
+"""Of sequences [B, L, D] the mask; of rows [R, D] the batches whose sequences stand in them, one after the other."""
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -57,12 +108,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-        B, L, D = x_BLD.shape
-        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
+        qkv = self.qkv(x)
+        if visible is None or isinstance(visible, Tensor):
+            return self.proj(self._attend(qkv, visible, cache))
+        parts = zip(visible, qkv.split([batch.rows for batch in visible]), strict=True)
+        return self.proj(torch.cat([b.pack(self._attend(b.unpack(part), b.visible, None)) for b, part in parts]))
+
+    def _attend(self, qkv: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+        """[B, L, 3 D] → [B, L, D]"""
+        B, L, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.proj(attention(q, k, v, visible).transpose(1, 2).reshape(B, L, D))
+        return attention(q, k, v, visible).transpose(1, 2).reshape(B, L, D)
 
 
 class QuickGELU(nn.Module):
@@ -100,9 +159,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x_BLD: Tensor, visible: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x_BLD = x_BLD + self.attn(self.norm1(x_BLD), visible, cache)
-        return x_BLD + self.mlp(self.norm2(x_BLD))
+    def forward(self, x: Tensor, visible: Visible = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), visible, cache)
+        return x + self.mlp(self.norm2(x))
 
 
 class Blocks(nn.ModuleList):
@@ -114,13 +173,13 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers))
         self.activation_checkpointing = False
 
-    def forward(self, x_BLD: Tensor, visible: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
+    def forward(self, x: Tensor, visible: Visible = None, caches: list[KVCache] | None = None) -> Tensor:
         for i, block in enumerate(self):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, visible, use_reentrant=False)
+                x = checkpoint(block, x, visible, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, visible, caches[i] if caches else None)
-        return x_BLD
+                x = block(x, visible, caches[i] if caches else None)
+        return x
 
 
 def stream_dtype(device: torch.device) -> torch.dtype:

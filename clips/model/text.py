@@ -15,11 +15,14 @@ Two ways with padding:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from clips.config import TextConfig
-from clips.model.layers import Blocks, init_weights, stream_dtype
+from clips.model.layers import Blocks, Packed, init_weights, stream_dtype
 
 
 def visible_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
@@ -34,6 +37,18 @@ def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
     return (ids_BL != pad_id).flip(1).cumsum(dim=1).flip(1) > 0
 
 
+class TextStates(NamedTuple):
+    """What the tower gives for one text of each sample of a batch."""
+
+    pooled: Tensor
+    """[B, D], after the final norm: the slot that stands for the text."""
+    states: Tensor
+    """[B, M, D] before the norm, which the captioner reads. They leave the CLS slot out: M = L − 1, without one L.
+    Where padding is masked it has none: zeros."""
+    visible: Tensor | None
+    """[B, M]: those that the captioner may attend; None where padding is attended, as by the tower itself."""
+
+
 class TextTower(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int, pad_id: int) -> None:
         super().__init__()
@@ -45,32 +60,62 @@ class TextTower(nn.Module):
             config.layers, config.width, config.heads, config.mlp_ratio, config.activation, config.norm_eps
         )
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        self.proj = nn.Linear(config.width, embed_dim, bias=False) if embed_dim else nn.Identity()
         init_weights(self)
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
 
-    def forward(self, ids_BL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids [B, L] → (pooled [B, D] after the final norm, states [B, M, D] before it, visible [B, M] or None).
+    def visible(self, ids_BL: Tensor) -> Tensor:
+        """[B, L] booleans: which slots may be attended when padding is masked; up to eos where there is no CLS."""
+        return (visible_slots if self.config.pool == "cls" else word_slots)(ids_BL, self.pad_id)
 
-        `states` leave the CLS slot out (M = L − 1; without one M = L): they are what the captioner reads. `visible`
-        marks those it may attend; None where padding is attended, as by the tower itself.
+    def computed(self, ids_BL: Tensor) -> Tensor | None:
+        """[B, L] booleans: the slots that can show in any output; None: all, where padding is attended."""
+        if not self.config.trim:
+            return None
+        visible = self.visible(ids_BL)
+        if self.config.pool == "cls":
+            visible[:, -1] = True
+        return visible
+
+    def forward(self, *texts: Tensor, counts: Sequence[int] | None = None) -> list[TextStates]:
+        """ids [B, L] of each text of a batch, of any lengths, in one pass.
+
+        `counts`: how many slots of each are `computed`, where that is known: without it a GPU is waited for.
         """
-        config, L = self.config, ids_BL.shape[1]
-        if config.context_length < L or (config.context_length > L and not config.trim):
-            raise ValueError(
-                f"texts have {L} slots, the tower's context is {config.context_length} (pad_mask={config.pad_mask})"
-            )
-        has_cls = config.pool == "cls"
+        for ids in texts:
+            L, context = ids.shape[1], self.config.context_length
+            if context < L or (context > L and not self.config.trim):
+                raise ValueError(
+                    f"texts have {L} slots, the tower's context is {context} (pad_mask={self.config.pad_mask})"
+                )
+        known: Sequence[int | None] = counts or [None] * len(texts)
+        batches = [
+            Packed.of(ids.shape, self.computed(ids), count, self._mask(ids))
+            for ids, count in zip(texts, known, strict=True)
+        ]
+        x = torch.cat([batch.pack(self._embed(ids)) for batch, ids in zip(batches, texts, strict=True)])
+        parts = self.blocks(x, batches).split([batch.rows for batch in batches])
+        return [self._states(b.unpack(part), ids) for b, part, ids in zip(batches, parts, texts, strict=True)]
+
+    def _embed(self, ids_BL: Tensor) -> Tensor:
+        L = ids_BL.shape[1]
+        has_cls = self.config.pool == "cls"
         positions = torch.cat([self.pos_embed[: L - 1], self.pos_embed[-1:]]) if has_cls else self.pos_embed[:L]
-        x = (self.token_embed(ids_BL) + positions).to(stream_dtype(ids_BL.device))
-        visible = (visible_slots if has_cls else word_slots)(ids_BL, self.pad_id)
-        mask = visible[:, None, None, :] if config.pad_mask else None
-        if config.causal:
+        return (self.token_embed(ids_BL) + positions).to(stream_dtype(ids_BL.device))
+
+    def _mask(self, ids_BL: Tensor) -> Tensor | None:
+        mask = self.visible(ids_BL)[:, None, None, :] if self.config.pad_mask else None
+        if self.config.causal:
+            L = ids_BL.shape[1]
             causal = torch.ones(L, L, dtype=torch.bool, device=ids_BL.device).tril()
             mask = causal if mask is None else mask & causal
-        x = self.blocks(x, mask)
-        if has_cls:
-            return self.norm(x[:, -1]), x[:, :-1], visible[:, :-1] if config.trim else None
+        return mask
+
+    def _states(self, x_BLD: Tensor, ids_BL: Tensor) -> TextStates:
+        visible = self.visible(ids_BL)
+        read = visible if self.config.trim else None
+        if self.config.pool == "cls":
+            return TextStates(self.norm(x_BLD[:, -1]), x_BLD[:, :-1], None if read is None else read[:, :-1])
         eos_B = visible.sum(dim=1) - 1
-        return self.norm(x[torch.arange(len(x), device=x.device), eos_B]), x, visible if config.trim else None
+        return TextStates(self.norm(x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), eos_B]), x_BLD, read)

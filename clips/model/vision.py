@@ -1,6 +1,7 @@
 """The vision tower: a plain ViT, by default that of CLIPS (docs/method.md, "Architecture").
 
-Shapes: B images · P patch size · N = (image_size / P)² patch tokens · C = 1 with a CLS token, else 0 · D width.
+Shapes: B images · P patch size · N = (image_size / P)² patch tokens · K of them kept · C = 1 with a CLS token, else 0 ·
+D width.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clips.config import PositionTable, VisionConfig, check_image_size
-from clips.model.layers import Blocks, init_weights, stream_dtype
+from clips.model.layers import Blocks, init_weights, stream_dtype, taken
 
 
 def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> Tensor:
@@ -63,7 +64,7 @@ class VisionTower(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = Blocks(config.layers, width, config.heads, config.mlp_ratio, config.activation, config.norm_eps)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.proj = nn.Linear(width, embed_dim, bias=False)
+        self.proj = nn.Linear(width, embed_dim, bias=False) if embed_dim else nn.Identity()
         init_weights(self)
         nn.init.normal_(self.patch_embed.weight, std=(3 * config.patch_size**2) ** -0.5)
         if self.patch_embed.bias is not None:
@@ -89,17 +90,23 @@ class VisionTower(nn.Module):
         grid = self.image_size // self.config.patch_size
         return resample_positions(self.pos_embed, grid, self.config.prefix_tokens)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first)."""
+    def forward(self, images: Tensor, kept_BK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B, 3, S, S] → (pooled [B, D] after the final norm, tokens [B, C + N, D] before it, CLS first).
+
+        `kept_BK`: the patches of each image that are seen, by their places among its N; then there are K tokens for N.
+        """
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {tuple(images.shape[2:])}, the tower is set to {self.image_size}: call set_image_size"
             )
-        dtype = stream_dtype(images.device)
-        x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype)
+        dtype, C = stream_dtype(images.device), self.config.prefix_tokens
+        positions = self.positions().to(dtype)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2).to(dtype) + positions[C:]
+        if kept_BK is not None:
+            x = taken(x, kept_BK)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(images), 1, -1).to(dtype), x], dim=1)
-        tokens = self.blocks(self.pre_norm(x + self.positions().to(dtype)))
+            x = torch.cat([(self.cls_token.to(dtype) + positions[0]).expand(len(images), 1, -1), x], dim=1)
+        tokens = self.blocks(self.pre_norm(x))
         pooled = tokens[:, 0] if self.config.pool == "cls" else self.patches(tokens).mean(dim=1)
         return self.norm(pooled), tokens
 

@@ -1,7 +1,8 @@
 """What things cost on this machine: attention, the data path, sentences, training steps, the caption loss, checkpoints.
 
 Beside this file: the loader against bare decoding, and opening many shards, in data_speed.py; accumulation in
-accumulation.py; whole programs in program.py; the parts of a step in step_parts.py; how is measured, in measuring.py.
+accumulation.py; whole programs in program.py; the parts of a step in step_parts.py; samples and seconds to a figure in
+to_quality.py; how is measured, in measuring.py.
 
 Shapes: B batch · H heads · L sequence · K head width.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -45,10 +47,11 @@ from clips.model.clips import CLIPSModel
 from clips.recipes import PRESETS, recipe
 from clips.studies.accumulation import accumulation_rows
 from clips.studies.data_speed import loader_rows, startup_rows
-from clips.studies.measuring import PeakMemory, Row, fastest, in_child
+from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
 from clips.studies.program import Captions, Objective, coca_config, compare_programs
 from clips.studies.sentence_set import captions, score
 from clips.studies.step_parts import WARM, part_rows
+from clips.studies.to_quality import Target, leaderboard, read_variants, table_rows, to_quality
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.losses import IGNORE, caption_loss
 from clips.training.meter import Meter
@@ -75,8 +78,9 @@ def benchmark(
         "train": lambda: [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)],
         "chunk": lambda: chunk_rows(on, repeats),
         "gradcache": lambda: accumulation_rows(on, repeats),
+        "tokens": lambda: [row for name in SETTINGS for row in token_rows(name, on, repeats, demo_dir)],
         "checkpoint": lambda: [in_child(checkpoint_row, name, on, repeats, demo_dir) for name in SETTINGS],
-        "profile": lambda: [row for name in PROFILED for row in in_child(profile_rows, name, on, demo_dir)],
+        "profile": lambda: [row for name in PROFILED for row in profiled_setting(name, on, demo_dir)],
     }[what]
     rows = run()
     _report(what, {"rows": rows}, rows, on, out, as_json)
@@ -105,6 +109,25 @@ def benchmark_programs(
     rows.append({"program": "ours / theirs", **found["ratios"]})
     asked = {"size": size, "objective": objective, "captions": captions}
     _report(f"program, {', '.join(asked.values())} captions,", asked | found, rows, on, out, as_json)
+    return found
+
+
+def benchmark_to_quality(
+    variants: Sequence[Sequence[str]], figures: Sequence[str], threshold: float, *,
+    output: str, seeds: int, every: int, rates: Sequence[float], average: int,
+    device: str, demo_dir: str, out: str | None, as_json: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples and seconds to a figure (clips/studies/to_quality.py); reported as above, with the leaderboard's rows."""
+    on = _device(device, {"seeds": seeds, "every": every})
+    target = Target(tuple(figures), threshold)
+    found = to_quality(
+        Path(output), read_variants(variants), target,
+        seeds=seeds, every=every, rates=rates, average=average, demo_dir=demo_dir, device=device,
+    )  # fmt: skip
+    rows, without = leaderboard(found)
+    _report("to-quality", found | {"leaderboard": rows}, table_rows(found), on, out, as_json)
+    if not as_json:
+        print("\n".join(["", *without, "", *rows]))
     return found
 
 
@@ -286,11 +309,13 @@ def _open(run: RunConfig) -> tuple[Source, CaptionTokenizer]:
     return source, build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 
-def _loader(run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int) -> Iterator[Batch]:
+def _loader(
+    run: RunConfig, source: Source, tokenizer: CaptionTokenizer, steps: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
     """The first `steps` steps of the first phase."""
     phase = run.phases[0]
     run = replace(run, phases=(replace(phase, samples=steps * phase.batch_size),))
-    return make_loader(source, tokenizer, run, rank=0, world_size=1)
+    return make_loader(source, tokenizer, run, rank=rank, world_size=world_size)
 
 
 def data_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
@@ -417,7 +442,7 @@ def step_of(engine: Engine) -> Step:
     """The training step of `engine`, as the loop takes it."""
 
     def step(batch: Batch) -> None:
-        loss, _ = engine(to_device(batch, engine.device))
+        loss, _ = engine(to_device(engine.task.counted(batch), engine.device))
         engine.backward(loss)
         engine.agree(loss, 0)
         engine.step()
@@ -530,22 +555,95 @@ def peak_of(name: str, device: torch.device, demo_dir: str, kind: str) -> float:
     return memory.read()
 
 
+# ---------------------------------------------------------------------------------------------------------- tokens
+KEEP, DROP = "model.captioner.image_token_keep=0.3", "model.vision.patch_dropout=0.5"
+ALONE = "model.embed_dim=0", "task.objective=caption", "model.captioner.web=false"
+DROPS: dict[str, tuple[str, ...]] = {
+    "clips, all tokens": (),
+    "clips, captioner on 30 %": (KEEP,),
+    "clips, half of the patches": (DROP,),
+    "clips, both": (KEEP, DROP),
+    "caption, all tokens": ALONE,
+    "caption, captioner on 30 %": (*ALONE, KEEP),
+    "caption+web, captioner on 30 %": (*ALONE[:1], "task.objective=caption+web", KEEP),
+}
+"""What is compared → what of the setting is changed."""
+
+
+def token_rows(name: str, device: torch.device, repeats: int, demo_dir: str) -> list[Row]:
+    """Steps of the setting that drop image tokens, or the contrastive loss, each in turns with those that do not."""
+    first, *others = DROPS
+    rows: list[Row] = [{"setting": name, "what": first, "time / all": 1.0, "FLOPs / all": 1.0}]
+    for what in others:
+        print(f"{name}: {what}", file=sys.stderr)
+        time_share, flops_share = in_child(token_shares, name, device, repeats, demo_dir, (first, what))
+        rows.append({"setting": name, "what": what, "time / all": time_share, "FLOPs / all": flops_share})
+    return [row | {"peak_MB": in_child(token_peak, name, device, demo_dir, row["what"])} for row in rows]
+
+
+def _dropping(name: str, device: torch.device, demo_dir: str, what: str) -> tuple[Engine, list[Batch]]:
+    init_distributed(device)
+    run = setting(name, device, demo_dir).override([*DROPS[what], "data.workers=0"])
+    source, tokenizer = _open(run)
+    return clips_engine(run, tokenizer, device), list(_loader(run, source, tokenizer, TURN))
+
+
+def token_shares(
+    name: str, device: torch.device, repeats: int, demo_dir: str, kinds: tuple[str, str]
+) -> tuple[float, float]:
+    """Time and FLOPs of the second kind over those of the first, in turns of two steps.
+
+    On a CPU seconds of this process's own work, which others on the machine hardly change.
+    """
+    engines = {what: _dropping(name, device, demo_dir, what) for what in kinds}
+    steps = {what: step_of(engine) for what, (engine, _) in engines.items()}
+    turns = {what: lambda what=what: [steps[what](batch) for batch in engines[what][1]] for what in kinds}
+    seconds = fastest(turns, repeats, device, time.process_time if device.type == "cpu" else None)
+    flops = {what: sum(map(engine.task.flops, batches)) for what, (engine, batches) in engines.items()}
+    first, second = kinds
+    return seconds[second] / seconds[first], flops[second] / flops[first]
+
+
+def token_peak(name: str, device: torch.device, demo_dir: str, what: str) -> float:
+    """Peak memory in MB of two steps, the model and its optimizer included."""
+    memory = PeakMemory(device)
+    engine, batches = _dropping(name, device, demo_dir, what)
+    step = step_of(engine)
+    for batch in batches:
+        step(batch)
+    return memory.read()
+
+
 # --------------------------------------------------------------------------------------------------------- profile
-PROFILED = ("clip_baseline, adamw", "demo", "b16 112 px")
+PROFILED = {"clip_baseline, adamw": 1, "demo": 1, "demo, 2 ranks": 2, "b16 112 px": 1}
+"""Setting → its ranks."""
+
+
+def profiled_setting(name: str, device: torch.device, demo_dir: str) -> list[Row]:
+    """The parts of a step of a setting; none where there are fewer GPUs than ranks."""
+    ranks = PROFILED[name]
+    if ranks == 1:
+        return in_child(profile_rows, name, device, demo_dir)
+    if device.type == "cuda" and torch.cuda.device_count() < ranks:
+        return []
+    return in_ranks(ranks, profile_rows, name, device, demo_dir)
 
 
 def profile_rows(name: str, device: torch.device, demo_dir: str) -> list[Row]:
     """The parts of a step of a setting; of `clip_baseline` with AdamW, as `program` runs it."""
+    if "LOCAL_RANK" in os.environ:
+        device = choose_device(device.type)
     init_distributed(device)
-    if name in SETTINGS:
-        run = setting(name, device, demo_dir)
+    if (base := name.removesuffix(", 2 ranks")) in SETTINGS:
+        run = setting(base, device, demo_dir)
     else:
         demo = setting("demo", device, demo_dir)
         run = replace(recipe("clip_baseline"), data=demo.data, train=demo.train)
         run = replace(run, optim=replace(run.optim, kind="adamw"))
     source, tokenizer = _open(run)
     peak, _ = peak_flops(device, torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
-    batches = _loader(run, source, tokenizer, WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8))
+    steps = WARM + (30 if device.type == "cuda" or name not in SETTINGS[1:] else 8)
+    batches = _loader(run, source, tokenizer, steps, dist.get_rank(), dist.get_world_size())
     rows = part_rows(clips_engine(run, tokenizer, device), batches, peak)
     return [{"setting": name, **row} for row in rows]
 

@@ -9,7 +9,7 @@ from clips.evaluation.testsets import PROTOCOLS
 
 DECIDING = "sentence_r1"
 """The figure that decides every claim: retrieval with the test set's sentences, as the paper's own tables have it. On
-a test set `unseen`, where the runs have one, as on the demo (`clips.common.rundir.deciding`)."""
+a test set `unseen`, where the runs have one, as on the demo (`clips.common.rundir.deciding_name`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 """R@1 of a protocol as the mean of both ways."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")

@@ -21,8 +21,8 @@ from clips.common.escape import for_plot
 from clips.common.files import write_atomically
 from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
-from clips.common.rundir import UNSEEN, deciding
-from clips.studies.claims import CONTEXT, CONTRADICTED, DECIDING, LLAVA, OPEN, REPRODUCED
+from clips.common.rundir import UNSEEN, deciding_name
+from clips.studies.claims import CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
 from clips.studies.welch import show_difference
 
 TITLE = "The claims of CLIPS, in small"
@@ -34,7 +34,8 @@ NAMES = {
     "zero_shot_top1": "zero-shot accuracy",
     "linear_probe_top1": "linear probe accuracy",
 }
-COLOURS = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open"}
+BETTER, WORSE, ALIKE = "better", "worse", "not told apart"
+COLOURS = {REPRODUCED: "good", CONTRADICTED: "bad", OPEN: "open", BETTER: "good", WORSE: "bad", ALIKE: "open"}
 WAYS = {"i2t": "image → text", "t2i": "text → image"}
 BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 """Figures that stand beside the deciding one."""
@@ -80,19 +81,27 @@ class Section:
     blocks: Sequence[Block]
 
 
+Tile = tuple[str, Sequence[tuple[str, str]], str]
+"""What is judged, the verdict's words with their CSS classes, and a line about it."""
+
+
 def write_reports(result: dict[str, Any], output: Path) -> None:
     """Write a PNG file per chart, claims.md and claims.html for the content of claims.json.
 
     Raises CommandError where that fails.
     """
     with reporting(f"the report in {output} cannot be written; every run and {output / 'claims.json'} are there"):
-        parts = sections(result)
-        shown = {"title": TITLE, "note": _summary(result), "sections": parts}
-        for chart in (block for part in parts for block in part.blocks if isinstance(block, Chart)):
-            save_plot(draw(chart, LIGHT), output / chart.name)
-        write_atomically(output / "claims.md", render("clips.studies", "claims.md.j2", **shown))
         tiles = [(f"({key})", _tile(claim), claim["title"]) for key, claim in result["claims"].items()]
-        write_atomically(output / "claims.html", render("clips.studies", "claims.html.j2", **shown, tiles=tiles))
+        write_pages(output / "claims", TITLE, _summary(result), sections(result), tiles)
+
+
+def write_pages(path: Path, title: str, note: str, parts: Sequence[Section], tiles: Sequence[Tile]) -> None:
+    """`path`.md, `path`.html and a PNG file per chart beside them."""
+    shown = {"title": title, "note": note, "sections": parts}
+    for chart in (block for part in parts for block in part.blocks if isinstance(block, Chart)):
+        save_plot(draw(chart, LIGHT), path.with_name(chart.name))
+    write_atomically(path.with_suffix(".md"), render("clips.studies", "claims.md.j2", **shown))
+    write_atomically(path.with_suffix(".html"), render("clips.studies", "claims.html.j2", **shown, tiles=tiles))
 
 
 def _summary(result: Mapping[str, Any]) -> str:
@@ -126,8 +135,8 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         Section("What decides", [Paragraph(_what_decides(result))]),
         *(Section(f"({key}) {claim['title']}", _claim(key, claim, variants)) for key, claim in claims.items()),
         Section("Controls and limits", _controls(result)),
-        *([Section("Lengths of the texts", _lengths(result))] if variants else []),
-        Section("How it was run", _how_it_ran(result)),
+        *([Section("Lengths of the texts", lengths(result))] if variants else []),
+        Section("How it was run", how_it_ran(result)),
     ]
 
 
@@ -184,12 +193,20 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
             Table(("comparison", "accuracy", "verdict", "seeds", "items"), rows, _cell_class),
             Paragraph(source),
         ]
+    return [*blocks, *comparison(f"claim-{key}.png", claim, variants)]
+
+
+def comparison(chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[Block]:
+    """Chart, differences and means of the variants of `claim`, in the figures that their runs have.
+
+    `claim` has the fields of `clips.studies.claims.Claim`, its contrasts as `compared` makes them, with a verdict.
+    """
+    deciding, there = (claim["contrasts"][0][name] for name in ("metric", "figures"))
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
-    there = claim["contrasts"][0]["figures"]
-    shown = [deciding(name, there) for name in BESIDE]
-    beside = [(pair, *(show_difference(c["figures"][name]) for name in shown)) for pair, c in pairs.items()]
+    aside = [name for name in (deciding_name(name, there) for name in BESIDE) if name in there and name != deciding]
+    beside = [(pair, *(show_difference(c["figures"][name]) for name in aside)) for pair, c in pairs.items()]
     names = NAMES | {f"{p}_{way}_r1": f"{p}, {words}" for p in ("sentence", "long") for way, words in WAYS.items()}
     measured = [f"{prefix}{name}" for prefix in (f"{UNSEEN}/", "") for name in names]
     figures = [(name, _called(name, names)) for name in measured if name in there]
@@ -199,16 +216,15 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
         for name, words in figures
     ]
     return [
-        *blocks,
-        Chart(f"claim-{key}.png", claim, variants),
+        Chart(chart, claim, variants),
         Paragraph(
             f"{'Points' if claim['line'] else 'Bars'}: mean over seeds; whiskers: 95 % t interval of that mean. "
             "Whether they overlap decides nothing; the table of differences does."
         ),
         Paragraph("Differences in percentage points with their 95 % intervals:"),
-        Table(("comparison", _called(deciding(DECIDING, there), SHORT), "verdict"), decided, _cell_class),
+        Table(("comparison", _called(deciding, SHORT), "verdict"), decided, _cell_class),
         Paragraph("The same in figures that do not decide:"),
-        Table(("comparison", *(_called(name, SHORT) for name in shown)), beside, _cell_class),
+        Table(("comparison", *(_called(name, SHORT) for name in aside)), beside, _cell_class),
         Paragraph(claim["caution"], "With care"),
         Paragraph("Test split, percent, mean ± standard deviation over seeds:"),
         Table(("", *labels.values()), table, _cell_class),
@@ -219,7 +235,8 @@ def _mean_and_sd(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def _lengths(result: Mapping[str, Any]) -> list[Block]:
+def lengths(result: Mapping[str, Any]) -> list[Block]:
+    """How long the texts of training and test are."""
     tests = ", ".join(f"{name} {tokens:g}" for name, tokens in result["test_text_tokens"].items())
     rows = [
         (variant["label"], *(f"{variant['text_tokens'][name]:g}" if name in variant["text_tokens"] else "" for name in
@@ -236,7 +253,8 @@ def _lengths(result: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _how_it_ran(result: Mapping[str, Any]) -> list[Block]:
+def how_it_ran(result: Mapping[str, Any]) -> list[Block]:
+    """Command, time, settings and environment."""
     rows = [
         (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
         for name, variant in result["variants"].items()
@@ -250,7 +268,7 @@ def _how_it_ran(result: Mapping[str, Any]) -> list[Block]:
         blocks.append(Paragraph(f"Variants, all with {CONTEXT}:"))
         blocks.append(Table(("variant", "recipe", "settings", "runs"), rows, _cell_class))
     blocks.append(Paragraph(described, "Environment"))
-    return [*blocks, Paragraph("claims.json holds each run's whole configuration, seed, command and figures.")]
+    return [*blocks, Paragraph("The JSON file beside this holds each run's whole configuration, seed and command.")]
 
 
 def _cell_class(column: int, text: str) -> str:
@@ -268,7 +286,9 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     axes.set_facecolor(theme.paper)
     width = 0.8 / len(DRAWN)
     for number, (figure, colour) in enumerate(zip(DRAWN, SERIES, strict=True)):
-        drawn = deciding(figure, chart.variants[names[0]]["runs"][0]["figures"])
+        drawn = deciding_name(figure, chart.variants[names[0]]["runs"][0]["figures"])
+        if any(drawn not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
+            continue
         values = [[run["figures"][drawn] for run in chart.variants[name]["runs"]] for name in names]
         means, whiskers = [mean(v) for v in values], [_half_width(v) for v in values]
         if chart.claim["line"]:

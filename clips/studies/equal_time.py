@@ -21,8 +21,7 @@ from rich.table import Table
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.rundir import read_metrics
-from clips.recipes import recipe
-from clips.studies.runs import PretrainingRun, read_figures, train
+from clips.studies.runs import PretrainingRun, read_figures, train, with_rates
 from clips.studies.welch import difference, show_difference
 
 SECONDS = "train_seconds"
@@ -71,9 +70,7 @@ def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
 
 def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> PretrainingRun:
     """Recipe `name` with its learning rates multiplied."""
-    phase = recipe(name).phases[0]
-    rates = (f"phases.0.lr={phase.lr * multiplier}", f"phases.0.muon_lr={phase.muon_lr * multiplier}")
-    return PretrainingRun(name, label, samples, seed, rates)
+    return with_rates(PretrainingRun(name, label, samples, seed), multiplier)
 
 
 def validation_score(run: Path) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 from clips.common.cards import BUS, PER_MACHINE, USABLE, Machine, card
 from clips.common.errors import UserError
 from clips.common.plain import markdown, print_table
-from clips.config import PhaseConfig, RunConfig
+from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe
 from clips.training.memory import FP32, Parameters, Usage, count_parameters, usage
@@ -103,7 +103,8 @@ def memory_of(run: RunConfig, phase: PhaseConfig, machine: Machine, engine: str,
     micro = micro_batch_size(phase, accumulation, machine.gpus)
     shape = fullest_shape(run, phase, micro, machine.gpus)
     settings = engine_settings(engine)
-    return usage(run, shape, "cuda", settings, accumulation=accumulation, whole_step=accumulation > 1)
+    whole_step = run.task.contrasts and accumulation > 1
+    return usage(run, shape, "cuda", settings, accumulation=accumulation, whole_step=whole_step)
 
 
 def fits(run: RunConfig, phases: Sequence[PhaseConfig], machine: Machine, engine: str) -> list[Fit] | None:
@@ -152,7 +153,8 @@ def plan(run: RunConfig, machine: Machine, *, engine: str | None = None, strict:
 
 def _timed(run: RunConfig, phase: PhaseConfig, found: Fit, machine: Machine, parameters: Parameters) -> PhasePlan:
     samples = found.micro * found.accumulation
-    cut = replace(run, train=replace(run.train, accumulation=found.accumulation, contrastive="global"))
+    whole: Contrastive = "global" if run.task.contrasts else "micro"
+    cut = replace(run, train=replace(run.train, accumulation=found.accumulation, contrastive=whole))
     compute = samples * flops_per_sample(cut, phase) / machine.speed
     moved = collective_bytes(run, phase, found, machine.gpus, parameters)
     seconds = machine.collective_seconds(moved)
@@ -172,8 +174,7 @@ def collective_bytes(run: RunConfig, phase: PhaseConfig, found: Fit, gpus: int, 
         moved = found.accumulation * gradients + gradients
     else:  # gathered in each forward and backward pass
         moved = found.accumulation * (gradients + 2 * weights)
-    texts = 1 if run.task.objective == "clip" else 2
-    features = FP32 * (1 + texts) * phase.batch_size * run.model.embed_dim
+    features = FP32 * (1 + len(run.task.texts)) * phase.batch_size * run.model.embed_dim
     return moved + 3 * features  # gathered, and their gradients all-reduced
 
 
@@ -190,7 +191,8 @@ def _does_not_fit(run: RunConfig, machine: Machine, chosen: Sequence[Fit]) -> st
         f"{run.recipe} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable) with "
         f"ds_configs/{chosen[0].engine}.json:\n"
         + "\n".join(lines)
-        + f"\nGive --set train.accumulation={chosen[0].accumulation} train.contrastive=global"
+        + f"\nGive --set train.accumulation={chosen[0].accumulation}"
+        + (" train.contrastive=global" if run.task.contrasts else "")
         + ("" if run.train.activation_checkpointing else " or --set train.activation_checkpointing=true")
         + ", or more --gpus"
     )

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -26,7 +26,7 @@ from rich.table import Table
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
-from clips.common.rundir import by_test_set, deciding
+from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
@@ -43,6 +43,7 @@ from clips.studies.claims import (
     MEANS,
     OVERHEAD_SECONDS,
     VARIANTS,
+    Variant,
     summary,
     verdict,
 )
@@ -89,14 +90,14 @@ def reproduce(
     begin = time.monotonic()
     seconds = _seconds_before(output) if all(run.is_finished(output) for run in everything) else None
     train(everything, output, jobs, console)
-    variants = {name: variant_record(name, runs, output) for name, runs in runs_of.items()}
+    variants = {name: variant_record(VARIANTS[name], runs, output) for name, runs in runs_of.items()}
     result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "seconds": seconds or round(time.monotonic() - begin),
         "samples": samples,
         "seeds": seeds,
         "jobs": jobs,
-        "deciding_figure": deciding(DECIDING, variants[names[0]]["runs"][0]["figures"]) if names else DECIDING,
+        "deciding_figure": deciding_name(DECIDING, variants[names[0]]["runs"][0]["figures"]) if names else DECIDING,
         "environment": environment(everything, output),
         "test_text_tokens": evaluation_text_tokens(output / everything[0].name) if names else {},
         "claims": {key: judge(key, variants) if key in CLAIMS else llava for key in sorted(set(claims))},
@@ -117,64 +118,88 @@ def _seconds_before(output: Path) -> int | None:
     return read_json(output / "claims.json").get("seconds")
 
 
-def variant_run(name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
-    """One run of variant `name`; `settings` are everybody's, the variant's own come last."""
+def variant_run(
+    name: str, seed: int, samples: int, settings: Sequence[str] = (), label: str | None = None
+) -> PretrainingRun:
+    """One run of variant `name`; `settings` are everybody's, the variant's own come last. Runs are called `label`."""
     variant = VARIANTS[name]
     own = (*settings, CONTEXT, *variant.settings)
-    return PretrainingRun(variant.recipe, f"{name}-seed{seed}", samples, seed, own)
+    return PretrainingRun(variant.recipe, f"{label or name}-seed{seed}", samples, seed, own)
 
 
 def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str], output: Path, jobs: int) -> Table:
-    """Which runs there are of each variant, which of them are finished, and how long the others take."""
-    out = Table(title=for_rich(f"claims {', '.join(claims)}: runs in {output}"), title_justify="left")
-    for column in ("variant", "claims", "recipe", "settings"):
+    """The plan of the runs of some claims."""
+    used = {
+        name: ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants) for name in runs_of
+    }
+    title = f"claims {', '.join(claims)}: runs in {output}"
+    return plan_table(title, runs_of, VARIANTS, output, jobs, claims=used)
+
+
+def plan_table(
+    title: str,
+    runs_of: Mapping[str, list[PretrainingRun]],
+    variants: Mapping[str, Variant],
+    output: Path,
+    jobs: int,
+    **more: Mapping[str, str],
+) -> Table:
+    """Which runs there are of each variant, which of them are finished, and how long the others take.
+
+    `more` are further columns, each of texts by variant.
+    """
+    out = Table(title=for_rich(title), title_justify="left")
+    for column in ("variant", *more, "recipe", "settings"):
         out.add_column(column, overflow="fold")
     for column in ("samples", "done", "minutes"):
         out.add_column(column, justify="right")
     total = 0.0
     for name, runs in runs_of.items():
-        variant = VARIANTS[name]
+        variant = variants[name]
         done = sum(run.is_finished(output) for run in runs)
-        seconds = (len(runs) - done) * (runs[0].samples / variant.rate + OVERHEAD_SECONDS)
+        samples = runs[0].config().samples
+        seconds = (len(runs) - done) * (samples / variant.rate + OVERHEAD_SECONDS)
         total += seconds
-        used = ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants)
-        row = (variant.label, used, variant.recipe, for_rich(" ".join(variant.settings)), f"{runs[0].samples:,}")
+        row = (for_rich(variant.label), *(texts[name] for texts in more.values()), variant.recipe)
+        row += (for_rich(" ".join(variant.settings)), f"{samples:,}")
         out.add_row(*row, f"{done}/{len(runs)}", f"{seconds / 60:.1f}")
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"
     return out
 
 
-def variant_record(name: str, runs: list[PretrainingRun], output: Path) -> dict[str, Any]:
+def variant_record(
+    variant: Variant, runs: list[PretrainingRun], output: Path, names: Sequence[str] = FIGURES
+) -> dict[str, Any]:
     """Everything about a variant that a reader needs: its runs with configuration, command and figures (percent)."""
     records = [
         {
             "name": run.name,
             "seed": run.seed,
             "command": shlex.join(["python", *run.command(output)]),
-            "figures": run_figures(output / run.name),
+            "figures": run_figures(output / run.name, names),
             "config": RunConfig.load(output / run.name / "config.json").to_dict(),
         }
         for run in runs
     ]
-    return {**asdict(VARIANTS[name]), "text_tokens": train_text_tokens(output / runs[0].name), "runs": records}
+    return {**asdict(variant), "text_tokens": train_text_tokens(output / runs[0].name), "runs": records}
 
 
-def run_figures(run: Path) -> dict[str, float]:
+def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's figures and the means of both ways. Raises UserError when its test set does not give them all."""
     try:
-        found = read_figures(run, FIGURES)
+        found = read_figures(run, names)
     except KeyError as error:
         raise UserError(
             f"{run}/evaluation.json has no {error}: the claims are measured on the demo's test set, or on one whose "
             "samples carry `captions` and `label` in their JSON member, as the demo's do"
         ) from None
     # Rounded: what floating point leaves over must not pass for a spread over seeds.
-    sets = by_test_set(found, "")
     means = {
         f"{test_set}/{name}" if test_set else name: round(mean(figures[way] for way in both), 6)
-        for test_set, figures in sets.items()
+        for test_set, figures in by_test_set(found, "").items()
         for name, both in MEANS.items()
+        if set(both) <= set(figures)
     }
     return found | means
 
@@ -183,16 +208,20 @@ def judge(key: str, variants: dict[str, Any]) -> dict[str, Any]:
     """A claim with its contrasts: every figure's difference, and the verdict by the deciding one's interval."""
     claim = CLAIMS[key]
     rows = {name: [run["figures"] for run in variants[name]["runs"]] for name in claim.variants}
-    contrasts = []
-    for better, worse in claim.contrasts:
-        figures = [name for name in rows[better][0] if name != "train_seconds"]
-        found = {figure: difference(rows[better], rows[worse], figure) for figure in figures}
-        decides = deciding(DECIDING, found)
-        contrasts.append(
-            {"a": better, "b": worse, "metric": decides, **found[decides], "seeds": len(rows[better])}
-            | {"verdict": verdict(found[decides]["ci95"]), "figures": found}
-        )
+    measured = [name for name in rows[claim.variants[0]][0] if name != "train_seconds"]
+    decides = deciding_name(DECIDING, measured)
+    contrasts = [compared(better, worse, rows, measured, decides) for better, worse in claim.contrasts]
+    for contrast in contrasts:
+        contrast["verdict"] = verdict(contrast["ci95"])
     return asdict(claim) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
+
+
+def compared(
+    a: str, b: str, rows: Mapping[str, list[dict[str, float]]], figures: Sequence[str], deciding: str = DECIDING
+) -> dict[str, Any]:
+    """a − b: the deciding figure's difference with its interval, and that of every figure; `rows` are runs' figures."""
+    found = {figure: difference(rows[a], rows[b], figure) for figure in figures}
+    return {"a": a, "b": b, "metric": deciding, **found[deciding], "seeds": len(rows[a]), "figures": found}
 
 
 def judge_llava(report: Path) -> dict[str, Any]:

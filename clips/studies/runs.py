@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,8 @@ FIGURES = (
     "zero_shot_top1",
     "linear_probe_top1",
 )
+RATES = ("lr", "muon_lr")
+"""Fields of a phase that a multiple of the learning rates multiplies."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,18 @@ class PretrainingRun:
 
     recipe: str
     name: str
-    samples: int
+    samples: int | None
+    """Of each phase; None: as the recipe and `settings` say."""
     seed: int
     settings: tuple[str, ...] = ()
+    device: str = "auto"
 
     def command(self, output: Path) -> list[str]:
         """The command that trains it in `output`/`name`; it evaluates and saves at its end only."""
         return [
             *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output-dir", str(output)),
-            *("--samples", str(self.samples), "--seed", str(self.seed)),
+            *(() if self.samples is None else ("--samples", str(self.samples))),
+            *("--seed", str(self.seed), "--device", self.device),
             *("--set", "train.eval_every=0", "train.checkpoint_every=0", *self.settings),
         ]
 
@@ -63,10 +68,22 @@ class PretrainingRun:
         return (run / "evaluation.json").exists() and is_finished(run)
 
 
-def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console) -> dict[PretrainingRun, Path]:
-    """The directory of each run, trained unless it is finished; a bar of the samples that are done."""
-    missing = [run for run in runs if not run.is_finished(output)]
-    commands = Commands(jobs)
+def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
+    """`run` with the learning rates of all its phases multiplied."""
+    phases = run.config().phases
+    rates = [(f"phases.{i}.{name}", getattr(phase, name)) for i, phase in enumerate(phases) for name in RATES]
+    return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
+
+
+def train(
+    runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console, threads: int | None = None
+) -> dict[PretrainingRun, Path]:
+    """The directory of each run, trained unless it is finished; a bar of the samples that are done.
+
+    `threads` of each run; by default its share of the cores.
+    """
+    missing = {run: run.config().samples for run in runs if not run.is_finished(output)}
+    commands = Commands(jobs, threads)
     columns = (
         "{task.description}",
         BarColumn(),
@@ -76,18 +93,18 @@ def train(runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Cons
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not missing) as progress:
-        bar = progress.add_task(f"{len(missing)} runs", total=sum(run.samples for run in missing))
+        bar = progress.add_task(f"{len(missing)} runs", total=sum(missing.values()))
 
         def work(run: PretrainingRun) -> None:
             with locked(output / run.name, commands) as lock:
                 if not run.is_finished(output):  # by whoever held the lock
-                    console.print(f"training {run.name}: {run.samples:,} samples", highlight=False)
+                    console.print(f"training {run.name}: {missing[run]:,} samples", highlight=False)
                     _, *flags = run.command(output)
                     command = [sys.executable, str(SCRIPT), *flags]
                     commands.run(command, output / f"{run.name}.log", pass_fds=[lock])
-            progress.advance(bar, run.samples)
+            progress.advance(bar, missing[run])
 
-        commands.map(work, missing)
+        commands.map(work, list(missing))
     return {run: output / run.name for run in runs}
 
 

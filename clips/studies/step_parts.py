@@ -2,7 +2,8 @@
 
 One clock runs through whole steps as the loop takes them, loader included; every moment belongs to exactly one part.
 Marks stand where a tower begins and ends (hooks on modules) and where the backward pass comes to its output (hooks on
-tensors: autograd goes through the parts in the opposite order). A GPU is waited for at each mark, which costs the
+tensors: autograd goes through the parts in the opposite order). Communication is torch.distributed's collectives,
+whatever part asks for them, and the waiting for other ranks in them. A GPU is waited for at each mark, which costs the
 overlap of its queue with the host: there the shares count, not the sum.
 """
 
@@ -11,12 +12,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from clips.data.loader import Batch, to_device
 from clips.model.clips import CLIPSModel
@@ -34,7 +38,10 @@ FLOPS = {
     LOSS: ("head", "contrastive"),
 }
 """Part → its names in clips/model/flops.py."""
-OTHERS = ("data wait", "copy to the device", "finite check", "optimiser")
+COMMUNICATION = "communication"
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+"""Those of torch.distributed that a step can ask for."""
+OTHERS = ("data wait", "copy to the device", COMMUNICATION, "finite check", "optimiser")
 
 
 class Clock:
@@ -65,7 +72,7 @@ def _watch(model: CLIPSModel, clock: Clock) -> None:
     """Let the model's forward and backward passes tell `clock` where they are."""
 
     def ends(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        for tensor in output if isinstance(output, tuple) else (output,):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda grad: clock.begin(f"{name}, backward"))
         clock.begin(f"{LOSS}, forward")
@@ -76,21 +83,65 @@ def _watch(model: CLIPSModel, clock: Clock) -> None:
             module.register_forward_hook(partial(ends, name))
 
 
+@contextmanager
+def _listen(clock: Clock) -> Iterator[None]:
+    """Inside, collectives tell `clock` when they begin and end."""
+    before = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def timed(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        part = clock.part
+        clock.begin(COMMUNICATION)
+        result = collective(*arguments, **options)
+        clock.begin(part)
+        return result
+
+    for name, collective in before.items():
+        setattr(dist, name, partial(timed, collective))
+    try:
+        yield
+    finally:
+        for name, collective in before.items():
+            setattr(dist, name, collective)
+
+
 def part_rows(engine: Engine, batches: Iterable[Batch], peak: float) -> list[Row]:
     """Median milliseconds of each part over the steps, its share, its TFLOP/s and their share of `peak` in FLOP/s.
 
     `engine` trains on, and with accumulation 1. FLOPs are the model's: what is computed a second time to save memory
-    takes time and counts nothing. Of one process: what ranks send each other has no part of its own, it falls into the
-    backward pass, and the step's one small agreement into the finite check.
+    takes time and counts nothing. With several ranks the rows are this one's.
     """
     clock = Clock(engine.device)
     _watch(engine.model, clock)
+    with _listen(clock):
+        steps, flops = _timed_steps(engine, batches, clock)
+    order = [f"{part}, {way}" for way in ("forward", "backward") for part in FLOPS]
+    parts = [*OTHERS[:2], *order, *OTHERS[2:]]
+    median = {part: statistics.median(step.get(part, 0.0) for step in steps) for part in parts}
+    whole = sum(median.values())
+    rows = []
+    for part in [part for part in parts if median[part] > 0]:
+        row: Row = {"part": part, "ms": 1e3 * median[part], "share_%": 100 * median[part] / whole}
+        if part in flops:
+            speed = statistics.median(flops[part]) / median[part]
+            row |= {"tflops": speed / 1e12, "of_peak_%": 100 * speed / peak}
+        rows.append(row)
+    speed = sum(statistics.median(counts) for counts in flops.values()) / whole
+    return [*rows, {
+        "part": "whole step", "ms": 1e3 * whole, "share_%": 100.0, "tflops": speed / 1e12,
+        "of_peak_%": 100 * speed / peak,
+    }]  # fmt: skip
+
+
+def _timed_steps(
+    engine: Engine, batches: Iterable[Batch], clock: Clock
+) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
+    """Of each step after the first: the seconds of each part, and its FLOPs by part."""
     steps: list[dict[str, float]] = []
     flops: dict[str, list[int]] = defaultdict(list)
     clock.begin("data wait")
     for index, batch in enumerate(batches):
         clock.begin("copy to the device")
-        on_device = to_device(batch, engine.device)
+        on_device = to_device(engine.task.counted(batch), engine.device)
         clock.begin(f"{LOSS}, forward")
         loss, _ = engine(on_device)
         clock.begin(f"{LOSS}, backward")
@@ -110,19 +161,4 @@ def part_rows(engine: Engine, batches: Iterable[Batch], peak: float) -> list[Row
                 flops[f"{part}, forward"].append(sum(forward[name] for name in names))
                 flops[f"{part}, backward"].append(sum(both[name] - forward[name] for name in names))
         clock.begin("data wait")
-    order = [f"{part}, {way}" for way in ("forward", "backward") for part in FLOPS]
-    parts = [OTHERS[0], OTHERS[1], *order, *OTHERS[2:]]
-    median = {part: statistics.median(step.get(part, 0.0) for step in steps) for part in parts}
-    whole = sum(median.values())
-    rows = []
-    for part in [part for part in parts if median[part] > 0]:
-        row: Row = {"part": part, "ms": 1e3 * median[part], "share_%": 100 * median[part] / whole}
-        if part in flops:
-            speed = statistics.median(flops[part]) / median[part]
-            row |= {"tflops": speed / 1e12, "of_peak_%": 100 * speed / peak}
-        rows.append(row)
-    speed = sum(statistics.median(counts) for counts in flops.values()) / whole
-    return [*rows, {
-        "part": "whole step", "ms": 1e3 * whole, "share_%": 100.0, "tflops": speed / 1e12,
-        "of_peak_%": 100 * speed / peak,
-    }]  # fmt: skip
+    return steps, flops

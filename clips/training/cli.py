@@ -12,7 +12,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.config import PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
+from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
 from clips.recipes import debug_twin, recipe, with_tower
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, or a .csv/.jsonl/.parquet table "
-        "(default: the recipe's, which is the demo data for demo and clip_baseline)",
+        "(default: the recipe's, which is the demo data for demo, clip_baseline, caption and caption_web)",
     )
     p.add_argument(
         "--mix",
@@ -181,8 +181,12 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
         data = replace(data, fields=parse_fields(flags.fields, data.fields))
     run = replace(run, data=data, train=replace(run.train, seed=flags.seed, init_from=flags.init_from))
     given = _recorded(flags) if given is None else given
-    # A captioner is taken over only where the recipe has one.
-    parts = {path: value for path, value in given.items() if path != "model.captioner" or run.model.captioner}
+    # A captioner and a shared space are taken over only where the recipe has one.
+    absent = {"model.captioner": run.model.captioner is None, "model.embed_dim": run.model.embed_dim == 0}
+    parts = {path: value for path, value in given.items() if not absent.get(path, False)}
+    for path, name in TRAINING_FIELDS.items():
+        if path in parts:
+            parts[path] = parts[path] | {name: getattr(getattr(run.model, path.removeprefix("model.")), name)}
     assignments = [f"{path}={json.dumps(value)}" for path, value in parts.items()]
     if flags.debug and "model.vision" in given:  # the twin's sizes are multiples of the recipe's patch
         patch = given["model.vision"]["patch_size"]

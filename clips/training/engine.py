@@ -5,15 +5,16 @@ Choices made here, and why
   state and the temperature are exact in every ZeRO stage.
 - AdamW is torch's, with parameter groups made here (no decay on biases, norms and the logit scale). DeepSpeed's
   own Adam would have to be compiled on first use, and decays everything it is given.
-- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions. It is built here
+- Muon is DeepSpeed's `MuonWithAuxAdam`, since torch's does not work on ZeRO's flat partitions; where matrices are whole
+  (ZeRO 0), those of one shape are orthogonalised together (clips/training/muon.py). It is built here
   rather than from a JSON section because DeepSpeed would choose the matrices by name; here exactly the blocks'
   2-D weights get Muon. Its scaling of an update is sqrt(max(1, rows / columns)), torch.optim.Muon's "original".
 - Clipping with Muon is refused (clips/config.py): in ZeRO 1-3 DeepSpeed takes the norm after the orthogonalisation.
 - A checkpoint is gathered by parameter name (clips/training/zero_state.py) instead of DeepSpeed's own per-rank
   pickles: it holds no code, does not depend on the number of ranks or the ZeRO stage, and is exact.
 
-DeepSpeed is imported by three files only: this one, zero_state.py beside it, and clips/common/runtime.py, which
-switches off what would be compiled.
+DeepSpeed is imported by three files only: muon.py and zero_state.py beside this one, and clips/common/runtime.py,
+which switches off what would be compiled.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
     adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    from clips.training.muon import BatchedMuon  # here, for its import decorates kernels with torch.compile
 
     for group in groups:
         group["use_muon"] = group["name"] == "muon"
         group.update({"momentum": optim.muon_momentum, "ns_method": "standard"} if group["use_muon"] else adam)
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+    return BatchedMuon(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class Engine:
         # Muon's kernels are decorated with torch.compile: on a CPU that is 20 s of C++ for microseconds of work.
         torch._dynamo.config.disable = not run.train.compile
         if run.train.compile:
-            self.engine.compile()
+            task.model.compile_blocks()
 
     def __call__(self, batch: dict[str, Any], part: Part | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         return self.engine(batch, part)
@@ -234,6 +235,8 @@ class Engine:
 
         The forward pass clamps, which stops the gradient there: left above the limit it could never come back.
         """
+        if not self.run.task.contrasts:
+            return  # it does not train, and DeepSpeed's optimizers do not know it
         for held in self.state.copies("logit_scale"):
             held.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
@@ -245,6 +248,6 @@ class Engine:
         weights = self.state.gather_weights(everywhere=everywhere)
         if not weights:
             return None
-        model = CLIPSModel(self.run.model, self.model.text.pad_id)
+        model = CLIPSModel(self.run.model, self.model.pad_id)
         model.load_state_dict(weights)
         return model.to(self.device).eval()

@@ -12,7 +12,7 @@ from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluat
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import evaluate, figures_table, missing_of
+from clips.evaluation.evaluate import NOT_MEASURED, evaluate, figures_table, missing_of
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
@@ -43,6 +43,8 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
             checkpoint=weights,
         )
         console.print(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
+        if not run.model.embed_dim:
+            console.print(NOT_MEASURED, soft_wrap=True)
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
     differences = export_all(
         model, run, tokenizer, run_dir / "export", images, texts,

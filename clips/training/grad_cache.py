@@ -23,7 +23,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from clips.data.loader import Batch, to_device
 from clips.model.clips import Outputs
 from clips.training.engine import Engine
-from clips.training.losses import IGNORE, contrastive_loss, gather_features, world_size
+from clips.training.losses import contrastive_loss, gather_features, world_size
 from clips.training.task import Part
 
 
@@ -32,14 +32,14 @@ def forward_passes(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[B
 
     The backward pass of one must be over before the next is asked for. `batches` are those of one step of this rank.
     """
+    batches = map(engine.task.counted, batches)
     if engine.run.train.contrastive == "micro" or engine.accumulation == 1:
         for batch in batches:
             yield batch, *engine(to_device(batch, engine.device))
         return
     held = list(batches)
     random_states, outputs = zip(*(_features(engine, batch) for batch in held), strict=True)
-    targets = [engine.task.caption_targets(batch) for batch in held]
-    tokens = sum(int((ids != IGNORE).sum()) for ids in targets if ids is not None)  # on the host, where batches are
+    tokens = sum(engine.task.shape(batch).predicted for batch in held)
     for batch, state, part in zip(held, random_states, parts_of_whole(outputs, tokens), strict=True):
         state.replay()
         yield batch, *engine(to_device(batch, engine.device), part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
@@ -59,7 +60,10 @@ def lr_factor(phase: PhaseConfig, step: int) -> float:
     if phase.schedule == "cosine":
         progress = (step - warmup) / max(1.0, phase.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return min(1.0, (phase.steps - step) / (phase.steps / 3))  # constant, then linear over the last third
+    if phase.schedule == "constant":
+        return 1.0
+    falling = phase.steps - warmup if phase.schedule == "linear" else phase.steps / 3
+    return min(1.0, (phase.steps - step) / falling)
 
 
 def optimizer_steps(run: RunConfig, state: TrainState) -> int:
@@ -152,9 +156,8 @@ def _train(
 ) -> None:
     """The loop: every phase, every optimizer step, every micro-batch."""
     stop = StopSignal()
-    # In ZeRO-3 ranks wait for each other's weights inside the model; a compiled one would be cut in pieces by hooks.
-    has_own_forward = engine.stage < 3 and not run.train.compile
-    own_time = watchdog.OwnTime(engine.model, engine.device) if has_own_forward else None
+    # In ZeRO-3 ranks wait for each other's weights inside the model.
+    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
     peak, _ = peak_flops(engine.device, compute_dtype(run))
     meter = Meter(engine.device, state, own_time, peak=peak)
 
@@ -344,12 +347,16 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
 
     Every rank encodes its share of pictures and texts; rank 0 has the figures.
     """
+    begin = time.perf_counter()
     model = engine.plain_model(everywhere=True)
     assert model is not None
     size = run.phases[state.phase].image_size
     measured = evaluate(model, tokenizer, run, split="val", full=False, image_size=size, sharded=True)
     figures = {name: figure.value for name, figure in measured.items()}
-    log.record("eval", {"step": state.step, "samples": state.samples, "split": "val", **figures})
+    log.record("eval", {
+        "step": state.step, "samples": state.samples, "split": "val",
+        "validation_seconds": round(time.perf_counter() - begin, 3), **figures,
+    })  # fmt: skip
 
 
 def _save(engine: Engine, state: TrainState, writer: Writer) -> None:

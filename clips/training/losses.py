@@ -79,30 +79,34 @@ def contrastive_loss(
 
 
 def caption_loss(
-    states_BTD: Tensor, targets_BT: Tensor, head: Callable[[Tensor], Tensor], chunk: int
+    states_BTD: Tensor,
+    targets_BT: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunk: int,
+    *,
+    predicted: int | None = None,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of the caption over its valid positions; returns (sum, number of positions), fp32.
 
-    `targets` holds IGNORE where there is no token. Logits (fp32) exist for at most `chunk` positions at a time and
-    are recomputed in the backward pass, so memory does not grow with batch × length × vocabulary.
-    All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: ranks with fewer
-    tokens cut smaller chunks.
+    `targets` holds IGNORE where there is no token; `predicted` are the others, where their number is known: without
+    it a GPU is waited for. Logits (fp32) exist for at most `chunk` positions at a time and are recomputed in the
+    backward pass, so memory does not grow with batch × length × vocabulary.
+    All ranks call `head` equally often, since under ZeRO-3 each call gathers its weights: `most` is how many positions
+    any rank can have, for which all make room. Without it (one rank) it is those that there are.
     """
-    valid = (targets_BT != IGNORE).flatten().nonzero().squeeze(1)  # once: on a GPU it waits for the count
-    states, targets = states_BTD.flatten(0, 1)[valid], targets_BT.flatten()[valid]
+    is_valid = (targets_BT != IGNORE).flatten()
+    valid = is_valid.nonzero() if predicted is None else torch.nonzero_static(is_valid, size=predicted)
+    states, targets = states_BTD.flatten(0, 1)[valid[:, 0]], targets_BT.flatten()[valid[:, 0]]
 
     def chunk_loss(states_ND: Tensor, targets_N: Tensor) -> Tensor:
         return F.cross_entropy(head(states_ND).float(), targets_N, reduction="sum")
 
-    chunks = max(1, -(-len(targets) // chunk))
-    if world_size() > 1:
-        most = torch.tensor(chunks, device=targets.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        chunks = int(most)
+    chunks = max(1, -(-(len(targets) if most is None else most) // chunk))
     total = states_BTD.new_zeros((), dtype=torch.float32)
     for part, part_targets in zip(states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
         total = total + checkpoint(chunk_loss, part, part_targets, use_reentrant=False)
-    return total, torch.tensor(len(targets), device=targets.device)
+    return total, torch.full((), len(targets), device=targets.device)  # filled there: nothing waits for the device
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:

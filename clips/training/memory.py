@@ -5,10 +5,11 @@ allocator's gaps take beside it. `python scripts/plan_run.py calibrate` measures
 What is assumed:
 
 - Activations are what autograd keeps, which tests/unit/clips/test_memory.py counts: of a block, per token, unit of
-  width and element of e bytes, 8 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), q, k and
-  v (3), the inputs of GELU and fc2 (2 · mlp_ratio). A GPU's autocast normalises in fp32, 4 bytes more. Attention with
-  plain products, as on a CPU in bf16, keeps its probabilities; a fused kernel with a mask of its own for each query
-  keeps that. With activation checkpointing a block keeps its input alone, and one block at a time is whole again.
+  width and element of e bytes, 5 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), the
+  inputs of GELU and fc2 (2 · mlp_ratio); and per slot, padding included, q, k and v (3). A GPU's autocast normalises
+  in fp32, 4 bytes more. Attention with plain products, as on a CPU in bf16, keeps its probabilities; a fused kernel
+  with a mask of its own for each query keeps that. With activation checkpointing a block keeps its input alone, and
+  one block at a time is whole again.
 - In the backward pass activations go as gradients come, from the captioner over the texts to the image tower.
 - DeepSpeed's buffers are of the size that its settings give them (reduce_bucket_size, max_live_parameters), which is
   2 GB and more whatever the model's size.
@@ -26,7 +27,7 @@ from torch import nn
 
 from clips.config import Freeze, ModelConfig, OptimConfig, RunConfig
 from clips.model.clips import CLIPSModel
-from clips.model.flops import BatchShape
+from clips.model.flops import BatchShape, captioner_tokens, computed_words
 from clips.model.layers import CPU_PLAIN_KEYS
 from clips.training.engine import parameter_groups
 
@@ -131,19 +132,30 @@ class Place:
         return 2 if self.bf16 else FP32
 
 
-def block_bytes(place: Place, width: int, heads: int, mlp_ratio: float, length: int, *, masked_rows: bool) -> int:
-    """What autograd keeps of one block for one sequence of `length` tokens.
+def block_bytes(
+    place: Place,
+    width: int,
+    heads: int,
+    mlp_ratio: float,
+    slots: int,
+    tokens: float,
+    *,
+    masked_rows: bool,
+    packed: bool,
+) -> int:
+    """What autograd keeps of one block for one sequence of `slots`, `tokens` of which are computed.
 
-    `masked_rows`: each query has a mask of its own, as in the captioner.
+    `masked_rows`: each query has a mask of its own, as in the captioner. `packed`: the tokens stand in rows.
     """
-    elements = 6 + 2 * mlp_ratio  # all but the inputs of the norms
+    elements = 3 + 2 * mlp_ratio  # all but the inputs of the norms, and q, k and v, which are padded
     norms = 2 * (FP32 if place.device == "cuda" else place.element) + 16 / width
-    row = width * (elements * place.element + norms)
-    if place.device == "cpu" and place.bf16 and length <= CPU_PLAIN_KEYS:
-        row += place.element * heads * length
+    token, slot = width * (elements * place.element + norms), 3.0 * width * place.element
+    if place.device == "cpu" and place.bf16 and slots <= CPU_PLAIN_KEYS:
+        slot += place.element * heads * slots
     else:
-        row += FP32 * heads + (place.element * length if masked_rows else 0)
-    return int(length * row)
+        slot += FP32 * heads + (place.element * slots if masked_rows else 0)
+        slot += width * place.element if packed else 0  # what comes out of it, of which the input of proj is a copy
+    return int(tokens * token + slots * slot)
 
 
 @dataclass(frozen=True)
@@ -163,34 +175,39 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     model, B, e = run.model, shape.samples, place.element
     vision, text, captioner = model.vision, model.text, model.captioner
     counts = count_parameters_by_part(model)
-    pixels, patches = 3 * shape.image_size**2, vision.tokens(shape.image_size)
+    pixels, patches = 3 * shape.image_size**2, vision.kept_tokens(shape.image_size)
     frozen = run.train.freeze
     tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
     parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
+    text_shape = (text.width, text.heads, text.layers, text.mlp_ratio)
     texts = [
-        _stack(place, text.width, text.heads, text.layers, text.mlp_ratio, length, rows=text.causal)
-        for length in shape.texts
+        _stack(place, *text_shape, slots, tokens / B, rows=text.causal, packed=text.trim)
+        for slots, tokens in zip(shape.texts, computed_words(shape), strict=True)
     ]
     kept = sum(stack.kept for stack in texts)
     most = max((stack.working for stack in texts), default=0)
     # A token embedding's gradient is made whole before it is added.
-    embedding = FP32 * text.vocab_size * text.width
-    parts["text"] = Part(B * kept, B * most + embedding, counts["text"])
+    embedding = FP32 * text.vocab_size * text.width if model.has_text_tower else 0
+    parts["text"] = Part(B * kept, B * most + embedding, counts.get("text", 0))
     for name in ("vision", "text"):
         if frozen == name:
             parts[name] = Part(0, parts[name].working, 0)
     # Both directions of each pair: log-probabilities are kept, a gradient and its product with them are made.
     logits = FP32 * B * B * shape.world_size
-    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1)
+    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1) if model.embed_dim else Part(0, 0, 0)
     if captioner is None or not shape.caption:
         return parts
-    words = shape.texts[0] - (text.pool == "cls")
-    length = patches + words + shape.caption - 1
-    decoder = _stack(place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, length, rows=True)
-    inputs = e * (patches * vision.width + words * text.width)
+    words = shape.texts[0] - (text.pool == "cls") if captioner.web else 0
+    seen = captioner.kept_tokens(patches)
+    slots, tokens = seen + words + shape.caption - 1, captioner_tokens(captioner, model, shape) / B
+    decoder = _stack(
+        place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, slots, tokens, rows=True,
+        packed=True,
+    )  # fmt: skip
+    inputs = e * (seen * vision.width + words * text.width)
     norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
     head = captioner.width * text.vocab_size
-    parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + length**2)
+    parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + slots**2)
     chunks = max(1, -(-shape.predicted // run.task.caption_chunk))
     # Of a chunk's logits: log-probabilities, their gradient and that of the logits, in fp32; then the head's own.
     logits = 3 * FP32 * -(-shape.predicted // chunks) * text.vocab_size
@@ -205,15 +222,25 @@ def count_parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def _stack(
-    place: Place, width: int, heads: int, layers: int, mlp_ratio: float, length: int, *, rows: bool = False
+    place: Place,
+    width: int,
+    heads: int,
+    layers: int,
+    mlp_ratio: float,
+    slots: int,
+    tokens: float | None = None,
+    *,
+    rows: bool = False,
+    packed: bool = False,
 ) -> Part:
     """Blocks, for one sequence."""
-    block = block_bytes(place, width, heads, mlp_ratio, length, masked_rows=rows)
+    tokens = slots if tokens is None else tokens
+    block = block_bytes(place, width, heads, mlp_ratio, slots, tokens, masked_rows=rows, packed=packed)
     # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
-    working = int(place.element * (mlp_ratio + 2) * length * width)
+    working = int(place.element * (mlp_ratio + 2) * tokens * width)
     if not place.checkpointing:
         return Part(layers * block, working, 0)
-    return Part(layers * place.element * length * width, block + working, 0)
+    return Part(int(layers * place.element * tokens * width), block + working, 0)
 
 
 def _scaled(stack: Part, samples: int, parameters: int, more: int) -> Part:

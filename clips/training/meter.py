@@ -44,7 +44,7 @@ class Meter:
 
     def reset(self, state: TrainState) -> None:
         """Begin anew with what comes after `state`."""
-        self.since, self.waiting = time.perf_counter(), 0.0
+        self.since, self.cpu_since, self.waiting = time.perf_counter(), time.process_time(), 0.0
         self.samples, self.step = state.samples, state.step
         self.sums: dict[str, torch.Tensor] = {}
         self.count = self.flops = 0
@@ -67,10 +67,11 @@ class Meter:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Leave what happens inside (evaluation, checkpoints) out of the speed of training."""
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         yield
         spent = time.perf_counter() - begin
         self.since, self.started = self.since + spent, self.started + spent
+        self.cpu_since += time.process_time() - cpu_begin
 
     def add(self, parts: dict[str, torch.Tensor], skipped: list[tuple[str, str]], flops: int = 0) -> None:
         """A micro-batch: its losses, the broken samples that were replaced, what it computed (`Task.flops`)."""
@@ -85,26 +86,27 @@ class Meter:
         own = (self.waiting + (self.own_time.seconds() if self.own_time is not None else 0.0)) / steps
         memory = self._memory()
         losses = torch.stack([self.sums[name].double() / self.count for name in names])
-        elapsed = time.perf_counter() - self.since
+        elapsed, cpu = time.perf_counter() - self.since, time.process_time() - self.cpu_since
         rest = torch.tensor(
-            [elapsed, self.waiting, own, self.flops, *memory.values()], dtype=torch.float64, device=self.device
+            [elapsed, cpu, self.waiting, own, self.flops, *memory.values()], dtype=torch.float64, device=self.device
         )
         mine = torch.cat([losses, rest])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
         columns = torch.stack(ranks, dim=1).tolist()
-        found = dict(zip([*names, "elapsed", "waiting", "own", "flops", *memory], columns, strict=True))
+        found = dict(zip([*names, "elapsed", "cpu", "waiting", "own", "flops", *memory], columns, strict=True))
         elapsed = max(found["elapsed"])  # the same on every rank, as all that they decide by must be
         means = {name: sum(found[name]) / len(ranks) for name in names}
         speed, flops = (state.samples - self.samples) / elapsed, sum(found["flops"]) / len(ranks) / elapsed
-        state.logit_scale.append((state.samples, means["logit_scale"]))
+        if "logit_scale" in means:
+            state.logit_scale.append((state.samples, means["logit_scale"]))
         skipped = self._gather_skipped()
         state.skipped += len(skipped)
         log.skipped(skipped, state.step)
         log.record("train", {
             "step": state.step, "samples": state.samples, **means, "lr": lr, "grad_norm": grad_norm,
             "samples_per_s": speed, "samples_per_s_per_gpu": speed / len(ranks), "tflops": flops / 1e12,
-            "mfu": flops / self.peak, "step_seconds": elapsed / steps,
+            "mfu": flops / self.peak, "step_seconds": elapsed / steps, "step_cpu_seconds": max(found["cpu"]) / steps,
             "rank_seconds": [round(seconds, 6) for seconds in found["own"]],
             "data_wait_share": max(found["waiting"]) / elapsed,
             **{name: max(found[name]) for name in memory if not math.isnan(sum(found[name]))},

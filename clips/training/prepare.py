@@ -27,7 +27,7 @@ from clips.data.loader import micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPSModel
+from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
 from clips.recipes import RECIPES
 from clips.training.memory import Usage, usage
@@ -130,7 +130,7 @@ def prepare_data(
     A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of. The
     others wait as long as that takes.
     """
-    need_long = run.task.objective == "clips" or run.task.synthetic_share > 0
+    need_long = run.task.needs_long
 
     def opened() -> Source:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
@@ -239,20 +239,19 @@ def usual_shape(run: RunConfig, phase: PhaseConfig) -> BatchShape:
     """One sample, as it is before the data is known: with masked padding a text is taken to fill half its context."""
     text, captioner = run.model.text, run.model.captioner
     words = text.context_length // (2 if text.trim else 1)
-    texts = (words,) if run.task.objective == "clip" else (words, words)
-    caption = captioner.length if captioner is not None and run.task.objective == "clips" else 0
+    texts = (words,) * len(run.task.texts)
+    caption = captioner.length if captioner is not None and run.task.captions else 0
     return BatchShape(1, phase.image_size, texts, caption, predicted=max(0, caption - 1))
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
     """A micro-batch of `samples` whose texts and captions all have full length: what memory has to be there for."""
     text, captioner = run.model.text, run.model.captioner
-    clip = run.task.objective == "clip"
-    caption = captioner.length if captioner is not None and not clip else 0
+    caption = captioner.length if captioner is not None and run.task.captions else 0
     return BatchShape(
         samples=samples,
         image_size=phase.image_size,
-        texts=(text.context_length,) * (1 if clip else 2),
+        texts=(text.context_length,) * len(run.task.texts),
         caption=caption,
         predicted=samples * max(0, caption - 1),
         world_size=ranks,
@@ -291,7 +290,11 @@ def print_plan(
     table.add_row(
         "objective", f"{run.task.objective}, caption weight {run.task.caption_weight if model.captioner else 0}"
     )
-    if (count := run.train.accumulation) > 1:
+    if dropped := _dropped(run):
+        table.add_row("  drops", dropped)
+    if not run.task.contrasts:
+        table.add_row("  no retrieval", NO_SHARED_SPACE)
+    if (count := run.train.accumulation) > 1 and run.task.contrasts:
         over = {"micro": f"each of {count} micro-batches by itself", "global": f"all {count} micro-batches of a step"}
         table.add_row("  contrasts", f"{over[run.train.contrastive]} (train.contrastive={run.train.contrastive})")
     table.add_row("data", for_rich(f"{split_spec(run.data, 'train')}: {samples:,} samples"))
@@ -323,6 +326,16 @@ def print_plan(
     console.print(table)
     if beginning is not None:
         console.print(beginning.table(run))
+
+
+def _dropped(run: RunConfig) -> str:
+    """The image tokens that training leaves out, in words."""
+    vision, captioner = run.model.vision, run.model.captioner
+    shares = {"image tower": vision.patch_dropout}
+    if captioner is not None and run.task.captions:
+        shares["captioner"] = 1 - captioner.image_token_keep
+    found = [f"{share:.0%} of the image tokens of the {part}" for part, share in shares.items() if share]
+    return f"{', '.join(found)}, in training alone" if found else ""
 
 
 def _why_slow(run: RunConfig, device: torch.device) -> str:

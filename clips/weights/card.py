@@ -64,6 +64,8 @@ def write_cards(
     for kind, header in HEADERS.items():
         if not (directory / kind).is_dir():
             continue
+        if not run.model.embed_dim:
+            header = header | {"pipeline_tag": "image-feature-extraction"}
         data = ModelCardData(**header, tags=["clips", "clips-mllm", *({"vision"} if kind == "hf_vit" else {"clip"})])
         classes = _transformers_classes(directory / kind) if kind == "hf_vit" else {}
         card = render("clips.weights", "card.md.j2", kind=kind, header=Markup(data.to_yaml()), **shown, **classes)
@@ -84,9 +86,9 @@ def _towers(model: ModelConfig) -> str:
     vision, text, captioner = model.vision, model.text, model.captioner
     return (
         f"image {vision.width} × {vision.layers}, patch {vision.patch_size}, {vision.image_size} px; "
-        f"text {text.width} × {text.layers}, context {text.context_length}; "
+        + (f"text {text.width} × {text.layers}, context {text.context_length}; " if model.has_text_tower else "")
         + (f"captioner {captioner.width} × {captioner.layers}; " if captioner else "")
-        + f"features of {model.embed_dim}"
+        + f"features of {model.embed_dim or vision.width}"
     )
 
 

@@ -21,17 +21,11 @@ from clips.common.tensors import read_weights
 from clips.config import VisionConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.vision import VisionTower
-from clips.weights.export import Features, native_features, open_clip_features, write_native
+from clips.weights.export import Features, model_features, native_features, open_clip_features, write_native
 from clips.weights.hf_vit import hf_features, hf_tokens, write_hf_vit
 from clips.weights.initial import read_initial
 from clips.weights.load import LoadedModel, load_model
-from clips.weights.open_clip import (
-    CLIPA_CONTEXT,
-    import_open_clip,
-    logit_scale_parameter,
-    open_clip_lacks,
-    write_open_clip,
-)
+from clips.weights.open_clip import CLIPA_CONTEXT, import_open_clip, open_clip_lacks, write_open_clip
 
 LIMIT = 1e-5
 """Largest difference of an L2-normalised feature, fp32, that counts as none."""
@@ -141,18 +135,18 @@ def _is_bert(tokenizer: CaptionTokenizer) -> bool:
 def _to_transformers(source: str, directory: Path) -> Differences:
     """The image tower alone, which may be all that there is."""
     initial = read_initial(source)
-    has_projection = "model.embed_dim" in initial.architecture
+    embed_dim = initial.architecture.get("model.embed_dim", 0)
     vision = VisionConfig(**initial.architecture["model.vision"])
-    tower = VisionTower(vision, initial.architecture.get("model.embed_dim", vision.width)).eval()
+    tower = VisionTower(vision, embed_dim).eval()
     weights = {name.removeprefix("visual."): t for name, t in initial.tensors.items() if name.startswith("visual.")}
-    tower.load_state_dict({"proj.weight": tower.proj.weight} | weights)
-    write_hf_vit(tower, directory, projection=has_projection)
+    tower.load_state_dict(weights)
+    write_hf_vit(tower, directory)
     images = _images(vision)
     pooled, tokens = tower(images)
     stock, _ = hf_tokens(directory, images)
     found = {"image tokens": _difference(F.normalize(tokens, dim=-1), F.normalize(stock, dim=-1))}
-    if has_projection:
-        _, embedding = hf_features(directory, images)
+    if embed_dim:
+        _, embedding = hf_features(directory, images, vision.pool)
         features = F.normalize(tower.proj(pooled), dim=-1)
         found["image features"] = _difference(features, F.normalize(embedding, dim=-1))
     return found
@@ -177,12 +171,13 @@ def _features(loaded: LoadedModel, images: Tensor) -> Features:
     model = loaded.model
     model.visual.set_image_size(images.shape[-1])
     ids = loaded.tokenizer.for_tower(list(TEXTS), model.config.text)
-    return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
+    return model_features(model, images, ids)
 
 
 def _compared(wanted: Features, found: Features) -> Differences:
     names = ("image features", "text features", "temperature")
-    return {name: _difference(a, b) for name, a, b in zip(names, wanted, found, strict=True)}
+    pairs = zip(wanted, found, strict=True)
+    return {name: _difference(a, b) for name, (a, b) in zip(names, pairs, strict=False)}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -104,18 +104,15 @@ def check_exports(
 ) -> dict[str, float]:
     """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
     ids = tokenizer.for_tower(texts, trained.config.text)
-    image_features, text_features = trained.encode_image(images), trained.encode_text(ids)
-    tokens = trained.visual(images)[1]
-
-    wanted = (image_features, text_features, logit_scale_parameter(trained))
+    wanted, tokens = model_features(trained, images, ids), trained.visual(images)[1]
     pairs = {"native": list(zip(native_features(directory / "native", images, texts), wanted, strict=True))}
     if (directory / "open_clip").is_dir():
         stock = open_clip_features(directory / "open_clip", images, texts)
         pairs["open_clip"] = list(zip(stock, wanted, strict=True))
-    hf_tokens, hf_embedding = hf_features(directory / "hf_vit", images)
+    hf_tokens, hf_embedding = hf_features(directory / "hf_vit", images, trained.config.vision.pool)
     pairs["hf_vit"] = [
         (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
-        (F.normalize(hf_embedding, dim=-1), image_features),
+        (F.normalize(hf_embedding, dim=-1), wanted[0]),
     ]
     differences = {name: max((a - b).abs().max().item() for a, b in both) for name, both in pairs.items()}
     for name, difference in differences.items():
@@ -124,8 +121,17 @@ def check_exports(
     return differences
 
 
-Features = tuple[Tensor, Tensor, Tensor]
-"""Of images [B, E] and texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar."""
+Features = tuple[Tensor, ...]
+"""Of images [B, E] and texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar; without a
+shared space of images alone."""
+
+
+def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
+    """Of `images` [B, 3, S, S] and texts as ids [T, L]."""
+    image_features = model.encode_image(images)
+    if not model.config.embed_dim:
+        return (image_features,)
+    return image_features, model.encode_text(ids), logit_scale_parameter(model)
 
 
 @torch.no_grad()
@@ -134,7 +140,7 @@ def native_features(directory: Path, images: Tensor, texts: list[str]) -> Featur
     model, _, tokenizer = load_native(directory)
     text = model.config.text
     ids = tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
-    return model.encode_image(images), model.encode_text(ids), logit_scale_parameter(model)
+    return model_features(model, images, ids)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 `export/hf_vit` holds that model, its image processor, and `embedding.safetensors`: the projection, whose metadata say
 what is pooled (`mean` of the patches, or `cls`). Image embedding = L2-normalised projection · final LayerNorm · pool of
-the tokens before that LayerNorm. Names are the tables of clips/weights/foreign.py, the way back is there too.
+the tokens before that LayerNorm; a tower that was trained without a shared space has no such file and no projection.
+Names are the tables of clips/weights/foreign.py, the way back is there too.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError
 from clips.common.tensors import write_weights
+from clips.config import ImagePool
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.model.vision import VisionTower
 from clips.weights.foreign import ACTIVATIONS, EMBEDDING, VISION_LAYOUTS, read_embedding
 
 
-def write_hf_vit(tower: VisionTower, directory: Path, *, projection: bool = True) -> None:
+def write_hf_vit(tower: VisionTower, directory: Path) -> None:
     """The image tower, its image processor and, unless it has none, the projection.
 
     Names are those of the files on the hub, which every release of transformers reads.
@@ -47,7 +49,8 @@ def write_hf_vit(tower: VisionTower, directory: Path, *, projection: bool = True
     config: CLIPVisionConfig | SiglipVisionConfig | ViTConfig
     tensors = tower.state_dict() | {"pos_embed": positions_with_bias(tower) if vision.pre_norm else tower.positions()}
     if name == "CLIPVisionModel":
-        config = CLIPVisionConfig(**common, projection_dim=tower.proj.out_features)
+        projected = tower.proj.out_features if isinstance(tower.proj, nn.Linear) else vision.width
+        config = CLIPVisionConfig(**common, projection_dim=projected)
         tensors.pop("patch_embed.bias", None)  # the class has none: it is in the positions
     else:
         config = ViTConfig(**common) if name == "ViTModel" else SiglipVisionConfig(**common, vision_use_head=False)
@@ -64,7 +67,7 @@ def write_hf_vit(tower: VisionTower, directory: Path, *, projection: bool = True
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     write_weights(stored, directory / "model.safetensors")
-    if projection:
+    if isinstance(tower.proj, nn.Linear):
         write_weights({"proj.weight": tower.proj.weight}, directory / EMBEDDING, pool=vision.pool)
     size = {"height": tower.image_size, "width": tower.image_size}
     ViTImageProcessor(
@@ -83,15 +86,19 @@ def positions_with_bias(tower: VisionTower) -> Tensor:
     return table
 
 
-def hf_features(directory: Path, images: Tensor) -> tuple[Tensor, Tensor]:
+def hf_features(directory: Path, images: Tensor, pool: ImagePool) -> tuple[Tensor, Tensor]:
     """Load `hf_vit` with stock transformers: (tokens before the final norm [B, C + N, D], embedding [B, E]).
 
-    The second is not normalised. Raises UserError when a tensor was not taken.
+    The second is not normalised, and pooled as the projection's file says; without one, by `pool` and without
+    projection. Raises UserError when a tensor was not taken.
     """
     tokens, norm = hf_tokens(directory, images)
-    weight, pool = read_embedding(directory)
+    weight = None
+    if (directory / EMBEDDING).is_file():
+        weight, pool = read_embedding(directory)
     prefix = tokens.shape[1] - math.isqrt(tokens.shape[1]) ** 2
-    return tokens, norm(tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1)) @ weight.T
+    pooled = norm(tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1))
+    return tokens, pooled if weight is None else pooled @ weight.T
 
 
 def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:

@@ -23,7 +23,7 @@ from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.tensors import assign_weights
-from clips.config import RunConfig
+from clips.config import TRAINING_FIELDS, RunConfig
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
@@ -31,8 +31,9 @@ from clips.recipes import recipe
 from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
 from clips.weights.load import LoadedModel, clip_tokenizer, load_model
 
-FREE = ("model.vision.image_size",)
-"""What the recipe or `--set` may choose although the file says otherwise: positions are made or resampled for it."""
+FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING_FIELDS.items()))
+"""What the recipe or `--set` may choose although the file says otherwise; positions are made or resampled for a size.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +96,18 @@ def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
 
 def _of_loaded(name: str, kind: str, loaded: LoadedModel) -> InitialWeights:
     config = loaded.model.config
-    parts = {
+    parts: dict[str, Any] = {
         "model.vision": dataclasses.asdict(config.vision),
         "model.text": dataclasses.asdict(config.text),
-        "model.embed_dim": config.embed_dim,
         "captions.tokenizer": loaded.run.captions.tokenizer,
     }
+    if config.embed_dim:
+        parts["model.embed_dim"] = config.embed_dim
     if config.captioner is not None:
         parts["model.captioner"] = dataclasses.asdict(config.captioner)
     tensors = {name: tensor.detach() for name, tensor in loaded.model.state_dict().items()}
+    if not config.embed_dim:
+        del tensors["logit_scale"]  # as it was at the start
     return InitialWeights(source=name, kind=kind, architecture=parts, tensors=tensors, tokenizer=loaded.tokenizer)
 
 
@@ -113,7 +117,7 @@ def check_agrees(run: RunConfig, initial: InitialWeights) -> None:
     changes = []
     for path, value in initial.architecture.items():
         asked = _at(run, path)
-        if path != "model.captioner" or asked is not None:  # a captioner may be left out
+        if path not in ("model.captioner", "model.embed_dim") or asked:  # they may be left out
             changes += rundir.difference({path: value}, {path: asked})
     rundir.refuse(
         [line for line in changes if not line.startswith(FREE)],
@@ -190,13 +194,17 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
         grid = vision.image_size // vision.patch_size
         tensors["visual.pos_embed"] = resample_positions(tensors["visual.pos_embed"], grid, vision.prefix_tokens)
         notes.append(f"positions resampled from {there} px to {vision.image_size} px")
-    if model.captioner is None and (unused := [name for name in tensors if name.startswith("captioner.")]):
-        left_over["captioner, which this run has not"] = unused
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    may_be_new = ["captioner."] if "model.captioner" not in initial.architecture else []
-    if "model.text" not in initial.architecture:
-        may_be_new += ["text.", "visual.proj.", "logit_scale"]
     own = model.state_dict()
+    for part, starts in PARTS.items():  # what the run has not at all
+        unused = [name for name in tensors if name.startswith(starts) and name not in own]
+        if unused and not any(name.startswith(starts) for name in own):
+            left_over[f"{part}, which this run has not"] = unused
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    may_be_new = ["captioner."] if "model.captioner" not in initial.architecture else []
+    if not any(name.startswith("text.") for name in initial.tensors):
+        may_be_new.append("text.")
+    if "logit_scale" not in initial.tensors:
+        may_be_new += ["text.proj.", "visual.proj.", "logit_scale"]
     new = {name: own[name] for name in own.keys() - tensors.keys() if name.startswith(tuple(may_be_new))}
     assign_weights(model, tensors | new, initial.source)
     return Beginning(

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clips.common.errors import UserError
-from clips.common.runtime import choose_device
 from mllm.compare.comparison import Comparison
-from mllm.evaluation.evaluate import answer_dtype
 
 MODEL = "llava_hf"
 """What lmms-eval calls a stock LLaVA model of transformers."""
@@ -53,6 +51,9 @@ def check_benchmarks(comparison: Comparison) -> None:
 
 def benchmark_command(comparison: Comparison, cell: Path, task: str) -> list[str]:
     """lmms-eval on the saved model, which is a stock transformers one, in the precision of the cell's own answers."""
+    from clips.common.runtime import choose_device  # with them comes torch, see mllm/compare/comparison.py
+    from mllm.evaluation.evaluate import answer_dtype
+
     device = choose_device(comparison.device)
     dtype = str(answer_dtype("auto", device)).removeprefix("torch.")
     command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
@@ -75,6 +76,11 @@ def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
     return {name: value for task in tasks for name, value in _scores(cell, task).items()}
 
 
+def newest_results(cell: Path, task: str) -> Path | None:
+    """The file of scores of the newest call for `task`; None where there is none."""
+    return max(benchmark_folder(cell, task).glob("*/*_results.json"), default=None)  # named by their date
+
+
 def missing_benchmarks(comparison: Comparison, cell: Path) -> list[str]:
     """The tasks asked for that have no scores yet."""
     return [task for task in comparison.benchmarks if not _scores(cell, task)]
@@ -82,12 +88,11 @@ def missing_benchmarks(comparison: Comparison, cell: Path) -> list[str]:
 
 def _scores(cell: Path, task: str) -> dict[str, float]:
     """What the newest call for `task` measured; empty where there was none, it failed, or answers are missing."""
-    files = sorted(benchmark_folder(cell, task).glob("*/*_results.json"))  # named by their date
-    log = benchmark_log(cell, task)
-    if not files or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
+    file, log = newest_results(cell, task), benchmark_log(cell, task)
+    if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
         return {}
     scores = {}
-    for name, values in json.loads(files[-1].read_text())["results"].items():
+    for name, values in json.loads(file.read_text())["results"].items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")  # "exact_match,none": the metric and its filter
             if isinstance(value, (int, float)) and math.isfinite(value) and "_stderr" not in metric:

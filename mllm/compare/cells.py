@@ -6,16 +6,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.progress import last_record
 from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import missing_benchmarks
 from mllm.compare.comparison import Comparison, asks_questions
-from mllm.encoders.registry import parse_vision_name
+from mllm.compare.statistics import shared_runs
+from mllm.encoders.names import parse_vision_name
 
-RECIPES = {"clips": "demo", "clip": "clip_baseline"}
+RECIPES = {"clips": "demo", "clip": "clip_baseline", "caption": "caption", "caption+web": "caption_web"}
 """Encoders that are pretrained where they are missing."""
+WITH_TEXTS = ("clips", "clip")
+"""Those of them that have features of texts, to measure retrieval by."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,36 @@ class PretrainedEncoder:
         return self.directory.parent / f"{self.name}.log"
 
 
+LLAVA_STEP = 1000
+"""Between the LLaVA seeds of one pretraining seed: the first run on encoder 3 has seed 3, the second 1003.
+
+So no two runs on different encoders share a seed, which would make them alike in what is to be their own luck, and a
+comparison with more of either kind of seed goes on from the cells that are there.
+"""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One encoder with one seed: a run directory with both stages, the answers and what they cost."""
+    """One run on one encoder: a run directory with both stages, the answers and what they cost.
+
+    What tells it from others of the comparison: encoder, pretraining seed, LLaVA seed.
+    """
 
     encoder: str
     """Its name in the report."""
     kind: str
     argument: str
     """What the registry makes the encoder from (mllm/encoders/registry.py): clips and runs/x of clips:runs/x."""
+    pretraining_seed: int
     seed: int
+    """The LLaVA seed, as train_llava.py is told it: of the projector, the adapters, the order, and of `random`."""
     directory: Path
+
+    @property
+    def run(self) -> str:
+        """Both seeds in words."""
+        first = f"seed {self.pretraining_seed}"
+        return first if self.seed == self.pretraining_seed else f"{first}, LLaVA seed {self.seed}"
 
     @property
     def vision(self) -> str:
@@ -77,13 +101,40 @@ class Cell:
 
 
 def cells_of(comparison: Comparison) -> list[Cell]:
-    """Seed by seed, so that whole comparisons are there early. Raises UserError for an encoder that is not known."""
-    names, directory = encoder_names(comparison), comparison.output / "cells"
-    return [
-        Cell(name, *vision_of(comparison, encoder, seed), seed, directory / f"{slug(encoder)}-seed{seed}")
-        for seed in range(comparison.seeds)
-        for name, encoder in zip(names, comparison.encoders, strict=True)
-    ]
+    """Run by run, so that whole comparisons are there early. Raises UserError for an encoder that is not known."""
+    names, directory, cells = encoder_names(comparison), comparison.output / "cells", []
+    for run in range(llava_runs(comparison)):
+        pretraining, seed = run % comparison.seeds, run % comparison.seeds + LLAVA_STEP * (run // comparison.seeds)
+        suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
+        for name, encoder in zip(names, comparison.encoders, strict=True):
+            vision = vision_of(comparison, encoder, pretraining)
+            cells.append(Cell(name, *vision, pretraining, seed, directory / f"{slug(encoder)}-{suffix}"))
+    return cells
+
+
+def is_pretrained_anew(encoder: str) -> bool:
+    """Whether each pretraining seed has a trained encoder of its own under this name."""
+    kind, argument = parse_vision_name(encoder)
+    return ("{seed}" in argument and kind not in ("random", "blind")) or (kind in RECIPES and not argument)
+
+
+def llava_runs(comparison: Comparison) -> int:
+    """LLaVA runs of each encoder: one more than pretraining seeds, where these can be told apart from LLaVA seeds."""
+    nested = comparison.seeds > 1 and any(map(is_pretrained_anew, comparison.encoders))
+    return comparison.llava_seeds or comparison.seeds + nested
+
+
+def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
+    """[R] numbers from 0: runs with the same number share an encoder of those called `names` (statistics.shared_runs).
+
+    Those trained anew are shared by the runs of a pretraining seed, `random` is another one in every run, and all
+    others, `blind` too since it sees nothing, are the same in all runs.
+    """
+    runs = np.arange(llava_runs(comparison))
+    of_kind = {True: runs % comparison.seeds, "random": runs}
+    given = [e for n, e in zip(encoder_names(comparison), comparison.encoders, strict=True) if n in names]
+    keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in given]
+    return shared_runs([of_kind.get(key, np.zeros_like(runs)) for key in keys])
 
 
 def encoder_names(comparison: Comparison) -> list[str]:
@@ -98,7 +149,7 @@ def slug(encoder: str) -> str:
 
 
 def vision_of(comparison: Comparison, encoder: str, seed: int) -> tuple[str, str]:
-    """(kind, argument) of an encoder in the cells of one seed; `{seed}` in what was given stands for that seed."""
+    """(kind, argument) of an encoder in the cells of a pretraining seed; `{seed}` in what was given stands for it."""
     kind, argument = parse_vision_name(encoder)
     if kind in RECIPES and not argument:
         argument = str(pretrained_directory(comparison, kind, seed))
@@ -108,14 +159,9 @@ def vision_of(comparison: Comparison, encoder: str, seed: int) -> tuple[str, str
     return kind, argument.replace("{seed}", str(seed))
 
 
-def pretraining_seeds(comparison: Comparison) -> int:
-    """Encoders pretrained of each kind."""
-    return comparison.pretraining_seeds or (1 if comparison.quick else comparison.seeds)
-
-
 def pretrained_directory(comparison: Comparison, kind: str, seed: int) -> Path:
-    """Run directory of the encoder that cells of `seed` take."""
-    return comparison.output / "encoders" / f"{kind}-seed{seed % pretraining_seeds(comparison)}"
+    """Run directory of the encoder that the cells of a pretraining seed take."""
+    return comparison.output / "encoders" / f"{kind}-seed{seed}"
 
 
 def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
@@ -124,7 +170,7 @@ def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
     encoders = [
         PretrainedEncoder(kind, seed, pretrained_directory(comparison, kind, seed))
         for kind in RECIPES
-        for seed in range(pretraining_seeds(comparison))
+        for seed in range(comparison.seeds)
     ]
     return [encoder for encoder in encoders if str(encoder.directory) in needed]
 

@@ -13,7 +13,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from mllm.compare.benchmarks import check_benchmarks, missing_benchmarks
-from mllm.compare.cells import RECIPES, cells_of, encoders_to_pretrain, samples_seen, slug
+from mllm.compare.cells import LLAVA_STEP, WITH_TEXTS, cells_of, encoders_to_pretrain, samples_seen, slug
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import (
     Comparison,
@@ -23,8 +23,9 @@ from mllm.compare.comparison import (
     is_demo,
     question_limit,
 )
+from mllm.compare.plan import deciding
 from mllm.data.questions import open_questions
-from mllm.encoders.registry import parse_vision_name
+from mllm.encoders.names import parse_vision_name
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
@@ -32,13 +33,15 @@ from mllm.training.stages import STAGES
 # ---------------------------------------------------------------------------------------------- what was asked for
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
-    seeds, pretrained = comparison.seeds, comparison.pretraining_seeds
+    seeds, llava_seeds = comparison.seeds, comparison.llava_seeds
     if seeds < 1 or comparison.jobs < 1 or comparison.gpus < 1:
         raise UserError("--seeds, --jobs and --gpus must be at least 1")
     if comparison.budget is not None and not 0 < comparison.budget <= 1:
         raise UserError(f"--budget {comparison.budget:g} must be above 0 and at most 1")
-    if pretrained is not None and not 1 <= pretrained <= seeds:
-        raise UserError(f"--pretraining-seeds {pretrained} must be between 1 and --seeds {seeds}")
+    if seeds > LLAVA_STEP:
+        raise UserError(f"--seeds {seeds} must be at most {LLAVA_STEP}")
+    if llava_seeds is not None and llava_seeds < seeds:
+        raise UserError(f"--llava-seeds {llava_seeds} must be at least --seeds {seeds}: each encoder is used")
     names = [slug(encoder) for encoder in comparison.encoders]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"--encoders {','.join(comparison.encoders)}: give at least two different ones")
@@ -55,7 +58,7 @@ def check_request(comparison: Comparison) -> None:
         if taken := [name for name in own if name in given]:
             raise UserError(f"{option}: --{taken[0]} is what the comparison itself sets; leave it out")
     kinds = {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
-    if comparison.karpathy is not None and not kinds & set(RECIPES):
+    if comparison.karpathy is not None and not kinds & set(WITH_TEXTS):
         raise UserError("--karpathy measures encoders with a text tower that were trained here: name clips or clip")
     if comparison.question_file is None and not is_demo(comparison) and not comparison.benchmarks:
         raise UserError(
@@ -85,6 +88,7 @@ def check_inputs(comparison: Comparison) -> None:
             raise UserError(
                 f"{comparison.question_file} has neither answers nor references: there is nothing to compare"
             )
+        deciding(comparison, questions)
     if comparison.karpathy is not None:
         KarpathySet(comparison.karpathy, comparison.image_root or comparison.karpathy.parent)
     if any(missing_benchmarks(comparison, cell.directory) for cell in cells_of(comparison)):
@@ -110,6 +114,7 @@ def check_cells(comparison: Comparison) -> None:
             if stage.name in there:
                 before = dict(there[stage.name]["trains"])
                 fingerprint = before.pop("vision_fingerprint", None)
+                before.pop("packed", None)  # how its batches are computed, which no flag says
                 arguments = train_arguments(comparison, cell, number)
                 now = json.loads(json.dumps(arguments.what_trains()))
                 # The weights say which encoder it is; its path may be written in several ways.
@@ -120,8 +125,8 @@ def check_cells(comparison: Comparison) -> None:
         _refuse(cell.directory, f"cell {cell.name} ({cell.directory})", changes)
         record = read_json(cell.directory / "cell.json") if cell.evaluation.is_dir() else {}
         before = record.get("evaluation", {})
-        names = [name for name in before if before[name] != asked.get(name)]
-        changes = [f"{name}: {before[name]} there, {asked.get(name)} asked" for name in names]
+        names = [name for name in before | asked if before and before.get(name) != asked.get(name)]
+        changes = [f"{name}: {before.get(name)} there, {asked.get(name)} asked" for name in names]
         _refuse(cell.evaluation, f"cell {cell.name} was asked otherwise: {cell.evaluation}", changes)
 
 

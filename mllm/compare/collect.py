@@ -1,136 +1,196 @@
-"""Everything about a finished comparison, as it stands in report.json."""
+"""Everything about a finished comparison, as it stands in report.json.
+
+All of it but when, where and by which command comes from the files in the comparison's directory, without a model and
+without torch: so that verify.py can compute it again from the same files elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from clips.common.files import read_json
+import numpy as np
+
+from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import METRICS
-from mllm.compare.benchmarks import benchmark_results
-from mllm.compare.cells import Cell, cells_of, encoder_names, samples_seen, vision_fingerprint
-from mllm.compare.commands import dataset_size, stage_samples, train_arguments
-from mllm.compare.comparison import Comparison, asks_questions, budget_share, evaluation_settings, is_demo
+from mllm.compare.benchmarks import benchmark_results, newest_results
+from mllm.compare.calibration import AnsweredRuns, calibrate
+from mllm.compare.cells import (
+    Cell,
+    cells_of,
+    encoder_groups,
+    encoder_names,
+    llava_runs,
+    samples_seen,
+    vision_fingerprint,
+)
+from mllm.compare.comparison import Comparison
 from mllm.compare.figures import (
+    blind_questions,
+    columns_of,
     compare_benchmarks,
     compare_scores,
     item_scores,
+    loose_answers,
     over_seeds,
     pick_examples,
     read_answers,
 )
-from mllm.training.arguments import TrainArguments
-from mllm.training.prepare import START_IMAGES
+from mllm.compare.order import order_of
+from mllm.compare.plan import PLAN, stored_questions, what_was_fixed
+from mllm.compare.statistics import independent_runs, labels
+from mllm.evaluation.scores import scorer_version
 from mllm.training.stages import STAGES
 
+REPORT = "report.json"
+ENCODERS = "encoders.json"
+"""Cell → the figures of its encoder alone, and what its pretraining saw."""
+RECORDS = (
+    *("cell.json", "config.json", "env.json", "cost.json", "evaluation/figures.json"),
+    *(f"{stage.name}/done.json" for stage in STAGES.values()),
+)
+"""What a cell leaves beside its answers and its model."""
 
-def collect(
-    comparison: Comparison, measured: dict[Cell, dict[str, dict[str, Any]]], command: Sequence[str]
-) -> dict[str, Any]:
-    """The content of report.json; `measured` are the encoders' own figures (mllm/compare/probe.py)."""
-    every, names = cells_of(comparison), encoder_names(comparison)
-    environment = read_json(every[0].directory / "env.json") | {"cores": os.cpu_count(), "jobs": comparison.jobs}
-    report: dict[str, Any] = {
+
+def keep_encoders(output: Path, measured: Mapping[Cell, dict[str, dict[str, Any]]]) -> None:
+    """Write OUTPUT/encoders.json; `measured` are the encoders' own figures (mllm/compare/probe.py)."""
+    records = {cell.name: {"figures": own, "pretraining": _pretraining(cell)} for cell, own in measured.items()}
+    write_json(output / ENCODERS, records)
+
+
+def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
+    """The content of report.json, by the plan that the comparison has now (mllm/compare/plan.py)."""
+    environment = read_json(cells_of(comparison)[0].directory / "env.json")
+    return {
         "command": shlex.join(["python", *command]),
         "time": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "environment": environment,
-        "settings": _settings(comparison),
+        "environment": environment | {"cores": os.cpu_count(), "jobs": comparison.jobs},
+    } | computed(comparison, plan)
+
+
+def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What report.json says by the files of the comparison, its figures before all."""
+    every, names = cells_of(comparison), encoder_names(comparison)
+    alone = read_json(comparison.output / ENCODERS)
+    report: dict[str, Any] = {
+        "plan": plan,
+        "fixed": what_was_fixed(comparison.output, plan),
+        "scorer": scorer_version(),
+        "settings": _settings(comparison, plan),
         "encoders": {},
         "differences": [],
         "cells": [_cell_record(comparison, cell) for cell in every],
         "examples": [],
+        "files": {name: sha256(comparison.output / name) for name in stored_files(comparison)},
     }
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
-    if asks_questions(comparison):
+    if plan["questions"]:
         answers = read_answers(comparison)
-        summary, report["differences"] = compare_scores(comparison, item_scores(comparison, answers))
+        scores = item_scores(comparison, answers)
+        report["settings"]["columns"] = columns_of(answers)
+        summary, report["differences"] = compare_scores(comparison, scores)
+        report["loose_answers"] = loose_answers(comparison, answers)
+        if (overall := scores.get("accuracy")) is not None:
+            shared = {name: encoder_groups(comparison, name) for name in names}
+            report["blind_questions"] = blind_questions(comparison, answers, overall)
+            report["calibration"] = calibrate(AnsweredRuns(overall.by_encoder, shared, labels(overall.clusters)))
         report["examples"] = pick_examples(comparison, answers)
     benchmarks: dict[str, dict[str, Any]] = {}
     if comparison.benchmarks:
         benchmarks, report["benchmark_differences"] = compare_benchmarks(comparison)
     for encoder in names:
         cells = [cell for cell in every if cell.encoder == encoder]
+        own = [alone[cell.name] for cell in cells]
         report["encoders"][encoder] = {
             "kind": cells[0].kind,
             "metrics": summary[encoder],
             "benchmarks": benchmarks.get(encoder, {}),
-            "intrinsic": _intrinsic([measured[cell] for cell in cells]),
+            "intrinsic": _intrinsic(
+                [record["figures"] for record in own], independent_runs(encoder_groups(comparison, encoder))
+            ),
             "described": read_json(cells[0].directory / "config.json")["instruct"]["facts"]["vision encoder"],
-            "pretraining": [found for cell in cells if (found := _pretraining(cell))],
+            "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
             "cost": _cost(cells),
         }
+    if len(report["settings"]["columns"]) > 1 and all("accuracy" in metrics for metrics in summary.values()):
+        report["order"] = order_of([report])
     return report
 
 
-def _intrinsic(by_seed: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def stored_files(comparison: Comparison) -> list[str]:
+    """The files that the report rests on, as paths below the comparison's directory, sorted."""
+    output, questions = comparison.output, stored_questions(comparison.output)
+    files = [output / PLAN, output / ENCODERS, *questions.values()]
+    for cell in cells_of(comparison):
+        files += [cell.directory / name for name in RECORDS]
+        files += [cell.evaluation / f"{name}.jsonl" for name in questions]
+        files += [found for task in comparison.benchmarks if (found := newest_results(cell.directory, task))]
+    return sorted(_below(comparison, path) for path in files if path.is_file())
+
+
+def _below(comparison: Comparison, path: Path) -> str:
+    return path.relative_to(comparison.output).as_posix()
+
+
+def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
     """The figures that an encoder has with every seed, over seeds."""
     return {
-        name: over_seeds([figures[name]["value"] for figures in by_seed])
+        name: over_seeds([figures[name]["value"] for figures in by_seed], groups)
         | {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
         for name, first in by_seed[0].items()
         if all(name in figures for figures in by_seed)
     }
 
 
-def _settings(comparison: Comparison) -> dict[str, Any]:
+def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
     cells = cells_of(comparison)
     cell, stages = cells[0], {}
     config = read_json(cell.directory / "config.json")
-    for number, stage in STAGES.items():
-        arguments = train_arguments(comparison, cell, number)
-        done = read_json(cell.directory / stage.name / "done.json")
+    for stage in STAGES.values():
+        trains, done = config[stage.name]["trains"], read_json(cell.directory / stage.name / "done.json")
         stages[stage.name] = {
-            "samples": done.get("samples", stage_samples(comparison, cell, number)),
-            "steps": done.get("steps"),
-            "batch_size": arguments.batch_size,
-            "learning_rate": arguments.learning_rate,
+            "samples": done["samples"],
+            "steps": done["steps"],
+            "batch_size": trains["batch_size"],
+            "learning_rate": trains["learning_rate"],
             "trains": config[stage.name]["freeze"],
-            "projector": _projector(arguments),
+            "projector": plan["budget"]["projector"][stage.name],
         }
     return {
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
+        "llava_seeds": llava_runs(comparison),
+        "columns": [],
         "quick": comparison.quick,
-        "budget_share": budget_share(comparison),
+        "budget_share": plan["budget"]["share"],
         "distinct_encoders": {
             name: len({vision_fingerprint(cell) for cell in cells if cell.encoder == name})
             for name in encoder_names(comparison)
         },
-        "is_demo": is_demo(comparison),
+        "is_demo": plan["is_demo"],
         "train_flags": list(comparison.train_flags),
         "language_model": config["instruct"]["facts"]["language model"],
         "stages": stages,
-        "evaluation": evaluation_settings(comparison),
+        "evaluation": read_json(cell.directory / "cell.json")["evaluation"],
         "benchmarks": list(comparison.benchmarks),
     }
-
-
-def _projector(arguments: TrainArguments) -> str:
-    """Which projector, and how it starts: the same in every cell."""
-    if arguments.pretrain_mm_mlp_adapter is not None:
-        start = f"from {arguments.pretrain_mm_mlp_adapter}"
-    elif arguments.stage == 2:
-        start = "from stage 1"
-    elif arguments.mm_projector_init == "captions":
-        count = min(dataset_size(arguments), START_IMAGES)
-        start = f"fitted in closed form to the captions of {count:,} samples"
-    else:
-        start = "random"
-    return f"{arguments.mm_projector_type}, {start}"
 
 
 def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     return {
         "encoder": cell.encoder,
+        "pretraining_seed": cell.pretraining_seed,
         "seed": cell.seed,
-        "vision": cell.vision,
-        "directory": str(cell.directory),
+        "run": cell.run,
+        "vision": read_json(cell.directory / "cell.json")["vision"],
+        "directory": _below(comparison, cell.directory),
         "config": read_json(cell.directory / "config.json"),
-        "figures": read_json(cell.figures) if asks_questions(comparison) else {},
+        "figures": read_json(cell.figures),
         "benchmarks": benchmark_results(cell.directory, comparison.benchmarks),
         "cost": read_json(cell.directory / "cost.json"),
     }

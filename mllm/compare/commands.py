@@ -10,7 +10,7 @@ from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
 from mllm.compare.comparison import Comparison, budget_share, question_limit
-from mllm.data.dataset import read_json_records
+from mllm.data.records import read_json_records
 from mllm.training.arguments import ResolvedArguments, TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES

@@ -9,9 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import UserError
-from clips.common.plots import LIGHT, SERIES, Theme
+from clips.common.plots import LIGHT, SERIES, Theme, check_format, save_plot
 
-FORMATS = (".png", ".svg")
 BAR = 0.2
 """Width of a bar; the kinds of question stand at a distance of 1."""
 ALL = "accuracy"
@@ -24,8 +23,7 @@ def write_results(report: Path, out: Path) -> Path:
     Read are `encoders.NAME.metrics.accuracy[/KIND]` (`mean` and `sd` as fractions) and `differences`. Raises UserError
     for a file that is none, a report without answered questions, and an `out` that is neither .png nor .svg.
     """
-    if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: name it {' or '.join(FORMATS)}")
+    check_format(out)
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
         encoders = {name: encoder["metrics"] for name, encoder in content["encoders"].items()}
@@ -34,9 +32,7 @@ def write_results(report: Path, out: Path) -> Path:
         raise UserError(f"--report {report} is no report.json of scripts/compare_encoders.py: {error!r}") from None
     if not encoders or any(ALL not in metrics for metrics in encoders.values()):
         raise UserError(f"--report {report} has no right answers to draw: its models answered no questions")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results_plot(encoders, differences, LIGHT).savefig(out)
-    return out
+    return save_plot(results_plot(encoders, differences, LIGHT), out)
 
 
 def results_plot(encoders: dict[str, dict[str, Any]], differences: list[dict[str, Any]], theme: Theme) -> Plot:
@@ -44,7 +40,7 @@ def results_plot(encoders: dict[str, dict[str, Any]], differences: list[dict[str
 
     `encoders`: name → metric → figure. The title tells the first difference over all questions, with its interval.
     """
-    metrics = [name for name in next(iter(encoders.values())) if name.startswith(ALL)]
+    metrics = [name for name in next(iter(encoders.values())) if name.startswith(ALL) and "@" not in name]
     metrics.sort(key=lambda name: name == ALL)  # all questions at the right end
     plot = Plot(figsize=(8, 3.6), dpi=150, facecolor=theme.paper, layout="constrained")
     axes = plot.add_subplot(facecolor=theme.paper)

@@ -20,8 +20,21 @@ from clips.common.escape import for_plot
 from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
-from clips.common.rundir import UNSEEN, deciding
+from clips.common.rundir import UNSEEN, deciding_name
+from mllm.compare.collect import REPORT
+from mllm.compare.evidence import evidence
 from mllm.compare.probe import PROBE
+from mllm.compare.words import (
+    counts_right_answers,
+    difference_text,
+    headline,
+    interval_text,
+    metric_name,
+    overall_rows,
+    pair_name,
+    percent_text,
+    value_text,
+)
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
@@ -39,7 +52,7 @@ def write_report(report: Report, output: Path, image_folder: Path | None) -> Pat
     """
     page = output / "report.html"
     with reporting(f"the report in {output} cannot be written; every cell is finished"):
-        write_json(output / "report.json", report)
+        write_json(output / REPORT, report)
         write_atomically(output / "report.md", markdown(report))
         store = ImageStore(image_folder) if image_folder else None
         write_atomically(page, render("mllm.compare", "report.html.j2", **_shown(report, store)))
@@ -47,38 +60,23 @@ def write_report(report: Report, output: Path, image_folder: Path | None) -> Pat
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
-def metric_name(metric: str) -> str:
-    return "CIDEr-D" if metric == "cider_d" else "all questions" if metric == "accuracy" else metric.partition("/")[2]
-
-
-def _value(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric == "cider_d" else f"{100 * value:.1f}"
-
-
-def _difference(metric: str, value: float) -> str:
-    return (f"{value:+.2f}" if metric == "cider_d" else f"{100 * value:+.1f}").replace("-", "−")
-
-
-def _mean_and_sd(metric: str, figure: dict[str, Any]) -> str:
-    return _value(metric, figure["mean"]) + (f" ± {_value(metric, figure['sd'])}" if figure["sd"] is not None else "")
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"[{_difference(row['metric'], row['ci95'][0])}, {_difference(row['metric'], row['ci95'][1])}]"
-
-
 def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """A difference in overall accuracy in words."""
-    a, b, points = row["a"], row["b"], f"{abs(100 * row['mean']):.1f} points {_interval(row)}"
+    """A difference in right answers, of all questions or of a kind, or in CIDEr-D, in words."""
+    a, b, size = row["a"], row["b"], difference_text(row["metric"], abs(row["mean"])).removeprefix("+")
+    is_accuracy = not row["metric"].startswith("cider_d")
+    points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
     if row["verdict"] == "tie":
         needed = row["items_needed"]
         seen = f"about {needed:,} questions would be needed" if needed else "more questions alone would not do"
         return f"{a} and {b} tie: a difference of {points} is not told from none; to see one of this size, {seen}."
-    return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} questions right than {b}."
+    if not is_accuracy:
+        return f"{a} describes {points} {'better' if row['verdict'] == 'win' else 'worse'} than {b}."
+    kind = "questions" if row["metric"] == "accuracy" else f"{metric_name(row['metric'])} questions"
+    return f"{a} answers {points} {'more' if row['verdict'] == 'win' else 'fewer'} {kind} right than {b}."
 
 
 def floors(report: Report) -> list[str]:
@@ -110,13 +108,32 @@ def controls(report: Report) -> list[str]:
         f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features, "
         "and the same at every budget). Not equal: the encoder alone.",
         f"Stages: {trains}.",
-        f"{settings['seeds']} training runs of each encoder, paired by seed; the same questions, paired by item.",
+        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed; the same questions, paired by item. "
+        f"Encoders that are trained anew have {settings['seeds']} pretraining seed(s), which the runs take in turn; no "
+        "two of these encoders share a LLaVA seed.",
     ]
+    if len(settings["columns"]) > 1:
+        points.append(
+            f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
+            f"{settings['columns'][0]} decides; figures of the others are named after them."
+        )
     points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
     kinds = {encoder["kind"] for encoder in report["encoders"].values()}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
+    points += _fixed(report)
     seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
     return points + [f"Pretrained with this project: {'; '.join(filter(None, seen))}."] * any(seen)
+
+
+def _fixed(report: Report) -> list[str]:
+    """What was decided before the first cell, and whether it was kept to."""
+    fixed, decides = report["fixed"], report["plan"]["decides"]
+    what = f"Decided by: {metric_name(decides)}. " if decides else ""
+    if fixed["kept"]:
+        return [f"{what}This, encoders, budget, questions and seeds were fixed before the first cell, and kept to: "
+                f"compare.json, SHA-256 {fixed['sha256']}."]  # fmt: skip
+    differs = "; ".join(fixed["differs"])
+    return [f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}."]
 
 
 FLOORS = {
@@ -151,14 +168,14 @@ def not_shown(report: Report) -> list[str]:
             + ": models trained to the end are better, and their differences may be others."
         )
     few = [
-        f"{count} of {name}"
+        name
         for name, count in settings["distinct_encoders"].items()
-        if count < settings["seeds"] and report["encoders"][name]["kind"] not in FLOORS
+        if count == 1 and settings["llava_seeds"] > 1 and report["encoders"][name]["kind"] not in FLOORS
     ]
     if few:
         points.append(
-            f"{settings['seeds']} training runs stand on fewer different encoders ({', '.join(few)}): intervals hold "
-            "for these encoders, not for the methods that made them (--pretraining-seeds, or {seed} in a path)."
+            f"All runs of {', '.join(few)} stand on one encoder each: intervals hold for these encoders, not for the "
+            "methods that made them (--seeds, or {seed} in a path)."
         )
     seen = {run["samples"] for encoder in report["encoders"].values() for run in encoder["pretraining"]}
     if len(seen) > 1:
@@ -166,10 +183,13 @@ def not_shown(report: Report) -> list[str]:
             "The encoders pretrained with this project saw different numbers of samples: what differs between them is "
             "not their method alone."
         )
-    if settings["seeds"] < 3:
+    fewest = min((row["seeds"] for row in report["differences"]), default=settings["llava_seeds"])
+    if fewest == 1:
+        points.append("One seed: the interval says nothing about other training runs.")
+    elif fewest < 4:
         points.append(
-            f"{settings['seeds']} seed(s): the interval says little or nothing about other training runs (in "
-            "simulations with two, it covers the truth in as few as 89 % of the cases)."
+            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so "
+            "that a difference that is there is often missed."
         )
     points.append(
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
@@ -179,14 +199,14 @@ def not_shown(report: Report) -> list[str]:
 
 
 STATISTICS = (
-    "± is the standard deviation over seeds. Brackets are 95 % intervals from a paired bootstrap: pictures (with all "
-    "questions about them) and seeds (one fewer than there are) are drawn with replacement, both models together, and "
-    "widened by Student's t, since so few seeds tell their own spread badly. They speak of other questions and other "
-    "training runs, and alone decide win, tie or loss; they are not corrected for their number. McNemar's exact test "
-    "speaks of other questions to these very models (an item counts for the model that is right in more runs, and "
-    "questions about one picture as independent); Holm's correction is over the kinds of one pair. “Needed” is the "
-    "number of questions with which the interval would find a difference of the size seen with power 0.8; – where "
-    "more questions alone would not do."
+    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean with seeds and pictures as crossed "
+    "random effects, both models paired by question and by seed: LLaVA runs of one pretraining seed are averaged, "
+    "questions about one picture go together, and Student's t allows for how badly few seeds tell their spread. They "
+    "speak of other questions and other training runs, and alone decide win, tie or loss; they are not corrected for "
+    "their number. McNemar's exact test speaks of other questions to these very models (an item counts for the model "
+    "that is right in more runs, and questions about one picture as independent); Holm's correction is over the kinds "
+    "of one pair. “Needed” is the number of questions with which the interval would find a difference of the size seen "
+    "with power 0.8; – where more questions alone would not do."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
@@ -196,20 +216,11 @@ INTRINSIC_NOTE = (
 )
 
 
-def headline_table(report: Report) -> Table:
-    metrics = list(next(iter(report["encoders"].values()))["metrics"])
-    rows = [
-        [name, *(_mean_and_sd(metric, encoder["metrics"][metric]) for metric in metrics)]
-        for name, encoder in report["encoders"].items()
-    ]
-    return Table(["encoder", *map(metric_name, metrics)], rows)
-
-
 def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any]], str]) -> Table:
     head = ["", "difference", "95 % interval", "verdict", "McNemar p", "Holm p", "questions", "needed"]
     lines = []
     for row in rows:
-        numbers = [_difference(row["metric"], row["mean"]), _interval(row), SIGNS[row["verdict"]]]
+        numbers = [difference_text(row["metric"], row["mean"]), interval_text(row), SIGNS[row["verdict"]]]
         numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
         lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
     return Table(head, lines)
@@ -222,7 +233,8 @@ def intrinsic_table(report: Report) -> Table | None:
     names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
     chance = {n: next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names}
     rows = [
-        [name, *(_percent(encoder["intrinsic"].get(figure)) for figure in names)] for name, encoder in encoders.items()
+        [name, *(percent_text(encoder["intrinsic"].get(figure)) for figure in names)]
+        for name, encoder in encoders.items()
     ]
     rows.append(["chance", *(f"{chance[name]:.1f}" for name in names)])
     return Table(["encoder", *map(intrinsic_name, names)], rows) if names else None
@@ -233,20 +245,13 @@ def intrinsic_name(name: str) -> str:
     return ("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else "")
 
 
-def _percent(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    varies = len(set(figure["by_seed"])) > 1  # not where one encoder serves all seeds
-    return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if varies else "")
-
-
 def cost_table(report: Report) -> Table:
     known = ("align", "instruct", "evaluation", "benchmarks")
     parts = [part for part in known if any(part in cell["cost"] for cell in report["cells"])]
     rows, every = [], [sum(cell["cost"].values()) for cell in report["cells"]]
     for cell, together in zip(report["cells"], every, strict=True):
         seconds = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]
-        rows.append([f"{cell['encoder']}, seed {cell['seed']}", *seconds, f"{together:.0f}"])
+        rows.append([f"{cell['encoder']}, {cell['run']}", *seconds, f"{together:.0f}"])
     rows.append(["all cells", *("" for _ in parts), f"{sum(every):.0f}"])
     return Table(["seconds", *parts, "together"], rows)
 
@@ -269,13 +274,9 @@ def _pairs(report: Report) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return pairs
 
 
-def _overall(report: Report) -> list[dict[str, Any]]:
-    return [row for row in report["differences"] if row["metric"] == "accuracy"]
-
-
 def _summary(report: Report) -> str:
     settings = report["settings"]
-    line = f"{len(report['encoders'])} encoders × {settings['seeds']} seeds · {settings['language_model']}"
+    line = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
     return f"{line} · {report['time']}" + (" · quick budget" if settings["quick"] else "")
 
 
@@ -296,18 +297,20 @@ def markdown(report: Report) -> str:
 
 def _both(report: Report) -> dict[str, Any]:
     """What the page and the Markdown have in common; every word that depends on the figures."""
-    overall = _overall(report)
+    overall = overall_rows(report)
+    deciding = [row for row in report["differences"] if row["metric"] == report["plan"]["decides"]]
     return {
         "title": "What the encoder is worth",
         "note": _summary(report),
-        "findings": [sentence(row) for row in overall],
+        "findings": [sentence(row) for row in deciding],
         "floors": floors(report) if overall else [],
-        "headline": headline_table(report) if report["differences"] else None,
+        "headline": Table(*headline(report)) if report["differences"] else None,
         "statistics": STATISTICS,
         "pairs": [
             {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
             for (a, b), rows in _pairs(report).items()
         ],
+        "parts": evidence(report),
         "benchmarks": benchmarks_table(report),
         "intrinsic": intrinsic_table(report),
         "intrinsic_note": INTRINSIC_NOTE,
@@ -321,21 +324,21 @@ def _both(report: Report) -> dict[str, Any]:
 
 def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
     """What templates/report.html.j2 shows."""
-    shown, overall = _both(report), _overall(report)
+    shown, overall = _both(report), overall_rows(report)
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
     measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
     for pair in shown["pairs"]:
-        pair["forest"] = _forest([row for row in pair["rows"] if "/" in row["metric"]], _metric)
+        pair["forest"] = _forest([row for row in pair["rows"] if row["metric"].startswith("accuracy/")], _metric)
     return shown | {
         "demo_note": shown["not_shown"][0] if report["settings"]["is_demo"] else "",
         "tiles": _tiles(report) if overall else [],
-        "forest": _forest(overall, _pair_name),
-        "tests": differences_table(overall, _pair_name),
+        "forest": _forest(overall, pair_name),
+        "tests": differences_table(overall, pair_name),
         "kinds": _kinds(report, colours) if overall else [],
         "benchmark_differences": _benchmark_differences(report.get("benchmark_differences", [])),
         "plots": [
             themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
-            for name in (deciding(own, measured) for own in OWN[:3])
+            for name in (deciding_name(own, measured) for own in OWN[:3])
             if overall and name in measured
         ],
         "examples": [
@@ -361,10 +364,6 @@ def _metric(row: dict[str, Any]) -> str:
     return metric_name(row["metric"])
 
 
-def _pair_name(row: dict[str, Any]) -> str:
-    return f"{row['a']} − {row['b']}"
-
-
 def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, Any] | None:
     """A line for each difference, interval and mean against zero on one scale: places in percent of the width."""
     if not rows:
@@ -377,7 +376,7 @@ def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -
     lines = []
     for row in rows:
         low, high = map(place, row["ci95"])
-        numbers = f"{_difference(row['metric'], row['mean'])} {_interval(row)} {SIGNS[row['verdict']]}"
+        numbers = f"{difference_text(row['metric'], row['mean'])} {interval_text(row)} {SIGNS[row['verdict']]}"
         places = {"low": f"{low:.2f}", "width": f"{high - low:.2f}", "mean": f"{place(row['mean']):.2f}"}
         lines.append({"name": name(row), "verdict": row["verdict"], "numbers": numbers} | places)
     return {"lines": lines, "reach": f"{100 * reach:.0f}"}
@@ -388,9 +387,9 @@ def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
     encoders = report["encoders"]
     first = next(iter(encoders.values()))["metrics"]
     blocks = []
-    for metric in (name for name in first if name.startswith("accuracy")):
+    for metric in (name for name in first if name.startswith("accuracy") and counts_right_answers(name)):
         means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
-        bars = [(name, f"{100 * mean:.1f}", colours[name], _value(metric, mean)) for name, mean in means.items()]
+        bars = [(name, f"{100 * mean:.1f}", colours[name], value_text(metric, mean)) for name, mean in means.items()]
         blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})
     return blocks
 
@@ -399,7 +398,7 @@ def _benchmark_differences(rows: list[dict[str, Any]]) -> Table:
     table = []
     for row in rows:
         interval = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
-        table.append([f"{_pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
+        table.append([f"{pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
     return Table(["", "mean", "95 % interval"], table)
 
 

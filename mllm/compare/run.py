@@ -2,14 +2,16 @@
 
 1. Encoders trained here that are missing are pretrained: `clips` with the recipe demo, `clip` with clip_baseline on
    the same data, for the same samples and steps.
-2. A cell is one encoder and one seed: stage 1, stage 2 and the evaluation, as ordinary runs of the scripts. Cells of
-   one seed share the start of the adapters, the order of the samples and every other setting; the projector starts in
-   the same way (on the demo: fitted in closed form to the captions, on each encoder's own features).
+2. A cell is one encoder, one pretraining seed and one LLaVA seed: stage 1, stage 2 and the evaluation, as ordinary
+   runs of the scripts. Cells of one LLaVA seed share the start of the adapters, the order of the samples and every
+   other setting; the projector starts in the same way (on the demo: fitted in closed form to the captions, on each
+   encoder's own features).
 3. mllm/compare/figures.py and probe.py turn what the cells left into figures, collect.py joins them, report.py shows
    them.
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
     OUTPUT/cells/random-seed2.log   what it printed         OUTPUT/report.{json,md,html}
+    OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: mllm/compare/plan.py
 
 A finished cell is never run again, one that was cut goes on from its last checkpoint, and one with other settings
 than those asked for is refused. A cell is locked while a process works on it, also by a child that outlived a killed
@@ -19,25 +21,29 @@ comparison.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from clips.common.errors import CommandError
 from clips.common.escape import for_rich
-from clips.common.files import read_json, write_json
+from clips.common.files import read_json, sha256, write_json
 from clips.common.jobs import Commands, locked
 from clips.common.rundir import is_finished
 from clips.common.runtime import choose_device
 from mllm.compare.benchmarks import benchmark_command, benchmark_log, missing_benchmarks
+from mllm.compare.calibration import print_calibration
 from mllm.compare.cells import (
     RECIPES,
+    WITH_TEXTS,
     Cell,
     PretrainedEncoder,
     cells_of,
@@ -45,7 +51,7 @@ from mllm.compare.cells import (
     is_done,
 )
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, load_encoders
-from mllm.compare.collect import collect
+from mllm.compare.collect import collect, keep_encoders
 from mllm.compare.commands import (
     evaluation_command,
     pretrain_command,
@@ -60,6 +66,9 @@ from mllm.compare.comparison import (
     evaluation_settings,
     question_files,
 )
+from mllm.compare.fix import fix
+from mllm.compare.order import print_order
+from mllm.compare.plan import PLAN
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import write_report
 from mllm.compare.view import DONE, PRETRAINING, StateTable, print_overview
@@ -71,6 +80,12 @@ Say = Callable[[Cell | PretrainedEncoder, str], None]
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/compare_encoders.py does."""
+    if flags.calibrate:
+        print_calibration(Path(flags.calibrate), Console(emoji=False))
+        return
+    if flags.order:
+        print_order([Path(name) for name in flags.order.split(",") if name], Console(emoji=False))
+        return
     comparison, console = comparison_from_flags(flags), Console(emoji=False, stderr=True)
     check_inputs(comparison)
     print_overview(comparison, console)
@@ -87,6 +102,9 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
     disable_progress_bar()  # of encoders that are loaded again for their figures: the table is the view
     # Asked for here, before several processes want it: it builds the demo where it is missing.
     image_folder = question_files(comparison)[1] if asks_questions(comparison) else None
+    plan = fix(comparison)
+    fixed = comparison.output / PLAN
+    console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {sha256(fixed)}", highlight=False, soft_wrap=True)
     cells, table = cells_of(comparison), StateTable(comparison, console)
     with table.live():
         pretrain_encoders(comparison, commands, table.say)
@@ -97,13 +115,15 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         )
     split = comparison.karpathy
     if split is not None:
-        runs = sorted({run for cell in cells if (run := cell.pretraining_run) is not None})
+        with_texts = [cell for cell in cells if cell.kind in WITH_TEXTS]
+        runs = sorted({run for cell in with_texts if (run := cell.pretraining_run) is not None})
 
         def retrieve(run: Path) -> None:
             commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
 
         commands.map(retrieve, [run for run in runs if not retrieval_figures(split, run).is_file()])
-    report = collect(comparison, measure_encoders(comparison, choose_device(comparison.device)), command)
+    keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
+    report = collect(comparison, plan, command)
     page = write_report(report, comparison.output, image_folder)
     output = for_rich(str(comparison.output))
     console.print(
@@ -149,8 +169,9 @@ def pretrain_encoders(comparison: Comparison, commands: Commands, say: Say) -> N
     for encoder in encoders:
         of_seed.setdefault(encoder.seed, {})[encoder.kind] = encoder.directory
     for directories in of_seed.values():
-        if len(directories) == len(RECIPES):
-            assert_same_samples(*(directories[kind] for kind in RECIPES))
+        first, *others = (directories[kind] for kind in RECIPES if kind in directories)
+        for other in others:
+            assert_same_samples(first, other)
 
 
 def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -> None:
@@ -158,8 +179,11 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
     say(cell, "waits for its lock")
     with locked(cell.directory, commands) as lock:
         cell.directory.mkdir(exist_ok=True)
-        record = {"encoder": cell.encoder, "vision": cell.vision, "seed": cell.seed}
+        before = read_json(cell.directory / "cell.json")
+        record: dict[str, Any] = {"encoder": cell.encoder, "vision": cell.vision}
+        record |= {"pretraining_seed": cell.pretraining_seed, "seed": cell.seed}
         record["evaluation"] = evaluation_settings(comparison)
+        record |= {"plan": before.get("plan", sha256(comparison.output / PLAN)), "commands": before.get("commands", {})}
         write_json(cell.directory / "cell.json", record)
         parts = [
             (stage.name, train_command(comparison, cell, number), (cell.directory / stage.name / "done.json").is_file())
@@ -171,6 +195,8 @@ def run_cell(comparison: Comparison, cell: Cell, commands: Commands, say: Say) -
             if is_there:
                 continue
             say(cell, part)
+            record["commands"][part] = shlex.join(["python", *command[1:]])
+            write_json(cell.directory / "cell.json", record)
             with _timed(cell, part):
                 commands.run(command, cell.log, pass_fds=[lock])
         for task in missing_benchmarks(comparison, cell.directory):

@@ -19,7 +19,7 @@ from clips.common.rundir import METRICS, is_finished
 from mllm.compare.cells import Cell, PretrainedEncoder, cells_of, encoder_names, encoders_to_pretrain, is_done
 from mllm.compare.commands import pretrain_config, stage_samples
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, question_files, question_limit
-from mllm.data.dataset import read_json_records
+from mllm.data.records import read_json_records
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.stages import STAGES
 
@@ -86,7 +86,7 @@ class StateTable:
         return self.planned[key]
 
     def __rich__(self) -> Table:
-        table = Table("encoder", *(f"seed {seed}" for seed in range(self.comparison.seeds)), title_justify="left")
+        table = Table("encoder", *dict.fromkeys(cell.run for cell in self.cells), title_justify="left")
         for kind in dict.fromkeys(encoder.kind for encoder in self.encoders):
             table.add_row(f"{kind}, pretraining", *(self._text(run) for run in self.encoders if run.kind == kind))
         for name in encoder_names(self.comparison):
@@ -118,7 +118,7 @@ def seconds_of_cell(comparison: Comparison) -> tuple[float, str]:
         seconds += stage_samples(comparison, cells[0], number) / ASSUMED[stage.name]
     if asks_questions(comparison):
         limit = question_limit(comparison)
-        counts = [len(read_json_records(path)) for path in question_files(comparison)[0]]
+        counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
         seconds += sum(min(count, limit or count) for count in counts) / ASSUMED["evaluation"]
     rates = ", ".join(f"{rate:g}/s {name}" for name, rate in ASSUMED.items())
     return seconds, f"an assumption for one core, no cell is finished yet ({rates})"

@@ -9,7 +9,6 @@ Shapes: B samples of a batch · L longest of them · N pictures of the batch, in
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clips.common.escape import clip, one_line
 from clips.common.paths import is_plain
 from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore
+from mllm.data.records import read_json_records
 
 NAMED = 10
 """Bad samples that an error message names."""
@@ -60,30 +60,6 @@ class Record:
     def name(self) -> str:
         """How messages call the sample."""
         return f"sample {self.index} (id {self.id})"
-
-
-def read_json_records(path: Path) -> list[Any]:
-    """The raw records of a .json list or a .jsonl file; UserError where it is neither."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}; give a LLaVA JSON or JSONL file") from None
-    if path.suffix == ".jsonl":
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                records += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-    else:
-        try:
-            records = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error} (one record a line? then name it .jsonl)") from None
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{path} must hold a list of records that is not empty")
-    return records
 
 
 def parse_record(raw: Any, index: int) -> Record:

@@ -51,6 +51,8 @@ ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
+UNSEEN_ANSWERS = "answers_unseen"
+"""What the answers to `UNSEEN_QUESTIONS` are called."""
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (3, 5)
@@ -337,6 +339,12 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
         (target / scene.name).write_bytes(scene.data)
         scenes.append(scene)
     return scenes
+
+
+def demo_questions(directory: Path) -> dict[str, Path]:
+    """What the answers to each file of held-out questions are called → the file, of those that are in `directory`."""
+    files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
+    return {name: directory / file for name, file in files.items() if (directory / file).is_file()}
 
 
 DEMO_DIR = Path("data/llava_demo")

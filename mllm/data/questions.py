@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
-from mllm.data.dataset import read_json_records
-from mllm.data.images import ImageStore
+from mllm.data.records import read_json_records
+
+if TYPE_CHECKING:
+    from mllm.data.images import ImageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,13 @@ def read_questions(path: Path) -> list[Question]:
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file and their pictures; UserError naming a question whose picture is not there."""
-    questions, store = evenly_spread(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
+    """`limit` questions of a file, drawn evenly, and their pictures.
+
+    Raises UserError naming a question whose picture is not there.
+    """
+    from mllm.data.images import ImageStore  # with it comes torch, which reading questions alone does without
+
+    questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
         if not question.image:
             continue
@@ -92,8 +100,27 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
     return chunk
 
 
-def evenly_spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` of them, evenly spread, because question files are sorted by kind."""
+def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:
+    """`limit` of them, drawn evenly over kinds and, within a kind, over answers; in the order of the file.
+
+    Counts of two kinds, or of two answers of one kind, differ by one at most, until one has no more. A smaller limit
+    draws a part of what a larger one draws. Every n-th line would not do: files are sorted by kind and their answers
+    often take turns, so that a stride meets the same few answers again and again.
+    """
     if limit is None or limit >= len(questions):
         return questions
-    return [questions[i * len(questions) // limit] for i in range(limit)]
+    rng = random.Random(seed)
+    piles: dict[str, dict[str | None, list[int]]] = {}
+    for i in rng.sample(range(len(questions)), len(questions)):
+        piles.setdefault(questions[i].kind, {}).setdefault(questions[i].answer, []).append(i)
+    drawn = _in_turn([_in_turn(list(of_kind.values()), rng) for of_kind in piles.values()], rng)
+    return [questions[i] for i in sorted(drawn[:limit])]
+
+
+def _in_turn(piles: list[list[int]], rng: random.Random) -> list[int]:
+    """Round by round one of each pile that has any left, in a new random order every time."""
+    order = []
+    for depth in range(max(map(len, piles))):
+        left = [pile[depth] for pile in piles if depth < len(pile)]
+        order += rng.sample(left, len(left))
+    return order

@@ -2,6 +2,7 @@
 
     clips[:DIR|ID]  the newest CLIPS export under runs/, or the one named (run, export or model directory, hub id)
     clip[:DIR|ID]   the same for the CLIP baseline trained here
+    caption[:DIR|ID]  the same for an encoder trained here by captions alone; caption+web for one beside web captions
     random[:DIR]    the architecture of a CLIPS export, untrained, seeded
     blind[:DIR]     the same, and every image gives the same tokens: no image information
     open_clip:MODEL[/PRETRAINED]   or open_clip:local-dir:DIR, open_clip:hf-hub:ID
@@ -38,6 +39,7 @@ from mllm.encoders.load import (
     trained_here,
     untrained,
 )
+from mllm.encoders.names import parse_vision_name
 
 
 def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
@@ -48,33 +50,14 @@ def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
 VISION: dict[str, Callable[[VisionRequest], LoadedVision]] = {
     "clips": load_clips,
     "clip": trained_here("clip", "clip_baseline"),
+    "caption": trained_here("caption", "caption"),
+    "caption+web": trained_here("caption+web", "caption_web"),
     "random": untrained(blind=False),
     "blind": untrained(blind=True),
     "open_clip": load_open_clip,
     "hf": load_hf,
     "timm": load_timm,
 }
-NEEDS_ARGUMENT = {"open_clip": "MODEL/PRETRAINED", "hf": "ID_OR_DIR", "timm": "NAME"}
-
-
-def parse_vision_name(name: str) -> tuple[str, str]:
-    """(kind, argument) of an encoder's name; UserError for a kind that is not known and for a missing argument.
-
-    A hub id or a directory alone, as LLaVA's commands give it, is of kind `hf`.
-    """
-    key, colon, argument = name.partition(":")
-    if key not in VISION and not colon and "/" in name:
-        if (Path(name) / "export").is_dir():
-            raise UserError(f"vision encoder {name} is a run of this project: clips:{name}, or clip:{name}")
-        key, argument = "hf", name
-    if key not in VISION:
-        raise UserError(
-            f"vision encoder {name!r} is not known; known are: {', '.join(VISION)} (with :ARGUMENT), and owner/name "
-            "for hf:owner/name"
-        )
-    if key in NEEDS_ARGUMENT and not argument:
-        raise UserError(f"vision encoder {key} needs an argument: {key}:{NEEDS_ARGUMENT[key]}")
-    return key, argument
 
 
 def load_vision(

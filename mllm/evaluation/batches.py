@@ -6,15 +6,17 @@ picture is read once for each distinct picture, and its keys and values are copi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGeneration
+from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
+from mllm.model.defaults import COLDEST
 from mllm.model.load import CACHE
 
 
@@ -62,6 +64,32 @@ def generate_inputs(
         for first, filled, value in ((begin, rows, pad_id), (torch.ones_like(begin), [[1] * len(r) for r in rows], 0))
     )
     return inputs | {"input_ids": ids, "attention_mask": mask}
+
+
+def drawn_at(temperature: float) -> dict[str, Any]:
+    """The fields of a GenerationConfig for answers drawn at `temperature`; below COLDEST the likeliest is taken."""
+    if temperature < COLDEST:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": float(temperature), "top_p": 1.0, "top_k": 0}
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draws inside are those of `seed`; those after it as if there had been none inside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def new_texts(
+    tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
+) -> list[tuple[str, bool, int]]:
+    """Of each row [B, T] of generated ids its text, whether it came to its end, and its tokens, the end's included."""
+    found = []
+    for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
+        end = next((i for i, token in enumerate(row) if token in stop_ids), None)
+        found.append((text.strip(), end is not None, len(row) if end is None else end + 1))
+    return found
 
 
 def _shared_length(rows: Sequence[list[int]], image_id: int) -> int:

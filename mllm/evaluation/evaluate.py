@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,23 +21,23 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips import BrokenSample
-from clips.common.errors import UserError
+from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.files import write_json
+from clips.common.files import sha256, write_json
+from clips.common.hub import resolve
 from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
-from clips.common.runtime import choose_device, has_bf16
+from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, IMAGES, UNSEEN_ANSWERS, demo_questions, ensure_llava_demo
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, evenly_spread, open_questions, read_questions, take_chunk
+from mllm.data.questions import Question, draw_evenly, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
-from mllm.evaluation.batches import generate_inputs, make_batches
-from mllm.evaluation.scores import answer_line, score
-from mllm.model.defaults import COLDEST
-from mllm.model.load import load_llava, model_name, newest_model
+from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
+from mllm.evaluation.scores import answer_line, score, scorer_version
+from mllm.model.card import add_evaluation
+from mllm.model.load import load_llava, model_name, newest_model, weights_digest
 
-UNSEEN_ANSWERS = "answers_unseen"
 PROGRESS = "progress.json"
 """Beside the answers while they are being given (clips/common/progress.py)."""
 
@@ -77,31 +79,28 @@ def generate_answers(
         if question.image and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
-    drawn = {"temperature": float(temperature), "top_p": 1.0, "top_k": 0} if temperature >= COLDEST else {}
     settings = GenerationConfig(
-        do_sample=bool(drawn),
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
         eos_token_id=encoder.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
-        **drawn,
+        **drawn_at(temperature),
     )
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc="answers", unit="question") as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
             shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
-            found = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
-            pixels = torch.stack(found).to(model.device, model.dtype) if found else None
+            read = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
+            pixels = torch.stack(read).to(model.device, model.dtype) if read else None
             numbers = {name: number for number, name in enumerate(shown)}
             owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
-            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-                torch.manual_seed(seed + chosen[0])
+            with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text.strip()
+            found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
+            for i, (text, _, _) in zip(chosen, found, strict=True):
+                answers[i] = text
             bar.update(len(chosen))
             if answered is not None:
                 answered(len(chosen))
@@ -155,15 +154,14 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     out = Path(flags.out) if flags.out else _default_output(Path(directory))
     if flags.question_file:
         own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
-        sets = {Path(flags.question_file).stem: own}
+        files, sets = {Path(flags.question_file).stem: Path(flags.question_file)}, {Path(flags.question_file).stem: own}
     elif flags.image_folder or flags.answers_file:
         raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
-        files = {key: file for key, file in files.items() if (demo / file).is_file()}
-        sets = {key: evenly_spread(read_questions(demo / file), flags.limit) for key, file in files.items()}
+        files = demo_questions(demo)
+        sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     if flags.num_chunks > 1:
         out = out / f"{flags.num_chunks}_{flags.chunk_idx}"  # several run at once
@@ -171,6 +169,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     console = Console(emoji=False, stderr=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
+    answered: dict[str, dict[str, Any]] = {}
     with ProgressFile(out / PROGRESS, sum(map(len, sets.values()))) as progress:
         for key, questions in sets.items():
             begin = time.perf_counter()
@@ -185,17 +184,47 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
+            asked = {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
+            answered[key] = {"questions": asked, "answers": {"file": path.name, "sha256": sha256(path)}}
             seconds = time.perf_counter() - begin
             console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
     for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
         for table in figures_tables(found, f"{title}: exact match"):
             console.print(table)
     if figures:
-        figures = {"model": str(directory), "dtype": str(model.dtype).removeprefix("torch.")} | figures
+        figures = _origin(directory, model, answered, flags) | figures
         write_json(out / "figures.json", figures)
+        if flags.num_chunks == 1 and Path(directory).is_dir():
+            with never_in_the_way(f"the figures are not on the card of {directory}"):
+                add_evaluation(Path(directory), _test_set(flags), figures)
+                if UNSEEN in figures:
+                    of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
+                    add_evaluation(Path(directory), f"{_test_set(flags)}, unseen artist", of_these)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures
+
+
+def _origin(
+    directory: str, model: LlavaForConditionalGeneration, answered: dict[str, dict[str, Any]], flags: argparse.Namespace
+) -> dict[str, Any]:
+    """What the figures are of: which weights, questions, answers, scorer and packages, so that they can be checked."""
+    return {
+        "model": str(directory),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_digest(resolve(directory, "model")),
+        "scorer": scorer_version(),
+        "sets": answered,
+        "flags": vars(flags),
+        "command": shlex.join(sys.argv),
+        "environment": environment(model.device, world_size=1),
+    }
+
+
+def _test_set(flags: argparse.Namespace) -> str:
+    """How the model's card calls what was asked."""
+    name = Path(flags.question_file).name if flags.question_file else "the demo's held-out questions"
+    return f"{name} ({flags.limit} of each file)" if flags.limit else name
 
 
 def _default_output(directory: Path) -> Path:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from scipy.stats import binomtest
 
 from mllm.data.questions import Question
 from mllm.evaluation.cider import cider
+
+SOURCES = ("scores.py", "cider.py")
+"""The files that decide what an answer is worth."""
+
+
+def scorer_version() -> str:
+    """SHA-256 of `SOURCES`: equal ones score alike."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -23,6 +33,23 @@ def normalise(text: str) -> str:
 
 def is_right(answer: str, expected: str) -> bool:
     return normalise(answer) == normalise(expected)
+
+
+Exactness = Literal["exact", "normalised", "prefix", "wrong"]
+
+
+def exactness(answer: str, expected: str) -> Exactness:
+    """How literally an answer is the expected one.
+
+    "normalised" counts as right, but only by `normalise`. "prefix" does not: it begins with the expected words and goes
+    on, or names the letter of a choice in another form ("(B)", "B. A fox").
+    """
+    if answer.strip() == expected.strip():
+        return "exact"
+    if is_right(answer, expected):
+        return "normalised"
+    said, wanted = (re.findall(r"\w+", normalise(text)) for text in (answer, expected))
+    return "prefix" if wanted and said[: len(wanted)] == wanted else "wrong"
 
 
 def says_yes(text: str) -> bool:

@@ -19,6 +19,7 @@ from mllm.data.formats import Format
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
 from mllm.gguf.mmproj import check_tower, pads, picture_size, tower_tensors, write_tower_metadata
 from mllm.gguf.vocabulary import write_vocabulary
+from mllm.model.card import figures_section
 from mllm.model.load import load_llava, model_name
 
 DTYPES = {
@@ -84,7 +85,7 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
 
     write_file(files[0], arch, title, dtype, write_language, language_tensors(model))
     write_file(files[1], "clip", title, dtype, write_tower, tower_tensors(model))
-    (output / "README.md").write_text(_card(title, files, config, images), encoding="utf-8")
+    (output / "README.md").write_text(_card(title, files, config, images, directory), encoding="utf-8")
     written = "\n".join(f"wrote {path}" for path in [*files, output / "README.md"])
     return f"{written}\nnext: llama-server -m {files[0]} --mmproj {files[1]}"
 
@@ -130,8 +131,8 @@ def _stored_type(name: str, tensor: Tensor, dtype: str) -> GGMLQuantizationType:
     return DTYPES[dtype][0]
 
 
-def _card(title: str, files: list[Path], config: Any, images: Any) -> str:
-    """What lies here, how to run it, and where llama.cpp computes something else than transformers."""
+def _card(title: str, files: list[Path], config: Any, images: Any, directory: Path) -> str:
+    """What lies here, how to run it, where llama.cpp computes something else, figures of the model in `directory`."""
     side = picture_size(images)
     shape = f"padded to a square of {side} px" if pads(images) else f"squeezed into a square of {side} px"
     notes = [
@@ -160,4 +161,7 @@ llama-quantize {model} {Path(model).stem}-q8_0.gguf q8_0
 {rows}
 
 It was written by CLIPS-MLLM; these files are not needed for anything else there.
-"""
+
+## Figures of the model that these files were made of, by transformers
+
+{figures_section(directory)}"""

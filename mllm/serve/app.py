@@ -163,6 +163,10 @@ def create_app(
             raise ApiError(400, f"input: more than this server's limit of {limits.inputs} inputs", param="input")
         said = [text for text in texts if text is not None]
         check_amount(len(urls), sum(map(len, said)), limits, "input")
+        if said and not encoder.has_text_features:
+            raise ApiError(
+                400, "this server's encoder learned from captions alone: it embeds pictures only", param="input"
+            )
         data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "input", hold_of(request)))
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:

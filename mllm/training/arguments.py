@@ -63,7 +63,9 @@ class TrainArguments:
 
     stage: int = flag(0, "1 aligns the projector, 2 tunes on instructions (train_llava.sh's default: both)")
     vision_tower: str = flag(
-        "clips", "encoder: clips, clip, random, blind, open_clip:…, hf:… (or only owner/name), timm:…", "--vision"
+        "clips",
+        "encoder: clips, clip, caption, random, blind, open_clip:…, hf:… (or owner/name alone), timm:…",
+        "--vision",
     )
     model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")
     output_dir: str | None = flag(None, "run directory (default: runs/llava-ENCODER)")

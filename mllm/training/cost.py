@@ -179,11 +179,17 @@ def print_stages(planned: Planned, machine: Machine) -> None:
     )
 
 
+def caption_flops(flops: LlavaFlops, image_tokens: int) -> float:
+    """Of one caption of an assumed length."""
+    length = image_tokens + PROMPT + CAPTION
+    return sum(flops(LlavaShape(samples=1, length=length, pictures=1, predicted=CAPTION)).values())
+
+
 def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None:
     """Captions of `samples` pictures; UserError where the weights leave no room for one."""
     model = planned.build()
     length = planned.image_tokens + PROMPT + CAPTION
-    parts = planned.flops(model)(LlavaShape(samples=1, length=length, pictures=1, predicted=CAPTION))
+    each = caption_flops(planned.flops(model), planned.image_tokens)
     text = model.config.get_text_config()
     weights = sum(count for count, _ in count_parameters(model).values()) * 2
     cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * length
@@ -193,9 +199,9 @@ def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None
             f"{planned} does not fit a {machine.card.name} of {machine.card.memory_gb:g} GB: its weights take "
             f"{weights / 1e9:.1f} GB in bf16. Choose a --kind with more memory or a smaller --language-model"
         )
-    seconds = samples * sum(parts.values()) / (machine.speed * GENERATION * machine.gpus)
+    seconds = samples * each / (machine.speed * GENERATION * machine.gpus)
     hours = seconds / 3600 * machine.gpus
-    row = [f"{sum(parts.values()) / 1e12:.2f}", f"{weights / 1e9:.1f}", f"{room:,}",
+    row = [f"{each / 1e12:.2f}", f"{weights / 1e9:.1f}", f"{room:,}",
            f"{samples / seconds / machine.gpus:.1f}", f"{seconds / 86_400:.1f}", f"{hours:,.0f}"]  # fmt: skip
     head = ("TFLOP a caption", "weights, GB", "captions at once", "captions/s/GPU", "days", "GPU hours")
     print_table(f"{samples:,} captions by {planned} on {machine}", head, [row])

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from clips import BrokenSample
 from clips.common.errors import UserError
+from clips.common.workers import start_worker
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
@@ -119,7 +120,10 @@ class FeatureCache:
             for start in range(0, len(todo), per_file):
                 chunk: Any = todo[start : start + per_file]  # a list is enough for a DataLoader, not for its annotation
                 parts = []
-                for pixels in DataLoader(chunk, batch_size, collate_fn=load, num_workers=workers):
+                loader = DataLoader(
+                    chunk, batch_size, collate_fn=load, num_workers=workers, worker_init_fn=start_worker
+                )
+                for pixels in loader:
                     if isinstance(pixels, UserError):
                         raise pixels
                     with torch.inference_mode():

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     LlavaForConditionalGeneration,
     PrinterCallback,
@@ -32,6 +32,7 @@ from clips.common.files import seal
 from clips.common.profile import Profiler
 from clips.common.signals import StopSignal
 from clips.common.tensors import only_data, read_torch, read_weights, write_weights
+from clips.common.workers import start_worker
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
@@ -186,6 +187,12 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, with workers that end with this process; they draw nothing, so none needs a seed."""
+        loader = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).worker_init_fn = start_worker  # accelerate's loaders wrap one
+        return loader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.work.add(inputs)

@@ -18,7 +18,11 @@ from clips.common.runtime import init_distributed, shutdown
 
 IMPORTED = {
     "clips/common/runtime.py": {"deepspeed", "deepspeed.ops"},
-    "clips/training/engine.py": {"deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam"},
+    "clips/training/engine.py": set(),
+    "clips/training/muon.py": {
+        "deepspeed.runtime.zero.muon.muon_optimizer.MuonWithAuxAdam",
+        "deepspeed.runtime.zero.muon.original_muon.zeropower_via_newtonschulz5",
+    },
     "clips/training/zero_state.py": {
         "deepspeed.utils.safe_get_full_fp32_param",
         "deepspeed.utils.safe_get_full_optimizer_state",
@@ -30,7 +34,7 @@ IMPORTED = {
     },
 }
 ENGINE = {
-    *("backward", "step", "compile", "module", "optimizer", "zero_optimization_stage"),
+    *("backward", "step", "module", "optimizer", "zero_optimization_stage"),
     *("is_gradient_accumulation_boundary", "was_step_applied", "enable_backward_allreduce"),
 }
 ONE_TWO = {"single_partition_of_fp32_groups", "bit16_groups", "params_in_partition", "first_offset", "cpu_offload"}

@@ -442,7 +442,7 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
         (["--data_path", "nothing.json"], r"nothing\.json cannot be read"),
         (["--pretrain_mm_mlp_adapter", "narrow.bin"], r"narrow\.bin.*\(64, 31\).*\(64, 32\)"),
         (["--version", "v9"], r"'v9' is not known; choose one of: plain, v1, .*vicuna_v1"),
-        (["--vision_tower", "eva"], r"'eva' is not known; known are: clips, clip, random, blind"),
+        (["--vision_tower", "eva"], r"'eva' is not known; known are: clips, clip, caption, caption\+web, random, blind"),
         (["--model_max_length", "16"], r"one image takes 16 tokens .*--model_max_length is 16"),
         (["--model_name_or_path", "short"], r"one image takes 16 tokens .*the context of short is 12"),
         (["--model_name_or_path", "no/where"], r"language model: no/where"),

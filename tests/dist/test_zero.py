@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, random_model, run_python, tiny_batch, tiny_run
-from zero_worker import STAGES
+from zero_worker import FEW_STAGES, STAGES
 
 from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.task import Task
@@ -23,6 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
     """What six steps gave, by (optimizer and frozen tower, ranks) and stage."""
     folder, found = tmp_path_factory.mktemp("zero"), {}
     runs = [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2), ("adamw:vision", 1), ("muon:vision", 2)]
+    runs += [("muon:caption", 1), ("muon:caption", 2)]
     for kind, ranks in runs:
         out = folder / f"{kind}-{ranks}.pt"
         done = run_python(WORKER, out, kind, ranks=ranks)
@@ -79,6 +80,23 @@ def test_a_frozen_tower_stays_as_it_is_in_every_stage(results: dict, kind: str, 
         assert stage["resumed_losses"] == stage["losses"][3:], name
         for key, value in stage["state"].items():
             assert torch.equal(stage["resumed_state"][key], value), (name, key)
+
+def test_captions_alone_and_dropped_tokens_on_one_rank_and_two_in_every_stage(results: dict) -> None:
+    """The objective "caption", which has no text tower and parts that do not train, resumed in the middle too."""
+    one, two = results["muon:caption", 1], results["muon:caption", 2]
+    assert one.keys() == two.keys() == set(FEW_STAGES)
+    for name in FEW_STAGES:
+        assert two[name]["losses"] == pytest.approx(one["zero0"]["losses"], abs=2e-3), name
+        assert one[name]["losses"] == pytest.approx(one["zero0"]["losses"], abs=1e-5), name
+        for stage in (one[name], two[name]):
+            assert stage["resumed_losses"] == stage["losses"][3:], name
+            for key, value in stage["state"].items():
+                assert torch.equal(stage["resumed_state"][key], value), (name, key)
+            assert not any(key.startswith("text.") for key in stage["state"])
+    assert two["zero2"]["losses"][0] == pytest.approx(one["zero0"]["losses"][0], abs=2e-6)
+    assert one["zero0"]["losses"][-1] < one["zero0"]["losses"][0]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_phase_that_begins_anew_resumes_bit_equal_across_its_border(results: dict, kind: str, ranks: int) -> None:

@@ -111,6 +111,31 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     assert "cell clips-runs-clips-demo-seed0" in other.stderr
     assert "limit: None there, 3 asked" in other.stderr
 
+    assert report["fixed"]["kept"]
+    figures = json.loads((done[0] / "evaluation" / "figures.json").read_text())
+    assert len(figures["weights"]) == 64
+    record = json.loads((done[0] / "cell.json").read_text())
+    assert record["plan"] == report["fixed"]["sha256"]
+    assert [*record["commands"]] == ["align", "instruct", "evaluation"]
+
+    packed = run(place, "--pack", "out")
+    assert packed.returncode == 0, packed.stderr[-3000:]
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    (place / "out.tar.xz").rename(elsewhere / "sent.tar.xz")
+    verified = run(place, "--verify", "sent.tar.xz", cwd=elsewhere)
+    assert verified.returncode == 0, verified.stderr[-3000:]
+    assert "2 cells, 16 answers scored anew, every figure as in report.json" in verified.stdout
+    answers = done[1] / "evaluation" / "question.jsonl"
+    text = answers.read_text()
+    answers.write_text(text.replace('"correct": false', '"correct": true', 1))
+    assert answers.read_text() != text
+    changed = run(place, "--verify", "out")
+    assert changed.returncode == 1
+    assert "cell blind-seed0: answer to question, question" in changed.stderr
+    assert "correct is True, and by the question file False" in changed.stderr
+    answers.write_text(text)
+
     ours, theirs = (json.loads((cell / "config.json").read_text()) for cell in done)
     for stage in STAGES:
         a, b = ours[stage]["trains"], theirs[stage]["trains"]

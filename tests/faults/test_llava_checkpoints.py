@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_group
+from launched import lines, started, wait_for
+from processes import of_run, wait_until_gone
 from tiny_llava import ALIGN, TRAIN, WORKER, command, losses, results, run, write_place
 
 from clips.common.files import MANIFEST, check_seal, seal
@@ -179,3 +181,17 @@ def test_what_does_not_fit_how_it_goes_on(
     assert done.returncode == 2, done.stderr[-3000:]
     assert "it was written without DeepSpeed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_process(place: Path, tmp_path: Path) -> None:
+    out, log = place / "runs" / "orphaned", tmp_path / "log"
+    flags = (*ALIGN, "--feature_cache", "False", "--dataloader_num_workers", "2", "--num_train_epochs", "1000")
+    flags += ("--vision_tower", f"clips:{place}/runs/clips-demo")
+    flags = [str(place / flag) if (place / flag).exists() else flag for flag in (*flags, "--output_dir", str(out))]
+    with started(
+        [sys.executable, str(TRAIN), *flags, "--vision_tower", f"clips:{place}/runs/clips-demo"], log
+    ) as train:
+        wait_for(lambda: len(lines(out)) >= 2 and len(of_run(out)) >= 3, train, log)
+        train.kill()
+        wait_until_gone(out, 20)

@@ -8,10 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model, tiny_batch, tiny_run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clips.common.peaks import peak_flops, stated_peak
 from clips.common.runtime import init_distributed
 from clips.config import RunConfig
+from clips.model.captioner import caption_mask
+from clips.model.layers import attention
+from clips.recipes import PRESETS
+from clips.studies.benchmark import captioner_of
 from clips.studies.calibrate import Case, compare
 from clips.studies.gpu_report import towers
 from clips.training.engine import Engine
@@ -43,7 +48,7 @@ def losses(run: RunConfig, zero: dict, device: torch.device, steps: int = 4) -> 
     for step in range(steps):
         loss, _ = engine(moved(step, device))
         engine.backward(loss)
-        assert engine.agree(loss, stop=False) == (True, False)
+        assert engine.agree(loss, stop=0).finite
         engine.step()
         found.append(loss.item())
     return found
@@ -80,6 +85,52 @@ def test_every_stage_trains_the_same(kind: str) -> None:
     assert reference[-1] < reference[0]
     for zero in [*STAGES[1:], OFFLOAD]:
         assert losses(run, zero, GPU) == pytest.approx(reference, rel=1e-3), zero
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: str) -> None:
+    init_distributed(GPU)
+    run = tiny_run(kind=kind)
+    engine = Engine(Task(random_model(run), run), run, GPU, {"zero_optimization": {"stage": 0}})
+    engine.set_lr(1e-2, 2e-2)
+    on_device = {**engine.task.counted(tiny_batch(0)), **moved(0, GPU)}
+    try:
+        for step in range(4):
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one makes what stays
+            loss, _ = engine(on_device)
+            engine.backward(loss)
+            torch.cuda.set_sync_debug_mode("default")
+            assert engine.agree(loss, stop=0).finite
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            engine.step()
+            engine.limit_logit_scale()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["S/16", "B/16", "L/14", "H/14"])
+def test_masked_attention_has_a_fused_kernel(name: str) -> None:
+    """scaled_dot_product_attention fails where plain products are forbidden and no other kernel takes the mask."""
+    model, B = PRESETS[name], 8
+    text, captioner = model.text, captioner_of(model)
+    for slots in (text.context_length, 37, 22):  # texts are as long as the longest of their batch
+        visible = torch.arange(slots, device=GPU) < torch.randint(3, slots, (B, 1), device=GPU)
+        masks = {(text.heads, text.width): visible[:, None, None, :]}
+        patches, positions = model.vision.tokens(112 - 112 % model.vision.patch_size), captioner.length - 1
+        mask = caption_mask(patches + slots - 1, positions, visible[:, :-1], GPU)
+        for (heads, width), shown in [*masks.items(), ((captioner.heads, captioner.width), mask)]:
+            L = shown.shape[-1]
+            q, k, v = (torch.randn(B, heads, L, width // heads, device=GPU, dtype=torch.bfloat16) for _ in range(3))
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+                fused = attention(*inputs, shown)
+                gradients = torch.autograd.grad(fused.float().pow(2).sum(), inputs)
+            exact = [x.detach().float().requires_grad_() for x in inputs]
+            with sdpa_kernel(SDPBackend.MATH):
+                plain = attention(*exact, shown)
+            wanted = torch.autograd.grad(plain.pow(2).sum(), exact)
+            for a, b in zip([fused, *gradients], [plain, *wanted], strict=True):
+                assert (a.float() - b).norm() <= 2e-2 * b.norm(), (name, L, heads)
 
 
 def test_compiled_trains_the_same() -> None:

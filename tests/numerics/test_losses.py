@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import random_model, tiny_batch, tiny_run
+from conftest import drawn_tokens, dropping, generative, random_model, tiny_batch, tiny_run
 
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
@@ -93,13 +93,75 @@ def test_task_is_alpha_contrastive_plus_beta_caption() -> None:
     scale = model.logit_scale.exp().item()
     contrastive = 0.5 * sum(slow_info_nce(image, model.encode_text(batch[name]), scale) for name in ("web", "sub"))
     _, tokens = model.visual(batch["images"])
-    _, states, visible = model.text(batch["web"])
+    ((_, states, visible),) = model.text(batch["web"])
     hidden = model.captioner(tokens[:, 1:], states, visible, batch["caption"][:, :-1])
     targets = batch["caption"][:, 1:].masked_fill(batch["caption"][:, 1:] == 0, IGNORE)
     caption = slow_caption_loss(model, hidden, targets)
     assert parts["contrastive_loss"].item() == pytest.approx(contrastive, rel=1e-5)
     assert parts["caption_loss"].item() == pytest.approx(caption, rel=1e-5)
     assert loss.item() == pytest.approx(contrastive + 2 * caption, rel=1e-5)  # α = 1, β = 2
+
+
+def slow_dropped_states(model: CLIPSModel, batch: dict[str, torch.Tensor], row: int) -> tuple[torch.Tensor, ...]:
+    """One sample, its tokens put together one by one: (pooled [D], caption states [T, D])."""
+    tower, captioner = model.visual, model.captioner
+    image, grid = batch["images"][row], tower.image_size // 8
+    tokens = [tower.cls_token + tower.pos_embed[0]]
+    for place in batch["patches"][row].tolist():
+        y, x = 8 * (place // grid), 8 * (place % grid)
+        pixels = image[:, y : y + 8, x : x + 8]
+        patch = (tower.patch_embed.weight * pixels).sum(dim=(1, 2, 3)) + tower.patch_embed.bias
+        tokens.append(patch + tower.pos_embed[1 + place])
+    seen = tower.blocks(torch.stack(tokens)[None])[0, 1:]
+    prefix = [captioner.image_proj(seen[place]) for place in batch["image_tokens"][row].tolist()]
+    if captioner.config.web:
+        ((_, states, visible),) = model.text(batch["web"][row : row + 1])
+        prefix += [captioner.text_proj(state) for state, there in zip(states[0], visible[0], strict=True) if there]
+    ids = batch["caption"][row, :-1].tolist()
+    queries = list(captioner.queries[: len(ids)])
+    out = []
+    for k in range(len(ids)):  # causal: position k alone with what it may see; the prefix never sees queries
+        states = torch.stack(prefix + queries[: k + 1])[None]
+        mask = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool).tril()
+        mask[:, : len(prefix)] = True
+        out.append(captioner.norm(captioner.blocks(states, mask)[0, -1]))
+    return seen.mean(dim=0), torch.stack(out)
+
+
+@pytest.mark.parametrize("objective", ["clips", "caption", "caption+web"])
+def test_dropped_tokens_against_a_tower_and_a_captioner_that_never_had_them(objective: str) -> None:
+    run = dropping(tiny_run())
+    run = run if objective == "clips" else generative(run, objective)
+    task, batch = Task(random_model(run), run), tiny_batch(0) | drawn_tokens(0)
+    model = task.model
+    loss, parts = task(batch)
+    slow = [slow_dropped_states(model, batch, row) for row in range(8)]
+    targets = batch["caption"][:, 1:].masked_fill(batch["caption"][:, 1:] == 0, IGNORE)
+    caption = slow_caption_loss(model, torch.stack([states for _, states in slow]), targets)
+    assert parts["caption_loss"].item() == pytest.approx(caption, rel=1e-5)
+    contrastive = 0.0
+    if objective == "clips":
+        pooled = model.visual.norm(torch.stack([pooled for pooled, _ in slow]))
+        image = torch.nn.functional.normalize(model.visual.proj(pooled), dim=-1)
+        texts, scale = [model.encode_text(batch[name]) for name in ("web", "sub")], model.logit_scale.exp().item()
+        contrastive = sum(slow_info_nce(image, text, scale) for text in texts) / 2
+        assert parts["contrastive_loss"].item() == pytest.approx(contrastive, rel=1e-5)
+    else:
+        assert parts.keys() == {"caption_loss", "loss"}
+    assert loss.item() == pytest.approx(contrastive + 2 * caption, rel=1e-5)
+    loss.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert not without, "every parameter that trains is reached"
+
+
+def test_tokens_that_were_not_drawn_are_missed() -> None:
+    run = dropping(tiny_run())
+    task = Task(random_model(run), run)
+    for name in ("patches", "image_tokens"):
+        batch = tiny_batch(0) | drawn_tokens(0)
+        del batch[name]
+        with pytest.raises(KeyError, match=name):
+            task(batch)
 
 
 @pytest.mark.parametrize(("run", "expected"), GOLDEN)

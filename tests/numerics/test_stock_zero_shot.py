@@ -42,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spread(model: CLIPSModel, pixels: torch.Tensor, ids: torch.Tensor) -> None:
     """Take what all features of an untrained model have in common out of them, by the last norms' biases."""
     model.visual.norm.bias -= model.visual(pixels)[0].mean(dim=0)
-    model.text.norm.bias -= model.text(ids)[0].mean(dim=0)
+    model.text.norm.bias -= model.text(ids)[0].pooled.mean(dim=0)
 
 
 @pytest.mark.parametrize("pad_mask", [False, True])

@@ -153,12 +153,12 @@ def test_text_towers_equal_the_plain_reference(fields):
     words = [[1, 5, 6, 2], [1, 2], [1, 7, 8, 9, 10, 11, 2]]
     slots = 8 if config.pool == "cls" else 9
     rows = [row + [0] * (slots - len(row)) + [3] * (config.pool == "cls") for row in words]
-    pooled = tower(torch.tensor(rows))[0]
+    pooled = tower(torch.tensor(rows))[0].pooled
     for found, row in zip(pooled, rows, strict=True):
         torch.testing.assert_close(found, slow_text(tower, row), **CLOSE)
     if config.trim:  # the same at the batch's own length
         short = [[*row[:8], 3] if config.pool == "cls" else row[:7] for row in rows]
-        torch.testing.assert_close(tower(torch.tensor(short))[0], pooled, **CLOSE)
+        torch.testing.assert_close(tower(torch.tensor(short))[0].pooled, pooled, **CLOSE)
     else:
         with pytest.raises(ValueError, match="context is 9"):
             tower(torch.tensor([row[1:] for row in rows]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, tiny_run
+from conftest import generative, random_model, tiny_run
 from hostile import HOSTILE
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -81,6 +81,29 @@ def test_the_code_of_a_card_runs_beside_it(
         shown = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
         assert len(shown) == 2
         assert (sum(shown) == pytest.approx(1, abs=1e-3)) == (kind == "open_clip")
+
+
+@pytest.mark.parametrize("kind", ["native", "hf_vit"])
+@pytest.mark.parametrize("objective", ["caption", "caption+web"])
+def test_the_card_of_a_model_without_text_features_promises_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, kind: str
+) -> None:
+    run = generative(tokenizer_run(), objective)
+    model, place = random_model(run), tmp_path / "runs/mine/export"
+    export_all(model, run, TOKENIZER, place, torch.randn(2, 3, 32, 32), ["a cat", "two dogs"])
+    assert sorted(path.name for path in place.iterdir() if path.is_dir()) == ["hf_vit", "native"]
+    card = (place / kind / "README.md").read_text(encoding="utf-8")
+    assert "learned from captions alone" in card
+    assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
+    assert ("text 32" in card) == (objective == "caption+web")
+    monkeypatch.chdir(place / kind)
+    Image.new("RGB", (32, 32), "red").save("picture.png")
+    (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(block, names)
+    if kind == "hf_vit":
+        own = model.encode_image(torch.as_tensor(names["inputs"]["pixel_values"]))
+        assert torch.allclose(names["feature"], own, atol=1e-5)
 
 
 def test_headers_are_the_hub_s(tmp_path: Path) -> None:

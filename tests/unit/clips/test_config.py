@@ -120,6 +120,39 @@ def test_direct_construction_is_validated_too() -> None:
             wrong()
 
 
+@pytest.mark.parametrize(
+    ("name", "assignments", "said"),
+    [
+        (
+            "demo",
+            ["task.objective=caption"],
+            "embed_dim is 128, and the objective caption has no contrastive loss: set",
+        ),
+        ("demo", ["model.embed_dim=0"], "embed_dim is 0, and the objective clips has a contrastive loss"),
+        ("caption", ["model.captioner=null"], "trains by the captioner alone"),
+        ("caption", ["task.caption_weight=0"], "trains by the captioner alone"),
+        ("caption", ["model.captioner.web=true"], r"web is true, which is not the objective caption: --recipe cap"),
+        ("caption", ["task.objective=caption+web"], "web is false, which is not the objective caption"),
+        ("caption", ["train.contrastive=global"], "has no contrastive loss; leave it out"),
+        ("caption", ["train.freeze=text"], "has no text tower"),
+        ("demo", ["model.captioner.image_token_keep=0"], r"image_token_keep 0.0 is not in \(0, 1\]"),
+        ("demo", ["model.vision.patch_dropout=1"], r"patch_dropout 1.0 is not in \[0, 1\)"),
+        ("demo", ["model.embed_dim=-1"], "embed_dim -1 is negative"),
+    ],
+)
+def test_a_model_and_its_objective_must_fit(name: str, assignments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        recipe(name).override(assignments)
+
+
+def test_at_least_one_token_is_kept() -> None:
+    vision = recipe("demo").override(["model.vision.patch_dropout=0.99"]).model.vision
+    assert [vision.kept_tokens(size) for size in (16, 64, 320)] == [1, 1, 4]
+    assert recipe("demo").model.vision.kept_tokens(64) == 16
+    captioner = recipe("demo").override(["model.captioner.image_token_keep=0.3"]).model.captioner
+    assert [captioner.kept_tokens(count) for count in (1, 16, 196)] == [1, 5, 59]
+
+
 def test_override_sets_one_field_and_leaves_the_rest() -> None:
     run = replace(tiny_run(), phases=tiny_run().phases * 2)
     changed = run.override(

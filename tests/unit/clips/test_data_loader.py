@@ -30,7 +30,7 @@ from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from tests.conftest import tiny_run
+from tests.conftest import dropping, generative, tiny_run
 
 COUNT = 40
 WEB = [f"web text number {i}" for i in range(COUNT)]
@@ -321,6 +321,43 @@ def test_seeds_and_positions_draw_anew(source: Source, tokenizer: CaptionTokeniz
     assert all(len(texts) == 10 for texts in first.values())
     assert sum(len(set(texts)) == 3 for texts in first.values()) > COUNT * 0.8, "every sentence gets its turn"
     assert first == drawn(0) != drawn(1)
+
+
+def test_dropped_tokens_are_drawn_by_seed_and_position_alone(source: Source, tokenizer: CaptionTokenizer) -> None:
+    run = dropping(a_run())
+    whole, same = (batches(source, tokenizer, run) for _ in range(2))
+    plain = batches(source, tokenizer, a_run())
+    for batch, again, without in zip(whole, same, plain, strict=True):
+        assert_same(batch, again)
+        assert_same({k: v for k, v in batch.items() if k not in ("patches", "image_tokens")}, without)
+        for name, there, kept in (("patches", 16, 8), ("image_tokens", 8, 3)):
+            assert batch[name].shape == (8, kept)
+            assert batch[name].dtype == torch.int64
+            for row in batch[name].tolist():
+                assert row == sorted(set(row))
+                assert set(row) <= set(range(there))
+    counts = torch.cat([batch["patches"] for batch in batches(source, tokenizer, run, stop=200)]).flatten().bincount()
+    assert counts.min() > 0.8 * counts.max(), "every patch has its turn"
+    assert_same(batches(source, tokenizer, run, start=2)[0], whole[2])  # resumed
+    for rank in range(2):
+        for batch, part in zip(whole, batches(source, tokenizer, run, rank=rank, world_size=2), strict=True):
+            for name in ("patches", "image_tokens"):
+                assert torch.equal(part[name], batch[name][4 * rank : 4 * rank + 4])
+    in_workers = replace(run, data=replace(run.data, workers=2))
+    for batch, other in zip(whole, batches(source, tokenizer, in_workers), strict=True):
+        assert_same(batch, other)
+    other_seed = replace(run, train=replace(run.train, seed=1))
+    assert not torch.equal(batches(source, tokenizer, other_seed)[0]["patches"], whole[0]["patches"])
+
+
+@pytest.mark.parametrize(("objective", "texts"), [("caption", set()), ("caption+web", {"web"})])
+def test_objectives_that_write_captions_read_no_sub_caption(
+    objective: str, texts: set[str], source: Source, tokenizer: CaptionTokenizer
+) -> None:
+    first, clips = (batches(source, tokenizer, r)[0] for r in (generative(a_run(), objective), a_run()))
+    assert first.keys() & {"web", "sub", "caption"} == {"caption", *texts}
+    for name in ("images", "caption", *texts):
+        assert torch.equal(first[name], clips[name]), name
 
 
 def test_the_clip_objective_has_one_text(source: Source, tokenizer: CaptionTokenizer) -> None:

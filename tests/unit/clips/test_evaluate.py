@@ -12,7 +12,13 @@ from PIL import Image
 
 from clips.common.errors import NotFiniteError, UserError
 from clips.data.sample import BrokenSample
-from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.evaluation.metrics import (
+    expected_hits,
+    linear_probe,
+    retrieval_metrics,
+    token_accuracy,
+    zero_shot_metrics,
+)
 from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, load_classes
 
 
@@ -69,6 +75,13 @@ def test_expected_hits_is_the_mean_over_all_orders_of_the_ties(better, tied, pos
         mean = sum(any(order[: max(0, k - better)]) for order in orders) / len(orders)
         found = expected_hits(torch.tensor([better]), torch.tensor([tied]), torch.tensor([positives]), k)
         assert found.item() == pytest.approx(mean)
+
+
+def test_tokens_are_counted_against_always_naming_the_commonest():
+    found = token_accuracy(torch.tensor([5, 5, 2, 9]), torch.tensor([5, 7, 2, 5]))
+    assert (found.value, found.chance, found.items) == (50, 50, 4)
+    always = token_accuracy(torch.full((5,), 3), torch.tensor([3, 3, 3, 4, 5]))
+    assert always.value == always.chance == 60
 
 
 def test_constant_features_score_chance(random_set):

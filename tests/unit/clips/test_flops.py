@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_run
+from conftest import drawn_tokens, dropping, generative, tiny_batch, tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clips.config import Freeze, ModelConfig
-from clips.model.clips import CLIPSModel
+from clips.model.clips import CLIPSModel, Counts
 from clips.model.flops import BatchShape, forward_flops, training_flops
 from clips.recipes import PRESETS
 from clips.training.task import Task
@@ -29,7 +29,9 @@ def test_every_preset_forward_and_backward(preset: str) -> None:
         texts = [torch.zeros(2, web, dtype=torch.long), torch.zeros(2, sub, dtype=torch.long)]
         ids = torch.zeros(2, caption, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            out = model(images, texts, ids)
+            tokens = 2 * (config.vision.tokens(size) - 1 + web) + 30
+            counts = Counts([2 * web, 2 * sub], predicted=30, captioner=tokens)
+            out = model(images, texts, ids, counts=counts)
             assert model.captioner is not None
             assert out.caption_states is not None
             logits = model.captioner.head(out.caption_states.flatten(0, 1)[:30])
@@ -65,6 +67,28 @@ def test_the_real_task_on_a_padded_batch(pool: str, freeze: Freeze) -> None:
     assert run.model.captioner is not None
     again = predicted * 2 * run.model.captioner.width * run.model.text.vocab_size
     assert task.flops(batch) + again == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("freeze", ["none", "vision"])
+@pytest.mark.parametrize("objective", ["clips", "caption", "caption+web"])
+def test_dropped_tokens_and_absent_parts_cost_nothing(objective: str, freeze: Freeze) -> None:
+    run = dropping(tiny_run())
+    run = run if objective == "clips" else generative(run, objective)
+    run = replace(run, train=replace(run.train, freeze=freeze))
+    batch = tiny_batch(3) | drawn_tokens(3)
+    if objective == "caption":
+        del batch["web"]
+    if objective != "clips":
+        del batch["sub"]
+    task = Task(CLIPSModel(run.model, pad_id=0), run)
+    task.model.freeze(freeze)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss, _ = task(batch)
+        loss.backward()
+    again = int((batch["caption"][:, 1:] != 0).sum()) * 2 * 32 * 64  # the head, which is computed twice
+    assert task.flops(batch) + again == counter.get_total_flops()
+    without = replace(run, model=replace(run.model, vision=replace(run.model.vision, patch_dropout=0.0)))
+    assert sum(training_flops(without.model, task.shape(batch), freeze).values()) > task.flops(batch)
 
 
 def _pooled(model: ModelConfig, pool: str) -> ModelConfig:

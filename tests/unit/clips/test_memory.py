@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_batch, tiny_run
+from conftest import ROOT, drawn_tokens, dropping, generative, run_python, tiny_batch, tiny_run
 from torch.autograd.graph import saved_tensors_hooks
 from zero_worker import STAGES
 
@@ -20,17 +20,6 @@ from clips.training.memory import Place, Usage, count_parameters, held, parts_of
 from clips.training.task import Task
 
 Batch = dict[str, torch.Tensor]
-
-
-def shape_of(batch: Batch) -> BatchShape:
-    caption = batch.get("caption")
-    return BatchShape(
-        samples=len(batch["images"]),
-        image_size=batch["images"].shape[-1],
-        texts=[batch[name].shape[1] for name in ("web", "sub") if name in batch],
-        caption=caption.shape[1] if caption is not None else 0,
-        predicted=int((caption[:, 1:] != 0).sum()) if caption is not None else 0,
-    )
 
 
 def full_batch(run: RunConfig, size: int, image_size: int, length: int, caption: int) -> Batch:
@@ -62,7 +51,10 @@ def kept_by_autograd(task: Task, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["tiny", "S/16", "S/16 at 336 px"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", "S/16", "S/16 at 336 px", "S/16 dropping", "S/16 dropping, caption", "S/16 dropping, caption+web"],
+)
 def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     """At 336 px the captioner is beyond the length up to which a CPU uses plain products."""
     if name == "tiny":
@@ -71,16 +63,22 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
         run = recipe("s16").override([f"train.precision={precision}", "train.activation_checkpointing=false"])
         run = replace(run, model=replace(run.model, vision=replace(run.model.vision, layers=4)))
         batch = full_batch(run, 2, 336 if "336" in name else 112, 40, 100)
+    if "dropping" in name:
+        run, batch = dropping(run), batch | drawn_tokens(0, size=2, patches=196)
+    if "caption" in name:
+        run = generative(run, name.split()[-1])
+        batch = {key: batch[key] for key in batch if key not in ("web", "sub") or key in run.task.texts}
     model = CLIPSModel(run.model, pad_id=0)
     model.visual.set_image_size(batch["images"].shape[-1])
     place = Place("cpu", bf16=precision == "bf16", checkpointing=False)
-    parts = parts_of(run, shape_of(batch), place)
+    task = Task(model, run)
+    parts = parts_of(run, task.shape(batch), place)
     assert list(parts) == ["vision", "text", "contrastive", "captioner", "head"]
     copies = 2 * count_parameters(run.model, run.optim, "none").products if place.bf16 else 0
     if place.bf16:  # the head's copy is made, and goes, inside its checkpoint
         copies -= 2 * sum(p.numel() for p in model.captioner.head.parameters())
     expected = copies + sum(part.kept for name, part in parts.items() if name != "head")
-    assert expected == pytest.approx(kept_by_autograd(Task(model, run), batch), rel=0.05)
+    assert expected == pytest.approx(kept_by_autograd(task, batch), rel=0.05)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -89,12 +87,18 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     parameters = count_parameters(run.model, run.optim, "none")
     with torch.device("meta"):
         model = CLIPSModel(run.model, pad_id=0)
-    assert parameters.trained == model.parameter_counts()["total"]
-    assert parameters.frozen == 0
+    untrained = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert (untrained == 0) == run.task.contrasts, "else nothing reaches the norms behind the towers"
+    assert parameters.trained == model.parameter_counts()["total"] - untrained
+    assert parameters.frozen == untrained
     assert ("muon" in parameters.groups) == (run.optim.kind == "muon")
     frozen = count_parameters(run.model, run.optim, "vision")
-    assert frozen.frozen == model.parameter_counts()["vision"] - model.visual.proj.weight.numel()
-    assert frozen.trained + frozen.frozen == parameters.trained
+    towers = sum(p.numel() for name, p in model.visual.named_parameters() if not name.startswith("proj."))
+    others = sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("visual.") and not p.requires_grad
+    )
+    assert frozen.frozen == towers + others
+    assert frozen.trained + frozen.frozen == model.parameter_counts()["total"]
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import tiny_run
 
 from clips.common.errors import UserError
-from clips.config import PhaseConfig
+from clips.config import PhaseConfig, Schedule
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
@@ -36,7 +37,7 @@ TOWERS = {
 
 
 def test_the_table_of_recipes() -> None:
-    assert list(RECIPES) == ["demo", "clip_baseline", *PAPER]
+    assert list(RECIPES) == ["demo", "clip_baseline", "caption", "caption_web", *PAPER]
     for name, make in RECIPES.items():
         assert recipe(name) == make()
         assert recipe(name).recipe == name
@@ -44,7 +45,9 @@ def test_the_table_of_recipes() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'b32' is not known; choose one of: demo, clip_baseline, s16, b16, l14, h14"):
+    with pytest.raises(
+        UserError, match="'b32' is not known; choose one of: demo, clip_baseline, caption, caption_web, s16"
+    ):
         recipe("b32")
 
 
@@ -74,6 +77,7 @@ def test_paper_recipes_are_the_papers(name: str) -> None:
     assert (text.width, text.layers, text.heads) == (captioner.width, captioner.layers, captioner.heads) == language
     assert (vision.patch_size, run.model.embed_dim, vision.image_size) == (patch, embed, RESOLUTIONS[name][-1])
     assert (text.context_length, text.vocab_size, captioner.length) == (80, 32_000, 128)
+    assert (vision.patch_dropout, captioner.image_token_keep, captioner.web) == (0.0, 1.0, True)
     assert not vision.pre_norm
     assert run.data.train == "", "there is no default for somebody's own data"
 
@@ -94,6 +98,18 @@ def test_the_demo_uses_muon_and_its_baseline_differs_in_the_objective_only() -> 
     assert baseline.data == demo.data
     assert baseline.optim.kind == demo.optim.kind
     assert (baseline.model.vision, baseline.model.text) == (demo.model.vision, demo.model.text)
+
+
+@pytest.mark.parametrize(("name", "objective"), [("caption", "caption"), ("caption_web", "caption+web")])
+def test_recipes_by_captions_alone_differ_from_the_demo_in_the_objective_only(name: str, objective: str) -> None:
+    demo, run = recipe("demo"), recipe(name)
+    assert (run.task.objective, run.model.embed_dim, run.model.captioner.web) == (objective, 0, name == "caption_web")
+    assert run.model.captioner.image_token_keep == 0.3
+    assert (run.data, run.optim, run.phases, run.captions) == (demo.data, demo.optim, demo.phases, demo.captions)
+    assert (run.model.vision, run.model.text) == (demo.model.vision, demo.model.text)
+    model = CLIPSModel(run.model, pad_id=0)
+    assert (model.text is not None) == (name == "caption_web")
+    assert not any(part in key for key in model.state_dict() for part in ("visual.proj", "text.proj"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -129,7 +145,7 @@ def phase(samples: int, warmup: int, schedule: str, batch: int = 10) -> PhaseCon
     return replace(small, samples=samples, batch_size=batch, warmup_samples=warmup, schedule=schedule)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_the_warm_up_is_a_straight_line_to_the_peak(schedule: str) -> None:
     p = phase(1000, 200, schedule)  # 100 steps, 20 of warm-up
     factors = [lr_factor(p, step) for step in range(p.steps)]
@@ -160,7 +176,14 @@ def test_trapezoid_against_points_worked_out_by_hand() -> None:
     assert factors[-1] == pytest.approx(1 / 30), "the last step still learns"
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_linear_and_constant_against_points_worked_out_by_hand() -> None:
+    factors = [lr_factor(phase(1200, 200, "linear"), step) for step in range(120)]  # 20 up, then 100 down
+    assert factors[20:] == pytest.approx([(120 - step) / 100 for step in range(20, 120)])
+    factors = [lr_factor(phase(1200, 200, "constant"), step) for step in range(120)]
+    assert factors[19:] == [1.0] * 101
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_short_and_odd_phases(schedule: str) -> None:
     for p in (
         phase(10, 0, schedule),  # one step

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script_parser
 from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from rich.console import Console
-from tiny_mllm import pictures, tiny_work, write_llm, write_run
+from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place
+from tiny_mllm import pictures, tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clips.common.errors import CommandError, UserError
@@ -35,12 +36,20 @@ from clips.data.tokenizer import build_tokenizer
 from clips.recipes import debug_twin, recipe
 from clips.training.log import RunLog
 from mllm.compare.benchmarks import benchmark_log, benchmark_results, missing_benchmarks
-from mllm.compare.cells import RECIPES, Cell, cells_of, encoder_names, encoders_to_pretrain, is_done
+from mllm.compare.cells import (
+    RECIPES,
+    cells_of,
+    encoder_groups,
+    encoder_names,
+    encoders_to_pretrain,
+    is_done,
+    llava_runs,
+)
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, check_request, load_encoders
-from mllm.compare.collect import collect
 from mllm.compare.commands import pretrain_config, stage_samples, train_arguments
-from mllm.compare.comparison import Comparison, budget_share, evaluation_settings
+from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings
 from mllm.compare.figures import compare_scores, item_scores, read_answers
+from mllm.compare.fix import fix
 from mllm.compare.report import markdown, sentence, write_report
 from mllm.compare.run import run_cell
 from mllm.compare.view import PRETRAINING, StateTable, print_overview, seconds_of_cell
@@ -49,89 +58,17 @@ from mllm.encoders.registry import load_vision
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.model.projector import save_projector
 from mllm.training.log import MetricsLog
-from mllm.training.prepare import PROJECTOR, encoder_of, prepare
-from mllm.training.stages import STAGES
+from mllm.training.prepare import PROJECTOR, prepare
 
-ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
-NAMES = ("clips", "clip", "random", "blind")
-SKILL = {"clips": 0.9, "clip": 0.55, "random": 0.5, "blind": 0.3}
-FLAGS = (
-    *("--model_name_or_path", "llm", "--image_folder", "images", "--batch_size", "4"),
-    *("--align.data_path", "align.json", "--instruct.data_path", "instruct.json"),
-)
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("compare")
-    write_run(root / "clips-run", seed=1)
-    write_run(root / "clip-run", "clip", seed=2)
-    write_llm(root / "llm")
-    names = pictures(root / "images", 12)
-    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
-    more = [{"from": "human", "value": "And now?"}, said[1]]
-    captions = [{"id": name, "image": name, "conversations": said} for name in names]
-    records = [{"id": name, "image": name, "conversations": said + more * (i % 3)} for i, name in enumerate(names)]
-    text_only = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Hello"}, said[1]]} for i in range(4)]
-    (root / "align.json").write_text(json.dumps(captions))
-    (root / "instruct.json").write_text(json.dumps(records + text_only))
-    questions = [
-        {"question_id": 10 * i + j, "image": name, "text": f"{kind}?", "kind": kind, "answer": "yes"}
-        for i, name in enumerate(names)
-        for j, kind in enumerate(("identity", "where", "yes_no"))
-    ]
-    (root / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    return root
-
-
-@pytest.fixture
-def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.chdir(made)
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def comparison_of(output: Path, **options: object) -> Comparison:
-    settings = {"encoders": ENCODERS, "seeds": 3, "output": output / "out", "train_flags": FLAGS, "device": "cpu"}
-    settings |= {"question_file": Path("question.jsonl"), "question_images": Path("images")}
-    return Comparison(**settings | options)
-
-
-def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
-    """A finished cell as run_cell leaves it, without the model; a question is answered right with chance `skill`."""
-    config = {}
-    for number, stage in STAGES.items():
-        trains = train_arguments(comparison, cell, number).what_trains()
-        trains["vision_fingerprint"] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
-        facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
-        config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
-        done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
-        (cell.directory / stage.name).mkdir(parents=True)
-        (cell.directory / stage.name / "done.json").write_text(json.dumps(done))
-    write = {"config": config, "env": {"device": "cpu"}, "cost": {"align": 10.0, "instruct": 20.0, "evaluation": 5.0}}
-    write["cell"] = {"evaluation": evaluation_settings(comparison)}
-    for name, content in write.items():
-        (cell.directory / f"{name}.json").write_text(json.dumps(content))
-    rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
-    lines = []
-    for question in map(json.loads, Path(comparison.question_file).read_text().splitlines()):
-        right = bool(rng.random() < skill)
-        line = {"question_id": question["question_id"], "prompt": question["text"], "image": question["image"]}
-        line |= {"kind": question["kind"], "expected": "yes", "text": "yes" if right else "<b>no", "correct": right}
-        lines.append(json.dumps(line))
-    cell.evaluation.mkdir()
-    (cell.evaluation / f"{comparison.question_file.stem}.jsonl").write_text("\n".join(lines) + "\n")
-    accuracy = np.mean(['"correct": true' in line for line in lines])
-    cell.figures.write_text(json.dumps({"exact_match": {"overall": {"accuracy": accuracy}}}))
+__all__ = ["made", "place"]  # fixtures
 
 
 @pytest.fixture
 def finished(place: Path) -> Comparison:
-    comparison = comparison_of(place)
-    for cell in cells_of(comparison):
-        write_cell(comparison, cell, SKILL[cell.encoder])
-    return comparison
+    return finish(comparison_of(place))
 
 
 class Recorder(Commands):
@@ -193,7 +130,7 @@ def test_the_seed_of_a_cell_is_that_of_the_random_encoder_too(place: Path) -> No
 
 
 def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tmp_path: Path) -> None:
-    """Both recipes agree in data, seed, steps and order; a run that saw more samples is no baseline."""
+    """All recipes agree in data, seed, steps and order; a run that saw more samples is no baseline."""
     runs = []
     for kind, name in RECIPES.items():
         run, config = tmp_path / kind, recipe(name)
@@ -202,19 +139,20 @@ def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tm
         line = {"kind": "train", "step": 625, "samples": 80_000}
         (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         runs.append(run)
-    assert_same_samples(*runs)
+    for other in runs[1:]:
+        assert_same_samples(runs[0], other)
     (runs[1] / "metrics.jsonl").write_text(json.dumps(line | {"samples": 147_000, "step": 1148}) + "\n")
     with pytest.raises(UserError, match=r"no fair baseline.*\n.*samples and steps seen: .*80000.*147000"):
-        assert_same_samples(*runs)
+        assert_same_samples(*runs[:2])
     config = recipe("clip_baseline")
     longer = dataclasses.replace(config.phases[0], samples=147_000)
     dataclasses.replace(config, phases=(longer,)).save(runs[1] / "config.json")
     with pytest.raises(UserError, match="phases"):
-        assert_same_samples(*runs)
+        assert_same_samples(*runs[:2])
 
 
 def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -> None:
-    """Batches of both recipes at the same positions: equal samples, equal pixels, augmentation included."""
+    """Batches of all recipes at the same positions: equal samples, equal pixels, augmentation included."""
     rows = [{"path": f"images/{name}", "alt": f"a thing {name}", "caption": f"A thing. It is {name}."}
             for name in pictures(tmp_path / "images", 12)]  # fmt: skip
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -225,9 +163,10 @@ def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -
         run = debug_twin(recipe(name))
         data = BatchDataset(source, tokenizer, run)
         batches.append([data[0, range(begin, begin + 8)] for begin in range(0, 32, 8)])
-    for ours, theirs in zip(*batches, strict=True):
-        assert ours["keys"] == theirs["keys"]
-        assert torch.equal(ours["images"], theirs["images"])
+    for ours, *others in zip(*batches, strict=True):
+        for theirs in others:
+            assert ours["keys"] == theirs["keys"]
+            assert torch.equal(ours["images"], theirs["images"])
     assert len({key for batch in batches[0] for key in batch["keys"]}) == 12
 
 
@@ -244,15 +183,15 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
         "blind-seed0",
         "clips-seed1",
     ]
-    assert pretrained(comparison) == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(3)}
+    assert pretrained(comparison) == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(5)}
     by_name = {cell.name: cell.vision for cell in cells_of(comparison)}
     assert by_name["clip-seed2"] == f"clip:{tmp_path}/encoders/clip-seed2"
     assert by_name["random-seed1"] == f"random:{tmp_path}/encoders/clips-seed1"
-    quick = dataclasses.replace(comparison, quick=True)
+    quick = dataclasses.replace(comparison, seeds=1, llava_seeds=3)
     assert pretrained(quick) == {"clips-seed0", "clip-seed0"}
     of_clip = {cell.vision for cell in cells_of(quick) if cell.encoder == "clip"}
     assert of_clip == {f"clip:{tmp_path}/encoders/clip-seed0"}
-    given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, output=tmp_path)
+    given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, llava_seeds=2, output=tmp_path)
     assert [cell.vision for cell in cells_of(given)] == [
         "clips:runs/x-0",
         "blind:runs/x-0",
@@ -266,6 +205,29 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
     assert pretrained(Comparison(encoders=("random", "blind"), seeds=1, output=tmp_path)) == {"clips-seed0"}
 
 
+def test_llava_seeds_lie_within_pretraining_seeds(tmp_path: Path) -> None:
+    """One run more than encoders by default; more of either kind of seed keep the cells that are there."""
+    comparison = Comparison(encoders=("clips", "hf:some/model", "random", "blind"), output=tmp_path)
+    clips = [cell for cell in cells_of(comparison) if cell.encoder == "clips"]
+    assert [(cell.pretraining_seed, cell.seed) for cell in clips] == [(s, s) for s in range(5)] + [(0, 1000)]
+    assert (clips[5].name, clips[5].run) == ("clips-seed0-llava1000", "seed 0, LLaVA seed 1000")
+    assert clips[5].vision == clips[0].vision == f"clips:{tmp_path}/encoders/clips-seed0"
+    assert len({cell.seed for cell in clips}) == 6  # no two runs share a seed, whatever their encoders
+    few = Comparison(encoders=comparison.encoders, seeds=3, output=tmp_path)
+    grid = Comparison(encoders=comparison.encoders, seeds=5, llava_seeds=10, output=tmp_path)
+    assert len(cells_of(few)) == 4 * 4
+    assert set(cells_of(few)[:12]) < set(cells_of(comparison)) < set(cells_of(grid))
+    fixed = Comparison(encoders=("hf:some/model", "blind"), output=tmp_path)
+    assert len(cells_of(fixed)) == 2 * 5  # one encoder for all runs: there are no two kinds of seed to tell apart
+    assert len(cells_of(Comparison(encoders=("clips", "blind"), seeds=1, output=tmp_path))) == 2
+    groups = {name: encoder_groups(comparison, name).tolist() for name in ("clips", "hf", "random", "blind")}
+    assert groups["clips"] == [0, 1, 2, 3, 4, 0]
+    assert groups["random"] == [0, 1, 2, 3, 4, 5]
+    assert groups["hf"] == groups["blind"] == [0] * 6
+    assert encoder_groups(comparison, "clips", "random").tolist() == groups["clips"]
+    assert encoder_groups(comparison, "hf", "random").tolist() == groups["random"]
+
+
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = comparison_of(place), comparison_of(place, quick=True)
     cell = cells_of(full)[0]
@@ -275,6 +237,8 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
     assert (train_arguments(steps, cell, 2).max_steps, train_arguments(steps, cell, 1).max_steps) == (6, -1)
     assert stage_samples(steps, cell, 2) == 24
+    asked = [comparison_from_flags(script_parser("compare_encoders").parse_args(w)) for w in ([], ["--quick"])]
+    assert [(comparison.seeds, llava_runs(comparison)) for comparison in asked] == [(5, 6), (1, 3)]
     given = dataclasses.replace(quick, limit=7)
     assert [evaluation_settings(asked)["limit"] for asked in (full, quick, given)] == [None, 400, 7]
     demo = dataclasses.replace(full, train_flags=())
@@ -324,8 +288,16 @@ def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> 
 def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: Path) -> None:
     shorter = dataclasses.replace(finished, limit=7)
     place = cells_of(finished)[0].evaluation
-    with pytest.raises(UserError, match=rf"limit: None there, 7 asked\n.*remove {place}"):
+    with pytest.raises(UserError, match=rf"limit: None there, 7 asked\n(?:.*\n)+.*remove {place}"):
         check_cells(shorter)
+    record = cells_of(finished)[0].directory / "cell.json"
+    strided = json.loads(record.read_text())
+    strided["evaluation"]["limit"] = 7  # of a version that took every n-th question
+    record.write_text(json.dumps(strided))
+    with pytest.raises(UserError, match=r"drawn: None there, evenly over kinds and answers asked"):
+        check_cells(shorter)
+    write_record = strided | {"evaluation": evaluation_settings(finished)}
+    record.write_text(json.dumps(write_record))
     mended = tmp_path / "question.jsonl"
     mended.write_text(finished.question_file.read_text().replace('"yes"', '"no"'))
     with pytest.raises(UserError, match=r"sha256: \w+ there, \w+ asked"):
@@ -468,7 +440,8 @@ def test_the_progress_of_pretraining_and_of_answers(place: Path) -> None:
         ({"encoders": ("clips",)}, "at least two"),
         ({"encoders": ("blind", "blind")}, "at least two different"),
         ({"seeds": 0}, "--seeds"),
-        ({"pretraining_seeds": 4}, "--pretraining-seeds 4"),
+        ({"llava_seeds": 4}, "--llava-seeds 4 must be at least --seeds 5"),
+        ({"seeds": 1001}, "--seeds 1001 must be at most 1000"),
         ({"train_flags": ("--seed", "3")}, "--train-flags: --seed is what the comparison itself sets"),
         ({"train_flags": ("--seed=3",)}, "--seed is what the comparison itself sets"),
         ({"train_flags": ("--instruct.seed", "3")}, "--seed is what the comparison itself sets"),
@@ -536,12 +509,12 @@ def report(finished: Comparison) -> dict:
         else {}
         for cell in cells_of(finished)
     }
-    return collect(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
+    return collected(finished, measured, ["scripts/compare_encoders.py", "--seeds", "3"])
 
 
 def test_the_report_has_every_difference_in_the_agreed_form(report: dict, finished: Comparison) -> None:
     rows = report["differences"]
-    assert len(rows) == 6 * 4  # pairs × (all questions and three kinds)
+    assert len(rows) == 6 * 4 + 3  # pairs × (all questions and three kinds), and those not answered blind
     (row,) = [r for r in rows if r["a"] == NAMES[0] and r["b"] == "blind" and r["metric"] == "accuracy"]
     keys = {"a", "b", "metric", "mean", "ci95", "seeds", "items", "p_mcnemar", "p_holm", "verdict", "items_needed"}
     assert keys <= row.keys()
@@ -574,11 +547,13 @@ def test_every_cell_s_config_and_seed_are_in_the_report(report: dict) -> None:
 def test_what_a_reader_would_parse_stands_in_fields_of_its_own(report: dict, finished: Comparison) -> None:
     assert [encoder["kind"] for encoder in report["encoders"].values()] == list(NAMES)
     kinds = {row["metric"]: row["kind"] for row in report["differences"]}
-    assert kinds == {"accuracy": None} | {f"accuracy/{kind}": kind for kind in ("identity", "where", "yes_no")}
+    assert kinds == {"accuracy": None, "needs_picture": None} | {
+        f"accuracy/{kind}": kind for kind in ("identity", "where", "yes_no")
+    }
     assert report["encoders"]["clips"]["intrinsic"]["zero_shot_top1"]["test_set"] is None
     assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
     fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
-    settings = collect(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
+    settings = collected(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
     start = "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
     assert settings["stages"]["align"]["projector"] == start
 
@@ -660,14 +635,81 @@ def test_an_encoder_that_is_no_better_than_blind_is_named(finished: Comparison) 
         if cell.encoder == "random":
             blind = next(c for c in cells_of(finished) if c.encoder == "blind" and c.seed == cell.seed)
             (cell.evaluation / "question.jsonl").write_text((blind.evaluation / "question.jsonl").read_text())
-    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
+    text = markdown(collected(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "random does not beat blind" in text
     assert "clips does not beat blind" not in text
 
 
 def test_encoders_that_serve_several_seeds_are_named(finished: Comparison) -> None:
-    text = markdown(collect(finished, {cell: {} for cell in cells_of(finished)}, []))
-    assert "3 training runs stand on fewer different encoders (1 of clips, 1 of clip)" in text
+    text = markdown(collected(finished, {cell: {} for cell in cells_of(finished)}, []))
+    assert "All runs of clips, clip stand on one encoder each" in text
+
+
+def test_questions_that_blind_models_answer_are_marked_and_left_out(finished: Comparison) -> None:
+    """Blind models say yes to everything; half of the questions about a place are made to ask for a no."""
+    for cell in cells_of(finished):
+        path = cell.evaluation / "question.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, line in enumerate(lines):
+            line["expected"] = "no" if line["kind"] == "where" and i % 2 else "yes"
+            wanted = line["expected"] if line["correct"] else "a fox"
+            line["text"] = "Yes." if cell.encoder == "blind" else wanted + ", I think" * (cell.encoder == "clip")
+            line["correct"] = line["expected"] == "yes" if cell.encoder == "blind" else line["correct"]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = collected(finished, {cell: {} for cell in cells_of(finished)}, [])
+    marked = report["blind_questions"]["kinds"]
+    assert {kind: (found["solved"], found["questions"]) for kind, found in marked.items()} == {
+        "identity": (12, 12), "where": (6, 12), "yes_no": (12, 12)
+    }  # fmt: skip
+    assert marked["where"]["answers"] == {"yes": 6}
+    metrics = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
+    assert "needs_picture" not in metrics["blind"]
+    left = [
+        [line["correct"] for line in map(json.loads, (cell.evaluation / "question.jsonl").read_text().splitlines())
+         if line["expected"] == "no"]
+        for cell in cells_of(finished) if cell.encoder == "clips"
+    ]  # fmt: skip
+    assert metrics["clips"]["needs_picture"]["items"] == 6
+    assert metrics["clips"]["needs_picture"]["mean"] == pytest.approx(np.mean(left))
+    loose = report["loose_answers"]
+    assert loose["blind"]["normalised"]["examples"][0] == {"text": "Yes.", "expected": "yes", "times": 90}
+    assert loose["clip"]["prefix"]["count"] > 0
+    assert loose["clips"]["normalised"]["count"] == loose["clips"]["prefix"]["count"] == 0
+    text = markdown(report)
+    assert "| where | 6 of 12 | yes (6) |" in text
+    assert "not answered blind" in text
+    assert "Yes. (yes) × 90" in text
+
+
+def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: Comparison) -> None:
+    """The demo's files of answers: what is asked about unseen artists has the plain names of the metrics."""
+    answers = read_answers(finished)
+    for cell, lines in answers.items():
+        unseen = [line | {"file": "answers_unseen", "correct": False} for line in lines]
+        answers[cell] = [line | {"file": "answers"} for line in lines] + unseen
+    found = item_scores(finished, answers)
+    assert found["accuracy"].column == "unseen"
+    assert {name for name, metric in found.items() if metric.column == "seen"} == {
+        f"{name}@seen" for name in ("accuracy", "accuracy/identity", "accuracy/where", "accuracy/yes_no")
+    }
+    assert found["accuracy"].by_encoder["clips"].mean() == 0
+    assert found["accuracy@seen"].by_encoder["clips"].mean() > 0.8
+    summary, rows = compare_scores(finished, found)
+    families = {(row["a"], row["b"], row["column"]) for row in rows if row["kind"]}
+    assert len(families) == 6 * 2
+    assert summary["clips"]["accuracy"]["mean"] == 0
+
+
+def test_the_report_says_where_the_spread_comes_from_and_what_is_needed(report: dict, finished: Comparison) -> None:
+    (row,) = [r for r in report["differences"] if (r["a"], r["b"], r["metric"]) == ("clips", "clip", "accuracy")]
+    assert list(row["variance"]) == ["LLaVA seed", "picture", "question", "single answers"]
+    assert list(row["needed"]) == ["1", "2", "5"]
+    assert row["needed"]["1"]["LLaVA seed together"] >= row["needed"]["5"]["LLaVA seed together"] >= 2
+    text = markdown(report)
+    for part in ("Where the uncertainty comes from", "How many are needed", "Does the interval keep its promise"):
+        assert f"## {part}" in text
+    assert "No A/A test of the answers themselves" in text  # three seeds
+    assert report["calibration"]["simulated"][0]["tries"] >= 200
 
 
 def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
@@ -677,6 +719,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
     ]
     (place / "described.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     comparison = comparison_of(place, encoders=ENCODERS[:2], seeds=1, question_file=place / "described.jsonl")
+    fix(comparison)
     answers = {
         cell: [
             {"question_id": i, "prompt": "Describe.", "image": f"{i}.png", "file": "described"}
@@ -693,7 +736,7 @@ def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:
 
 
 def test_a_report_of_descriptions_alone_has_its_differences(finished: Comparison) -> None:
-    report = collect(finished, {cell: {} for cell in cells_of(finished)}, [])
+    report = collected(finished, {cell: {} for cell in cells_of(finished)}, [])
     report["differences"] = [
         row | {"metric": "cider_d"} for row in report["differences"] if row["metric"] == "accuracy"
     ]
@@ -724,7 +767,7 @@ def test_results_of_lmms_eval_are_joined(finished: Comparison) -> None:
         "mmmu_val/mmmu_acc": 0.3,
         "mmmu_val/mmmu_acc (strict)": 0.2,
     }
-    report = collect(comparison, {cell: {} for cell in cells}, [])
+    report = collected(comparison, {cell: {} for cell in cells}, [])
     assert report["encoders"]["blind"]["benchmarks"] == {
         "gqa/exact_match": {"mean": pytest.approx(0.51), "sd": pytest.approx(0.01), "by_seed": [0.5, 0.51, 0.52]}
     }

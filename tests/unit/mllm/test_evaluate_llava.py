@@ -7,6 +7,7 @@ import json
 import math
 import random
 import runpy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,21 @@ from conftest import ROOT
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.files import sha256
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
-from mllm.evaluation.scores import exact_match_figures, is_right, normalise, says_yes, yes_no_figures
+from mllm.evaluation.scores import (
+    exact_match_figures,
+    exactness,
+    is_right,
+    normalise,
+    says_yes,
+    scorer_version,
+    yes_no_figures,
+)
 from mllm.model.load import CACHE, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
@@ -121,7 +131,19 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     assert "correct" not in answers[0]
     assert answers[1]["expected"] == "Yes"
     assert json.loads((out / "figures.json").read_text()) == figures
-    assert set(figures) == {"model", "dtype", "exact_match", "yes_no", "cider"}
+    origin = {"model", "dtype", "weights", "scorer", "sets", "flags", "command", "environment"}
+    assert set(figures) == {"exact_match", "yes_no", "cider"} | origin
+    (asked,) = figures["sets"].values()
+    assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
+    assert asked["answers"] == {"file": "mine.jsonl", "sha256": sha256(out / "mine.jsonl")}
+    assert figures["scorer"] == scorer_version()
+    assert figures["environment"]["packages"]["torch"] == version("torch")
+    card = (place / "runs" / "llava" / "model" / "README.md").read_text(encoding="utf-8")
+    right = figures["exact_match"]["overall"]["accuracy"]
+    assert f"Measured on these weights in {figures['dtype']}, on mine.jsonl:" in card
+    assert f"| overall | {100 * right:.1f} |" in card
+    assert "| CIDEr-D of descriptions |" in card
+    assert "None were measured" not in card
     assert figures["exact_match"]["overall"]["n"] == 1
     flags.answers_file, flags.out = str(tmp_path / "kept" / "answers.jsonl"), str(tmp_path / "elsewhere")
     evaluate_from_flags(flags)
@@ -183,6 +205,23 @@ def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
 def test_exact_match_forgives_case_articles_and_the_full_stop_only(answer: str, expected: str, right: bool) -> None:
     assert is_right(answer, expected) == right
     assert normalise(normalise(answer)) == normalise(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "how"),
+    [
+        ("A fox", "A fox", "exact"),
+        ("a fox.", "A fox", "normalised"),
+        ("Yes, there is a fox.", "Yes", "prefix"),
+        ("(B) a fox", "B", "prefix"),
+        ("Yesterday", "Yes", "wrong"),
+        ("A foxglove", "A fox", "wrong"),
+        ("", "Yes", "wrong"),
+    ],
+)
+def test_how_literally_an_answer_is_right(answer: str, expected: str, how: str) -> None:
+    assert exactness(answer, expected) == how
+    assert is_right(answer, expected) == (how in ("exact", "normalised"))
 
 
 def test_accuracy_per_kind_with_wilson_s_interval() -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import tiny_chat
+from hostile import HOSTILE
 from huggingface_hub import ModelCard
 from local_hub import REPO, hub, run_card, uploaded
+from markdown_it import MarkdownIt
 from tiny_mllm import write_run
 
 from clips.weights.push import push
 from mllm.encoders.registry import load_vision
+from mllm.model.card import add_evaluation, figures_section
+from mllm.model.load import weights_digest
 from mllm.training.finish import card
 
 __all__ = ["hub"]
@@ -81,3 +85,71 @@ def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, h
     for path in uploaded(hub).glob("*.json"):
         assert str(place) not in path.read_text(encoding="utf-8")
     run_card(hub)
+
+
+FIGURES = {
+    "dtype": "float32",
+    "exact_match": {"yes/no": {"accuracy": 0.775, "low": 0.7, "high": 0.83, "n": 1200}},
+    "cider": {"cider_d": 1.184, "n": 200},
+}
+
+
+def saved(place: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(place / "runs" / "llava" / "model", tmp_path / "model")
+
+
+def test_figures_come_onto_the_card_of_exactly_their_weights(place: Path, tmp_path: Path) -> None:
+    """Several test sets stand beside each other; one that is measured again replaces its figures."""
+    model = saved(place, tmp_path)
+    before = (model / "README.md").read_text(encoding="utf-8")
+    assert before.endswith("None were measured on these weights when this card was written.\n")
+    weights = {"weights": weights_digest(model)}
+    assert add_evaluation(model, "old.jsonl", FIGURES | weights)
+    assert add_evaluation(model, "the demo's held-out questions", FIGURES | weights)
+    assert add_evaluation(model, "old.jsonl", FIGURES | weights | {"dtype": "bfloat16"})
+    text = (model / "README.md").read_text(encoding="utf-8")
+    assert text.count("## Figures") == 1
+    assert text.startswith(before.partition("## Figures")[0])
+    assert "None were measured" not in text
+    assert text.count("Measured on these weights") == 2
+    assert "in bfloat16, on old.jsonl:" in text
+    assert "| yes/no | 77.5 | [70.0, 83.0] | 1,200 |" in text
+    assert "| CIDEr-D of descriptions | 1.18 | | 200 |" in " ".join(text.split("  "))
+    assert ModelCard.load(model / "README.md").data.library_name == "transformers"
+
+
+def test_figures_of_other_weights_are_not_shown(place: Path, tmp_path: Path) -> None:
+    """Neither added to a model that was trained on since, nor kept where its weights are replaced."""
+    model = saved(place, tmp_path)
+    before = (model / "README.md").read_text(encoding="utf-8")
+    assert not add_evaluation(model, "mine", FIGURES | {"weights": "0" * 64})
+    assert (model / "README.md").read_text(encoding="utf-8") == before
+    assert add_evaluation(model, "mine", FIGURES | {"weights": weights_digest(model)})
+    assert "77.5" in figures_section(model)
+    path = model / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "77.5" not in figures_section(model)
+    assert add_evaluation(model, "yours", FIGURES | {"weights": weights_digest(model)})
+    text = (model / "README.md").read_text(encoding="utf-8")
+    assert "yours" in text
+    assert "mine" not in text.partition("## Figures")[2]
+
+
+def test_a_card_that_somebody_else_wrote_is_left_alone(place: Path, tmp_path: Path) -> None:
+    model = saved(place, tmp_path)
+    (model / "README.md").write_text("# Mine\n")
+    assert not add_evaluation(model, "mine", FIGURES | {"weights": weights_digest(model)})
+    assert (model / "README.md").read_text() == "# Mine\n"
+
+
+def test_names_from_question_files_do_not_act_on_the_card(place: Path, tmp_path: Path) -> None:
+    model = saved(place, tmp_path)
+    row = FIGURES["exact_match"]["yes/no"]
+    kinds = {text[:200]: row for text in HOSTILE.values()}
+    figures = FIGURES | {"exact_match": kinds, "weights": weights_digest(model)}
+    assert add_evaluation(model, HOSTILE["html"], figures)
+    shown = (model / "README.md").read_text(encoding="utf-8").partition("## Figures")[2]
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(shown)
+    assert not re.search(r"<(?:script|img|a|em|s|blockquote|h1|ul|ol)\b", html)
+    assert html.count("<tr>") == 2 + len(kinds)

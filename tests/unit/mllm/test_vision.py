@@ -39,8 +39,9 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
+from mllm.encoders.names import parse_vision_name
 from mllm.encoders.plain_vit import check_equal
-from mllm.encoders.registry import VISION, load_vision, parse_vision_name
+from mllm.encoders.registry import VISION, load_vision
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -395,7 +396,9 @@ def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_i
 
 
 def test_unknown_names_and_layers(runs, tmp_path):
-    with pytest.raises(UserError, match=r"'dino' is not known; known are: clips, clip, random, blind, open"):
+    with pytest.raises(
+        UserError, match=r"'dino' is not known; known are: clips, clip, caption, caption\+web, random, blind, open"
+    ):
         load_vision("dino")
     for name in ("openai/clip-vit-large-patch14-336", "./tower", "/models/tower"):  # as LLaVA's users type it
         assert parse_vision_name(name) == ("hf", name)
@@ -406,7 +409,7 @@ def test_unknown_names_and_layers(runs, tmp_path):
         load_vision("hf")
     with pytest.raises(UserError, match="has layers -4 … 3"):
         load_vision("clips", runs=runs, select_layer=-5)
-    assert list(VISION) == ["clips", "clip", "random", "blind", "open_clip", "hf", "timm"]
+    assert list(VISION) == ["clips", "clip", "caption", "caption+web", "random", "blind", "open_clip", "hf", "timm"]
 
 
 def test_fingerprint_follows_weights_layer_and_preprocessing(runs, tmp_path):

@@ -1,0 +1,58 @@
+"""Muon's step on whole matrices, those of one shape together: many small products become a few large ones.
+
+DeepSpeed's optimizer orthogonalises one matrix after the other, which is what ZeRO 1 to 3 need, whose ranks hold parts.
+In ZeRO 0 all matrices are there at once. The Newton–Schulz iteration is DeepSpeed's, in the precision that it chooses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+from torch import Tensor
+
+AT_ONCE = 2**24
+"""Most elements of the matrices that are orthogonalised together, which bounds the memory that it takes."""
+
+
+class BatchedMuon(MuonWithAuxAdam):
+    param_groups: list[dict[str, Any]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, step_id: Any = None) -> Any:
+        groups = self.param_groups  # ZeRO 1 and 2 put one group at a time in their place
+        whole = [group for group in groups if group["use_muon"] and all(p.ndim == 2 for p in group["params"])]
+        for group in whole:
+            shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for matrix in group["params"]:
+                shapes[matrix.shape].append(matrix)
+            for shape, matrices in shapes.items():
+                count = max(1, AT_ONCE // shape.numel())
+                for first in range(0, len(matrices), count):
+                    self._step_equal(matrices[first : first + count], group)
+        self.param_groups = [group for group in groups if all(group is not done for done in whole)]
+        try:  # AdamW's, and flat parts of matrices that ZeRO orthogonalised before
+            return super().step(closure, step_id)
+        finally:
+            self.param_groups = groups
+
+    def _step_equal(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices [rows, columns] of one shape."""
+        beta, lr = group["momentum"], group["lr"]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in matrices]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, beta))
+        rows, columns = matrices[0].shape
+        # Scaled in the precision of the iteration, as DeepSpeed does it: the stages agree to the last bit.
+        updates = zeropower_via_newtonschulz5(nesterov, steps=5).mul_(math.sqrt(max(1, rows / columns)))
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(matrices, list(updates.to(nesterov.dtype).unbind()), alpha=-lr)

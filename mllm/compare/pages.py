@@ -1,0 +1,130 @@
+"""Figures in the pages of the documentation, written there by a command from files under docs/results/, never typed.
+
+A block of a page is a comment that holds its text with places for figures, and the text with the figures:
+
+    <!-- figures: compare
+    | kind of question | clips | clips − clip [95 %] |
+    |---|---|---|
+    | identity | {clips: accuracy/identity} | {clips − clip: accuracy/identity} |
+    -->
+    | kind of question | clips | clips − clip [95 %] |
+    …
+    <!-- /figures -->
+
+`compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py without what is long in it, taken
+from an archive that was verified. `{WHO: FIGURE}` is a mean with its standard deviation over seeds, `{WHO − WHOM:
+FIGURE}` a difference with its interval, bold where that leaves zero out; `{… @NAME}` takes another file. The file may
+also be the comparison.json of scripts/compare_pretraining.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from clips.common.errors import CommandError, UserError
+from clips.common.files import read_json, sha256, write_atomically, write_json
+from mllm.compare.verify import opened, verified
+from mllm.compare.words import difference_text, mean_and_sd, percent_text
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = ("cells", "examples", "files")
+"""Parts of report.json that stay in the archive."""
+BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
+PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:@]+?)(?: @([\w-]+))?\}")
+
+
+def take(source: Path, name: str, root: Path = ROOT) -> Path:
+    """Write docs/results/NAME.json from an archive (or output directory), which is verified, or a comparison.json.
+
+    Raises CommandError or UserError for what does not verify, and for a file that is neither.
+    """
+    target = root / "docs" / "results" / f"{name}.json"
+    if source.suffix == ".json":
+        content = read_json(source)
+        if "groups" not in content:
+            raise UserError(f"{source} is no comparison.json of compare_pretraining.py: give an archive")
+    else:
+        with opened(source) as output:
+            report = verified(output, source).report
+        content = {key: value for key, value in report.items() if key not in LONG}
+        if source.is_file():
+            content["archive"] = {"file": source.name, "bytes": source.stat().st_size, "sha256": sha256(source)}
+    write_json(target, content)
+    return target
+
+
+def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
+    """Write the figures into every block of README.md and docs/*.md; returns the pages whose blocks were others.
+
+    With `check` nothing is written. Raises UserError naming the page and the place of a figure that is not there.
+    """
+    changed = []
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        before = page.read_text(encoding="utf-8")
+        starts = len(re.findall("^<!-- figures:", before, re.MULTILINE))
+        after, blocks = BLOCK.subn(partial(_filled, page=page, root=root), before)
+        if blocks != starts:
+            raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as mllm/compare/pages.py says")
+        if after != before:
+            changed.append(page)
+            if not check:
+                write_atomically(page, after)
+    return changed
+
+
+def update_from_flags(source: str | None, name: str, *, check: bool) -> None:
+    """What scripts/update_docs.py does; CommandError where `check` finds figures that are not those of the files."""
+    if source is not None:
+        print(f"written to {take(Path(source), name)}")
+    changed = [str(page.relative_to(ROOT)) for page in update_pages(check=check)]
+    if check and changed:
+        pages = ", ".join(changed)
+        raise CommandError(f"not the figures of docs/results: {pages}; `python scripts/update_docs.py` mends it")
+    print(f"changed: {', '.join(changed) or 'nothing'}")
+
+
+def _filled(block: re.Match[str], page: Path, root: Path) -> str:
+    head, default, text, _, end = block.groups()
+
+    def figure(place: re.Match[str]) -> str:
+        who, name, other = place.groups()
+        file = root / "docs" / "results" / f"{other or default}.json"
+        content = read_json(file)
+        try:
+            return _pretraining(content, who, name) if "groups" in content else _comparison(content, who, name)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
+
+    return head + PLACE.sub(figure, text) + end
+
+
+def _comparison(report: Mapping[str, Any], who: str, name: str) -> str:
+    first, _, other = who.partition(" − ")
+    if other:
+        rows = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}
+        return _difference(rows[first, other, name], lambda value: difference_text(name, value))
+    encoder = report["encoders"][first]
+    is_own = name not in encoder["metrics"]
+    return percent_text(encoder["intrinsic"].get(name)) if is_own else mean_and_sd(name, encoder["metrics"][name])
+
+
+def _pretraining(content: Mapping[str, Any], who: str, name: str) -> str:
+    """Of comparison.json: groups with a row of figures for each seed, and CLIPS minus each other group."""
+    first, _, other = who.partition(" − ")
+    if other:
+        return _difference(content["clips_minus"][other][name], lambda value: f"{value:+.1f}".replace("-", "−"))
+    values = [row[name] for row in content["groups"][first]]
+    return percent_text({"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None})
+
+
+def _difference(row: Mapping[str, Any], number: Callable[[float], str]) -> str:
+    if row["ci95"] is None:
+        return number(row["mean"])
+    low, high = row["ci95"]
+    text = f"{number(row['mean'])} [{number(low)}, {number(high)}]"
+    return f"**{text}**" if low > 0 or high < 0 else text

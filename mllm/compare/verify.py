@@ -1,0 +1,298 @@
+"""Computes a finished comparison's figures again from its raw answers, and says which differ from report.json.
+
+Of an output directory or of an archive (mllm/compare/archive.py), on any machine: no model, no picture, no GPU, no
+network and no torch. What a file says is taken for what anybody could have written there.
+
+Computed again: every answer's score against the question file, each cell's figures, all means, intervals, differences
+and tests. Taken as recorded, since they need weights and pictures: the encoders' own figures (probe, retrieval,
+zero-shot), the scores of lmms-eval, times and memory; of these the means over seeds are computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clips.common.errors import CommandError, UserError, in_one_line
+from clips.common.escape import for_rich
+from clips.common.files import read_json, sha256
+from clips.common.paths import is_plain
+from clips.common.plain import print_table
+from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
+from mllm.compare.cells import Cell, cells_of
+from mllm.compare.collect import ENCODERS, REPORT, computed, stored_files
+from mllm.compare.comparison import Comparison
+from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
+from mllm.compare.words import headline
+from mllm.data.questions import Question
+from mllm.evaluation.scores import is_right, score, scorer_version
+
+AS_RECORDED = ("command", "time", "environment")
+"""Parts of report.json that no file says again."""
+TOLERANCE = 1e-6
+"""Relative and absolute: sums of the same numbers may end in other digits on another machine."""
+MOST_ENCODERS, MOST_SEEDS, MOST_QUESTIONS, MOST_CHARACTERS = 50, 100, 20_000, 20_000
+"""Of a comparison; the last one is of one answer."""
+MOST_JSON = 30_000_000
+"""Bytes of one file."""
+OTHER_SHAPE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What code raises that reads JSON of another shape than it expects."""
+NAMED, NAMED_EACH = 30, 4
+"""Differences that are printed, in all and of one part of the report."""
+
+
+@dataclass
+class Verification:
+    report: dict[str, Any]
+    differs: list[str] = field(default_factory=list)
+    """What is not as report.json says, one line each; empty: the comparison is verified."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader should know all the same."""
+    answers: int = 0
+    """Scored anew."""
+
+
+def verify(output: Path) -> Verification:
+    """Check the comparison in `output`. Raises UserError where there is none, or one that cannot be read at all."""
+    try:
+        return _verify(output)
+    except OTHER_SHAPE as error:
+        raise UserError(
+            f"{output} cannot be verified, its files are not what a comparison writes: {in_one_line(error)}"
+        ) from error
+
+
+def _verify(output: Path) -> Verification:
+    _check_json(output / REPORT)
+    report = read_json(output / REPORT)
+    if "plan" not in report:
+        raise UserError(f"{output} holds no {REPORT} of a finished comparison that says what it was fixed to")
+    comparison = _bounded(comparison_of(report["plan"], output))
+    names = dict.fromkeys([PLAN, ENCODERS, *stored_files(comparison)])
+    for name in names:
+        _check_json(output / name)
+    if sum((output / name).stat().st_size for name in names) > MOST_BYTES:
+        raise UserError(f"{output} holds more than {MOST_BYTES:,} bytes")
+    found, cells = Verification(report), cells_of(comparison)
+    found.differs += _cells_there(output, cells)
+    found.differs += _questions(output, report["plan"])
+    if not found.differs:
+        asked = {name: asked_questions(comparison, path) for name, path in stored_questions(output).items()}
+        for cell in cells:
+            found.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, asked)]
+            found.answers += sum(map(len, asked.values()))
+        try:
+            again = json.loads(json.dumps(computed(comparison, report["plan"])))
+        except UserError as error:  # such as cells that were asked different things
+            found.differs.append(str(error))
+        except OTHER_SHAPE as error:
+            found.differs.append(f"the figures cannot be computed again: {in_one_line(error)}")
+        else:
+            found.differs += _report(report, again)
+    found.notes += _notes(report)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- what is there
+def _check_json(path: Path) -> None:
+    """UserError unless `path` is a file of bounded size whose JSON can be parsed."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}: give the directory or the archive of a finished comparison")
+    if path.stat().st_size > MOST_JSON:
+        raise UserError(f"{path} has more than {MOST_JSON:,} bytes")
+    text = path.read_bytes()
+    try:
+        for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or no JSON: {str(error)[:200]}") from None
+
+
+def _bounded(comparison: Comparison) -> Comparison:
+    """`comparison`, if it asks for no more than a machine can compute."""
+    counts = [value for name, value in vars(comparison).items() if "seed" in name and isinstance(value, int)]
+    if len(comparison.encoders) > MOST_ENCODERS or max(counts) > MOST_SEEDS:
+        raise UserError(f"{comparison.output}: more than {MOST_ENCODERS} encoders or {MOST_SEEDS} seeds")
+    if outside := [task for task in comparison.benchmarks if not is_plain(task)]:
+        raise UserError(f"{comparison.output}: benchmark {outside[0]!r} leads out of a cell")
+    return comparison
+
+
+def _cells_there(output: Path, cells: list[Cell]) -> Iterator[str]:
+    wanted = {cell.name for cell in cells}
+    there = {path.name for path in (output / "cells").glob("*") if path.is_dir()}
+    yield from (f"cell {name} is missing" for name in sorted(wanted - there))
+    yield from (f"cell {name} is none of this comparison's" for name in sorted(there - wanted))
+
+
+def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
+    files, wanted = stored_questions(output), plan["questions"]
+    yield from (f"question file {name} is missing" for name in wanted if name not in files)
+    for name, path in files.items():
+        if name not in wanted:
+            yield f"question file {name} is none of this comparison's"
+        elif sha256(path) != wanted[name]["sha256"]:
+            yield f"question file {name} was changed: its SHA-256 is not the one in the plan"
+    if sum(entry["asked"] for entry in wanted.values()) > MOST_QUESTIONS:
+        raise UserError(f"{output}: more than {MOST_QUESTIONS:,} questions")
+
+
+# ---------------------------------------------------------------------------------------------- one cell
+def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]]) -> Iterator[str]:
+    """What is wrong with a cell's record, its answers and its own figures."""
+    record = read_json(cell.directory / "cell.json")
+    for name in ("encoder", "pretraining_seed", "seed"):
+        if record.get(name) != getattr(cell, name):
+            yield f"its {name} is {record.get(name)!r} in cell.json, and by the plan {getattr(cell, name)!r}"
+    if record.get("plan") != sha256(comparison.output / PLAN):
+        yield f"it began by another {PLAN} than this one, or by none"
+    if not asked:
+        return
+    if not cell.figures.is_file():
+        yield "its figures are missing"
+        return
+    recorded = read_json(cell.figures)
+    again: dict[str, Any] = {}
+    if recorded.get("scorer") != scorer_version():
+        yield f"its answers were scored by another version of the scorer ({str(recorded.get('scorer'))[:12]})"
+    sets = recorded.get("sets", {})
+    for name in sorted(asked, key=lambda name: list(sets).index(name) if name in sets else len(sets)):  # as it did
+        questions, said = asked[name], sets.get(name, {})
+        path = cell.evaluation / f"{name}.jsonl"
+        if not path.is_file():
+            yield f"its answers {name} are missing"
+            continue
+        if said.get("answers", {}).get("sha256") != sha256(path):
+            yield f"its answers {name} are not those that it gave: their SHA-256 is another one"
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        if len(lines) != len(questions):
+            yield f"it has {len(lines)} answers {name} to {len(questions)} questions"
+            continue
+        yield from _answers(name, questions, lines)
+        again |= score(questions, [str(line["text"])[:MOST_CHARACTERS] for line in lines])
+    yield from (f"figures: {text}" for text in _differences({key: recorded.get(key) for key in again}, again, ""))
+
+
+def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) -> Iterator[str]:
+    for question, line in zip(questions, lines, strict=True):
+        where = f"answer to {name}, question {question.id}"
+        text = line["text"]
+        if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+            yield f"{where}: no text of at most {MOST_CHARACTERS:,} characters"
+            continue
+        about = {"question_id": question.id, "prompt": question.text, "image": question.image}
+        if question.answer is not None:
+            about |= {"kind": question.kind, "expected": question.answer, "correct": is_right(text, question.answer)}
+        yield from (
+            f"{where}: {key} is {line.get(key)!r}, and by the question file {value!r}"
+            for key, value in about.items()
+            if line.get(key) != value
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the report
+def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(report.keys() - again.keys() - set(AS_RECORDED)):
+        yield f"{REPORT} holds {name!r}, which is computed by nothing here"
+    before, now = report.get("files", {}), again["files"]
+    yield from (f"{name} was added after the report" for name in sorted(now.keys() - before.keys()))
+    yield from (f"{name} was removed after the report" for name in sorted(before.keys() - now.keys()))
+    yield from (f"{name} was changed after the report" for name in now if before.get(name, now[name]) != now[name])
+    for name, value in again.items():
+        found = [] if name == "files" else list(_differences(report.get(name), value, name))
+        yield from found[:NAMED_EACH]
+        if len(found) > NAMED_EACH:
+            yield f"{name}: {len(found) - NAMED_EACH:,} more that differ"
+
+
+def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
+    """Where two values of JSON differ, as `path: … in the report, … computed again`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys([*there, *here]):
+            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for i, pair in enumerate(zip(there, here, strict=True)):
+            yield from _differences(*pair, f"{path}.{i}")
+    elif not _alike(there, here):
+        yield f"{path}: {_short(there)} as recorded, {_short(here)} computed again"
+
+
+def _alike(there: Any, here: Any) -> bool:
+    if isinstance(there, float) and isinstance(here, (int, float)) and not isinstance(here, bool):
+        return math.isclose(there, here, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (there != there and here != here)
+    return type(there) is type(here) and there == here
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _notes(report: Mapping[str, Any]) -> Iterator[str]:
+    fixed = report["fixed"]
+    state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
+    yield f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
+    packages = report.get("environment", {}).get("packages", {})
+    if "numpy" in packages and packages["numpy"] != version("numpy"):
+        yield f"examples and calibration were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+@contextmanager
+def opened(place: Path) -> Iterator[Path]:
+    """The directory of a comparison: `place` itself, or where the archive `place` is unpacked for the time being."""
+    if place.is_dir():
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        unpack(place, Path(directory))
+        yield Path(directory)
+
+
+def verified(output: Path, called: Path) -> Verification:
+    """`verify`; CommandError, listing what differs, unless the comparison is what its report says."""
+    try:
+        found = verify(output)
+    except UserError as error:  # of an archive that is unpacked for the time being
+        raise UserError(str(error).replace(str(output), str(called))) from None
+    if found.differs:
+        more = len(found.differs) - NAMED
+        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({note})" for note in found.notes]
+        raise CommandError(f"{called} is not what its report says:\n  " + "\n  ".join(lines))
+    return found
+
+
+def verify_from_flags(place: str) -> None:
+    """What `compare_encoders.py --verify PLACE` does."""
+    path = Path(place)
+    with opened(path) as output:
+        found = verified(output, path)
+    report, console = found.report, Console(emoji=False)
+    print_table("mean ± standard deviation over seeds", *headline(report))
+    lines = [
+        f"verified: {len(report['cells'])} cells, {found.answers:,} answers scored anew, every figure as in {REPORT}",
+        *found.notes,
+        "taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell",
+        *([] if path.is_dir() else [f"SHA-256 of {place}: {sha256(path)}"]),
+    ]
+    for line in lines:
+        console.print(for_rich(line), highlight=False, soft_wrap=True)
+
+
+def pack_from_flags(directory: str) -> None:
+    """What `compare_encoders.py --pack DIR` does: DIR.tar.xz, of a comparison that verifies."""
+    output = Path(directory)
+    archive = output.parent / f"{output.resolve().name}{ENDING}"
+    verified(output, output)
+    digest = pack(output, archive)
+    shown = f"{archive}: {archive.stat().st_size:,} bytes, SHA-256 {digest}"
+    Console(emoji=False).print(for_rich(shown), highlight=False, soft_wrap=True)

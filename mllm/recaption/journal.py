@@ -1,0 +1,92 @@
+"""What has been written of a shard that is not whole yet, call by call: a kill costs the calls under way.
+
+Each owner of the shard appends to a file of its own and reads those of all before it, so that no two write one file. A
+line that a kill or a full disk cut off is none, and its call is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clips import BrokenSample
+from clips.common.files import fsync
+from clips.common.rundir import parse_line
+from mllm.recaption.captioner import Written
+
+Outcome = Written | Exception
+"""Of one pair."""
+SUFFIX = ".calls.jsonl"
+
+
+class Journal:
+    """The calls made for one shard; inside a `with`, which leaves the file for whoever goes on."""
+
+    def __init__(self, folder: Path, owner: str, made_of: str) -> None:
+        """`folder`: the shard's own. `made_of`: names the state of its data; calls made of another do not count."""
+        self.path = folder / f"{owner}{SUFFIX}"
+        self._made_of = made_of
+        self._calls: dict[tuple[int, int], list[Outcome]] = {}
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
+            self._read(path)
+
+    def __enter__(self) -> Journal:
+        self._file = open(self.path, "ab")
+        self._append({"made_of": self._made_of})
+        fsync(self.path.parent)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def found(self, attempt: int, call: int) -> list[Outcome] | None:
+        """What the call came to, if it was made."""
+        return self._calls.get((attempt, call))
+
+    def add(self, attempt: int, call: int, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Keep what a call came to; returns it as `found` will, so that it is one whether it was kept or not."""
+        stored = [_as_json(outcome) for outcome in outcomes]
+        self._append({"attempt": attempt, "call": call, "outcomes": stored})
+        return [_from_json(outcome) for outcome in stored]
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, path: Path) -> None:
+        counts = False
+        with path.open("rb") as file:
+            for line in file:
+                record = parse_line(line) if line.endswith(b"\n") else None
+                if record is None:
+                    continue
+                if "made_of" in record:
+                    counts = record["made_of"] == self._made_of
+                elif counts:
+                    key = record["attempt"], record["call"]
+                    self._calls.setdefault(key, [_from_json(outcome) for outcome in record["outcomes"]])
+
+
+def _as_json(outcome: Outcome) -> Any:
+    if isinstance(outcome, Written):
+        return [outcome.text, outcome.finished, outcome.tokens]
+    if isinstance(outcome, BrokenSample):
+        return {"key": outcome.key, "broken": outcome.reason}
+    return {"error": f"{type(outcome).__name__}: {outcome}"}
+
+
+def _from_json(stored: Any) -> Outcome:
+    if isinstance(stored, list):
+        return Written(*stored)
+    return BrokenSample(stored["key"], stored["broken"]) if "broken" in stored else NotCaptioned(stored["error"])
+
+
+class NotCaptioned(Exception):
+    """A captioner's error for one pair, as it was written down."""

@@ -1,0 +1,145 @@
+"""SIGKILL at any moment, any number of times, with several processes on one folder: the same bytes come out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from launched import python, run, started, wait_for
+from pairs import outcome, write_pairs
+from processes import wait_until_gone
+from tiny_mllm import write_llava, write_run
+
+pytestmark = pytest.mark.slow
+SHARDS, EACH = 5, 24
+KILLS = 6
+
+
+def calls(out: Path) -> int:
+    """Calls that are written down of shards which are not whole, and shards that are: it grows while work is done."""
+    lines = sum(path.read_bytes().count(b"\n") for path in (out / "work").glob("*/*.jsonl") if path.exists())
+    return lines + 1000 * len(list((out / "manifests").glob("*.json")))
+
+
+def is_done(out: Path) -> bool:
+    return len(list((out / "manifests").glob("*.json"))) == SHARDS
+
+
+def workers(parent: int) -> list[int]:
+    """Process ids of those that caption."""
+    found = []
+    for process in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):  # it was killed and is not yet gone
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs", SHARDS, EACH, broken=(7, 50))
+    # A killed process is missed at once on its own machine; the time is for those that are stopped, not killed.
+    flags = ("--data", data, "--claim-timeout", "20")
+
+    def command(out: Path, seconds: float, processes: int) -> list[str]:
+        captioner = ("--captioner", f"known:{seconds}", "--processes", str(processes))
+        return python("tests/recaption_process.py", *flags, *captioner, "--out", out)
+
+    whole = run(command(tmp_path / "whole", 0.3, 1))
+    assert whole.code == 0, whole.text
+    out, draw = tmp_path / "out", random.Random(0)
+    killed = {"worker": 0, "parent": 0}
+    with ExitStack() as stack:
+        running: list[subprocess.Popen[bytes]] = []
+
+        def begin() -> None:
+            log = tmp_path / f"{sum(killed.values())}-{len(running)}.log"
+            running.append(stack.enter_context(started(command(out, 0.3, 2), log)))
+
+        begin()
+        begin()
+        while sum(killed.values()) < KILLS and not is_done(out):
+            before = calls(out)
+            end = time.monotonic() + 120
+            while calls(out) <= before and not is_done(out) and time.monotonic() < end:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 0.5))
+            kind = ("worker", "parent")[sum(killed.values()) % 3 == 2]
+            parent = draw.choice(running)
+            below = workers(parent.pid)
+            victim = parent.pid if kind == "parent" else draw.choice(below) if below else None
+            if victim is None:
+                continue
+            os.kill(victim, signal.SIGKILL)
+            killed[kind] += 1
+            if kind == "parent":
+                running.remove(parent)
+                parent.wait()
+                begin()
+        for process in running:
+            assert process.wait(timeout=240) == 0
+    assert killed["worker"] >= 3, killed
+    assert killed["parent"] >= 1, killed
+    assert is_done(out)
+    wait_until_gone(out)
+    assert same(outcome(out), outcome(tmp_path / "whole"))
+    assert not (out / "work").exists()
+    assert not (out / "claims").exists()
+
+
+def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 4)
+    flags = ("--data", data, "--out", tmp_path / "out", "--captioner", "known:crash", "--processes", "2")
+    done = run(python("tests/recaption_process.py", *flags))
+    assert done.code == 1, done.text
+    assert done.text.count("ended with exit code 9") == 2 * 3
+    assert "3 times in a row each process ended without a call of its captioner" in done.text
+
+
+def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
+    """But for the folder's own name on the page."""
+    page = "report/index.html"
+    assert one.keys() == other.keys()
+    assert {name for name in one if name != page and one[name] != other[name]} == set()
+    return one[page] == other[page].replace(b"/whole", b"/out")
+
+
+def test_a_real_model_under_two_commands_of_which_one_is_killed(tmp_path: Path) -> None:
+    """A tiny random LLaVA: what it writes is refused, tried again with its random numbers, and kept."""
+    write_run(tmp_path / "runs/clips-demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        write_llava(tmp_path, context=512)
+    (tmp_path / "prompt.txt").write_text("Say it: {web}")
+    data = write_pairs(tmp_path / "pairs", 3, 24, broken=(3,))
+
+    def command(out: Path) -> list[str]:
+        return python(
+            "scripts/recaption.py", "--data", data, "--out", out, "--captioner", f"llava:{tmp_path}/runs/llava/model",
+            *("--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu"),
+            *("--words", "0", "400", "--script", "any", "--on-bad", "keep", "--claim-timeout", "20"),
+        )  # fmt: skip
+
+    whole = run(command(tmp_path / "whole"))
+    assert whole.code == 0, whole.text
+    assert "pretrain_clips.py --name recaptioned --data" in whole.text
+    assert "if generating reaches 10% of the peak" in whole.text
+    out = tmp_path / "out"
+    with started(command(out), tmp_path / "a.log") as first, started(command(out), tmp_path / "b.log") as second:
+        wait_for(lambda: calls(out) >= 2, first, tmp_path / "a.log")
+        first.kill()
+        first.wait()
+        assert second.wait(timeout=240) == 0, (tmp_path / "b.log").read_text()
+    assert same(outcome(out), outcome(tmp_path / "whole"))
+    manifest = json.loads((out / "manifests/00000.json").read_text())
+    assert manifest["captioner"]["kind"] == "llava"
+    assert manifest["counts"]["written"] + manifest["rejected"].get("broken", 0) <= 24
+    assert manifest["rejected"]["broken"] == 1

@@ -1,0 +1,28 @@
+"""scripts/recaption.py with the tests' own captioner, which takes its time; its processes import this file too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from conftest import script_parser
+from pairs import Known
+
+import mllm.recaption.process as process
+from clips.common.errors import run_command
+
+
+def make_captioner(spec: str, *_: Any, **__: Any) -> Known:
+    """`known:SECONDS` of each call; `known:crash` is a process that ends."""
+    if spec == "known:crash":
+        os._exit(9)
+    return Known(seconds=float(spec.partition(":")[2]))
+
+
+process.make_captioner = make_captioner
+
+if __name__ == "__main__":
+    from mllm.recaption import run
+
+    sys.exit(run_command(lambda: run.recaption_from_flags(script_parser("recaption").parse_args())))

@@ -1,0 +1,121 @@
+"""A tiny comparison of encoders, finished without training anything: cells as run_cell leaves them, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_mllm import pictures, write_llm, write_run
+
+from clips.common.files import sha256, write_json
+from mllm.compare.cells import Cell, cells_of, encoder_names
+from mllm.compare.collect import REPORT, collect, keep_encoders
+from mllm.compare.commands import train_arguments
+from mllm.compare.comparison import Comparison, evaluation_settings
+from mllm.compare.fix import fix
+from mllm.compare.plan import PLAN, asked_questions
+from mllm.evaluation.scores import answer_line, score, scorer_version
+from mllm.training.prepare import encoder_of
+from mllm.training.stages import STAGES
+
+ENCODERS = ("clips:clips-run", "clip:clip-run", "random", "blind")
+NAMES = ("clips", "clip", "random", "blind")
+SKILL = {"clips": 0.9, "clip": 0.55, "random": 0.5, "blind": 0.3}
+FLAGS = (
+    *("--model_name_or_path", "llm", "--image_folder", "images", "--batch_size", "4"),
+    *("--align.data_path", "align.json", "--instruct.data_path", "instruct.json"),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoders, a language model, data and questions; `place` makes it the current directory."""
+    root = tmp_path_factory.mktemp("compare")
+    write_run(root / "clips-run", seed=1)
+    write_run(root / "clip-run", "clip", seed=2)
+    write_llm(root / "llm")
+    names = pictures(root / "images", 12)
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red cat"}]
+    more = [{"from": "human", "value": "And now?"}, said[1]]
+    captions = [{"id": name, "image": name, "conversations": said} for name in names]
+    records = [{"id": name, "image": name, "conversations": said + more * (i % 3)} for i, name in enumerate(names)]
+    text_only = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "Hello"}, said[1]]} for i in range(4)]
+    (root / "align.json").write_text(json.dumps(captions))
+    (root / "instruct.json").write_text(json.dumps(records + text_only))
+    questions = [
+        {"question_id": 10 * i + j, "image": name, "text": f"{kind}?", "kind": kind, "answer": "yes"}
+        for i, name in enumerate(names)
+        for j, kind in enumerate(("identity", "where", "yes_no"))
+    ]
+    (root / "question.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return root
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def comparison_of(output: Path, **options: object) -> Comparison:
+    settings = {"encoders": ENCODERS, "seeds": 3, "output": output / "out", "train_flags": FLAGS, "device": "cpu"}
+    settings |= {"question_file": Path("question.jsonl"), "question_images": Path("images")}
+    return Comparison(**settings | options)
+
+
+def finish(comparison: Comparison) -> Comparison:
+    """Fix it, and write every cell; an encoder's models are right as often as SKILL says."""
+    fix(comparison)
+    for cell in cells_of(comparison):
+        write_cell(comparison, cell, SKILL[cell.encoder])
+    return comparison
+
+
+def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
+    """A finished cell; a question is answered right with chance `skill`."""
+    config = {}
+    for number, stage in STAGES.items():
+        trains = train_arguments(comparison, cell, number).what_trains()
+        trains["vision_fingerprint"] = encoder_of(train_arguments(comparison, cell, number)).fingerprint
+        facts = {"language model": "tiny", "vision encoder": cell.vision, "projector": "mlp2x_gelu, random"}
+        config[stage.name] = {"trains": trains, "facts": facts, "freeze": {"projector": "full"}}
+        done = {"stage": stage.name, "steps": 3, "samples": 12, "samples_per_s": 5.0, "peak_memory_gb": 0.5}
+        (cell.directory / stage.name).mkdir(parents=True)
+        (cell.directory / stage.name / "done.json").write_text(json.dumps(done))
+    write = {"config": config, "env": {"device": "cpu"}, "cost": {"align": 10.0, "instruct": 20.0, "evaluation": 5.0}}
+    write["cell"] = {
+        "encoder": cell.encoder,
+        "vision": cell.vision,
+        "pretraining_seed": cell.pretraining_seed,
+        "seed": cell.seed,
+        "evaluation": evaluation_settings(comparison),
+        "plan": sha256(comparison.output / PLAN),
+    }
+    for name, content in write.items():
+        (cell.directory / f"{name}.json").write_text(json.dumps(content))
+    rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
+    questions = asked_questions(comparison, comparison.question_file)
+    said = ["yes" if rng.random() < skill else "<b>no" for _ in questions]
+    cell.evaluation.mkdir()
+    answers = cell.evaluation / f"{comparison.question_file.stem}.jsonl"
+    answers.write_text("".join(answer_line(q, text, cell.name) for q, text in zip(questions, said, strict=True)))
+    sets = {answers.stem: {"answers": {"file": answers.name, "sha256": sha256(answers)}}}
+    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | score(questions, said))
+
+
+def collected(comparison: Comparison, measured: Mapping[Cell, Any], command: Sequence[str]) -> dict[str, Any]:
+    """The content of report.json, by the plan that was fixed or is asked for now."""
+    keep_encoders(comparison.output, measured)
+    return collect(comparison, fix(comparison), command)
+
+
+def reported(comparison: Comparison) -> dict[str, Any]:
+    """report.json, written and read again."""
+    report = collected(comparison, {cell: {} for cell in cells_of(comparison)}, ["scripts/compare_encoders.py"])
+    write_json(comparison.output / REPORT, report)
+    return json.loads((comparison.output / REPORT).read_text())

@@ -1,0 +1,261 @@
+"""Comparing sets of captions: how right they are, what the sets have in common, and what the report says."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clips.common.errors import UserError
+from clips.config import Fields
+from clips.data.artists import OPENMOJI
+from clips.data.demo import CONCEPTS, NUMBERS, Description, Scene, split_scene, truth
+from clips.data.sources import open_source
+from clips.recipes import recipe
+from clips.studies.caption_report import write_report
+from clips.studies.caption_sets import Common, collect, measured, parse_sets, plan
+from clips.studies.caption_truth import Truth, is_scene, placements
+from clips.studies.claims import DECIDING, FIGURES, MEANS, VARIANTS
+from clips.studies.reproduce import compared
+
+# ------------------------------------------------------------------------------------------------------ the truth
+
+
+def record_of(scene: Scene, description: Description) -> dict[str, Any]:
+    return truth(scene, description, [OPENMOJI] * len(scene.things))
+
+
+def test_the_demo_s_own_captions_are_right() -> None:
+    """Every place said and every count is; every thing is named, and nothing else."""
+    found = Truth()
+    for number in range(200):
+        scene, description = split_scene("train", number, seed=3)
+        record = record_of(scene, description)
+        assert is_scene(record)
+        found.add(" ".join(description.sentences), record)
+    shares = found.shares()
+    assert {shares[name] for name in ("things_right", "things_found", "counts_right", "places_right")} == {100}
+    assert shares["places_said"] == 100
+    assert 0 < shares["counts_said"] < 100
+
+
+def test_captions_of_other_scenes_are_wrong() -> None:
+    found = Truth()
+    scenes = [split_scene("train", number, seed=3) for number in range(200)]
+    for (scene, description), (_, other) in itertools.pairwise(scenes):
+        found.add(" ".join(other.sentences), record_of(scene, description))
+    shares = found.shares()
+    assert shares["things_right"] < 20
+    assert shares["places_right"] < 10
+    assert shares["counts_right"] < 60
+
+
+def test_what_is_not_said_is_not_counted() -> None:
+    scene, description = split_scene("train", 0, seed=0)
+    found = Truth()
+    found.add("", record_of(scene, description))
+    assert found.shares() == {
+        "things_right": None,
+        "things_found": 0,
+        "counts_said": 0,
+        "counts_right": None,
+        "places_said": 0,
+        "places_right": None,
+    }
+    assert Truth().shares()["things_found"] is None
+
+
+BOTH = {("fox", "top left"), ("key", "bottom right")}
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("the picture shows a fox at the top left and a key at the bottom right.", BOTH),
+        ("At the top left there is a fox and at the bottom right there is a key.", BOTH),
+        ("In the center one sees a small soccer ball.", {("soccer ball", "center")}),
+        ("The fox is small. The picture has a center.", set()),
+        ("The fox is above the key in this picture. The key is at the top right.", {("key", "top right")}),
+        ("foxes at the top left", {("fox", "top left")}),
+        ("a foxglove at the top left", set()),
+    ],
+)  # fmt: skip
+def test_things_and_their_places(caption: str, expected: set[tuple[str, str]]) -> None:
+    assert set(placements(caption)) == expected
+
+
+def test_counts_are_those_of_things() -> None:
+    scene, description = split_scene("train", 1, seed=0)
+    record, found = record_of(scene, description), Truth()
+    for word in NUMBERS:
+        found.add(f"There are {word} things in the picture.", record)
+    found.add("one fox and two keys", record)
+    assert (found.counts, found.counts_right) == (len(NUMBERS), 1)
+
+
+# ------------------------------------------------------------------------------------------------------ the sets
+
+
+def write_set(path: Path, captions: dict[str, str], *, broken: tuple[str, ...] = (), label: bool = False) -> str:
+    """A shard of pairs "k" with picture k and web caption "web k"."""
+    with tarfile.open(path, "w") as tar:
+        for key, long in captions.items():
+            record = {"org_caption": f"web {key[0]}"} | ({"label": key[0]} if label else {})
+            members = {"jpg": f"picture {key[0]}", "json": json.dumps(record), "txt": "" if key in broken else long}
+            for extension, text in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(text.encode())
+                tar.addfile(info, io.BytesIO(text.encode()))
+    return str(path)
+
+
+def test_the_common_pairs_of_shards_in_any_order(tmp_path: Path) -> None:
+    """Left out is what one set lacks or has broken; of a pair that is there twice the first counts."""
+    sets = {
+        "a": write_set(tmp_path / "a.tar", {k: f"a says {k}" for k in ("1", "2", "3", "4", "1-again")}, label=True),
+        "b": write_set(tmp_path / "b.tar", {k: f"b says {k}" for k in ("4", "3", "2", "1", "5")}, broken=("3",)),
+    }
+    common = collect(sets, tmp_path, Fields())
+    assert (common.pictures, common.sizes, common.truth) == (3, {"a": 5, "b": 5}, {})
+    for name in sets:
+        source = open_source(str(common.table), Fields(image="image", web="web", long=f"long_{name}"), need_long=True)
+        samples = [source.read(i) for i in range(len(source))]
+        assert [s.image for s in samples] == [b"picture 1", b"picture 2", b"picture 4"]
+        assert [s.web for s in samples] == ["web 1", "web 2", "web 4"]
+        assert [s.long for s in samples] == [f"{name} says {k}" for k in "124"]
+        assert [s.extra["label"] for s in samples] == ["1", "2", "4"]
+    again = collect(sets, tmp_path, Fields())
+    assert again.table == common.table
+    write_set(tmp_path / "b.tar", {k: f"b says {k}!" for k in "4321"})
+    assert collect(sets, tmp_path, Fields()).table != common.table
+    assert sorted(path.name for path in tmp_path.glob("*.tmp")) == []
+
+
+def test_sets_of_other_pictures_are_refused(tmp_path: Path) -> None:
+    sets = {"a": write_set(tmp_path / "a.tar", {"1": "x"}), "b": write_set(tmp_path / "b.tar", {"2": "y"})}
+    with pytest.raises(UserError, match="no picture with the same web caption in common"):
+        collect(sets, tmp_path, Fields())
+
+
+def test_the_names_of_sets() -> None:
+    assert parse_sets("a=x/{1,2}.tar,b-2=s3://b/*.tar;y.tar") == {"a": "x/{1,2}.tar", "b-2": "s3://b/*.tar;y.tar"}
+    for wrong in ("a", "a=", "web=x", "a=x,a=y", "=x", "a b=x", "a/b=x"):
+        with pytest.raises(UserError, match="NAME=DATA"):
+            parse_sets(wrong)
+
+
+def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> None:
+    common = Common(tmp_path / "pairs.parquet", 10, {"a": 10, "b": 10}, {})
+    runs_of, variants = plan(
+        {"a": "x", "b": "y"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=["data.workers=0"]
+    )
+    assert {name: [run.name for run in runs] for name, runs in runs_of.items()} == {
+        name: [f"{name}-seed0", f"{name}-seed1"] for name in ("a", "b", "web")
+    }
+    a, b, web = (runs_of[name][1].config() for name in ("a", "b", "web"))
+    assert a.data.train == b.data.train == web.data.train == str(common.table)
+    assert (a.data.fields.long, b.data.fields.long) == ("long_a;txt", "long_b;txt")
+    assert a.task == b.task == recipe("demo").task
+    assert a.model == b.model
+    assert a.model.captioner is not None
+    assert web.task.synthetic_share == 0
+    assert web.model.vision == a.model.vision
+    assert variants["a"].label == "a"
+    for setting in ("train.seed=7", "phases.0.samples=640"):
+        with pytest.raises(UserError, match="--seeds and --samples"):
+            plan({"a": "x"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=[setting])
+
+
+def test_the_figures_that_every_run_has(tmp_path: Path) -> None:
+    for name, figures in {"one": FIGURES, "two": (*FIGURES[2:], "other"), "three": ("other",)}.items():
+        (tmp_path / name).mkdir()
+        found = {figure: {"value": 1} for figure in figures}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"figures": found}))
+    assert measured([tmp_path / "one", tmp_path / "two"]) == list(FIGURES[2:])
+    with pytest.raises(UserError, match="neither retrieval nor zero-shot"):
+        measured([tmp_path / "one", tmp_path / "three"])
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def made_up(centres: dict[str, float], figures: tuple[str, ...], truths: dict[str, dict]) -> dict:
+    """The content of captions.json with figures around the given values."""
+    rng = np.random.default_rng(0)
+    rows = {
+        name: [{f: centre + rng.normal(0, 0.3) for f in figures} | {"train_seconds": 60.0} for _ in range(3)]
+        for name, centre in centres.items()
+    }
+    deciding = DECIDING if DECIDING in figures else figures[0]
+    order = list(centres)
+    return {
+        "command": "python scripts/compare_captions.py",
+        "seconds": 1800,
+        "samples": 32_000,
+        "seeds": 3,
+        "jobs": 2,
+        "deciding_figure": deciding,
+        "environment": {"cpus": 2},
+        "test_text_tokens": {"sentence": 22.0},
+        "notes": ["hostile: <b>bold</b> | $x$"],
+        "pictures": 4000,
+        "sets": {name: {"data": f"runs/{name}", "samples": 4000} for name in order if name != "web"},
+        "truth": truths,
+        "variants": {
+            name: {
+                "label": name, "recipe": "demo", "settings": ["a=1"], "text_tokens": {"web": 5.0, "sub": 13.0},
+                "runs": [{"figures": row, "config": {}} for row in rows[name]],
+            }
+            for name in order
+        },
+        "contrasts": [
+            compared(a, b, rows, figures, deciding) for i, a in enumerate(order) for b in order[i + 1 :]
+        ],
+    }  # fmt: skip
+
+
+EVERY = (*MEANS, *FIGURES)
+
+
+def test_the_report_says_which_captions_help_and_what_is_wrong_with_those_that_do_not(tmp_path: Path) -> None:
+    scene, description = split_scene("train", 0, seed=0)
+    record = record_of(scene, description)
+    good, bad = Truth(), Truth()
+    good.add(" ".join(description.sentences), record)
+    absent = next(name for name in CONCEPTS if name not in {thing.concept for thing in scene.things})
+    bad.add(f"There are zero things at the top left: a {absent}.", record)
+    truths = {"exact": good.shares(), "mllm": bad.shares(), "web": Truth().shares()}
+    result = made_up({"mllm": 50.0, "exact": 60.0, "web": 50.1}, EVERY, truths)
+    random.Random(0).shuffle(result["contrasts"])
+    said = write_report(result, tmp_path)
+    mllm, exact = sorted(said, key=lambda line: "exact" in line)
+    assert mllm.startswith("The captions of mllm show no gain over web captions alone: ")
+    assert "Of what they say this is right: things 0 %" in mllm
+    assert exact.startswith("The captions of exact help over web captions alone: +")
+    assert "things 100 %" in exact
+    page, text = (tmp_path / "captions.html").read_text(), (tmp_path / "captions.md").read_text()
+    for part in ("How often the captions are right", "4,000 pictures", "runs/exact"):
+        assert part in page
+        assert part in text
+    assert "<b>bold</b>" not in page
+    assert (tmp_path / "captions.png").stat().st_size > 1000
+
+
+def test_other_test_data_have_other_figures(tmp_path: Path) -> None:
+    figures = ("zero_shot_top1", "linear_probe_top1")
+    said = write_report(made_up({"a": 40.0, "web": 50.0}, figures, {}), tmp_path)
+    assert said[0].startswith("The captions of a do harm against web captions alone: −")
+    assert "in zero-shot accuracy." in said[0]
+    assert "How often" not in (tmp_path / "captions.md").read_text()
+
+
+def test_the_variants_are_the_claims_own() -> None:
+    assert VARIANTS["captioner"].recipe == "demo"
+    assert VARIANTS["web"].settings == ("task.synthetic_share=0",)

@@ -1,0 +1,446 @@
+"""A finished comparison computed again from its raw answers; its archive; what is fixed before the first cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny_compare import comparison_of, finish, made, reported
+
+from clips.common.errors import CommandError, UserError
+from clips.common.files import sha256
+from mllm.compare import archive
+from mllm.compare.archive import pack, unpack
+from mllm.compare.cells import cells_of
+from mllm.compare.comparison import Comparison
+from mllm.compare.fix import fix, plan_of
+from mllm.compare.plan import PLAN, read_plan
+from mllm.compare.plan import comparison_of as comparison_of_plan
+from mllm.compare.report import markdown, sentence
+from mllm.compare.verify import opened, verified, verify
+
+__all__ = ["made"]  # a fixture
+CELL = "cells/random-seed1"
+ANSWERS = f"{CELL}/evaluation/question.jsonl"
+HEAVY = ("torch", "transformers", "deepspeed", "peft", "matplotlib", "PIL", "mllm.model", "mllm.training.run")
+
+
+@pytest.fixture(scope="module")
+def original(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comparison]:
+    """Two encoders, two runs each, finished and reported; the current directory is where its encoders are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        comparison = finish(
+            comparison_of(tmp_path_factory.mktemp("original"), encoders=("clips:clips-run", "random"), seeds=2)
+        )
+        reported(comparison)
+        yield comparison
+
+
+@pytest.fixture
+def output(original: Comparison, tmp_path: Path) -> Path:
+    """A copy of what the comparison left, elsewhere."""
+    return shutil.copytree(original.output, tmp_path / "copy")
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def replace(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+# --------------------------------------------------------------------------------------------------------- verified
+
+
+def test_an_untouched_comparison_verifies(output: Path) -> None:
+    found = verify(output)
+    assert found.differs == []
+    assert found.answers == 4 * 36
+    assert "kept" in found.notes[0]
+
+
+def raise_a_figure(output: Path) -> None:
+    def change(report: dict) -> None:
+        report["encoders"]["clips"]["metrics"]["accuracy"]["mean"] += 0.01
+
+    edit(output / "report.json", change)
+
+
+def right_a_wrong_answer(output: Path) -> None:
+    """The line says that it is right, its text does not."""
+    replace(output / ANSWERS, '"correct": false', '"correct": true')
+
+
+def answer_better(output: Path) -> None:
+    """The whole line as if the model had said so."""
+    replace(output / ANSWERS, '"<b>no"', '"yes"')
+    replace(output / ANSWERS, '"correct": false', '"correct": true')
+
+
+def answer_better_and_hide_it(output: Path) -> None:
+    """With every hash beside it: the figures still tell."""
+    lines = [json.loads(line) for line in (output / ANSWERS).read_text().splitlines()]
+    for line in lines:
+        line |= {"text": "yes", "correct": True}
+    (output / ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def own(figures: dict) -> None:
+        figures["sets"]["question"]["answers"]["sha256"] = sha256(output / ANSWERS)
+        for kind in figures["exact_match"].values():
+            kind["accuracy"] = 1.0
+
+    edit(output / CELL / "evaluation" / "figures.json", own)
+
+    def hashes(report: dict) -> None:
+        for name in report["files"]:
+            report["files"][name] = sha256(output / name)
+
+    edit(output / "report.json", hashes)
+
+
+def ask_otherwise(output: Path) -> None:
+    replace(output / "questions" / "question.jsonl", '"where?"', '"Where, please?"')
+
+
+def lose_a_cell(output: Path) -> None:
+    shutil.rmtree(output / CELL)
+
+
+def add_a_cell(output: Path) -> None:
+    shutil.copytree(output / CELL, output / "cells" / "random-seed2")
+
+
+def score_otherwise(output: Path) -> None:
+    edit(output / CELL / "evaluation" / "figures.json", lambda figures: figures.update(scorer="0" * 64))
+
+
+def decide_otherwise(output: Path) -> None:
+    edit(output / "report.json", lambda report: report["plan"].update(decides="accuracy/where"))
+
+
+def decide_otherwise_and_fix_that(output: Path) -> None:
+    """compare.json too: the cells noted the hash of the one by which they began."""
+    decide_otherwise(output)
+    edit(output / PLAN, lambda plan: plan.update(decides="accuracy/where"))
+
+
+def another_seed(output: Path) -> None:
+    edit(output / CELL / "cell.json", lambda record: record.update(seed=7))
+
+
+def a_figure_of_nothing(output: Path) -> None:
+    edit(output / "report.json", lambda report: report.update(reviewers={"liked it": 0.99}))
+
+
+def an_answer_less(output: Path) -> None:
+    path = output / ANSWERS
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def another_cost(output: Path) -> None:
+    edit(output / CELL / "cost.json", lambda cost: cost.update(align=1.0))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (raise_a_figure, r"encoders\.clips\.metrics\.accuracy\.mean: 0\.\d+ as recorded, 0\.\d+ computed again"),
+        (right_a_wrong_answer, r"cell random-seed1: answer to question, question \d+: correct is True, and by the "),
+        (answer_better, r"cell random-seed1: its answers question are not those that it gave"),
+        (answer_better_and_hide_it, r"differences\.\d+\.\w+: .*computed again\n"),
+        (ask_otherwise, r"question file question was changed"),
+        (lose_a_cell, r"cell random-seed1 is missing"),
+        (add_a_cell, r"cell random-seed2 is none of this comparison's"),
+        (
+            score_otherwise,
+            r"random-seed1: its answers were scored by another version of the scorer \(0{12}\)",
+        ),
+        (decide_otherwise, r"fixed\.kept: true as recorded, false computed again"),
+        (decide_otherwise_and_fix_that, r"cell clips-clips-run-seed0: it began by another compare\.json"),
+        (another_seed, r"cell random-seed1: its seed is 7 in cell\.json, and by the plan 1"),
+        (a_figure_of_nothing, r"report\.json holds 'reviewers', which is computed by nothing"),
+        (an_answer_less, r"cell random-seed1: it has 35 answers question to 36 questions"),
+        (another_cost, r"cells/random-seed1/cost\.json was changed after the report"),
+    ],
+)
+def test_what_was_changed_is_named(output: Path, tamper: Callable[[Path], None], said: str) -> None:
+    tamper(output)
+    with pytest.raises(CommandError, match=said) as failed:
+        verified(output, output)
+    assert failed.value.exit_code == 1
+
+
+def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that scores otherwise: then the figures differ as well."""
+    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: "f" * 64)
+    monkeypatch.setattr("mllm.compare.collect.scorer_version", lambda: "f" * 64)
+    found = verify(output).differs
+    assert sum("another version of the scorer" in line for line in found) == 4
+    assert any(line.startswith("scorer: ") for line in found)
+    monkeypatch.setattr("mllm.compare.verify.is_right", lambda answer, expected: True)
+    assert any("correct is False, and by the question file True" in line for line in verify(output).differs)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("report.json", "[" * 200_000, "damaged, or no JSON"),
+        ("report.json", "{}", "says what it was fixed to"),
+        ("report.json", '{"plan": {"format": 99}}', "another version of this program"),
+        ("report.json", '{"plan": 3}', "cannot be verified"),
+        (f"{CELL}/config.json", "{}", "figures cannot be computed again: KeyError"),
+        (f"{CELL}/config.json", '{"a": ' * 100_000, "damaged, or no JSON"),
+        (ANSWERS, "[1, 2]\n" * 36, "cannot be verified"),
+        ("encoders.json", "{}", "figures cannot be computed again: KeyError"),
+    ],
+)
+def test_files_of_another_shape_are_refused_without_a_traceback(
+    output: Path, name: str, content: str, said: str
+) -> None:
+    (output / name).write_text(content)
+    with pytest.raises(CommandError, match=said):
+        verified(output, output)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"seeds": 10**9}, "more than 50 encoders or 100 seeds"),
+        ({"llava_seeds": 10**9}, "more than 50 encoders or 100 seeds"),
+        ({"encoders": ["random", "blind"] * 30}, "more than 50 encoders"),
+        ({"encoders": "clips"}, "its plan gives encoders as 'clips'"),
+        ({"seeds": "2"}, "its plan gives seeds as '2'"),
+        ({"benchmarks": ["../../elsewhere"]}, "leads out of a cell"),
+        ({"output": "/"}, "another version"),
+    ],
+)
+def test_a_plan_that_asks_for_too_much_is_refused(output: Path, flags: dict, said: str) -> None:
+    edit(output / "report.json", lambda report: report["plan"]["comparison"].update(flags))
+    with pytest.raises(UserError, match=said):
+        verify(output)
+
+
+def test_no_path_in_a_plan_is_opened(output: Path, tmp_path: Path) -> None:
+    """The encoders are names here: what they lead to is nobody's business, and may be anything."""
+    os.mkfifo(tmp_path / "pipe")
+    edit(output / "report.json", lambda report: report["plan"]["comparison"].update(encoders=["hf:/", "timm:../pipe"]))
+    assert any("is missing" in line for line in verify(output).differs)
+
+
+# ----------------------------------------------------------------------------------------------------- fixed before
+
+
+def test_the_plan_stands_before_the_first_cell(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    comparison = comparison_of(tmp_path, seeds=2)
+    fix(dataclasses.replace(comparison, decides="accuracy/where"))
+    assert read_plan(comparison.output)["decides"] == "accuracy/where"
+    fix(comparison)  # nothing has begun: a mind may be changed
+    plan = read_plan(comparison.output)
+    assert plan.pop("cells_begun") == 0
+    assert plan == json.loads(json.dumps(plan_of(comparison)))
+    assert (plan["decides"], plan["comparison"]["seeds"], plan["budget"]["share"]) == ("accuracy", 2, 1.0)
+    (asked,) = plan["questions"].values()
+    assert asked["kinds"] == {"identity": 12, "where": 12, "yes_no": 12}
+    assert asked["sha256"] == hashlib.sha256((made / "question.jsonl").read_bytes()).hexdigest()
+    again = comparison_of_plan(plan, comparison.output)
+    assert [cell.directory for cell in cells_of(again)] == [cell.directory for cell in cells_of(comparison)]
+    with pytest.raises(UserError, match=r"--decides accuracy/count: these questions give accuracy, accuracy/identity"):
+        fix(dataclasses.replace(comparison, decides="accuracy/count"))
+
+
+def test_a_change_of_mind_is_in_the_report_and_verifies(output: Path) -> None:
+    """The first plan stays; the report says what is otherwise, and so it is no secret."""
+    comparison = comparison_of_plan(json.loads((output / "report.json").read_text())["plan"], output)
+    comparison = dataclasses.replace(
+        comparison, question_file=Path("question.jsonl"), question_images=Path("images"), device="cpu"
+    )
+    before = (output / PLAN).read_bytes()
+    kept = reported(comparison)
+    assert (kept["fixed"]["kept"], kept["fixed"]["sha256"]) == (True, sha256(output / PLAN))
+    assert "fixed before the first cell, and kept to" in markdown(kept)
+    report = reported(dataclasses.replace(comparison, decides="accuracy/where"))
+    assert (output / PLAN).read_bytes() == before
+    assert report["fixed"] == {
+        "sha256": hashlib.sha256(before).hexdigest(),
+        "kept": False,
+        "differs": ['decides: "accuracy" → "accuracy/where"'],
+    }
+    text = markdown(report)
+    assert "was not kept to: decides: " in text
+    assert text.count("\n- ") > 6
+    wheres = [row for row in report["differences"] if row["metric"] == "accuracy/where"]
+    assert all(sentence(row) in text for row in wheres)
+    won = wheres[0] | {"verdict": "win"}
+    assert " more where questions right than " in sentence(won)
+    found = verify(output)
+    assert found.differs == []
+    assert "not kept" in found.notes[0]
+
+
+def test_what_is_written_down_late_says_so(output: Path) -> None:
+    (output / PLAN).unlink()
+    comparison = comparison_of_plan(json.loads((output / "report.json").read_text())["plan"], output)
+    comparison = dataclasses.replace(comparison, question_file=Path("question.jsonl"), device="cpu")
+    assert reported(comparison)["fixed"]["differs"] == ["compare.json was written when 4 cell(s) had begun already"]
+
+
+# ---------------------------------------------------------------------------------------------------------- archive
+
+
+def test_an_archive_verifies_elsewhere_by_the_command(output: Path, tmp_path: Path) -> None:
+    """Packed, unpacked and computed again in a process that sees no encoder, no model and no picture."""
+    script = [sys.executable, ROOT / "scripts" / "compare_encoders.py"]
+    done = subprocess.run([*script, "--pack", output], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    packed = tmp_path / "copy.tar.xz"
+    assert sha256(packed) in done.stdout
+    assert packed.stat().st_size < 100_000
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(packed, elsewhere / "sent.tar.xz")
+    shutil.rmtree(output)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(elsewhere)}
+    command = [*script, "--verify", "sent.tar.xz"]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 cells, 144 answers scored anew" in done.stdout
+    with opened(elsewhere / "sent.tar.xz") as found:
+        report = json.loads((found / "report.json").read_text())
+    shown = {f"{100 * encoder['metrics']['accuracy']['mean']:.1f} ±" for encoder in report["encoders"].values()}
+    assert all(text in done.stdout for text in shown)
+    assert list(elsewhere.iterdir()) == [elsewhere / "sent.tar.xz"]
+
+
+def test_verifying_loads_no_torch() -> None:
+    code = (
+        f"import sys, mllm.compare.verify, mllm.compare.pages\nprint([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_same_comparison_gives_the_same_bytes(output: Path, tmp_path: Path) -> None:
+    first = pack(output, tmp_path / "first.tar.xz")
+    other = shutil.copytree(output, tmp_path / "other", copy_function=shutil.copyfile)
+    for path in other.rglob("*"):
+        os.utime(path, (1, 1))
+    (other / "cells" / "random-seed1.log").write_text("printed")  # not what figures rest on
+    (other / CELL / "model").mkdir()
+    (other / CELL / "model" / "model.safetensors").write_bytes(b"large")
+    assert pack(other, tmp_path / "second.tar.xz") == first == sha256(tmp_path / "second.tar.xz")
+
+
+def test_a_comparison_that_does_not_verify_is_not_packed(output: Path, tmp_path: Path) -> None:
+    raise_a_figure(output)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "compare_encoders.py", "--pack", output],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is not what its report says" in done.stderr
+    assert not list(tmp_path.glob("*.tar.xz"))
+
+
+def archive_of(place: Path, *members: tarfile.TarInfo | str) -> Path:
+    """An archive with these members; a name alone is a file of a few bytes."""
+    path, stream = place / "sent.tar.xz", io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for member in members:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = 2 if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(b"{}") if info.isreg() else None)
+    path.write_bytes(lzma.compress(stream.getvalue()))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        (["report.json", "../outside.json"], "points outside"),
+        (["report.json", "/outside.json"], "points outside"),
+        (["report.json", "cells/x/../../../outside.json"], "points outside"),
+        (["report.json", "cells/x/evaluation/a/b.jsonl"], "is no file of a comparison"),
+        (["report.json", "cells/x/model/model.safetensors"], "is no file of a comparison"),
+        (["report.json", "setup.py"], "is no file of a comparison"),
+        (["report.json", "report.json"], "appears twice"),
+        ([special("report.json", tarfile.SYMTYPE, "/etc/passwd")], "is a link"),
+        (["report.json", special("compare.json", tarfile.LNKTYPE, "report.json")], "is a link"),
+        (["report.json", special("cells/x/cell.json", tarfile.FIFOTYPE)], "not a regular file"),
+        (["report.json", special("cells/x/cell.json", tarfile.CHRTYPE)], "not a regular file"),
+        ([], "empty"),
+    ],
+)
+def test_an_archive_with_anything_else_is_refused(tmp_path: Path, members: list, said: str) -> None:
+    sent, place = archive_of(tmp_path, *members), tmp_path / "a" / "b" / "place"
+    place.mkdir(parents=True)
+    with pytest.raises(UserError, match=said):
+        unpack(sent, place)
+    assert [path.name for path in tmp_path.rglob("*.json")] == []
+
+
+def test_a_file_that_is_no_archive_is_refused(output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    good = tmp_path / "good.tar.xz"
+    pack(output, good)
+    whole = good.read_bytes()
+    for content, said in (
+        (whole[:-100], "is cut off"),
+        (whole[:2000] + bytes(100) + whole[2100:], "no xz file, or damaged"),
+        (whole + b"more", "something behind its end"),
+        (b"PK\x03\x04 a zip file, and no other", "no xz file"),
+        (lzma.compress(b"no tar at all" * 1000), "not an uncompressed tar"),
+        (b"", "is cut off"),
+    ):
+        (tmp_path / "sent").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            unpack(tmp_path / "sent", place)
+    with pytest.raises(UserError, match="there is no archive"):
+        unpack(tmp_path / "nothing", place)
+
+
+def test_an_archive_costs_no_more_than_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setattr(archive, "MOST_BYTES", 5_000_000)
+    bomb = tmp_path / "bomb.tar.xz"
+    bomb.write_bytes(lzma.compress(bytes(200_000_000)))
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(UserError, match="unpacks to more than 5,000,000 bytes"):
+        unpack(bomb, place)
+    assert (place / "archive.tar").stat().st_size <= 6_000_000
+    many = archive_of(tmp_path, "report.json", *(f"cells/{i}/cell.json" for i in range(30)))
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 30)
+    with pytest.raises(UserError, match="more than 30 files"):
+        unpack(many, place)
+    monkeypatch.setattr(archive, "MOST_MEMORY", 100_000)
+    with pytest.raises(UserError, match="needs too much memory"):
+        unpack(many, place)
+    monkeypatch.setattr(archive, "MOST_PACKED", 100)
+    with pytest.raises(UserError, match="more than 100 bytes"):
+        unpack(many, place)

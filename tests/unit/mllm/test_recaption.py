@@ -1,0 +1,438 @@
+"""Recaptioning in one process: what is written of each layout, what is refused, every pair accounted for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hostile import HOSTILE
+from launched import pictures, write_shard
+from pairs import BROKEN, Known, outcome, write_pairs
+from range_server import serving
+from rich.console import Console
+
+import mllm.recaption.process as process
+import mllm.recaption.shards as shards_module
+from clips import CLIPS, Fields, open_source
+from clips.common.errors import BrokenDataError, CommandError, UserError
+from mllm.recaption.asking import Prompt
+from mllm.recaption.captioner import Pair, Written
+from mllm.recaption.options import Options
+from mllm.recaption.plan import demo_captioners
+from mllm.recaption.quality import Bounds
+from mllm.recaption.run import Share, recaption, share_of
+
+QUIET = Console(emoji=False, file=io.StringIO())
+
+
+@pytest.fixture
+def captioner(monkeypatch: pytest.MonkeyPatch) -> Known:
+    known = Known()
+    monkeypatch.setattr(process, "make_captioner", lambda *_, **__: known)
+    return known
+
+
+def caption(data: str, out: Path, share: Share | None = None, **options: Any) -> None:
+    asked = Options(data, out, "known:0", Prompt("Describe it. Hint: {web}"), **options)
+    recaption(asked, share or Share(), 1, None, QUIET)
+
+
+def members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+
+
+def manifests(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((out / "manifests").glob("*.json"))]
+
+
+def trained_on(out: Path) -> Iterator[Any]:
+    """What pretraining reads of it, without a flag."""
+    source = open_source(str(out), Fields(), need_long=True)
+    return (source.read(index) for index in range(len(source)))
+
+
+# ------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_shards_of_img2dataset(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 6)
+    caption(data, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar"]
+    for shard in range(2):
+        before, after = (members(tmp_path / folder / f"{shard:05d}.tar") for folder in ("pairs", "out"))
+        for name, data_before in before.items():
+            kept = name.replace(".txt", ".source.txt")
+            if name.endswith(".json"):
+                old, new = json.loads(data_before), json.loads(after[name])
+                assert new == old | {"org_caption": before[name.replace("json", "txt")].decode()}
+            else:
+                assert after[kept] == data_before, name
+    found = list(trained_on(tmp_path / "out"))
+    made = pictures(12)
+    assert [(sample.image, sample.web) for sample in found] == [(picture, web) for picture, web, _ in made]
+    assert all(sample.long.startswith("A picture of something that is") for sample in found)
+    assert captioner.is_closed
+    assert (tmp_path / "out/report/index.html").read_text().count("<img") == 12
+    for manifest in manifests(tmp_path / "out"):
+        assert manifest["counts"]["pairs"] == manifest["counts"]["written"] == 6
+        assert manifest["captioner"] == {"kind": "known", "batch_size": 4}
+        assert manifest["settings"]["prompt"] == "Describe it. Hint: {web}"
+    assert not any((tmp_path / "out" / name).exists() for name in ("claims", "work"))
+
+
+def test_what_stands_where_the_output_needs_its_place(tmp_path: Path, captioner: Known) -> None:
+    """Other fields, an old long caption, an org_caption that is another, a name of a picture that comes before."""
+    picture, other = (made[0] for made in pictures(2))
+    first = {
+        "jpg": other, "alt": b"  the web\r\n", "txt": b"An old long one.", "source.txt": b"older", "cls": b"3",
+        "json": b'{"org_caption": "x", "big": 1e400, "n": 0.1}',
+    }  # fmt: skip
+    shard = tmp_path / "a.tar"
+    write_shard(shard, [(picture, first)], extension="img")
+    caption(str(shard), tmp_path / "out", fields=Fields(image="img", web="alt"))
+    found = members(tmp_path / "out/a.tar")
+    stored = json.loads(found.pop("00000.json"))
+    assert stored == {"source_org_caption": "x", "big": float("inf"), "n": 0.1, "org_caption": "  the web\r\n"}
+    assert found.pop("00000.txt").startswith(b"A picture of something")
+    assert found == {
+        "00000.jpg": picture, "00000.source.jpg": other, "00000.alt": b"  the web\r\n", "00000.cls": b"3",
+        "00000.source.txt": b"older", "00000.source.txt2": b"An old long one.",
+    }  # fmt: skip
+
+
+def test_a_json_member_that_has_the_web_caption_is_left_as_it_is(tmp_path: Path, captioner: Known) -> None:
+    text = b'{ "org_caption" :"w\\u0065b", "org_caption": "web 7" }  \n'
+    write_shard(tmp_path / "a.tar", [(pictures(1)[0][0], {"json": text, "txt": b"Long."})])
+    caption(str(tmp_path / "a.tar"), tmp_path / "out")
+    found = members(tmp_path / "out/a.tar")
+    assert found["00000.json"] == text
+    assert found["00000.source.txt"] == b"Long."
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_tables(kind: str, tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "ROWS", 4)
+    made = pictures(6)
+    rows: list[dict[str, Any]] = []
+    for i, (picture, web, _) in enumerate(made):
+        (tmp_path / f"{i}.png").write_bytes(picture)
+        rows.append({"file": f"{i}.png", "caption": web, "size": str(i)})
+    table = tmp_path / f"set.{kind}"
+    if kind == "csv":
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for row, (picture, _, _) in zip(rows, made, strict=True):
+            row |= {"file": {"bytes": picture, "path": row["file"]}, "mask": b"\0\1"}
+        pa.parquet.write_table(pa.Table.from_pylist(rows), table)
+    caption(str(table), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["set-00000.tar", "set-00001.tar"]
+    found = list(trained_on(tmp_path / "out"))
+    assert [(sample.image, sample.web) for sample in found] == [(picture, web) for picture, web, _ in made]
+    assert [sample.extra["file"] for sample in found] == [f"{i}.png" for i in range(6)]
+    assert [sample.extra["size"] for sample in found] == [str(i) for i in range(6)]
+    if kind == "parquet":
+        assert members(tmp_path / "out/set-00001.tar")["000000004.mask"] == b"\0\1"
+
+
+def test_remote_shards(tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    write_pairs(tmp_path / "pairs", 2, 5)
+    with serving(tmp_path / "pairs") as server:
+        caption(f"{server.url}/{{00000..00001}}.tar", tmp_path / "out")
+    caption(f"{tmp_path}/pairs/*.tar", tmp_path / "near")
+    assert [m["input"]["sha256"] for m in manifests(tmp_path / "out")] == [
+        m["input"]["sha256"] for m in manifests(tmp_path / "near")
+    ]
+    for name in ("00000.tar", "00001.tar"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+
+
+def test_files_of_one_name_from_several_folders(tmp_path: Path, captioner: Known) -> None:
+    data = ";".join([write_pairs(tmp_path / "a", 1, 2), write_pairs(tmp_path / "b", 1, 3)])
+    caption(data, tmp_path / "out")
+    assert len(list(trained_on(tmp_path / "out"))) == 5
+    assert len({path.stem.rpartition("-")[2] for path in (tmp_path / "out").glob("*.tar")}) == 2
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_bad_captions_are_tried_again_once_and_each_pair_is_accounted_for(tmp_path: Path, captioner: Known) -> None:
+    webs = ["web 1", "once 2", "refuse 3", "error 4", "web 5", "web 6"]
+    samples = [(made[0], {"txt": web.encode()}) for made, web in zip(pictures(6), webs, strict=True)]
+    samples[4] = (BROKEN, samples[4][1])
+    write_shard(tmp_path / "a.tar", samples)
+    caption(str(tmp_path / "a.tar"), tmp_path / "out", max_broken_share=0.2)
+    assert [sample.web for sample in trained_on(tmp_path / "out")] == ["web 1", "once 2", "error 4", "web 6"]
+    (manifest,) = manifests(tmp_path / "out")
+    assert manifest["first_attempts_refused"] == {"not captioned": 1, "refusal": 2}
+    assert manifest["rejected"] == {"broken": 1, "refusal": 1}
+    assert manifest["counts"]["mended"] == 2
+    attempts = [(attempt, len(keys)) for attempt, keys in captioner.calls]
+    assert attempts == [(0, 4), (0, 2), (1, 3)]
+    rejected = [json.loads(line) for line in (tmp_path / "out/rejected/a.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["key"], record["reason"]) for record in rejected] == [
+        (2, "00002", "refusal"), (4, "00004", "broken"),
+    ]  # fmt: skip
+    page = (tmp_path / "out/report/index.html").read_text()
+    assert "a refusal" in page
+    assert "I&#39;m sorry" in page
+
+    caption(str(tmp_path / "a.tar"), tmp_path / "kept", max_broken_share=0.2, on_bad="keep")
+    kept = [sample.long for sample in trained_on(tmp_path / "kept")]
+    assert len(kept) == 5
+    assert kept[2].startswith("I'm sorry")
+
+
+def test_captions_of_any_kind_come_back_as_they_were_written(tmp_path: Path, captioner: Known) -> None:
+    texts = {"quotes": 'It says "a\'b" — \\n {web} %s', "lines": "One\ntwo\r\nthree\x85four.", "nul": "a\0b " * 5}
+    texts |= {"megabyte": "wide " * 200_000, **{f"hostile {name}": text for name, text in HOSTILE.items()}}
+    captioner.texts = texts
+    made = pictures(len(texts))
+    write_shard(tmp_path / "a.tar", [(made[i][0], {"txt": web.encode()}) for i, web in enumerate(texts)])
+    caption(str(tmp_path / "a.tar"), tmp_path / "out", on_bad="keep", bounds=Bounds(0, 10**7, "any"))
+    found = members(tmp_path / "out/a.tar")
+    for i, text in enumerate(texts.values()):
+        assert found[f"{i:05d}.txt"] == text.encode("utf-8", "replace").decode().strip().encode()
+    assert len(list(trained_on(tmp_path / "out"))) == len(texts)
+    page = (tmp_path / "out/report/index.html").read_text()
+    assert "<script>alert" not in page
+    assert "\x1b" not in page
+
+
+def test_too_many_broken_pictures_end_the_command(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 1, 10, broken=(2, 5))
+    with pytest.raises(BrokenDataError, match=r"2 of 10 pairs are broken, 20\.0%: above --max-broken-share 0\.1"):
+        caption(data, tmp_path / "out", max_broken_share=0.1)
+    caption(data, tmp_path / "out", max_broken_share=0.2)
+    assert len(list(trained_on(tmp_path / "out"))) == 8
+
+
+def test_samples_that_lack_a_member_are_told_and_keys_that_come_twice_are_one(tmp_path: Path, captioner: Known) -> None:
+    picture = pictures(1)[0][0]
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, data in (
+            ("x.png", picture),
+            ("x.txt", b"web 1"),
+            ("y.png", picture),
+            ("x.png", b"other"),
+            ("x.txt", b"2"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    caption(str(shard), tmp_path / "out")
+    (sample,) = trained_on(tmp_path / "out")
+    assert (sample.image, sample.web) == (picture, "web 1")
+    assert manifests(tmp_path / "out")[0]["counts"]["left_out"] == 1
+
+
+def test_the_worst_fits_can_be_left_out(tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an encoder of the tests that likes the pictures with small numbers."""
+    import torch
+
+    class Encoder:
+        def encode_image(self, images: Any) -> torch.Tensor:
+            return torch.ones(len(list(images)), 1)
+
+        def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+            return torch.tensor([[1 - int(text.rstrip(".").rpartition(" ")[2]) / 100] for text in texts])
+
+    monkeypatch.setattr(CLIPS, "from_pretrained", lambda *_, **__: Encoder())
+    data = write_pairs(tmp_path / "pairs", 1, 10)
+    caption(data, tmp_path / "out", min_similarity_quantile=0.3, similarity_encoder="some")
+    assert [sample.web for sample in trained_on(tmp_path / "out")] == [f"stock photo {i}" for i in range(7)]
+    assert manifests(tmp_path / "out")[0]["rejected"] == {"dissimilar": 3}
+
+
+# ----------------------------------------------------------------------------------------- going on, and several
+
+
+def test_the_same_command_goes_on_call_by_call(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 10)
+    caption(data, tmp_path / "whole")
+    calls = list(captioner.calls)
+    captioner.calls.clear()
+    write = captioner.write
+
+    def failing(pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
+        if len(captioner.calls) in (2, 4):
+            captioner.calls.append((9, []))
+            raise RuntimeError("CUDA out of memory")
+        return write(pairs, attempt)
+
+    monkeypatch.setattr(captioner, "write", failing)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            caption(data, tmp_path / "out")
+    caption(data, tmp_path / "out")
+    made = [call for call in captioner.calls if call[0] != 9]
+    assert sorted(made) == sorted(calls)  # no call twice
+    after = outcome(tmp_path / "out")
+    assert {name: data for name, data in after.items() if name != "report/index.html"} == {
+        name: data for name, data in outcome(tmp_path / "whole").items() if name != "report/index.html"
+    }
+    captioner.calls.clear()
+    caption(data, tmp_path / "out")
+    assert captioner.calls == []
+
+
+def test_calls_that_were_made_of_other_data_do_not_count(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 1, 8)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mllm.recaption.work.Worker._write", full)
+        with pytest.raises(CommandError, match=r"shard 00000: no space left on device.*the same command goes on"):
+            caption(data, tmp_path / "out")
+    captioner.calls.clear()
+    write_pairs(tmp_path / "pairs", 1, 8, broken=(1,))
+    caption(data, tmp_path / "out", max_broken_share=0.5)
+    assert [(attempt, len(keys)) for attempt, keys in captioner.calls] == [(0, 4), (0, 4)]
+    assert manifests(tmp_path / "out")[0]["rejected"] == {"broken": 1}
+
+
+def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 1, 4)
+    caption(data, tmp_path / "out")
+    captioner.batch_size = 8
+    (tmp_path / "out/00000.tar").unlink()
+    with pytest.raises(UserError, match=r"made otherwise(.|\n)*captioner.batch_size: 4 → 8(.|\n)*--out"):
+        caption(data, tmp_path / "out")
+    captioner.batch_size = 4
+    with pytest.raises(UserError, match='on_bad: "drop" → "keep"'):
+        caption(data, tmp_path / "out", on_bad="keep")
+    write_pairs(tmp_path / "elsewhere", 1, 2)
+    with pytest.raises(UserError, match="no recaptioning wrote"):
+        caption(data, tmp_path / "elsewhere")
+
+
+def test_a_shard_whose_data_changed_is_named(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 1, 4)
+    caption(data, tmp_path / "out")
+    write_pairs(tmp_path / "pairs", 1, 5)
+    with pytest.raises(UserError, match=r"has 5 pairs, and .*00000.json was made when it had 4: remove"):
+        caption(data, tmp_path / "out")
+
+
+def test_ranks_split_the_shards_and_the_last_one_writes_the_page(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 3, 4)
+    caption(data, tmp_path / "out", Share(1, 2))
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00001.tar"]
+    assert not (tmp_path / "out/report").exists()
+    caption(data, tmp_path / "out", Share(0, 2))
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
+    assert (tmp_path / "out/report/index.html").is_file()
+
+
+def test_where_rank_and_size_come_from() -> None:
+    assert share_of(None, None, {}) == Share(0, 1)
+    assert share_of(3, 8, {"RANK": "0", "WORLD_SIZE": "2"}) == Share(3, 8)
+    assert share_of(None, None, {"RANK": "1", "WORLD_SIZE": "2"}) == Share(1, 2)
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert share_of(None, None, slurm) == Share(5, 8)
+    assert slurm["LOCAL_RANK"] == "1"
+    for rank, size in ((2, 2), (-1, 2), (0, 0), (1, None), (None, 2)):
+        with pytest.raises(UserError, match="--rank"):
+            share_of(rank, size, {})
+
+
+def test_flags_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    for wrong, name in (
+        ({"batch_size": 0}, "--batch-size"),
+        ({"min_similarity_quantile": 0.5}, "--similarity-encoder"),
+        ({"min_similarity_quantile": 1.0, "similarity_encoder": "x"}, "--min-similarity-quantile"),
+        ({"bounds": Bounds(9, 3)}, "--words 9 3"),
+        ({"max_broken_share": 1.5}, "--max-broken-share"),
+    ):
+        with pytest.raises(UserError, match=name):
+            Options("x", tmp_path, "known:0", Prompt(), **wrong)
+
+
+def test_the_error_for_data_without_long_captions_names_the_command(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [(pictures(1)[0][0], {"json": b'{"org_caption": "w"}'})])
+    with pytest.raises(
+        UserError, match=r"no long captions(.|\n)*python scripts/recaption.py writes them \(docs/recaption.md\)"
+    ):
+        open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
+    with pytest.raises(UserError, match=r"both 'txt'.*python scripts/recaption.py writes them"):
+        open_source(str(tmp_path / "a.tar"), Fields(web="txt"), need_long=True)
+
+
+def test_a_kill_between_the_shard_and_its_manifest(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 4)
+    caption(data, tmp_path / "out")
+    before = outcome(tmp_path / "out")
+    (tmp_path / "out/manifests/00000.json").unlink()
+    shard = tmp_path / "out/00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])  # and a copy that was cut
+    captioner.calls.clear()
+    caption(data, tmp_path / "out")
+    assert outcome(tmp_path / "out") == before
+    assert len(captioner.calls) == 2
+
+
+def test_a_claim_lost_in_a_call_costs_nothing_that_was_written(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a long stop: another process has the shard, and dies too."""
+    data = write_pairs(tmp_path / "pairs", 1, 12)
+    write = captioner.write
+
+    def losing(pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
+        if len(captioner.calls) == 1:
+            claim = tmp_path / "out/claims/00000.claim"
+            claim.write_text(json.dumps({"owner": "other", "machine": "another one"}))
+            os.utime(claim, (0, 0))
+        return write(pairs, attempt)
+
+    monkeypatch.setattr(captioner, "write", losing)
+    caption(data, tmp_path / "out")
+    assert len(list(trained_on(tmp_path / "out"))) == 12
+    assert len(captioner.calls) == 3
+
+
+def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"train_llava.sh.*captioner.inputs=tokens"):
+        demo_captioners(Path("out"))
+    for run, inputs in (("a", "queries"), ("b", "tokens"), ("study/c", "tokens")):
+        (tmp_path / "runs" / run / "export").mkdir(parents=True)
+        config = tmp_path / "runs" / run / "config.json"
+        config.write_text(json.dumps({"model": {"captioner": {"inputs": inputs}}}))
+        os.utime(config, (len(run), len(run)))
+    assert demo_captioners(Path("out")) == [("clips:runs/study/c", Path("out/clips"))]
+    (tmp_path / "runs/chat/model").mkdir(parents=True)
+    (tmp_path / "runs/chat/model/config.json").write_text("{}")
+    assert demo_captioners(Path("out"))[0] == ("llava:runs/chat/model", Path("out/llava"))
+
+
+def test_the_plan_tells_what_it_costs_and_writes_nothing(tmp_path: Path, captioner: Known) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 6)
+    told = io.StringIO()
+    options = Options(data, tmp_path / "out", "known:0", Prompt("x" * 40 + "{web}"))
+    recaption(options, Share(), 1, (2.0, 5.0), Console(emoji=False, file=told, width=200), dry_run=True)
+    assert "12 in 2 shards, of which 12 in 2 are to do here" in told.getvalue()
+    tokens = 576 + 40 / 4 + 40  # of picture, prompt and web caption
+    assert f"{tokens * 2 + 100 * 5:,.2f} a million captions" in told.getvalue()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""Components of variance against their definition, the analysis of variance, known effects; counts that are needed."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from mllm.compare.statistics import interval
+from mllm.compare.variance import ANSWERS, TOGETHER, Spread, components, distinct_levels, spread
+
+
+def runs_and_items(pretraining: int, llava: int, pictures: int, questions: int):
+    """Groups of every level, balanced: ([pretraining, run], [picture, question])."""
+    runs, items = np.arange(pretraining * llava), np.arange(pictures * questions)
+    return [runs % pretraining, runs], [items // questions, items]
+
+
+def drawn(rng: np.random.Generator, runs, items, deviations: np.ndarray) -> np.ndarray:
+    """[R, I] with effects of known standard deviations [1 + levels of runs, 1 + levels of items]."""
+    total = np.zeros((len(runs[-1]), len(items[-1])))
+    for (a, row), (b, column) in product(
+        enumerate([np.zeros_like(runs[0]), *runs]), enumerate([np.zeros_like(items[0]), *items])
+    ):
+        total += deviations[a, b] * rng.standard_normal((row.max() + 1, column.max() + 1))[np.ix_(row, column)]
+    return total
+
+
+def slow_components(scores: np.ndarray, runs, items) -> np.ndarray:
+    """Every pair of scores by itself, sorted by how many levels of runs and of items it shares."""
+    shape = len(runs) + 1, len(items) + 1
+    squares, counts = np.zeros(shape), np.zeros(shape)
+    places = list(np.ndindex(scores.shape))
+    for (r, i), (s, j) in product(places, places):
+        shared = sum(level[r] == level[s] for level in runs), sum(level[i] == level[j] for level in items)
+        squares[shared] += (scores[r, i] - scores[s, j]) ** 2 / 2
+        counts[shared] += 1
+    covariance = squares[0, 0] / counts[0, 0] - squares / counts
+    found = np.zeros(shape)
+    for a, b in np.ndindex(shape):
+        found[a, b] = covariance[a, b] - found[: a + 1, : b + 1].sum()
+    return found
+
+
+@pytest.mark.parametrize("is_balanced", [True, False])
+def test_components_are_those_of_all_pairs_of_scores(is_balanced: bool) -> None:
+    rng = np.random.default_rng(0)
+    runs, items = runs_and_items(3, 2, 5, 2)
+    if not is_balanced:
+        runs = [np.array([0, 1, 2, 0]), np.arange(4)]
+        items = [np.array([0, 0, 0, 1, 2, 2, 3]), np.arange(7)]
+    scores = rng.integers(0, 2, (len(runs[0]), len(items[0]))).astype(float)
+    assert np.allclose(components(scores, runs, items), slow_components(scores, runs, items))
+
+
+def test_of_equal_numbers_they_are_those_of_the_analysis_of_variance() -> None:
+    """Two crossed factors, one score each: mean squares and their expectations (any textbook)."""
+    scores = np.random.default_rng(1).normal(0, 1, (4, 30)) + np.arange(4)[:, None]
+    seeds, pictures = scores.shape
+    centred = scores - scores.mean()
+    ms_seeds = pictures * (centred.mean(1) ** 2).sum() / (seeds - 1)
+    ms_pictures = seeds * (centred.mean(0) ** 2).sum() / (pictures - 1)
+    rest = centred - centred.mean(0) - centred.mean(1)[:, None]
+    ms_rest = (rest**2).sum() / (seeds - 1) / (pictures - 1)
+    expected = [[0, (ms_pictures - ms_rest) / seeds], [(ms_seeds - ms_rest) / pictures, ms_rest]]
+    assert np.allclose(components(scores, [np.arange(seeds)], [np.arange(pictures)]), expected)
+
+
+def test_known_effects_are_found_without_bias() -> None:
+    deviations = np.array([[0, 0.3, 0.4], [0.2, 0.1, 0.1], [0.1, 0.1, 0.5]])
+    rng = np.random.default_rng(2)
+    runs, items = [np.array([0, 1, 2, 3, 0, 1]), np.arange(6)], [np.arange(80) // 2, np.arange(80)]
+    found = np.mean([components(drawn(rng, runs, items, deviations), runs, items) for _ in range(600)], axis=0)
+    assert found == pytest.approx(deviations**2, abs=0.006)
+
+
+def test_levels_that_cannot_be_told_apart_become_one() -> None:
+    runs, pictures = np.arange(3), np.array([0, 0, 1, 1])
+    named = distinct_levels([("pretraining seed", runs), ("LLaVA seed", runs)])
+    assert [name for name, _ in named] == ["pretraining seed and LLaVA seed"]
+    assert [name for name, _ in distinct_levels([("pretraining seed", 0 * runs), ("LLaVA seed", runs)])] == [
+        "LLaVA seed"
+    ]
+    one = spread(np.eye(4)[:1], [("pretraining seed", np.zeros(1, int)), ("LLaVA seed", np.zeros(1, int))],
+                 [("picture", pictures), ("question", np.arange(4))])  # fmt: skip
+    assert one.runs == ()
+    assert set(one.shares()) == {"picture", "question"}
+
+
+def split_of(scores: np.ndarray, runs, items):
+    return spread(scores, [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])],
+                  [("picture", items[0]), ("question", items[1])])  # fmt: skip
+
+
+def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
+    runs, items = runs_and_items(5, 2, 100, 2)
+    scores = drawn(np.random.default_rng(3), runs, items, np.array([[0, 0.3, 0.4], [0.1, 0.2, 0.2], [0.1, 0.2, 0.5]]))
+    found = split_of(scores, runs, items)
+    assert set(found.shares()) == {"pretraining seed", "LLaVA seed", "picture", "question", ANSWERS}
+    assert (found.variances > 0)[1:].all()
+    rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)])
+    estimate = interval(rows, items[0])
+    # Power 0.8 needs t and its quantile of 0.8 on top of a standard error that both have in common.
+    assert found.detectable() > estimate.high - estimate.mean
+    assert sum(found.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
+
+
+def test_of_unequal_numbers_they_add_up_too() -> None:
+    """Six runs on five encoders, averaged by encoder: on average over many draws."""
+    rng, runs, items = np.random.default_rng(9), [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(80)] * 2
+    levels = [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])]
+    added, expected = [], []
+    for _ in range(300):
+        scores = drawn(rng, runs, items[:1], np.array([[0, 0.5], [0.1, 0.1], [0.2, 0.3]]))
+        added.append(sum(spread(scores, levels, [("picture", items[0]), ("question", items[1])]).shares().values()))
+        expected.append(_variance(np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)]), items[0]))
+    assert np.mean(added) == pytest.approx(np.mean(expected), rel=0.03)
+
+
+def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:
+    """Of the mean, for equal clusters: between rows, and between pictures without what single answers add."""
+    pictures = np.stack([np.bincount(clusters, row) / np.bincount(clusters) for row in rows])
+    rest = pictures - pictures.mean(0) - pictures.mean(1)[:, None] + pictures.mean()
+    count = pictures.shape[1]
+    luck = (rest**2).sum() / (len(rows) - 1) / (count - 1) / len(rows) / count
+    return pictures.mean(1).var(ddof=1) / len(rows) + pictures.mean(0).var(ddof=1) / count - luck
+
+
+def test_items_needed_is_the_closed_form_of_a_paired_comparison() -> None:
+    """One run, one question per picture: n = (z_0.975 + z_0.8)² (p10 + p01 − δ²) / δ²."""
+    difference = np.array([[1.0] * 120 + [-1.0] * 80 + [0.0] * 800])
+    question = np.arange(1000)
+    found = spread(difference, [("LLaVA seed", np.zeros(1, int))], [("picture", question), ("question", question)])
+    delta = 0.04
+    expected = (1.959964 + 0.841621) ** 2 * (0.2 - delta**2) / delta**2
+    assert found.items_needed(delta) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("level", ["pretraining seed", "picture", "both"])
+def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(level: str) -> None:
+    deviations = np.array([[0, 0.25, 0.3], [0.02, 0.05, 0.05], [0.02, 0.05, 0.4]])
+    rng, gap = np.random.default_rng(4), 0.06
+    levels = ("pretraining seed", "LLaVA seed"), ("picture", "question")
+    found = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
+    needed = found.needed(gap)
+    seeds = needed["pretraining seed" + TOGETHER * (level == "both")] if level != "picture" else 4
+    pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 250
+    assert seeds is not None
+    assert pictures is not None
+    runs, items = runs_and_items(seeds, 2, pictures, 2)
+    wins, tries = 0, 300
+    for _ in range(tries):
+        scores = gap + drawn(rng, runs, items, deviations)
+        rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(seeds)])
+        wins += interval(rows, items[0]).verdict == "win"
+    assert 0.72 <= wins / tries <= 0.9
+
+
+def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
+    runs, items = runs_and_items(3, 1, 250, 2)
+    scores = np.random.default_rng(0).normal(0, 0.1, (3, 500)) + np.array([[-0.3], [0.05], [0.4]])
+    found = split_of(scores, runs, items)
+    assert found.needed(0.05)["picture"] is None
+    assert found.items_needed(0.05) is None
+    seeds = found.needed(0.05)["pretraining seed and LLaVA seed"]
+    assert seeds is not None
+    assert seeds > 100
+
+
+def test_estimates_below_zero_are_taken_from_the_others_not_forgotten() -> None:
+    """Two runs on one of five encoders that happen to differ: what all seeds add stays what their means say."""
+    rng = np.random.default_rng(8)
+    runs, items = [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(200) // 2, np.arange(200)]
+    luck = np.array([0.1, 0.0, 0.0, 0.0, 0.0, -0.1])[:, None]
+    scores = luck + rng.normal(0, 0.05, (6, 200))
+    raw = components(scores, runs, items)
+    assert raw[1, 0] < 0 < raw[2, 0]
+    found = split_of(scores, runs, items)
+    assert (found.variances >= 0).all()
+    assert found.variances[1, 0] == 0
+    parts = raw / np.outer(found.run_counts, found.item_counts)
+    assert found.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)
