@@ -14,9 +14,9 @@ MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for prot
 """R@1 of a protocol as the mean of both ways."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 CONTEXT = "model.text.context_length=80"
-"""The demo's text tower reads 56 slots and would cut a third of the long captions (50 tokens on average); of these it
-cuts one in thirty (97 tokens at most)."""
-BLOCK_TOKENS = 13
+"""The demo's text tower reads 56 slots and would cut a sixth of the long captions (40 tokens on average); of these it
+cuts one in a thousand (82 tokens at most)."""
+BLOCK_TOKENS = 12
 """Tokens that truncation and the masks keep: as many as a sentence of the demo's long captions has on average."""
 OVERHEAD_SECONDS = 25
 """Of each run, beside training: start, evaluation, export, report."""
@@ -76,8 +76,8 @@ CLAIMS = {
         paper="The shorter the piece of the synthetic caption that the text encoder is fed, the better the encoder.",
         variants=("sentence", "half", "full"),
         contrasts=(("sentence", "full"), ("sentence", "half"), ("half", "full")),
-        caution="The test sentences have about 29 tokens: as many as half of the sentences (27) have on average, and "
-        "nearer to one sentence (13) than to the full caption (50); with the web caption (6) as second text the "
+        caution="The test sentences have about 16 tokens: on average more than one sentence (12), fewer than half of "
+        "them (24), and far fewer than the full caption (40); with the web caption (6) as second text the "
         "full-caption model hardly saw a text of that length. So part of a gain may be the length alone. Two figures "
         "show how much: retrieval with the full long captions as texts, where it is the other way round, and the "
         "linear probe, which reads no text at all. All three are trained with the web caption as second text and "
@@ -104,10 +104,10 @@ CLAIMS = {
             ("block_mask", "truncation"),
             ("block_mask", "random_mask"),
         ),
-        caution="Equal on average only: one sentence has 7 to 49 tokens, the three others 13, so only it ever "
-        "trains texts as long as the test's (17 to 47). The comparisons with one sentence are partly that; “in a "
-        "row” against “scattered”, and the linear probe, are not. First words: most captions begin with the sentence "
-        "that names everything, but 13 tokens cut it wherever there are two or three things.",
+        caution="Equal on average only: one sentence has 8 to 36 tokens, the three others 12, so only it ever "
+        "trains texts as long as most of the test's (10 to 37). The comparisons with one sentence are partly that; "
+        "“in a row” against “scattered”, and the linear probe, are not. First words: every caption begins with the "
+        "sentence that names everything, but 12 tokens cut it wherever there are several things.",
     ),
     "d": Claim(
         title="Share of synthetic captions for the CLIP baseline",
@@ -116,7 +116,7 @@ CLAIMS = {
         variants=("web", "synthetic20", "synthetic50", "synthetic100"),
         contrasts=(("synthetic20", "web"), ("synthetic20", "synthetic100")),
         caution="The demo's long captions are exact; synthetic captions of photographs err, and are less varied than "
-        "what people write, which speaks for a small share there. The one text has 6, 15, 28 and 50 tokens on "
+        "what people write, which speaks for a small share there. The one text has 6, 12, 23 and 40 tokens on "
         "average: the shares differ in lengths, too, and web captions as texts (beside) go the other way. The "
         "learning rates were found at 20 %.",
         line=True,
