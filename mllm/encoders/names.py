@@ -9,6 +9,8 @@ from clips.common.errors import UserError
 ARGUMENTS: dict[str, str | None] = {
     "clips": None,
     "clip": None,
+    "caption": None,
+    "caption+web": None,
     "random": None,
     "blind": None,
     "open_clip": "MODEL/PRETRAINED",

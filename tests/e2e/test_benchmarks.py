@@ -25,6 +25,7 @@ from clips.weights.open_clip import write_open_clip
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks, missing_benchmarks
 from mllm.compare.cells import Cell
 from mllm.compare.comparison import Comparison
+from mllm.compare.plan import PLAN
 from mllm.compare.run import name_failed_benchmarks, run_cell
 from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
 
@@ -179,7 +180,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(sys, "executable", str(BENCH))
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
     write_export(tmp_path / "clips")
-    cell = Cell("clips", "clips", str(tmp_path / "clips"), 0, tmp_path / "cells" / "clips-seed0")
+    cell = Cell("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "cells" / "clips-seed0")
     write_llava(cell.directory, tmp_path / "clips", initializer_range=0.1)
     for stage in ("align", "instruct"):
         (cell.directory / stage).mkdir()
@@ -207,6 +208,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         benchmarks=("questions", "later"), include_path=tmp_path / "tasks",
     )  # fmt: skip
     check_benchmarks(comparison)
+    (tmp_path / PLAN).write_text("{}")  # the cell notes which plan it was run under
     run_cell(comparison, cell, Commands(1), lambda run, doing: None)
     assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
     with pytest.raises(CommandError, match=r"later: see .*benchmarks/later/lmms_eval\.log"):

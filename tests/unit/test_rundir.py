@@ -85,8 +85,7 @@ def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path
     code = (
         "import os, time; from pathlib import Path; from clips.common.rundir import hold\n"
         f"hold(Path({str(tmp_path)!r}))\n"
-        "worker = os.fork()\n"
-        "if worker: print(worker, flush=True)\n"
+        "if not os.fork(): print(os.getpid(), flush=True)\n"
         "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
