@@ -1,4 +1,4 @@
-"""Data workers: processes that a DataLoader starts, which end after their parent's last step and never outlive it."""
+"""Processes that another one starts, and that never outlive it: data workers, which end after its last step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())
 
 
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone, as after a SIGKILL of a rank.
+def end_with(parent: int, *, exit_code: int = 1) -> None:
+    """End this process once `parent`, which started it, is gone, as after a SIGKILL; it looks every second.
 
-    torch's own watch ends the work, but then the worker waits for ever to get rid of batches that nobody takes.
+    torch's own watch ends a worker's work, but then it waits for ever to get rid of batches that nobody takes.
     """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from clips import CLIPS, Source, open_source, read_whole
 from clips.common.errors import CommandError, Stopped, run_command
+from clips.common.workers import end_with
 from mllm.recaption.claims import BEATS, Claims
 from mllm.recaption.manifest import Folder, agree, done_manifest
 from mllm.recaption.options import Options
@@ -24,7 +23,7 @@ from mllm.recaption.shards import Shard
 from mllm.recaption.work import LostClaim, Tally, Worker
 
 LOOK_AGAIN = 1.0
-"""Seconds between two looks at shards that others work on, to begin with; and at the parent."""
+"""Seconds between two looks at shards that others work on, to begin with."""
 
 
 def open_pairs(options: Options) -> Source:
@@ -85,13 +84,7 @@ def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
 
 def child(options: Options, shards: list[Shard], parent: int) -> None:
     """One of several processes; it ends at once when its parent is gone, which is as good as any other kill."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_AGAIN)
-        os._exit(128 + signal.SIGHUP)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent, exit_code=128 + signal.SIGHUP)
     quiet = Board(Folder(options.out), shards, Console(emoji=False, quiet=True))
 
     def main() -> None:
