@@ -51,6 +51,7 @@ FACE = {
     # measuring an encoder
     "ImageSet": "clips.evaluation.evaluate",
     "KarpathySet": "clips.evaluation.testsets",
+    "held_out_sets": "clips.data.splits",
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.data.sentences import split_sentences
     from clips.data.sidecar import stamp
     from clips.data.sources import Source, open_source
+    from clips.data.splits import held_out_sets
     from clips.data.tar import read_members
     from clips.encoder import CLIPS
     from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images

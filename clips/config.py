@@ -46,6 +46,19 @@ def parse_mix(entries: list[str]) -> tuple[MixPart, ...]:
     return tuple(parts)
 
 
+def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
+    """`coco.jsonl flickr=flickr.jsonl` → the first test set, and the further ones."""
+    further = []
+    for entry in entries[1:]:
+        name, has_name, data = entry.partition("=")
+        if not (name and has_name and data):
+            raise UserError(
+                f"--test-data {entry!r}: every set behind the first is NAME=DATA, as in flickr=flickr.jsonl"
+            )
+        further.append(NamedSet(name=name, data=data))
+    return entries[0], tuple(further)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -330,6 +343,21 @@ class MixPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedSet:
+    """A further test set."""
+
+    name: str
+    data: str
+    """As `DataConfig.train`."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name.replace("-", "_").isidentifier() and self.name not in ("train", "val", "test"),
+            f"data.further_tests: {self.name!r} is no name for a test set: take letters, digits, - and _",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = "demo"
     """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
@@ -338,6 +366,9 @@ class DataConfig:
     """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
     val: str | None = None
     test: str | None = None
+    further_tests: tuple[NamedSet, ...] = ()
+    """Measured beside `test`, whose figures keep their plain names; those of a further set are called NAME/FIGURE. One
+    that is named `unseen` decides in the studies, as the demo's does."""
     fields: Fields = field(default_factory=Fields)
     image_root: str | None = None
     """Tables only: folder that image paths are relative to (default: the table's own folder)."""
@@ -353,6 +384,8 @@ class DataConfig:
         _require(self.cache_gb >= 0, f"data.cache_gb {self.cache_gb} is negative; 0 makes no copies of remote data")
         names = [part.name for part in self.mix]
         _require(len(set(names)) == len(names), f"data.mix names a set twice: {', '.join(names)}")
+        tests = [part.name for part in self.further_tests]
+        _require(len(set(tests)) == len(tests), f"data.further_tests names a set twice: {', '.join(tests)}")
         for part in self.mix:
             _require(0 < part.share < float("inf"), f"data.mix: the share of {part.name} is {part.share}, not above 0")
 

@@ -48,8 +48,8 @@ PRESETS: dict[str, ModelConfig] = {
     "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
     "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
     "demo": ModelConfig(
-        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=16),
-        text=TextConfig(width=128, layers=2, heads=4, context_length=32, vocab_size=512, pad_mask=True),
+        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=8),
+        text=TextConfig(width=128, layers=2, heads=4, context_length=56, vocab_size=640, pad_mask=True),
         captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
         embed_dim=128,
     ),
@@ -69,16 +69,16 @@ def demo() -> RunConfig:
         task=TaskConfig(),
         data=DataConfig(workers=1),
         # AdamW does not leave the plateau in this budget; Muon on the blocks' matrices does.
-        optim=OptimConfig(kind="muon", weight_decay=0.05),
+        optim=OptimConfig(kind="muon", weight_decay=0.05, muon_momentum=0.9),
         phases=(
             PhaseConfig(
                 name="64px",
-                samples=80_000,
-                batch_size=128,
-                lr=1.5e-3,
-                muon_lr=2e-2,
+                samples=120_000,
+                batch_size=64,
+                lr=1.06e-3,
+                muon_lr=1.41e-2,
                 image_size=64,
-                warmup_samples=6_400,
+                warmup_samples=2_560,
                 schedule="trapezoid",
             ),
         ),

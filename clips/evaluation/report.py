@@ -18,7 +18,7 @@ from typing import Any
 from clips.common.files import read_json, replacing, write_json
 from clips.common.page import render, save_plot, themed
 from clips.common.plots import LIGHT, Panel, curves_plot, pretty
-from clips.common.rundir import MADE_OF, newest_weights, read_evaluations, read_metrics
+from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, newest_weights, read_evaluations, read_metrics
 from clips.evaluation.examples import Examples
 from clips.evaluation.plots import captions_plot, retrieval_plot, verdict, zero_shot_plot
 
@@ -33,6 +33,8 @@ class RunRecord:
     evals: list[dict[str, Any]]
     figures: dict[str, dict[str, dict[str, float]]]
     """Test set → figure's name → value, chance, items."""
+    missing: str
+    """A test that could not be made, in words."""
     weights: dict[str, Any] | None
     """Step and SHA-256 of the weights (`clips.common.rundir.weights_of`); None where no checkpoint is left."""
 
@@ -46,7 +48,12 @@ def read_run(run_dir: Path) -> RunRecord:
         config=read_json(run_dir / "config.json"),
         train=[line for line in lines if line.get("kind") == "train"],
         evals=[line for line in lines if line.get("kind") == "eval"],
-        figures={found["test_set"]: found["figures"] for found in read_evaluations(run_dir).values()},
+        figures={
+            test_set: figures
+            for found in read_evaluations(run_dir).values()
+            for test_set, figures in by_test_set(found["figures"], found["test_set"]).items()
+        },
+        missing=read_evaluations(run_dir).get("evaluation", {}).get("missing", ""),
         weights=newest_weights(run_dir),
     )
 
@@ -112,6 +119,7 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
         "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels(record) if record.train],
         "examples": examples,
         "verdict": verdict,
+        "missing": record.missing,
         "is_demo": config.get("data", {}).get("train") == "demo",
         "has_queries": captioner.get("inputs") == "queries",
         "reads_web": captioner.get("web", True),
@@ -120,14 +128,17 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
 
 
 def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
-    """(value, label, note) of the figures that matter first."""
+    """(value, label, note) of the figures that matter first, on the test set that decides."""
     tiles = []
-    figures = next(reversed(record.figures.values()), {})
+    test_set = UNSEEN if UNSEEN in record.figures else next(reversed(record.figures), "")
+    figures, first = record.figures.get(test_set, {}), next(iter(record.figures), "")
     last = record.evals[-1] if record.evals else {}
     for name in headline(figures or last):
         figure = figures.get(name, {"value": last.get(name)})
-        chance = f"chance {figure['chance']:.1f} %" if "chance" in figure else "validation"
-        tiles.append((f"{figure['value']:.1f} %", pretty(name), chance))
+        note = f"chance {figure['chance']:.1f} %" if "chance" in figure else "validation"
+        if test_set == UNSEEN and name in record.figures[first]:
+            note = f"{UNSEEN} artist; on {first} {record.figures[first][name]['value']:.1f} %, {note}"
+        tiles.append((f"{figure['value']:.1f} %", pretty(name), note))
     if speeds := [line["samples_per_s"] for line in record.train if line.get("samples_per_s")]:
         wait = [line["data_wait_share"] for line in record.train if line.get("data_wait_share") is not None]
         note = f"{100 * sum(wait) / len(wait):.1f} % waiting for data" if wait else ""

@@ -18,7 +18,7 @@ from clips.data.images import MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
-from clips.data.splits import Split, open_split, split_spec
+from clips.data.splits import open_split, split_spec
 
 PROTOCOLS = {
     "sentence": "the set's own sentences: Karpathy's five, or `captions` of the JSON member (the demo has one)",
@@ -137,7 +137,7 @@ def _read_inside(root: Path, name: str) -> bytes:
 
 
 def open_test_set(
-    data: DataConfig, split: Split, splitter: SentenceSplitter = "smart"
+    data: DataConfig, split: str, splitter: SentenceSplitter = "smart"
 ) -> tuple[SourceSet, Classes | None]:
     """A split of a run's data as a test set, and its classes where it names any (the demo does)."""
     items = SourceSet(open_split(data, split, need_long=False), splitter)

@@ -92,7 +92,7 @@ def sections(result: Mapping[str, Any], contrasts: list[dict[str, Any]], said: l
     parts = [
         Section("Result", [Paragraph(line) for line in said]),
         Section("What decides", [Paragraph(decides)]),
-        Section("The encoders", comparison("captions.png", claim, result["variants"], deciding)),
+        Section("The encoders", comparison("captions.png", claim, result["variants"])),
     ]
     if result["truth"]:
         parts.append(Section("How often the captions are right", _truth(result)))

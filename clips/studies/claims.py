@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from clips.evaluation.testsets import PROTOCOLS
 
 DECIDING = "sentence_r1"
-"""The figure that decides every claim: retrieval with the test set's sentences, as the paper's own tables have it."""
+"""The figure that decides every claim: retrieval with the test set's sentences, as the paper's own tables have it. On
+a test set `unseen`, where the runs have one, as on the demo (`clips.common.rundir.deciding_name`)."""
 MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
 """R@1 of a protocol as the mean of both ways."""
 FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
 CONTEXT = "model.text.context_length=80"
-"""The demo's text tower reads 32 slots and would cut most long captions (47 tokens on average, 72 at most)."""
-BLOCK_TOKENS = 13
+"""The demo's text tower reads 56 slots and would cut a sixth of the long captions (40 tokens on average); of these it
+cuts one in a thousand (82 tokens at most)."""
+BLOCK_TOKENS = 12
 """Tokens that truncation and the masks keep: as many as a sentence of the demo's long captions has on average."""
 OVERHEAD_SECONDS = 25
 """Of each run, beside training: start, evaluation, export, report."""
@@ -74,8 +76,8 @@ CLAIMS = {
         paper="The shorter the piece of the synthetic caption that the text encoder is fed, the better the encoder.",
         variants=("sentence", "half", "full"),
         contrasts=(("sentence", "full"), ("sentence", "half"), ("half", "full")),
-        caution="The test sentences have about 22 tokens: as many as half of the sentences (24) have on average, and "
-        "nearer to one sentence (13) than to the full caption (47); with the web caption (5) as second text the "
+        caution="The test sentences have about 16 tokens: on average more than one sentence (12), fewer than half of "
+        "them (24), and far fewer than the full caption (40); with the web caption (6) as second text the "
         "full-caption model hardly saw a text of that length. So part of a gain may be the length alone. Two figures "
         "show how much: retrieval with the full long captions as texts, where it is the other way round, and the "
         "linear probe, which reads no text at all. All three are trained with the web caption as second text and "
@@ -88,7 +90,7 @@ CLAIMS = {
         variants=("web", "sentence", "captioner"),
         contrasts=(("sentence", "web"), ("captioner", "sentence")),
         caution="Equal samples seen is not equal time: see the seconds of training. The demo's web captions have about "
-        "5 tokens and a fifth of them is wrong, so whatever reads the exact long captions has better and longer "
+        "6 tokens and a fifth of them is wrong, so whatever reads the exact long captions has better and longer "
         "texts too. The web-only variant runs at the baseline recipe's learning rates, the others at the demo "
         "recipe's.",
     ),
@@ -102,10 +104,10 @@ CLAIMS = {
             ("block_mask", "truncation"),
             ("block_mask", "random_mask"),
         ),
-        caution="Equal on average only: one sentence has 7 to 28 tokens, the three others 13, so only it ever "
-        "trains texts as long as the test's (18 to 27). The comparisons with one sentence are partly that; “in a "
-        "row” against “scattered”, and the linear probe, are not. First words: most captions begin with the sentence "
-        "that names everything, but 13 tokens cut it wherever there are two or three things.",
+        caution="Equal on average only: one sentence has 8 to 36 tokens, the three others 12, so only it ever "
+        "trains texts as long as most of the test's (10 to 37). The comparisons with one sentence are partly that; "
+        "“in a row” against “scattered”, and the linear probe, are not. First words: every caption begins with the "
+        "sentence that names everything, but 12 tokens cut it wherever there are several things.",
     ),
     "d": Claim(
         title="Share of synthetic captions for the CLIP baseline",
@@ -114,7 +116,7 @@ CLAIMS = {
         variants=("web", "synthetic20", "synthetic50", "synthetic100"),
         contrasts=(("synthetic20", "web"), ("synthetic20", "synthetic100")),
         caution="The demo's long captions are exact; synthetic captions of photographs err, and are less varied than "
-        "what people write, which speaks for a small share there. The one text has 5, 13, 24 and 47 tokens on "
+        "what people write, which speaks for a small share there. The one text has 6, 12, 23 and 40 tokens on "
         "average: the shares differ in lengths, too, and web captions as texts (beside) go the other way. The "
         "learning rates were found at 20 %.",
         line=True,

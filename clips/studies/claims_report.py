@@ -21,7 +21,8 @@ from clips.common.escape import for_plot
 from clips.common.files import write_atomically
 from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
-from clips.studies.claims import CONTEXT, CONTRADICTED, DECIDING, LLAVA, MEANS, OPEN, REPRODUCED
+from clips.common.rundir import UNSEEN, deciding_name
+from clips.studies.claims import CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
 from clips.studies.welch import show_difference
 
 TITLE = "The claims of CLIPS, in small"
@@ -139,9 +140,15 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     ]
 
 
+def _called(figure: str, names: Mapping[str, str] = NAMES) -> str:
+    """A figure in words, with its test set where that is not the first."""
+    test_set, _, rest = figure.rpartition("/")
+    return names[rest] + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
+
+
 def _what_decides(result: Mapping[str, Any]) -> str:
     return (
-        f"Fixed before anything was trained: the difference in {NAMES[result['deciding_figure']]} (percent, mean of "
+        f"Fixed before anything was trained: the difference in {_called(result['deciding_figure'])} (percent, mean of "
         "image → text and text → image) between two variants. “Reproduced here”: its 95 % interval lies above 0, in "
         "the direction of the claim. “Contradicted here”: below 0. “Not reproduced here”: it covers 0, so that "
         "nothing is shown either way. Means alone decide nothing."
@@ -163,7 +170,7 @@ def _controls(result: Mapping[str, Any]) -> list[Block]:
         "not hold here may hold at the paper's scale, and the other way round. Learning rates are those of the recipes "
         "(demo, and clip_baseline for one text per image), each searched for the recipe itself and not for every "
         "variant. Equal samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead "
-        "of the demo's 32, so that the full captions fit."
+        "of the demo's, so that the full captions fit."
     )
     return [Paragraph(equal), Paragraph(limits, "Limits")]
 
@@ -189,29 +196,24 @@ def _claim(key: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> l
     return [*blocks, *comparison(f"claim-{key}.png", claim, variants)]
 
 
-def comparison(
-    chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any], deciding: str = DECIDING
-) -> list[Block]:
+def comparison(chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any]) -> list[Block]:
     """Chart, differences and means of the variants of `claim`, in the figures that their runs have.
 
     `claim` has the fields of `clips.studies.claims.Claim`, its contrasts as `compared` makes them, with a verdict.
     """
+    deciding, there = (claim["contrasts"][0][name] for name in ("metric", "figures"))
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
-    measured = {name for variant in labels for run in variants[variant]["runs"] for name in run["figures"]}
-    aside = [name for name in BESIDE if name in measured and name != deciding]
+    aside = [name for name in (deciding_name(name, there) for name in BESIDE) if name in there and name != deciding]
     beside = [(pair, *(show_difference(c["figures"][name]) for name in aside)) for pair, c in pairs.items()]
-    figures = [
-        *((name, NAMES[name]) for name in MEANS),
-        *((f"{p}_{way}_r1", f"{p}, {words}") for p in ("sentence", "long") for way, words in WAYS.items()),
-        *((name, NAMES[name]) for name in NAMES if name not in MEANS),
-        ("train_seconds", "seconds of training, at the run's fastest rate"),
-    ]
+    names = NAMES | {f"{p}_{way}_r1": f"{p}, {words}" for p in ("sentence", "long") for way, words in WAYS.items()}
+    measured = [f"{prefix}{name}" for prefix in (f"{UNSEEN}/", "") for name in names]
+    figures = [(name, _called(name, names)) for name in measured if name in there]
+    figures.append(("train_seconds", "seconds of training, at the run's fastest rate"))
     table = [
         (words, *(_mean_and_sd([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
         for name, words in figures
-        if name in measured
     ]
     return [
         Chart(chart, claim, variants),
@@ -220,9 +222,9 @@ def comparison(
             "Whether they overlap decides nothing; the table of differences does."
         ),
         Paragraph("Differences in percentage points with their 95 % intervals:"),
-        Table(("comparison", SHORT.get(deciding, deciding), "verdict"), decided, _cell_class),
+        Table(("comparison", _called(deciding, SHORT), "verdict"), decided, _cell_class),
         Paragraph("The same in figures that do not decide:"),
-        Table(("comparison", *(SHORT[name] for name in aside)), beside, _cell_class),
+        Table(("comparison", *(_called(name, SHORT) for name in aside)), beside, _cell_class),
         Paragraph(claim["caution"], "With care"),
         Paragraph("Test split, percent, mean ± standard deviation over seeds:"),
         Table(("", *labels.values()), table, _cell_class),
@@ -284,9 +286,10 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     axes.set_facecolor(theme.paper)
     width = 0.8 / len(DRAWN)
     for number, (figure, colour) in enumerate(zip(DRAWN, SERIES, strict=True)):
-        if any(figure not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
+        drawn = deciding_name(figure, chart.variants[names[0]]["runs"][0]["figures"])
+        if any(drawn not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
             continue
-        values = [[run["figures"][figure] for run in chart.variants[name]["runs"]] for name in names]
+        values = [[run["figures"][drawn] for run in chart.variants[name]["runs"]] for name in names]
         means, whiskers = [mean(v) for v in values], [_half_width(v) for v in values]
         if chart.claim["line"]:
             places = [i + 0.03 * (number - 1.5) for i in range(len(names))]

@@ -26,6 +26,7 @@ from rich.table import Table
 from clips.common.errors import CommandError, UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
+from clips.common.rundir import by_test_set, deciding_name
 from clips.config import RunConfig
 from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
@@ -96,7 +97,7 @@ def reproduce(
         "samples": samples,
         "seeds": seeds,
         "jobs": jobs,
-        "deciding_figure": DECIDING,
+        "deciding_figure": deciding_name(DECIDING, variants[names[0]]["runs"][0]["figures"]) if names else DECIDING,
         "environment": environment(everything, output),
         "test_text_tokens": evaluation_text_tokens(output / everything[0].name) if names else {},
         "claims": {key: judge(key, variants) if key in CLAIMS else llava for key in sorted(set(claims))},
@@ -194,15 +195,22 @@ def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
             "samples carry `captions` and `label` in their JSON member, as the demo's do"
         ) from None
     # Rounded: what floating point leaves over must not pass for a spread over seeds.
-    means = {name: both for name, both in MEANS.items() if set(both) <= set(names)}
-    return found | {name: round(mean(found[way] for way in both), 6) for name, both in means.items()}
+    means = {
+        f"{test_set}/{name}" if test_set else name: round(mean(figures[way] for way in both), 6)
+        for test_set, figures in by_test_set(found, "").items()
+        for name, both in MEANS.items()
+        if set(both) <= set(figures)
+    }
+    return found | means
 
 
 def judge(key: str, variants: dict[str, Any]) -> dict[str, Any]:
     """A claim with its contrasts: every figure's difference, and the verdict by the deciding one's interval."""
     claim = CLAIMS[key]
     rows = {name: [run["figures"] for run in variants[name]["runs"]] for name in claim.variants}
-    contrasts = [compared(better, worse, rows, (*MEANS, *FIGURES)) for better, worse in claim.contrasts]
+    measured = [name for name in rows[claim.variants[0]][0] if name != "train_seconds"]
+    decides = deciding_name(DECIDING, measured)
+    contrasts = [compared(better, worse, rows, measured, decides) for better, worse in claim.contrasts]
     for contrast in contrasts:
         contrast["verdict"] = verdict(contrast["ci95"])
     return asdict(claim) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedCo
 
 from clips.common.files import read_json
 from clips.common.jobs import Commands, locked
-from clips.common.rundir import is_finished, read_metrics, refuse
+from clips.common.rundir import UNSEEN, is_finished, read_metrics, refuse
 from clips.config import RunConfig
 from clips.config import difference as differing_fields
 from clips.training.cli import config_from_flags, parser
@@ -109,8 +109,12 @@ def train(
 
 
 def read_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """A run's test figures in percent, and how long its training steps take on an otherwise idle machine."""
+    """A run's test figures in percent, and how long its training steps take on an otherwise idle machine.
+
+    Those of the test set that decides, if the run has it (`clips.common.rundir.UNSEEN`), stand beside the plain ones.
+    """
     found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
-    return {name: found[name]["value"] for name in names} | {"train_seconds": round(seconds, 1)}
+    unseen = [f"{UNSEEN}/{name}" for name in names if f"{UNSEEN}/{name}" in found]
+    return {name: found[name]["value"] for name in (*unseen, *names)} | {"train_seconds": round(seconds, 1)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
-from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix
+from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
 from clips.recipes import debug_twin, recipe, with_tower
 
 
@@ -43,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
         help="several sets in place of --data, each seen as often as its share says (default: none)",
     )
     p.add_argument("--val-data", help="validation data, evaluated during training (default: the demo's, or none)")
-    p.add_argument("--test-data", help="test data, evaluated at the end (default: the demo's, or none)")
+    p.add_argument(
+        "--test-data",
+        nargs="+",
+        metavar="DATA",
+        help="test data, evaluated at the end; further sets as NAME=DATA behind it (default: the demo's, or none)",
+    )
     p.add_argument(
         "--fields",
         nargs="+",
@@ -163,8 +168,11 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     run = with_tower(recipe(flags.recipe), flags.tower)
     if flags.debug:
         run = debug_twin(run)
-    named = {"train": flags.data, "val": flags.val_data, "test": flags.test_data, "image_root": flags.image_root}
+    named = {"train": flags.data, "val": flags.val_data, "image_root": flags.image_root}
     data = replace(run.data, **{key: value for key, value in named.items() if value is not None})
+    if flags.test_data:
+        test, further = parse_test_data(flags.test_data)
+        data = replace(data, test=test, further_tests=further)
     if flags.mix:
         if flags.data is not None:
             raise UserError("--data and --mix both say what is trained on: give one of them")

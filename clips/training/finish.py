@@ -10,9 +10,9 @@ from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluations
 from clips.config import RunConfig
-from clips.data.splits import Split, open_split, split_spec
+from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import NOT_MEASURED, evaluate, figures_table
+from clips.evaluation.evaluate import NOT_MEASURED, evaluate, figures_table, missing_of
 from clips.evaluation.examples import collect_examples
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
@@ -29,7 +29,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     weights = newest_weights(run_dir)
     console = Console(emoji=False, stderr=True)
     size = run.phases[-1].image_size
-    held_out: tuple[Split, ...] = ("test", "val")
+    held_out = ("test", "val")
     split = next((name for name in held_out if split_spec(run.data, name)), None)
     if split is not None:
         figures = evaluate(
@@ -42,7 +42,7 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
             out=run_dir / "evaluation.json",
             checkpoint=weights,
         )
-        console.print(figures_table(figures, f"{split} split"))
+        console.print(figures_table(figures, f"{split} split", first=split, missing=missing_of(run, split)))
         if not run.model.embed_dim:
             console.print(NOT_MEASURED, soft_wrap=True)
     images, texts = sample_inputs(open_split(run.data, split or "train", need_long=False), size)
@@ -55,8 +55,9 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
         console.print(f"export/{name}: equal to the trained model within {difference:.1e} on {len(images)} images")
     if reason := open_clip_lacks(run.model):
         console.print(f"export/open_clip: not written: {reason}", soft_wrap=True)
+    shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
-        write_report(run_dir, collect_examples(model, tokenizer, run, split, image_size=size) if split else None)
+        write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else None)
     print_next(run_dir)
 
 

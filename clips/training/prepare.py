@@ -25,7 +25,7 @@ from clips.common.runtime import has_bf16
 from clips.config import PhaseConfig, RunConfig, difference
 from clips.data.loader import micro_batch_size
 from clips.data.sources import Source
-from clips.data.splits import open_split, split_spec
+from clips.data.splits import held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
@@ -134,7 +134,7 @@ def prepare_data(
 
     def opened() -> Source:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock
-        for split in ("val", "test"):
+        for split in ("val", *held_out_sets(run.data)):
             if split_spec(run.data, split):
                 open_split(run.data, split, need_long=False)  # a wrong path is found now, not after the training
         return train
@@ -301,7 +301,7 @@ def print_plan(
     shares = sum(part.share for part in run.data.mix)
     for part in run.data.mix:
         table.add_row("", for_rich(f"{part.share / shares:.1%} {part.name}: {part.data}"))
-    for name in ("val", "test"):
+    for name in dict.fromkeys(("val", "test", *held_out_sets(run.data))):
         spec = split_spec(run.data, name) or f"none (give --{name}-data to be told how good it is)"
         table.add_row(f"  {name}", for_rich(spec))
     for phase in run.phases:

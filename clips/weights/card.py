@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from clips.common.page import Table, render
 from clips.common.plots import pretty
+from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
 from clips.config import ModelConfig, RunConfig
 from clips.model.clips import CLIPSModel
@@ -52,7 +53,11 @@ def write_cards(
         "name": name,
         "model": run.model,
         "facts": Table(("", ""), _facts(run, samples, weights)),
-        "figures": {one["test_set"]: _figures(one["figures"]) for one in of_these},
+        "figures": {
+            test_set: _figures(figures)
+            for one in of_these
+            for test_set, figures in by_test_set(one["figures"], one["test_set"]).items()
+        },
         "is_demo": run.data.train == "demo",
         "is_imported": run.recipe == "imported",
     }

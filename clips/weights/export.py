@@ -30,7 +30,7 @@ from clips.config import RunConfig, check_image_size
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
-from clips.data.splits import Split, open_split, split_spec
+from clips.data.splits import open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
@@ -194,7 +194,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     if flags.data is not None:
         source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
     else:
-        splits: tuple[Split, ...] = ("test", "val", "train")
+        splits = ("test", "val", "train")
         split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)

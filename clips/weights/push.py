@@ -123,7 +123,13 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
     elif isinstance(data := config.get("data"), dict):  # a run's configuration
         demo = data.get("train") == "demo"
-        unpublished = {"val": None, "test": None, "image_root": None, "demo_dir": DataConfig.demo_dir}
+        unpublished: dict[str, Any] = {
+            "val": None,
+            "test": None,
+            "further_tests": [],
+            "image_root": None,
+            "demo_dir": DataConfig.demo_dir,
+        }
         config["data"] = data | unpublished | {"train": "demo" if demo else "not published"}
     return json.dumps(config, indent=2) + "\n"
 

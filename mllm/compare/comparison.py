@@ -129,12 +129,12 @@ def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None
 
     Builds the demo where it is missing.
     """
-    from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+    from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_llava_demo
 
     if comparison.question_file is not None:
         return {comparison.question_file.stem: comparison.question_file}, comparison.question_images
     demo = ensure_llava_demo(DEMO_DIR)
-    return {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}, demo / IMAGES
+    return demo_questions(demo), demo / IMAGES
 
 
 def evaluation_settings(comparison: Comparison) -> dict[str, Any]:

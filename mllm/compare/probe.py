@@ -6,12 +6,21 @@ In percent, as in clips/.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from clips import PROBE_SAMPLES, BrokenSample, DataConfig, ImageSet, decode_image, open_test_set, probe_images
+from clips import (
+    PROBE_SAMPLES,
+    BrokenSample,
+    DataConfig,
+    ImageSet,
+    decode_image,
+    held_out_sets,
+    open_test_set,
+    probe_images,
+)
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
@@ -22,6 +31,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
 
+DEMO = DataConfig(train="demo")
 PROBE = "probe_tokens_top1"
 """Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
 
@@ -33,7 +43,10 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
     the encoder's own run directory holds (evaluation*.json), which random, blind and foreign encoders have not.
     """
     measured, on_demo = {}, is_demo(comparison)
-    sets = [_labelled("train", PROBE_SAMPLES), _labelled("test", None)] if on_demo else []
+    train, tests = [], {}
+    if on_demo:
+        train = _labelled("train", PROBE_SAMPLES)
+        tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
         figures: dict[str, dict[str, Any]] = {}
         run = cell.pretraining_run
@@ -45,24 +58,28 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
                 figures |= {f"{found['test_set']}: {figure}": f | other for figure, f in found["figures"].items()}
         if on_demo:
             path = comparison.output / "probes" / f"{vision_fingerprint(cell)[:32]}.json"
-            if not path.is_file():
+            probes = read_json(path)
+            if not tests.keys() <= probes.keys():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
-                figure = probe_images(*(_image_set(encoder, labelled, device) for labelled in sets))
-                if figure is None:
-                    raise UserError(
-                        "the labelled scenes of the demo that can be read are of fewer than two classes, which leaves "
-                        "a linear probe nothing to separate: build the demo data again"
-                    )
+                fit = _image_set(encoder, train, device)
+                for name, labelled in tests.items():
+                    figure = probe_images(fit, _image_set(encoder, labelled, device))
+                    if figure is None:
+                        raise UserError(
+                            "the labelled scenes of the demo that can be read are of fewer than two classes, which "
+                            "leaves a linear probe nothing to separate: build the demo data again"
+                        )
+                    probes[name] = asdict(figure)
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, asdict(figure))
-            figures[PROBE] = read_json(path)
+                write_json(path, probes)
+            figures |= {name: probes[name] for name in tests}
         measured[cell] = figures
     return measured
 
 
-def _labelled(split: Literal["train", "test"], limit: int | None) -> list[tuple[bytes, str]]:
+def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
     """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
-    items, _ = open_test_set(DataConfig(train="demo"), split)
+    items, _ = open_test_set(DEMO, split)
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     found = [items.read(index) for index in sorted(chosen)]
     return [(item.image, item.label) for item in found if item.label is not None]

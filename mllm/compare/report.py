@@ -20,6 +20,7 @@ from clips.common.escape import for_plot
 from clips.common.files import write_atomically, write_json
 from clips.common.page import Table, data_uri, render, themed
 from clips.common.plots import SERIES, Theme, pretty
+from clips.common.rundir import UNSEEN, deciding_name
 from mllm.compare.collect import REPORT
 from mllm.compare.evidence import evidence
 from mllm.compare.probe import PROBE
@@ -37,7 +38,8 @@ from mllm.compare.words import (
 from mllm.data.images import ImageStore
 
 SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
-INTRINSIC = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
+OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
+INTRINSIC = (*(f"{UNSEEN}/{name}" for name in OWN), *OWN)
 """Figures of the encoder itself that are set against the accuracy downstream."""
 THUMBNAIL = 160
 Report = dict[str, Any]
@@ -152,7 +154,7 @@ def not_shown(report: Report) -> list[str]:
     points = []
     if settings["is_demo"]:
         points.append(
-            "The demo's pictures are drawings on plain colours. These figures show that the path works and that the "
+            "The demo's pictures are drawings on painted grounds. These figures show that the path works and that the "
             "measurement tells encoders apart; they are no evidence about photographs."
         )
         points.append(
@@ -209,7 +211,8 @@ STATISTICS = (
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
     "sees and is measured the same way for all; retrieval (one sentence an image; parts: several captions) and "
-    "zero-shot come from the pretraining run and need a text tower, which random and blind have not."
+    "zero-shot come from the pretraining run and need a text tower, which random and blind have not. “unseen”: the "
+    "same scenes by an artist that no training saw."
 )
 
 
@@ -238,7 +241,8 @@ def intrinsic_table(report: Report) -> Table | None:
 
 
 def intrinsic_name(name: str) -> str:
-    return "linear probe" if name == PROBE else pretty(name)
+    test_set, _, figure = name.rpartition("/")
+    return ("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else "")
 
 
 def cost_table(report: Report) -> Table:
@@ -334,7 +338,7 @@ def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
         "benchmark_differences": _benchmark_differences(report.get("benchmark_differences", [])),
         "plots": [
             themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
-            for name in INTRINSIC[:3]
+            for name in (deciding_name(own, measured) for own in OWN[:3])
             if overall and name in measured
         ],
         "examples": [

@@ -1,12 +1,14 @@
 """LLaVA-format demo data made from the demo scenes (clips/data/demo.py), with exact answers.
 
-    images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png
+    images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png, unseen-NNNNNN.png
     align.json        image and short caption, for `plain`
     instruct.json     short captions, conversations of about three questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
+    question_unseen.jsonl  the same questions about the same scenes, drawn by an artist that no training shows
     description.jsonl held-out pictures to describe, with `references`
 
-Layouts of the test pictures occur in no training picture (`clips.data.demo.split_of`). An identity is answered with its
+A thing stands once in a scene, at one of five places. Layouts of the test pictures occur in no training picture
+(`clips.data.demo.split_of`). An identity is answered with its
 article ("A fox"): behind a space the name of nearly every thing is one token of common vocabularies.
 """
 
@@ -37,16 +39,20 @@ from clips import (
     open_source,
 )
 from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
 
-VERSION = 2
+VERSION = 3
 """Raise it when texts or files change: older folders are then built anew."""
-ALIGN, INSTRUCT, QUESTIONS, DESCRIPTIONS, IMAGES = (
+ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "align.json",
     "instruct.json",
     "question.jsonl",
+    "question_unseen.jsonl",
     "description.jsonl",
     "images",
 )
+UNSEEN_ANSWERS = "answers_unseen"
+"""What the answers to `UNSEEN_QUESTIONS` are called."""
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (3, 5)
@@ -309,10 +315,11 @@ def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, 
     ]
     (work / ALIGN).write_text(json.dumps(align_records, indent=1))
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))
-    for name, rows in (
-        (QUESTIONS, eval_questions(test, wanted["per_kind"], seed)),
-        (DESCRIPTIONS, descriptions),
-    ):
+    questions = {QUESTIONS: eval_questions(test, wanted["per_kind"], seed), DESCRIPTIONS: descriptions}
+    if (demo_dir / UNSEEN).is_dir():
+        unseen = _write_images(demo_dir, UNSEEN, None, work / IMAGES)
+        questions[UNSEEN_QUESTIONS] = eval_questions(unseen, wanted["per_kind"], seed)
+    for name, rows in questions.items():
         (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(demo_dir / "ATTRIBUTION.md", work)
     return {}
@@ -332,6 +339,12 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
         (target / scene.name).write_bytes(scene.data)
         scenes.append(scene)
     return scenes
+
+
+def demo_questions(directory: Path) -> dict[str, Path]:
+    """What the answers to each file of held-out questions are called → the file, of those that are in `directory`."""
+    files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
+    return {name: directory / file for name, file in files.items() if (directory / file).is_file()}
 
 
 DEMO_DIR = Path("data/llava_demo")

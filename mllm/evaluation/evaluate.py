@@ -26,9 +26,10 @@ from clips.common.escape import for_rich
 from clips.common.files import sha256, write_json
 from clips.common.hub import resolve
 from clips.common.progress import ProgressFile
+from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, DESCRIPTIONS, IMAGES, QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, IMAGES, UNSEEN_ANSWERS, demo_questions, ensure_llava_demo
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
@@ -159,7 +160,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         store = ImageStore(demo / IMAGES)
-        files = {"answers": demo / QUESTIONS, "descriptions": demo / DESCRIPTIONS}
+        files = demo_questions(demo)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
     if flags.num_chunks > 1:
@@ -177,7 +178,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                 batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
                 temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
             )  # fmt: skip
-            figures |= score(questions, answers)
+            scored = score(questions, answers)
+            figures |= {UNSEEN: scored} if key == UNSEEN_ANSWERS else scored
             path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
@@ -186,14 +188,18 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             answered[key] = {"questions": asked, "answers": {"file": path.name, "sha256": sha256(path)}}
             seconds = time.perf_counter() - begin
             console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
-    for table in figures_tables(figures, f"{name}: exact match"):
-        console.print(table)
+    for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
+        for table in figures_tables(found, f"{title}: exact match"):
+            console.print(table)
     if figures:
         figures = _origin(directory, model, answered, flags) | figures
         write_json(out / "figures.json", figures)
         if flags.num_chunks == 1 and Path(directory).is_dir():
             with never_in_the_way(f"the figures are not on the card of {directory}"):
                 add_evaluation(Path(directory), _test_set(flags), figures)
+                if UNSEEN in figures:
+                    of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
+                    add_evaluation(Path(directory), f"{_test_set(flags)}, unseen artist", of_these)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures

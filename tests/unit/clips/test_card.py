@@ -46,6 +46,20 @@ def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test", va
     return json.loads((run_dir / "evaluation.json").read_text())
 
 
+def test_every_test_set_has_a_table(tmp_path: Path) -> None:
+    run = tokenizer_run()
+    model = random_model(run)
+    figures = {"sentence_i2t_r1": Figure(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Figure(7.8, 0.2, 500)}
+    write_figures(tmp_path / "e.json", figures, test_set="test", skipped=[], model=model)
+    evaluation = json.loads((tmp_path / "e.json").read_text())
+    card = export(tmp_path / "export", run, model, evaluations=[evaluation])["native"]
+    seen, unseen = card.split("## Measured on test")[1].split("## Measured on unseen")
+    assert "12.3" in seen
+    assert "7.8" not in seen
+    assert "7.8" in unseen
+    assert "by an artist that no training saw" in unseen
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("kind", HEADERS)
 def test_the_code_of_a_card_runs_beside_it(

@@ -119,7 +119,7 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
 
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:
     sentences = [text for number in range(500) for text in split_scene("train", number, 0)[1].sentences]
-    tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=512)
+    tokenizer = build_tokenizer("wordpiece", sentences, vocab_size=recipe("demo").model.text.vocab_size)
     assert abs(mean(map(len, tokenizer.encode(sentences))) - BLOCK_TOKENS) < 1
 
 
@@ -276,6 +276,30 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     finish(tmp_path / "y", recipe("demo"), {"zero_shot_top1": 1.0})
     with pytest.raises(UserError, match=r"evaluation\.json has no 'sentence_i2t_r1'"):
         run_figures(tmp_path / "y")
+
+
+def test_the_unseen_artist_decides_where_there_is_one(tmp_path: Path) -> None:
+    """On the demo: what holds for drawings that were trained on does not count."""
+    variants = made_up({"sentence": 80, "full": 60, "half": 70})
+    assert judge("a", variants)["contrasts"][0]["metric"] == "sentence_r1"
+    for name, unseen in (("sentence", 30.0), ("full", 50.0), ("half", 40.0)):
+        for seed, run in enumerate(variants[name]["runs"]):
+            given = {figure: value for figure, value in run["figures"].items() if figure in FIGURES}
+            given |= {f"unseen/{figure}": unseen + seed for figure in FIGURES}
+            finish(tmp_path / run["name"], recipe("demo"), given)
+            run["figures"] = run_figures(tmp_path / run["name"])
+            assert run["figures"]["unseen/sentence_r1"] == unseen + seed
+    claim = judge("a", variants)
+    assert [c["metric"] for c in claim["contrasts"]] == ["unseen/sentence_r1"] * 3
+    assert {c["verdict"] for c in claim["contrasts"]} == {CONTRADICTED}
+    assert claim["contrasts"][0]["figures"]["sentence_r1"]["mean"] > 10  # stands beside it
+    report = compare_report(tmp_path / "report.json", [entry("clips", "clip", "accuracy", [0.004, 0.052])])
+    own = {"claims": {"a": claim}, "variants": variants, "deciding_figure": "unseen/sentence_r1"}
+    write_reports(made_up_result(report) | own, tmp_path)
+    shown = (tmp_path / "claims.md").read_text()
+    assert "the difference in retrieval R@1, test sentences (unseen artist)" in shown
+    assert "| comparison | R@1 test sentences (unseen artist) | verdict |" in shown
+    assert "| retrieval R@1, test sentences (unseen artist) | 31.0 ± 1.0 |" in shown
 
 
 def test_data_that_cannot_be_read_any_more_is_said(tmp_path: Path) -> None:

@@ -137,6 +137,21 @@ def test_flags_go_where_they_say() -> None:
     ]
 
 
+def test_several_test_sets_have_names_but_for_the_first() -> None:
+    run = pretrain("--data", "a/*.tar", "--test-data", "coco=1.csv", "flickr=f.csv", "unseen=https://host/u?v=1.tar")
+    assert run.data.test == "coco=1.csv"  # a place may have an equals sign in it
+    further = [(part.name, part.data) for part in run.data.further_tests]
+    assert further == [("flickr", "f.csv"), ("unseen", "https://host/u?v=1.tar")]
+    for wrong in ("f.csv", "=f.csv", "f="):
+        with pytest.raises(UserError, match="every set behind the first is NAME=DATA"):
+            pretrain("--data", "a", "--test-data", "t.csv", wrong)
+    for wrong, message in (("a/b=f.csv", "'a/b' is no name"), ("test=f.csv", "'test' is no name")):
+        with pytest.raises(UserError, match=message):
+            pretrain("--data", "a", "--test-data", "t.csv", wrong)
+    with pytest.raises(UserError, match="names a set twice"):
+        pretrain("--data", "a", "--test-data", "t.csv", "a=1", "a=2")
+
+
 def test_a_mix_is_several_sets_with_shares() -> None:
     run = pretrain("--mix", "recap=3:a/*.tar", "cc=0.5:https://host:80/b.parquet", "--set", "data.mix.1.fields=null")
     assert run.data.train == "mix"
@@ -157,12 +172,12 @@ def test_a_mix_is_several_sets_with_shares() -> None:
 
 
 def test_samples_and_batch_size_fit_together() -> None:
-    run = pretrain("--samples", "64", "--batch-size", "16")  # 64 alone is less than one batch of the recipe
-    assert [(phase.samples, phase.batch_size) for phase in run.phases] == [(64, 16)]
+    run = pretrain("--samples", "48", "--batch-size", "16")  # 48 alone is less than one batch of the recipe
+    assert [(phase.samples, phase.batch_size) for phase in run.phases] == [(48, 16)]
     run = pretrain("--samples", "64", "--set", "phases.0.batch_size=8")
     assert run.phases[0].batch_size == 8
-    with pytest.raises(UserError, match="samples 64 is below one batch of 128"):
-        pretrain("--samples", "64")
+    with pytest.raises(UserError, match="samples 48 is below one batch of 64"):
+        pretrain("--samples", "48")
 
 
 def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
@@ -171,14 +186,14 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
     assert [phase.lr for phase in run.phases] == pytest.approx([8e-6, 4e-7, 1e-7], rel=1e-12)
     assert [phase.warmup_samples for phase in run.phases] == [p.warmup_samples for p in recipe("b16").phases]
     own = recipe("demo").phases[0]
-    phase = pretrain("--batch-size", "32").phases[0]
+    phase = pretrain("--batch-size", "16").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 2, own.muon_lr / 2))
-    assert pretrain("--batch-size", "128") == recipe("demo")
-    phase = pretrain("--batch-size", "32", "--set", "phases.0.lr=0.5").phases[0]
+    assert pretrain("--batch-size", "64") == recipe("demo")
+    phase = pretrain("--batch-size", "16", "--set", "phases.0.lr=0.5").phases[0]
     assert (phase.lr, phase.muon_lr) == (0.5, pytest.approx(own.muon_lr / 2))
-    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=none").phases[0]
+    phase = pretrain("--batch-size", "16", "--set", "optim.lr_scaling=none").phases[0]
     assert (phase.lr, phase.muon_lr) == (own.lr, own.muon_lr)
-    phase = pretrain("--batch-size", "32", "--set", "optim.lr_scaling=linear").phases[0]
+    phase = pretrain("--batch-size", "16", "--set", "optim.lr_scaling=linear").phases[0]
     assert (phase.lr, phase.muon_lr) == pytest.approx((own.lr / 4, own.muon_lr / 4))
     phase = pretrain("--set", "phases.0.batch_size=32").phases[0]
     assert (phase.batch_size, phase.lr) == (32, own.lr), "--set sets one field"
@@ -193,9 +208,9 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
          "scaled in proportion to the batch), cosine"),
         ("--recipe b16 --data x.tar --batch-size 256 --set phases.*.lr=1e-4",
          "lr 0.0001 (the recipe's 0.001024 is for a batch of 32,768), cosine"),
-        ("--batch-size 32", "lr 0.00075, Muon lr 0.01 (the recipe's 0.0015 is for a batch of 128; scaled with the "
+        ("--batch-size 16", "lr 0.00053, Muon lr 0.00705 (the recipe's 0.00106 is for a batch of 64; scaled with the "
          "square root of the batch), trapezoid"),
-        ("", "lr 0.0015, Muon lr 0.02, trapezoid"),
+        ("", "lr 0.00106, Muon lr 0.0141, trapezoid"),
     ],
 )  # fmt: skip
 def test_the_plan_says_what_another_batch_size_did_to_the_rate(flags: str, line: str) -> None:

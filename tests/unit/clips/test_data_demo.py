@@ -10,18 +10,22 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import demo
+from clips.data.artists import OPENMOJI, SIDE
 from clips.data.built import ensure_built
 from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,
+    HANDS,
     NUMBERS,
     PLACES,
     PROMPTS,
@@ -29,6 +33,7 @@ from clips.data.demo import (
     describe,
     draw_scene,
     ensure_demo,
+    is_by_one,
     render,
     split_of,
     split_scene,
@@ -36,9 +41,9 @@ from clips.data.demo import (
 from clips.data.images import decode_image
 from clips.data.sentences import split_sentences
 from clips.data.sources import open_source
-from clips.data.splits import open_split
+from clips.data.splits import deciding_set, held_out_sets, open_split
 
-SIZES = {"train": 60, "val": 20, "test": 20}
+SIZES = {"train": 60, "val": 20, "test": 20, UNSEEN: 20}
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +57,19 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 def test_what_is_written(built: Path) -> None:
-    for split, size in SIZES.items():
+    artists = json.loads((built / "manifest.json").read_text())["artists"]
+    assert artists.keys() <= SIZES.keys()  # but for `unseen`, where nothing could be fetched: see below
+    for split in artists:
         source = open_source(demo_split(built, split), Fields(), need_long=True)
-        assert len(source) == size
-        for i in range(size):
+        assert len(source) == SIZES[split]
+        for i in range(SIZES[split]):
             sample = source.read(i)
             scene, description = split_scene(split, i, 0)
             assert np.asarray(decode_image(sample.image)).shape == (64, 64, 3)
             assert sample.web == description.web
             assert split_sentences(sample.long) == description.sentences == sample.extra["sentences"]
-            assert sample.extra["objects"][0]["concept"] == scene.things[0].concept
+            assert [thing["concept"] for thing in sample.extra["objects"]] == [t.concept for t in scene.things]
+            assert {thing["artist"] for thing in sample.extra["objects"]} <= set(artists[split])
             assert sample.extra.get("label") == (scene.things[0].concept if len(scene.things) == 1 else None)
     classes = json.loads((built / "concepts.json").read_text())
     assert classes["classes"] == list(CONCEPTS)
@@ -166,6 +174,9 @@ def test_open_split_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
     data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
     assert len(open_split(data, "test", need_long=True)) == 20
+    names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
+    assert held_out_sets(data) == names
+    assert deciding_set(data) == names[-1]
 
 
 def test_test_layouts_never_occur_in_training() -> None:
@@ -173,46 +184,97 @@ def test_test_layouts_never_occur_in_training() -> None:
         split: [split_scene(split, i, 0)[0] for i in range(n)]
         for split, n in (("train", 4000), ("val", 500), ("test", 500))
     }
-    layouts, pairs = {}, {}
+    layouts, single = {}, {}
     for split, drawn in scenes.items():
         several = [scene for scene in drawn if len(scene.things) > 1]
         layouts[split] = {frozenset((t.concept, t.place) for t in scene.things) for scene in several}
-        pairs[split] = {(s.things[0].concept, s.background) for s in drawn if len(s.things) == 1}
+        ones = [(scene.things[0], scene.background) for scene in drawn if len(scene.things) == 1]
+        single[split] = {(thing.concept, thing.place, background) for thing, background in ones}
         assert all(split_of(scene) == split for scene in drawn)
-    for kept in (layouts, pairs):
+    for kept in (layouts, single):
         assert not kept["train"] & kept["test"]
         assert not kept["train"] & kept["val"]
         assert not kept["val"] & kept["test"]
+
+
+def test_training_shows_every_thing_on_every_ground() -> None:
+    """A pair that only the test has would teach that this ground speaks against this thing."""
+    scenes = [split_scene("train", i, 0)[0] for i in range(24_000)]
+    ones = Counter((s.things[0].concept, s.background) for s in scenes if len(s.things) == 1)
+    assert len(ones) > 0.99 * len(CONCEPTS) * len(BACKGROUNDS)
+    several = {(thing.concept, s.background) for s in scenes for thing in s.things}
+    assert len(several) == len(CONCEPTS) * len(BACKGROUNDS)
 
 
 def test_every_concept_is_tested_equally_often() -> None:
     scenes = [split_scene("test", i, 0)[0] for i in range(1000)]
     labels = Counter(scene.things[0].concept for scene in scenes if len(scene.things) == 1)
     assert labels.keys() == CONCEPTS.keys()
-    assert min(labels.values()) >= 6
-    assert len(CONCEPTS) == 64
+    assert min(labels.values()) >= 3
+    assert max(labels.values()) <= 4
+    assert len(CONCEPTS) >= 150
+
+
+def test_the_unseen_artist_draws_the_test_scenes() -> None:
+    """So that two columns differ by the artist alone; validation has scenes and an artist of its own."""
+    assert [split_scene(UNSEEN, i, 0) for i in range(100)] == [split_scene("test", i, 0) for i in range(100)]
+    assert set(HANDS["train"]) == set(HANDS["test"])
+    trained, tuned, decides = (set(HANDS[split]) for split in ("train", "val", UNSEEN))
+    assert not trained & tuned
+    assert not trained & decides
+    assert not tuned & decides
+
+
+def test_scenes_hold_up_to_four_things_some_of_which_overlap() -> None:
+    scenes = [split_scene("train", i, 0)[0] for i in range(1000)]
+    counts = Counter(len(scene.things) for scene in scenes)
+    assert counts.keys() == {1, 2, 3, 4}
+    assert min(counts.values()) > 50
+    covered = [
+        demo._overlap(a.box, b.box) for scene in scenes for a in scene.things for b in scene.things if a is not b
+    ]
+    assert max(covered) <= demo.MAX_OVERLAP
+    assert sum(share > 0.02 for share in covered) > 200
+    for name in ("pattern", "angle", "contrast"):
+        assert len({getattr(scene.ground, name) for scene in scenes}) >= 4
+    things = [thing for scene in scenes for thing in scene.things]
+    assert 0.45 < np.mean([thing.mirrored for thing in things]) < 0.55
+    assert np.std([thing.turn for thing in things]) > 4
+    for place in PLACES:  # a thing's place says nothing about its size, nor the number of things
+        assert {len(scene.things) for scene in scenes if place in [t.place for t in scene.things]} == {1, 2, 3, 4}
 
 
 def test_scenes_show_what_they_say() -> None:
-    """Against the pixels: the background's colour, and something drawn inside each box only."""
+    """Against the pixels: the ground's colour, and something drawn at each place and nowhere else."""
+    drawing = np.asarray(demo._drawings(OPENMOJI)["star"].convert("RGBA"))
+    assert drawing.shape == (SIDE, SIDE, 4)
     for number in range(200):
         scene, _ = split_scene("train", number, 0)
-        pixels = np.asarray(decode_image(render(scene))).astype(int)
-        assert np.abs(np.array(scene.colour) - BACKGROUNDS[scene.background]).max() <= demo.COLOUR_JITTER
-        drawn = (pixels != scene.colour).any(-1)
-        inside = np.zeros_like(drawn)
+        pixels = np.asarray(decode_image(render(scene, [OPENMOJI] * len(scene.things)))).astype(int)
+        ground = np.asarray(decode_image(render(replace(scene, things=()), []))).astype(int)
+        assert np.abs(np.array(scene.ground.colour) - BACKGROUNDS[scene.background]).max() <= demo.COLOUR_JITTER
+        if scene.ground.second == scene.ground.colour:
+            distances = {name: np.abs(ground.mean((0, 1)) - c).sum() for name, c in BACKGROUNDS.items()}
+            assert min(distances, key=distances.__getitem__) == scene.background
+        else:
+            even = demo._painted(replace(scene.ground, contrast=0.0, shade=(0.0, 0.0)), 64)
+            first, second = (np.abs(even - c).sum(-1) for c in (scene.ground.colour, scene.ground.second))
+            assert 0.55 < (first < second).mean() < 1, "the named colour covers most, another one some"
+        assert ground.std((0, 1)).max() > 1  # painted, not plain
+        drawn = (np.abs(pixels - ground) > 2).any(-1)
+        near = np.zeros_like(drawn)
         for thing in scene.things:
             left, top, right, bottom = thing.box
             assert 0 <= left < right <= 64
             assert 0 <= top < bottom <= 64
             assert drawn[top:bottom, left:right].mean() > 0.1
-            inside[top:bottom, left:right] = True
+            margin = (right - left) // 8 + 1  # a drawing that is turned may reach over its square
+            near[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin] = True
             x, y = (left + right) / 128, (top + bottom) / 128
             assert thing.place == min(
-                ([*PLACES] if len(scene.things) == 1 else [*PLACES][:4]),
-                key=lambda place, x=x, y=y: np.hypot(x - PLACES[place][0], y - PLACES[place][1]),
+                PLACES, key=lambda place, x=x, y=y: np.hypot(x - PLACES[place][0], y - PLACES[place][1])
             )
-        assert not drawn[~inside].any()
+        assert not drawn[~near].any()
 
 
 def named(text: str) -> set[str]:
@@ -229,7 +291,7 @@ def test_captions_tell_the_truth() -> None:
             text = sentence.lower()
             assert named(text)
             assert named(text) <= concepts
-            colours = set(re.findall(r"[a-z]+", text.replace("red apple", ""))) & BACKGROUNDS.keys()
+            colours = set(re.findall(r"[a-z]+", text)) & BACKGROUNDS.keys()
             assert colours <= {scene.background}
             assert " a a" not in text
             assert not re.search(r"\ba [aeiou]", text)
@@ -242,10 +304,10 @@ def test_captions_tell_the_truth() -> None:
                 assert {"to the left of": ax < bx, "to the right of": ax > bx, "above": ay < by, "below": ay > by}[
                     match.group(2)
                 ]
-            for size, place in re.findall(
-                r"(small|medium|large).*?(top left|top right|bottom left|bottom right|center)", text
-            ):
-                assert next(t.size for t in scene.things if t.place == place) == size
+            if size := re.search(r"\b(small|medium|large)\b", text):
+                place = re.search(r"top left|top right|bottom left|bottom right|center", text)
+                assert place is not None
+                assert next(t.size for t in scene.things if t.place == place.group()) == size.group()
         assert named(description.caption) == concepts
         assert all(place in description.caption for place in places)
         assert description.web_is_wrong == (not named(description.web) & concepts)
@@ -255,16 +317,16 @@ def test_captions_tell_the_truth() -> None:
 
 def test_the_whole_sentence_pairs_things_with_their_places() -> None:
     """Every phrasing of the sentence about everything: each place stands beside its own thing."""
-    concepts, rng = ["lion", "red apple", "key"], random.Random(0)
+    concepts, rng = ["lion", "soccer ball", "key"], random.Random(0)
     for _ in range(200):
         scene = draw_scene(rng, concepts)
         description = describe(scene, rng)
         whole = [s.lower() for s in description.sentences if all(t.place in s.lower() for t in scene.things)]
         assert len(whole) == 1
+        whole = [whole[0].replace("in the", "at the")]  # of the center
         place = "|".join(PLACES)
-        found = re.findall(rf"a (lion|red apple|key)(?: is)? at the ({place})", whole[0]) or [
-            (c, p) for p, c in re.findall(rf"at the ({place}) there is a (lion|red apple|key)", whole[0])
-        ]
+        found = [(c, p) for p, c in re.findall(rf"at the ({place}) there is a (lion|soccer ball|key)", whole[0])]
+        found = found or re.findall(rf"a (lion|soccer ball|key)(?: is)? at the ({place})", whole[0])
         assert sorted(found) == sorted((t.concept, t.place) for t in scene.things)
 
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import script_parser
+from conftest import random_model, script_parser
 from hostile import HOSTILE
 from PIL import Image
 from rich.console import Console
@@ -25,6 +25,7 @@ from clips.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    NamedSet,
     OptimConfig,
     PhaseConfig,
     RunConfig,
@@ -99,6 +100,36 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     assert (figures["sentence_i2t_r1"]["items"], figures["zero_shot_top1"]["items"]) == (12, 12)
     assert figures["sentence_i2t_r1"]["chance"] == pytest.approx(100 / 12, abs=1e-3)
     assert figures["part_t2i_r1"]["items"] == 48  # four sentences each
+
+
+def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path):
+    _, run, tokenizer = small
+    model = random_model(run)  # of an untrained one every figure is chance
+    sets = (NamedSet(name="unseen", data=run.data.val), NamedSet(name="more", data=run.data.train))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, further_tests=sets))
+    run_dir = metrics(tmp_path / "several")
+    found = evaluate(model, tokenizer, run, "test", full=True, out=run_dir / "evaluation.json")
+    alone = evaluate(model, tokenizer, small[1], "test", full=True)
+    for name, figure in alone.items():
+        assert found[name] == figure
+        assert {f"unseen/{name}", f"more/{name}"} <= found.keys()
+    as_first = dataclasses.replace(small[1], data=dataclasses.replace(small[1].data, test=run.data.val))
+    for name, figure in evaluate(model, tokenizer, as_first, "test", full=True).items():
+        assert found[f"unseen/{name}"] == figure
+    assert any(found[name] != found[f"unseen/{name}"] for name in alone)
+    table = Console(width=120, file=io.StringIO())
+    table.print(figures_table(found, "test split"))
+    row = next(line for line in table.file.getvalue().splitlines() if " sentence_i2t_r1 " in line)
+    values = [f"{found[f'{name}sentence_i2t_r1'].value:.1f}" for name in ("", "unseen/", "more/")]
+    assert re.findall(r"[\d.]+", row)[-5:-2] == values
+
+    run.save(run_dir / "config.json")
+    page = write_report(run_dir).read_text()
+    for name in ("<th>test</th>", "<th>unseen</th>", "<th>more</th>"):
+        assert name in page
+    tiles = page[: page.index("<h2>")]
+    assert f"{found['unseen/sentence_i2t_r1'].value:.1f} %" in tiles
+    assert f"on test {found['sentence_i2t_r1'].value:.1f} %" in tiles
 
 
 def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):

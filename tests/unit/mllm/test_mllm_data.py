@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,11 +18,12 @@ from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
 
 from clips.common.errors import UserError
-from clips.data.demo import PLACES, ensure_demo
+from clips.common.rundir import UNSEEN
+from clips.data.demo import NUMBERS, PLACES, ensure_demo
 from clips.data.sample import BrokenSample
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset, pad_rows, parse_record
-from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
 
@@ -275,7 +277,7 @@ def test_global_batches_do_not_depend_on_ranks():
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("demo")
-    ensure_demo(root / "scenes", sizes={"train": 200, "val": 2, "test": 150})
+    ensure_demo(root / "scenes", sizes={"train": 200, "val": 2, "test": 150, UNSEEN: 150})
     options = {"align": 120, "instruct": 80, "text_only": 10, "per_kind": 40}
     return ensure_llava_demo(root / "llava", root / "scenes", **options), root
 
@@ -286,7 +288,7 @@ def rows(path: Path) -> list[dict]:
 
 def truths(root: Path) -> dict[str, dict]:
     found = {}
-    for split in ("train", "test"):
+    for split in ("train", "test", UNSEEN):
         for path in sorted((root / "scenes" / split).glob("*.tar")):
             with tarfile.open(path) as tar:
                 for member in tar:
@@ -307,7 +309,8 @@ def test_demo_answers_are_true(demo):
     """Every question about a picture is answered again from the scene's own truth, by reading the question."""
     directory, root = demo
     truth = truths(root)
-    asked = [(q["image"], q["text"], q["answer"], q["kind"]) for q in rows(directory / QUESTIONS)]
+    files = [directory / name for name in (QUESTIONS, UNSEEN_QUESTIONS) if (directory / name).is_file()]
+    asked = [(q["image"], q["text"], q["answer"], q["kind"]) for file in files for q in rows(file)]
     for sample in json.loads((directory / "instruct.json").read_text()):
         values = [turn["value"].replace("<image>", "").strip() for turn in sample["conversations"]]
         if "image" in sample:
@@ -316,7 +319,7 @@ def test_demo_answers_are_true(demo):
     for image, question, answer, kind in asked:
         things, background = placed(truth[image]), truth[image]["background"]
         here = [thing for thing, place in things.items() if at(place) in question]
-        named = [thing for thing in things if f" {thing}" in question]
+        named = [thing for thing in things if re.search(rf"\b{thing}\b", question)]
         if answer in ("Yes", "No"):
             found = "yes_no"
             if "background" in question:
@@ -324,14 +327,15 @@ def test_demo_answers_are_true(demo):
             elif " at the " in question or " in the center" in question:
                 true = f"a {here[0]}?" in question or f"a {here[0]} {at(things[here[0]])}?" in question
             else:
-                true = any(f" a {thing}" in question for thing in things)
+                true = any(re.search(rf"\ba {thing}\b", question) for thing in things)
             assert answer == ("Yes" if true else "No"), (question, truth[image])
-        elif answer in ("One", "Two", "Three"):
+        elif answer.lower() in NUMBERS:
             found = "count"
-            assert ["One", "Two", "Three"].index(answer) + 1 == len(things)
+            assert NUMBERS.index(answer.lower()) == len(things)
         elif answer.lower() in map(at, PLACES):
             found = "where"
-            assert any(answer.lower() == at(things[thing]) for thing in named), (question, answer, things)
+            (thing,) = named
+            assert answer.lower() == at(things[thing]), (question, answer, things)
         elif answer.lower() == background:
             found = "background"
             assert "color" in question
@@ -354,11 +358,16 @@ def test_demo_questions_are_balanced_and_held_out(demo):
     assert [q["question_id"] for q in questions] == list(range(len(questions)))
     assert len({(q["image"], q["text"]) for q in questions}) == len(questions)
     assert Counter(q["answer"] for q in questions if q["kind"] == "yes_no") == {"Yes": 20, "No": 20}
-    assert max(Counter(q["answer"] for q in questions if q["kind"] == "count").values()) <= 14
+    assert max(Counter(q["answer"] for q in questions if q["kind"] == "count").values()) <= 12
+
+    if (directory / UNSEEN_QUESTIONS).is_file():  # the same questions about the same scenes
+        unseen = rows(directory / UNSEEN_QUESTIONS)
+        assert [q | {"image": q["image"].replace(UNSEEN, "test")} for q in unseen] == questions
+        assert all((directory / IMAGES / q["image"]).is_file() for q in unseen)
 
     def layout(name: str) -> tuple:
         things = placed(truth[name])
-        return (*things, truth[name]["background"]) if len(things) == 1 else tuple(sorted(things.items()))
+        return (*sorted(things.items()), *([truth[name]["background"]] if len(things) == 1 else []))
 
     trained = {sample["image"] for sample in json.loads((directory / "align.json").read_text())}
     instruct = {s["image"] for s in json.loads((directory / "instruct.json").read_text()) if "image" in s}

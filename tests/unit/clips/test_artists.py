@@ -1,0 +1,210 @@
+"""The sets of drawings: every thing has enough hands, only pinned bytes count, and without npm one artist draws all."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
+from clips.config import DataConfig, Fields
+from clips.data import artists
+from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, attribution, drawings, fetch_sets
+from clips.data.demo import CONCEPTS, HANDS, MISSING, TRAINING, demo_split, ensure_demo
+from clips.data.sources import open_source
+from clips.data.splits import deciding_set, held_out_sets
+
+SIZES = {"train": 4, "val": 2, "test": 2, UNSEEN: 2}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "artists"
+
+
+def package(icons: dict[str, object]) -> bytes:
+    """A tarball such as npm's, with a set of drawings in it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        content = json.dumps({"prefix": "mine", "width": 10, "height": 10, **icons}).encode()
+        info = tarfile.TarInfo(artists.ICONS)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def pin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Artist:
+    """A set "mine" whose package is `content`."""
+    digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
+    mine = Artist("Mine", "me", "MIT", "licence", "source", "1.0.0", "@me/mine", digest)
+    monkeypatch.setitem(ARTISTS, "mine", mine)
+    return mine
+
+
+def npm_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """A program named npm, alone on the PATH."""
+    program = tmp_path / "bin" / "npm"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+def no_npm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artists.shutil, "which", lambda name: None)
+    monkeypatch.setattr(artists.util, "find_spec", lambda name: None)
+
+
+def test_every_thing_is_drawn_by_enough_hands(several_artists: None) -> None:
+    """By four of training at least, by the one of validation and by the unseen one; and they do not draw alike."""
+    has = {name: drawings(name, CONCEPTS) for name in ARTISTS}
+    assert {artist for hands in HANDS.values() for artist in hands} == ARTISTS.keys()
+    for concept in CONCEPTS:
+        assert sum(concept in has[name] for name in TRAINING) >= 4, concept
+        assert all(concept in has[name] for split in ("val", UNSEEN) for name in HANDS[split]), concept
+        assert concept in has[OPENMOJI]  # which draws all of them where nothing can be fetched
+        pixels = [np.asarray(has[name][concept], float) for name in ARTISTS if concept in has[name]]
+        assert all(image.shape == (SIDE, SIDE, 4) for image in pixels)
+        for i, one in enumerate(pixels):
+            assert (one[..., 3] > 0).mean() > 0.04, concept
+            assert all(np.abs(one - other).mean() > 1 for other in pixels[:i]), concept
+
+
+def test_the_licences_are_told(several_artists: None, tmp_path: Path) -> None:
+    folder = ensure_demo(tmp_path / "data", sizes=SIZES)
+    text = (folder / "ATTRIBUTION.md").read_text()
+    assert text.count("\n| ") == len(ARTISTS) + 1
+    for artist in ARTISTS.values():
+        assert artist.licence in text
+        assert artist.source in text
+        assert f"{artist.package} {artist.version}".strip() in text
+    assert "MISSING" not in (folder / "README.md").read_text()
+
+
+def test_what_npm_brings_counts_when_it_is_what_is_pinned(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = package({"icons": {"dog-face": {"body": '<rect width="10" height="5" fill="red"/>'}}})
+    mine = pin(monkeypatch, content)
+    log = tmp_path / "log"
+    name = mine.tarball.name
+    npm_that(tmp_path, monkeypatch, f"Path({str(log)!r}).write_text(' '.join(sys.argv[1:]))\n"
+             f"Path({name!r}).write_bytes({content!r})")  # fmt: skip
+    assert fetch_sets(["mine"]) == ""
+    assert log.read_text().startswith("pack --ignore-scripts ")
+    assert log.read_text().endswith(" @me/mine@1.0.0")
+    log.unlink()
+    assert fetch_sets(["mine", OPENMOJI]) == ""
+    assert not log.exists()  # it is there: npm is not asked again
+    found = drawings("mine", {"dog": "dog_face", "cat": "cat_face"})
+    assert found.keys() == {"dog"}
+    assert np.asarray(found["dog"])[SIDE // 2, SIDE // 2].tolist() == [255, 0, 0, 255]
+    mine.tarball.write_bytes(content[:-1])  # damaged since: fetched again
+    assert fetch_sets(["mine"]) == ""
+    assert mine.tarball.read_bytes() == content
+
+
+def test_other_bytes_are_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = pin(monkeypatch, package({"icons": {}}))
+    npm_that(tmp_path, monkeypatch, f"Path({mine.tarball.name!r}).write_bytes({package({'icons': {'x': 1}})!r})")
+    assert fetch_sets(["mine"]) == "npm brought other files than the pinned ones: @me/mine"
+    with pytest.raises(UserError, match="the drawings of Mine are not in"):
+        drawings("mine", {"dog": "dog_face"})
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("sys.exit('npm error code EAI_AGAIN')", "npm cannot fetch them: npm error code EAI_AGAIN"),
+        ("pass", "npm brought other files than the pinned ones: @me/mine"),
+        ("import time; time.sleep(60)", "npm cannot be run: .*timed out"),
+    ],
+)
+def test_npm_that_cannot_fetch_says_why(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, reason: str
+) -> None:
+    pin(monkeypatch, package({"icons": {}}))
+    monkeypatch.setattr(artists, "TIMEOUT_S", 2 if "sleep" in does else 60)
+    npm_that(tmp_path, monkeypatch, does)
+    assert re.match(reason, fetch_sets(["mine"]))
+    assert not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind
+
+
+def test_a_drawing_without_bounds_is_none() -> None:
+    icons = {"icons": {"dog-face": {"body": "x" * (artists.MAX_BODY + 1)}}}
+    assert artists._iconify_svg(icons, "dog_face") is None
+
+
+def test_names_and_aliases_of_the_sets() -> None:
+    icons = {
+        "left": 1,
+        "width": 8,
+        "height": 9,
+        "icons": {"dogface": {"body": "<a/>"}, "woman-s-boot": {"body": "<b/>", "width": 4}},
+        "aliases": {"cat-face": {"parent": "dogface"}, "nothing": {"parent": "gone"}},
+    }
+    for called, shown in (("dog_face", "<a/>"), ("cat_face", "<a/>"), ("woman’s_boot", None), ("nothing", None)):
+        found = artists._iconify_svg(icons, called)
+        assert (found is None) == (shown is None), called
+        if found is not None and shown is not None:
+            assert 'viewBox="1 0 8 9"' in found
+            assert shown in found
+
+
+def test_without_npm_one_artist_draws_and_it_is_said(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    no_npm(monkeypatch)
+    folder = ensure_demo(tmp_path / "data", sizes=SIZES)
+    assert f"warning: {MISSING} (there is no npm here" in capfd.readouterr().err
+    assert MISSING[1:] in (folder / "README.md").read_text()
+    assert not (folder / UNSEEN).exists()
+    data = DataConfig(demo_dir=str(folder))
+    for split in ("train", "val", "test"):
+        source = open_source(demo_split(folder, split), Fields(), need_long=True)
+        assert len(source) == SIZES[split]
+        assert {t["artist"] for i in range(len(source)) for t in source.read(i).extra["objects"]} == {OPENMOJI}
+    monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": SIZES})
+    assert held_out_sets(data) == ["test"]
+    assert deciding_set(data) == "test"
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    ensure_demo(folder, sizes=SIZES)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before  # nor is it said again
+    assert capfd.readouterr().err == ""
+
+
+def test_artists_that_were_missing_are_tried_again(
+    several_artists: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as alone:
+        alone.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+        no_npm(alone)
+        ensure_demo(tmp_path / "data", sizes=SIZES)
+    assert not (ensure_demo(tmp_path / "data", sizes=SIZES) / UNSEEN).exists()
+    assert (ensure_demo(tmp_path / "data", sizes=SIZES, again=True) / UNSEEN).is_dir()
+
+
+def test_the_npm_of_the_python_package_is_the_second_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artists.shutil, "which", lambda name: None)
+    monkeypatch.setattr(artists.util, "find_spec", lambda name: object())
+    assert artists._npm()[0] == sys.executable
+    monkeypatch.undo()
+    if found := shutil.which("npm"):
+        assert artists._npm() == [found]
+
+
+def test_attribution_needs_no_fetching() -> None:
+    assert "Apache 2.0" in attribution(["noto"])
+    assert attribution(["noto", OPENMOJI]).count("\n") == 3
