@@ -48,7 +48,7 @@ PRESETS: dict[str, ModelConfig] = {
     "L/14": _preset(14, (1024, 24, 16), (768, 12, 12), 768),
     "H/14": _preset(14, (1280, 32, 16), (1024, 24, 16), 1024),
     "demo": ModelConfig(
-        vision=VisionConfig(width=128, layers=4, heads=4, image_size=64, patch_size=8),
+        vision=VisionConfig(width=128, layers=4, heads=4, image_size=60, patch_size=10),
         text=TextConfig(width=128, layers=2, heads=4, context_length=56, vocab_size=640, pad_mask=True),
         captioner=CaptionerConfig(width=128, layers=1, heads=4, length=48),
         embed_dim=128,
@@ -72,12 +72,12 @@ def demo() -> RunConfig:
         optim=OptimConfig(kind="muon", weight_decay=0.05, muon_momentum=0.9),
         phases=(
             PhaseConfig(
-                name="64px",
+                name="60px",
                 samples=120_000,
                 batch_size=64,
                 lr=1.06e-3,
                 muon_lr=1.41e-2,
-                image_size=64,
+                image_size=60,
                 warmup_samples=2_560,
                 schedule="trapezoid",
             ),

@@ -2,7 +2,7 @@
 
     images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png, unseen-NNNNNN.png
     align.json        image and short caption, for `plain`
-    instruct.json     short captions, conversations of about three questions, some descriptions, some text-only samples
+    instruct.json     short captions, conversations of about five questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
     question_unseen.jsonl  the same questions about the same scenes, drawn by an artist that no training shows
     description.jsonl held-out pictures to describe, with `references`
@@ -53,9 +53,9 @@ ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
 )
 UNSEEN_ANSWERS = "answers_unseen"
 """What the answers to `UNSEEN_QUESTIONS` are called."""
-CAPTION_SHARE = 0.4
+CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
-TURNS = (3, 5)
+TURNS = (5, 8)
 """Questions of one conversation: between these."""
 DESCRIBED_SHARE = 0.15
 """Share of the conversations that end with a long description."""

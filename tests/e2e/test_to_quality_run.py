@@ -47,7 +47,7 @@ def test_cells_are_measured_once_and_read_for_any_target(tmp_path: Path) -> None
     newest, older = (read_weights(path / "model.safetensors") for path in checkpoints(run))
     loaded = load_model(run)
     loaded.model.load_state_dict({name: (newest[name] + older[name]) / 2 for name in newest})
-    figure = evaluate(loaded.model, loaded.tokenizer, loaded.run, "val", image_size=64)["part_t2i_r1"]
+    figure = evaluate(loaded.model, loaded.tokenizer, loaded.run, "val", image_size=60)["part_t2i_r1"]
     assert means["runs"][1]["last"]["part_t2i_r1"] == pytest.approx(figure.value)
     assert any(not torch.equal(newest[name], older[name]) for name in newest)
 
