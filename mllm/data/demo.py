@@ -55,7 +55,7 @@ UNSEEN_ANSWERS = "answers_unseen"
 """What the answers to `UNSEEN_QUESTIONS` are called."""
 CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
-TURNS = (5, 8)
+TURNS = (5, 7)
 """Questions of one conversation: between these."""
 DESCRIBED_SHARE = 0.15
 """Share of the conversations that end with a long description."""
