@@ -40,6 +40,7 @@ from clips import (
 )
 from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
+from mllm.data.questions import UNSEEN_ANSWERS
 
 VERSION = 3
 """Raise it when texts or files change: older folders are then built anew."""
@@ -51,8 +52,6 @@ ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-UNSEEN_ANSWERS = "answers_unseen"
-"""What the answers to `UNSEEN_QUESTIONS` are called."""
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (3, 5)

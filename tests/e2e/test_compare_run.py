@@ -166,3 +166,5 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
         assert encoder["metrics"]["accuracy"]["items"] == 20
         assert encoder["metrics"]["cider_d"]["items"] == 20
     assert "drawings" in (place / "demo" / "report.html").read_text()
+    verified = run(place, "--verify", "demo")
+    assert verified.returncode == 0, verified.stderr[-3000:]
