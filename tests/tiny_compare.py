@@ -17,7 +17,8 @@ from mllm.compare.collect import REPORT, collect, keep_encoders
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, evaluation_settings
 from mllm.compare.fix import fix
-from mllm.compare.plan import PLAN, asked_questions
+from mllm.compare.plan import PLAN, asked_questions, stored_questions
+from mllm.data.questions import of_set
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
@@ -99,13 +100,16 @@ def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
     for name, content in write.items():
         (cell.directory / f"{name}.json").write_text(json.dumps(content))
     rng = np.random.default_rng([encoder_names(comparison).index(cell.encoder), cell.seed])
-    questions = asked_questions(comparison, comparison.question_file)
-    said = ["yes" if rng.random() < skill else "<b>no" for _ in questions]
     cell.evaluation.mkdir()
-    answers = cell.evaluation / f"{comparison.question_file.stem}.jsonl"
-    answers.write_text("".join(answer_line(q, text, cell.name) for q, text in zip(questions, said, strict=True)))
-    sets = {answers.stem: {"answers": {"file": answers.name, "sha256": sha256(answers)}}}
-    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | score(questions, said))
+    sets, figures = {}, {}
+    for name, path in stored_questions(comparison.output).items():
+        questions = asked_questions(comparison, path)
+        said = [q.answer or "a picture" if rng.random() < skill else "<b>no" for q in questions]
+        answers = cell.evaluation / f"{name}.jsonl"
+        answers.write_text("".join(answer_line(q, text, cell.name) for q, text in zip(questions, said, strict=True)))
+        sets[name] = {"answers": {"file": answers.name, "sha256": sha256(answers)}}
+        figures |= of_set(name, score(questions, said))
+    write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | figures)
 
 
 def collected(comparison: Comparison, measured: Mapping[Cell, Any], command: Sequence[str]) -> dict[str, Any]:

@@ -544,6 +544,11 @@ def ensure_demo(
     return ensure_built(directory, wanted, partial(_write_all, wanted=wanted, hands=hands), what="demo data")
 
 
+def has_demo(directory: str | Path) -> bool:
+    """Whether `directory` holds demo data of this version, of whatever size and by however many artists."""
+    return (built_as(Path(directory)) or {}).get("version") in (VERSION, BY_ONE)
+
+
 def is_by_one(directory: str | Path) -> bool:
     """Whether the demo data in `directory` had to be drawn by one artist alone, and has no split `unseen`."""
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE

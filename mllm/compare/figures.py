@@ -17,13 +17,14 @@ import numpy as np
 from scipy import stats
 
 from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
 from mllm.compare.benchmarks import benchmark_results
 from mllm.compare.cells import Cell, cells_of, encoder_groups, encoder_names
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import stored_questions
 from mllm.compare.statistics import holm, independent_runs, interval, labels, mcnemar, over_groups
 from mllm.compare.variance import Spread, spread
-from mllm.data.questions import read_questions
+from mllm.data.questions import UNSEEN_ANSWERS, read_questions
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import exactness
 
@@ -33,8 +34,8 @@ EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
 POINTS = (0.01, 0.02, 0.05)
 """Differences for which the report says how many seeds and pictures they need."""
-SEEN, UNSEEN = "seen", "unseen"
-COLUMNS = {"answers": SEEN, "descriptions": SEEN, "answers_unseen": UNSEEN, "descriptions_unseen": UNSEEN}
+SEEN = "seen"
+COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
 """File of answers to the demo's questions → what sort of pictures it is about; any other file is a sort of its own."""
 NEEDS_PICTURE = "needs_picture"
 """The metric over the questions of the deciding column that blind models do not answer."""
@@ -166,7 +167,7 @@ def compare_scores(
             row |= {"seeds": len(set(groups.tolist())), "runs": len(groups), "p_mcnemar": None, "p_holm": None}
             row |= {"variance": split.shares() if split else {}}
             row |= {"items_needed": split.items_needed(abs(estimate.mean)) if split else None}
-            if name != "cider_d":
+            if not name.startswith("cider_d"):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
                 test = mcnemar(metric.by_encoder[a], metric.by_encoder[b])
                 row |= {"p_mcnemar": test.p, "p_holm": test.p, "wins": test.wins, "losses": test.losses}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import replacing, sha256, write_json
+from clips.common.rundir import UNSEEN
 from mllm.compare.cells import cells_of
 from mllm.compare.commands import dataset_size, stage_samples, train_arguments
 from mllm.compare.comparison import (
@@ -16,7 +17,7 @@ from mllm.compare.comparison import (
     is_demo,
     question_files,
 )
-from mllm.compare.figures import COLUMNS, UNSEEN
+from mllm.compare.figures import COLUMNS
 from mllm.compare.plan import (
     FORMAT,
     PLAN,

@@ -211,9 +211,9 @@ STATISTICS = (
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
     "sees and is measured the same way for all; retrieval (one sentence an image; parts: several captions) and "
-    "zero-shot come from the pretraining run and need a text tower, which random and blind have not. “unseen”: the "
-    "same scenes by an artist that no training saw."
+    "zero-shot come from the pretraining run and need a text tower, which random and blind have not."
 )
+UNSEEN_NOTE = f"“{UNSEEN}”: the same scenes by an artist that no training saw."
 
 
 def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any]], str]) -> Table:
@@ -226,9 +226,18 @@ def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any
     return Table(head, lines)
 
 
+def _measured(report: Report) -> list[str]:
+    """The figures of the encoders themselves."""
+    return list(dict.fromkeys(name for encoder in report["encoders"].values() for name in encoder["intrinsic"]))
+
+
+def intrinsic_note(report: Report) -> str:
+    has_unseen = any(name.startswith(f"{UNSEEN}/") for name in _measured(report))
+    return f"{INTRINSIC_NOTE} {UNSEEN_NOTE}" if has_unseen else INTRINSIC_NOTE
+
+
 def intrinsic_table(report: Report) -> Table | None:
-    encoders = report["encoders"]
-    every = dict.fromkeys(name for encoder in encoders.values() for name in encoder["intrinsic"])
+    encoders, every = report["encoders"], _measured(report)
     names = [name for name in INTRINSIC if name in every]
     names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
     chance = {n: next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names}
@@ -313,7 +322,7 @@ def _both(report: Report) -> dict[str, Any]:
         "parts": evidence(report),
         "benchmarks": benchmarks_table(report),
         "intrinsic": intrinsic_table(report),
-        "intrinsic_note": INTRINSIC_NOTE,
+        "intrinsic_note": intrinsic_note(report),
         "controls": controls(report),
         "not_shown": not_shown(report),
         "cost": cost_table(report),
@@ -326,7 +335,7 @@ def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
     """What templates/report.html.j2 shows."""
     shown, overall = _both(report), overall_rows(report)
     colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
-    measured = {name for encoder in report["encoders"].values() for name in encoder["intrinsic"]}
+    measured = _measured(report)
     for pair in shown["pairs"]:
         pair["forest"] = _forest([row for row in pair["rows"] if row["metric"].startswith("accuracy/")], _metric)
     return shown | {

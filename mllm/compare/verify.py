@@ -33,7 +33,7 @@ from mllm.compare.collect import ENCODERS, REPORT, computed, stored_files
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
 from mllm.compare.words import headline
-from mllm.data.questions import Question
+from mllm.data.questions import Question, of_set
 from mllm.evaluation.scores import is_right, score, scorer_version
 
 AS_RECORDED = ("command", "time", "environment")
@@ -178,7 +178,7 @@ def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]
             yield f"it has {len(lines)} answers {name} to {len(questions)} questions"
             continue
         yield from _answers(name, questions, lines)
-        again |= score(questions, [str(line["text"])[:MOST_CHARACTERS] for line in lines])
+        again |= of_set(name, score(questions, [str(line["text"])[:MOST_CHARACTERS] for line in lines]))
     yield from (f"figures: {text}" for text in _differences({key: recorded.get(key) for key in again}, again, ""))
 
 

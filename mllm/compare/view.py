@@ -15,7 +15,7 @@ from rich.table import Table
 from clips.common.escape import for_rich
 from clips.common.files import read_json
 from clips.common.progress import Progress, read_progress, training_progress
-from clips.common.rundir import METRICS, is_finished
+from clips.common.rundir import METRICS, UNSEEN, is_finished
 from mllm.compare.cells import Cell, PretrainedEncoder, cells_of, encoder_names, encoders_to_pretrain, is_done
 from mllm.compare.commands import pretrain_config, stage_samples
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, question_files, question_limit
@@ -60,7 +60,8 @@ class StateTable:
     def _accuracy(self, run: Cell | PretrainedEncoder) -> str:
         if self.states[run].doing != DONE or not isinstance(run, Cell):
             return ""
-        overall = read_json(run.figures).get("exact_match", {}).get("overall")
+        figures = read_json(run.figures)
+        overall = figures.get(UNSEEN, figures).get("exact_match", {}).get("overall")
         return f", {overall['accuracy']:.1%} right" if overall else ""
 
     def progress(self, run: Cell | PretrainedEncoder) -> Progress | None:

@@ -36,10 +36,12 @@ from clips import (
     demo_split,
     ensure_built,
     ensure_demo,
+    has_demo,
     open_source,
 )
 from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
+from mllm.data.questions import UNSEEN_ANSWERS
 
 VERSION = 3
 """Raise it when texts or files change: older folders are then built anew."""
@@ -51,8 +53,6 @@ ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-UNSEEN_ANSWERS = "answers_unseen"
-"""What the answers to `UNSEEN_QUESTIONS` are called."""
 CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
 TURNS = (5, 7)
@@ -286,12 +286,12 @@ def ensure_llava_demo(
 ) -> Path:
     """Write the files named above into `directory` unless the same are there; returns the directory.
 
-    Built as `ensure_built` does. `align` and `instruct` count pictures of the demo's training
-    split (different ones), `text_only` samples without one, `per_kind` test questions. Builds the demo scenes in
-    `demo_dir` if there are none. Raises UserError when there are too few, or when the folder holds something else.
+    Built as `ensure_built` does. `align` and `instruct` count pictures of the demo's training split (different ones),
+    `text_only` samples without one, `per_kind` test questions. Builds the demo scenes in `demo_dir` if there are none
+    of this version. Raises UserError when there are too few, or when the folder holds something else.
     """
     demo_dir = Path(demo_dir)
-    if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
+    if not has_demo(demo_dir):  # as many scenes as there are count
         ensure_demo(demo_dir)
     wanted = {"version": VERSION, "scenes": built_as(demo_dir), "seed": seed}
     wanted |= {"align": align, "instruct": instruct, "text_only": text_only, "per_kind": per_kind}

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
+from clips.common.rundir import UNSEEN
 from mllm.data.records import read_json_records
 
 if TYPE_CHECKING:
     from mllm.data.images import ImageStore
+
+UNSEEN_ANSWERS = "answers_unseen"
+"""What the answers to the demo's questions about the unseen artist are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,11 @@ def read_questions(path: Path) -> list[Question]:
             )
         )
     return questions
+
+
+def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the set of answers `name` as figures.json has them: the unseen artist's stand by themselves."""
+    return {UNSEEN: figures} if name == UNSEEN_ANSWERS else figures
 
 
 def open_questions(

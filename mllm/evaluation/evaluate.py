@@ -29,9 +29,9 @@ from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, IMAGES, UNSEEN_ANSWERS, demo_questions, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_llava_demo
 from mllm.data.images import ImageStore
-from mllm.data.questions import Question, draw_evenly, open_questions, read_questions, take_chunk
+from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
 from mllm.evaluation.scores import answer_line, score, scorer_version
@@ -178,8 +178,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                 batch_size=flags.batch_size, max_new_tokens=flags.max_new_tokens, conv_mode=flags.conv_mode,
                 temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
             )  # fmt: skip
-            scored = score(questions, answers)
-            figures |= {UNSEEN: scored} if key == UNSEEN_ANSWERS else scored
+            figures |= of_set(key, score(questions, answers))
             path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]

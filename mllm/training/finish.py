@@ -22,6 +22,9 @@ from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
 
+OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0), no evidence about photographs"
+"""Said of the demo's data on a model's card."""
+
 
 def write_results(
     arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
@@ -66,7 +69,7 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
         places = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
         rows["Vision encoder"] = _without(facts["vision encoder"], places)
         rows["Language model"] = _without(facts["language model"], _name(trains["model_name_or_path"]))
-        of_demo = "" if trains["data_path"] else "; drawings (OpenMoji, CC BY-SA 4.0), no evidence about photographs"
+        of_demo = "" if trains["data_path"] else OF_DEMO
         rows[f"Stage {stage}: data"] = _without(facts["data"], _name(trains["data_path"])) + of_demo
         rows[f"Stage {stage}: trains"] = ", ".join(f"{part} {how}" for part, how in record["freeze"].items())
         done = summary if stage == summary["stage"] else read_json(run_dir / stage / "done.json")

@@ -97,7 +97,7 @@ def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> 
         for key in ("loss", "contrastive_loss", "caption_loss"):
             assert other[0][key] == pytest.approx(one[0][key], rel=1e-5), (name, key)
             # Muon's orthogonalisation runs in bf16: later steps differ by its rounding.
-            assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=2e-3), (name, key)
+            assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=5e-3), (name, key)
 
 
 def test_the_bare_command_on_the_demo_data(tmp_path: Path) -> None:

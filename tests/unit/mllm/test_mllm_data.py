@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
-from clips.data.demo import NUMBERS, PLACES, ensure_demo
+from clips.data.built import STAMP, built_as
+from clips.data.demo import NUMBERS, PLACES, ensure_demo, has_demo
 from clips.data.sample import BrokenSample
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset, pad_rows, parse_record
@@ -411,6 +413,18 @@ def test_demo_is_deterministic_and_kept(demo, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no LLaVA demo data"):
         ensure_llava_demo(tmp_path / "other", root / "scenes", **options)
+
+
+def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
+    scenes = shutil.copytree(demo[1] / "scenes", tmp_path / "scenes")
+    stamp = json.loads((scenes / STAMP).read_text())
+    stamp["built"]["version"] = 3
+    (scenes / STAMP).write_text(json.dumps(stamp))
+    sizes = {"train": 8, "val": 1, "test": 8, UNSEEN: 8}
+    monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": sizes})
+    ensure_llava_demo(tmp_path / "llava", scenes, align=4, instruct=4, text_only=0, per_kind=2)
+    assert has_demo(scenes)
+    assert built_as(tmp_path / "llava")["scenes"] == built_as(scenes)
 
 
 def test_parse_record_reads_numbers_as_ids():

@@ -1,0 +1,114 @@
+"""The whole path on the demo by several artists, and by one where the others' drawings cannot be fetched.
+
+Small data and tiny models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from small_demo import shrink
+from tiny_compare import collected, finish
+from tiny_llava import command
+from tiny_mllm import write_llm
+from tiny_web import write_llava
+
+from clips.common.rundir import UNSEEN
+from clips.data.demo import MISSING
+from mllm.compare.comparison import Comparison
+from mllm.compare.probe import PROBE, measure_encoders
+from mllm.compare.report import write_report
+from mllm.compare.verify import verify
+from mllm.data.demo import DEMO_DIR, IMAGES
+from mllm.data.questions import UNSEEN_ANSWERS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=[True, False], ids=["several artists", "one artist"])
+def several(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bool:
+    """Whether the drawings of several artists can be had; the current directory is an empty one."""
+    if request.param:
+        request.getfixturevalue("several_artists")
+    else:
+        monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    shrink(monkeypatch, several=request.param)
+    monkeypatch.chdir(tmp_path)
+    return request.param
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(script: str, *flags: str | Path) -> str:
+        code, said = command(tmp_path, monkeypatch, script, "--device", "cpu", *flags)
+        assert code == 0, said
+        return said
+
+    # an encoder
+    run = tmp_path / "runs" / "demo"
+    words = ("several" if several else "one", "pretrain_clips.py", "--debug", "--name", "demo")
+    done = run_python(ROOT / "tests" / "small_demo.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stderr
+    assert said.count(f"warning: {MISSING}") == (not several)
+    found = read(run / "evaluation.json")
+    assert (f"{UNSEEN}/sentence_i2t_r1" in found["figures"]) == several
+    assert found.get("missing") == (None if several else MISSING)
+    page = (run / "report" / "index.html").read_text()
+    for part in ("<th>unseen</th>", "“unseen”"):
+        assert (part in page) == several
+    assert (MISSING in page) == (not several)
+    assert ("Measured on unseen" in (run / "export" / "native" / "README.md").read_text()) == several
+
+    said = ran("evaluate_clips.py", "--limit", "20")
+    assert (f"{UNSEEN} %" in said) == several
+    assert (MISSING in " ".join(said.split())) == (not several)
+
+    # a model on it
+    write_llava(tmp_path / "runs" / "llava-clips", run)
+    said = ran("evaluate_llava.py", "--limit", "4", "--max-new-tokens", "4")
+    assert ("unseen artist" in said) == several
+    found = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "figures.json")
+    assert found["sets"].keys() == {"answers", "descriptions"} | ({UNSEEN_ANSWERS} if several else set())
+    assert (UNSEEN in found) == several
+
+    said = quickstart_says()
+    assert said.count("drawn by seen artists: encoder: sentence R@1") == 1
+    assert ("drawn by unseen artists: encoder: sentence R@1" in said) == several
+    assert ("the test of unseen artists is missing" in said) == (not several)
+
+    # what the encoder is worth
+    flags = ("--model_name_or_path", str(write_llm(tmp_path / "llm")), "--batch_size", "4")
+    comparison = Comparison(
+        encoders=("clips:runs/demo", "blind"), seeds=1, output=Path("out"), limit=4, train_flags=flags, device="cpu"
+    )
+    finish(comparison)
+    report = collected(comparison, measure_encoders(comparison, torch.device("cpu")), ["compare_encoders.py"])
+    assert report["settings"]["columns"] == ([UNSEEN, "seen"] if several else ["seen"])
+    assert report["plan"]["decides"] == "accuracy"
+    intrinsic = report["encoders"]["clips"]["intrinsic"]
+    assert {PROBE, "zero_shot_top1"} <= intrinsic.keys()
+    assert {f"{UNSEEN}/{name}" in intrinsic for name in (PROBE, "zero_shot_top1")} == {several}
+    page = write_report(report, comparison.output, DEMO_DIR / IMAGES).read_text()
+    assert (UNSEEN in page) == several
+    assert verify(comparison.output).differs == []
+
+
+def quickstart_says() -> str:
+    """What quickstart.sh prints of the figures."""
+    (lines,) = re.findall(r"<<'PYTHON'\n(.*?)^PYTHON$", (ROOT / "scripts/quickstart.sh").read_text(), re.DOTALL | re.M)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(lines, {})
+    return said.getvalue()
