@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,6 +88,19 @@ class ImageSet:
     """Each image's place in the test set."""
     skipped: list[str]
     """Why items were left out."""
+    caption_tokens: tuple[Tensor, Tensor] | None = None
+    """Predicted and true tokens [N] of all long captions, on the CPU; None where none is predicted."""
+
+
+class _Encoded(NamedTuple):
+    """What is kept of a batch, on the CPU."""
+
+    towers: list[tuple[Tensor, Tensor]]
+    """`features` and `pooled`; none where every image of the batch is broken."""
+    caption_tokens: list[tuple[Tensor, Tensor]]
+    """Predicted and true; none where no caption is predicted."""
+    found: list[tuple[Item, int]]
+    skipped: list[str]
 
 
 @torch.no_grad()
@@ -100,27 +113,32 @@ def encode_images(
     workers: int = 0,
     limit: int | None = None,
     sharded: bool = False,
+    tokenizer: CaptionTokenizer | None = None,
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
 
     `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
-    some of the batches, which are those of a single rank, so that every figure is the same; collective.
+    some of the batches, which are those of a single rank, so that every figure is the same; collective. With a
+    `tokenizer` the captioner, where there is one, predicts the long captions in the same pass: an image is read and
+    goes through the tower once, and its tokens are gone with its batch.
     """
     image_size = image_size or model.visual.image_size
-    loader = _batches(items, image_size, batch_size, workers, limit, sharded=sharded)
-    mine: list[tuple[list[tuple[Tensor, Tensor]], list[tuple[Item, int]], list[str]]] = []  # of each batch
-    with evaluating(model, image_size) as device:
-        for batch in loader:
-            encoded = []
-            if good := [entry for entry in batch if not isinstance(entry, str)]:
-                states, _ = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
-                encoded.append((F.normalize(model.visual.proj(states).float(), dim=-1).cpu(), states.float().cpu()))
-            broken = [entry for entry in batch if isinstance(entry, str)]
-            mine.append((encoded, [(item, index) for _, item, index in good], broken))
+    indices: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
+    positions = range(len(indices))
+    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
+    loader = DataLoader(
+        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        collate_fn=list, worker_init_fn=start_worker,
+    )  # fmt: skip
+    with evaluating(model, image_size):
+        mine = [_encode(model, tokenizer, batch) for batch in loader]
     whole = all_shares(mine, sharded=sharded)
-    towers = [pair for encoded, _, _ in whole for pair in encoded]
-    found = [entry for _, entries, _ in whole for entry in entries]
-    skipped = [reason for _, _, reasons in whole for reason in reasons]
+    towers = [pair for batch in whole for pair in batch.towers]
+    tokens = [pair for batch in whole for pair in batch.caption_tokens]
+    found = [entry for batch in whole for entry in batch.found]
+    skipped = [reason for batch in whole for reason in batch.skipped]
     if not found:
         raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
     return ImageSet(
@@ -130,62 +148,46 @@ def encode_images(
         labels=[item.label for item, _ in found],
         indices=[index for _, index in found],
         skipped=skipped,
+        caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
     )
 
 
-def _batches(
-    items: TestSet, image_size: int, batch_size: int, workers: int, limit: int | None, *, sharded: bool
-) -> DataLoader:
-    """This rank's batches of `_Pixels`, as lists; all of them unless `sharded`."""
-    indices: Sequence[int] = range(len(items))
-    if limit is not None and limit < len(items):
-        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
-    positions = range(len(indices))
-    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
-    return DataLoader(
-        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
-        collate_fn=list, worker_init_fn=start_worker,
-    )  # fmt: skip
+def _encode(
+    model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[tuple[np.ndarray, Item, int] | str]
+) -> _Encoded:
+    skipped = [entry for entry in batch if isinstance(entry, str)]
+    good = [entry for entry in batch if not isinstance(entry, str)]
+    if not good:
+        return _Encoded([], [], [], skipped)
+    images = normalise(stacked([pixels for pixels, _, _ in good]).to(model.visual.patch_embed.weight.device))
+    pooled, tokens = model.visual(images)
+    features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
+    return _Encoded(
+        towers=[(features.cpu(), pooled.float().cpu())],
+        caption_tokens=[] if tokenizer is None else _predict(model, tokenizer, tokens, [item for _, item, _ in good]),
+        found=[(item, index) for _, item, index in good],
+        skipped=skipped,
+    )
 
 
-@torch.no_grad()
-def measure_captions(
-    model: CLIPSModel,
-    tokenizer: CaptionTokenizer,
-    items: TestSet,
-    *,
-    image_size: int | None = None,
-    batch_size: int,
-    workers: int = 0,
-    limit: int | None = None,
-    sharded: bool = False,
-) -> dict[str, Figure]:
-    """`caption_token_top1`: tokens of the long captions that the captioner predicts from all image tokens.
+def _predict(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, image_tokens: Tensor, items: Sequence[Item]
+) -> list[tuple[Tensor, Tensor]]:
+    """Predicted and true tokens [N] of the long captions of those `items` that have one, from all their image tokens.
 
     With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
-    captioner or long captions. Options as for `encode_images`; with `sharded` rank 0 alone has the figure.
+    captioner or long captions. `image_tokens` are what the tower gives, CLS among them.
     """
-    if model.captioner is None:
-        return {}
-    image_size = image_size or model.visual.image_size
-    mine: list[tuple[Tensor, Tensor]] = []  # predicted and true tokens
-    with evaluating(model, image_size) as device:
-        for batch in _batches(items, image_size, batch_size, workers, limit, sharded=sharded):
-            good = [entry[:2] for entry in batch if not isinstance(entry, str) and entry[1].captions.get("long")]
-            if not good:
-                continue
-            encoded = tokenizer.encode([item.captions["long"][0] for _, item in good])
-            caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(device)
-            web = tokenizer.for_tower([item.captions["web"][0] for _, item in good], model.config.text).to(device)
-            prefix = model.caption_prefix(normalise(stacked([pixels for pixels, _ in good]).to(device)), web)
-            states = model.captioner(*prefix, caption[:, :-1])
-            there = word_slots(caption, model.pad_id)[:, 1:]
-            mine.append((model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu()))
-    found = all_shares(mine, sharded=sharded)
-    if not found or (sharded and dist.get_rank() > 0):
-        return {}
-    predicted, truth = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
-    return {"caption_token_top1": token_accuracy(predicted, truth)}
+    rows = [row for row, item in enumerate(items) if item.captions.get("long")]
+    if model.captioner is None or not rows:
+        return []
+    encoded = tokenizer.encode([items[row].captions["long"][0] for row in rows])
+    caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(image_tokens.device)
+    web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], model.config.text)
+    prefix = model.caption_prefix(image_tokens[rows], web.to(image_tokens.device))
+    states = model.captioner(*prefix, caption[:, :-1])
+    there = word_slots(caption, model.pad_id)[:, 1:]
+    return [(model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu())]
 
 
 @torch.no_grad()
@@ -243,18 +245,18 @@ def measure(
     batch_size: int,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are.
+    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are, and
+    `caption_token_top1`, the share of `caption_tokens` that the captioner predicts.
 
     Where only some images carry a label, these are for classification and the others for retrieval (the demo).
     Without `classes` the labels themselves are the classes, in open_clip's general templates. `sharded`: the ranks
-    share the texts, and rank 0 alone computes figures, the others return none; collective. Nothing of a model without
-    a space that images and texts share.
+    share the texts, and rank 0 alone computes figures, the others return none; collective. Neither retrieval nor
+    classification of a model without a space that images and texts share.
     """
     figures: dict[str, Figure] = {}
-    if not model.config.embed_dim:
-        return figures
     here = not sharded or dist.get_rank() == 0
-    for protocol in PROTOCOLS:
+    shared_space = model.config.embed_dim > 0
+    for protocol in PROTOCOLS if shared_space else ():
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
             continue
@@ -263,13 +265,15 @@ def measure(
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
         found = retrieval_metrics(images.features[rows], features, owners, texts) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
-    if labelled := labelled_rows(images):
+    if shared_space and (labelled := labelled_rows(images)):
         labels = list(labelled.values())
         classes = classes or classes_of(labels)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(labels)
         found = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
+    if here and images.caption_tokens is not None:
+        figures["caption_token_top1"] = token_accuracy(*images.caption_tokens)
     return figures
 
 
@@ -318,12 +322,13 @@ def evaluate(
     skipped: list[str] = []
     train: ImageSet | None = None
     limit = None if full else run.eval.max_images
+    captioned = full or not run.model.embed_dim
     for name in held_out_sets(run.data) if split == "test" else [split]:
         items, classes = open_test_set(run.data, name, run.captions.splitter)
-        images = encode_images(model, items, limit=limit, sharded=sharded, **options)
+        images = encode_images(
+            model, items, limit=limit, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
+        )
         found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
-        if full or not run.model.embed_dim:
-            found |= measure_captions(model, tokenizer, items, limit=limit, sharded=sharded, **options)
         if full and labelled_rows(images):
             if train is None:
                 train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
@@ -436,10 +441,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     skipped: list[str] = []
     count = 0
     for test_set, (items, classes) in sets.items():
-        images = encode_images(model, items, limit=flags.limit, **options)
+        images = encode_images(model, items, limit=flags.limit, tokenizer=loaded.tokenizer, **options)
         classes = own_classes or classes
         found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
-        found |= measure_captions(model, loaded.tokenizer, items, limit=flags.limit, **options)
         if train is not None:
             probe = probe_images(train, images)
             if probe is None:
