@@ -23,7 +23,8 @@ from clips.config import EvalConfig, NamedSet, RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.evaluation.evaluate import encode_images, evaluate, evaluate_from_flags
+from clips.evaluation.encode import encode_images
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags
 from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_metrics
 from clips.evaluation.testsets import Item, SourceSet, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
