@@ -55,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             fields = {"org_caption": f"picture {name} {i}", "captions": [f"a box {i}", f"number {i} seen from above"]}
             label = {} if i % 3 else {"label": f"kind {i % 2}"}
             long = {} if i % 4 == 1 else {"txt": f"A plain picture. It has number {i}.{' A box.' * (i % 5)}".encode()}
-            data = picture.getvalue()[: 60 if i == BROKEN else None]
-            samples.append((data, {"json": json.dumps(fields | label).encode(), **long}))
+            end = 60 if i == BROKEN else None
+            samples.append((picture.getvalue()[:end], {"json": json.dumps(fields | label).encode(), **long}))
         write_shard(folder / f"{name}.tar", samples)
     paths = {name: str(folder / f"{name}.tar") for name in SIZES}
     tiny = tiny_run()
