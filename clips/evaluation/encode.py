@@ -131,8 +131,8 @@ def _encode(
     good = [entry for entry in batch if not isinstance(entry, str)]
     if not good:
         return _Encoded([], [], [], skipped)
-    images = normalise(stacked([pixels for pixels, _, _ in good]).to(model.visual.patch_embed.weight.device))
-    pooled, tokens = model.visual(images)
+    device = model.visual.patch_embed.weight.device
+    pooled, tokens = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
     features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
     return _Encoded(
         towers=[(features.cpu(), pooled.float().cpu())],
