@@ -50,7 +50,7 @@ FACE = {
     "config_from_flags": "clips.training.cli",
     "parser": "clips.training.cli",
     # measuring an encoder
-    "ImageSet": "clips.evaluation.evaluate",
+    "ImageSet": "clips.evaluation.encode",
     "KarpathySet": "clips.evaluation.testsets",
     "held_out_sets": "clips.data.splits",
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
@@ -81,7 +81,8 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.data.splits import held_out_sets
     from clips.data.tar import read_members
     from clips.encoder import CLIPS
-    from clips.evaluation.evaluate import PROBE_SAMPLES, ImageSet, probe_images
+    from clips.evaluation.encode import ImageSet
+    from clips.evaluation.evaluate import PROBE_SAMPLES, probe_images
     from clips.evaluation.testsets import KarpathySet, open_test_set
     from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions

@@ -29,7 +29,7 @@ from clips.config import CaptionerInputs
 from clips.data.demo import PROMPTS
 from clips.data.images import decode_image, eval_transform, to_rgb
 from clips.data.sample import BrokenSample
-from clips.evaluation.evaluate import encode_texts, prompt_features
+from clips.evaluation.encode import encode_texts, prompt_features
 from clips.evaluation.testsets import Classes, default_templates
 from clips.model.clips import MAX_LOGIT_SCALE
 from clips.weights.load import LoadedModel, load_model

@@ -1,4 +1,4 @@
-"""Measuring an encoder: images and texts through the towers, figures out (metrics in clips/evaluation/metrics.py).
+"""Measuring an encoder on test sets: retrieval, zero-shot classification, captions, a linear probe, and the command.
 
 Every figure is a percentage and comes with the number of items it was measured on and its chance level.
 """
@@ -6,41 +6,25 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import UserError
-from clips.common.escape import for_rich
-from clips.common.files import write_json
-from clips.common.ranks import all_shares, my_share
-from clips.common.rundir import by_test_set
-from clips.common.tensors import hash_weights
-from clips.common.workers import start_worker
 from clips.config import RunConfig
-from clips.data.demo import MISSING, is_by_one
-from clips.data.images import decode_image, eval_transform, normalise, stacked
-from clips.data.sample import BrokenSample
 from clips.data.sources import open_source
-from clips.data.splits import held_out_sets, is_demo
+from clips.data.splits import held_out_sets
 from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
+from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of, named, write_figures
 from clips.evaluation.metrics import Figure, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import (
     PROTOCOLS,
     Classes,
     FolderSet,
-    Item,
     KarpathySet,
     SourceSet,
     TestSet,
@@ -49,189 +33,9 @@ from clips.evaluation.testsets import (
     open_test_set,
 )
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
-from clips.model.text import word_slots
 
-NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
-
-
-class _Pixels(Dataset):
-    """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
-
-    def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
-        self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, Item, int] | str:
-        index = self.indices[position]
-        try:
-            item = self.items.read(index)
-            return self.transform.pixels(decode_image(item.image)), replace(item, image=b""), index
-        except BrokenSample as broken:
-            return str(broken)
-
-
-@dataclass
-class ImageSet:
-    """A test set after the image tower."""
-
-    features: Tensor
-    """[I, E], L2-normalised, on the CPU."""
-    pooled: Tensor
-    """[I, D] before the projection: what a linear probe reads."""
-    captions: list[dict[str, list[str]]]
-    labels: list[str | None]
-    indices: list[int]
-    """Each image's place in the test set."""
-    skipped: list[str]
-    """Why items were left out."""
-
-
-@torch.no_grad()
-def encode_images(
-    model: CLIPSModel,
-    items: TestSet,
-    *,
-    image_size: int | None = None,
-    batch_size: int,
-    workers: int = 0,
-    limit: int | None = None,
-    sharded: bool = False,
-) -> ImageSet:
-    """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
-
-    `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
-    some of the batches, which are those of a single rank, so that every figure is the same; collective.
-    """
-    image_size = image_size or model.visual.image_size
-    loader = _batches(items, image_size, batch_size, workers, limit, sharded=sharded)
-    mine: list[tuple[list[tuple[Tensor, Tensor]], list[tuple[Item, int]], list[str]]] = []  # of each batch
-    with evaluating(model, image_size) as device:
-        for batch in loader:
-            encoded = []
-            if good := [entry for entry in batch if not isinstance(entry, str)]:
-                states, _ = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
-                encoded.append((F.normalize(model.visual.proj(states).float(), dim=-1).cpu(), states.float().cpu()))
-            broken = [entry for entry in batch if isinstance(entry, str)]
-            mine.append((encoded, [(item, index) for _, item, index in good], broken))
-    whole = all_shares(mine, sharded=sharded)
-    towers = [pair for encoded, _, _ in whole for pair in encoded]
-    found = [entry for _, entries, _ in whole for entry in entries]
-    skipped = [reason for _, _, reasons in whole for reason in reasons]
-    if not found:
-        raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
-    return ImageSet(
-        features=torch.cat([features for features, _ in towers]),
-        pooled=torch.cat([pooled for _, pooled in towers]),
-        captions=[item.captions for item, _ in found],
-        labels=[item.label for item, _ in found],
-        indices=[index for _, index in found],
-        skipped=skipped,
-    )
-
-
-def _batches(
-    items: TestSet, image_size: int, batch_size: int, workers: int, limit: int | None, *, sharded: bool
-) -> DataLoader:
-    """This rank's batches of `_Pixels`, as lists; all of them unless `sharded`."""
-    indices: Sequence[int] = range(len(items))
-    if limit is not None and limit < len(items):
-        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
-    positions = range(len(indices))
-    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
-    return DataLoader(
-        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
-        collate_fn=list, worker_init_fn=start_worker,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def measure_captions(
-    model: CLIPSModel,
-    tokenizer: CaptionTokenizer,
-    items: TestSet,
-    *,
-    image_size: int | None = None,
-    batch_size: int,
-    workers: int = 0,
-    limit: int | None = None,
-    sharded: bool = False,
-) -> dict[str, Figure]:
-    """`caption_token_top1`: tokens of the long captions that the captioner predicts from all image tokens.
-
-    With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
-    captioner or long captions. Options as for `encode_images`; with `sharded` rank 0 alone has the figure.
-    """
-    if model.captioner is None:
-        return {}
-    image_size = image_size or model.visual.image_size
-    mine: list[tuple[Tensor, Tensor]] = []  # predicted and true tokens
-    with evaluating(model, image_size) as device:
-        for batch in _batches(items, image_size, batch_size, workers, limit, sharded=sharded):
-            good = [entry[:2] for entry in batch if not isinstance(entry, str) and entry[1].captions.get("long")]
-            if not good:
-                continue
-            encoded = tokenizer.encode([item.captions["long"][0] for _, item in good])
-            caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(device)
-            web = tokenizer.for_tower([item.captions["web"][0] for _, item in good], model.config.text).to(device)
-            prefix = model.caption_prefix(normalise(stacked([pixels for pixels, _ in good]).to(device)), web)
-            states = model.captioner(*prefix, caption[:, :-1])
-            there = word_slots(caption, model.pad_id)[:, 1:]
-            mine.append((model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu()))
-    found = all_shares(mine, sharded=sharded)
-    if not found or (sharded and dist.get_rank() > 0):
-        return {}
-    predicted, truth = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
-    return {"caption_token_top1": token_accuracy(predicted, truth)}
-
-
-@torch.no_grad()
-def encode_texts(
-    model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int, sharded: bool = False
-) -> Tensor:
-    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
-
-    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError where the model
-    has no features of texts.
-    """
-    if not model.config.embed_dim:
-        raise UserError(NO_SHARED_SPACE)
-    config = model.config.text
-    unique = sorted(set(texts), key=lambda text: (len(text), text))
-    row = {text: i for i, text in enumerate(unique)}
-    batches = [unique[i : i + batch_size] for i in range(0, len(unique), batch_size)]
-    with evaluating(model) as device:
-        mine = [
-            model.encode_text(tokenizer.for_tower(batch, config).to(device)).cpu()
-            for batch in my_share(batches, sharded=sharded)
-        ]
-    return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
-
-
-@contextmanager
-def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
-    """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
-    training, tower, before = model.training, model.visual, model.visual.image_size
-    model.eval()
-    if image_size is not None and image_size != before:
-        tower.set_image_size(image_size)
-    try:
-        yield tower.patch_embed.weight.device
-    finally:
-        model.train(training)
-        if image_size is not None and image_size != before:
-            tower.set_image_size(before)
-
-
-def prompt_features(
-    model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int, sharded: bool = False
-) -> Tensor:
-    """L2-normalised features [C, P, E] of every class in every template."""
-    features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size, sharded=sharded)
-    return features.view(len(classes.names), len(classes.templates), -1)
 
 
 def measure(
@@ -243,18 +47,18 @@ def measure(
     batch_size: int,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are.
+    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are, and
+    `caption_token_top1`, the share of `caption_tokens` that the captioner predicts.
 
     Where only some images carry a label, these are for classification and the others for retrieval (the demo).
     Without `classes` the labels themselves are the classes, in open_clip's general templates. `sharded`: the ranks
-    share the texts, and rank 0 alone computes figures, the others return none; collective. Nothing of a model without
-    a space that images and texts share.
+    share the texts, and rank 0 alone computes figures, the others return none; collective. Neither retrieval nor
+    classification of a model without a space that images and texts share.
     """
     figures: dict[str, Figure] = {}
-    if not model.config.embed_dim:
-        return figures
     here = not sharded or dist.get_rank() == 0
-    for protocol in PROTOCOLS:
+    shared_space = model.config.embed_dim > 0
+    for protocol in PROTOCOLS if shared_space else ():
         rows = retrieval_rows(images, protocol)
         if len(rows) < 2:
             continue
@@ -263,13 +67,15 @@ def measure(
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
         found = retrieval_metrics(images.features[rows], features, owners, texts) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
-    if labelled := labelled_rows(images):
+    if shared_space and (labelled := labelled_rows(images)):
         labels = list(labelled.values())
         classes = classes or classes_of(labels)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
         truth = classes.index(labels)
         found = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
+    if here and images.caption_tokens is not None:
+        figures["caption_token_top1"] = token_accuracy(*images.caption_tokens)
     return figures
 
 
@@ -318,12 +124,13 @@ def evaluate(
     skipped: list[str] = []
     train: ImageSet | None = None
     limit = None if full else run.eval.max_images
+    captioned = full or not run.model.embed_dim
     for name in held_out_sets(run.data) if split == "test" else [split]:
         items, classes = open_test_set(run.data, name, run.captions.splitter)
-        images = encode_images(model, items, limit=limit, sharded=sharded, **options)
+        images = encode_images(
+            model, items, limit=limit, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
+        )
         found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
-        if full or not run.model.embed_dim:
-            found |= measure_captions(model, tokenizer, items, limit=limit, sharded=sharded, **options)
         if full and labelled_rows(images):
             if train is None:
                 train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
@@ -339,16 +146,6 @@ def evaluate(
     return figures
 
 
-def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str, Figure]:
-    """The figures of one of several test sets: NAME/FIGURE, but for the `first`, whose names stay plain."""
-    return dict(figures) if test_set == first else {f"{test_set}/{key}": figure for key, figure in figures.items()}
-
-
-def missing_of(run: RunConfig, split: str) -> str | None:
-    """What the evaluation of a split lacks, in words, where the demo had to be drawn by one artist."""
-    return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
-
-
 def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
     """Linear probe from the labelled images of one set to those of another; None when there is nothing to separate."""
     fit = labelled_rows(train)
@@ -362,54 +159,6 @@ def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
         test.pooled[list(check)],
         [number[label] for label in check.values()],
     )
-
-
-def write_figures(
-    path: Path,
-    figures: dict[str, Figure],
-    *,
-    test_set: str,
-    skipped: Sequence[str],
-    model: CLIPSModel,
-    checkpoint: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
-    missing: str | None = None,
-) -> None:
-    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
-
-    `weights` is their hash by names and values; `checkpoint` as in `evaluate`, null where no run is known to hold them;
-    `missing`: a test that could not be made.
-    """
-    content = {
-        "test_set": test_set,
-        "weights": hash_weights(model.state_dict()).hexdigest(),
-        "checkpoint": checkpoint,
-        "image_size": image_size or model.visual.image_size,
-        "unit": "percent",
-        "figures": {name: asdict(figure) for name, figure in figures.items()},
-        "skipped_images": len(skipped),
-        "skipped": list(skipped[:20]),
-        **({"missing": missing} if missing else {}),
-    }
-    write_json(Path(path), content)
-
-
-def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
-    """For people: each figure, on every test set, beside the first's chance level and number of items.
-
-    `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
-    """
-    sets = by_test_set(figures, first)
-    table = Table(title=for_rich(title), title_justify="left", caption=missing, caption_justify="left")
-    table.add_column("figure")
-    for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
-        table.add_column(for_rich(column), justify="right")
-    for name in dict.fromkeys(key for found in sets.values() for key in found):
-        of_sets = [found.get(name) for found in sets.values()]
-        one = next(figure for figure in of_sets if figure is not None)
-        values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
-        table.add_row(name, *values, f"{one.chance:.2f}", f"{one.items:,}")
-    return table
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
@@ -436,10 +185,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     skipped: list[str] = []
     count = 0
     for test_set, (items, classes) in sets.items():
-        images = encode_images(model, items, limit=flags.limit, **options)
+        images = encode_images(model, items, limit=flags.limit, tokenizer=loaded.tokenizer, **options)
         classes = own_classes or classes
         found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
-        found |= measure_captions(model, loaded.tokenizer, items, limit=flags.limit, **options)
         if train is not None:
             probe = probe_images(train, images)
             if probe is None:

@@ -12,14 +12,8 @@ import torch
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import (
-    encode_images,
-    encode_texts,
-    evaluating,
-    labelled_rows,
-    prompt_features,
-    retrieval_rows,
-)
+from clips.evaluation.encode import encode_images, encode_texts, evaluating, prompt_features
+from clips.evaluation.evaluate import labelled_rows, retrieval_rows
 from clips.evaluation.testsets import PROTOCOLS, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
 

@@ -127,12 +127,13 @@ class CLIPSModel(nn.Module):
             caption_states=states,
         )
 
-    def caption_prefix(self, images: Tensor, web_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def caption_prefix(self, image_tokens: Tensor, web_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the captioner reads: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
 
-        `web_ids` [B, L] are those of the web captions, which count nothing for a captioner that reads the image alone.
+        `image_tokens` [B, C + N, D] are those of `visual`. `web_ids` [B, L] are those of the web captions, which count
+        nothing for a captioner that reads the image alone.
         """
-        patches = self.visual.patches(self.visual(images)[1])
+        patches = self.visual.patches(image_tokens)
         if self.captioner is None or not self.captioner.config.web or self.text is None:
             return patches, None, None
         (web,) = self.text(web_ids)
@@ -152,7 +153,7 @@ class CLIPSModel(nn.Module):
         """Captions [B, T] of `images` [B, 3, S, S] given their web captions' ids [B, L], see `Captioner.generate`."""
         if self.captioner is None:
             raise ValueError("this model was trained without a captioner")
-        prefix = self.caption_prefix(images, web_ids)
+        prefix = self.caption_prefix(self.visual(images)[1], web_ids)
         return self.captioner.generate(*prefix, bos_id, eos_id, self.pad_id, temperature, generator)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

@@ -12,8 +12,9 @@ from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluat
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer
-from clips.evaluation.evaluate import NOT_MEASURED, evaluate, figures_table, missing_of
+from clips.evaluation.evaluate import evaluate
 from clips.evaluation.examples import collect_examples
+from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of
 from clips.evaluation.report import write_report
 from clips.model.clips import CLIPSModel
 from clips.weights.export import FORMATS, export_all, sample_inputs

@@ -42,7 +42,7 @@ def write_cards(
 ) -> None:
     """A README.md for each format that is below `directory`.
 
-    `name` is what the model is called. `evaluations` are what `clips.evaluation.evaluate.write_figures` wrote; those
+    `name` is what the model is called. `evaluations` are what `clips.evaluation.figures.write_figures` wrote; those
     of other weights than `model`'s, or at another resolution, are left out. `samples`: how many the weights have seen,
     None where that is not known.
     """

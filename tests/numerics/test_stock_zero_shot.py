@@ -16,15 +16,8 @@ from clips.config import DataConfig
 from clips.data.demo import CONCEPTS, PROMPTS, ensure_demo
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.evaluation.evaluate import (
-    ImageSet,
-    encode_images,
-    encode_texts,
-    labelled_rows,
-    measure,
-    prompt_features,
-    retrieval_rows,
-)
+from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
+from clips.evaluation.evaluate import labelled_rows, measure, retrieval_rows
 from clips.evaluation.testsets import Classes, SourceSet, load_classes, open_test_set
 from clips.model.clips import CLIPSModel
 from clips.weights.export import export_all

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.evaluate import write_figures
+from clips.evaluation.figures import write_figures
 from clips.evaluation.metrics import Figure
 from clips.model.clips import CLIPSModel
 from clips.weights.card import HEADERS

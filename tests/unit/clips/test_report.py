@@ -36,15 +36,10 @@ from clips.config import (
 from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.evaluate import (
-    encode_images,
-    encode_texts,
-    evaluate,
-    evaluate_from_flags,
-    figures_table,
-    measure,
-)
+from clips.evaluation.encode import encode_images, encode_texts
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags, measure
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
+from clips.evaluation.figures import figures_table
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel

@@ -1,0 +1,208 @@
+"""Images and texts through the towers: what every figure of an encoder is computed from.
+
+Shapes: I images · N tokens of all long captions · T texts · C classes · P prompts per class · E embedding width ·
+D width of the image tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clips.common.errors import UserError
+from clips.common.ranks import all_shares, my_share
+from clips.common.workers import start_worker
+from clips.data.images import decode_image, eval_transform, normalise, stacked
+from clips.data.sample import BrokenSample
+from clips.data.tokenizer import CaptionTokenizer
+from clips.evaluation.testsets import Classes, Item, TestSet
+from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+from clips.model.text import word_slots
+
+
+class _Pixels(Dataset):
+    """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
+
+    def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
+        self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, Item, int] | str:
+        index = self.indices[position]
+        try:
+            item = self.items.read(index)
+            return self.transform.pixels(decode_image(item.image)), replace(item, image=b""), index
+        except BrokenSample as broken:
+            return str(broken)
+
+
+@dataclass
+class ImageSet:
+    """A test set after the image tower."""
+
+    features: Tensor
+    """[I, E], L2-normalised, on the CPU."""
+    pooled: Tensor
+    """[I, D] before the projection: what a linear probe reads."""
+    captions: list[dict[str, list[str]]]
+    labels: list[str | None]
+    indices: list[int]
+    """Each image's place in the test set."""
+    skipped: list[str]
+    """Why items were left out."""
+    caption_tokens: tuple[Tensor, Tensor] | None = None
+    """Predicted and true tokens [N] of all long captions, on the CPU; None where none is predicted."""
+
+
+class _Encoded(NamedTuple):
+    """What is kept of a batch, on the CPU."""
+
+    towers: list[tuple[Tensor, Tensor]]
+    """`features` and `pooled`; none where every image of the batch is broken."""
+    caption_tokens: list[tuple[Tensor, Tensor]]
+    """Predicted and true; none where no caption is predicted."""
+    found: list[tuple[Item, int]]
+    skipped: list[str]
+
+
+@torch.no_grad()
+def encode_images(
+    model: CLIPSModel,
+    items: TestSet,
+    *,
+    image_size: int | None = None,
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+    sharded: bool = False,
+    tokenizer: CaptionTokenizer | None = None,
+) -> ImageSet:
+    """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
+
+    `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
+    some of the batches, which are those of a single rank, so that every figure is the same; collective. With a
+    `tokenizer` the captioner, where there is one, predicts the long captions in the same pass: an image is read and
+    goes through the tower once, and its tokens are gone with its batch.
+    """
+    image_size = image_size or model.visual.image_size
+    indices: Sequence[int] = range(len(items))
+    if limit is not None and limit < len(items):
+        indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
+    positions = range(len(indices))
+    batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
+    loader = DataLoader(
+        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        collate_fn=list, worker_init_fn=start_worker,
+    )  # fmt: skip
+    with evaluating(model, image_size):
+        mine = [_encode(model, tokenizer, batch) for batch in loader]
+    whole = all_shares(mine, sharded=sharded)
+    towers = [pair for batch in whole for pair in batch.towers]
+    tokens = [pair for batch in whole for pair in batch.caption_tokens]
+    found = [entry for batch in whole for entry in batch.found]
+    skipped = [reason for batch in whole for reason in batch.skipped]
+    if not found:
+        raise UserError(f"no image of the test set can be read, for example {skipped[0] if skipped else 'it is empty'}")
+    return ImageSet(
+        features=torch.cat([features for features, _ in towers]),
+        pooled=torch.cat([pooled for _, pooled in towers]),
+        captions=[item.captions for item, _ in found],
+        labels=[item.label for item, _ in found],
+        indices=[index for _, index in found],
+        skipped=skipped,
+        caption_tokens=(torch.cat([p for p, _ in tokens]), torch.cat([t for _, t in tokens])) if tokens else None,
+    )
+
+
+def _encode(
+    model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[tuple[np.ndarray, Item, int] | str]
+) -> _Encoded:
+    skipped = [entry for entry in batch if isinstance(entry, str)]
+    good = [entry for entry in batch if not isinstance(entry, str)]
+    if not good:
+        return _Encoded([], [], [], skipped)
+    device = model.visual.patch_embed.weight.device
+    pooled, tokens = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
+    features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
+    return _Encoded(
+        towers=[(features.cpu(), pooled.float().cpu())],
+        caption_tokens=[] if tokenizer is None else _predict(model, tokenizer, tokens, [item for _, item, _ in good]),
+        found=[(item, index) for _, item, index in good],
+        skipped=skipped,
+    )
+
+
+def _predict(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, image_tokens: Tensor, items: Sequence[Item]
+) -> list[tuple[Tensor, Tensor]]:
+    """Predicted and true tokens [N] of the long captions of those `items` that have one, from all their image tokens.
+
+    With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
+    captioner or long captions. `image_tokens` are what the tower gives, CLS among them.
+    """
+    rows = [row for row, item in enumerate(items) if item.captions.get("long")]
+    if model.captioner is None or not rows:
+        return []
+    encoded = tokenizer.encode([items[row].captions["long"][0] for row in rows])
+    caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(image_tokens.device)
+    web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], model.config.text)
+    prefix = model.caption_prefix(image_tokens[rows], web.to(image_tokens.device))
+    states = model.captioner(*prefix, caption[:, :-1])
+    there = word_slots(caption, model.pad_id)[:, 1:]
+    return [(model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu())]
+
+
+@torch.no_grad()
+def encode_texts(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, texts: Sequence[str], *, batch_size: int, sharded: bool = False
+) -> Tensor:
+    """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
+
+    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError where the model
+    has no features of texts.
+    """
+    if not model.config.embed_dim:
+        raise UserError(NO_SHARED_SPACE)
+    config = model.config.text
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    row = {text: i for i, text in enumerate(unique)}
+    batches = [unique[i : i + batch_size] for i in range(0, len(unique), batch_size)]
+    with evaluating(model) as device:
+        mine = [
+            model.encode_text(tokenizer.for_tower(batch, config).to(device)).cpu()
+            for batch in my_share(batches, sharded=sharded)
+        ]
+    return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
+
+
+def prompt_features(
+    model: CLIPSModel, tokenizer: CaptionTokenizer, classes: Classes, *, batch_size: int, sharded: bool = False
+) -> Tensor:
+    """L2-normalised features [C, P, E] of every class in every template."""
+    features = encode_texts(model, tokenizer, classes.prompts(), batch_size=batch_size, sharded=sharded)
+    return features.view(len(classes.names), len(classes.templates), -1)
+
+
+@contextmanager
+def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
+    """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
+    training, tower, before = model.training, model.visual, model.visual.image_size
+    model.eval()
+    if image_size is not None and image_size != before:
+        tower.set_image_size(image_size)
+    try:
+        yield tower.patch_embed.weight.device
+    finally:
+        model.train(training)
+        if image_size is not None and image_size != before:
+            tower.set_image_size(before)

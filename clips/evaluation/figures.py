@@ -1,0 +1,81 @@
+"""Figures that are measured: their names on several test sets, their file, and their table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from clips.common.escape import for_rich
+from clips.common.files import write_json
+from clips.common.rundir import by_test_set
+from clips.common.tensors import hash_weights
+from clips.config import RunConfig
+from clips.data.demo import MISSING, is_by_one
+from clips.data.splits import is_demo
+from clips.evaluation.metrics import Figure
+from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
+
+NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
+
+
+def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str, Figure]:
+    """The figures of one of several test sets: NAME/FIGURE, but for the `first`, whose names stay plain."""
+    return dict(figures) if test_set == first else {f"{test_set}/{key}": figure for key, figure in figures.items()}
+
+
+def missing_of(run: RunConfig, split: str) -> str | None:
+    """What the evaluation of a split lacks, in words, where the demo had to be drawn by one artist."""
+    return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
+
+
+def write_figures(
+    path: Path,
+    figures: dict[str, Figure],
+    *,
+    test_set: str,
+    skipped: Sequence[str],
+    model: CLIPSModel,
+    checkpoint: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    missing: str | None = None,
+) -> None:
+    """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
+
+    `weights` is their hash by names and values; `checkpoint` which one of the run they are
+    (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
+    made.
+    """
+    content = {
+        "test_set": test_set,
+        "weights": hash_weights(model.state_dict()).hexdigest(),
+        "checkpoint": checkpoint,
+        "image_size": image_size or model.visual.image_size,
+        "unit": "percent",
+        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "skipped_images": len(skipped),
+        "skipped": list(skipped[:20]),
+        **({"missing": missing} if missing else {}),
+    }
+    write_json(Path(path), content)
+
+
+def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
+    """For people: each figure, on every test set, beside the first's chance level and number of items.
+
+    `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
+    """
+    sets = by_test_set(figures, first)
+    table = Table(title=for_rich(title), title_justify="left", caption=missing, caption_justify="left")
+    table.add_column("figure")
+    for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
+        table.add_column(for_rich(column), justify="right")
+    for name in dict.fromkeys(key for found in sets.values() for key in found):
+        of_sets = [found.get(name) for found in sets.values()]
+        one = next(figure for figure in of_sets if figure is not None)
+        values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
+        table.add_row(name, *values, f"{one.chance:.2f}", f"{one.items:,}")
+    return table

@@ -1,0 +1,219 @@
+"""The full evaluation reads, decodes and encodes each picture of a test set once; its figures are those of a plain loop
+over single pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import generative, random_model, script_parser, tiny_run
+from launched import write_shard
+from PIL import Image
+
+from clips.config import EvalConfig, NamedSet, RunConfig
+from clips.data.images import decode_image, eval_transform
+from clips.data.sample import BrokenSample
+from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.evaluation.encode import encode_images
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags
+from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_metrics
+from clips.evaluation.testsets import Item, SourceSet, classes_of, open_test_set
+from clips.model.clips import CLIPSModel
+from clips.model.vision import VisionTower
+from clips.weights.export import write_native
+
+SIZES = {"train": 30, "test": 25, "more": 10}
+BROKEN = 6
+"""The picture of each set that cannot be read."""
+TEXTS = ["a plain picture, number 1 2 3 4 5 6 7 8 9 0.", "a box of kind one is white.", "seen from above"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return build_tokenizer("wordpiece", TEXTS * 4, vocab_size=64)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Two test sets and training data of noise; each third picture has a label, each fourth no long caption."""
+    folder = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    for name, size in SIZES.items():
+        samples = []
+        for i in range(size):
+            picture = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(picture, "PNG")
+            fields = {"org_caption": f"picture {name} {i}", "captions": [f"a box {i}", f"number {i} seen from above"]}
+            label = {} if i % 3 else {"label": f"kind {i % 2}"}
+            long = {} if i % 4 == 1 else {"txt": f"A plain picture. It has number {i}.{' A box.' * (i % 5)}".encode()}
+            end = 60 if i == BROKEN else None
+            samples.append((picture.getvalue()[:end], {"json": json.dumps(fields | label).encode(), **long}))
+        write_shard(folder / f"{name}.tar", samples)
+    paths = {name: str(folder / f"{name}.tar") for name in SIZES}
+    tiny = tiny_run()
+    further = (NamedSet(name="more", data=paths["more"]),)
+    data = replace(tiny.data, train=paths["train"], test=paths["test"], further_tests=further)
+    return replace(tiny, data=data, eval=EvalConfig(batch_size=4))
+
+
+def by_evaluate(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, folder: Path) -> dict[str, Any]:
+    evaluate(model, tokenizer, run, "test", full=True, out=folder / "found.json")
+    return json.loads((folder / "found.json").read_text())
+
+
+def by_command(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, folder: Path) -> dict[str, Any]:
+    write_native(model, run, tokenizer, folder / "model")
+    flags = ["--model", folder / "model", "--probe-train", run.data.train, "--out", folder / "found.json"]
+    evaluate_from_flags(script_parser("evaluate_clips").parse_args([*map(str, flags), "--device", "cpu"]))
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("measured", [by_evaluate, by_command])
+def test_each_picture_is_read_decoded_and_encoded_once(
+    measured: Any, run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    opened: Counter[bytes] = Counter()
+    encoded: list[int] = []
+    really_read, really_open, really_encode = SourceSet.read, Image.open, VisionTower.forward
+
+    def counting_read(self: SourceSet, index: int) -> Item:
+        item = really_read(self, index)
+        read[item.captions["web"][0]] += 1
+        return item
+
+    def counting_open(file: Any, *args: Any, **kwargs: Any) -> Image.Image:
+        opened[file.getvalue()] += 1
+        return really_open(file, *args, **kwargs)
+
+    def counting_encode(self: VisionTower, images: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(len(images))
+        return really_encode(self, images, *args)
+
+    model = random_model(run)
+    monkeypatch.setattr(SourceSet, "read", counting_read)
+    monkeypatch.setattr(Image, "open", counting_open)
+    monkeypatch.setattr(VisionTower, "forward", counting_encode)
+    found = measured(model, tokenizer, run, tmp_path)
+    wanted = {"sentence_i2t_r1", "zero_shot_top1", "caption_token_top1", "linear_probe_top1"}
+    assert wanted | {f"more/{name}" for name in wanted} <= found["figures"].keys()
+    assert found["skipped_images"] == 2
+    assert read == Counter(f"picture {name} {i}" for name, size in SIZES.items() for i in range(size))
+    assert len(opened) == sum(SIZES.values())
+    assert set(opened.values()) == {1}
+    assert sum(encoded) == sum(SIZES.values()) - len(SIZES)
+    assert len(encoded) == sum(-(-size // run.eval.batch_size) for size in SIZES.values())
+
+
+def test_tokens_of_images_are_gone_with_their_batch(run: RunConfig, tokenizer: CaptionTokenizer) -> None:
+    """A set of 50,000 images has 30 GB of them, at B/16 and 224 px in fp32."""
+    model = random_model(run)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    model.visual.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+    model.visual.register_forward_hook(lambda _, __, out: seen.append(weakref.ref(out[1])))
+    images = encode_images(model, open_test_set(run.data, "test")[0], batch_size=4, tokenizer=tokenizer)
+    assert images.caption_tokens is not None
+    assert alive == [0] * 7
+    assert not any(ref() is not None for ref in seen)
+
+
+class Slow:
+    """A set that is encoded and captioned picture by picture, by the whole model's forward pass."""
+
+    def __init__(self, model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> None:
+        self.items: list[Item] = []
+        features, pooled = [], []
+        self.predicted: list[int] = []
+        self.truth: list[int] = []
+        for item, pixels in self._read(open_test_set(run.data, split)[0]):
+            self.items.append(item)
+            pooled.append(model.visual(pixels)[0])
+            features.append(model.encode_image(pixels))
+            for long in item.captions["long"]:
+                caption = tokenizer.caption_ids(tokenizer.encode([long]), run.model.captioner.length)
+                web = tokenizer.for_tower(item.captions["web"], run.model.text)
+                states = model(pixels, [web], caption).caption_states
+                self.predicted += model.captioner.head(states)[0].argmax(dim=-1).tolist()
+                self.truth += caption[0, 1:].tolist()
+        self.features, self.pooled = torch.cat(features), torch.cat(pooled)
+
+    @staticmethod
+    def _read(items: SourceSet) -> Iterator[tuple[Item, torch.Tensor]]:
+        for index in range(len(items)):
+            item = items.read(index)
+            try:
+                yield item, eval_transform(32)(decode_image(item.image))[None]
+            except BrokenSample:
+                continue
+
+    def with_label(self, there: bool) -> list[int]:
+        return [row for row, item in enumerate(self.items) if (item.label is not None) is there]
+
+    def labels(self) -> list[str]:
+        return [item.label for item in self.items if item.label is not None]
+
+
+@torch.no_grad()
+def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, split: str) -> dict[str, float]:
+    test, train = (Slow(model, tokenizer, run, name) for name in (split, "train"))
+    found: dict[str, Any] = {}
+    if run.model.embed_dim:
+
+        def encoded(texts: list[str]) -> torch.Tensor:
+            return torch.cat([model.encode_text(tokenizer.for_tower([text], run.model.text)) for text in texts])
+
+        for protocol in ("sentence", "part", "web", "long"):
+            rows = [row for row in test.with_label(False) if test.items[row].captions[protocol]]
+            pairs = [(i, text) for i, row in enumerate(rows) for text in test.items[row].captions[protocol]]
+            owners, texts = map(list, zip(*pairs, strict=True))
+            of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts)
+            found |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
+        classes = classes_of(test.labels())
+        prompts = torch.stack([encoded([form.format(name) for form in classes.templates]) for name in classes.names])
+        truth = [classes.names.index(label) for label in test.labels()]
+        of_these = zero_shot_metrics(test.features[test.with_label(True)], prompts, truth)
+        found |= {f"zero_shot_{name}": figure for name, figure in of_these.items()}
+    number = {name: i for i, name in enumerate(sorted(set(train.labels())))}
+    found["linear_probe_top1"] = linear_probe(
+        train.pooled[train.with_label(True)], [number[label] for label in train.labels()],
+        test.pooled[test.with_label(True)], [number[label] for label in test.labels()],
+    )  # fmt: skip
+    right = sum(p == t for p, t in zip(test.predicted, test.truth, strict=True))
+    return {name: figure.value for name, figure in found.items()} | {
+        "caption_token_top1": round(100 * right / len(test.truth), 4)
+    }
+
+
+@pytest.mark.parametrize("objective", ["clips", "caption", "caption+web"])
+@pytest.mark.parametrize("inputs", ["queries", "tokens"])
+def test_the_figures_are_those_of_a_loop_over_single_pictures(
+    objective: str, inputs: str, run: RunConfig, tokenizer: CaptionTokenizer
+) -> None:
+    captioner = replace(run.model.captioner, inputs=inputs)
+    run = replace(run, model=replace(run.model, captioner=captioner))
+    run = run if objective == "clips" else generative(run, objective)
+    model = random_model(run).eval()
+    found = {name: figure.value for name, figure in evaluate(model, tokenizer, run, "test", full=True).items()}
+    for split, prefix in (("test", ""), ("more", "more/")):
+        slow = slow_figures(model, tokenizer, run, split)
+        assert slow == {name.removeprefix(prefix): found.pop(name) for name in [f"{prefix}{key}" for key in slow]}
+    assert not found
+
+    images = encode_images(model, open_test_set(run.data, "test")[0], batch_size=4, tokenizer=tokenizer)
+    one_by_one = Slow(model, tokenizer, run, "test")
+    assert torch.allclose(images.features, one_by_one.features, atol=1e-6)
+    assert torch.allclose(images.pooled, one_by_one.pooled, atol=1e-5)
+    assert images.caption_tokens is not None
+    predicted, truth = (part.tolist() for part in images.caption_tokens)
+    assert (predicted, truth) == (one_by_one.predicted, one_by_one.truth)
+    assert len(set(predicted)) > 5, "predictions that differ"
