@@ -26,7 +26,7 @@ FACE = {
     "decode_image": "clips.data.images",
     "Source": "clips.data.sources",
     "open_source": "clips.data.sources",
-    "read_whole": "clips.data.ahead",
+    "WholeFiles": "clips.data.ahead",
     "stamp": "clips.data.sidecar",
     "script_of": "clips.data.check",
     "split_sentences": "clips.data.sentences",
@@ -69,7 +69,7 @@ FACE = {
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
     from clips.config import DataConfig, Fields, RunConfig, difference, parse_fields
-    from clips.data.ahead import read_whole
+    from clips.data.ahead import WholeFiles
     from clips.data.built import built_as, ensure_built
     from clips.data.check import script_of
     from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_demo, has_demo

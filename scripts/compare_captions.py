@@ -19,9 +19,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--fields", nargs="+", default=[], metavar="PART=FIELD", help="of the sets, as in scripts/pretrain_clips.py"
     )
-    p.add_argument("--test-data", help="what the encoders are measured on; without it the demo's test pictures")
+    p.add_argument(
+        "--test-data", nargs="+", metavar="DATA",
+        help="what the encoders are measured on, and as unseen=DATA behind it what decides; without it the demo's test "
+        "pictures, and the same drawn by an artist that no training shows",
+    )  # fmt: skip
     p.add_argument("--model-path", metavar="DIR_OR_ID", help="for the demo study: a model instead of the newest one")
-    p.add_argument("--shards", type=int, default=4, help="for the demo study: shards that are captioned")
+    p.add_argument("--shards", type=int, default=3, help="for the demo study: shards that are captioned")
     p.add_argument("--seeds", type=int, default=3, help="runs of each set")
     p.add_argument("--samples", type=int, default=32_000, help="samples that each run sees")
     p.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
@@ -36,17 +40,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.studies.caption_sets import compare_sets, parse_sets
+    from clips.studies.caption_sets import compare_sets, encoders_seconds, parse_sets
 
-    options = {key: getattr(flags, key) for key in ("test_data", "seeds", "samples", "jobs", "dry_run")}
-    options |= {"settings": flags.set}
+    output, notes = Path(flags.output), []
     if flags.sets:
-        compare_sets(parse_sets(flags.sets), Path(flags.output), fields=flags.fields, **options)
+        sets = parse_sets(flags.sets)
     else:
-        from mllm.recaption.study import make_sets
+        from mllm.recaption.study import plan_study
 
-        sets, notes = make_sets(Path(flags.output), model_path=flags.model_path, shards=flags.shards)
-        compare_sets(sets, Path(flags.output), notes=notes, **options)
+        chosen = {key: getattr(flags, key) for key in ("samples", "shards", "model_path")}
+        study = plan_study(output, settings=flags.set, **chosen)
+        sets, notes = study.sets, study.notes
+        seconds = encoders_seconds(len(sets), flags.seeds, flags.samples, flags.jobs)
+        study.show((len(sets) + 1) * flags.seeds, flags.samples, seconds)
+        if flags.dry_run:
+            return
+        study.make()
+    options = {key: getattr(flags, key) for key in ("fields", "test_data", "seeds", "samples", "jobs", "dry_run")}
+    compare_sets(sets, output, settings=flags.set, notes=notes, **options)
 
 
 if __name__ == "__main__":

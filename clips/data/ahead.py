@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from clips.common.errors import CommandError
 from clips.common.paths import is_remote
-from clips.data.copies import Copies
+from clips.data.copies import KEPT, Copies
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import remote_facts
 from clips.data.sample import BrokenSample
@@ -59,24 +59,59 @@ class ReadAhead:
             self._parts[part].at(turns[part])
 
 
-def read_whole(source: Source, limit: int) -> None:
-    """Let `source` read each remote file from a copy that is fetched when it is first asked for.
+class WholeFiles:
+    """Lets a source be gone through one shard after the other, each from a copy; the next comes while one is read.
 
-    That is for going through one shard after the other; `limit`: as for `ReadAhead`.
+    Pictures that a remote table names are copied when they are first asked for. For local data it does nothing.
     """
-    if limit <= 0 or not _is_remote(source):
-        return
-    copies = Copies(limit)
 
-    def of_shard(shard: int) -> BinaryIO | None:
-        assert isinstance(source, TarSource)
-        url = source.shards[shard]
-        return copies.open(url, source.state(shard)) if is_remote(url) else None
+    def __init__(self, source: Source, limit: int) -> None:
+        """`limit`: as for `ReadAhead`."""
+        self._copies = Copies(limit) if limit > 0 and _is_remote(source) else None
+        self._source, self._fetching = source, _Fetching(1)
+        self._number: dict[str, int] = {}
+        if self._copies is None:
+            return
+        if isinstance(source, TarSource):
+            self._number = {url: i for i, url in enumerate(source.shards)}
+        elif isinstance(source, TableSource):
+            copies = self._copies
+            source.read_copies(lambda url: copies.open(url, stamp_of(remote_facts(url)[1])))
 
-    if isinstance(source, TarSource):
-        source.read_copies(of_shard)
-    elif isinstance(source, TableSource):
-        source.read_copies(lambda url: copies.open(url, stamp_of(remote_facts(url)[1])))
+    def at(self, present: str, coming: Iterable[str]) -> None:
+        """`present` is read from now on; of the shards `coming`, the first that has no copy is fetched meanwhile.
+
+        They are asked for in another thread, and not at all where there is nothing to fetch.
+        """
+        if not self._number:
+            return
+        assert isinstance(self._source, TarSource)
+        self._source.read_copies(self._open)  # closes what was open: a copy that is removed takes room until then
+        self._fetching.begin([(present, coming)], self._fetch)
+
+    def _open(self, shard: int) -> BinaryIO | None:
+        assert isinstance(self._source, TarSource)
+        assert self._copies is not None
+        url = self._source.shards[shard]
+        return self._copies.open(url, self._source.state(shard)) if is_remote(url) else None
+
+    def _fetch(self, shards: tuple[str, Iterable[str]]) -> None:
+        present, coming = shards
+        assert isinstance(self._source, TarSource)
+        assert self._copies is not None
+        if (copy := self._open(self._number[present])) is not None:  # first, since it is waited for
+            copy.close()
+        for url in coming:
+            state = self._source.state(self._number[url])
+            if not is_remote(url) or self._copies.has(url, state):
+                continue
+            # Enough for the two, or the new copy would take the place of the one that is read.
+            if sum(remote_facts(one)[0] for one in (present, url) if is_remote(one)) > KEPT * self._copies.limit:
+                return
+            with contextlib.suppress(BlockingIOError):  # another process fetches it
+                if (copy := self._copies.open(url, state, wait=False)) is not None:  # None: no room for one
+                    copy.close()
+                return
 
 
 def _is_remote(source: Source) -> bool:

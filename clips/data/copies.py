@@ -50,11 +50,18 @@ class Copies:
         Raises BlockingIOError where another process fetches it and `wait` is off; UserError for a file that has
         changed and a folder that cannot be written; CommandError and OSError as `read_range`.
         """
-        path = self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
+        path = self._path(url, state)
         if (copy := _opened(path)) is not None:
             return copy
         with lock(self._lock_of(path), wait=wait):
             return _opened(path) or self._fetched(url, state, path)
+
+    def has(self, url: str, state: str) -> bool:
+        """Whether there is a whole copy now."""
+        return self._path(url, state).is_file()
+
+    def _path(self, url: str, state: str) -> Path:
+        return self.folder / f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}-{state}"
 
     def _fetched(self, url: str, state: str, path: Path) -> BinaryIO | None:
         size, _ = remote_facts(url, fresh=True)

@@ -14,11 +14,11 @@ from clips.studies.claims_report import (
     ALIKE,
     BETTER,
     COLOURS,
-    NAMES,
     WORSE,
     Block,
     Paragraph,
     Section,
+    called,
     comparison,
     how_it_ran,
     lengths,
@@ -59,12 +59,14 @@ def write_report(result: Mapping[str, Any], output: Path) -> list[str]:
 
 def conclusions(result: Mapping[str, Any], contrasts: list[dict[str, Any]]) -> list[str]:
     """One sentence a set: whether its captions help over web captions alone, and what of them is wrong where not."""
-    figure, lines = NAMES.get(result["deciding_figure"], result["deciding_figure"]), []
+    deciding, lines = result["deciding_figure"], []
+    test_set, _, plain = deciding.rpartition("/")
     for c in contrasts:
         if c["b"] != "web":
             continue
         verb = {BETTER: "help over", WORSE: "do harm against", ALIKE: "show no gain over"}[c["verdict"]]
-        line = f"The captions of {c['a']} {verb} web captions alone: {show_difference(c)} in {figure}."
+        line = f"The captions of {c['a']} {verb} web captions alone: {show_difference(c)} in {called(deciding)}"
+        line += f", {show_difference(c['figures'][plain])} with seen artists." if test_set else "."
         if shares := result["truth"].get(c["a"]):
             rights = [
                 f"{words} {shares[name]:g} %"
@@ -85,7 +87,7 @@ def sections(result: Mapping[str, Any], contrasts: list[dict[str, Any]], said: l
     names = [name for name in result["variants"]]
     claim = {"title": TITLE, "variants": names, "contrasts": contrasts, "caution": CAUTION, "line": False}
     decides = (
-        f"Fixed before anything was trained: the difference in {NAMES.get(deciding, deciding)} between two sets. "
+        f"Fixed before anything was trained: the difference in {called(deciding)} between two sets. "
         f"“{BETTER}”: its 95 % interval (Welch's, over seeds) lies above 0; “{WORSE}”: below; “{ALIKE}”: it covers 0, "
         f"and nothing is shown either way. The intervals are not corrected for there being {len(contrasts)} of them."
     )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
-from clips.config import Fields, parse_fields
+from clips.common.rundir import UNSEEN, deciding_name
+from clips.config import Fields, parse_fields, parse_test_data
 from clips.data.built import built_as
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.sample import BrokenSample
@@ -40,6 +42,7 @@ from clips.studies.reproduce import (
     environment,
     evaluation_text_tokens,
     plan_table,
+    run_seconds,
     variant_record,
     variant_run,
 )
@@ -69,7 +72,7 @@ def compare_sets(
     output: Path,
     *,
     fields: Sequence[str] = (),
-    test_data: str | None = None,
+    test_data: Sequence[str] | None = None,
     demo_dir: Path = Path("data/demo"),
     seeds: int = 3,
     samples: int = 32_000,
@@ -82,7 +85,8 @@ def compare_sets(
 
     Args:
         fields: where the sets and the test data keep their parts, as `PART=FIELD`.
-        test_data: what the encoders are measured on; by default the demo's test split.
+        test_data: what the encoders are measured on, further sets as NAME=DATA behind the first, of which one named
+            `unseen` decides; by default the demo's test pictures, and the same drawn by an artist never trained on.
         settings: `--set` assignments for every run.
         notes: sentences on where the sets come from, for the report.
 
@@ -96,7 +100,9 @@ def compare_sets(
     if test_data is None:
         if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
             ensure_demo(demo_dir)
-        test_data = demo_split(demo_dir, "test")
+        test_data = [demo_split(demo_dir, "test")]
+        if (demo_dir / UNSEEN).is_dir():  # absent where the drawings of several artists could not be fetched
+            test_data.append(f"{UNSEEN}={demo_split(demo_dir, UNSEEN)}")
     console = Console(emoji=False, stderr=True)
     begin = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -112,8 +118,8 @@ def compare_sets(
     names = measured([output / run.name for run in everything])
     records = {name: variant_record(variants[name], runs, output, names) for name, runs in runs_of.items()}
     rows = {name: [run["figures"] for run in record["runs"]] for name, record in records.items()}
-    figures = [name for name in (*MEANS, *FIGURES) if name in rows[WEB][0]]
-    deciding = DECIDING if DECIDING in figures else figures[0]
+    figures = [name for name in rows[WEB][0] if name != "train_seconds"]
+    deciding = decides(figures)
     order = [*sets, WEB]
     pairs = [(better, worse) for i, better in enumerate(order) for worse in order[i + 1 :]]
     seconds = read_json(output / "captions.json").get("seconds") if was_finished else None
@@ -142,6 +148,17 @@ def compare_sets(
     console.print(f"Next: python scripts/pretrain_clips.py --data {for_rich(shlex.quote(sets[best]))}", soft_wrap=True)
 
 
+def decides(figures: Sequence[str]) -> str:
+    """Which of the measured figures decides: the claims' own, else the first there is; on artists never trained on."""
+    return deciding_name(next(name for name in (DECIDING, *MEANS, *FIGURES) if name in figures), figures)
+
+
+def encoders_seconds(sets: int, seeds: int, samples: int, jobs: int) -> float:
+    """About what the runs of so many sets take, and those with web captions only, `jobs` at a time, a core each."""
+    each = sets * run_seconds(VARIANTS["captioner"], samples) + run_seconds(VARIANTS["web"], samples)
+    return seeds * each / min(jobs, os.cpu_count() or 1)
+
+
 def parse_sets(text: str) -> dict[str, str]:
     """`a=shards-a/,b=shards-b/{0..9}.tar` → name → data; UserError for what is no such list."""
     sets: dict[str, str] = {}
@@ -159,7 +176,7 @@ def parse_sets(text: str) -> dict[str, str]:
 def plan(
     sets: Mapping[str, str],
     common: Common,
-    test_data: str,
+    test_data: Sequence[str],
     demo_dir: Path,
     fields: Fields,
     *,
@@ -168,7 +185,9 @@ def plan(
     settings: Sequence[str],
 ) -> tuple[dict[str, list[PretrainingRun]], dict[str, Variant]]:
     """The runs and the variant of each set, and of "web". UserError for settings that a run would refuse."""
-    data = [f"data.train={common.table}", f"data.test={test_data}", f"data.demo_dir={demo_dir}"]
+    test, further = parse_test_data(list(test_data))
+    data = [f"data.train={common.table}", f"data.test={test}", f"data.demo_dir={demo_dir}"]
+    data.append(f"data.further_tests={json.dumps([asdict(part) for part in further])}")
     # First the table's columns, then where the test data keep the same: a run has one list for both.
     data += [f"data.fields.image=image;{fields.image}", f"data.fields.web=web;{fields.web}"]
     first = next(iter(sets))

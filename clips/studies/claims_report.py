@@ -140,7 +140,7 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def _called(figure: str, names: Mapping[str, str] = NAMES) -> str:
+def called(figure: str, names: Mapping[str, str] = NAMES) -> str:
     """A figure in words, with its test set where that is not the first."""
     test_set, _, rest = figure.rpartition("/")
     return names[rest] + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
@@ -148,7 +148,7 @@ def _called(figure: str, names: Mapping[str, str] = NAMES) -> str:
 
 def _what_decides(result: Mapping[str, Any]) -> str:
     return (
-        f"Fixed before anything was trained: the difference in {_called(result['deciding_figure'])} (percent, mean of "
+        f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])} (percent, mean of "
         "image → text and text → image) between two variants. “Reproduced here”: its 95 % interval lies above 0, in "
         "the direction of the claim. “Contradicted here”: below 0. “Not reproduced here”: it covers 0, so that "
         "nothing is shown either way. Means alone decide nothing."
@@ -205,11 +205,15 @@ def comparison(chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any]
     labels = {name: variants[name]["label"] for name in claim["variants"]}
     pairs = {f"{labels[c['a']]} − {labels[c['b']]}": c for c in claim["contrasts"]}
     decided = [(pair, show_difference(c), c["verdict"]) for pair, c in pairs.items()]
-    aside = [name for name in (deciding_name(name, there) for name in BESIDE) if name in there and name != deciding]
+    others = (
+        deciding.rpartition("/")[2],
+        *(deciding_name(name, there) for name in BESIDE),
+    )  # first: on the seen artists
+    aside = [name for name in others if name in there and name != deciding]
     beside = [(pair, *(show_difference(c["figures"][name]) for name in aside)) for pair, c in pairs.items()]
     names = NAMES | {f"{p}_{way}_r1": f"{p}, {words}" for p in ("sentence", "long") for way, words in WAYS.items()}
     measured = [f"{prefix}{name}" for prefix in (f"{UNSEEN}/", "") for name in names]
-    figures = [(name, _called(name, names)) for name in measured if name in there]
+    figures = [(name, called(name, names)) for name in measured if name in there]
     figures.append(("train_seconds", "seconds of training, at the run's fastest rate"))
     table = [
         (words, *(_mean_and_sd([run["figures"][name] for run in variants[variant]["runs"]]) for variant in labels))
@@ -222,9 +226,9 @@ def comparison(chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any]
             "Whether they overlap decides nothing; the table of differences does."
         ),
         Paragraph("Differences in percentage points with their 95 % intervals:"),
-        Table(("comparison", _called(deciding, SHORT), "verdict"), decided, _cell_class),
+        Table(("comparison", called(deciding, SHORT), "verdict"), decided, _cell_class),
         Paragraph("The same in figures that do not decide:"),
-        Table(("comparison", *(_called(name, SHORT) for name in aside)), beside, _cell_class),
+        Table(("comparison", *(called(name, SHORT) for name in aside)), beside, _cell_class),
         Paragraph(claim["caution"], "With care"),
         Paragraph("Test split, percent, mean ± standard deviation over seeds:"),
         Table(("", *labels.values()), table, _cell_class),

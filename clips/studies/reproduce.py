@@ -158,7 +158,7 @@ def plan_table(
         variant = variants[name]
         done = sum(run.is_finished(output) for run in runs)
         samples = runs[0].config().samples
-        seconds = (len(runs) - done) * (samples / variant.rate + OVERHEAD_SECONDS)
+        seconds = (len(runs) - done) * run_seconds(variant, samples)
         total += seconds
         row = (for_rich(variant.label), *(texts[name] for texts in more.values()), variant.recipe)
         row += (for_rich(" ".join(variant.settings)), f"{samples:,}")
@@ -166,6 +166,11 @@ def plan_table(
     cores = min(jobs, os.cpu_count() or 1)
     out.caption = f"all with {CONTEXT}; about {math.ceil(total / 60 / cores)} minutes, {jobs} runs beside each other"
     return out
+
+
+def run_seconds(variant: Variant, samples: int) -> float:
+    """About what one run takes on one core."""
+    return samples / variant.rate + OVERHEAD_SECONDS
 
 
 def variant_record(

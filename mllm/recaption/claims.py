@@ -79,6 +79,10 @@ class Claims:
         self._mine.add(name)
         return True
 
+    def is_free(self, name: str) -> bool:
+        """Whether nobody says that it is his."""
+        return not self._path(name).exists()
+
     def holds(self, name: str) -> bool:
         """Whether it is still this process's: one that was stopped for longer than `patience` may have lost it."""
         return _read(self._path(name)).get("owner") == self.owner

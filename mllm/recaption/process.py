@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import islice
 from types import FrameType
 
 from rich.console import Console
 
-from clips import CLIPS, Source, open_source, read_whole
+from clips import CLIPS, Source, WholeFiles, open_source
 from clips.common.errors import CommandError, Stopped, run_command
 from clips.common.workers import end_with
 from mllm.recaption.claims import BEATS, Claims
@@ -27,9 +28,7 @@ LOOK_AGAIN = 1.0
 
 
 def open_pairs(options: Options) -> Source:
-    source = open_source(options.data, options.fields, image_root=options.image_root, need_long=False)
-    read_whole(source, int(options.cache_gb * 1e9))
-    return source
+    return open_source(options.data, options.fields, image_root=options.image_root, need_long=False)
 
 
 def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Board) -> None:
@@ -52,22 +51,34 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
                 board.show()
 
             worker = Worker(options, folder, source, captioner, claims, tally, encoder=encoder, changed=changed)
+            files = WholeFiles(source, int(options.cache_gb * 1e9))
             waiting, pause = list(shards), LOOK_AGAIN
             while waiting := [shard for shard in waiting if done_manifest(folder, shard) is None]:
-                if any([made(worker, folder, claims, shard) for shard in waiting]):
+                if any(
+                    [
+                        made(worker, files, folder, claims, shard, islice(waiting, i + 1, None))
+                        for i, shard in enumerate(waiting)
+                    ]
+                ):
                     pause = LOOK_AGAIN
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, max(LOOK_AGAIN, options.claim_timeout / BEATS))
 
 
-def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
-    """Whether this process made the shard; False where another does, or has."""
+def made(
+    worker: Worker, files: WholeFiles, folder: Folder, claims: Claims, shard: Shard, others: Iterable[Shard]
+) -> bool:
+    """Whether this process made the shard; False where another does, or has.
+
+    Meanwhile the file is fetched of the first of the `others` that nobody has begun.
+    """
     if not claims.take(shard.name):
         return False
     try:
         if done_manifest(folder, shard) is not None:  # between the look and the claim
             return False
+        files.at(shard.url, (other.url for other in others if _is_untouched(folder, claims, other)))
         worker.make(shard)
         return True
     except LostClaim:
@@ -80,6 +91,10 @@ def made(worker: Worker, folder: Folder, claims: Claims, shard: Shard) -> bool:
         return False  # the one that took the shard over has cleared up
     finally:
         claims.release(shard.name)
+
+
+def _is_untouched(folder: Folder, claims: Claims, shard: Shard) -> bool:
+    return claims.is_free(shard.name) and not folder.manifest(shard.name).is_file()
 
 
 def child(options: Options, shards: list[Shard], parent: int) -> None:

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from clips.common.errors import UserError
-from clips.config import Fields
+from clips.config import Fields, NamedSet
 from clips.data.artists import OPENMOJI
 from clips.data.demo import CONCEPTS, NUMBERS, Description, Scene, split_scene, truth
 from clips.data.sources import open_source
 from clips.recipes import recipe
 from clips.studies.caption_report import write_report
-from clips.studies.caption_sets import Common, collect, measured, parse_sets, plan
+from clips.studies.caption_sets import Common, collect, decides, measured, parse_sets, plan
 from clips.studies.caption_truth import Truth, is_scene, placements
-from clips.studies.claims import DECIDING, FIGURES, MEANS, VARIANTS
+from clips.studies.claims import FIGURES, MEANS, VARIANTS
 from clips.studies.reproduce import compared
 
 # ------------------------------------------------------------------------------------------------------ the truth
@@ -154,7 +154,14 @@ def test_the_names_of_sets() -> None:
 def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> None:
     common = Common(tmp_path / "pairs.parquet", 10, {"a": 10, "b": 10}, {})
     runs_of, variants = plan(
-        {"a": "x", "b": "y"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=["data.workers=0"]
+        {"a": "x", "b": "y"},
+        common,
+        ["test/", "unseen=other/"],
+        tmp_path,
+        Fields(),
+        seeds=2,
+        samples=6400,
+        settings=["data.workers=0"],
     )
     assert {name: [run.name for run in runs] for name, runs in runs_of.items()} == {
         name: [f"{name}-seed0", f"{name}-seed1"] for name in ("a", "b", "web")
@@ -163,6 +170,8 @@ def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> 
     assert a.data.train == b.data.train == web.data.train == str(common.table)
     assert (a.data.fields.long, b.data.fields.long) == ("long_a;txt", "long_b;txt")
     assert a.task == b.task == recipe("demo").task
+    assert a.data.test == web.data.test == "test/"
+    assert a.data.further_tests == web.data.further_tests == (NamedSet(name="unseen", data="other/"),)
     assert a.model == b.model
     assert a.model.captioner is not None
     assert web.task.synthetic_share == 0
@@ -170,7 +179,16 @@ def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> 
     assert variants["a"].label == "a"
     for setting in ("train.seed=7", "phases.0.samples=640"):
         with pytest.raises(UserError, match="--seeds and --samples"):
-            plan({"a": "x"}, common, "test/", tmp_path, Fields(), seeds=2, samples=6400, settings=[setting])
+            plan(
+                {"a": "x"},
+                common,
+                ["test/", "unseen=other/"],
+                tmp_path,
+                Fields(),
+                seeds=2,
+                samples=6400,
+                settings=[setting],
+            )
 
 
 def test_the_figures_that_every_run_has(tmp_path: Path) -> None:
@@ -193,7 +211,7 @@ def made_up(centres: dict[str, float], figures: tuple[str, ...], truths: dict[st
         name: [{f: centre + rng.normal(0, 0.3) for f in figures} | {"train_seconds": 60.0} for _ in range(3)]
         for name, centre in centres.items()
     }
-    deciding = DECIDING if DECIDING in figures else figures[0]
+    deciding = decides(figures)
     order = list(centres)
     return {
         "command": "python scripts/compare_captions.py",
@@ -246,6 +264,21 @@ def test_the_report_says_which_captions_help_and_what_is_wrong_with_those_that_d
         assert part in text
     assert "<b>bold</b>" not in page
     assert (tmp_path / "captions.png").stat().st_size > 1000
+
+
+def test_artists_never_trained_on_decide_and_the_others_stand_beside_them(tmp_path: Path) -> None:
+    unseen = tuple(f"unseen/{name}" for name in EVERY)
+    assert decides((*unseen, *EVERY)) == "unseen/sentence_r1"
+    result = made_up({"a": 60.0, "web": 50.0}, (*unseen, *EVERY), {})
+    for contrast in result["contrasts"]:  # the seen artists say the contrary
+        contrast["figures"]["sentence_r1"] = {"mean": -7.0, "ci95": [-8.0, -6.0]}
+    (said,) = write_report(result, tmp_path)
+    assert said.startswith("The captions of a help over web captions alone: +")
+    assert "in retrieval R@1, test sentences (unseen artist), −7.0 [−8.0, −6.0] with seen artists." in said
+    for page in ("captions.html", "captions.md"):
+        text = (tmp_path / page).read_text()
+        assert "retrieval R@1, test sentences (unseen artist)" in text
+        assert text.count("−7.0 [−8.0, −6.0]") == 2, "in the sentence and in the table of what does not decide"
 
 
 def test_other_test_data_have_other_figures(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,32 @@ def test_remote_shards(tmp_path: Path, captioner: Known, monkeypatch: pytest.Mon
     ]
     for name in ("00000.tar", "00001.tar"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
+
+
+def test_the_next_remote_shard_comes_while_one_is_captioned(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ahead and no more; what comes is there before the captioner has done with what it has."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(cache))
+    write_pairs(tmp_path / "pairs", 4, 5)
+    seen, write = [], captioner.write
+
+    def copies() -> int:
+        return sum("-" in path.name and not path.name.endswith(".part") for path in (cache / "remote").iterdir())
+
+    def slowly(asked: Sequence[Pair], attempt: int) -> list[Written | Exception]:
+        shard = (len(captioner.calls) // 2) + 1  # two calls a shard
+        end = time.monotonic() + 20
+        while copies() < min(shard + 1, 4) and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append((shard, copies()))
+        return write(asked, attempt)
+
+    monkeypatch.setattr(captioner, "write", slowly)
+    with serving(tmp_path / "pairs") as server:
+        caption(f"{server.url}/{{00000..00003}}.tar", tmp_path / "out")
+    assert seen == [(1, 2), (1, 2), (2, 3), (2, 3), (3, 4), (3, 4), (4, 4), (4, 4)]
 
 
 def test_files_of_one_name_from_several_folders(tmp_path: Path, captioner: Known) -> None:
