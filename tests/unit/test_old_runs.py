@@ -55,9 +55,9 @@ def place(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def same_command(place: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Today's script with the flags that the old one was given."""
+    """Today's script with the flags that the old one was given, and the recipe that it knew."""
     script, *flags = shlex.split(json.loads((place / "commands.json").read_text())[name])
-    done = run_python(ROOT / "scripts" / script, *flags, *more, cwd=place, timeout=900)
+    done = run_python(ROOT / "tests" / "first_demo.py", script, *flags, *more, cwd=place, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
