@@ -31,6 +31,11 @@ from mllm.chat.session import ChatSession
 from mllm.encoders.registry import load_vision
 
 ARCHIVE = ROOT / "tests" / "data" / "before_the_move.tar.xz"
+RATES = {"lr": 0.0015, "muon_lr": 0.02}
+RECIPE = "model.vision.patch_size=16 optim.muon_momentum=0.95 phases.0.image_size=32 " + " ".join(
+    f"phases.0.{name}={rate}" for name, rate in RATES.items()
+)
+"""What the demo recipe said then and no longer does."""
 FEATURES = {"atol": 1e-6, "rtol": 0.0}
 """Of L2-normalised features, which one forward pass gives."""
 AFTER_TRAINING = {"atol": 1e-5, "rtol": 1e-5}
@@ -55,8 +60,9 @@ def place(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def same_command(place: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Today's script with the flags that the old one was given."""
-    script, *flags = shlex.split(json.loads((place / "commands.json").read_text())[name])
+    """Today's script with the flags that the old one was given, on the recipe as it was."""
+    command = json.loads((place / "commands.json").read_text())[name].replace(" --set ", f" --set {RECIPE} ")
+    script, *flags = shlex.split(command)
     done = run_python(ROOT / "scripts" / script, *flags, *more, cwd=place, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -229,6 +235,10 @@ def test_a_finished_comparison_runs_nothing_again_and_reports_the_same(place: Pa
             cell = json.loads(path.read_text())
             cell["evaluation"]["dtype"] = old["settings"]["evaluation"]["dtype"] = "bfloat16"
             path.write_text(json.dumps(cell))
+    baseline = comparison / "encoders" / "clip-seed0" / "config.json"
+    config = json.loads(baseline.read_text())
+    config["phases"][0] |= RATES  # its recipe halves the demo's; flags are the same for both encoders
+    baseline.write_text(json.dumps(config))
     before = {part: files(comparison / part) for part in ("encoders", "cells")}
     done = same_command(place, "compare")
     assert "0 of 2 to run" in done.stderr
