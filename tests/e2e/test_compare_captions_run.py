@@ -40,7 +40,8 @@ def test_two_sets(tmp_path: Path) -> None:
     data = ensure_demo(tmp_path / "data", sizes={"train": 200, "val": 40, "test": 80})
     with_other_captions(data / "train" / "00000.tar", tmp_path / "wrong" / "00000.tar")
     flags = ["--sets", f"exact={data / 'train'},wrong={tmp_path / 'wrong'}", "--test-data", data / "test"]
-    flags += ["--seeds", "2", "--samples", "64", "--output", output, "--set", "phases.*.batch_size=16"]
+    flags += ["--seeds", "2", "--samples", "64", "--output", output]
+    flags += ["--set", "phases.*.batch_size=16", "data.workers=0"]
     done = run_python(SCRIPT, *flags, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((output / "captions.json").read_text())

@@ -91,7 +91,7 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     # what the encoder is worth
     flags = ("--model_name_or_path", str(write_llm(tmp_path / "llm")), "--batch_size", "4")
     comparison = Comparison(
-        encoders=("clips:runs/demo", "blind"), seeds=1, output=Path("out"), limit=4, train_flags=flags, device="cpu"
+        encoders=("clips:runs/demo", "blind"), seeds=1, output=Path("out"), train_flags=flags, device="cpu"
     )
     finish(comparison)
     report = collected(comparison, measure_encoders(comparison, torch.device("cpu")), ["compare_encoders.py"])
@@ -102,6 +102,8 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     assert {f"{UNSEEN}/{name}" in intrinsic for name in (PROBE, "zero_shot_top1")} == {several}
     page = write_report(report, comparison.output, DEMO_DIR / IMAGES).read_text()
     assert (UNSEEN in page) == several
+    blind = {name: figure["mean"] for name, figure in report["encoders"]["blind"]["metrics"].items()}
+    assert (blind.get("accuracy@seen", blind["accuracy"]) != blind["accuracy"]) == several
     assert verify(comparison.output).differs == []
 
 
