@@ -17,7 +17,11 @@ def parser() -> argparse.ArgumentParser:
         "demo study: captions of the newest model trained here, of a CLIPS captioner, and the demo's exact ones",
     )
     p.add_argument(
-        "--fields", nargs="+", default=[], metavar="PART=FIELD", help="of the sets, as in scripts/pretrain_clips.py"
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="PART=FIELD",
+        help="of the sets and the test data, as in scripts/pretrain_clips.py",
     )
     p.add_argument(
         "--test-data", nargs="+", metavar="DATA",

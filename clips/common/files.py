@@ -147,6 +147,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files of one directory, in whatever order they come."""
+    lines = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(set(files)))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def fsync(path: Path) -> None:
     """Have what was written to a file, or which names are in a directory, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

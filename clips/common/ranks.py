@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from clips.common.errors import CommandError
+from clips.common.machine import this_machine
 
 ROOT = f"{Path(__file__).resolve().parents[2]}/"
 OURS = (f"{ROOT}clips/", f"{ROOT}mllm/")
@@ -46,8 +47,7 @@ def once_per_machine(make: Callable[[], T], asked: str) -> T:
     They wait however long it takes, and so do faster machines. A CommandError of `make` is raised on all that asked.
     Collective; the result is pickled.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")  # names of rented machines and of containers are often the same
-    mine = f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''} {asked}"
+    mine = f"{platform.node()} {this_machine()} {asked}"
     everybody = [""] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     ranks = [rank for rank, theirs in enumerate(everybody) if theirs == mine]

@@ -34,6 +34,7 @@ from clips.data.built import built_as
 from clips.data.demo import demo_split, ensure_demo
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
+from clips.data.splits import held_out_sets, open_split
 from clips.studies.caption_report import write_report
 from clips.studies.caption_truth import Truth, is_scene
 from clips.studies.claims import DECIDING, FIGURES, MEANS, VARIANTS, Variant
@@ -84,14 +85,15 @@ def compare_sets(
     """Train what is missing for `sets` (name → data) and write captions.json, captions.md and captions.html.
 
     Args:
-        fields: where the sets and the test data keep their parts, as `PART=FIELD`.
+        fields: where the sets and the test data keep their parts, as `PART=FIELD`; alternatives, separated by `;`,
+            where they differ.
         test_data: what the encoders are measured on, further sets as NAME=DATA behind the first, of which one named
             `unseen` decides; by default the demo's test pictures, and the same drawn by an artist never trained on.
         settings: `--set` assignments for every run.
         notes: sentences on where the sets come from, for the report.
 
-    Raises UserError for sets without a common picture, fewer than two seeds, or an `output` whose runs have other
-    settings; CommandError when a run fails.
+    Raises UserError for sets without a common picture, test data that lack a part, fewer than two seeds, or an
+    `output` whose runs have other settings; CommandError when a run fails.
     """
     if seeds < 2:
         raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
@@ -109,6 +111,9 @@ def compare_sets(
     named = parse_fields(list(fields), Fields())
     common = collect(sets, output, named)
     runs_of, variants = plan(sets, common, test_data, demo_dir, named, seeds=seeds, samples=samples, settings=settings)
+    read = runs_of[WEB][0].config().data
+    for name in held_out_sets(read):  # or the first run would say what is missing, after its training
+        open_split(read, name, need_long=False)
     console.print(plan_table(f"sets of captions: runs in {output}", runs_of, variants, output, jobs))
     if dry_run:
         return

@@ -42,6 +42,7 @@ BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
 SHORT = {
     "sentence_r1": "R@1 test sentences",
     "long_r1": "R@1 long captions",
+    "part_r1": "R@1 parts of long captions",
     "web_r1": "R@1 web captions",
     "zero_shot_top1": "zero-shot",
     "linear_probe_top1": "linear probe",
@@ -289,7 +290,9 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     axes = plot.subplots()
     axes.set_facecolor(theme.paper)
     width = 0.8 / len(DRAWN)
-    for number, (figure, colour) in enumerate(zip(DRAWN, SERIES, strict=True)):
+    decides = chart.claim["contrasts"][0]["metric"].rpartition("/")[2]
+    shown = list(dict.fromkeys((decides, *DRAWN)))[: len(DRAWN)]
+    for number, (figure, colour) in enumerate(zip(shown, SERIES, strict=True)):
         drawn = deciding_name(figure, chart.variants[names[0]]["runs"][0]["figures"])
         if any(drawn not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from clips.common.files import read_json, sha256
+from clips.common.files import digest_of, read_json
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
@@ -67,8 +66,7 @@ def vision_facts(directory: Path) -> dict[str, Any] | None:
 
 def weights_digest(directory: Path) -> str:
     """SHA-256 over names and contents of a model directory's weight files: it tells whose figures are whose."""
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+    return digest_of([*directory.glob("*.safetensors")] or directory.glob("pytorch_model*.bin"))
 
 
 def model_name(directory: str) -> str:

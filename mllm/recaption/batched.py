@@ -6,7 +6,6 @@ what its largest row costs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from PIL import Image
 
 from clips import BrokenSample, decode_image
 from clips.common.errors import UserError
-from clips.common.files import sha256
+from clips.common.files import digest_of
 from clips.common.hub import CONFIG_FILES, WEIGHT_FILES
 from mllm.chat.limits import KEPT_PIXELS
 from mllm.evaluation.batches import seeded
@@ -107,7 +106,4 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
 
 def fingerprint(directory: Path) -> str:
     """A hash of every file that says what a model computes: weights, configuration, tokenizer, templates."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern)}):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return digest_of(path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern))

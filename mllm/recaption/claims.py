@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from clips.common.files import read_regular
+from clips.common.machine import this_machine
 
 SUFFIX = ".claim"
 BEATS = 6
@@ -139,16 +140,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _this_process() -> dict[str, Any]:
     """What tells a process of this machine from all others; without `machine` where that cannot be told."""
-    boot, names = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if not boot.exists() or not names.exists():
+    if (machine := this_machine()) is None:
         return {}
-    machine = f"{boot.read_text().strip()} {os.readlink(names)}"  # containers of a machine number processes anew
     return {"machine": machine, "process": os.getpid(), "began": psutil.Process().create_time()}
 
 
 def _is_dead(record: dict[str, Any]) -> bool:
     """Whether this machine knows that the claim's process has ended."""
-    if not record.get("machine") or record["machine"] != _this_process().get("machine"):
+    if not record.get("machine") or record["machine"] != this_machine():
         return False
     try:
         process = psutil.Process(record["process"])

@@ -6,8 +6,8 @@ between, and then asked with one request at a time, again with doubling pauses, 
 because it has too much to do (429, 503) comes again after the time that it names, and it gets no more at once than it
 took. Where no server has given any usable answer for `patience` seconds, the whole command ends.
 
-Bounded are the requests in flight (`in_flight` a server), the time and the bytes of an answer, and the pictures that
-are decoded and encoded at a time.
+Bounded are the requests in flight (`in_flight` a server) and what they hold of memory (`HELD_BYTES`), the time and the
+bytes of an answer, and the pictures that are decoded and encoded at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +55,8 @@ TOKEN_BYTES = 64
 """What one token of an answer may take; a longer text than the tokens asked for is none."""
 SENT_BYTES = 2 * 2**20
 """Encoded pictures above it, and those of more than KEPT_PIXELS, are sent smaller."""
+HELD_BYTES = 2**30
+"""Of the requests in flight and of those that are ready: where pictures are large, fewer are in flight."""
 ROUNDS = 8
 """How often one call of `write` fills all places: at its end fewer and fewer are in flight."""
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
@@ -142,6 +144,26 @@ class Server:
             self.pause(seconds)
 
 
+class _Room:
+    """Bytes that several tasks hold together, at most `limit`; one alone may hold more."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._changed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def holding(self, count: int) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self.held or self.held + count <= self.limit)
+            self.held += count
+        try:
+            yield
+        finally:
+            self.held -= count
+            async with self._changed:
+                self._changed.notify_all()
+
+
 class EndpointCaptioner:
     """`endpoint:URL[,URL…][#MODEL]`: each URL ends in /v1 or has no path, MODEL is by default the first that is served.
 
@@ -176,8 +198,13 @@ class EndpointCaptioner:
         self.batch_size = ROUNDS * in_flight * len(self.servers)
         self._answered = time.monotonic()
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(min(4, os.cpu_count() or 1), "pictures"))
-        self._freed = asyncio.Event()
+        threads = min(4, os.cpu_count() or 1)
+        self._loop.set_default_executor(ThreadPoolExecutor(threads, "pictures"))
+        self._freed, self._room, self._getting_ready = (
+            asyncio.Event(),
+            _Room(HELD_BYTES),
+            asyncio.Semaphore(2 * threads),
+        )
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
         try:
@@ -255,17 +282,24 @@ class EndpointCaptioner:
         return written
 
     async def _one(self, pair: Pair, attempt: int) -> Written | Exception:
-        try:
-            kind, data = await asyncio.to_thread(sendable, pair)
-        except BrokenSample as broken:
-            return broken
-        body = self._body(kind, data, pair.web, attempt)
+        async with contextlib.AsyncExitStack() as held:
+            async with self._getting_ready:
+                try:
+                    kind, data = await asyncio.to_thread(sendable, pair)
+                except BrokenSample as broken:
+                    return broken
+                # Its body in base64, and the picture where that is not the pair's own.
+                size = 4 * len(data) // 3 + (0 if data is pair.image else len(data))
+                await held.enter_async_context(self._room.holding(size))
+            return await self._captioned(pair, kind, data, attempt)
+
+    async def _captioned(self, pair: Pair, kind: str, data: bytes, attempt: int) -> Written | Exception:
         error: Exception = _Failed("not asked")
         failed_at: Counter[str] = Counter()
         while (tries := failed_at.total()) < TRIES:
             server, wait = await self._free_server(failed_at), 0.0
             try:
-                written = await self._ask(server, body)
+                written = await self._ask(server, self._body(kind, data, pair.web, attempt))
             except _Busy as busy:
                 wait = busy.seconds
                 server.refuse(busy.seconds)

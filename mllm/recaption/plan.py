@@ -77,8 +77,9 @@ def print_plan(
         ("time", _time(options, left, processes, so_far.pairs / so_far.seconds if known and so_far.seconds else None)),
         (
             "tokens",
-            f"{left * tokens:,.0f} to write, {tokens:.0f} a caption ({'measured here' if known else 'assumed'}), "
-            f"at most {options.max_new_tokens}",
+            f"{left * tokens:,.0f} to write, {tokens:.0f} a pair "
+            f"({'measured here, second attempts included' if known else 'assumed'}), at most {options.max_new_tokens} "
+            "a caption",
         ),
         ("output", f"{options.out}, refused captions are tried again and then {_ON_BAD[options.on_bad]}"),
     ]

@@ -42,8 +42,8 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
         tally = Tally()
         with (
             Claims(folder.claims, options.claim_timeout) as claims,
-            Speed(folder.speed / f"{claims.owner}.json", tally) as speed,
             board.showing(),
+            Speed(folder.speed / f"{claims.owner}.json", tally) as speed,
         ):
 
             def changed() -> None:

@@ -69,11 +69,13 @@ class Board:
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        if not self.console.is_terminal or self.console.quiet:
+        """At its end once more: the last looks are seldom of all that was done."""
+        hidden = not self.console.is_terminal or self.console.quiet
+        with tqdm(total=self._total, unit=" pairs", desc="captions", smoothing=0.1, disable=hidden) as bar:
+            self._bar = None if hidden else bar
             yield
-            return
-        with tqdm(total=self._total, unit=" pairs", desc="captions", smoothing=0.1) as self._bar:
-            yield
+            self._next = float("-inf")
+            self.show()
 
     def show(self) -> Tally:
         """What was done since this began, looked up at most once in EVERY seconds."""
@@ -91,7 +93,7 @@ class Board:
         return tally
 
     def say(self, text: str) -> None:
-        self.console.print(for_rich(text), highlight=False)
+        self.console.print(for_rich(text), highlight=False, soft_wrap=True)
 
     def _text(self, tally: Tally) -> str:
         seconds = max(time.monotonic() - self._begin, 1e-9)

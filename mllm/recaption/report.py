@@ -39,6 +39,12 @@ NAMES = {
 }
 
 
+NOTHING = (
+    "there is nothing to train on. The page shows what was written: --prompt, --max-new-tokens and another --captioner "
+    "change that, --words, --script and --on-bad what is let through; in another --out, for this one is done"
+)
+
+
 def write_report(
     options: Options, folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]], console: Console
 ) -> None:
@@ -80,12 +86,15 @@ def write_report(
     folder.report.parent.mkdir(exist_ok=True)
     with placing(folder.report) as file:
         file.write(page.encode())
-    console.print(
-        f"{total['written']:,} of {total['pairs']:,} pairs written, {mean['web']:.0f} → {mean['long']:.0f} words a "
-        f"caption\nwrote {for_rich(str(folder.report))}\nNext:\n  {for_rich(command)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    gained = f", {mean['web']:.0f} → {mean['long']:.0f} words a caption" if total["written"] else ""
+    said = [f"{total['written']:,} of {total['pairs']:,} pairs written{gained}"]
+    if final:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in final.most_common())
+        said.append(f"left out: {reasons}; {folder.root / 'rejected'} lists them")
+    said.append(f"wrote {folder.report}")
+    said += ["Next:", f"  {command}"] if total["written"] else [NOTHING]
+    for line in said:
+        console.print(for_rich(line), highlight=False, soft_wrap=True)
 
 
 def training_command(folder: Folder) -> str:

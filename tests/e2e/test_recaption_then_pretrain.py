@@ -10,12 +10,13 @@ import pytest
 from conftest import ROOT
 from launched import SCRIPT, python, run
 from pairs import write_pairs
-from tiny_mllm import write_llava, write_run
+from tiny_mllm import write_idefics, write_llava, write_run
 
 pytestmark = pytest.mark.slow
 
 
-def test_pairs_are_refused_recaptioned_and_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llava", "hf"])
+def test_pairs_are_refused_recaptioned_and_trained_on(kind: str, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs", 1, 40)
     training = (SCRIPT, "--debug", "--samples", "16", "--set", "data.workers=0", "--output-dir", tmp_path / "runs")
     refused = run(python(*training, "--data", data, "--fields", "web=txt"))
@@ -24,14 +25,18 @@ def test_pairs_are_refused_recaptioned_and_trained_on(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "recaption.md").read_text()
     told, *_ = re.findall(r"^python scripts/recaption\.py --data 'my_pairs.*$", page, flags=re.MULTILINE)
 
-    write_run(tmp_path / "runs/clips-demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        write_llava(tmp_path, context=512)
+    model = tmp_path / "runs/llava/model"
+    if kind == "llava":
+        write_run(tmp_path / "runs/clips-demo")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            write_llava(tmp_path, context=512)
+    else:
+        write_idefics(model)
     (tmp_path / "prompt.txt").write_text("Say it: {web}")
     words = shlex.split(told.partition("#")[0])[1:]
     words[words.index("--data") + 1] = data
-    words[words.index("--captioner") + 1] = f"llava:{tmp_path}/runs/llava/model"
+    words[words.index("--captioner") + 1] = f"{kind}:{model}"
     words[words.index("--out") + 1] = str(tmp_path / "recap")
     # What a tiny random model writes is no caption.
     anything = ("--words", "0", "999", "--script", "any", "--on-bad", "keep")

@@ -20,9 +20,10 @@ from clips.data.demo import CONCEPTS, NUMBERS, Description, Scene, split_scene, 
 from clips.data.sources import open_source
 from clips.recipes import recipe
 from clips.studies.caption_report import write_report
-from clips.studies.caption_sets import Common, collect, decides, measured, parse_sets, plan
+from clips.studies.caption_sets import Common, collect, compare_sets, decides, measured, parse_sets, plan
 from clips.studies.caption_truth import Truth, is_scene, placements
 from clips.studies.claims import FIGURES, MEANS, VARIANTS
+from clips.studies.claims_report import NAMES
 from clips.studies.reproduce import compared
 
 # ------------------------------------------------------------------------------------------------------ the truth
@@ -142,6 +143,22 @@ def test_sets_of_other_pictures_are_refused(tmp_path: Path) -> None:
     sets = {"a": write_set(tmp_path / "a.tar", {"1": "x"}), "b": write_set(tmp_path / "b.tar", {"2": "y"})}
     with pytest.raises(UserError, match="no picture with the same web caption in common"):
         collect(sets, tmp_path, Fields())
+
+
+def test_test_data_without_a_part_are_refused_before_anything_trains(tmp_path: Path) -> None:
+    sets = {name: write_set(tmp_path / f"{name}.tar", {"1": f"{name} says 1"}) for name in "ab"}
+    test = tmp_path / "test.tar"
+    with tarfile.open(test, "w") as tar:
+        for name, data in (("1.jpg", b"picture"), ("1.alt", b"web caption")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    options = {"demo_dir": tmp_path / "demo", "dry_run": True}
+    with pytest.raises(UserError, match=r"test\.tar has no web captions.*Name the right one with --fields"):
+        compare_sets(sets, tmp_path / "out", test_data=[str(test)], **options)
+    with pytest.raises(UserError, match=r"none\.tar"):
+        compare_sets(sets, tmp_path / "out", test_data=[sets["a"], f"unseen={tmp_path}/none.tar"], **options)
+    compare_sets(sets, tmp_path / "out", test_data=[str(test)], fields=["web=json:org_caption;alt"], **options)
 
 
 def test_the_names_of_sets() -> None:
@@ -287,6 +304,14 @@ def test_other_test_data_have_other_figures(tmp_path: Path) -> None:
     assert said[0].startswith("The captions of a do harm against web captions alone: −")
     assert "in zero-shot accuracy." in said[0]
     assert "How often" not in (tmp_path / "captions.md").read_text()
+
+
+@pytest.mark.parametrize("figure", sorted(NAMES))
+def test_any_figure_may_be_the_one_that_the_test_data_give(figure: str, tmp_path: Path) -> None:
+    assert decides([figure]) == figure
+    (said,) = write_report(made_up({"a": 60.0, "web": 50.0}, (figure,), {}), tmp_path)
+    assert f" in {NAMES[figure]}." in said
+    assert NAMES[figure] in (tmp_path / "captions.html").read_text()
 
 
 def test_the_variants_are_the_claims_own() -> None:

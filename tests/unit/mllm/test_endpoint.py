@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gzip
 import io
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -288,3 +289,38 @@ def test_two_calls_at_once_share_the_places() -> None:
             for written in pool.map(lambda _: asking.write(pairs(20), 0), range(2)):
                 assert texts(written) == EXPECTED
         assert served.most_open <= 4
+
+
+def test_large_pictures_are_fewer_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests hold no more than a limit of bytes, whatever may be in flight; one above it goes alone."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), random.Random(0).randbytes(120_000)).save(file, "PNG")
+    body = 4 * len(file.getvalue()) // 3
+    asked = [Pair(f"k{i}", file.getvalue(), f"caption {i}") for i in range(20)]
+    for limit, least, most in ((4.5 * body, 3, 4), (body // 2, 1, 1), (100 * body, 5, 16)):
+        monkeypatch.setattr(module, "HELD_BYTES", int(limit))
+        with endpoint(lambda number, sent: ("slowly", (0.1, echo(number, sent)[1]))) as served:
+            with captioner(served.url, in_flight=16) as asking:
+                assert texts(asking.write(asked, 0)) == EXPECTED
+            assert least <= served.most_open <= most
+
+
+def test_a_picture_is_encoded_when_its_request_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are ready and not in flight none has a body yet; a request that comes again makes its own anew."""
+    built, answered, waiting = [], [], []
+    body_of = EndpointCaptioner._body
+
+    def body(self: EndpointCaptioner, *arguments: Any) -> bytes:
+        built.append(1)
+        return body_of(self, *arguments)
+
+    def decide(number: int, sent: dict) -> Deed:
+        time.sleep(0.05)
+        waiting.append(len(built) - len(answered))
+        answered.append(1)
+        return ("status", 500) if number == 3 else echo(number, sent)
+
+    monkeypatch.setattr(EndpointCaptioner, "_body", body)
+    with endpoint(decide) as served, captioner(served.url, in_flight=1) as asking:
+        assert texts(asking.write(pairs(20), 0)) == EXPECTED
+    assert waiting == [1] * 21

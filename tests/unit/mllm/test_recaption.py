@@ -111,6 +111,24 @@ def test_what_stands_where_the_output_needs_its_place(tmp_path: Path, captioner:
     }  # fmt: skip
 
 
+def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> None:
+    """How many were left out and why; where nothing is left, what to change in place of a command that would fail."""
+    made = pictures(6)
+    write_shard(tmp_path / "some.tar", [(made[i][0], {"txt": b"refuse" if i < 2 else b"web"}) for i in range(6)])
+    write_shard(tmp_path / "none.tar", [(picture, {"txt": b"refuse"}) for picture, _, _ in made])
+    expected = {
+        "some": ("4 of 6 pairs written, 1 →", "left out: refusal 2;", "Next:\n  python"),
+        "none": ("0 of 6 pairs written\n", "left out: refusal 6;", "there is nothing to train on"),
+    }
+    for name, said in expected.items():
+        shown = io.StringIO()
+        options = Options(f"{tmp_path / name}.tar", tmp_path / name, "known:0", Prompt("Describe it."))
+        recaption(options, Share(), 1, None, Console(emoji=False, file=shown))
+        for text in (*said, "1 shards, 6 of 6 captions, "):
+            assert text in shown.getvalue()
+        assert ("Next:" in shown.getvalue()) == (name == "some")
+
+
 def test_a_json_member_that_has_the_web_caption_is_left_as_it_is(tmp_path: Path, captioner: Known) -> None:
     text = b'{ "org_caption" :"w\\u0065b", "org_caption": "web 7" }  \n'
     write_shard(tmp_path / "a.tar", [(pictures(1)[0][0], {"json": text, "txt": b"Long."})])
