@@ -90,7 +90,10 @@ def check_python_script(path: Path, words: list[str]) -> None:
         return
     flags = parser.parse_args(words)  # SystemExit where a flag is unknown
     if path.name == "pretrain_clips.py":
-        assert config_from_flags(flags).samples > 0  # recipe, fields and --set are what the run would read
+        # Recipe, fields and --set are what the run would read; the tower that a size is given for is not here.
+        sized = flags.init_from is not None and any("image_size" in text for text in flags.set)
+        tower = {"width": 768, "layers": 12, "heads": 12, "image_size": 224, "patch_size": 14}
+        assert config_from_flags(flags, {"model.vision": tower} if sized else None).samples > 0
         assert flags.ds_config is None or (ROOT / flags.ds_config).is_file()
     if path.name == "compare_encoders.py":
         for name in flags.encoders.split(","):
