@@ -73,13 +73,13 @@ def demo() -> RunConfig:
         phases=(
             PhaseConfig(
                 name="60px",
-                samples=120_000,
+                samples=96_000,
                 batch_size=64,
                 lr=1.06e-3,
                 muon_lr=1.41e-2,
                 image_size=60,
                 warmup_samples=2_560,
-                schedule="trapezoid",
+                schedule="linear",
             ),
         ),
         train=TrainConfig(eval_every=20_000, checkpoint_every=20_000),

@@ -281,14 +281,15 @@ def ensure_llava_demo(
     align: int = 8_000,
     instruct: int = 4_000,
     text_only: int = 200,
-    per_kind: int = 200,
+    per_kind: int = len(CONCEPTS),
     seed: int = 0,
 ) -> Path:
     """Write the files named above into `directory` unless the same are there; returns the directory.
 
     Built as `ensure_built` does. `align` and `instruct` count pictures of the demo's training split (different ones),
-    `text_only` samples without one, `per_kind` test questions. Builds the demo scenes in `demo_dir` if there are none
-    of this version. Raises UserError when there are too few, or when the folder holds something else.
+    `text_only` samples without one, `per_kind` test questions: by default each name is the answer to one. Builds the
+    demo scenes in `demo_dir` if there are none of this version. Raises UserError when there are too few, or when the
+    folder holds something else.
     """
     demo_dir = Path(demo_dir)
     if not has_demo(demo_dir):  # as many scenes as there are count
