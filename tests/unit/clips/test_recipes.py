@@ -93,7 +93,7 @@ def test_the_demo_uses_muon_and_its_baseline_differs_in_the_objective_only() -> 
     demo, baseline = recipe("demo"), recipe("clip_baseline")
     assert demo.optim.kind == "muon"
     assert all(phase.muon_lr > 0 for phase in demo.phases)
-    assert demo.samples == baseline.samples == 120_000
+    assert demo.samples == baseline.samples == 96_000
     assert (baseline.task.objective, baseline.task.synthetic_share, baseline.model.captioner) == ("clip", 0.2, None)
     assert baseline.data == demo.data
     assert baseline.optim.kind == demo.optim.kind
