@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from clips.common.errors import run_command
+from clips.common.errors import UserError, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
+    if flags.sets and (flags.model_path or flags.shards != parser().get_default("shards")):
+        raise UserError("--shards and --model-path are of the demo study: leave them out where --sets names what there is")
     from clips.studies.caption_sets import compare_sets, encoders_seconds, parse_sets
 
     output, notes = Path(flags.output), []

@@ -37,7 +37,7 @@ LONGEST = 96
 CAPTIONER_RATE = 400
 """Samples per second of the captioner's training; like the next two on two idle cores, to tell the time beforehand."""
 MLLM_SECONDS = 0.25
-"""A caption of the quickstart's model: SmolLM2-135M, 64 image tokens, some 35 tokens written, a few of them twice."""
+"""A caption of the quickstart's model: SmolLM2-135M, 36 image tokens, some 35 tokens written, a few of them twice."""
 CLIPS_SECONDS = 0.02
 """A caption of the CLIPS captioner."""
 START_SECONDS = 20

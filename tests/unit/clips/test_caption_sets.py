@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_python
 
 from clips.common.errors import UserError
 from clips.config import Fields, NamedSet
@@ -159,6 +160,12 @@ def test_test_data_without_a_part_are_refused_before_anything_trains(tmp_path: P
     with pytest.raises(UserError, match=r"none\.tar"):
         compare_sets(sets, tmp_path / "out", test_data=[sets["a"], f"unseen={tmp_path}/none.tar"], **options)
     compare_sets(sets, tmp_path / "out", test_data=[str(test)], fields=["web=json:org_caption;alt"], **options)
+
+
+def test_flags_of_the_demo_study_are_refused_beside_given_sets() -> None:
+    done = run_python(ROOT / "scripts" / "compare_captions.py", "--sets", "a=a.tar,b=b.tar", "--shards", "2")
+    assert done.returncode == 2
+    assert "--shards and --model-path are of the demo study" in done.stderr
 
 
 def test_the_names_of_sets() -> None:
