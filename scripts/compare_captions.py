@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     if flags.sets and (flags.model_path or flags.shards != parser().get_default("shards")):
-        raise UserError("--shards and --model-path are of the demo study: leave them out where --sets names what there is")
+        raise UserError("--shards and --model-path are of the demo study: leave them out beside --sets")
     from clips.studies.caption_sets import compare_sets, encoders_seconds, parse_sets
 
     output, notes = Path(flags.output), []
