@@ -209,8 +209,8 @@ def test_another_batch_size_moves_the_rates_by_the_recipes_rule() -> None:
         ("--recipe b16 --data x.tar --batch-size 256 --set phases.*.lr=1e-4",
          "lr 0.0001 (the recipe's 0.001024 is for a batch of 32,768), cosine"),
         ("--batch-size 16", "lr 0.00053, Muon lr 0.00705 (the recipe's 0.00106 is for a batch of 64; scaled with the "
-         "square root of the batch), trapezoid"),
-        ("", "lr 0.00106, Muon lr 0.0141, trapezoid"),
+         "square root of the batch), linear"),
+        ("", "lr 0.00106, Muon lr 0.0141, linear"),
     ],
 )  # fmt: skip
 def test_the_plan_says_what_another_batch_size_did_to_the_rate(flags: str, line: str) -> None:
