@@ -25,7 +25,7 @@ def demo() -> RunConfig:
     )
     phase = replace(
         run.phases[0], name="64px", samples=80_000, batch_size=128, lr=1.5e-3, muon_lr=0.02, image_size=64,
-        warmup_samples=6_400,
+        warmup_samples=6_400, schedule="trapezoid",
     )  # fmt: skip
     return replace(run, model=model, optim=replace(run.optim, muon_momentum=0.95), phases=(phase,))
 
