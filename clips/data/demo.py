@@ -549,6 +549,12 @@ def has_demo(directory: str | Path) -> bool:
     return (built_as(Path(directory)) or {}).get("version") in (VERSION, BY_ONE)
 
 
+def ensure_any_demo(directory: str | Path) -> None:
+    """Build the demo data as `ensure_demo` does, unless there are any that `has_demo` counts."""
+    if not has_demo(directory):
+        ensure_demo(directory)
+
+
 def is_by_one(directory: str | Path) -> bool:
     """Whether the demo data in `directory` had to be drawn by one artist alone, and has no split `unseen`."""
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE

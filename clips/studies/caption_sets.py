@@ -30,8 +30,7 @@ from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.config import Fields, parse_fields, parse_test_data
-from clips.data.built import built_as
-from clips.data.demo import demo_split, ensure_demo
+from clips.data.demo import demo_split, ensure_any_demo
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_sets, open_split
@@ -100,8 +99,7 @@ def compare_sets(
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
     if test_data is None:
-        if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
-            ensure_demo(demo_dir)
+        ensure_any_demo(demo_dir)
         test_data = [demo_split(demo_dir, "test")]
         if (demo_dir / UNSEEN).is_dir():  # absent where the drawings of several artists could not be fetched
             test_data.append(f"{UNSEEN}={demo_split(demo_dir, UNSEEN)}")

@@ -34,9 +34,8 @@ from clips import (
     RawSample,
     built_as,
     demo_split,
+    ensure_any_demo,
     ensure_built,
-    ensure_demo,
-    has_demo,
     open_source,
 )
 from clips.common.errors import UserError
@@ -292,8 +291,7 @@ def ensure_llava_demo(
     folder holds something else.
     """
     demo_dir = Path(demo_dir)
-    if not has_demo(demo_dir):  # as many scenes as there are count
-        ensure_demo(demo_dir)
+    ensure_any_demo(demo_dir)
     wanted = {"version": VERSION, "scenes": built_as(demo_dir), "seed": seed}
     wanted |= {"align": align, "instruct": instruct, "text_only": text_only, "per_kind": per_kind}
     write = partial(_write_all, demo_dir=demo_dir, wanted=wanted)

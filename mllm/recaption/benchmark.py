@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from clips import Fields, built_as, decode_image, demo_split, ensure_demo, open_source
+from clips import Fields, decode_image, demo_split, ensure_any_demo, open_source
 from clips.common.errors import UserError
 from clips.common.timing import busy_seconds
 from mllm.model.load import newest_model
@@ -142,8 +142,7 @@ def benchmark_endpoint(addresses: str, *, in_flight: int, calls: int) -> dict[st
 
 def demo_pairs(count: int) -> list[Pair]:
     """The first training pairs of the demo; UserError where there are fewer."""
-    if built_as(DEMO) is None:  # whatever scenes are there count, of other sizes too
-        ensure_demo(DEMO)
+    ensure_any_demo(DEMO)
     source = open_source(demo_split(DEMO, "train"), Fields(), need_long=False)
     if count > len(source):
         raise UserError(f"the demo has {len(source):,} pairs, and {count:,} are asked for: fewer --repeats")

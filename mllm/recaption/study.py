@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clips import Fields, built_as, demo_split, ensure_demo, open_source
+from clips import Fields, demo_split, ensure_any_demo, open_source
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.jobs import Commands
@@ -110,8 +110,7 @@ def plan_study(
     there is no model, or where the demo has no more shards.
     """
     model = model_path or str(newest_model())
-    if built_as(demo_dir) is None:  # whatever scenes are there count, of other sizes too
-        ensure_demo(demo_dir)
+    ensure_any_demo(demo_dir)
     files = sorted(Path(demo_split(demo_dir, "train")).glob("*.tar"))
     if not 0 < shards < len(files):
         raise UserError(
