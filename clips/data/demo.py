@@ -18,9 +18,9 @@ import os
 import random
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,7 @@ from clips.common.rundir import UNSEEN
 from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets, packages
 from clips.data.built import built_as, ensure_built
 
-VERSION = 4
+VERSION = 5
 """Raise it when scenes, texts or files change: older folders are then built anew."""
 BY_ONE = f"{VERSION}, by one artist"
 """The version of a folder for which the drawings of the others could not be fetched."""
@@ -176,6 +176,11 @@ WEB_TEMPLATES = (
     "one {} in the {place} of the image",
 )
 WRONG_WEB_SHARE = 0.2
+MISSEEN_SHARE = 0.1
+"""How often `misseen` is wrong about a fact: half of such captions err somewhere. Captioning models of photographs name
+things that are not there in a third of their captions (POPE, arXiv 2305.10355), counts and places not asked."""
+WITH_ERRORS = "caption_with_errors"
+"""The field of a training sample's JSON member with the long caption of the misseen scene."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +391,36 @@ def describe(scene: Scene, rng: random.Random) -> Description:
     return Description(web, wrong, [_capital(s) for s in sentences], _capital(caption))
 
 
+def misseen(scene: Scene, rng: random.Random) -> Scene:
+    """What a captioner that errs takes a scene for: of each thing the name, the place and the size, further the number
+    of things and the background are each wrong in `MISSEEN_SHARE` of the cases. Only its words are of use."""
+
+    def wrong() -> bool:
+        return rng.random() < MISSEEN_SHARE
+
+    def other(taken: Iterable[str], among: Iterable[str]) -> str | None:
+        left = sorted(set(among) - set(taken))
+        return rng.choice(left) if left else None
+
+    things = list(scene.things)
+    if wrong():
+        if len(things) > 1 and rng.random() < 0.5:
+            things.remove(rng.choice(things))
+        elif place := other((thing.place for thing in things), PLACES):
+            concept = other((thing.concept for thing in things), CONCEPTS)
+            assert concept is not None
+            things.append(replace(rng.choice(things), concept=concept, place=place))
+    for i, thing in enumerate(things):
+        if wrong() and (concept := other((t.concept for t in things), CONCEPTS)):
+            things[i] = replace(things[i], concept=concept)
+        if wrong() and (place := other((t.place for t in things), PLACES)):
+            things[i] = replace(things[i], place=place)
+        if wrong() and (size := other([thing.size], THING_SIZES)):
+            things[i] = replace(things[i], size=size)
+    background = other([scene.background], BACKGROUNDS) if wrong() else None
+    return replace(scene, things=tuple(things), background=background or scene.background)
+
+
 def _single_out(thing: Thing, rng: random.Random) -> str:
     return rng.choice(
         (
@@ -495,9 +530,13 @@ def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str],
         for number in numbers:
             scene, description = split_scene(split, number, seed, image_size)
             hands = draw_hands(scene, artists, random.Random(f"{seed}/{split}/{number}/hands"))
+            record = truth(scene, description, hands)
+            if split == "train":
+                rng = random.Random(f"{seed}/{split}/{number}/errors")
+                record[WITH_ERRORS] = " ".join(describe(misseen(scene, rng), rng).sentences)
             members = {
                 "png": render(scene, hands),
-                "json": json.dumps(truth(scene, description, hands)).encode(),
+                "json": json.dumps(record).encode(),
                 "txt": " ".join(description.sentences).encode(),
             }
             for extension, data in members.items():
@@ -611,7 +650,9 @@ def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Se
     (directory / "README.md").write_text(
         f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `png` (the picture, {wanted['image_size']} pixels), `txt` "
         "(the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "
-        "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing.\n\n"
+        "`sentences`, `captions`: the truth). `label` is there when the scene holds one thing. In train "
+        f"`{WITH_ERRORS}` is a long caption that is wrong about each fact in {MISSEEN_SHARE:.0%} of the cases; "
+        f"pretraining reads it with `--fields 'long=json:{WITH_ERRORS};txt'`.\n\n"
         "In val, test and unseen every second scene holds a single thing, all concepts in turn. What is held out: the "
         "set of things and places, and for a single thing the background too; none of them occurs in "
         "another split, but for test and unseen, which are the same scenes by other hands.\n\n"

@@ -22,7 +22,7 @@ from clips.common.files import write_atomically
 from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
 from clips.common.rundir import UNSEEN, deciding_name
-from clips.studies.claims import CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
+from clips.studies.claims import CAPTIONS, CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
 from clips.studies.welch import show_difference
 
 TITLE = "The claims of CLIPS, in small"
@@ -167,11 +167,12 @@ def _controls(result: Mapping[str, Any]) -> list[Block]:
         "expected to look like one."
     )
     limits = (
-        "the scenes are drawings with exact, generated captions and the models are tiny, so a claim that does "
-        "not hold here may hold at the paper's scale, and the other way round. Learning rates are those of the recipes "
-        "(demo, and clip_baseline for one text per image), each searched for the recipe itself and not for every "
-        "variant. Equal samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead "
-        "of the demo's, so that the full captions fit."
+        "the scenes are drawings with generated captions, which for training are wrong about a tenth of the facts "
+        "unless data.fields.long says otherwise, and the models are tiny, so a claim that does not hold here may hold "
+        "at the paper's scale, and the other way round. Learning rates are those of the recipes (demo, and "
+        "clip_baseline for one text per image), each searched for the recipe itself and not for every variant. Equal "
+        "samples are not equal time. All text towers read up to 80 tokens, the paper's length, instead of the demo's, "
+        "so that the full captions fit."
     )
     return [Paragraph(equal), Paragraph(limits, "Limits")]
 
@@ -270,7 +271,7 @@ def how_it_ran(result: Mapping[str, Any]) -> list[Block]:
     described = ", ".join(f"{name} {value}" for name, value in (environment | packages).items())
     blocks: list[Block] = [Paragraph(f"{result['command']} ({took}; finished runs are not run again)", "Command")]
     if rows:
-        blocks.append(Paragraph(f"Variants, all with {CONTEXT}:"))
+        blocks.append(Paragraph(f"Variants, all with {CONTEXT} and, where --set does not say otherwise, {CAPTIONS}:"))
         blocks.append(Table(("variant", "recipe", "settings", "runs"), rows, _cell_class))
     blocks.append(Paragraph(described, "Environment"))
     return [*blocks, Paragraph("The JSON file beside this holds each run's whole configuration, seed and command.")]

@@ -33,6 +33,7 @@ from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import PROTOCOLS, open_test_set
 from clips.studies.claims import (
+    CAPTIONS,
     CLAIMS,
     CONTEXT,
     DECIDING,
@@ -123,7 +124,7 @@ def variant_run(
 ) -> PretrainingRun:
     """One run of variant `name`; `settings` are everybody's, the variant's own come last. Runs are called `label`."""
     variant = VARIANTS[name]
-    own = (*settings, CONTEXT, *variant.settings)
+    own = (CAPTIONS, *settings, CONTEXT, *variant.settings)
     return PretrainingRun(variant.recipe, f"{label or name}-seed{seed}", samples, seed, own)
 
 
@@ -132,7 +133,7 @@ def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str
     used = {
         name: ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants) for name in runs_of
     }
-    title = f"claims {', '.join(claims)}: runs in {output}"
+    title = f"claims {', '.join(claims)}: runs in {output}, all with {CAPTIONS}"
     return plan_table(title, runs_of, VARIANTS, output, jobs, claims=used)
 
 

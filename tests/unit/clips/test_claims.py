@@ -21,7 +21,7 @@ from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.escape import one_line, visible
 from clips.config import DataConfig, Fields, RunConfig
 from clips.config import difference as differing_fields
-from clips.data.demo import split_scene
+from clips.data.demo import WITH_ERRORS, split_scene
 from clips.data.tokenizer import build_tokenizer
 from clips.recipes import recipe
 from clips.studies.claims import (
@@ -101,7 +101,8 @@ def test_the_order_of_the_data_is_everybodys() -> None:
     """It depends on the seed and the shards alone, and these are equal."""
     for name in VARIANTS:
         config = variant_run(name, 1, 48_000).config()
-        assert (config.train.seed, config.data) == (1, recipe("demo").data)
+        assert (config.train.seed, config.data) == (1, variant_run("web", 1, 48_000).config().data)
+        assert replace(config.data, fields=Fields()) == recipe("demo").data
         assert [phase.batch_size for phase in config.phases] == [recipe("demo").phases[0].batch_size]
 
 
@@ -115,6 +116,9 @@ def test_settings_for_all_do_not_undo_what_a_claim_is_about() -> None:
     config = variant_run("sentence", 0, 48_000, settings).config()
     assert (config.captions.strategy, config.model.text.context_length) == ("sentence", 80)
     assert config.optim.weight_decay == 0.3
+    assert config.data.fields.long == f"json:{WITH_ERRORS};txt"
+    own = variant_run("sentence", 0, 48_000, ["data.fields.long=json:other"]).config()
+    assert own.data.fields.long == "json:other"
 
 
 def test_the_masks_keep_as_many_tokens_as_a_sentence_has() -> None:

@@ -26,14 +26,17 @@ from clips.data.demo import (
     BACKGROUNDS,
     CONCEPTS,
     HANDS,
+    MISSEEN_SHARE,
     NUMBERS,
     PLACES,
     PROMPTS,
+    WITH_ERRORS,
     demo_split,
     describe,
     draw_scene,
     ensure_demo,
     is_by_one,
+    misseen,
     render,
     split_of,
     split_scene,
@@ -70,6 +73,7 @@ def test_what_is_written(built: Path) -> None:
             assert split_sentences(sample.long) == description.sentences == sample.extra["sentences"]
             assert [thing["concept"] for thing in sample.extra["objects"]] == [t.concept for t in scene.things]
             assert {thing["artist"] for thing in sample.extra["objects"]} <= set(artists[split])
+            assert (WITH_ERRORS in sample.extra) == (split == "train")
             assert sample.extra.get("label") == (scene.things[0].concept if len(scene.things) == 1 else None)
     classes = json.loads((built / "concepts.json").read_text())
     assert classes["classes"] == list(CONCEPTS)
@@ -77,6 +81,18 @@ def test_what_is_written(built: Path) -> None:
     attribution = (built / "ATTRIBUTION.md").read_text()
     assert "CC BY-SA 4.0" in attribution
     assert "OpenMoji" in attribution
+
+
+def test_captions_with_errors_are_read_in_training_and_not_in_tests(built: Path) -> None:
+    fields = Fields(long=f"json:{WITH_ERRORS};{Fields().long}")
+    exact, erring = (open_source(demo_split(built, "train"), named, need_long=True) for named in (Fields(), fields))
+    differ = [exact.read(i).long != erring.read(i).long for i in range(SIZES["train"])]
+    assert any(differ)
+    for i in range(SIZES["train"]):
+        assert erring.read(i).long == erring.read(i).extra[WITH_ERRORS]
+    for split in ("val", "test"):
+        held_out = open_source(demo_split(built, split), fields, need_long=True)
+        assert all(held_out.read(i).long == " ".join(held_out.read(i).extra["sentences"]) for i in range(SIZES[split]))
 
 
 def test_the_same_seed_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
@@ -313,6 +329,26 @@ def test_captions_tell_the_truth() -> None:
         assert description.web_is_wrong == (not named(description.web) & concepts)
         wrong += description.web_is_wrong
     assert wrong / 1500 == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_misseen_scene_is_wrong_about_a_share_of_each_kind_of_fact() -> None:
+    wrong: dict[str, list[bool]] = {kind: [] for kind in ("concept", "place", "size", "background", "number")}
+    rng = random.Random(0)
+    for number in range(3_000):
+        scene = split_scene("train", number, 0)[0]
+        seen = misseen(scene, rng)
+        assert 1 <= len(seen.things) <= 5
+        for kind in ("concept", "place"):
+            assert len({getattr(thing, kind) for thing in seen.things}) == len(seen.things)
+        wrong["background"].append(seen.background != scene.background)
+        wrong["number"].append(len(seen.things) != len(scene.things))
+        if not wrong["number"][-1]:
+            for kind in ("concept", "place", "size"):
+                pairs = zip(seen.things, scene.things, strict=True)
+                wrong[kind] += [getattr(a, kind) != getattr(b, kind) for a, b in pairs]
+    for kind, found in wrong.items():
+        # Five standard errors of a share of 0.1.
+        assert abs(np.mean(found) - MISSEEN_SHARE) < 5 * 0.3 / len(found) ** 0.5, kind
 
 
 def test_the_whole_sentence_pairs_things_with_their_places() -> None:
