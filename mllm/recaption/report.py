@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from clips import Fields, RawSample, decode_image, open_source
+from clips.common.errors import BrokenDataError
 from clips.common.escape import clip, for_rich
 from clips.common.files import placing
 from clips.common.page import data_uri, render
@@ -40,15 +41,19 @@ NAMES = {
 
 
 NOTHING = (
-    "there is nothing to train on. The page shows what was written: --prompt, --max-new-tokens and another --captioner "
-    "change that, --words, --script and --on-bad what is let through; in another --out, for this one is done"
+    "no pair was written, so there is nothing to train on. The page shows what the captioner wrote: --prompt, "
+    "--max-new-tokens and another --captioner change that, --words, --script and --on-bad what is let through; in "
+    "another --out, for this one is done"
 )
 
 
 def write_report(
     options: Options, folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]], console: Console
 ) -> None:
-    """`names`, `manifests`: of all shards. The page is the same whoever writes it."""
+    """`names`, `manifests`: of all shards. The page is the same whoever writes it.
+
+    Raises BrokenDataError, once the page stands, where not one pair was written: a training would find nothing.
+    """
     total, first, final = Counter[str](), Counter[str](), Counter[str]()
     words = {"web": Counter[str](), "long": Counter[str]()}
     for manifest in manifests:
@@ -92,9 +97,12 @@ def write_report(
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in final.most_common())
         said.append(f"left out: {reasons}; {folder.root / 'rejected'} lists them")
     said.append(f"wrote {folder.report}")
-    said += ["Next:", f"  {command}"] if total["written"] else [NOTHING]
+    if total["written"]:
+        said += ["Next:", f"  {command}"]
     for line in said:
         console.print(for_rich(line), highlight=False, soft_wrap=True)
+    if not total["written"]:
+        raise BrokenDataError(NOTHING)
 
 
 def training_command(folder: Folder) -> str:

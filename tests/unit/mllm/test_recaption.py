@@ -9,6 +9,7 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,15 @@ def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> Non
     write_shard(tmp_path / "none.tar", [(picture, {"txt": b"refuse"}) for picture, _, _ in made])
     expected = {
         "some": ("4 of 6 pairs written, 1 →", "left out: refusal 2;", "Next:\n  python"),
-        "none": ("0 of 6 pairs written\n", "left out: refusal 6;", "there is nothing to train on"),
+        "none": ("0 of 6 pairs written\n", "left out: refusal 6;"),
     }
     for name, said in expected.items():
         shown = io.StringIO()
         options = Options(f"{tmp_path / name}.tar", tmp_path / name, "known:0", Prompt("Describe it."))
-        recaption(options, Share(), 1, None, Console(emoji=False, file=shown))
+        ends = pytest.raises(BrokenDataError, match="no pair was written") if name == "none" else nullcontext()
+        with ends:
+            recaption(options, Share(), 1, None, Console(emoji=False, file=shown))
+        assert (tmp_path / name / "report/index.html").exists()
         for text in (*said, "1 shards, 6 of 6 captions, "):
             assert text in shown.getvalue()
         assert ("Next:" in shown.getvalue()) == (name == "some")
