@@ -157,6 +157,11 @@ def not_shown(report: Report) -> list[str]:
             "The demo's pictures are drawings on painted grounds. These figures show that the path works and that the "
             "measurement tells encoders apart; they are no evidence about photographs."
         )
+        if UNSEEN not in settings["columns"]:
+            points.append(
+                "The test of unseen artists is missing: the drawings of several could not be fetched. Every drawing "
+                "asked about was trained on: encoders may be told apart by what they remember, not by what they see."
+            )
         points.append(
             "The stages' rates and the start of the projector were tuned on the demo with a CLIPS encoder: what suits "
             "another one better was not looked for."

@@ -700,6 +700,12 @@ def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: C
     assert summary["clips"]["accuracy"]["mean"] == 0
 
 
+def test_a_demo_by_one_artist_says_what_it_does_not_measure(report: dict) -> None:
+    for columns in (["seen"], ["unseen", "seen"]):
+        text = markdown(report | {"settings": report["settings"] | {"is_demo": True, "columns": columns}})
+        assert ("test of unseen artists is missing" in text) == (columns == ["seen"])
+
+
 def test_the_report_says_where_the_spread_comes_from_and_what_is_needed(report: dict, finished: Comparison) -> None:
     (row,) = [r for r in report["differences"] if (r["a"], r["b"], r["metric"]) == ("clips", "clip", "accuracy")]
     assert list(row["variance"]) == ["LLaVA seed", "picture", "question", "single answers"]
