@@ -37,7 +37,7 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.escape import for_markdown
 from clips.common.files import read_json, write_json
-from clips.common.rundir import checkpoints, read_metrics
+from clips.common.rundir import UNSEEN, checkpoints, read_metrics
 from clips.common.runtime import choose_device
 from clips.config import RunConfig
 from clips.data.demo import VERSION
@@ -211,7 +211,8 @@ def reached(run: Path, evals: Sequence[Mapping[str, Any]], test: Mapping[str, fl
     """What it took until the target was reached, and what the run ended with.
 
     `evals`: a line for each validation with its `step`, `samples` and figures, in order; `test`: the figures at the
-    end on the test split. The COSTS are None where no validation reaches the target.
+    end on the test split, and on artists never trained on (`UNSEEN`) where it has them. The COSTS are None where no
+    validation reaches the target.
     """
     steps, validations = read_metrics(run, "train"), read_metrics(run, "eval")
     first = next((line for line in evals if target.score(line) >= target.threshold), None)
@@ -229,6 +230,7 @@ def reached(run: Path, evals: Sequence[Mapping[str, Any]], test: Mapping[str, fl
         "last": {name: evals[-1][name] for name in target.figures},
         "distance": max(0.0, target.threshold - target.score(evals[-1])),
         "test": {name: test.get(name) for name in target.figures},
+        UNSEEN: {name: test.get(f"{UNSEEN}/{name}") for name in target.figures},
     }
 
 
@@ -318,6 +320,7 @@ def table_rows(found: Mapping[str, Any]) -> list[Row]:
             "processor_s": spread(variant["cpu_seconds"]),
             "validating_s": spread(variant["validation_seconds"]),
             "last_validation": means(variant, "last"),
+            UNSEEN: means(variant, UNSEEN),
             "test": means(variant, "test"),
         })  # fmt: skip
     return rows
@@ -340,7 +343,10 @@ def means(variant: Mapping[str, Any], when: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard
-COLUMNS = ("date", "change", "commit", "machine", "target", "samples", "seconds", "processor s", "test")
+COLUMNS = (
+    *("date", "change", "commit", "machine", "target", "samples", "seconds", "processor s"),
+    *("unseen artist", "test"),
+)
 """Of the table in docs/leaderboard.md."""
 
 
@@ -367,6 +373,7 @@ def leaderboard(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             "samples": spread(variant["samples"]),
             "seconds": spread(variant["seconds"]),
             "processor s": spread(variant["cpu_seconds"]),
+            "unseen artist": means(variant, UNSEEN),
             "test": means(variant, "test"),
         }
         rows.append(f"| {' | '.join(cells[column] for column in COLUMNS)} |")

@@ -22,6 +22,7 @@ NAMES = ["tiny", "tiny, mean of 2"]
 def test_cells_are_measured_once_and_read_for_any_target(tmp_path: Path) -> None:
     data = ensure_demo(tmp_path / "data", sizes={"train": 300, "val": 40, "test": 40})
     settings = [f"data.{split}={data / split}" for split in ("train", "val", "test")]
+    settings.append(f'data.further_tests=[{{"name": "unseen", "data": "{data / "val"}"}}]')
     settings += ["data.workers=0", "phases.*.batch_size=16", "phases.0.samples=64", "phases.0.schedule=linear"]
     flags = ["to-quality", "--variant", "tiny", "demo", *settings, "--seeds", "2", "--every", "32", "--average", "2"]
     flags += ["--figures", "part_t2i_r1", "--output", tmp_path / "runs"]
@@ -39,7 +40,8 @@ def test_cells_are_measured_once_and_read_for_any_target(tmp_path: Path) -> None
     assert 0 < weights["cpu_seconds"]["median"] < means["cpu_seconds"]["median"]
     assert weights["validation_seconds"]["median"] > 0
     assert [run["samples_of_the_run"] for run in weights["runs"]] == [64, 64]
-    assert all(run["test"]["part_t2i_r1"] is not None for run in weights["runs"] + means["runs"])
+    for tested in ("test", "unseen"):
+        assert all(run[tested]["part_t2i_r1"] is not None for run in weights["runs"] + means["runs"])
 
     run = tmp_path / "runs" / f"tiny-x{weights['rates']:g}-seed1-kept"
     assert [line["samples"] for line in read_metrics(run, "eval")] == [32, 64]

@@ -65,13 +65,15 @@ def write_run(run: Path, figures: list[tuple[float, float]]) -> list[dict[str, A
 def test_the_first_validation_at_which_all_figures_are_there(tmp_path: Path) -> None:
     """Also where a later one falls below again: the end stands beside it."""
     evals = write_run(tmp_path / "run", [(10, 10), (96, 94.9), (95, 95), (99, 90), (97, 96)])
-    found = reached(tmp_path / "run", evals, {BOTH[0]: 93.0, BOTH[1]: 91.0, "zero_shot_top1": 1.0}, TARGET)
+    test = {BOTH[0]: 93.0, BOTH[1]: 91.0, f"unseen/{BOTH[0]}": 71.0, "zero_shot_top1": 1.0}
+    found = reached(tmp_path / "run", evals, test, TARGET)
     assert (found["samples"], found["samples_of_the_run"]) == (48, 80)
     assert found["seconds"] == 4 * 1.0 + 2 * 3.0
     assert found["cpu_seconds"] == found["seconds"] / 2
     assert found["validation_seconds"] == 3 * 7.0
     assert found["last"] == {BOTH[0]: 97, BOTH[1]: 96}
     assert found["test"] == {BOTH[0]: 93.0, BOTH[1]: 91.0}
+    assert found["unseen"] == {BOTH[0]: 71.0, BOTH[1]: None}
     assert found["distance"] == 0
 
 
@@ -179,6 +181,7 @@ def record(samples: int | None, distance: float = 0.0) -> dict[str, Any]:
         "samples": samples, "seconds": cost(0.01), "cpu_seconds": cost(0.008), "validation_seconds": cost(0.001),
         "samples_of_the_run": 80_000, "distance": distance, "seed": 0, "machine": "cpu × 1, bf16", "data": "demo 2",
         "last": dict.fromkeys(BOTH, 95.0 - distance), "test": {BOTH[0]: 96.0, BOTH[1]: 95.5},
+        "unseen": {BOTH[0]: 76.0, BOTH[1]: 75.5},
     }  # fmt: skip
 
 
@@ -237,9 +240,10 @@ def check_row(line: str) -> datetime.date:
         assert median > 0
         assert not ends or ends[0] <= median <= ends[1]
     figures = cells["target"].rpartition(":")[2].split(",")
-    tested = [float(number) for number in cells["test"].split(" / ")]
-    assert len(tested) == len(figures)
-    assert all(0 <= number <= 100 and math.isfinite(number) for number in tested)
+    for column in ("unseen artist", "test"):
+        tested = [float(number) for number in cells[column].split(" / ")]
+        assert len(tested) == len(figures)
+        assert all(0 <= number <= 100 and math.isfinite(number) for number in tested)
     return datetime.date.fromisoformat(cells["date"])
 
 
