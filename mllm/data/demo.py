@@ -2,7 +2,7 @@
 
     images/           the scenes, 64 px PNG: train-NNNNNN.png, test-NNNNNN.png, unseen-NNNNNN.png
     align.json        image and short caption, for `plain`
-    instruct.json     short captions, conversations of about four questions, some descriptions, some text-only samples
+    instruct.json     short captions, conversations of about five questions, some descriptions, some text-only samples
     question.jsonl    held-out questions in LLaVA's format, with `kind` and `answer`
     question_unseen.jsonl  the same questions about the same scenes, drawn by an artist that no training shows
     description.jsonl held-out pictures to describe, with `references`
@@ -42,7 +42,7 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 3
+VERSION = 4
 """Raise it when texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "align.json",
@@ -52,9 +52,9 @@ ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
     "description.jsonl",
     "images",
 )
-CAPTION_SHARE = 0.4
+CAPTION_SHARE = 0.25
 """Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
-TURNS = (4, 6)
+TURNS = (5, 7)
 """Questions of one conversation: between these."""
 DESCRIBED_SHARE = 0.15
 """Share of the conversations that end with a long description."""
@@ -191,7 +191,7 @@ def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
-    """A short caption, or different questions of all kinds, names and yes/no most often, in random order.
+    """A short caption, or different questions of all kinds, places and yes/no most often, in random order.
 
     What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
     for by its place and by its name in one conversation.
@@ -199,7 +199,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     if rng.random() < CAPTION_SHARE:
         return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
     asked: dict[str, str] = {}
-    kinds = [*KINDS, "identity", "yes_no"]
+    kinds = [*KINDS, "where", "yes_no"]
     rng.shuffle(kinds)
     things = rng.sample(scene.things, len(scene.things))
     for kind in kinds[: rng.randint(*TURNS)]:

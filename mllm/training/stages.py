@@ -78,7 +78,7 @@ STAGES = {
             "mm_projector_lr": 1e-4,  # at 1e-3 it unlearns its start before the adapters can use it
             "batch_size": 8,
             "per_device_train_batch_size": 8,
-            "max_steps": 200,
+            "max_steps": 240,
             "lora_enable": True,
             "lora_r": 32,
             "lora_alpha": 64,

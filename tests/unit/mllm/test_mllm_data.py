@@ -393,8 +393,8 @@ def test_demo_loads_as_any_llava_data(demo, encoder):
         64,
     )
     turns = [len(r.turns) // 2 for r in instruct.records if r.images]
-    assert 0.25 < np.mean(np.array(turns) == 1) < 0.55, "short captions stand alone"
-    assert 3 <= np.mean([n for n in turns if n > 1]) <= 5.5
+    assert 0.12 < np.mean(np.array(turns) == 1) < 0.4, "short captions stand alone"
+    assert 4 <= np.mean([n for n in turns if n > 1]) <= 6
 
 
 def test_demo_is_deterministic_and_kept(demo, tmp_path):
