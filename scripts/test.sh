@@ -18,4 +18,4 @@ ruff format --check .
 mypy
 # Two processes, a file to each: the machine of the checks has two cores. In the order of the folders, so that the long
 # files (dist, e2e) come first and both processes end together.
-exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"
