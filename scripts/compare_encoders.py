@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget",
         type=float,
-        help="share of each stage's samples that a cell trains (default: 0.75 on the demo, --quick: 0.15, else 1)",
+        help="share of each stage's samples that a cell trains (default: 0.3 on the demo, --quick: 0.1, else 1)",
     )
     p.add_argument("--dry-run", action="store_true", help="print the plan and the estimated time, run nothing")
     p.add_argument("--train-flags", default="", help="further flags of train_llava.sh for every cell, in one string")
@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--limit",
         type=int,
-        help="only so many questions of each file, drawn evenly over kinds and answers (--quick: 400)",
+        help="only so many questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's, "
+        "--quick: 200, else all)",
     )
     p.add_argument("--benchmarks", default="", help="tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme")
     p.add_argument("--include-path", help="folder with further tasks of lmms-eval, in its YAML format")

@@ -9,7 +9,7 @@ from pathlib import Path
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
-from mllm.compare.comparison import Comparison, budget_share, question_limit
+from mllm.compare.comparison import QUICK_PRETRAINING, Comparison, budget_share, question_limit
 from mllm.data.records import read_json_records
 from mllm.training.arguments import ResolvedArguments, TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of
@@ -74,12 +74,19 @@ def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
 def pretrain_command(comparison: Comparison, encoder: PretrainedEncoder) -> list[str]:
     command = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), "--recipe", RECIPES[encoder.kind]]
     command += ["--name", encoder.name, "--output-dir", str(encoder.directory.parent), "--seed", str(encoder.seed)]
-    return [*command, "--device", comparison.device, *comparison.pretrain_flags]
+    command += ["--device", comparison.device]
+    if comparison.quick:
+        command += ["--samples", str(round(QUICK_PRETRAINING * _config_of(command).samples))]
+    return [*command, *comparison.pretrain_flags]
 
 
 def pretrain_config(comparison: Comparison, encoder: PretrainedEncoder) -> RunConfig:
     """What `pretrain_command` makes of its flags; raises UserError for what it would refuse."""
-    _, _, *flags = pretrain_command(comparison, encoder)
+    return _config_of(pretrain_command(comparison, encoder))
+
+
+def _config_of(command: list[str]) -> RunConfig:
+    _, _, *flags = command
     return config_from_flags(pretraining_parser().parse_args(flags))
 
 

@@ -17,12 +17,14 @@ from typing import Any
 from clips.common.files import sha256
 from mllm.training.stages import STAGES
 
-DEMO_SHARE, QUICK_SHARE = 0.75, 0.15
+DEMO_SHARE, QUICK_SHARE = 0.3, 0.1
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
+QUICK_PRETRAINING = 0.5
+"""Share of the samples that the encoders which are pretrained here see with --quick."""
 SEEDS, QUICK_LLAVA_SEEDS = 5, 3
 """Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
-QUICK_LIMIT = 400
-"""Questions of each file with --quick, where --limit does not say."""
+DEMO_LIMIT, QUICK_LIMIT = 400, 200
+"""Questions of each file, where --limit does not say: the demo's, and with --quick. Of other files all."""
 DRAWN = "evenly over kinds and answers"
 """How a limit leaves questions; cells whose questions were chosen otherwise are asked again."""
 
@@ -121,7 +123,8 @@ def budget_share(comparison: Comparison) -> float:
 
 def question_limit(comparison: Comparison) -> int | None:
     """Questions of each file that every cell is asked; None: all."""
-    return comparison.limit or (QUICK_LIMIT if comparison.quick else None)
+    own = comparison.question_file is not None or not is_demo(comparison)
+    return comparison.limit or (QUICK_LIMIT if comparison.quick else None if own else DEMO_LIMIT)
 
 
 def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:

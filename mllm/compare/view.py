@@ -23,10 +23,12 @@ from mllm.data.records import read_json_records
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.stages import STAGES
 
-ASSUMED = {"align": 8.0, "instruct": 4.3, "evaluation": 16.0}
+ASSUMED = {"align": 4.2, "instruct": 1.45, "evaluation": 6.3}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
-ASSUMED_PRETRAINING_S = 200.0
-"""Seconds of one core for one pretraining run of the demo."""
+ASSUMED_PRETRAINING = {"clips": 140.0, "clip": 260.0, "caption": 220.0, "caption+web": 160.0}
+"""Samples per second of one core in pretraining on the demo."""
+ASSUMED_OVERHEAD_S = 45.0
+"""Of one core for each cell and each encoder: starts of processes, features of the pictures, evaluation, exports."""
 NUMBERS = {stage.name: number for number, stage in STAGES.items()}
 WAITS, PRETRAINING, DONE = "waits", "pretraining", "done"
 
@@ -114,7 +116,7 @@ def seconds_of_cell(comparison: Comparison) -> tuple[float, str]:
     measured = [sum(costs.values()) for costs in finished if costs]
     if measured:
         return sum(measured) / len(measured), f"the mean of {len(measured)} finished cells"
-    seconds = 0.0
+    seconds = ASSUMED_OVERHEAD_S
     for number, stage in STAGES.items():
         seconds += stage_samples(comparison, cells[0], number) / ASSUMED[stage.name]
     if asks_questions(comparison):
@@ -125,6 +127,11 @@ def seconds_of_cell(comparison: Comparison) -> tuple[float, str]:
     return seconds, f"an assumption for one core, no cell is finished yet ({rates})"
 
 
+def seconds_of_pretraining(comparison: Comparison, encoder: PretrainedEncoder) -> float:
+    """Estimated seconds of one core."""
+    return ASSUMED_OVERHEAD_S + pretrain_config(comparison, encoder).samples / ASSUMED_PRETRAINING[encoder.kind]
+
+
 def print_overview(comparison: Comparison, console: Console) -> None:
     """Encoders to pretrain, the cells, the samples of each stage, and how long it will take."""
     cells, share = cells_of(comparison), budget_share(comparison)
@@ -132,7 +139,7 @@ def print_overview(comparison: Comparison, console: Console) -> None:
     todo = [cell for cell in cells if not is_done(comparison, cell)]
     each, source = seconds_of_cell(comparison)
     total = math.ceil(len(todo) / comparison.jobs) * each
-    total += math.ceil(len(encoders) / comparison.jobs) * ASSUMED_PRETRAINING_S
+    total += sum(seconds_of_pretraining(comparison, encoder) for encoder in encoders) / comparison.jobs
     budget = ", ".join(f"{s.name} {stage_samples(comparison, cells[0], n):,} samples" for n, s in STAGES.items())
     console.print(StateTable(comparison, console))
     facts = {

@@ -47,7 +47,13 @@ from mllm.compare.cells import (
 )
 from mllm.compare.checks import assert_same_samples, check_cells, check_inputs, check_request, load_encoders
 from mllm.compare.commands import pretrain_config, stage_samples, train_arguments
-from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings
+from mllm.compare.comparison import (
+    Comparison,
+    budget_share,
+    comparison_from_flags,
+    evaluation_settings,
+    question_limit,
+)
 from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.fix import fix
 from mllm.compare.report import markdown, sentence, write_report
@@ -235,14 +241,22 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     assert stage_samples(quick, cell, 1) == 2
     assert stage_samples(dataclasses.replace(quick, budget=0.5), cell, 1) == 6
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (train_arguments(steps, cell, 2).max_steps, train_arguments(steps, cell, 1).max_steps) == (6, -1)
-    assert stage_samples(steps, cell, 2) == 24
+    assert (train_arguments(steps, cell, 2).max_steps, train_arguments(steps, cell, 1).max_steps) == (4, -1)
+    assert stage_samples(steps, cell, 2) == 16
     asked = [comparison_from_flags(script_parser("compare_encoders").parse_args(w)) for w in ([], ["--quick"])]
     assert [(comparison.seeds, llava_runs(comparison)) for comparison in asked] == [(5, 6), (1, 3)]
     given = dataclasses.replace(quick, limit=7)
-    assert [evaluation_settings(asked)["limit"] for asked in (full, quick, given)] == [None, 400, 7]
-    demo = dataclasses.replace(full, train_flags=())
-    assert (budget_share(demo), budget_share(full)) == (0.75, 1.0)
+    assert [evaluation_settings(asked)["limit"] for asked in (full, quick, given)] == [None, 200, 7]
+    demo = dataclasses.replace(full, train_flags=(), question_file=None)
+    assert (budget_share(demo), budget_share(full)) == (0.3, 1.0)
+    assert (question_limit(demo), question_limit(dataclasses.replace(demo, quick=True))) == (400, 200)
+    here = dataclasses.replace(full, encoders=("clips", "clip"))
+    short = dataclasses.replace(here, quick=True)
+    given = dataclasses.replace(short, pretrain_flags=("--samples", "64"))
+    for comparison, samples in ((here, 96_000), (short, 48_000), (given, 64)):
+        found = [pretrain_config(comparison, encoder).samples for encoder in encoders_to_pretrain(comparison)]
+        assert found
+        assert set(found) == {samples}
     with pytest.raises(UserError, match=r"--budget 1\.5 must be above 0 and at most 1"):
         check_request(dataclasses.replace(full, budget=1.5))
 
