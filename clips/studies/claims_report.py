@@ -214,7 +214,9 @@ def comparison(chart: str, claim: Mapping[str, Any], variants: Mapping[str, Any]
     aside = [name for name in others if name in there and name != deciding]
     beside = [(pair, *(show_difference(c["figures"][name]) for name in aside)) for pair, c in pairs.items()]
     names = NAMES | {f"{p}_{way}_r1": f"{p}, {words}" for p in ("sentence", "long") for way, words in WAYS.items()}
-    measured = [f"{prefix}{name}" for prefix in (f"{UNSEEN}/", "") for name in names]
+    # The set that decides first, then the first one, whose figures have plain names, then any further ones.
+    sets = sorted({name.rpartition("/")[0] for name in there}, key=lambda name: (name != UNSEEN, name))
+    measured = [f"{test_set}/{name}".removeprefix("/") for test_set in sets for name in names]
     figures = [(name, called(name, names)) for name in measured if name in there]
     figures.append(("train_seconds", "seconds of training, at the run's fastest rate"))
     table = [

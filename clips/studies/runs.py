@@ -111,10 +111,11 @@ def train(
 def read_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """A run's test figures in percent, and how long its training steps take on an otherwise idle machine.
 
-    Those of the test set that decides, if the run has it (`clips.common.rundir.UNSEEN`), stand beside the plain ones.
+    Those of further test sets are called SET/FIGURE; the set that decides comes first (`clips.common.rundir.UNSEEN`).
     """
     found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
     # The fastest stretch: whatever else the machine does only ever slows training down.
     seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
-    unseen = [f"{UNSEEN}/{name}" for name in names if f"{UNSEEN}/{name}" in found]
-    return {name: found[name]["value"] for name in (*unseen, *names)} | {"train_seconds": round(seconds, 1)}
+    further = [name for name in found if "/" in name and name.rpartition("/")[2] in names]
+    further.sort(key=lambda name: not name.startswith(f"{UNSEEN}/"))
+    return {name: found[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}

@@ -289,6 +289,7 @@ def test_the_unseen_artist_decides_where_there_is_one(tmp_path: Path) -> None:
     for name, unseen in (("sentence", 30.0), ("full", 50.0), ("half", 40.0)):
         for seed, run in enumerate(variants[name]["runs"]):
             given = {figure: value for figure, value in run["figures"].items() if figure in FIGURES}
+            given |= {f"photos/{figure}": 5.0 + seed for figure in FIGURES}
             given |= {f"unseen/{figure}": unseen + seed for figure in FIGURES}
             finish(tmp_path / run["name"], recipe("demo"), given)
             run["figures"] = run_figures(tmp_path / run["name"])
@@ -303,7 +304,10 @@ def test_the_unseen_artist_decides_where_there_is_one(tmp_path: Path) -> None:
     shown = (tmp_path / "claims.md").read_text()
     assert "the difference in retrieval R@1, test sentences (unseen artist)" in shown
     assert "| comparison | R@1 test sentences (unseen artist) | verdict |" in shown
-    assert "| retrieval R@1, test sentences (unseen artist) | 31.0 ± 1.0 |" in shown
+    rows = [shown.index(f"| retrieval R@1, test sentences{which} |") for which in (" (unseen artist)", "", " (photos)")]
+    assert rows == sorted(rows)
+    for which, value in ((" (unseen artist)", 31), (" (photos)", 6)):
+        assert f"| retrieval R@1, test sentences{which} | {value}.0 ± 1.0 |" in shown
 
 
 def test_data_that_cannot_be_read_any_more_is_said(tmp_path: Path) -> None:
