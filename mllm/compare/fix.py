@@ -98,7 +98,7 @@ def _projector(arguments: TrainArguments) -> str:
         start = "from stage 1"
     elif arguments.mm_projector_init == "captions":
         count = min(dataset_size(arguments), START_IMAGES)
-        start = f"fitted to the words of the captions of {count:,} samples"
+        start = f"fitted in closed form to the captions of {count:,} samples"
     else:
         start = "random"
     return f"{arguments.mm_projector_type}, {start}"

@@ -4,7 +4,7 @@
    the same data, for the same samples and steps.
 2. A cell is one encoder, one pretraining seed and one LLaVA seed: stage 1, stage 2 and the evaluation, as ordinary
    runs of the scripts. Cells of one LLaVA seed share the start of the adapters, the order of the samples and every
-   other setting; the projector starts in the same way (on the demo: fitted to the words of the captions, on each
+   other setting; the projector starts in the same way (on the demo: fitted in closed form to the captions, on each
    encoder's own features).
 3. mllm/compare/figures.py and probe.py turn what the cells left into figures, collect.py joins them, report.py shows
    them.

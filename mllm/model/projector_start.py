@@ -1,4 +1,4 @@
-"""A start of the projector without the language model: image tokens lie where the words of their captions do."""
+"""A closed-form start of the projector: image tokens regressed on the words of their captions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.model.projector import projector_kind, trainable_layers
 
 LARGEST_FACTOR, RANDOM_SHARE = 10.0, 0.1
 """Of `start_from_captions`."""
-WORDS = 2_048
-"""Words of the captions that count, those with the largest weights together: it bounds the time of the fit."""
-PENALTY, SHARPNESS, ITERATIONS = 1e-2, 10.0, 100
-"""Of `fit_words`. On the demo's validation artist names are read as often between a third and three times the penalty,
-half and twice the sharpness."""
 
 
 @torch.no_grad()
@@ -62,89 +56,44 @@ def least_squares_init(
     return 1 - (residual.square().sum() / (y - y_mean).square().sum()).item()
 
 
-def caption_words(captions: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
-    """The words of some captions (token ids), and their share of each caption [n, words], weighted by rarity.
+def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Tensor:
+    """[n, D]: for each caption (token ids) the mean of its word embeddings, weighted by inverse document frequency.
 
-    The weight is the inverse document frequency: with equal weights "a" and "at the" make up most of a caption; a word
-    of every caption weighs nothing here. Raises ValueError for a caption without a token.
+    With equal weights the words of every sentence ("a", "at the") make up most of the mean; a word of every caption
+    weighs nothing here. embeddings [V, D]. Raises ValueError for a caption without a token.
     """
     if not all(captions):
-        raise ValueError("a caption without a token tells nothing")
+        raise ValueError("a caption without a token has no mean embedding")
     seen = Counter(token for caption in captions for token in set(caption))
     weight = {token: math.log(len(captions) / count) + 1e-6 for token, count in seen.items()}
-    words = sorted(sorted(seen, key=lambda token: (-seen[token] * weight[token], token))[:WORDS])
-    place = {token: i for i, token in enumerate(words)}
-    shares = torch.zeros(len(captions), len(words))
-    for row, caption in zip(shares, captions, strict=True):
-        for token in caption:
-            if token in place:
-                row[place[token]] += weight[token]
-    return words, shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-9)
+    targets = torch.empty(len(captions), embeddings.shape[1])
+    for row, caption in zip(targets, captions, strict=True):
+        weights = torch.tensor([weight[token] for token in caption], device=embeddings.device)
+        row.copy_((weights / weights.sum()) @ embeddings[list(caption)].float())
+    return targets
 
 
-def fit_words(images: Tensor, shares: Tensor, words: Tensor) -> tuple[Tensor, float]:
-    """The linear map [W, D] of image features after which words are read off by their embeddings; McFadden's R².
-
-    images [n, W] · shares [n, words], what is to be read · words [words, D], their embeddings less the mean of all
-    embeddings, which is that of the tokens, too. A multinomial logistic regression whose weights are the map times the
-    embeddings (made equally long: their length says how common a word is), and convex. Regressing on the mean
-    embedding of a caption lets frequent words and whatever embeddings have in common decide instead.
-    """
-    deviation = images.std(dim=0)
-    # Features that do not differ but for rounding tell nothing, and must not be made to.
-    scale = deviation.clamp_min(max(1e-3 * deviation.max().item(), 1e-5 * images.abs().max().item(), 1e-12))
-    inputs = (images - images.mean(dim=0)) / scale
-    directions = SHARPNESS * functional.normalize(words, dim=1).T
-    weight = inputs.new_zeros(images.shape[1], words.shape[1], requires_grad=True)
-    bias = inputs.new_zeros(len(words), requires_grad=True)
-    # A start that knows how common each word is: what is gained over it is what the pictures tell.
-    common = shares.mean(dim=0)
-    with torch.no_grad():
-        bias += common.clamp_min(1e-9).log()
-
-    def unread() -> Tensor:
-        return functional.cross_entropy(inputs @ (weight @ directions) + bias, shares)
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = unread() + PENALTY * weight.square().sum()
-        loss.backward()
-        return loss.item()
-
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
-    with torch.no_grad():
-        before = unread().item()
-    optimizer.step(closure)
-    with torch.no_grad():
-        after = unread().item()
-    # In units of the embeddings: a word that is there for certain comes out about as long as its embedding is.
-    return weight.detach() / scale[:, None] * words.norm(dim=1).mean(), 1 - after / before
-
-
+@torch.no_grad()
 def start_from_captions(
     projector: LlavaMultiModalProjector,
     features: Tensor,
-    images: Tensor,
     captions: Sequence[Sequence[int]],
     embeddings: Tensor,
     *,
     seed: int = 0,
 ) -> float:
-    """Start the projector where image tokens look like the words of their captions; returns the R² of `fit_words`.
+    """Start the projector where image tokens look like the words of their captions; returns the regression's R².
 
-    features [n, N, W] of n images and the mean of all their tokens, `images` [n, W], with their captions (token ids),
-    embeddings [V, D]. The map is fitted to the means, from which the words of a caption can be told, and serves every
-    token: so does the mean of the projected tokens tell them, and a patch comes to lie near the words for what it
-    shows. The tokens are then given the mean and the variance of all word embeddings, `RANDOM_SHARE` of the variance
-    as a random map: captions tell nothing about much of the features, and the fit drops that.
+    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Every token of an image is
+    regressed on the same target; what stands in a patch and what does not averages out over images, so a patch comes
+    to lie near the words for what it shows. The fitted tokens are then given the mean and the variance of all word
+    embeddings (a regression shrinks them to a tenth of what the language model is used to), `RANDOM_SHARE` of the
+    variance as a random map: captions tell nothing about much of the features, and the regression drops that.
     """
-    words, shares = caption_words(captions)
-    directions = (embeddings[words].float() - embeddings.float().mean(dim=0)).to(images.device)
-    fitted, r2 = fit_words(images, shares.to(images.device), directions)
     rows = features.flatten(0, 1)
-    least_squares_init(projector, rows, rows @ fitted, ridge=1e-6, seed=seed)
-    with torch.no_grad():
-        _match_embeddings(projector, rows, embeddings, seed)
+    targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
+    r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed)
+    _match_embeddings(projector, rows, embeddings, seed)
     return r2
 
 

@@ -78,7 +78,7 @@ class TrainArguments:
     pretrain_mm_mlp_adapter: str | None = flag(None, "projector to start from (stage 2 default: that of stage 1)")
     mm_projector_type: Literal["mlp2x_gelu", "linear"] | None = usual("mm_projector_type", "projector")
     mm_projector_init: Literal["random", "captions"] | None = flag(
-        None, "start of stage 1: random, or captions: fitted so that image tokens tell the words of the captions*"
+        None, "start of stage 1: random, or captions: closed form, image tokens regressed on the words of the captions*"
     )
     mm_vision_select_layer: int | None = flag(None, "hidden state of the encoder that the projector sees*")
     mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")

@@ -1,4 +1,4 @@
-"""The start of stage 1 on real samples: their features and captions gathered, the projector fitted to them."""
+"""The closed-form start of stage 1 on real samples: their features and captions gathered, the projector fitted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mllm.training.arguments import ResolvedArguments
 from mllm.training.freeze import llava_of
 from mllm.training.prepare import START_IMAGES, Prepared
 
-START_TOKENS, START_BATCH = 4, 64
-"""This many tokens of each image tell how far tokens spread; images are read in batches of START_BATCH."""
+START_TOKENS, START_BATCH = 16, 64
+"""The fit takes this many tokens of each image; images are read in batches of START_BATCH."""
 
 
 def fit_to_captions(
@@ -29,7 +29,7 @@ def fit_to_captions(
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
     if not chosen:
         raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
-    captions, parts, means, encoder = [], [], [], prepared.vision
+    captions, parts, encoder = [], [], prepared.vision
     tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
     tower.to(device)
     for begin in range(0, len(chosen), START_BATCH):
@@ -41,12 +41,11 @@ def fit_to_captions(
                 features = encoder.features(features.to(device)).cpu()
         kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
         parts.append(features[:, kept])
-        means.append(features.mean(dim=1))
     model = llava_of(prepared.model)
     projector = model.model.multi_modal_projector  # on a GPU already, or not yet: with DeepSpeed
     fitted = copy.deepcopy(projector).float().cpu()
     words = model.get_input_embeddings().get_parameter("weight").cpu()
-    r2 = start_from_captions(fitted, torch.cat(parts), torch.cat(means), captions, words, seed=arguments.seed)
+    r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
     for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
         value = value.data.to(device)  # NCCL takes no other
         if dist.is_initialized():

@@ -38,7 +38,7 @@ from mllm.training.stages import Training, freeze_table
 
 PROJECTOR = "mm_projector.bin"
 START_IMAGES = 8_192
-"""The fitted start (mllm/training/caption_start.py) takes this many images at most."""
+"""The closed-form start (mllm/training/caption_start.py) takes this many images at most."""
 
 
 @dataclass(kw_only=True)
@@ -150,7 +150,7 @@ def _start_projector(
         return f"from {start}"
     if arguments.stage == 2:  # a dry run
         return "from stage 1"
-    fitted = f"fitted to the words of the captions of {min(samples, START_IMAGES):,} samples"
+    fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
     return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
 
 

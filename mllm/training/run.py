@@ -162,8 +162,7 @@ def train(
         process.console.print(f"goes on from {for_rich(str(checkpoint))}")
     elif arguments.mm_projector_init == "captions" and arguments.pretrain_mm_mlp_adapter is None:
         r2 = fit_to_captions(arguments, prepared, collator, process.device)
-        said = f"projector fitted to the words of the captions (McFadden's R² {r2:.2f})"
-        process.console.print(said, highlight=False)
+        process.console.print(f"projector started from the captions (R² {r2:.2f})", highlight=False)
     prepared_s, start = time.perf_counter() - begin, time.perf_counter()
     first_step = step_of(checkpoint) if checkpoint else 0
     with (

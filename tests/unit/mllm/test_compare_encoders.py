@@ -568,7 +568,7 @@ def test_what_a_reader_would_parse_stands_in_fields_of_its_own(report: dict, fin
     assert report["settings"]["stages"]["align"]["projector"] == "mlp2x_gelu, random"
     fitted = dataclasses.replace(finished, train_flags=(*FLAGS, "--align.mm_projector_init", "captions"))
     settings = collected(fitted, {cell: {} for cell in cells_of(fitted)}, [])["settings"]
-    start = "mlp2x_gelu, fitted to the words of the captions of 12 samples"
+    start = "mlp2x_gelu, fitted in closed form to the captions of 12 samples"
     assert settings["stages"]["align"]["projector"] == start
 
 

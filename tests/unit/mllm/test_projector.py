@@ -1,4 +1,4 @@
-"""Projectors: LLaVA's own modules and files, refusals, and the start from captions."""
+"""Projectors: LLaVA's own modules and files, refusals, and the closed-form start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common.errors import UserError
-from mllm.model import projector_start
 from mllm.model.projector import (
     init_projector,
     load_projector,
@@ -23,7 +22,7 @@ from mllm.model.projector import (
     save_projector,
     trainable_layers,
 )
-from mllm.model.projector_start import caption_words, fit_words, least_squares_init, start_from_captions
+from mllm.model.projector_start import caption_targets, least_squares_init, start_from_captions
 
 
 def make(kind="mlp2x_gelu", width=24, dim=64, seed=0):
@@ -176,48 +175,16 @@ def test_least_squares_with_more_features_than_hidden_units():
         least_squares_init(projector, x, torch.randn(1000, 31))
 
 
-def test_words_of_captions_weigh_by_rarity(monkeypatch):
+def test_caption_targets_weigh_words_by_rarity():
+    embeddings = torch.randn(10, 4)
     captions = [[1, 2], [1, 3, 3], [1, 2, 4], [1, 2]]  # 1 in all, 2 in three, 3 and 4 in one of four
-    words, shares = caption_words(captions)
-    assert words == [1, 2, 3, 4]
+    targets = caption_targets(captions, embeddings)
+    assert torch.allclose(targets[0], embeddings[2], atol=1e-4)
+    assert torch.allclose(targets[1], embeddings[3], atol=1e-4)
     two, four = math.log(4 / 3), math.log(4)
-    expected = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, two / (two + four), 0, four / (two + four)], [0, 1, 0, 0]])
-    assert torch.allclose(shares, expected, atol=1e-4)
+    assert torch.allclose(targets[2], (two * embeddings[2] + four * embeddings[4]) / (two + four), atol=1e-4)
     with pytest.raises(ValueError, match="without a token"):
-        caption_words([[1], []])
-    # Where there are too many, those count that weigh most together: 3 and 4 with log 4 each, 2 with 3 log 4/3.
-    monkeypatch.setattr(projector_start, "WORDS", 2)
-    words, shares = caption_words(captions)
-    assert words == [3, 4]
-    assert torch.allclose(shares, torch.tensor([[0.0, 0], [1, 0], [0, 1], [0, 0]]))
-
-
-def test_the_fit_is_the_minimum_of_a_logistic_regression():
-    """Against plain gradient descent on the same loss, and on what no picture tells."""
-    torch.manual_seed(0)
-    images, words = torch.randn(200, 5) * torch.tensor([1.0, 10, 0.1, 3, 1]) + 2, torch.randn(6, 12)
-    shares = (images @ torch.randn(5, 6) / 10 + torch.randn(200, 6)).softmax(1)
-    fitted, r2 = fit_words(images, shares, words)
-
-    inputs = (images - images.mean(0)) / images.std(0)
-    directions = 10 * nn.functional.normalize(words, dim=1)
-    weight, bias = torch.zeros(5, 12, requires_grad=True), torch.zeros(6, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, bias], lr=0.01)
-    for _ in range(3_000):
-        optimizer.zero_grad()
-        logits = inputs @ weight @ directions.T + bias
-        unread = -(shares * logits.log_softmax(1)).sum(1).mean()
-        (unread + 0.01 * weight.square().sum()).backward()
-        optimizer.step()
-    scaled = fitted * images.std(0)[:, None] / words.norm(dim=1).mean()
-    assert torch.allclose(scaled, weight.detach(), atol=2e-3 * weight.abs().max().item())
-    before = -(shares * shares.mean(0).log()).sum(1).mean()
-    assert r2 == pytest.approx(1 - (unread / before).item(), abs=1e-4)
-    assert 0 < r2 < 0.5
-
-    nothing, r2 = fit_words(torch.ones(200, 5), shares, words)
-    assert torch.equal(nothing, torch.zeros(5, 12))
-    assert r2 == pytest.approx(0, abs=1e-5)
+        caption_targets([[1], []], embeddings)
 
 
 def scenes(count: int = 2000) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
@@ -233,7 +200,7 @@ def scenes(count: int = 2000) -> tuple[torch.Tensor, list[list[int]], torch.Tens
 def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(kind):
     looks, captions, features = scenes()
     words, projector = torch.randn(40, 64) * 3 + 1, make(kind)
-    r2 = start_from_captions(projector, features, features.mean(1), captions, words)
+    r2 = start_from_captions(projector, features, captions, words)
     assert 0.1 < r2 < 0.9
     everything = projector(features).flatten(0, 1)
     tokens = projector(looks[:8]) - everything.mean(0)
@@ -247,7 +214,7 @@ def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(ki
 def test_a_start_from_captions_without_image_information_stays_finite_and_small():
     _, captions, features = scenes()
     words, projector = torch.randn(40, 64), make()
-    start_from_captions(projector, torch.ones_like(features), torch.ones(len(features), 24), captions, words)
+    start_from_captions(projector, torch.ones_like(features), captions, words)
     tokens = projector(torch.ones(1, 24))
     assert torch.allclose(tokens, words.mean(0), atol=0.05)  # words lie 8 from their mean
 
@@ -257,7 +224,7 @@ def test_a_start_from_captions_keeps_what_captions_do_not_tell():
     _, captions, features = scenes()
     features[..., 0] = torch.randn(features.shape[:2])
     projector = make()
-    start_from_captions(projector, features, features.mean(1), captions, torch.randn(40, 64))
+    start_from_captions(projector, features, captions, torch.randn(40, 64))
     x, y = projector(features).flatten(0, 1).double(), features[..., 0].flatten().double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     rest = y - x @ torch.linalg.lstsq(x, y).solution
