@@ -34,11 +34,11 @@ CAPTIONER = ("model.captioner.inputs=tokens", "model.captioner.length=80", "mode
 PROMPT = "prompt.txt"
 LONGEST = 96
 """Tokens of a caption of the demo."""
-CAPTIONER_RATE = 400
+CAPTIONER_RATE = 250
 """Samples per second of the captioner's training; like the next two on two idle cores, to tell the time beforehand."""
 MLLM_SECONDS = 0.25
 """A caption of the quickstart's model: SmolLM2-135M, 36 image tokens, some 35 tokens written, a few of them twice."""
-CLIPS_SECONDS = 0.02
+CLIPS_SECONDS = 0.01
 """A caption of the CLIPS captioner."""
 START_SECONDS = 20
 """Of each command, beside its work."""
