@@ -22,7 +22,7 @@ from clips.common.files import write_atomically
 from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
 from clips.common.rundir import UNSEEN, deciding_name
-from clips.studies.claims import CAPTIONS, CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
+from clips.studies.claims import CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
 from clips.studies.welch import show_difference
 
 TITLE = "The claims of CLIPS, in small"
@@ -273,7 +273,7 @@ def how_it_ran(result: Mapping[str, Any]) -> list[Block]:
     described = ", ".join(f"{name} {value}" for name, value in (environment | packages).items())
     blocks: list[Block] = [Paragraph(f"{result['command']} ({took}; finished runs are not run again)", "Command")]
     if rows:
-        blocks.append(Paragraph(f"Variants, all with {CONTEXT} and, where --set does not say otherwise, {CAPTIONS}:"))
+        blocks.append(Paragraph(f"Variants, all with {CONTEXT}:"))
         blocks.append(Table(("variant", "recipe", "settings", "runs"), rows, _cell_class))
     blocks.append(Paragraph(described, "Environment"))
     return [*blocks, Paragraph("The JSON file beside this holds each run's whole configuration, seed and command.")]

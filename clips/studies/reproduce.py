@@ -133,7 +133,9 @@ def table_of_runs(runs_of: dict[str, list[PretrainingRun]], claims: Sequence[str
     used = {
         name: ", ".join(key for key in claims if key in CLAIMS and name in CLAIMS[key].variants) for name in runs_of
     }
-    title = f"claims {', '.join(claims)}: runs in {output}, all with {CAPTIONS}"
+    captions = {run.config().data.fields.long for runs in runs_of.values() for run in runs}
+    title = f"claims {', '.join(claims)}: runs in {output}"
+    title += f", long captions from {' '.join(sorted(captions))}" if captions else ""
     return plan_table(title, runs_of, VARIANTS, output, jobs, claims=used)
 
 
