@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Draw a picture of the documentation from figures: `results` of a comparison of encoders, `profile` of a step."""
+"""Draw a picture of the documentation from figures: `results` of a comparison of encoders, `captions` of one of sets of
+captions, `profile` of a step."""
 
 import argparse
 import sys
@@ -7,7 +8,11 @@ from pathlib import Path
 
 from clips.common.errors import run_command
 
-REPORTS = {"results": Path("runs/compare/report.json"), "profile": Path("runs/profile.json")}
+REPORTS = {
+    "results": Path("runs/compare/report.json"),
+    "captions": Path("runs/compare_captions/captions.json"),
+    "profile": Path("runs/profile.json"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,12 +20,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "what",
         choices=tuple(REPORTS),
-        help="results: right answers by kind of question, for each encoder; profile: time and MFU by part of a step",
+        help="results: right answers by kind of question, for each encoder; captions: what encoders learned from each "
+        "set; profile: time and MFU by part of a step",
     )
     p.add_argument(
         "--report",
         type=Path,
-        help="the figures to draw: report.json of compare_encoders.py, or what benchmark.py profile --out wrote",
+        help="the figures to draw: report.json of compare_encoders.py, captions.json of compare_captions.py, or what "
+        "benchmark.py profile --out wrote",
     )
     p.add_argument("--out", type=Path, help="the PNG or SVG to write (default: beside the figures)")
     return p
@@ -28,12 +35,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
+    from clips.studies.caption_report import write_chart
     from clips.studies.pictures import write_profile
     from mllm.compare.pictures import write_results
 
     report = flags.report or REPORTS[flags.what]
     out = flags.out or report.with_name(f"{flags.what}.png")
-    print(f"written to {(write_results if flags.what == 'results' else write_profile)(report, out)}")
+    write = {"results": write_results, "captions": write_chart, "profile": write_profile}[flags.what]
+    print(f"written to {write(report, out)}")
 
 
 if __name__ == "__main__":

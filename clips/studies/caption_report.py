@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clips.common.errors import reporting
+from clips.common.errors import UserError, reporting
 from clips.common.page import Table
+from clips.common.plots import LIGHT, check_format, save_plot
 from clips.studies.caption_truth import SHARES
 from clips.studies.claims import CONTRADICTED, OPEN, REPRODUCED, verdict
 from clips.studies.claims_report import (
@@ -16,10 +18,12 @@ from clips.studies.claims_report import (
     COLOURS,
     WORSE,
     Block,
+    Chart,
     Paragraph,
     Section,
     called,
     comparison,
+    draw,
     how_it_ran,
     lengths,
     write_pages,
@@ -81,11 +85,29 @@ def conclusions(result: Mapping[str, Any], contrasts: list[dict[str, Any]]) -> l
     return lines
 
 
+def write_chart(report: Path, out: Path) -> Path:
+    """Draw the figures of `report`, a captions.json, into `out`; returns `out`.
+
+    Raises UserError for a file that is none, and an `out` that is neither .png nor .svg.
+    """
+    check_format(out)
+    try:
+        result = json.loads(report.read_text(encoding="utf-8"))
+        plot = draw(Chart(out.name, _claim(result, result["contrasts"]), result["variants"]), LIGHT)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"--report {report} is no captions.json of compare_captions.py: {error!r}") from None
+    return save_plot(plot, out)
+
+
+def _claim(result: Mapping[str, Any], contrasts: list[dict[str, Any]]) -> dict[str, Any]:
+    """As `clips.studies.claims.Claim`."""
+    names = list(result["variants"])
+    return {"title": TITLE, "variants": names, "contrasts": contrasts, "caution": CAUTION, "line": False}
+
+
 def sections(result: Mapping[str, Any], contrasts: list[dict[str, Any]], said: list[str]) -> list[Section]:
     """The whole report, in order."""
     deciding = result["deciding_figure"]
-    names = [name for name in result["variants"]]
-    claim = {"title": TITLE, "variants": names, "contrasts": contrasts, "caution": CAUTION, "line": False}
     decides = (
         f"Fixed before anything was trained: the difference in {called(deciding)} between two sets. "
         f"“{BETTER}”: its 95 % interval (Welch's, over seeds) lies above 0; “{WORSE}”: below; “{ALIKE}”: it covers 0, "
@@ -94,7 +116,7 @@ def sections(result: Mapping[str, Any], contrasts: list[dict[str, Any]], said: l
     parts = [
         Section("Result", [Paragraph(line) for line in said]),
         Section("What decides", [Paragraph(decides)]),
-        Section("The encoders", comparison("captions.png", claim, result["variants"])),
+        Section("The encoders", comparison("captions.png", _claim(result, contrasts), result["variants"])),
     ]
     if result["truth"]:
         parts.append(Section("How often the captions are right", _truth(result)))

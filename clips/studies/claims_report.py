@@ -295,8 +295,9 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     width = 0.8 / len(DRAWN)
     decides = chart.claim["contrasts"][0]["metric"].rpartition("/")[2]
     shown = list(dict.fromkeys((decides, *DRAWN)))[: len(DRAWN)]
+    there = chart.variants[names[0]]["runs"][0]["figures"]
     for number, (figure, colour) in enumerate(zip(shown, SERIES, strict=True)):
-        drawn = deciding_name(figure, chart.variants[names[0]]["runs"][0]["figures"])
+        drawn = deciding_name(figure, there)
         if any(drawn not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
             continue
         values = [[run["figures"][drawn] for run in chart.variants[name]["runs"]] for name in names]
@@ -309,7 +310,10 @@ def draw(chart: Chart, theme: Theme) -> Plot:
             axes.bar(places, means, width * 0.92, color=colour, label=SHORT[figure])
         axes.errorbar(places, means, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
     axes.set_xticks(range(len(names)), [textwrap.fill(for_plot(chart.variants[name]["label"]), 13) for name in names])
-    axes.set_ylim(0, max(100, axes.get_ylim()[1]))
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0, top if top < 50 else max(100, top))
+    if deciding_name(decides, there) != decides:
+        axes.set_title(f"{UNSEEN} artist", color=theme.ink, fontsize=9)
     axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)

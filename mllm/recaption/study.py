@@ -36,7 +36,7 @@ LONGEST = 96
 """Tokens of a caption of the demo."""
 CAPTIONER_RATE = 250
 """Samples per second of the captioner's training; like the next two on two idle cores, to tell the time beforehand."""
-MLLM_SECONDS = 0.25
+MLLM_SECONDS = 0.2
 """A caption of the quickstart's model: SmolLM2-135M, 36 image tokens, some 35 tokens written, a few of them twice."""
 CLIPS_SECONDS = 0.01
 """A caption of the CLIPS captioner."""

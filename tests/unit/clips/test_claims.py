@@ -169,11 +169,11 @@ def test_a_dry_run_counts_what_is_done_and_writes_nothing(tmp_path: Path, capsys
 
 
 def test_the_default_runs_fit_the_time() -> None:
-    """45 minutes with two runs beside each other on two cores."""
+    """75 minutes with two runs beside each other on two cores."""
     defaults = parser_of("reproduce_claims").parse_args([])
     runs_of = {name: [variant_run(name, seed, defaults.samples) for seed in range(defaults.seeds)] for name in VARIANTS}
     table = table_of_runs(runs_of, list(CLAIMS), Path("nowhere"), defaults.jobs)
-    assert sum(float(minutes) for minutes in table.columns[-1].cells) / 2 <= 45
+    assert sum(float(minutes) for minutes in table.columns[-1].cells) / 2 <= 75
 
 
 # --- the verdicts
