@@ -15,16 +15,17 @@ import pytest
 from conftest import ROOT, run_python
 
 from clips.common.errors import UserError
+from clips.common.plots import LIGHT
 from clips.config import Fields, NamedSet
 from clips.data.artists import OPENMOJI
 from clips.data.demo import CONCEPTS, NUMBERS, Description, Scene, split_scene, truth
 from clips.data.sources import open_source
 from clips.recipes import recipe
-from clips.studies.caption_report import write_report
+from clips.studies.caption_report import _claim, write_chart, write_report
 from clips.studies.caption_sets import Common, collect, compare_sets, decides, measured, parse_sets, plan
 from clips.studies.caption_truth import Truth, is_scene, placements
 from clips.studies.claims import FIGURES, MEANS, VARIANTS
-from clips.studies.claims_report import NAMES
+from clips.studies.claims_report import NAMES, Chart, draw
 from clips.studies.reproduce import compared
 
 # ------------------------------------------------------------------------------------------------------ the truth
@@ -303,6 +304,29 @@ def test_artists_never_trained_on_decide_and_the_others_stand_beside_them(tmp_pa
         text = (tmp_path / page).read_text()
         assert "retrieval R@1, test sentences (unseen artist)" in text
         assert text.count("−7.0 [−8.0, −6.0]") == 2, "in the sentence and in the table of what does not decide"
+
+
+def test_the_chart_of_the_documentation_is_drawn_from_the_stored_figures(tmp_path: Path) -> None:
+    """Small figures have an axis of their own, and the test set that decides is named."""
+    stored = json.loads((ROOT / "docs/results/captions.json").read_text())
+    (axes,) = draw(Chart("", _claim(stored, stored["contrasts"]), stored["variants"]), LIGHT).axes
+    assert axes.get_title() == "unseen artist"
+    drawn = [bar.get_height() for bar in axes.patches]
+    means = [
+        sum(run["figures"]["unseen/sentence_r1"] for run in variant["runs"]) / 3
+        for variant in stored["variants"].values()
+    ]
+    assert drawn[: len(means)] == pytest.approx(means)
+    assert max(drawn) < axes.get_ylim()[1] < 30
+    picture = write_chart(ROOT / "docs/results/captions.json", tmp_path / "made" / "captions.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("content", "name"), [("{", "a.png"), ('{"contrasts": []}', "a.png"), ("{}", "a.jpg")])
+def test_what_is_no_study_is_not_drawn(tmp_path: Path, content: str, name: str) -> None:
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(UserError, match=r"is no captions\.json|name it \.png or \.svg"):
+        write_chart(tmp_path / "captions.json", tmp_path / name)
 
 
 def test_other_test_data_have_other_figures(tmp_path: Path) -> None:
