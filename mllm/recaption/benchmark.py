@@ -11,7 +11,6 @@ import statistics
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from mllm.recaption.asking import Prompt, hint_of
 from mllm.recaption.captioner import Pair
 from mllm.recaption.endpoint import EndpointCaptioner
 from mllm.recaption.llava import LlavaCaptioner
+from mllm.recaption.options import DEMO
 
 ROWS = 16
 """Pairs of one `generate`."""
 NEW_TOKENS = 48
 """A caption of the demo."""
-DEMO = Path("data/demo")
 SAMPLED_S = 0.1
 """Between two looks at the requests in flight."""
 

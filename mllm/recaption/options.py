@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from clips import Fields, demo_split, parse_fields
 from clips.common.errors import UserError
-from mllm.data.demo import DEMO_DIR
 from mllm.recaption.asking import Prompt
 from mllm.recaption.quality import Bounds
 from mllm.recaption.shards import PAIRS
 
 OnBad = Literal["drop", "keep"]
+DEMO = Path("data/demo")
+"""The pairs that are captioned where no data are named: pretraining's demo, not the conversations made of it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def options_from_flags(flags: argparse.Namespace, prompt: Prompt, captioner: str
     """UserError for flags that do not fit."""
     least, most = flags.words
     return Options(
-        data=flags.data or demo_split(DEMO_DIR, "train"),
+        data=flags.data or demo_split(DEMO, "train"),
         out=out,
         captioner=captioner,
         prompt=prompt,

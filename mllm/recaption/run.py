@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from clips import ensure_demo
+from clips import ensure_any_demo
 from clips.common.errors import BrokenDataError, CommandError, UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
-from mllm.data.demo import DEMO_DIR, SHOW
+from mllm.data.demo import SHOW
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest
-from mllm.recaption.options import Options, options_from_flags
+from mllm.recaption.options import DEMO, Options, options_from_flags
 from mllm.recaption.plan import demo_captioners, print_plan
 from mllm.recaption.process import child, open_pairs, stopping, work_on
 from mllm.recaption.progress import Board
@@ -55,7 +55,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     prompt = Prompt.read(flags.prompt)
     if flags.data is None:
-        ensure_demo(DEMO_DIR)
+        ensure_any_demo(DEMO)
         flags.shards = flags.shards or 1
         prompt = prompt if flags.prompt else Prompt(SHOW[0])  # which its models were asked in training
     asked = [(flags.captioner, Path(flags.out))] if flags.captioner else demo_captioners(Path(flags.out))

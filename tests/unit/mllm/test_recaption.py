@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import script_parser
 from hostile import HOSTILE
 from launched import pictures, write_shard
 from pairs import BROKEN, Known, outcome, write_pairs
@@ -26,12 +27,13 @@ import mllm.recaption.process as process
 import mllm.recaption.shards as shards_module
 from clips import CLIPS, Fields, open_source
 from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.data.demo import ensure_demo
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
 from mllm.recaption.options import Options
 from mllm.recaption.plan import demo_captioners
 from mllm.recaption.quality import Bounds
-from mllm.recaption.run import Share, recaption, share_of
+from mllm.recaption.run import Share, recaption, recaption_from_flags, share_of
 
 QUIET = Console(emoji=False, file=io.StringIO())
 
@@ -110,6 +112,20 @@ def test_what_stands_where_the_output_needs_its_place(tmp_path: Path, captioner:
         "00000.jpg": picture, "00000.source.jpg": other, "00000.alt": b"  the web\r\n", "00000.cls": b"3",
         "00000.source.txt": b"older", "00000.source.txt2": b"An old long one.",
     }  # fmt: skip
+
+
+def test_without_data_it_captions_the_demos_pairs(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of pretraining, beside which the conversations made of them may stand."""
+    monkeypatch.chdir(tmp_path)
+    ensure_demo("data/demo", sizes={"train": 12})
+    Path("data/llava_demo").mkdir()
+    Path("data/llava_demo/align.json").write_text("[]")
+    recaption_from_flags(script_parser("recaption").parse_args(["--captioner", "known:0", "--out", "out"]))
+    source = open_source("out", Fields(), need_long=True)
+    assert len(source) == 12
+    assert source.read(0).web == open_source("data/demo/train", Fields(), need_long=True).read(0).web
 
 
 def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> None:
