@@ -40,7 +40,6 @@ FACE = {
     "PLACES": "clips.data.demo",
     "demo_split": "clips.data.demo",
     "ensure_any_demo": "clips.data.demo",
-    "ensure_demo": "clips.data.demo",
     # what a pretraining run is: configuration, flags
     "DataConfig": "clips.config",
     "Fields": "clips.config",
@@ -72,7 +71,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.data.ahead import WholeFiles
     from clips.data.built import built_as, ensure_built
     from clips.data.check import script_of
-    from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_any_demo, ensure_demo
+    from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_any_demo
     from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample, StoredSample
     from clips.data.sentences import split_sentences
