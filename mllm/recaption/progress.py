@@ -20,6 +20,8 @@ from mllm.recaption.work import Tally
 
 EVERY = 2.0
 """Seconds between two writes of a file, and at least between two looks at all of them."""
+LONGEST_SILENCE = 60.0
+"""Seconds between two lines where there is no terminal; a shard may take hours."""
 LOOKING = 0.02
 """Share of the time that may go into looking: thousands of processes have thousands of files."""
 
@@ -56,7 +58,7 @@ def measured(folder: Folder, before: Tally | None = None) -> Tally:
 
 
 class Board:
-    """A bar on a terminal, elsewhere a line for each finished shard; all processes of the folder count."""
+    """A bar on a terminal, elsewhere a line a shard, and a minute; all processes of the folder count."""
 
     def __init__(self, folder: Folder, shards: Sequence[Shard], console: Console) -> None:
         """`shards`: those that are to be done."""
@@ -64,7 +66,7 @@ class Board:
         self._total = sum(map(len, shards))
         self._before, self._begin = measured(folder), time.monotonic()
         self._bar: tqdm | None = None
-        self._next, self._told = float("-inf"), 0
+        self._next, self._told, self._told_at = float("-inf"), 0, time.monotonic()
         self._last = Tally()
 
     @contextmanager
@@ -87,8 +89,8 @@ class Board:
         if self._bar is not None:
             self._bar.set_postfix_str(self._text(tally), refresh=False)
             self._bar.update(min(tally.pairs + tally.found, self._total) - self._bar.n)
-        elif tally.shards > self._told:
-            self._told = tally.shards
+        elif tally.shards > self._told or time.monotonic() - self._told_at >= LONGEST_SILENCE:
+            self._told, self._told_at = tally.shards, time.monotonic()
             self.say(f"{tally.shards:,} shards, {tally.pairs:,} of {self._total:,} captions, {self._text(tally)}")
         return tally
 

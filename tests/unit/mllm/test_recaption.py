@@ -24,16 +24,20 @@ from range_server import serving
 from rich.console import Console
 
 import mllm.recaption.process as process
+import mllm.recaption.progress as progress
 import mllm.recaption.shards as shards_module
 from clips import CLIPS, Fields, open_source
 from clips.common.errors import BrokenDataError, CommandError, UserError
+from clips.common.files import write_json
 from clips.data.demo import ensure_demo
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
+from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
 from mllm.recaption.plan import demo_captioners
 from mllm.recaption.quality import Bounds
 from mllm.recaption.run import Share, recaption, recaption_from_flags, share_of
+from mllm.recaption.work import Tally
 
 QUIET = Console(emoji=False, file=io.StringIO())
 
@@ -147,6 +151,20 @@ def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> Non
         for text in (*said, "1 shards, 6 of 6 captions, "):
             assert text in shown.getvalue()
         assert ("Next:" in shown.getvalue()) == (name == "some")
+
+
+def test_a_long_shard_is_heard_of_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "LOOKING", float("inf"))
+    (tmp_path / "speed").mkdir()
+    shown = io.StringIO()
+    board = progress.Board(Folder(tmp_path), [], Console(emoji=False, file=shown))
+    write_json(tmp_path / "speed/one.json", vars(Tally(pairs=5, tokens=100)))
+    board.show()
+    assert shown.getvalue() == ""
+    monkeypatch.setattr(progress, "LONGEST_SILENCE", 0.0)
+    board.show()
+    assert shown.getvalue().startswith("0 shards, 5 of 0 captions, ")
 
 
 def test_a_json_member_that_has_the_web_caption_is_left_as_it_is(tmp_path: Path, captioner: Known) -> None:
