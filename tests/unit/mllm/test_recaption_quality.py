@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hostile import HOSTILE
 
-from clips import Fields, demo_split, ensure_demo, open_source
+from clips import Fields, demo_split, open_source
+from clips.data.demo import ensure_demo
 from mllm.recaption.captioner import Written
 from mllm.recaption.quality import Bounds, Judged, judge, loops, whole_sentences
 
