@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", default="runs/compare", help="where encoders, cells and the report are written")
     p.add_argument("--jobs", type=int, default=0, help="cells beside each other; 0: two on a CPU, one on a GPU")
-    p.add_argument("--quick", action="store_true", help="less of everything, in under half an hour; the report says so")
+    p.add_argument("--quick", action="store_true", help="less of everything, in about half an hour; the report says so")
     p.add_argument(
         "--budget",
         type=float,

@@ -25,6 +25,7 @@ from clips.common.rundir import is_finished
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.manifest import Folder
+from mllm.recaption.options import DEMO
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CAPTIONER_SHARE = 1.5
@@ -101,7 +102,7 @@ def plan_study(
     samples: int,
     shards: int,
     model_path: str | None = None,
-    demo_dir: Path = Path("data/demo"),
+    demo_dir: Path = DEMO,
     settings: Sequence[str] = (),
 ) -> Study:
     """Which commands make the sets of the last `shards` shards.
