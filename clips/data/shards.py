@@ -7,7 +7,6 @@ the cache, so that a process that opens it reads one file instead of a hundred t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from clips.common.paths import cache_root
 from clips.data.sidecar import VERSION, fingerprint
-from clips.data.tar import ShardSummary, shard_summary
+from clips.data.tar import ShardSummary, as_array, from_array, shard_summary
 
 OVERVIEW_FROM = 256
 """Shards from which an overview is kept: below, their own indexes are read in an instant."""
@@ -92,7 +92,7 @@ def _gathered(urls: list[str], summaries: list[ShardSummary]) -> ShardSet:
 # ------------------------------------------------------------------------------------------------------ overview
 def _overview(urls: list[str], stamps: list[str]) -> Path:
     """Named by the shards, then by their sizes and times: an outdated one can be told, and removed."""
-    return cache_root() / f"shards-{_digest(map(os.path.abspath, urls))}-{_digest([str(VERSION), *stamps])}.npz"
+    return cache_root() / f"shards-{_digest(map(os.path.abspath, urls))}-{_digest([str(VERSION), *stamps])}.safetensors"
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -100,10 +100,10 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def _read(path: Path, urls: list[str]) -> ShardSet:
-    with np.load(path, allow_pickle=False) as stored:
-        meta = json.loads(stored["meta"].tobytes())
-        problems = {int(i): found for i, found in meta["problems"].items()}
-        return ShardSet(urls, meta["indexes"], [tuple(names) for names in meta["layouts"]], stored["counts"], problems)
+    stored = load_file(path)
+    meta = from_array(stored["meta"])
+    problems = {int(i): found for i, found in meta["problems"].items()}
+    return ShardSet(urls, meta["indexes"], [tuple(names) for names in meta["layouts"]], stored["counts"], problems)
 
 
 def _write(path: Path, found: ShardSet) -> None:
@@ -112,13 +112,12 @@ def _write(path: Path, found: ShardSet) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), counts=found.counts)
+        temporary.write_bytes(save({"meta": as_array(meta), "counts": found.counts}))
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         return
     of_these = path.name.rpartition("-")[0]
-    for outdated in path.parent.glob(f"{of_these}-*.npz"):
+    for outdated in path.parent.glob(f"{of_these}-*.safetensors"):
         if outdated != path:
             outdated.unlink(missing_ok=True)

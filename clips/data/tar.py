@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 from clips.common.errors import UserError
 from clips.common.paths import is_plain
@@ -26,8 +28,9 @@ MAX_NAME = 1 << 16
 MAX_DIGITS = 18
 """Of a size in bytes."""
 MAX_PROBLEMS = 50
-INDEX = ".idx.npz"
-"""How the names of indexes end."""
+INDEX = ".idx.safetensors"
+"""How the names of indexes end. Not numpy's format: it reads its headers with `ast`, which fails now and then where two
+threads do so at once (SystemError; Python 3.11 and 3.12), and indexes are read by many."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstd begin."""
 
@@ -55,16 +58,24 @@ class ShardIndex:
 def shard_summary(url: str) -> ShardSummary:
     """Read (on first use: build and store) the index of a shard, without its per-sample part."""
     path = sidecar(url, INDEX, lambda target: _write_index(url, target))
-    with np.load(path, allow_pickle=False) as stored:
-        meta = json.loads(stored["meta"].item())
+    with safe_open(path, "numpy") as stored:
+        meta = from_array(stored.get_tensor("meta"))
     return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
 
 
 def load_index(path: Path) -> ShardIndex:
-    with np.load(path, allow_pickle=False) as stored:
-        meta = json.loads(stored["meta"].item())
-        keys = json.loads(stored["keys"].tobytes())
-        return ShardIndex(keys, meta["extensions"], stored["offsets"], stored["sizes"])
+    stored = load_file(path)
+    extensions = from_array(stored["meta"])["extensions"]
+    return ShardIndex(from_array(stored["keys"]), extensions, stored["offsets"], stored["sizes"])
+
+
+def as_array(value: Any) -> np.ndarray:
+    """`value` as JSON in uint8 [bytes]: the header of a safetensors file holds 100 MB at most."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def from_array(stored: np.ndarray) -> Any:
+    return json.loads(stored.tobytes())
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -106,14 +117,13 @@ def _write_index(url: str, target: Path) -> None:
     ).reshape(len(samples), len(extensions), 2)
     layouts = Counter(tuple(sorted(members)) for members in samples.values())
     meta = {"extensions": extensions, "layouts": list(layouts.items()), "problems": _bounded(problems)}
-    with open(target, "wb") as file:
-        np.savez(
-            file,
-            meta=np.array(json.dumps(meta)),
-            keys=np.frombuffer(json.dumps(list(samples)).encode(), dtype=np.uint8),
-            offsets=places[..., 0],
-            sizes=places[..., 1],
-        )
+    arrays = {
+        "meta": as_array(meta),
+        "keys": as_array(list(samples)),
+        "offsets": np.ascontiguousarray(places[..., 0]),
+        "sizes": np.ascontiguousarray(places[..., 1]),
+    }
+    target.write_bytes(save(arrays))  # an OSError where it cannot be written, which save_file makes its own of
 
 
 def _twice(name: str) -> str:

@@ -64,7 +64,7 @@ def test_row_23_deepspeed_s_files_are_read_as_data(zero: int, place: Path, mark:
     assert "Traceback" not in refused.stderr
     assert not mark.exists()
     resumed = launch(place, TRAIN, *ZERO[zero], "--output_dir", str(kept))
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr  # the launcher says on stdout which rank ended how
     assert "goes on from" in resumed.stderr
     assert losses(kept) == losses(whole)
     first, second = results(whole), results(kept)

@@ -122,7 +122,7 @@ def test_nothing_there(tmp_path: Path, spec: str) -> None:
 def test_the_index_follows_its_shard(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", 0, 2)
     assert len(open_tar(path)) == 2
-    (index,) = tmp_path.glob(".a.tar.*.idx.npz")
+    (index,) = tmp_path.glob(".a.tar.*.idx.safetensors")
     written = index.stat().st_mtime_ns
     assert numbers(open_tar(path)) == [0, 1]
     assert index.stat().st_mtime_ns == written, "an index that fits is used again"
@@ -142,7 +142,7 @@ def test_an_index_that_cannot_stand_beside_goes_to_the_cache(tmp_path: Path, mon
 
     monkeypatch.setattr(Path, "touch", refuse)
     assert numbers(open_tar(path)) == [0, 1]
-    assert len(list((tmp_path / "cache").rglob("*.idx.npz"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.idx.safetensors"))) == 1
     assert not list(tmp_path.glob(".a.tar.*"))
 
 
