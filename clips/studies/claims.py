@@ -32,8 +32,8 @@ class Variant:
     recipe: str
     settings: tuple[str, ...]
     rate: int
-    """Samples per second on one core, for the estimate of the time: measured for "web" and "captioner" beside another
-    run, the others in the same ratios as on the first demo."""
+    """Samples per second on one core, for the estimate of the time: "web", "synthetic20" and "captioner" as measured
+    beside another run, the others in the same ratios as on the first demo."""
 
 
 NO_CAPTIONER = ("model.captioner=null", "task.caption_weight=0")
@@ -46,7 +46,7 @@ def _masked(strategy: str) -> tuple[str, ...]:
 
 VARIANTS = {
     "web": Variant("web caption only", "clip_baseline", ("task.synthetic_share=0",), 350),
-    "synthetic20": Variant("20 % synthetic", "clip_baseline", ("task.synthetic_share=0.2",), 190),
+    "synthetic20": Variant("20 % synthetic", "clip_baseline", ("task.synthetic_share=0.2",), 240),
     "synthetic50": Variant("50 % synthetic", "clip_baseline", ("task.synthetic_share=0.5",), 190),
     "synthetic100": Variant("100 % synthetic", "clip_baseline", ("task.synthetic_share=1",), 190),
     "sentence": Variant("web + one sentence", "demo", (*NO_CAPTIONER, SENTENCE), 260),

@@ -25,7 +25,7 @@ from mllm.training.stages import STAGES
 
 ASSUMED = {"align": 4.2, "instruct": 1.45, "evaluation": 6.3}
 """Samples and questions per second of one core on the demo: the time estimate as long as no cell has been measured."""
-ASSUMED_PRETRAINING = {"clips": 140.0, "clip": 260.0, "caption": 220.0, "caption+web": 160.0}
+ASSUMED_PRETRAINING = {"clips": 140.0, "clip": 240.0, "caption": 260.0, "caption+web": 160.0}
 """Samples per second of one core in pretraining on the demo."""
 ASSUMED_OVERHEAD_S = 45.0
 """Of one core for each cell and each encoder: starts of processes, features of the pictures, evaluation, exports."""
