@@ -12,8 +12,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from mllm.model.projector import projector_kind, trainable_layers
 
-LARGEST_FACTOR, RANDOM_SHARE = 10.0, 0.1
+LARGEST_FACTOR, WORD_SHARE, RANDOM_SHARE = 10.0, 0.12, 0.1
 """Of `start_from_captions`."""
+FEWEST, LARGEST_SHARE = 8, 0.1
+"""A word has a hidden unit of its own if so many captions hold it, and no larger a share of them."""
+THRESHOLD = 1.5
+"""From which evidence on such a unit speaks, in standard deviations over image tokens."""
 
 
 @torch.no_grad()
@@ -24,6 +28,7 @@ def least_squares_init(
     *,
     ridge: float = 1e-2,
     seed: int = 0,
+    unused: int = 0,
 ) -> float:
     """Start the projector at the ridge regression from `features` [n, W] to `targets` [n, D]; returns R².
 
@@ -31,7 +36,8 @@ def least_squares_init(
     `ridge` is relative to the mean variance of the regressors. `linear` gets the solution itself. For `mlp2x_gelu`,
     linear_1 becomes D/2 directions of the whitened features (the principal axes first, then random ones) each with
     both signs, and linear_2 the regression on its activations. gelu(z) − gelu(−z) = z, so wherever W ≤ D/2 every
-    linear map is within reach and the fit is at least as good as the linear one.
+    linear map is within reach and the fit is at least as good as the linear one. The last `unused` of the D hidden
+    units stay zero.
     """
     x, y = features.double(), targets.double()
     if x.shape[1:] != (projector.linear_1.in_features,) or y.shape != (len(x), projector.linear_1.out_features):
@@ -40,16 +46,14 @@ def least_squares_init(
             f"{projector.linear_1.in_features} → {projector.linear_1.out_features}"
         )
     if projector_kind(projector) == "mlp2x_gelu":
-        weight, bias = _two_signed_directions(x, projector.linear_1.out_features, seed)
+        weight, bias = _two_signed_directions(x, projector.linear_1.out_features, seed, unused)
         _assign(projector.linear_1, weight, bias)
         x, layer = projector.act(x @ weight.T + bias), projector.linear_2
     else:
         layer = projector.linear_1
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     centred = x - x_mean
-    gram = centred.T @ centred / len(x)
-    gram += (ridge * gram.diagonal().mean() + 1e-8) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weight = torch.linalg.solve(gram, centred.T @ (y - y_mean) / len(x)).T
+    weight = torch.linalg.solve(_regular(centred.T @ centred / len(x), ridge), centred.T @ (y - y_mean) / len(x)).T
     bias = y_mean - weight @ x_mean
     _assign(layer, weight, bias)
     residual = y - (x @ weight.T + bias)
@@ -73,6 +77,36 @@ def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Te
     return targets
 
 
+def telling_words(captions: Sequence[Sequence[int]], most: int) -> list[int]:
+    """Up to `most` tokens that tell captions apart: neither rare nor common, the most frequent first."""
+    seen = Counter(token for caption in captions for token in set(caption))
+    telling = [token for token, count in seen.items() if FEWEST <= count <= LARGEST_SHARE * len(captions)]
+    return sorted(telling, key=lambda token: (-seen[token], token))[:most]
+
+
+def word_evidence(
+    features: Tensor, captions: Sequence[Sequence[int]], words: Sequence[int], *, ridge: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """Weight [K, W] and bias [K] that say, of an image token, whether the caption holds each of K words.
+
+    features [n, N, W] of n images. A word's evidence is the ridge regression, from every token of an image, to 1/p − 1
+    where the caption holds it and −1 where not, p its share of the captions: how many times likelier it is here than
+    anywhere. It comes with a standard deviation of 1 over the tokens.
+    """
+    held = torch.zeros(len(captions), len(words), dtype=torch.double, device=features.device)
+    place = {word: k for k, word in enumerate(words)}
+    for row, caption in zip(held, captions, strict=True):
+        row[[place[token] for token in set(caption) if token in place]] = 1
+    rows = features.flatten(0, 1).double()
+    mean = rows.mean(dim=0)
+    covariance = (rows - mean).T @ (rows - mean) / len(rows)
+    of_images = features.double().sum(dim=1) - features.shape[1] * mean
+    weight = torch.linalg.solve(_regular(covariance, ridge), of_images.T @ (held / held.mean(dim=0) - 1) / len(rows)).T
+    deviation = ((weight @ covariance) * weight).sum(dim=1).clamp_min(1e-12).sqrt()
+    weight /= deviation[:, None]
+    return weight, -weight @ mean
+
+
 @torch.no_grad()
 def start_from_captions(
     projector: LlavaMultiModalProjector,
@@ -84,32 +118,48 @@ def start_from_captions(
 ) -> float:
     """Start the projector where image tokens look like the words of their captions; returns the regression's R².
 
-    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Every token of an image is
-    regressed on the same target; what stands in a patch and what does not averages out over images, so a patch comes
-    to lie near the words for what it shows. The fitted tokens are then given the mean and the variance of all word
-    embeddings (a regression shrinks them to a tenth of what the language model is used to), `RANDOM_SHARE` of the
-    variance as a random map: captions tell nothing about much of the features, and the regression drops that.
+    features [n, N, W] of n images with their captions (token ids), embeddings [V, D]. Three maps are added, each with
+    its share of the variance of word embeddings, which is what the tokens get (a regression shrinks them to a tenth of
+    what the language model is used to), and the tokens' mean is that of the embeddings:
+
+    - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`). What
+      stands in a patch and what does not averages out over images, so a patch comes to lie near the words for what it
+      shows.
+    - `WORD_SHARE`, in `mlp2x_gelu` only: up to half of the hidden units speak for one word each, where its evidence
+      (`word_evidence`) is above `THRESHOLD`, by adding the word's own embedding. A language model reads a name from
+      tokens that lie near that name's embedding, and means of embeddings do not.
+    - `RANDOM_SHARE`: a random map. Captions tell nothing about much of the features, and regressions drop that.
     """
     rows = features.flatten(0, 1)
+    is_linear = projector_kind(projector) == "linear"
+    words = [] if is_linear else telling_words(captions, projector.linear_1.out_features // 2)
     targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
-    r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed)
-    _match_embeddings(projector, rows, embeddings, seed)
+    r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed, unused=len(words))
+    *before, last = trainable_layers(projector).values()
+    random = torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    parts = [(last.weight.float().clone(), 1 - RANDOM_SHARE - WORD_SHARE * bool(words)), (random, RANDOM_SHARE)]
+    if words:
+        weight, bias = word_evidence(features, captions, words)
+        before[0].weight[-len(words) :], before[0].bias[-len(words) :] = weight, bias - THRESHOLD
+        random[:, -len(words) :] = 0
+        of_words = torch.zeros_like(random)
+        of_words[:, -len(words) :] = (embeddings[words].float() - embeddings.float().mean(dim=0)).T
+        parts.append((of_words, WORD_SHARE))
+    inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
+    words_distance = _distance_from_mean(embeddings.float())
+    total = torch.zeros_like(random)
+    for part, share in parts:
+        # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
+        distance = torch.maximum(_distance_from_mean(inputs @ part.T), words_distance / LARGEST_FACTOR)
+        total += share**0.5 * words_distance / distance * part
+    _assign(last, total, embeddings.float().mean(dim=0) - total @ inputs.mean(dim=0))
     return r2
 
 
-def _match_embeddings(projector: LlavaMultiModalProjector, rows: Tensor, embeddings: Tensor, seed: int) -> None:
-    """Scale and shift the last trained layer's outputs over `rows` [n, W], and add the random map to it."""
-    *before, last = trainable_layers(projector).values()
-    inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
-    words_distance = _distance_from_mean(embeddings.float())
-    random = torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(seed)).to(inputs.device)
-    weight = torch.zeros_like(random)
-    for part, share in ((last.weight.float(), 1 - RANDOM_SHARE), (random, RANDOM_SHARE)):
-        # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
-        distance = torch.maximum(_distance_from_mean(inputs @ part.T), words_distance / LARGEST_FACTOR)
-        factor = share**0.5 * words_distance / distance
-        weight += factor * part
-    _assign(last, weight, embeddings.float().mean(dim=0) - weight @ inputs.mean(dim=0))
+def _regular(covariance: Tensor, ridge: float) -> Tensor:
+    """`ridge` times the mean variance added to the diagonal of [W, W]."""
+    penalty = ridge * covariance.diagonal().mean() + 1e-8
+    return covariance + penalty * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
 def _distance_from_mean(x: Tensor) -> Tensor:
@@ -117,16 +167,20 @@ def _distance_from_mean(x: Tensor) -> Tensor:
     return (x - x.mean(dim=0)).square().sum(dim=-1).mean().sqrt()
 
 
-def _two_signed_directions(x: Tensor, hidden: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weight [hidden, W] and bias [hidden] whose outputs come in pairs ±z, each of unit variance over `x`."""
+def _two_signed_directions(x: Tensor, hidden: int, seed: int, unused: int) -> tuple[Tensor, Tensor]:
+    """Weight [hidden, W] and bias [hidden] whose outputs come in pairs ±z, each of unit variance over `x`.
+
+    The last `unused` of them, and one more where that leaves an odd number, are zero.
+    """
+    pairs = (hidden - unused) // 2
     mean = x.mean(dim=0)
     centred = x - mean
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))  # ascending
     whiten = (axes / (variances.clamp_min(variances[-1] * 1e-6) + 1e-8).sqrt()).T.flip(0)  # [W, W], largest axis first
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(hidden // 2, len(whiten), generator=generator, dtype=x.dtype).to(x.device)
+    mix = torch.randn(pairs, len(whiten), generator=generator, dtype=x.dtype).to(x.device)
     mix /= mix.norm(dim=1, keepdim=True)
-    axes_kept = min(hidden // 2, len(whiten))
+    axes_kept = min(pairs, len(whiten))
     mix[:axes_kept] = torch.eye(len(whiten), dtype=x.dtype, device=x.device)[:axes_kept]
     half = mix @ whiten
     weight = torch.zeros(hidden, x.shape[1], dtype=x.dtype, device=x.device)

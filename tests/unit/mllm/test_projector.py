@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common.errors import UserError
+from mllm.model import projector_start
 from mllm.model.projector import (
     init_projector,
     load_projector,
@@ -22,7 +23,14 @@ from mllm.model.projector import (
     save_projector,
     trainable_layers,
 )
-from mllm.model.projector_start import caption_targets, least_squares_init, start_from_captions
+from mllm.model.projector_start import (
+    FEWEST,
+    caption_targets,
+    least_squares_init,
+    start_from_captions,
+    telling_words,
+    word_evidence,
+)
 
 
 def make(kind="mlp2x_gelu", width=24, dim=64, seed=0):
@@ -187,19 +195,41 @@ def test_caption_targets_weigh_words_by_rarity():
         caption_targets([[1], []], embeddings)
 
 
-def scenes(count: int = 2000) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
-    """Looks of 8 things and of background, captions of images of four such patches, and their features."""
+def scenes(count: int = 2000, things: int = 8) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
+    """Looks of things and of background, captions of images of four such patches, and their features."""
     torch.manual_seed(0)
-    looks = torch.randn(9, 24)
-    shown = torch.randint(0, 9, (count, 4))  # 8 is background, which no caption names
-    captions = [[20, *{int(thing) for thing in row if thing < 8}, 21] for row in shown]
+    looks = torch.randn(things + 1, 24)
+    shown = torch.randint(0, things + 1, (count, 4))  # the last is background, which no caption names
+    captions = [[101, *{int(thing) for thing in row if thing < things}, 102] for row in shown]
     return looks, captions, looks[shown] + 0.3 * torch.randn(count, 4, 24)
+
+
+def test_telling_words_are_neither_rare_nor_common():
+    captions = [[1, 2, 2]] * FEWEST + [[1, 3]] * (FEWEST - 1) + [[1, 4]] * (FEWEST + 1) + [[1]] * 1000
+    assert telling_words(captions, 9) == [4, 2]
+    assert telling_words(captions, 1) == [4]
+
+
+def test_word_evidence_equals_a_ridge_regression_for_each_word():
+    _, captions, features = scenes(500)
+    words = [3, 101, 5]
+    weight, bias = word_evidence(features, captions, words, ridge=0.01)
+    evidence = features.flatten(0, 1).double() @ weight.T + bias
+    for k, word in enumerate(words):
+        holds = torch.tensor([float(word in caption) for caption in captions])
+        target = (holds / holds.mean() - 1).repeat_interleave(4)[:, None]
+        reference, intercept = ridge_reference(features.flatten(0, 1), target, 0.01)
+        expected = (features.flatten(0, 1).double() @ reference.T + intercept)[:, 0]
+        if word == 101:  # in every caption: there is nothing to tell
+            assert evidence[:, k].abs().max() < 1e-3
+        else:
+            assert torch.allclose(evidence[:, k], expected / expected.std(correction=0), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
 def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(kind):
     looks, captions, features = scenes()
-    words, projector = torch.randn(40, 64) * 3 + 1, make(kind)
+    words, projector = torch.randn(110, 64) * 3 + 1, make(kind)
     r2 = start_from_captions(projector, features, captions, words)
     assert 0.1 < r2 < 0.9
     everything = projector(features).flatten(0, 1)
@@ -211,9 +241,25 @@ def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(ki
     assert spread[0] == pytest.approx(spread[1], rel=0.1), "and spread, up to the overlap of fitted and random part"
 
 
+def test_words_that_few_captions_hold_have_units_of_their_own():
+    """Half of the hidden units: each speaks most for its own thing, with the word's embedding, for so much variance."""
+    looks, captions, features = scenes(4000, things=60)
+    words, projector = torch.randn(110, 64), make()
+    start_from_captions(projector, features, captions, words)
+    told = telling_words(captions, 32)
+    units = projector.act(projector.linear_1(looks[told]))[:, -32:]
+    assert (units.argmax(1) == torch.arange(32)).all()
+    columns = projector.linear_2.weight[:, -32:].T
+    assert torch.allclose(nn.functional.cosine_similarity(columns, words[told] - words.mean(0)), torch.ones(32))
+    said = projector.act(projector.linear_1(features.flatten(0, 1)))[:, -32:] @ columns
+    variance = (said - said.mean(0)).square().sum(-1).mean() / (words - words.mean(0)).square().sum(-1).mean()
+    assert variance.item() == pytest.approx(projector_start.WORD_SHARE, rel=1e-3)
+    assert torch.allclose(projector(features).flatten(0, 1).mean(0), words.mean(0), atol=0.02)
+
+
 def test_a_start_from_captions_without_image_information_stays_finite_and_small():
     _, captions, features = scenes()
-    words, projector = torch.randn(40, 64), make()
+    words, projector = torch.randn(110, 64), make()
     start_from_captions(projector, torch.ones_like(features), captions, words)
     tokens = projector(torch.ones(1, 24))
     assert torch.allclose(tokens, words.mean(0), atol=0.05)  # words lie 8 from their mean
@@ -224,7 +270,7 @@ def test_a_start_from_captions_keeps_what_captions_do_not_tell():
     _, captions, features = scenes()
     features[..., 0] = torch.randn(features.shape[:2])
     projector = make()
-    start_from_captions(projector, features, captions, torch.randn(40, 64))
+    start_from_captions(projector, features, captions, torch.randn(110, 64))
     x, y = projector(features).flatten(0, 1).double(), features[..., 0].flatten().double()
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     rest = y - x @ torch.linalg.lstsq(x, y).solution
