@@ -125,14 +125,16 @@ def start_from_captions(
     - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`). What
       stands in a patch and what does not averages out over images, so a patch comes to lie near the words for what it
       shows.
-    - `WORD_SHARE`, in `mlp2x_gelu` only: up to half of the hidden units speak for one word each, where its evidence
-      (`word_evidence`) is above `THRESHOLD`, by adding the word's own embedding. A language model reads a name from
-      tokens that lie near that name's embedding, and means of embeddings do not.
+    - `WORD_SHARE`, in `mlp2x_gelu` only: hidden units that the directions of the features leave over, at least a
+      quarter, speak for one word each (`telling_words`), where its evidence (`word_evidence`) is above `THRESHOLD`, by
+      adding the word's own embedding. A language model reads a name from tokens that lie near that name's embedding,
+      and means of embeddings do not.
     - `RANDOM_SHARE`: a random map. Captions tell nothing about much of the features, and regressions drop that.
     """
     rows = features.flatten(0, 1)
     is_linear = projector_kind(projector) == "linear"
-    words = [] if is_linear else telling_words(captions, projector.linear_1.out_features // 2)
+    hidden = projector.linear_1.out_features
+    words = [] if is_linear else telling_words(captions, max(hidden - 2 * rows.shape[1], hidden // 4))
     targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
     r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed, unused=len(words))
     *before, last = trainable_layers(projector).values()
