@@ -242,7 +242,7 @@ def test_a_start_from_captions_puts_patches_near_the_words_for_what_they_show(ki
 
 
 def test_words_that_few_captions_hold_have_units_of_their_own():
-    """A quarter of the units, each speaks most for its own thing, with the word's embedding, for a share of the variance."""
+    """A quarter of them: each speaks most for its own thing, with the word's embedding, for a share of the variance."""
     looks, captions, features = scenes(4000, things=60)
     words, projector = torch.randn(110, 64), make()
     start_from_captions(projector, features, captions, words)
