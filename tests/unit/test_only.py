@@ -58,8 +58,9 @@ def test_only_one_file_opens_an_image() -> None:
 
 
 def test_only_one_file_opens_a_weight_file() -> None:
-    loaders = ("torch.load", "safetensors.torch.load_file", "safetensors.safe_open", "safetensors.torch.load_model")
+    loaders = ("torch.load", "safetensors.torch.load_file", "safetensors.torch.load_model")
     assert users(*loaders) == {"clips/common/tensors.py"}
+    assert users("safetensors.safe_open") == {"clips/common/tensors.py", "clips/data/tar.py"}, "the latter: an index"
     assert not users("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.hub")
 
 
