@@ -99,8 +99,9 @@ def word_evidence(
         row[[place[token] for token in set(caption) if token in place]] = 1
     rows = features.flatten(0, 1).double()
     mean = rows.mean(dim=0)
-    covariance = (rows - mean).T @ (rows - mean) / len(rows)
-    of_images = features.double().sum(dim=1) - features.shape[1] * mean
+    centred = rows - mean
+    covariance = centred.T @ centred / len(rows)
+    of_images = centred.view(features.shape).sum(dim=1)
     weight = torch.linalg.solve(_regular(covariance, ridge), of_images.T @ (held / held.mean(dim=0) - 1) / len(rows)).T
     deviation = ((weight @ covariance) * weight).sum(dim=1).clamp_min(1e-12).sqrt()
     weight /= deviation[:, None]
@@ -132,12 +133,13 @@ def start_from_captions(
     - `RANDOM_SHARE`: a random map. Captions tell nothing about much of the features, and regressions drop that.
     """
     rows = features.flatten(0, 1)
-    is_linear = projector_kind(projector) == "linear"
+    vocabulary = embeddings.float()
+    centre = vocabulary.mean(dim=0)
+    *before, last = trainable_layers(projector).values()
     hidden = projector.linear_1.out_features
-    words = [] if is_linear else telling_words(captions, max(hidden - 2 * rows.shape[1], hidden // 4))
+    words = telling_words(captions, max(hidden - 2 * rows.shape[1], hidden // 4)) if before else []
     targets = caption_targets(captions, embeddings).repeat_interleave(features.shape[1], dim=0)
     r2 = least_squares_init(projector, rows, targets.to(rows.device), ridge=1e-3, seed=seed, unused=len(words))
-    *before, last = trainable_layers(projector).values()
     random = torch.randn(last.weight.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     parts = [(last.weight.float().clone(), 1 - RANDOM_SHARE - WORD_SHARE * bool(words)), (random, RANDOM_SHARE)]
     if words:
@@ -145,16 +147,16 @@ def start_from_captions(
         before[0].weight[-len(words) :], before[0].bias[-len(words) :] = weight, bias - THRESHOLD
         random[:, -len(words) :] = 0
         of_words = torch.zeros_like(random)
-        of_words[:, -len(words) :] = (embeddings[words].float() - embeddings.float().mean(dim=0)).T
+        of_words[:, -len(words) :] = (vocabulary[words] - centre).T
         parts.append((of_words, WORD_SHARE))
     inputs = projector.act(before[0](rows.to(last.weight.dtype))).float() if before else rows.float()
-    words_distance = _distance_from_mean(embeddings.float())
+    words_distance = _distance_from_mean(vocabulary)
     total = torch.zeros_like(random)
     for part, share in parts:
         # At most so much: outputs that hardly differ (an encoder without image information) would become noise.
         distance = torch.maximum(_distance_from_mean(inputs @ part.T), words_distance / LARGEST_FACTOR)
         total += share**0.5 * words_distance / distance * part
-    _assign(last, total, embeddings.float().mean(dim=0) - total @ inputs.mean(dim=0))
+    _assign(last, total, centre - total @ inputs.mean(dim=0))
     return r2
 
 
