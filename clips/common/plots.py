@@ -82,9 +82,21 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     """Up to three panels in a row."""
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    plot = Plot(figsize=(3.7 * columns, 2.7 * rows), dpi=130, facecolor=theme.paper, layout="constrained")
-    for axes, panel in zip(plot.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
-        _draw(axes, panel, theme)
+    width, height = 3.7 * columns, 2.7 * rows
+    plot = Plot(figsize=(width, height), dpi=130, facecolor=theme.paper)
+    # Room in inches for titles and ticks. matplotlib's own layouts would draw every chart twice to measure it, two
+    # fifths of the time that a short run's report takes.
+    left, right, top, bottom = 0.7, 0.15, 0.35, 0.3
+    plot.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=(left + right) / (3.7 - left - right),
+        hspace=(top + bottom) / (2.7 - top - bottom),
+    )
+    for place, panel in enumerate(shown, start=1):
+        _draw(plot.add_subplot(rows, columns, place), panel, theme)
     return plot
 
 

@@ -177,9 +177,9 @@ _SYNSET = re.compile(r"n\d{8}")
 
 def load_classes(spec: str | Path) -> Classes:
     """`imagenet`, or a file: one class per line, or JSON `{"classes": […], "templates": ["a photo of a {}.", …]}`."""
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-
     if str(spec) == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
         return Classes(tuple(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
     path = Path(spec)
     try:
