@@ -17,7 +17,7 @@ from clips.common.errors import UserError
 FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
 """Points drawn of one curve."""
-SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4")
+SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
 """Colours that stand on white and on near-black alike."""
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure as Plot
 from clips.common.errors import UserError
 from clips.common.plots import LIGHT, SERIES, Theme, check_format, save_plot
 
-BAR = 0.2
-"""Width of a bar; the kinds of question stand at a distance of 1."""
+GROUP = 0.8
+"""Width of the bars of a kind of question; the kinds stand at a distance of 1."""
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
 
@@ -44,12 +44,13 @@ def results_plot(encoders: dict[str, dict[str, Any]], differences: list[dict[str
     metrics.sort(key=lambda name: name == ALL)  # all questions at the right end
     plot = Plot(figsize=(8, 3.6), dpi=150, facecolor=theme.paper, layout="constrained")
     axes = plot.add_subplot(facecolor=theme.paper)
+    bar = GROUP / len(encoders)
     for i, (name, figures) in enumerate(encoders.items()):
-        shift = BAR * (i - (len(encoders) - 1) / 2)
+        shift = bar * (i - (len(encoders) - 1) / 2)
         places = [place + shift for place in range(len(metrics))]
         means = [100 * figures[metric]["mean"] for metric in metrics]
         spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
-        axes.bar(places, means, BAR * 0.92, label=name, color=SERIES[i % len(SERIES)])
+        axes.bar(places, means, bar * 0.92, label=name, color=SERIES[i % len(SERIES)])
         axes.errorbar(places, means, spreads, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
     counts = [next(iter(encoders.values()))[metric].get("items") for metric in metrics]
     kinds = [metric.partition("/")[2] or "all questions" for metric in metrics]
