@@ -6,7 +6,7 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def evaluate(
     }
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
-    train: ImageSet | None = None
+    probed: Callable[[ImageSet], Figure | None] | None = None
     limit = None if full else run.eval.max_images
     captioned = full or not run.model.embed_dim
     for name in held_out_sets(run.data) if split == "test" else [split]:
@@ -132,10 +132,11 @@ def evaluate(
         )
         found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
         if full and labelled_rows(images):
-            if train is None:
+            if probed is None:
                 train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
-            if (probe := probe_images(train, images)) is not None:
-                found["linear_probe_top1"] = probe
+                probed = probe_images(train)
+            if (figure := probed(images)) is not None:
+                found["linear_probe_top1"] = figure
         figures |= named(found, name, split)
         skipped += images.skipped
     if out is not None:
@@ -146,19 +147,24 @@ def evaluate(
     return figures
 
 
-def probe_images(train: ImageSet, test: ImageSet) -> Figure | None:
-    """Linear probe from the labelled images of one set to those of another; None when there is nothing to separate."""
+def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
+    """A linear probe fitted to the labelled images of one set, to be tried on others.
+
+    On those it gives None when there is nothing to separate, in `train` or among the labels that both have.
+    """
     fit = labelled_rows(train)
     number = {name: i for i, name in enumerate(sorted(set(fit.values())))}
-    check = {row: label for row, label in labelled_rows(test).items() if label in number}
-    if len(number) < 2 or not check:
-        return None
-    return linear_probe(
-        train.pooled[list(fit)],
-        [number[label] for label in fit.values()],
-        test.pooled[list(check)],
-        [number[label] for label in check.values()],
+    probe = (
+        linear_probe(train.pooled[list(fit)], [number[label] for label in fit.values()]) if len(number) > 1 else None
     )
+
+    def measured(test: ImageSet) -> Figure | None:
+        check = {row: label for row, label in labelled_rows(test).items() if label in number}
+        if probe is None or not check:
+            return None
+        return probe(test.pooled[list(check)], [number[label] for label in check.values()])
+
+    return measured
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> None:
@@ -178,9 +184,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         "batch_size": flags.batch_size or run.eval.batch_size,
         "workers": run.data.workers,
     }
-    train = None
+    probed = None
     if flags.probe_train is not None:
-        train = encode_images(model, _open(flags.probe_train, flags, run), **options)
+        probed = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
     figures: dict[str, Figure] = {}
     skipped: list[str] = []
     count = 0
@@ -188,11 +194,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
         images = encode_images(model, items, limit=flags.limit, tokenizer=loaded.tokenizer, **options)
         classes = own_classes or classes
         found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
-        if train is not None:
-            probe = probe_images(train, images)
-            if probe is None:
+        if probed is not None:
+            figure = probed(images)
+            if figure is None:
                 raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
-            found["linear_probe_top1"] = probe
+            found["linear_probe_top1"] = figure
         figures |= named(found, test_set, first)
         skipped += images.skipped
         count += len(images.indices)

@@ -8,7 +8,7 @@ Shapes: I images · T texts · C classes · P prompts per class · E embedding w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,14 +144,19 @@ def token_accuracy(predicted: Tensor, truth: Tensor) -> Figure:
     return Figure(round(100 * value, 4), round(100 * chance, 4), len(truth))
 
 
-def linear_probe(train: Tensor, train_labels: Sequence[int], test: Tensor, test_labels: Sequence[int]) -> Figure:
-    """Accuracy of a logistic regression on frozen features [N, D], standardised by the training features."""
+def linear_probe(train: Tensor, train_labels: Sequence[int]) -> Callable[[Tensor, Sequence[int]], Figure]:
+    """A logistic regression on frozen features [N, D], standardised by them; returns its accuracy on others."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.1))
     probe.fit(train.float().cpu().numpy(), train_labels)
-    accuracy = probe.score(test.float().cpu().numpy(), test_labels)
-    most_common = np.mean(np.asarray(test_labels) == np.bincount(train_labels).argmax())
-    return Figure(round(100 * accuracy, 4), round(100 * float(most_common), 4), len(test_labels))
+    commonest = np.bincount(train_labels).argmax()
+
+    def accuracy(test: Tensor, test_labels: Sequence[int]) -> Figure:
+        value = probe.score(test.float().cpu().numpy(), test_labels)
+        chance = float(np.mean(np.asarray(test_labels) == commonest))
+        return Figure(round(100 * value, 4), round(100 * chance, 4), len(test_labels))
+
+    return accuracy

@@ -34,6 +34,8 @@ from mllm.compare.words import difference_text, mean_and_sd, percent_text
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("cells", "examples", "files")
 """Parts of report.json that stay in the archive."""
+SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
+"""What of a figure and of a difference is taken from it."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
 PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:@]+?)(?: @([\w-]+))?\}")
 
@@ -52,6 +54,11 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
         with opened(source) as output:
             report = verified(output, source).report
         content = {key: value for key, value in report.items() if key not in LONG}
+        content["differences"] = [_short(row) for row in report["differences"]]
+        content["encoders"] = {
+            name: encoder | {"metrics": {metric: _short(figure) for metric, figure in encoder["metrics"].items()}}
+            for name, encoder in report["encoders"].items()
+        }
         if source.is_file():
             content["archive"] = {"file": source.name, "bytes": source.stat().st_size, "sha256": sha256(source)}
     write_json(target, content)
@@ -86,6 +93,10 @@ def update_from_flags(source: str | None, name: str, *, check: bool) -> None:
         pages = ", ".join(changed)
         raise CommandError(f"not the figures of docs/results: {pages}; `python scripts/update_docs.py` mends it")
     print(f"changed: {', '.join(changed) or 'nothing'}")
+
+
+def _short(figure: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figure.items() if key in SHORT}
 
 
 def _filled(block: re.Match[str], page: Path, root: Path) -> str:

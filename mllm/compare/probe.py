@@ -61,9 +61,9 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))
-                fit = _image_set(encoder, train, device)
+                probed = probe_images(_image_set(encoder, train, device))
                 for name, labelled in tests.items():
-                    figure = probe_images(fit, _image_set(encoder, labelled, device))
+                    figure = probed(_image_set(encoder, labelled, device))
                     if figure is None:
                         raise UserError(
                             "the labelled scenes of the demo that can be read are of fewer than two classes, which "

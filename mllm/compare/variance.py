@@ -80,7 +80,9 @@ class Spread:
         return found
 
     def items_needed(self, difference: float) -> int | None:
-        """Questions that show `difference` with the same seeds; None where no number is enough."""
+        """Questions that show `difference` with the same seeds; None where no number is enough, as for none at all."""
+        if difference == 0:
+            return None
         pictures = self._least(difference, 2, lambda n: self._sized(pictures=n))
         return None if pictures is None else math.ceil(pictures * self.item_counts[-1] / self.item_counts[1])
 

@@ -155,7 +155,7 @@ def test_linear_probe_separates_what_is_separable():
     generator = torch.Generator().manual_seed(0)
     labels = [i % 4 for i in range(200)]
     features = 3 * torch.eye(4)[labels] + torch.randn(200, 4, generator=generator)
-    figure = linear_probe(features[:100], labels[:100], features[100:], labels[100:])
+    figure = linear_probe(features[:100], labels[:100])(features[100:], labels[100:])
     assert figure.value > 80
     assert figure.items == 100
     assert figure.chance == 25

@@ -184,10 +184,8 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
         of_these = zero_shot_metrics(test.features[test.with_label(True)], prompts, truth)
         found |= {f"zero_shot_{name}": figure for name, figure in of_these.items()}
     number = {name: i for i, name in enumerate(sorted(set(train.labels())))}
-    found["linear_probe_top1"] = linear_probe(
-        train.pooled[train.with_label(True)], [number[label] for label in train.labels()],
-        test.pooled[test.with_label(True)], [number[label] for label in test.labels()],
-    )  # fmt: skip
+    probe = linear_probe(train.pooled[train.with_label(True)], [number[label] for label in train.labels()])
+    found["linear_probe_top1"] = probe(test.pooled[test.with_label(True)], [number[label] for label in test.labels()])
     right = sum(p == t for p, t in zip(test.predicted, test.truth, strict=True))
     return {name: figure.value for name, figure in found.items()} | {
         "caption_token_top1": round(100 * right / len(test.truth), 4)

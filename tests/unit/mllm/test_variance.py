@@ -163,6 +163,7 @@ def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
     found = split_of(scores, runs, items)
     assert found.needed(0.05)["picture"] is None
     assert found.items_needed(0.05) is None
+    assert found.items_needed(0.0) is None
     seeds = found.needed(0.05)["pretraining seed and LLaVA seed"]
     assert seeds is not None
     assert seeds > 100
