@@ -37,7 +37,7 @@ LONG = ("cells", "examples", "files")
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """What of a figure and of a difference is taken from it."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
-PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:@]+?)(?: @([\w-]+))?\}")
+PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 
 
 def take(source: Path, name: str, root: Path = ROOT) -> Path:

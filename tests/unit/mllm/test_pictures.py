@@ -21,7 +21,7 @@ def test_bars_and_error_bars_are_the_figures() -> None:
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
     axes = results_plot(encoders, report["differences"], LIGHT).axes[0]
     kinds = [label.get_text().partition("\n")[0] for label in axes.get_xticklabels()]
-    assert kinds == ["identity", "count", "where", "background", "yes/no", "all questions"]
+    assert kinds == ["identity", "count", "where", "background", "yes_no", "all questions"]
     bars = axes.patches
     assert len(bars) == len(kinds) * len(encoders)
     for name, drawn in zip(encoders, (bars[i : i + len(kinds)] for i in range(0, len(bars), len(kinds))), strict=True):
@@ -32,7 +32,9 @@ def test_bars_and_error_bars_are_the_figures() -> None:
     spreads = {round(float(high - low), 4) for (_, low), (_, high) in lines}
     shown = [m for e in encoders.values() for n, m in e.items() if n.startswith("accuracy") and "@" not in n]
     assert spreads == {round(200 * m["sd"], 4) for m in shown}
-    assert "+8.3 points [+5.4, +11.0]" in axes.get_title(loc="left")
+    told = next(row for row in report["differences"] if row["metric"] == "accuracy")
+    points, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (told["mean"], *told["ci95"]))
+    assert f"{points} points [{low}, {high}]" in axes.get_title(loc="left")
 
 
 def test_the_picture_fits_a_page(tmp_path: Path) -> None:

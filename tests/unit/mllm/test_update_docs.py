@@ -20,6 +20,7 @@ PAGE = """# Page
 | kind | blind | clips | clips − blind |
 |---|---|---|---|
 | all | {blind: accuracy} | {clips: accuracy} | {clips − blind: accuracy} |
+| seen artists | | {clips: accuracy@seen} | |
 | probe, CLIP | {CLIP: zero_shot_top1 @pretraining} | | {CLIPS − CLIP: zero_shot_top1 @pretraining} |
 -->
 | typed | by | a | hand |
@@ -41,7 +42,10 @@ def write_results(root: Path) -> None:
     compare = {
         "encoders": {
             "blind": {"metrics": {"accuracy": {"mean": 0.2341, "sd": None}}, "intrinsic": {}},
-            "clips": {"metrics": {"accuracy": {"mean": 0.61, "sd": 0.0212}}, "intrinsic": {}},
+            "clips": {
+                "metrics": {"accuracy": {"mean": 0.61, "sd": 0.0212}, "accuracy@seen": {"mean": 0.7, "sd": 0.03}},
+                "intrinsic": {},
+            },
         },
         "differences": [{"a": "clips", "b": "blind", "metric": "accuracy", "mean": 0.3751, "ci95": [-0.01, 0.4]}],
     }
@@ -67,6 +71,7 @@ def test_a_block_is_filled_and_the_rest_of_the_page_stays(tmp_path: Path) -> Non
     assert update_pages(check=False, root=root) == [page]
     text = page.read_text()
     assert "| all | 23.4 | 61.0 ± 2.1 | +37.5 [−1.0, +40.0] |\n" in text.partition("-->")[2]
+    assert "| seen artists | | 70.0 ± 3.0 | |\n" in text.partition("-->")[2]
     assert "| probe, CLIP | 71.0 ± 1.4 | | **+19.0 [−30.0, −2.5]** |\n" in text.partition("-->")[2]
     assert "typed" not in text
     assert text.partition("-->")[0] == PAGE.partition("-->")[0]
@@ -103,7 +108,13 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     content = json.loads(target.read_text())
     assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
     assert not {"cells", "examples", "files"} & content.keys()
-    assert content["encoders"] == report["encoders"]
+    for name, encoder in report["encoders"].items():
+        short, metrics = content["encoders"][name], encoder["metrics"]
+        assert {m: (f["mean"], f["sd"]) for m, f in short["metrics"].items()} == {
+            m: (f["mean"], f["sd"]) for m, f in metrics.items()
+        }
+        assert short | {"metrics": None} == encoder | {"metrics": None}
+    assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
     assert target.stat().st_size < 60_000
     update_pages(check=False, root=root)
     shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
