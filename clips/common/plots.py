@@ -82,7 +82,8 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     """Up to three panels in a row."""
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    width, height = 3.7 * columns, 2.7 * rows
+    panel_width, panel_height = 3.7, 2.7
+    width, height = panel_width * columns, panel_height * rows
     plot = Plot(figsize=(width, height), dpi=130, facecolor=theme.paper)
     # Room in inches for titles and ticks. matplotlib's own layouts would draw every chart twice to measure it, two
     # fifths of the time that a short run's report takes.
@@ -92,8 +93,8 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
         right=1 - right / width,
         top=1 - top / height,
         bottom=bottom / height,
-        wspace=(left + right) / (3.7 - left - right),
-        hspace=(top + bottom) / (2.7 - top - bottom),
+        wspace=(left + right) / (panel_width - left - right),
+        hspace=(top + bottom) / (panel_height - top - bottom),
     )
     for place, panel in enumerate(shown, start=1):
         _draw(plot.add_subplot(rows, columns, place), panel, theme)

@@ -296,7 +296,7 @@ def draw(chart: Chart, theme: Theme) -> Plot:
     decides = chart.claim["contrasts"][0]["metric"].rpartition("/")[2]
     shown = list(dict.fromkeys((decides, *DRAWN)))[: len(DRAWN)]
     there = chart.variants[names[0]]["runs"][0]["figures"]
-    for number, (figure, colour) in enumerate(zip(shown, SERIES, strict=False)):
+    for number, (figure, colour) in enumerate(zip(shown, SERIES[: len(DRAWN)], strict=True)):
         drawn = deciding_name(figure, there)
         if any(drawn not in run["figures"] for name in names for run in chart.variants[name]["runs"]):
             continue

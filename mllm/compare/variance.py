@@ -80,9 +80,7 @@ class Spread:
         return found
 
     def items_needed(self, difference: float) -> int | None:
-        """Questions that show `difference` with the same seeds; None where no number is enough, as for none at all."""
-        if difference == 0:
-            return None
+        """Questions that show `difference` with the same seeds; None where no number is enough."""
         pictures = self._least(difference, 2, lambda n: self._sized(pictures=n))
         return None if pictures is None else math.ceil(pictures * self.item_counts[-1] / self.item_counts[1])
 
@@ -101,7 +99,9 @@ class Spread:
 
     @staticmethod
     def _least(difference: float, fewest: int, sized: Callable[[int], Spread]) -> int | None:
-        """The smallest count with which `difference` can be seen."""
+        """The smallest count with which `difference` can be seen; None beyond `MOST`, and if there is none to see."""
+        if difference == 0:
+            return None
         few, many = fewest - 1, fewest
         while sized(many).detectable() > difference:
             few, many = many, 2 * many
