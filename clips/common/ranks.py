@@ -50,15 +50,20 @@ def once_per_machine(make: Callable[[], T], asked: str) -> T:
     mine = f"{platform.node()} {this_machine()} {asked}"
     everybody = [""] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
-    ranks = [rank for rank, theirs in enumerate(everybody) if theirs == mine]
     outcome: list[Any] = [None]
-    group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo", use_local_synchronization=True)
-    if dist.get_rank() == ranks[0]:
+    asking: dict[str, list[int]] = {}
+    for rank, theirs in enumerate(everybody):
+        asking.setdefault(theirs, []).append(rank)
+    # All groups on all ranks: one made by its members alone is named after them, and a second of that name meets at
+    # the addresses of the first.
+    groups = {theirs: dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for theirs, ranks in asking.items()}
+    first, group = asking[mine][0], groups[mine]
+    if dist.get_rank() == first:
         try:
             outcome = [make()]
         except CommandError as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome, src=ranks[0], group=group)
+    dist.broadcast_object_list(outcome, src=first, group=group)
     dist.destroy_process_group(group)
     if isinstance(outcome[0], CommandError):
         raise outcome[0]
