@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import site
 import subprocess
+import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +81,10 @@ class Hosts:
         wrapper.parent.mkdir()
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.place}/config "$@"\n')
         wrapper.chmod(0o755)
+        # After Ctrl-C `deepspeed` has every launcher of its Python on these hosts ended, so also other tests' here.
+        venv.create(self.place / "python", symlinks=True)
+        own = Path(*self.place.glob("python/lib/python*/site-packages"))
+        (own / "tested.pth").write_text(f"import site; site.addsitedir({site.getsitepackages()[0]!r})\n")
         # What ssh does not carry to the hosts; PYTHONPATH it does.
         (self.place / "environment").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=lo\n")
         for name in self.addresses:
@@ -112,7 +118,7 @@ class Hosts:
         """The user's, with the user's PATH and deepspeed's own file of variables for the hosts."""
         env = ("env", f"PATH={self.place}/bin:{os.environ['PATH']}", f"DS_ENV_FILE={self.place}/environment")
         flags = ("--hostfile", str(self.place / "hostfile"), "--master_addr", "127.0.0.1")
-        return [*env, *deepspeed(*flags, *map(str, words), per_host=1)]
+        return [*env, str(self.place / "python/bin/python"), *deepspeed(*flags, *map(str, words), per_host=1)]
 
 
 @pytest.fixture(scope="module")
