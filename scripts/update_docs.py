@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
         "--take",
         metavar="FILE",
         help="first write docs/results/NAME.json from this archive of compare_encoders.py --pack, which is verified, "
-        "or from the comparison.json of compare_pretraining.py",
+        "from the comparison.json of compare_pretraining.py or the claims.json of reproduce_claims.py",
     )
     p.add_argument("--name", default="compare", help="which file of docs/results to write")
     p.add_argument("--check", action="store_true", help="write no page; end with 1 where its figures are others")

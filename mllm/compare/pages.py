@@ -14,7 +14,8 @@ A block of a page is a comment that holds its text with places for figures, and 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py without what is long in it, taken
 from an archive that was verified. `{WHO: FIGURE}` is a mean with its standard deviation over seeds, `{WHO − WHOM:
 FIGURE}` a difference with its interval, bold where that leaves zero out; `{… @NAME}` takes another file. The file may
-also be the comparison.json of scripts/compare_pretraining.py.
+also be the comparison.json of scripts/compare_pretraining.py, or the claims.json of scripts/reproduce_claims.py without
+the runs' configurations (WHO is a variant, `{WHO − WHOM: verdict}` what was decided).
 """
 
 from __future__ import annotations
@@ -41,15 +42,22 @@ PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 
 
 def take(source: Path, name: str, root: Path = ROOT) -> Path:
-    """Write docs/results/NAME.json from an archive (or output directory), which is verified, or a comparison.json.
+    """Write docs/results/NAME.json from an archive (or output directory), which is verified, or from another study.
 
-    Raises CommandError or UserError for what does not verify, and for a file that is neither.
+    Raises CommandError or UserError for what does not verify, and for a file that is neither an archive, nor a
+    comparison.json or claims.json.
     """
     target = root / "docs" / "results" / f"{name}.json"
     if source.suffix == ".json":
         content = read_json(source)
-        if "groups" not in content:
-            raise UserError(f"{source} is no comparison.json of compare_pretraining.py: give an archive")
+        if not content.keys() & {"groups", "claims"}:
+            raise UserError(
+                f"{source} is neither comparison.json of compare_pretraining.py nor claims.json of "
+                "reproduce_claims.py: give one of them, or an archive"
+            )
+        for variant in content.get("variants", {}).values():
+            for run in variant["runs"]:
+                del run["config"]  # what is not the recipe's stands in the command
     else:
         with opened(source) as output:
             report = verified(output, source).report
@@ -107,8 +115,10 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         file = root / "docs" / "results" / f"{other or default}.json"
         content = read_json(file)
         try:
-            return _pretraining(content, who, name) if "groups" in content else _comparison(content, who, name)
-        except (KeyError, IndexError, TypeError) as error:
+            if "groups" in content:
+                return _pretraining(content, who, name)
+            return _claims(content, who, name) if "claims" in content else _comparison(content, who, name)
+        except (KeyError, IndexError, TypeError, StopIteration) as error:
             raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
 
     return head + PLACE.sub(figure, text) + end
@@ -128,8 +138,28 @@ def _pretraining(content: Mapping[str, Any], who: str, name: str) -> str:
     """Of comparison.json: groups with a row of figures for each seed, and CLIPS minus each other group."""
     first, _, other = who.partition(" − ")
     if other:
-        return _difference(content["clips_minus"][other][name], lambda value: f"{value:+.1f}".replace("-", "−"))
-    values = [row[name] for row in content["groups"][first]]
+        return _difference(content["clips_minus"][other][name], _points)
+    return _over_seeds([row[name] for row in content["groups"][first]])
+
+
+def _claims(content: Mapping[str, Any], who: str, name: str) -> str:
+    """Of claims.json: variants with their runs' figures, and the comparisons that the claims make."""
+    first, _, other = who.partition(" − ")
+    if not other:
+        return _over_seeds([run["figures"][name] for run in content["variants"][first]["runs"]])
+    contrasts = [contrast for claim in content["claims"].values() for contrast in claim.get("contrasts", ())]
+    contrast = next(found for found in contrasts if (found["a"], found["b"]) == (first, other))
+    if name == "verdict":
+        text = contrast[name].removesuffix(" here")
+        return text if text.startswith("not") else f"**{text}**"
+    return _difference(contrast.get("figures", {contrast["metric"]: contrast})[name], _points)
+
+
+def _points(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _over_seeds(values: list[float]) -> str:
     return percent_text({"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None})
 
 
