@@ -81,8 +81,8 @@ CLAIMS = {
         paper="The shorter the piece of the synthetic caption that the text encoder is fed, the better the encoder.",
         variants=("sentence", "half", "full"),
         contrasts=(("sentence", "full"), ("sentence", "half"), ("half", "full")),
-        caution="The test sentences have about 16 tokens: on average more than one sentence (12), fewer than half of "
-        "them (24), and far fewer than the full caption (40); with the web caption (6) as second text the "
+        caution="The test sentences have about 22 tokens: on average twice one sentence of the training (11), as many as "
+        "half of them (22), and far fewer than the full caption (40); with the web caption (6) as second text the "
         "full-caption model hardly saw a text of that length. So part of a gain may be the length alone. Two figures "
         "show how much: retrieval with the full long captions as texts, where it is the other way round, and the "
         "linear probe, which reads no text at all. All three are trained with the web caption as second text and "
@@ -110,7 +110,7 @@ CLAIMS = {
             ("block_mask", "random_mask"),
         ),
         caution="Equal on average only: one sentence has 8 to 36 tokens, the three others 12, so only it ever "
-        "trains texts as long as most of the test's (10 to 37). The comparisons with one sentence are partly that; "
+        "trains texts as long as the test's (22 on average). The comparisons with one sentence are partly that; "
         "“in a row” against “scattered”, and the linear probe, are not. First words: every caption begins with the "
         "sentence that names everything, but 12 tokens cut it wherever there are several things.",
     ),
