@@ -38,7 +38,8 @@ LONG = ("cells", "examples", "files")
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
 """What of a figure and of a difference is taken from it."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
-PLACE = re.compile(r"\{([^{}\n]+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
+PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
+"""An encoder may be called by its path, in which {seed} stands for the pretraining seed."""
 
 
 def take(source: Path, name: str, root: Path = ROOT) -> Path:

@@ -22,6 +22,7 @@ PAGE = """# Page
 | kind | blind | clips | clips − blind |
 |---|---|---|---|
 | all | {blind: accuracy} | {clips: accuracy} | {clips − blind: accuracy} |
+| longer | | {clips:runs/longer-seed{seed}: accuracy} | |
 | seen artists | | {clips: accuracy@seen} | |
 | probe, CLIP | {CLIP: zero_shot_top1 @pretraining} | | {CLIPS − CLIP: zero_shot_top1 @pretraining} |
 -->
@@ -48,6 +49,7 @@ def write_results(root: Path) -> None:
                 "metrics": {"accuracy": {"mean": 0.61, "sd": 0.0212}, "accuracy@seen": {"mean": 0.7, "sd": 0.03}},
                 "intrinsic": {},
             },
+            "clips:runs/longer-seed{seed}": {"metrics": {"accuracy": {"mean": 0.65, "sd": 0.01}}, "intrinsic": {}},
         },
         "differences": [{"a": "clips", "b": "blind", "metric": "accuracy", "mean": 0.3751, "ci95": [-0.01, 0.4]}],
     }
@@ -73,6 +75,7 @@ def test_a_block_is_filled_and_the_rest_of_the_page_stays(tmp_path: Path) -> Non
     assert update_pages(check=False, root=root) == [page]
     text = page.read_text()
     assert "| all | 23.4 | 61.0 ± 2.1 | +37.5 [−1.0, +40.0] |\n" in text.partition("-->")[2]
+    assert "| longer | | 65.0 ± 1.0 | |\n" in text.partition("-->")[2]
     assert "| seen artists | | 70.0 ± 3.0 | |\n" in text.partition("-->")[2]
     assert "| probe, CLIP | 71.0 ± 1.4 | | **+19.0 [−30.0, −2.5]** |\n" in text.partition("-->")[2]
     assert "typed" not in text
