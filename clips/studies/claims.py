@@ -81,8 +81,8 @@ CLAIMS = {
         paper="The shorter the piece of the synthetic caption that the text encoder is fed, the better the encoder.",
         variants=("sentence", "half", "full"),
         contrasts=(("sentence", "full"), ("sentence", "half"), ("half", "full")),
-        caution="The test sentences have about 22 tokens: on average twice one sentence of the training (11), as many as "
-        "half of them (22), and far fewer than the full caption (40); with the web caption (6) as second text the "
+        caution="The test sentences have about 22 tokens: on average twice one sentence of the training (11), as many "
+        "as half of them (22), and far fewer than the full caption (40); with the web caption (6) as second text the "
         "full-caption model hardly saw a text of that length. So part of a gain may be the length alone. Two figures "
         "show how much: retrieval with the full long captions as texts, where it is the other way round, and the "
         "linear probe, which reads no text at all. All three are trained with the web caption as second text and "

@@ -22,9 +22,9 @@ PAGE = """# Page
 | kind | blind | clips | clips − blind |
 |---|---|---|---|
 | all | {blind: accuracy} | {clips: accuracy} | {clips − blind: accuracy} |
-| longer | | {clips:runs/longer-seed{seed}: accuracy} | |
 | seen artists | | {clips: accuracy@seen} | |
 | probe, CLIP | {CLIP: zero_shot_top1 @pretraining} | | {CLIPS − CLIP: zero_shot_top1 @pretraining} |
+| longer | | {clips:runs/longer-seed{seed}: accuracy} | |
 -->
 | typed | by | a | hand |
 <!-- /figures -->
