@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import random
 import shutil
@@ -154,14 +155,19 @@ def test_boundaries_are_found_in_captions_whose_sentences_are_known(part):
     ["J. ", ".", ". ", '."', "- ", "1. ", ".🐶 ", ". $", "a", "ca. | "],
 )
 def test_hostile_text_is_split_in_linear_time(piece):
-    """A ratio of this process's own seconds, the fastest of three: 8 where it is linear, 64 where it is quadratic."""
+    """A ratio of this process's own seconds: 8 where it is linear, 64 where it is quadratic.
 
-    def seconds(count):
-        begin = time.process_time()
-        split_sentences(piece * count)
-        return time.process_time() - begin
-
-    assert min(seconds(160_000) for _ in range(3)) < 32 * min(seconds(20_000) for _ in range(3))
+    Of the fastest tries of each length, on a machine that is disturbed of more of them.
+    """
+    fastest = {20_000: math.inf, 160_000: math.inf}
+    for _ in range(20):
+        for count, before in fastest.items():
+            begin = time.process_time()
+            split_sentences(piece * count)
+            fastest[count] = min(before, time.process_time() - begin)
+        if fastest[160_000] < 32 * fastest[20_000]:
+            return
+    raise AssertionError(fastest)
 
 
 # --- sub-captions
