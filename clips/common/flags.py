@@ -1,0 +1,121 @@
+"""The parser of every command: no abbreviations, flags with dashes, each default printed exactly once.
+
+A command builds a `Parser` and adds flags with `add_argument`, or adds all fields of a dataclass with `add_options`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that accepts whole flag names only and prints `(default: …)` once for each flag.
+
+    A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
+    An unknown flag ends the command with exit code 2, and with the name of the flag that is most like it.
+    """
+
+    def __init__(self, description: str | None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        known = list(self._option_string_actions)
+        unknown = [word for word in re.findall(r"(?<!\S)--[\w.-]+", message) if word not in known]
+        close = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        super().error(message + (f" (did you mean {', '.join(close)}?)" if close else ""))
+
+
+class _Formatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        is_given = action.required or (not action.option_strings and default is None)
+        if is_given or default is argparse.SUPPRESS or "(default:" in text:
+            return text
+        if action.nargs == 0:
+            shown = "no"
+        elif default is None or default == [] or default == () or default == "":
+            shown = "none"
+        else:
+            shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+def option(default: Any, text: str, *aliases: str, underscores: bool = False, **argument: Any) -> Any:
+    """A dataclass field that `add_options` makes a flag of.
+
+    `text` is the flag's help, and `aliases` are further names. `underscores` keeps the field's name as the flag's name
+    and lets a bool take a value, as LLaVA's scripts do. `argument` goes to `add_argument`, for example `metavar`.
+    """
+    metadata = {"help": text, "aliases": aliases, "underscores": underscores, "argument": argument}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse._ActionsContainer, kind: type, prefix: str = "") -> None:
+    """Add one flag for each `option` of the dataclass `kind`: `prefix` and the field's name, with dashes.
+
+    The field's type gives the flag's type. Literal gives choices, and a tuple takes several words. A bool is a switch:
+    `--no-FIELD` if its default is True.
+    """
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if "help" not in f.metadata:
+            continue
+        name, text = prefix + f.name, f.metadata["help"]
+        if not f.metadata["underscores"]:
+            name = name.replace("_", "-")
+        argument = _argument(hints[f.name], f.default, valued=f.metadata["underscores"])
+        if argument.get("action") == "store_false":
+            name = f"no-{name}"
+        names = (f"--{name}", *f.metadata["aliases"])
+        argument |= f.metadata["argument"]
+        parser.add_argument(*names, dest=prefix + f.name, default=f.default, help=text, **argument)
+
+
+def _argument(hint: Any, default: Any, *, valued: bool) -> dict[str, Any]:
+    """What `add_argument` takes for a field of this type."""
+    if get_origin(hint) in (Union, types.UnionType):  # X | None
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    if hint is bool:
+        if valued or default is None:
+            return {"type": boolean, "nargs": "?", "const": True}
+        return {"action": "store_false" if default else "store_true"}
+    if get_origin(hint) is Literal:
+        return {"type": type(get_args(hint)[0]), "choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"type": get_args(hint)[0], "nargs": "+", "action": _Extend}
+    return {"type": hint}
+
+
+class _Extend(argparse.Action):
+    """Collects the words of a repeated flag in a tuple; the first one replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
+
+
+def boolean(text: str) -> bool:
+    """`True` or `False` as LLaVA's scripts give it; raises ArgumentTypeError for another word."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
+
+
+def from_flags(kind: type[T], flags: argparse.Namespace, prefix: str = "", **others: Any) -> T:
+    """The dataclass `kind` with the values of its flags; `others` are fields that are no flags, or replace them."""
+    names = [f.name for f in dataclasses.fields(kind) if "help" in f.metadata]  # type: ignore[arg-type]
+    return kind(**{name: getattr(flags, prefix + name) for name in names} | others)
+
+
+def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """The names of the values that `words` give; values at their default are not among them."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    return {name for name, value in vars(parser.parse_args(words, unset)).items() if value is not None}

@@ -1,0 +1,70 @@
+"""clips/common/flags.py: the one way in which every command reads its flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from clips.common.flags import Parser, add_options, from_flags, given, option
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch_size: int = option(8, "samples of a step")
+    limit: int | None = option(None, "only so many", "--at-most")
+    kind: Literal["a", "b"] = option("a", "which kind")
+    words: tuple[str, ...] = option(("x", "y"), "which words")
+    quick: bool = option(False, "less of everything")
+    cache: bool = option(True, "compute everything again")
+    lora_enable: bool = option(False, "as LLaVA spells it", underscores=True)
+    own: str = "not a flag"
+
+
+def parser() -> Parser:
+    p = Parser("A command.")
+    p.add_argument("--model", help="which model (default: the newest)")
+    add_options(p, Sizes)
+    return p
+
+
+def read(*words: str) -> Sizes:
+    return from_flags(Sizes, parser().parse_args(words))
+
+
+def test_the_fields_of_a_dataclass_are_flags() -> None:
+    assert read() == Sizes()
+    assert read("--batch-size", "2", "--at-most=3", "--kind", "b", "--quick") == Sizes(2, 3, "b", quick=True)
+    assert read("--words", "p", "--words", "q", "r").words == ("p", "q", "r")
+    assert read("--no-cache").cache is False
+    assert read("--lora_enable").lora_enable is True
+    assert read("--lora_enable", "False").lora_enable is False
+
+
+def test_each_flag_prints_its_default_once() -> None:
+    text = " ".join(parser().format_help().split())
+    assert text.count("(default:") == len(parser()._actions) - 1  # all but --help
+    for shown in (
+        "which model (default: the newest)",
+        "(default: 8)",
+        "only so many (default: none)",
+        "(default: x y)",
+    ):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("--batch", ""), ("--batch_size", "did you mean --batch-size?"), ("--xyz", "")]
+)
+def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args([word, "3"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert f"unrecognized arguments: {word}" in shown
+    assert hint in shown
+
+
+def test_given_names_what_a_command_line_gives() -> None:
+    assert given(parser(), ["--batch-size", "8", "--at-most", "3"]) == {"batch_size", "limit"}
