@@ -10,6 +10,7 @@ from typing import Any
 from clips.common.errors import UserError, reporting
 from clips.common.page import Table
 from clips.common.plots import LIGHT, check_format, save_plot
+from clips.lab.stats import show_difference
 from clips.studies.caption_truth import SHARES
 from clips.studies.claims import CONTRADICTED, OPEN, REPRODUCED, verdict
 from clips.studies.claims_report import (
@@ -28,7 +29,6 @@ from clips.studies.claims_report import (
     lengths,
     write_pages,
 )
-from clips.studies.welch import show_difference
 
 TITLE = "Sets of captions"
 WORDS = {REPRODUCED: BETTER, CONTRADICTED: WORSE, OPEN: ALIKE}

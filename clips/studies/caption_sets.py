@@ -34,6 +34,7 @@ from clips.data.demo import demo_split, ensure_any_demo
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_sets, open_split
+from clips.lab.pretraining import PretrainingRun, train
 from clips.studies.caption_report import write_report
 from clips.studies.caption_truth import Truth, is_scene
 from clips.studies.claims import DECIDING, FIGURES, MEANS, VARIANTS, Variant
@@ -46,7 +47,6 @@ from clips.studies.reproduce import (
     variant_record,
     variant_run,
 )
-from clips.studies.runs import PretrainingRun, train
 
 WEB = "web"
 """The name of the runs that see no long caption."""

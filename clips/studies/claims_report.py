@@ -22,8 +22,8 @@ from clips.common.files import write_atomically
 from clips.common.page import Picture, Table, render, save_plot, themed
 from clips.common.plots import LIGHT, SERIES, Theme
 from clips.common.rundir import UNSEEN, deciding_name
+from clips.lab.stats import show_difference
 from clips.studies.claims import CONTEXT, CONTRADICTED, LLAVA, OPEN, REPRODUCED
-from clips.studies.welch import show_difference
 
 TITLE = "The claims of CLIPS, in small"
 NAMES = {

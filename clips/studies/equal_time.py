@@ -21,8 +21,8 @@ from rich.table import Table
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.rundir import read_metrics
-from clips.studies.runs import PretrainingRun, read_figures, train, with_rates
-from clips.studies.welch import difference, show_difference
+from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
+from clips.lab.stats import difference, show_difference
 
 SECONDS = "train_seconds"
 """Of what `read_figures` reads the one that is no figure of the test split."""

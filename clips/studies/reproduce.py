@@ -32,6 +32,8 @@ from clips.data.loader import BatchDataset
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import PROTOCOLS, open_test_set
+from clips.lab.pretraining import PretrainingRun, read_figures, train
+from clips.lab.stats import difference
 from clips.studies.claims import (
     CAPTIONS,
     CLAIMS,
@@ -49,8 +51,6 @@ from clips.studies.claims import (
     verdict,
 )
 from clips.studies.claims_report import write_reports
-from clips.studies.runs import PretrainingRun, read_figures, train
-from clips.studies.welch import difference
 
 
 def reproduce(

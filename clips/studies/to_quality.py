@@ -42,8 +42,8 @@ from clips.common.runtime import choose_device
 from clips.config import RunConfig
 from clips.data.demo import VERSION
 from clips.evaluation.evaluate import evaluate
+from clips.lab.pretraining import PretrainingRun, train, with_rates
 from clips.studies.measuring import Row
-from clips.studies.runs import PretrainingRun, train, with_rates
 from clips.weights import checkpoint
 from clips.weights.load import load_model
 

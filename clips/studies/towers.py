@@ -17,9 +17,9 @@ from rich.console import Console
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.lab.pretraining import PretrainingRun, read_figures, train
 from clips.recipes import TOWERS
 from clips.studies.equal_time import differences_from, table_of_figures
-from clips.studies.runs import PretrainingRun, read_figures, train
 
 
 def compare_towers(output: Path, tower: str, seeds: int, samples: int, jobs: int) -> None:

@@ -23,6 +23,8 @@ from clips.config import DataConfig, Fields, RunConfig
 from clips.config import difference as differing_fields
 from clips.data.demo import WITH_ERRORS, split_scene
 from clips.data.tokenizer import build_tokenizer
+from clips.lab.pretraining import PretrainingRun
+from clips.lab.stats import difference
 from clips.recipes import recipe
 from clips.studies.claims import (
     BLOCK_TOKENS,
@@ -46,8 +48,6 @@ from clips.studies.reproduce import (
     train_text_tokens,
     variant_run,
 )
-from clips.studies.runs import PretrainingRun
-from clips.studies.welch import difference
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:

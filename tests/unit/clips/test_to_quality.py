@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 
 from clips.common.errors import UserError
+from clips.lab.pretraining import PretrainingRun, with_rates
 from clips.studies import to_quality as study
-from clips.studies.runs import PretrainingRun, with_rates
 from clips.studies.to_quality import (
     COLUMNS,
     ENOUGH_SEEDS,

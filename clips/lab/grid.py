@@ -1,0 +1,96 @@
+"""A study as data: its cells, the commands of each cell, and the plan that was fixed before the first cell.
+
+A cell is a variant at a seed. The engine (`clips.lab.run`) knows commands, files and times; it knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clips.common.files import read_json, sha256, write_json
+from clips.common.progress import Progress
+from clips.common.rundir import difference
+
+RECORD, COST = "cell.json", "cost.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A command of a cell, run as a process."""
+
+    name: str
+    """Shown in the live table; the key of the step's seconds in cost.json."""
+    command: tuple[str, ...]
+    is_done: Callable[[], bool]
+    """Whether the files that the command leaves are there. A step that is done is never run again."""
+    progress: Callable[[], Progress | None] | None = None
+    """How far the running command is; None before its first record."""
+    folder: Path | None = None
+    """A folder of the step's own, emptied before each attempt; the log lies in it. None: the cell's log."""
+    may_fail: bool = False
+    """Whether the cell goes on if the command fails. The study reports such steps at its end."""
+
+    @property
+    def log(self) -> Path | None:
+        return self.folder / "log.txt" if self.folder else None
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A variant at a seed: a directory, and the steps that fill it."""
+
+    variant: str
+    """Row of the table."""
+    seed: str
+    """Column of the table, in words, such as "seed 0"."""
+    directory: Path
+    steps: tuple[Step, ...]
+    check: Callable[[], None] = lambda: None
+    """Raises UserError if the directory holds a cell with other settings."""
+    seconds: float = 0.0
+    """Assumed time on one core, as long as no cell of this kind is finished."""
+    kind: str = ""
+    """Cells of one kind take about equally long."""
+    about: str = ""
+    """Recipe and settings in words, for the plan."""
+    record: Mapping[str, Any] | None = None
+    """What cell.json holds beside the commands; None: the directory keeps no cell.json and no cost.json."""
+    result: Callable[[], str] = lambda: ""
+    """A figure of the finished cell in words, for the table."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def log(self) -> Path:
+        return self.directory.parent / f"{self.name}.log"
+
+    def is_done(self) -> bool:
+        return all(step.is_done() for step in self.steps)
+
+
+# ------------------------------------------------------------------------------------------- the plan
+def fix(path: Path, plan: Mapping[str, Any], begun: int) -> None:
+    """Write `plan` to `path`, with the number of cells that have begun already.
+
+    A plan by which a cell has begun stays as it is.
+    """
+    if not begun or not path.is_file():
+        write_json(path, {**plan, "cells_begun": begun})
+
+
+def what_was_fixed(path: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether `plan`, by which the figures were made, is the plan in `path`.
+
+    Returns `sha256` of the file, `kept`, and `differs`, a line for each difference.
+    """
+    before = read_json(path)
+    begun = before.pop("cells_begun", None)
+    differs = difference(before, plan)
+    if begun != 0:
+        differs.append(f"{path.name} was written when {begun} cell(s) had begun already")
+    return {"sha256": sha256(path), "kept": not differs, "differs": differs}

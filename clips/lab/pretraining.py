@@ -1,0 +1,147 @@
+"""Pretraining runs as the cells of a study, and the figures that they leave."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from clips.common.files import read_json
+from clips.common.progress import training_progress
+from clips.common.rundir import METRICS, UNSEEN, is_finished, read_metrics, refuse
+from clips.config import RunConfig
+from clips.config import difference as differing_fields
+from clips.lab.grid import Cell, Step
+from clips.lab.run import Runner
+from clips.training.cli import config_from_flags, parser
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
+FIGURES = (
+    "sentence_i2t_r1",
+    "sentence_t2i_r1",
+    "part_i2t_r1",
+    "part_t2i_r1",
+    "web_i2t_r1",
+    "web_t2i_r1",
+    "zero_shot_top1",
+    "linear_probe_top1",
+)
+RATES = ("lr", "muon_lr")
+"""Fields of a phase that a multiple of the learning rates multiplies."""
+SAMPLES_PER_S, OVERHEAD_S = 160.0, 45.0
+"""Assumed speed of one core on the demo, and the seconds of a run beside its training steps."""
+PRETRAINING = "pretraining"
+
+
+def pretraining_cell(
+    directory: Path,
+    flags: Sequence[str],
+    variant: str,
+    seed: int,
+    *,
+    rate: float = SAMPLES_PER_S,
+    is_done: Callable[[Path], bool] = is_finished,
+) -> Cell:
+    """The run `directory` of scripts/pretrain_clips.py with `flags`, which must name it.
+
+    `rate`: assumed samples per second of one core. The cell's check raises UserError if `directory` holds a run with
+    other settings. Raises UserError for flags that the script would refuse.
+    """
+    config = config_from_flags(parser().parse_args(list(flags)))
+
+    def check() -> None:
+        if (directory / "config.json").is_file():
+            changes = differing_fields(RunConfig.load(directory / "config.json"), config)
+            mend = f"Give another --output, or remove {directory}"
+            refuse(changes, f"{directory} holds a run with other settings", mend)
+
+    step = Step(
+        PRETRAINING,
+        (sys.executable, str(SCRIPT), *flags),
+        lambda: is_done(directory),
+        lambda: training_progress(directory / METRICS, config.samples),
+    )
+    seconds = OVERHEAD_S + config.samples / rate
+    about = f"{config.recipe}, {config.samples:,} samples"
+    return Cell(
+        variant, f"seed {seed}", directory, (step,), check, seconds, kind=f"{PRETRAINING} {variant}", about=about
+    )
+
+
+@dataclass(frozen=True)
+class PretrainingRun:
+    """A recipe at a number of samples, with further settings (`--set`)."""
+
+    recipe: str
+    name: str
+    samples: int | None
+    """Of each phase; None: as the recipe and `settings` say."""
+    seed: int
+    settings: tuple[str, ...] = ()
+    device: str = "auto"
+
+    def command(self, output: Path) -> list[str]:
+        """The command that trains the run in `output`/`name`. The run evaluates and saves at its end only."""
+        return [
+            *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output-dir", str(output)),
+            *(() if self.samples is None else ("--samples", str(self.samples))),
+            *("--seed", str(self.seed), "--device", self.device),
+            *("--set", "train.eval_every=0", "train.checkpoint_every=0", *self.settings),
+        ]
+
+    def config(self) -> RunConfig:
+        """The configuration that the command's flags come to; raises UserError for settings that it would refuse."""
+        _, *flags = self.command(Path())
+        return config_from_flags(parser().parse_args(flags))
+
+    def cell(self, output: Path, variant: str = "", rate: float = SAMPLES_PER_S) -> Cell:
+        """The run as a cell of the table's row `variant` (default: its name without the seed)."""
+        _, *flags = self.command(output)
+        row = variant or self.name.removesuffix(f"-seed{self.seed}")
+        return pretraining_cell(output / self.name, flags, row, self.seed, rate=rate, is_done=_is_measured)
+
+    def is_finished(self, output: Path) -> bool:
+        """Whether `output` holds the run, evaluated. Raises UserError if another run has its name."""
+        cell = self.cell(output)
+        cell.check()
+        return cell.is_done()
+
+
+def _is_measured(run: Path) -> bool:
+    return (run / "evaluation.json").exists() and is_finished(run)
+
+
+def with_rates(run: PretrainingRun, multiplier: float) -> PretrainingRun:
+    """`run` with the learning rates of all its phases multiplied."""
+    phases = run.config().phases
+    rates = [(f"phases.{i}.{name}", getattr(phase, name)) for i, phase in enumerate(phases) for name in RATES]
+    return replace(run, settings=(*run.settings, *(f"{path}={rate * multiplier}" for path, rate in rates)))
+
+
+def train(
+    runs: Sequence[PretrainingRun], output: Path, jobs: int, console: Console, threads: int | None = None
+) -> dict[PretrainingRun, Path]:
+    """Train the runs that are not finished, and return the directory of each run.
+
+    `threads` of each run; by default its share of the cores.
+    """
+    runner = Runner([run.cell(output) for run in runs], jobs, console, threads)
+    with runner.live():
+        runner.run(runner.cells)
+    return {run: output / run.name for run in runs}
+
+
+def read_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
+    """A run's test figures in percent, and `train_seconds`: its training steps on an otherwise idle machine.
+
+    Figures of further test sets are called SET/FIGURE. The set that decides (`UNSEEN`) comes first.
+    """
+    found, steps = read_json(run / "evaluation.json")["figures"], read_metrics(run, "train")
+    # The fastest stretch: whatever else the machine does only ever slows training down.
+    seconds = steps[-1]["samples"] / max(line["samples_per_s"] for line in steps)
+    further = [name for name in found if "/" in name and name.rpartition("/")[2] in names]
+    further.sort(key=lambda name: not name.startswith(f"{UNSEEN}/"))
+    return {name: found[name]["value"] for name in (*further, *names)} | {"train_seconds": round(seconds, 1)}

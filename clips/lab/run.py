@@ -1,0 +1,180 @@
+"""Runs the cells of a study: locks, jobs, resume of finished cells, one live table, and the estimated time.
+
+A finished step is never run again, and a cell that was cut goes on from its files. A cell is locked while a process
+works on it, also by a child process that outlives a killed study.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from clips.common.errors import CommandError
+from clips.common.escape import for_rich
+from clips.common.files import read_json, write_json
+from clips.common.jobs import Commands, locked
+from clips.lab.grid import COST, RECORD, Cell, Step
+
+WAITS, LOCK, DONE = "waits", "waits for its lock", "done"
+
+
+@dataclass
+class State:
+    """What a cell does now."""
+
+    doing: str
+    step: Step | None = None
+    since: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+class Runner:
+    """The cells of a study on their way, and the table of their states."""
+
+    def __init__(self, cells: Sequence[Cell], jobs: int, console: Console, threads: int | None = None) -> None:
+        """`cells`: rows and columns of the table. `threads` of each command; by default its share of the cores."""
+        self.cells, self.jobs, self.console = cells, jobs, console
+        self.commands = Commands(jobs, threads)
+        self.states = {cell: State(DONE if cell.is_done() else WAITS) for cell in cells}
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run what is missing of `cells`, some of the runner's own, `jobs` at a time.
+
+        Raises UserError if a directory holds other settings, CommandError with the log's end if a command fails.
+        """
+        for cell in cells:
+            cell.check()
+        self.commands.map(self._work, [cell for cell in cells if not cell.is_done()])
+
+    def live(self) -> AbstractContextManager[Any]:
+        """The table on a terminal; elsewhere `run` prints one line for each change."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return Live(get_renderable=self.__rich__, console=self.console)
+
+    def print_plan(self, title: str, facts: Mapping[str, str] | None = None) -> None:
+        """Print which cells are missing, how long they take, and further `facts`, a line each."""
+        self.console.print(f"[bold]{for_rich(title)}[/]", highlight=False, soft_wrap=True)
+        self.console.print(self)
+        todo = [cell for cell in self.cells if not cell.is_done()]
+        seconds, source = estimate(self.cells, self.jobs)
+        abouts = {cell.variant: cell.about for cell in self.cells if cell.about}
+        lines = {
+            **abouts,
+            "cells": f"{len(todo)} of {len(self.cells)} to run, {self.jobs} at a time",
+            **(facts or {}),
+            "time": f"about {math.ceil(seconds / 60)} min, {source}",
+        }
+        for name, value in lines.items():
+            self.console.print(f"  [bold]{for_rich(name):<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)
+
+    def __rich__(self) -> Table:
+        columns = list(dict.fromkeys(cell.seed for cell in self.cells))
+        table = Table("", *map(for_rich, columns), title_justify="left")
+        rows: dict[str, dict[str, str]] = {}
+        for cell in self.cells:
+            rows.setdefault(cell.variant, {})[cell.seed] = self._text(cell)
+        for variant, texts in rows.items():
+            table.add_row(for_rich(variant), *(texts.get(column, "") for column in columns))
+        return table
+
+    def _text(self, cell: Cell) -> str:
+        state = self.states[cell]
+        if state.doing == WAITS:
+            return f"[dim]{WAITS}[/]"
+        if state.doing == DONE:
+            return f"[green]{DONE}{for_rich(cell.result())}[/]"
+        found = state.step.progress() if state.step and state.step.progress else None
+        # An older record is of a process that was killed.
+        return f"[bold]{for_rich(state.doing)}[/] {found if found and found.time >= state.since else ''}"
+
+    def _say(self, cell: Cell, doing: str, step: Step | None = None) -> None:
+        """Called from several threads, each for its own cell."""
+        self.states[cell] = State(doing, step)
+        if not self.console.is_terminal:
+            text = f"{cell.name}: {doing}{cell.result() if doing == DONE else ''}"
+            self.console.print(for_rich(text), highlight=False, soft_wrap=True)
+
+    def _work(self, cell: Cell) -> None:
+        self._say(cell, LOCK)
+        with locked(cell.directory, self.commands) as lock:
+            for step in cell.steps:
+                if not step.is_done():  # nor by the process that held the lock
+                    self._say(cell, step.name, step)
+                    _note(cell, step)
+                    with _timed(cell, step):
+                        self._run(cell, step, lock)
+        self._say(cell, DONE)
+
+    def _run(self, cell: Cell, step: Step, lock: int) -> None:
+        if step.folder:
+            shutil.rmtree(step.folder, ignore_errors=True)
+            step.folder.mkdir(parents=True)
+        try:
+            self.commands.run(step.command, step.log or cell.log, pass_fds=[lock])
+        except CommandError:
+            if not step.may_fail or self.commands.stopping.is_set():
+                raise
+
+
+def estimate(cells: Sequence[Cell], jobs: int) -> tuple[float, str]:
+    """Seconds that the missing cells take, and the source of the estimate in words."""
+    measured: dict[str, list[float]] = {}
+    for cell in cells:
+        costs = read_json(cell.directory / COST) if cell.record is not None and cell.is_done() else {}
+        if costs:
+            measured.setdefault(cell.kind, []).append(sum(costs.values()))
+    todo = [cell for cell in cells if not cell.is_done()]
+    total = 0.0
+    for cell in todo:
+        found = measured.get(cell.kind)
+        total += sum(found) / len(found) if found else cell.seconds
+    known = sum(len(measured.get(kind, [])) for kind in {cell.kind for cell in todo})
+    source = f"by the mean of {known} finished cells" if known else "by assumed speeds of one core"
+    return total / min(jobs, os.cpu_count() or 1), source
+
+
+def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:
+    """Name and log of each step that may fail and is not done."""
+    return [
+        (step.name, step.log or cell.log)
+        for cell in cells
+        for step in cell.steps
+        if step.may_fail and not step.is_done()
+    ]
+
+
+def _note(cell: Cell, step: Step) -> None:
+    """Write the cell's record and the step's command to cell.json; what an earlier run noted of the plan stays."""
+    if cell.record is None:
+        return
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    before = read_json(cell.directory / RECORD)
+    commands = before.get("commands", {}) | {step.name: shlex.join(["python", *step.command[1:]])}
+    kept = {"plan": before["plan"]} if "plan" in before else {}
+    write_json(cell.directory / RECORD, {**cell.record, **kept, "commands": commands})
+
+
+@contextmanager
+def _timed(cell: Cell, step: Step) -> Iterator[None]:
+    """Add the seconds of the step to cost.json, also if it fails."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        if cell.record is not None:
+            costs = read_json(cell.directory / COST)
+            costs[step.name] = round(costs.get(step.name, 0.0) + time.monotonic() - begin, 1)
+            write_json(cell.directory / COST, costs)

@@ -1,0 +1,378 @@
+"""Are two variants different? Intervals, the verdict, and the numbers of seeds and pictures that a difference needs.
+
+One interval for each design:
+- `interval`: seeds and pictures cross, every run answers every question. Both are random effects.
+- `welch`: two groups of runs, where only seeds differ.
+- `over_runs`: differences that are paired by run.
+
+One verdict: win or loss if the 95 % interval leaves zero out, else tie.
+
+Shapes: S independent seeds, R runs, I items (questions), C clusters (pictures; questions may share one), A levels of
+runs, B levels of items. Scores are [S, I] or [R, I]: 0 or 1 for right answers, any number otherwise. Groups are numbers
+from 0, of shape [R] or [I].
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+from scipy.special import stdtrit
+
+LEVEL, POWER = 0.95, 0.8
+MOST = 10**7
+"""The largest number of seeds or pictures that `Spread.needed` returns."""
+TOGETHER = " together"
+ANSWERS = "single answers"
+"""What a seed does to one picture or question: every effect of a level of runs together with a level of items."""
+Verdict = Literal["win", "tie", "loss"]
+Level = tuple[str, np.ndarray]
+"""Name and groups."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval; None if the runs show no spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "win" or "loss" if the interval leaves zero out."""
+        return verdict(self.ci95)
+
+    @property
+    def ci95(self) -> list[float] | None:
+        return None if self.low is None or self.high is None else [self.low, self.high]
+
+
+def verdict(ci95: Sequence[float] | None) -> Verdict:
+    """The only verdict rule: win if the interval is above zero, loss if it is below, else tie."""
+    if ci95 is None:
+        return "tie"
+    return "win" if ci95[0] > 0 else "loss" if ci95[1] < 0 else "tie"
+
+
+def turned(said: Verdict) -> Verdict:
+    """The verdict on b − a, given the verdict on a − b."""
+    swapped: dict[Verdict, Verdict] = {"win": "loss", "loss": "win", "tie": "tie"}
+    return swapped[said]
+
+
+# ------------------------------------------------------------------------------------------- only seeds differ
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Difference of the means of two groups of runs, with Welch's interval.
+
+    Runs are not paired by seed. A seed sets the order of the data and the first weights alike in both groups, but
+    little of that remains in common after training, and pairing halves the degrees of freedom. What is in common makes
+    this interval too wide, not too narrow.
+    """
+    between = mean(ours) - mean(theirs)
+    if len(set(ours)) == len(set(theirs)) == 1:
+        return Estimate(between, None, None)
+    with warnings.catch_warnings():  # one group without spread is no mistake
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
+    return Estimate(between, float(found.low), float(found.high))
+
+
+def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """`welch` of the figure `name` of two groups of runs, as JSON: `mean` and `ci95`."""
+    found = welch([row[name] for row in ours], [row[name] for row in theirs])
+    return {"mean": found.mean, "ci95": found.ci95}
+
+
+def over_runs(values: np.ndarray) -> Estimate:
+    """Mean of independent values [S] with Student's t interval; no interval of a single value."""
+    if len(values) < 2:
+        return Estimate(float(values.mean()), None, None)
+    found = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return Estimate(float(values.mean()), float(found.low), float(found.high))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of the mean of independent runs."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------- one way to show
+def signed(value: float, digits: int = 1, scale: float = 1) -> str:
+    """`+1.2`, with a true minus."""
+    return f"{scale * value:+.{digits}f}".replace("-", "−")
+
+
+def show_interval(ci95: Sequence[float], digits: int = 1, scale: float = 1) -> str:
+    """`[+0.3, +2.1]`"""
+    return f"[{', '.join(signed(end, digits, scale) for end in ci95)}]"
+
+
+def show_difference(row: Mapping[str, Any], digits: int = 1, scale: float = 1) -> str:
+    """`+1.2 [+0.3, +2.1]` of a row with `mean` and `ci95`; without an interval only the mean."""
+    ends = f" {show_interval(row['ci95'], digits, scale)}" if row["ci95"] else ""
+    return signed(row["mean"], digits, scale) + ends
+
+
+def show_mean(values: Sequence[float], digits: int = 1) -> str:
+    """`1.2 ± 0.3`: mean and standard deviation over seeds; one value has no deviation."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+# ------------------------------------------------------------------------------------------- seeds and pictures cross
+def labels(names: Sequence[Hashable]) -> np.ndarray:
+    """[N] numbers from 0 in order of first appearance: equal names, equal numbers."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
+
+
+def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
+    """[R] groups of runs that share an encoder, for several encoders at once, given those of each.
+
+    The coarsest that tell runs apart at all: a run's own encoder beside one that several runs share does not make
+    these independent, and an encoder that all runs share is not among what differs.
+    """
+    telling = [groups for groups in by_encoder if groups.max() > 0]
+    return min(telling, key=lambda groups: int(groups.max())) if telling else np.zeros_like(by_encoder[0])
+
+
+def independent_runs(shared: np.ndarray) -> np.ndarray:
+    """[R] groups to average before their spread can speak of other runs (`over_groups`).
+
+    Where one encoder served all runs they are these themselves, and what is said holds for this encoder.
+    """
+    return shared if shared.max() > 0 else np.arange(len(shared))
+
+
+def over_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[R, …] → [S, …]: the mean of the runs of each group (numbers from 0, each there)."""
+    return np.stack([scores[groups == group].mean(0) for group in range(groups.max() + 1)])
+
+
+def interval(scores: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """Mean of `scores` [S, I] (for two models: the differences), with its interval; `clusters`: [I] from `labels`.
+
+    Seeds and pictures are crossed random effects: every run answers every question. The variance of the mean is the
+    spread between the runs' means, which contains the luck of single answers, and what pictures have in common over
+    all runs: their spread, less the share of that luck in it. Student's t (`reach_in_errors`) allows for how badly so
+    few seeds tell their spread. A bootstrap over three seeds has only ten different samples and would not. How often
+    the interval errs is simulated in tests/unit/clips/test_stats.py.
+
+    With one seed the interval says nothing about other training runs.
+    """
+    scores = np.asarray(scores, dtype=float)
+    seeds, items = scores.shape
+    sizes = np.bincount(clusters)
+    count = len(sizes)
+    by_seed = scores.mean(1)
+    overall = float(by_seed.mean())
+    sums = np.stack([np.bincount(clusters, row, minlength=count) for row in scores])  # [S, C]
+    residuals = sums - overall * sizes
+    # Sandwich variance of a mean over clusters; the small-sample factor is exact for equal clusters.
+    scale = count / max(1, count - 1) / items**2
+    pictures = scale * float((residuals.mean(0) ** 2).sum())
+    if seeds == 1:
+        reach = reach_in_errors(0.0, pictures, seeds, count) * pictures**0.5
+    else:
+        runs = float(by_seed.var(ddof=1)) / seeds
+        own = residuals - residuals.mean(0) - np.outer(by_seed - overall, sizes)
+        luck = scale * float((own**2).sum()) / (seeds - 1) / seeds
+        shared = max(0.0, pictures - luck)
+        freedom = (shared**2 * (count - 1)) / (pictures**2 + luck**2 / (seeds - 1)) if shared > 0 else 1.0
+        reach = reach_in_errors(runs, shared, seeds, count, freedom) * (runs + shared) ** 0.5
+    return Estimate(overall, overall - reach, overall + reach)
+
+
+def reach_in_errors(
+    runs: float, pictures: float, seeds: float, clusters: float, freedom: float | None = None, level: float = LEVEL
+) -> float:
+    """Half of an interval in standard errors, for a variance that is `runs` + `pictures`.
+
+    `runs` is known from so many seeds, `pictures` from so many clusters (as by `freedom` degrees, where that is less).
+    Two approximations to the sum of a Student's t for each part err in opposite directions where seeds make most of
+    it: with three seeds Satterthwaite's degrees of freedom (1946) let pass up to 7.8 % false findings, Cochran's mean
+    of both quantiles, weighted by the parts (1964), as few as 2.9 %. Halfway between them it is 3.8 to 6.1 %. With two
+    seeds Satterthwaite's lets pass 13 %, so it is Cochran's alone there: 2.2 to 5.9 %.
+    """
+    variance, tail, last = runs + pictures, (1 + level) / 2, max(1.0, clusters - 1)
+    if variance <= 0:
+        return 0.0
+    if seeds < 2:
+        return float(stdtrit(last, tail))
+    squares = runs**2 / (seeds - 1) + pictures**2 / (last if freedom is None else freedom)
+    of_runs, of_pictures = stdtrit(seeds - 1, tail), stdtrit(last, tail)
+    cochran = (runs * of_runs + pictures * of_pictures) / variance
+    satterthwaite = stdtrit(variance**2 / squares, tail) if seeds > 2 else cochran
+    return float(satterthwaite + cochran) / 2
+
+
+# ------------------------------------------------------------------------------------------- where the spread is from
+@dataclass(frozen=True)
+class Spread:
+    """Variances of the effects behind one figure, and how many of each level it is the mean of."""
+
+    runs: tuple[str, ...]
+    """Names of the levels, coarse to fine; empty with one run."""
+    items: tuple[str, ...]
+    variances: np.ndarray
+    """[1 + A, 1 + B]: of the effect of a level of runs with a level of items, 0 being neither."""
+    run_counts: tuple[float, ...]
+    """[1 + A]: groups of each level, after a 1; fewer than there are where they are of unequal weight."""
+    item_counts: tuple[float, ...]
+
+    def shares(self) -> dict[str, float]:
+        """Source → what it adds to the variance of the mean."""
+        parts = self._parts()
+        named = {name: float(parts[1 + a, 0]) for a, name in enumerate(self.runs)}
+        named |= {name: float(parts[0, 1 + b]) for b, name in enumerate(self.items)}
+        return named | ({ANSWERS: float(parts[1:, 1:].sum())} if self.runs else {})
+
+    def _parts(self) -> np.ndarray:
+        """[1 + A, 1 + B]: what each effect adds to the variance of the mean."""
+        return self.variances / np.outer(self.run_counts, self.item_counts)
+
+    def detectable(self) -> float:
+        """The smallest difference that the interval of such a mean tells from none with power 0.8."""
+        parts = self._parts()
+        runs, pictures = float(parts[1:].sum()), float(parts[0].sum())
+        seeds = self.run_counts[1] if self.runs else 1.0
+        of_interval, of_power = (
+            reach_in_errors(runs, pictures, seeds, self.item_counts[1], level=level) for level in (LEVEL, 2 * POWER - 1)
+        )
+        return (of_interval + of_power) * (runs + pictures) ** 0.5
+
+    def needed(self, difference: float) -> dict[str, int | None]:
+        """Level → how many of it show `difference`, all else as it is; None where it alone cannot.
+
+        Coarse levels take their finer ones along: more pictures, each with as many questions as now. What ends with
+        `TOGETHER` is needed of the coarsest seeds and of the pictures if both grow by the same factor.
+        """
+        found: dict[str, int | None] = {}
+        if self.runs:
+            found[self.runs[0]] = self._least(difference, 2, lambda n: self._sized(seeds=n))
+        if len(self.runs) == 2:
+            found[self.runs[1]] = self._least(difference, 1, lambda n: self._sized(within=n))
+        found[self.items[0]] = self._least(difference, 2, lambda n: self._sized(pictures=n))
+        if self.runs:
+            growth = self.item_counts[1] / self.run_counts[1]
+            seeds = self._least(difference, 2, lambda n: self._sized(seeds=n, pictures=max(2, n * growth)))
+            found[self.runs[0] + TOGETHER] = seeds
+            found[self.items[0] + TOGETHER] = None if seeds is None else max(2, math.ceil(seeds * growth))
+        return found
+
+    def items_needed(self, difference: float) -> int | None:
+        """Questions that show `difference` with the same seeds; None where no number is enough."""
+        pictures = self._least(difference, 2, lambda n: self._sized(pictures=n))
+        return None if pictures is None else math.ceil(pictures * self.item_counts[-1] / self.item_counts[1])
+
+    def _sized(
+        self, *, seeds: float | None = None, within: float | None = None, pictures: float | None = None
+    ) -> Spread:
+        """The same effects, of a larger or smaller comparison; `within`: runs of each of the coarsest seeds."""
+        runs, items = np.array(self.run_counts), np.array(self.item_counts)
+        if seeds is not None:
+            runs[1:] *= seeds / runs[1]
+        if within is not None:
+            runs[2] = runs[1] * within
+        if pictures is not None:
+            items[1:] *= pictures / items[1]
+        return Spread(self.runs, self.items, self.variances, tuple(runs.tolist()), tuple(items.tolist()))
+
+    @staticmethod
+    def _least(difference: float, fewest: int, sized: Callable[[int], Spread]) -> int | None:
+        """The smallest count with which `difference` can be seen; None beyond `MOST`, and if there is none to see."""
+        if difference == 0:
+            return None
+        few, many = fewest - 1, fewest
+        while sized(many).detectable() > difference:
+            few, many = many, 2 * many
+            if many > MOST:
+                return None
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (few, middle) if sized(middle).detectable() <= difference else (middle, many)
+        return many
+
+
+def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) -> Spread:
+    """The variance of `scores` [R, I], split by levels of runs and of items, each coarse to fine.
+
+    The last level of each must tell every run or item apart; of the others those are left that say something
+    (`distinct_levels`).
+    """
+    run_levels, item_levels = distinct_levels(runs), distinct_levels(items)
+    run_groups, item_groups = [g for _, g in run_levels], [g for _, g in item_levels]
+    coarse = run_groups[0] if run_groups else np.zeros(len(scores), int)
+    run_counts = _counts(1 / np.bincount(coarse)[coarse], run_groups)  # the mean is one over the coarsest seeds' means
+    item_counts = _counts(np.ones(scores.shape[1]), item_groups)
+    counts = np.outer(run_counts, item_counts)
+    parts = components(scores, run_groups, item_groups) / counts
+    parts[0, 1:] = _without_negatives(parts[0, 1:])
+    for column in parts.T:
+        column[1:] = _without_negatives(column[1:])
+    names = tuple(name for name, _ in run_levels), tuple(name for name, _ in item_levels)
+    return Spread(*names, parts * counts, run_counts, item_counts)
+
+
+def _counts(weights: np.ndarray, levels: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """1 and, of each level, as how many equal groups its groups count in a mean with these weights."""
+    shares = [np.bincount(groups, weights) / weights.sum() for groups in levels]
+    return (1.0, *(1 / float((share**2).sum()) for share in shares))
+
+
+def _without_negatives(parts: np.ndarray) -> np.ndarray:
+    """Estimates below zero as zero, the others made smaller by as much, so that their sum stays (zero at least).
+
+    The sum, as of both kinds of seed, is known better than how it splits: two runs on one encoder split it badly.
+    """
+    kept = np.maximum(parts, 0.0)
+    return kept * max(0.0, float(parts.sum())) / kept.sum() if kept.any() else kept
+
+
+def distinct_levels(levels: Sequence[Level]) -> list[Level]:
+    """Without those of one group, and as one where two have the same groups."""
+    kept: list[Level] = []
+    for name, groups in levels:
+        if groups.max() == 0:
+            continue
+        if kept and kept[-1][1].max() == groups.max():
+            kept[-1] = (f"{kept[-1][0]} and {name}", groups)
+        else:
+            kept.append((name, groups))
+    return kept
+
+
+def components(scores: np.ndarray, runs: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> np.ndarray:
+    """[1 + A, 1 + B] variances of the effects of every level of runs with every level of items; [0, 0] is zero.
+
+    Half the mean squared difference of two scores is the variance of the effects that they do not share (Koch 1968):
+    pairs are sorted by the finest level of runs and of items that they share, and the means subtracted from each
+    other. Without bias for any numbers, and the estimates of the analysis of variance where these are equal.
+    """
+    scores = np.asarray(scores, dtype=float)
+    shape = len(runs) + 2, len(items) + 2  # one more than there are levels: nothing is shared beyond the finest
+    squares, pairs = np.zeros(shape), np.zeros(shape)
+    for a, rows in enumerate((np.zeros(len(scores), int), *runs)):
+        for b, columns in enumerate((np.zeros(scores.shape[1], int), *items)):
+            sizes = np.outer(np.bincount(rows), np.bincount(columns))
+            sums, of_squares = _added(scores, rows, columns), _added(scores**2, rows, columns)
+            squares[a, b] = (sizes * of_squares - sums**2).sum()
+            pairs[a, b] = (sizes.astype(float) ** 2).sum()
+    # From pairs that share these levels to those that share them and no finer one.
+    squares, pairs = (np.diff(np.diff(table, axis=0), axis=1) for table in (squares, pairs))
+    apart = squares / pairs
+    covariance = apart[0, 0] - apart
+    return np.diff(np.diff(covariance, axis=0, prepend=0), axis=1, prepend=0)
+
+
+def _added(scores: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Sums of `scores` [R, I] within every group of rows and columns."""
+    by_run = np.stack([np.bincount(columns, row) for row in scores])
+    return np.stack([by_run[rows == group].sum(0) for group in range(rows.max() + 1)])
