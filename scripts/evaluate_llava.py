@@ -8,12 +8,16 @@ from clips.common.errors import run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--model-path", help="model directory or hub id (default: the newest runs/*/model)")
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--model", help="model directory or hub id (default: the newest runs/*/model)")
     p.add_argument("--question-file", help="your own questions: question.jsonl (default: the demo's held-out ones)")
     p.add_argument("--image-folder", help="folder or uncompressed tar of your pictures")
-    p.add_argument("--answers-file", help="where your answers go (default: evaluation/ beside the model)")
-    p.add_argument("--out", help="folder for answers and figures (default: evaluation/ beside the model)")
+    p.add_argument("--answers-file", help="where your answers go (default: in --output)")
+    p.add_argument(
+        "--output",
+        help="folder for answers and figures (default: evaluation/ beside the model, in it a folder of its own "
+        "for each part and for your questions)",
+    )
     p.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
     p.add_argument(

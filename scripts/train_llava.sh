@@ -55,5 +55,5 @@ done
 if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ "$own_data" = false ]; then
   kind="${vision%%:*}"
   case "$kind" in */*) kind=hf ;; esac # openai/clip-… is hf:openai/clip-…
-  "$python" "$here/evaluate_llava.py" --model-path "${output_dir:-runs/llava-$kind}/model" --device "$device"
+  "$python" "$here/evaluate_llava.py" --model "${output_dir:-runs/llava-$kind}/model" --device "$device"
 fi

@@ -62,8 +62,8 @@ def dataset_size(arguments: TrainArguments) -> int:
 
 # ---------------------------------------------------------------------------------------------- its answers
 def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
-    command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model-path", str(cell.directory / "model")]
-    command += ["--out", str(cell.evaluation), "--device", comparison.device]
+    command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
+    command += ["--output", str(cell.evaluation), "--device", comparison.device]
     command += ["--question-file", str(comparison.question_file)] if comparison.question_file else []
     command += ["--image-folder", str(comparison.question_images)] if comparison.question_images else []
     limit = question_limit(comparison)

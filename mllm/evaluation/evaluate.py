@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaP
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
-from clips.common.files import sha256, write_json
+from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import resolve
 from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
@@ -38,6 +38,8 @@ from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
 from mllm.model.load import load_llava, model_name, newest_model, weights_digest
 
+DEMO_QUESTIONS = "the demo's held-out questions"
+"""How a model's card calls them."""
 PROGRESS = "progress.json"
 """Beside the answers while they are being given (clips/common/progress.py)."""
 
@@ -136,7 +138,7 @@ def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:
 
 # ---------------------------------------------------------------------------------------------- the command
 def answer_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it.
+    """The dtype called `name`; `auto` is bfloat16 if the device computes in bfloat16.
 
     Chat keeps float32 on a CPU, though bfloat16 halves its time to the first token (0.14 s → 0.07 s for the demo's
     model on two cores, equal tokens/s): a turn answered from the kept cache must read as one computed afresh.
@@ -147,11 +149,13 @@ def answer_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
-    """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures."""
+    """Answer the demo's held-out questions and descriptions, or the user's own; write answers and figures.
+
+    Only a whole evaluation (all of the demo's questions) writes to `evaluation/` itself and onto the model's card.
+    """
     device = choose_device(flags.device)
-    directory = flags.model_path or str(newest_model())
+    directory = flags.model or str(newest_model())
     name = model_name(directory)
-    out = Path(flags.out) if flags.out else _default_output(Path(directory))
     if flags.question_file:
         own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
         files, sets = {Path(flags.question_file).stem: Path(flags.question_file)}, {Path(flags.question_file).stem: own}
@@ -159,12 +163,10 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
     else:
         demo = ensure_llava_demo(DEMO_DIR)
-        store = ImageStore(demo / IMAGES)
-        files = demo_questions(demo)
+        files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
-    if flags.num_chunks > 1:
-        out = out / f"{flags.num_chunks}_{flags.chunk_idx}"  # several run at once
+    out = _output(flags, Path(directory))
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     console = Console(emoji=False, stderr=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -191,43 +193,47 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         for table in figures_tables(found, f"{title}: exact match"):
             console.print(table)
     if figures:
-        figures = _origin(directory, model, answered, flags) | figures
+        # What the figures are of, so that they can be checked.
+        figures = {
+            "model": str(directory),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": weights_digest(resolve(directory, "model")),
+            "scorer": scorer_version(),
+            "sets": answered,
+            "flags": vars(flags),
+            "command": shlex.join(sys.argv),
+            "environment": environment(model.device, world_size=1),
+        } | figures
         write_json(out / "figures.json", figures)
-        if flags.num_chunks == 1 and Path(directory).is_dir():
+        if _part(vars(flags)) == "" and Path(directory).is_dir():
             with never_in_the_way(f"the figures are not on the card of {directory}"):
-                add_evaluation(Path(directory), _test_set(flags), figures)
+                add_evaluation(Path(directory), DEMO_QUESTIONS, figures)
                 if UNSEEN in figures:
                     of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
-                    add_evaluation(Path(directory), f"{_test_set(flags)}, unseen artist", of_these)
+                    add_evaluation(Path(directory), f"{DEMO_QUESTIONS}, unseen artist", of_these)
         shown = for_rich(str(out / "figures.json"))
         console.print(f"figures → {shown}\nNext: python scripts/chat.py --model-path {for_rich(str(directory))}")
     return figures
 
 
-def _origin(
-    directory: str, model: LlavaForConditionalGeneration, answered: dict[str, dict[str, Any]], flags: argparse.Namespace
-) -> dict[str, Any]:
-    """What the figures are of: which weights, questions, answers, scorer and packages, so that they can be checked."""
-    return {
-        "model": str(directory),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": weights_digest(resolve(directory, "model")),
-        "scorer": scorer_version(),
-        "sets": answered,
-        "flags": vars(flags),
-        "command": shlex.join(sys.argv),
-        "environment": environment(model.device, world_size=1),
-    }
+def _part(flags: Mapping[str, Any]) -> str:
+    """The folder of a partial evaluation, relative to the whole one's; empty for the whole one."""
+    parts = [Path(flags["question_file"]).stem] if flags.get("question_file") else []
+    parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
+    chunk = f"{flags['num_chunks']}_{flags['chunk_idx']}" if flags.get("num_chunks", 1) > 1 else ""
+    return str(Path("-".join(parts), chunk)) if parts or chunk else ""
 
 
-def _test_set(flags: argparse.Namespace) -> str:
-    """How the model's card calls what was asked."""
-    name = Path(flags.question_file).name if flags.question_file else "the demo's held-out questions"
-    return f"{name} ({flags.limit} of each file)" if flags.limit else name
+def _output(flags: argparse.Namespace, directory: Path) -> Path:
+    """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
-
-def _default_output(directory: Path) -> Path:
-    """`evaluation/` in the run directory of a model that was trained here, else below the current directory."""
-    out = directory.parent / "evaluation" if directory.name == "model" else Path("evaluation")
-    out.mkdir(parents=True, exist_ok=True)
+    Raises UserError if a partial evaluation would overwrite a whole one.
+    """
+    part = _part(vars(flags))
+    if not flags.output:
+        return (directory.parent if directory.name == "model" else Path()) / "evaluation" / part
+    out = Path(flags.output) / (Path(part).name if flags.num_chunks > 1 else "")
+    there = read_json(out / "figures.json").get("flags")
+    if part and there and _part(there) == "":
+        raise UserError(f"{out} holds the evaluation on all of the demo's questions: choose another --output")
     return out

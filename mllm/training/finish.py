@@ -99,6 +99,6 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
     else:
         lines = (
             f"{shown}/model is the finished model, {shown}/curves.png its losses. "
-            f"Next:\n  python scripts/evaluate_llava.py --model-path {shown}/model\n  python scripts/chat.py"
+            f"Next:\n  python scripts/evaluate_llava.py --model {shown}/model\n  python scripts/chat.py"
         )
     console.print(lines, highlight=False, soft_wrap=True)

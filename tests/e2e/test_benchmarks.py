@@ -218,14 +218,14 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     (samples,) = benchmark_folder(cell.directory, "questions").glob("*/*_samples_questions.jsonl")
     theirs = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
     flags = [
-        "--model-path",
+        "--model",
         cell.directory / "model",
         "--question-file",
         tmp_path / "questions.jsonl",
         "--device",
         "cpu",
     ]
-    flags += ["--image-folder", tmp_path / "images", "--max-new-tokens", 12, "--out", tmp_path / "ours"]
+    flags += ["--image-folder", tmp_path / "images", "--max-new-tokens", 12, "--output", tmp_path / "ours"]
     answer_from_flags(script_parser("evaluate_llava").parse_args(list(map(str, flags))))
     ours = map(json.loads, (tmp_path / "ours" / "questions.jsonl").read_text().splitlines())
     assert {row["question_id"]: row["text"] for row in ours} == {i: text.strip() for i, text in theirs.items()}

@@ -100,11 +100,14 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     assert found["answer"].strip() == "two dogs"
     assert torch.isfinite(found["logits"]).all()
 
-    words = ["--model-path", str(run / "model"), "--question-file", "question.jsonl", "--image-folder", "images"]
+    words = ["--model", str(run / "model"), "--question-file", "question.jsonl", "--image-folder", "images"]
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    assert json.loads((run / "evaluation" / "figures.json").read_text())["exact_match"]["what"]["accuracy"] == 1.0
-    assert json.loads((run / "evaluation" / "question.jsonl").read_text())["text"] == "two dogs"
+    assert (
+        json.loads((run / "evaluation" / "question" / "figures.json").read_text())["exact_match"]["what"]["accuracy"]
+        == 1.0
+    )
+    assert json.loads((run / "evaluation" / "question" / "question.jsonl").read_text())["text"] == "two dogs"
 
 
 def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Path) -> None:

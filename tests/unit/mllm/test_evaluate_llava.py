@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from clips.common.files import sha256
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, read_questions
+from mllm.evaluation import evaluate
 from mllm.evaluation.batches import generate_inputs
 from mllm.evaluation.cider import cider, words
 from mllm.evaluation.evaluate import evaluate_from_flags, generate_answers
@@ -109,21 +110,29 @@ def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) 
             read_questions(path)
 
 
-def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path) -> None:
+def parsed(*flags: str) -> argparse.Namespace:
+    return runpy.run_path(str(ROOT / "scripts" / "evaluate_llava.py"))["parser"]().parse_args(flags)
+
+
+def test_command_writes_llava_s_answers_and_figures(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partial evaluation never writes where the whole one is, and never onto the model's card."""
     lines = [
         {"question_id": 11, "image": "0.png", "text": "What is it?", "category": "conv"},
         {"question_id": 12, "text": "Is it?", "kind": "yes_no", "answer": "Yes"},
         {"question_id": 13, "image": "1.png", "text": "Describe it.", "references": ["a red cat"]},
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = argparse.Namespace(
-        model_path=str(newest_model(place / "runs")), question_file=str(tmp_path / "mine.jsonl"), answers_file=None,
-        image_folder=str(place / "images"), out=None, batch_size=2, max_new_tokens=4, limit=None, dtype="auto",
-        device="cpu", conv_mode="auto", temperature=0.0, seed=0, num_chunks=1, chunk_idx=0,
-    )  # fmt: skip
-    figures = evaluate_from_flags(flags)
+    model = newest_model(place / "runs")
+    monkeypatch.setattr(evaluate, "ensure_llava_demo", lambda directory: place)  # whole: the demo's own questions
+    monkeypatch.setattr(evaluate, "demo_questions", lambda directory: {"answers": tmp_path / "mine.jsonl"})
+    monkeypatch.setattr(evaluate, "IMAGES", "images")
+    common = ["--model", str(model), "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    own = ["--question-file", str(tmp_path / "mine.jsonl"), "--image-folder", str(place / "images")]
+    figures = evaluate_from_flags(parsed(*common))
     out = place / "runs" / "llava" / "evaluation"
-    answers = [json.loads(line) for line in (out / "mine.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [line["question_id"] for line in answers] == [11, 12, 13]
     assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= answers[0].keys()
     assert answers[0]["prompt"] == "What is it?"
@@ -135,36 +144,50 @@ def test_command_writes_llava_s_answers_and_figures(place: Path, tmp_path: Path)
     assert set(figures) == {"exact_match", "yes_no", "cider"} | origin
     (asked,) = figures["sets"].values()
     assert asked["questions"] == {"file": "mine.jsonl", "sha256": sha256(tmp_path / "mine.jsonl"), "asked": 3}
-    assert asked["answers"] == {"file": "mine.jsonl", "sha256": sha256(out / "mine.jsonl")}
+    assert asked["answers"] == {"file": "answers.jsonl", "sha256": sha256(out / "answers.jsonl")}
     assert figures["scorer"] == scorer_version()
     assert figures["environment"]["packages"]["torch"] == version("torch")
-    card = (place / "runs" / "llava" / "model" / "README.md").read_text(encoding="utf-8")
+    card = (model / "README.md").read_text(encoding="utf-8")
     right = figures["exact_match"]["overall"]["accuracy"]
-    assert f"Measured on these weights in {figures['dtype']}, on mine.jsonl:" in card
+    assert f"Measured on these weights in {figures['dtype']}, on the demo's held-out questions:" in card
     assert f"| overall | {100 * right:.1f} |" in card
     assert "| CIDEr-D of descriptions |" in card
     assert "None were measured" not in card
     assert figures["exact_match"]["overall"]["n"] == 1
-    flags.answers_file, flags.out = str(tmp_path / "kept" / "answers.jsonl"), str(tmp_path / "elsewhere")
-    evaluate_from_flags(flags)
+
+    whole = {path: path.read_bytes() for path in [*out.iterdir(), model / "README.md", model / "evaluation.json"]}
+    for flags, where in [
+        (["--limit", "1"], "limit-1"),
+        (["--num-chunks", "3", "--chunk-idx", "1"], "3_1"),
+        (own, "mine"),
+        ([*own, "--limit", "2", "--num-chunks", "2", "--chunk-idx", "0"], "mine-limit-2/2_0"),
+    ]:
+        evaluate_from_flags(parsed(*common, *flags))
+        assert (out / where / "figures.json").is_file()
+        assert {path: path.read_bytes() for path in whole} == whole
+    for flags in (["--limit", "1"], own):
+        with pytest.raises(UserError, match="holds the evaluation on all of the demo's questions"):
+            evaluate_from_flags(parsed(*common, *flags, "--output", str(out)))
+    assert {path: path.read_bytes() for path in whole} == whole
+
+    elsewhere = ["--answers-file", str(tmp_path / "kept" / "answers.jsonl"), "--output", str(tmp_path / "elsewhere")]
+    evaluate_from_flags(parsed(*common, *own, *elsewhere))
     assert len((tmp_path / "kept" / "answers.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "elsewhere" / "figures.json").is_file()
-    flags.question_file = None
     with pytest.raises(UserError, match="--question-file"):
-        evaluate_from_flags(flags)
+        evaluate_from_flags(parsed(*common, *elsewhere))
 
 
 def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
     """LLaVA's scripts answer one chunk per GPU and join the files; its conversation format and temperature count."""
     path, joined = tmp_path / "mine.jsonl", []
     path.write_text("".join(json.dumps({"question_id": i, "text": f"What is {i}?"}) + "\n" for i in range(7)))
-    parser = runpy.run_path(str(ROOT / "scripts" / "evaluate_llava.py"))["parser"]()
-    common = ["--model-path", str(newest_model(place / "runs")), "--question-file", str(path), "--batch-size", "1"]
-    common += ["--max-new-tokens", "8", "--device", "cpu", "--out", str(tmp_path / "out")]
+    common = ["--model", str(newest_model(place / "runs")), "--question-file", str(path), "--batch-size", "1"]
+    common += ["--max-new-tokens", "8", "--device", "cpu", "--output", str(tmp_path / "out")]
 
     def texts(*flags: str) -> list[str]:
         file = tmp_path / "answers.jsonl"
-        evaluate_from_flags(parser.parse_args([*common, "--answers-file", str(file), *flags]))
+        evaluate_from_flags(parsed(*common, "--answers-file", str(file), *flags))
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         joined.append([line["question_id"] for line in lines])
         return [line["text"] for line in lines]
