@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """The checkpoints of a run of either half: list them, verify their hashes, export one, delete what need not stay."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument(
         "action",
         choices=("list", "verify", "export", "prune"),
@@ -17,15 +17,15 @@ def parser() -> argparse.ArgumentParser:
         "transformers, checked, as export_clips.py does",
     )
     p.add_argument("place", metavar="DIR", type=Path, help="runs/NAME, or one checkpoint in it")
-    p.add_argument("--keep", type=int, default=2, help="prune: the newest ones that stay (default: 2)")
+    p.add_argument("--keep", type=int, default=2, help="prune: the newest ones that stay")
     p.add_argument(
         "--keep-every",
         type=int,
         default=0,
         metavar="SAMPLES",
-        help="prune: the first one past each multiple of so many samples stays too (default: 0, none)",
+        help="prune: the first one past each multiple of so many samples stays too; 0 is off",
     )
-    p.add_argument("--dry-run", action="store_true", help="prune: only say what would go (default: no)")
+    p.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
     p.add_argument("--output", help="export: where to write (default: export-step-N/ in the run, of a run its export/)")
     p.add_argument("--image-size", type=int, help="export: resolution in pixels (default: as trained)")
     p.add_argument("--data", help="export: images and captions to check on (default: the run's own)")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Convert a model into another format: read FROM, show that its features stay the same, then write TO."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument(
         "source",
         metavar="FROM",
@@ -22,9 +22,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("native", "open_clip", "official", "transformers", "llava"),
         default="native",
         help="format: this project's, open_clip's, that of the official CLIPS checkpoints, or the image tower as "
-        "ViTModel, CLIPVisionModel or SiglipVisionModel (default: native); for LLaVA models transformers or llava",
+        "ViTModel, CLIPVisionModel or SiglipVisionModel; for LLaVA models transformers or llava",
     )
-    p.add_argument("--check", action="store_true", help="show that it can be done and write nothing (default: no)")
+    p.add_argument("--check", action="store_true", help="show that it can be done and write nothing")
     llava = p.add_argument_group("LLaVA models")
     llava.add_argument("--base", metavar="DIR_OR_HUB_ID", help="what LoRA adapters or an mm_projector.bin belong to")
     llava.add_argument(
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     llava.add_argument(
         "--conv-mode",
         default="auto",
-        help="conversation format to save with it; auto is its tokenizer's, else v1 (default: auto)",
+        help="conversation format to save with it; auto is its tokenizer's, else v1",
     )
     return p
 

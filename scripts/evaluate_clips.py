@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Measure a trained CLIPS model: retrieval both ways, zero-shot classification, linear probe."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument(
         "--model", metavar="DIR_OR_HUB_ID", help="run, native or open_clip export (default: the newest run under runs/)"
     )
@@ -16,15 +16,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="fields of --data")
     p.add_argument("--karpathy", help="Karpathy split JSON of COCO or Flickr30K, instead of --data")
     p.add_argument("--image-root", help="folder that image paths start from (default: that of the file)")
-    p.add_argument("--split", default="test", help="split of the run's own data or of --karpathy (default: test)")
+    p.add_argument("--split", default="test", help="split of the run's own data or of --karpathy")
     p.add_argument("--classes", help="imagenet, or a class list: one per line, or JSON with classes and templates")
     p.add_argument("--probe-train", help="labelled training images for a linear probe, as --data")
     p.add_argument("--limit", type=int, help="use only so many images (default: all)")
     p.add_argument("--image-size", type=int, help="resolution in pixels (default: the model's own)")
     p.add_argument("--batch-size", type=int, help="images per batch (default: the run's eval.batch_size)")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument(
-        "--out",
+        "--output",
         help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME)",
     )
     return p

@@ -1,46 +1,39 @@
 #!/usr/bin/env python
 """Measure a LLaVA-style model on the demo's held-out questions, or let it answer your own (LLaVA's question.jsonl)."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument("--model", help="model directory or hub id (default: the newest runs/*/model)")
-    p.add_argument("--question-file", help="your own questions: question.jsonl (default: the demo's held-out ones)")
+    p.add_argument("--questions", help="your own questions: question.jsonl (default: the demo's held-out ones)")
     p.add_argument("--image-folder", help="folder or uncompressed tar of your pictures")
-    p.add_argument("--answers-file", help="where your answers go (default: in --output)")
     p.add_argument(
         "--output",
-        help="folder for answers and figures (default: evaluation/ beside the model, in it a folder of its own "
-        "for each part and for your questions)",
+        help="folder for answers and figures, or with --questions the answers' .jsonl file (default: evaluation/ "
+        "beside the model; your questions, --limit and chunks have folders of their own in it)",
     )
-    p.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
+    p.add_argument("--batch-size", type=int, default=32, help="questions answered together")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens")
+    p.add_argument("--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws")
+    p.add_argument("--seed", type=int, default=0, help="seed of drawn answers")
+    p.add_argument("--num-chunks", type=int, default=1, help="parts of the questions, for several processes at once")
+    p.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     p.add_argument(
-        "--conv-mode", default="auto", help="auto (as trained), v1, chatml, llama_3 or plain (default: auto)"
-    )
-    p.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token, more draws (default: 0)"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of drawn answers (default: 0)")
-    p.add_argument("--num-chunks", type=int, default=1, help="parts of the questions, for several at once (default: 1)")
-    p.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0 (default: 0)")
-    p.add_argument(
-        "--limit",
-        type=int,
-        help="only so many questions of each file, drawn evenly over kinds and answers (default: all)",
+        "--limit", type=int, help="so many questions of each file, drawn evenly over kinds and answers (default: all)"
     )
     p.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="auto is bfloat16 where the device computes in it (default: auto)",
+        help="auto is bfloat16 if the device computes in bfloat16",
     )
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Export a trained CLIPS model to native, open_clip and transformers, each checked against the trained weights."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument(
         "--model", metavar="DIR_OR_HUB_ID", help="run, native or open_clip export (default: the newest run under runs/)"
     )
@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--image-size", type=int, help="resolution in pixels, positions recomputed (default: as trained)")
     p.add_argument("--data", help="images and captions to check on: shards or a table (default: the run's own)")
-    p.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload the open_clip export (default: nowhere)")
+    p.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload the open_clip export to this repository")
     return p
 
 

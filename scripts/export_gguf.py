@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Write a trained LLaVA-style model for llama.cpp: the language model and its multimodal projector (mmproj) as GGUF."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument("--model", required=True, help="model directory (runs/NAME/model) or hub id")
     p.add_argument("--output", help="where to write (default: gguf/ beside the model directory)")
-    p.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16"), help="of the weights (default: f16)")
+    p.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16"), help="dtype of the weights")
     return p
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Upload a model directory written here (an export's format, a LLaVA run's model) to the Hugging Face hub."""
 
-import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument("directory", help="such as runs/NAME/export/open_clip or runs/NAME/model")
     p.add_argument("repo", help="OWNER/NAME on the hub; made where there is none")
-    p.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
+    p.add_argument("--private", action="store_true", help="make a new repository private")
     return p
 
 

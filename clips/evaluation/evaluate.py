@@ -208,7 +208,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
             if model.config.embed_dim
             else f"nothing to measure: {NO_SHARED_SPACE}. Give --probe-train, or a test set with long captions"
         )
-    out = Path(flags.out) if flags.out else loaded.home / f"evaluation-{name}.json"
+    out = Path(flags.output) if flags.output else loaded.home / f"evaluation-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     missing = missing_of(run, first)
     write_figures(

@@ -64,7 +64,7 @@ def dataset_size(arguments: TrainArguments) -> int:
 def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
     command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
     command += ["--output", str(cell.evaluation), "--device", comparison.device]
-    command += ["--question-file", str(comparison.question_file)] if comparison.question_file else []
+    command += ["--questions", str(comparison.question_file)] if comparison.question_file else []
     command += ["--image-folder", str(comparison.question_images)] if comparison.question_images else []
     limit = question_limit(comparison)
     return command + (["--limit", str(limit)] if limit else [])

@@ -156,11 +156,13 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(flags.device)
     directory = flags.model or str(newest_model())
     name = model_name(directory)
-    if flags.question_file:
-        own, store = open_questions(Path(flags.question_file), flags.image_folder, flags.limit)
-        files, sets = {Path(flags.question_file).stem: Path(flags.question_file)}, {Path(flags.question_file).stem: own}
-    elif flags.image_folder or flags.answers_file:
-        raise UserError("--image-folder and --answers-file are for your own questions: give --question-file, too")
+    answers_file = Path(flags.output) if flags.output and Path(flags.output).suffix == ".jsonl" else None
+    if flags.questions:
+        files = {Path(flags.questions).stem: Path(flags.questions)}
+        own, store = open_questions(Path(flags.questions), flags.image_folder, flags.limit)
+        sets = dict.fromkeys(files, own)
+    elif flags.image_folder or answers_file:
+        raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
     else:
         demo = ensure_llava_demo(DEMO_DIR)
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
@@ -181,8 +183,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                 temperature=flags.temperature, seed=flags.seed, answered=progress.advance,
             )  # fmt: skip
             figures |= of_set(key, score(questions, answers))
-            path = Path(flags.answers_file) if flags.answers_file else out / f"{key}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = answers_file or out / f"{key}.jsonl"
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
             asked = {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
@@ -218,7 +219,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _part(flags: Mapping[str, Any]) -> str:
     """The folder of a partial evaluation, relative to the whole one's; empty for the whole one."""
-    parts = [Path(flags["question_file"]).stem] if flags.get("question_file") else []
+    parts = [Path(flags["questions"]).stem] if flags.get("questions") else []
     parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
     chunk = f"{flags['num_chunks']}_{flags['chunk_idx']}" if flags.get("num_chunks", 1) > 1 else ""
     return str(Path("-".join(parts), chunk)) if parts or chunk else ""
@@ -227,12 +228,17 @@ def _part(flags: Mapping[str, Any]) -> str:
 def _output(flags: argparse.Namespace, directory: Path) -> Path:
     """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
-    Raises UserError if a partial evaluation would overwrite a whole one.
+    Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if a partial evaluation would overwrite a
+    whole one.
     """
     part = _part(vars(flags))
     if not flags.output:
         return (directory.parent if directory.name == "model" else Path()) / "evaluation" / part
-    out = Path(flags.output) / (Path(part).name if flags.num_chunks > 1 else "")
+    out = Path(flags.output)
+    if out.suffix == ".jsonl":
+        out = out.with_suffix("")
+    elif flags.num_chunks > 1:  # several run at once
+        out = out / Path(part).name
     there = read_json(out / "figures.json").get("flags")
     if part and there and _part(there) == "":
         raise UserError(f"{out} holds the evaluation on all of the demo's questions: choose another --output")

@@ -220,7 +220,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     flags = [
         "--model",
         cell.directory / "model",
-        "--question-file",
+        "--questions",
         tmp_path / "questions.jsonl",
         "--device",
         "cpu",

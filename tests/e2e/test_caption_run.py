@@ -79,7 +79,7 @@ def test_its_report_shows_captions_and_the_figures_that_there_are(trained: Path)
 
 
 def test_commands_take_it_and_refuse_what_it_has_not(trained: Path, tmp_path: Path) -> None:
-    done = run_command(python("scripts/evaluate_clips.py", "--model", trained, "--out", tmp_path / "figures.json"))
+    done = run_command(python("scripts/evaluate_clips.py", "--model", trained, "--output", tmp_path / "figures.json"))
     assert done.code == 0, done.text
     assert "retrieval and zero-shot classification are not measured" in done.text
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]

@@ -212,7 +212,7 @@ def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
 
     def measure(kind: str) -> list[str]:
         model = ("--model", tmp_path / "runs" / kind, "--data", data[kind], *fields[kind])
-        return python("scripts/evaluate_clips.py", *model, "--out", tmp_path / f"{kind}.json")
+        return python("scripts/evaluate_clips.py", *model, "--output", tmp_path / f"{kind}.json")
 
     trained = run_all({kind: train(kind) for kind in data})
     for kind, done in trained.items():

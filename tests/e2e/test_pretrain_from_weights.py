@@ -96,7 +96,7 @@ def test_an_official_checkpoint_is_evaluated_exported_and_converted(data: tuple[
     official = tmp_path / "official"
     write_official(official)
     held_out = data[data.index("--test-data") + 1]
-    evaluate = ("scripts/evaluate_clips.py", "--model", official, "--data", held_out, "--out", tmp_path / "f.json")
+    evaluate = ("scripts/evaluate_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "f.json")
     export = ("scripts/export_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "export")
     commands = {
         "evaluate": python(*evaluate),

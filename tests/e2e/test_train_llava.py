@@ -100,7 +100,7 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     assert found["answer"].strip() == "two dogs"
     assert torch.isfinite(found["logits"]).all()
 
-    words = ["--model", str(run / "model"), "--question-file", "question.jsonl", "--image-folder", "images"]
+    words = ["--model", str(run / "model"), "--questions", "question.jsonl", "--image-folder", "images"]
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert (

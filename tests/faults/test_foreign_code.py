@@ -172,7 +172,7 @@ ROUTES = {
     "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
     "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
     "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--encoder", "NATIVE"),
-    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--question-file", "q.jsonl"),
+    "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--questions", "q.jsonl"),
     "export": ("export_gguf.py", "--model", "LLAVA", "--output", "out"),
 }
 

@@ -265,7 +265,7 @@ def test_evaluation(tmp_path):
         "model": tmp_path / "official",
         "data": tmp_path / "classes",
         "classes": tmp_path / "names.txt",
-        "out": tmp_path / "out.json",
+        "output": tmp_path / "out.json",
         "device": "cpu",
         "split": "test",
         "fields": [],

@@ -54,9 +54,14 @@ def place(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "place"
 
 
+RENAMED = {"evaluate_llava.py": {"--model-path": "--model", "--question-file": "--questions"}}
+"""Script → the flags that it took then → their names now."""
+
+
 def same_command(place: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:
     """Today's script with the flags that the old one was given, and the recipe that it knew."""
     script, *flags = shlex.split(json.loads((place / "commands.json").read_text())[name])
+    flags = [RENAMED.get(script, {}).get(flag, flag) for flag in flags]
     done = run_python(ROOT / "tests" / "first_demo.py", script, *flags, *more, cwd=place, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -156,7 +161,7 @@ def test_a_finished_run_is_left_alone_and_measures_what_it_measured(place: Path)
     assert {name: time for name, time in files(run_dir).items() if not name.endswith(".lock")} == before
 
     figures = place / "figures.json"
-    flags = ("--model", "runs/finished", "--device", "cpu", "--out", figures)
+    flags = ("--model", "runs/finished", "--device", "cpu", "--output", figures)
     done = run_python(ROOT / "scripts" / "evaluate_clips.py", *flags, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     found, wanted = (json.loads(path.read_text())["figures"] for path in (figures, run_dir / "evaluation.json"))
@@ -210,7 +215,7 @@ def test_a_finished_model_chats_as_the_saved_talk_says(place: Path) -> None:
 @pytest.mark.slow
 def test_a_finished_model_answers_questions_as_it_did(place: Path) -> None:
     old = place / "runs" / "llava" / "evaluation"
-    same_command(place, "evaluate", "--out", "new")
+    same_command(place, "evaluate", "--output", "new")
     found, wanted = (json_lines(folder / "question.jsonl") for folder in (place / "new", old))
     assert [(line["question_id"], line["text"]) for line in found] == [(q["question_id"], q["text"]) for q in wanted]
     found, wanted = (json.loads((folder / "figures.json").read_text()) for folder in (place / "new", old))
