@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Train a LLaVA-style model on an encoder: stage 1, stage 2, and with no data flags, on the demo data, the evaluation.
+# Train a LLaVA-style model on an encoder: stage 1, stage 2, and on the demo data the evaluation.
 #
 #   bash scripts/train_llava.sh --vision clips                  # the newest CLIPS export; also clip, random, blind, hf:…
 #   bash scripts/train_llava.sh --vision clips --stage 2 --lora_enable --data_path my.json --image_folder pictures
 #   bash scripts/train_llava.sh --vision clips --dry-run        # the two commands and the plan, nothing is trained
 #   bash scripts/train_llava.sh --help                          # every flag with its default
 #
-# The same command again goes on where it stopped. Flags carry LLaVA's names; --align.FLAG and --instruct.FLAG count in
-# one stage only. Several GPUs are used through the deepspeed launcher; NUM_GPUS=N chooses how many (on a machine
-# without GPUs: how many processes).
+# The same command again resumes a stopped run. Flags carry LLaVA's names. --align.FLAG and --instruct.FLAG count in one
+# stage only. NUM_GPUS=N sets the number of GPUs (default: all); without GPUs it sets the number of processes.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -18,16 +17,16 @@ if [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ]; then python="$her
 stages="1 2" dry_run=false own_data=false both_on_one=false output_dir="" vision=clips device=auto
 flags=("$@")
 for ((i = 0; i < ${#flags[@]}; i++)); do
-  value="${flags[i + 1]:-}"
-  case "${flags[i]}" in
+  flag="${flags[i]}" value="${flags[i + 1]:-}"
+  case "$flag" in --*=*) value="${flag#*=}" flag="${flag%%=*}" ;; esac
+  case "$flag" in
     -h | --help) exec "$python" "$here/train_llava.py" --help ;;
     --stage) stages="$value" ;;
-    --stage=*) stages="${flags[i]#*=}" ;;
-    --dry_run | --dry-run) dry_run=true ;;
-    --data_path | --data-path) both_on_one=true own_data=true ;;
-    --*.data_path | --*.data-path) own_data=true ;;
-    --output_dir | --output-dir) output_dir="$value" ;;
-    --vision | --vision_tower | --vision-tower) vision="$value" ;;
+    --dry-run) dry_run=true ;;
+    --data_path) both_on_one=true own_data=true ;;
+    --*.data_path) own_data=true ;;
+    --output_dir) output_dir="$value" ;;
+    --vision | --vision_tower) vision="$value" ;;
     --device) device="$value" ;;
   esac
 done
@@ -42,12 +41,10 @@ if [ -z "$gpus" ] && [ "$device" != cpu ] && command -v nvidia-smi >/dev/null; t
   gpus="$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
 fi
 launch=("$python")
-if [ "${gpus:-1}" -gt 1 ]; then
-  launch=("$python" -m deepspeed.launcher.runner --num_gpus "$gpus")
-fi
+if [ "${gpus:-1}" -gt 1 ]; then launch+=(-m deepspeed.launcher.runner --num_gpus "$gpus"); fi
 
 both=()
-if [ "$stages" = "1 2" ]; then both=(--both_stages); fi # one command line for two stages: each passes over the other's
+if [ "$stages" = "1 2" ]; then both=(--both_stages); fi # each stage ignores the other stage's flags
 for stage in $stages; do
   "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage" ${both[@]+"${both[@]}"}
 done

@@ -11,7 +11,7 @@ from clips import parser as pretraining_parser
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
 from mllm.compare.comparison import QUICK_PRETRAINING, Comparison, budget_share, question_limit
 from mllm.data.records import read_json_records
-from mllm.training.arguments import ResolvedArguments, TrainArguments, parse_train_arguments
+from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES
 
@@ -35,7 +35,7 @@ def train_flags(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
     return flags
 
 
-def train_arguments(comparison: Comparison, cell: Cell, stage: int) -> ResolvedArguments:
+def train_arguments(comparison: Comparison, cell: Cell, stage: int) -> TrainArguments:
     """The same as the run itself will read them; raises UserError for flags that it would refuse."""
     return parse_train_arguments(train_flags(comparison, cell, stage)).resolve(comparison.gpus)
 

@@ -37,7 +37,7 @@ def benchmark_training(flags: list[str], *, repeats: int) -> dict[str, Any]:
     if repeats < 1:
         raise UserError(f"--repeats {repeats} must be at least 1")
     # A dry run's parts: stage 2 needs no projector of a stage 1.
-    arguments = parse_train_arguments([*flags, "--dry_run", "True"]).resolve(1)
+    arguments = parse_train_arguments([*flags, "--dry-run"]).resolve(1)
     device = choose_device(arguments.device)
     prepared = prepare(arguments, Path(arguments.output_dir), device, None)
     llava = llava_of(prepared.model)

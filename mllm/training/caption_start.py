@@ -12,7 +12,7 @@ from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE
 from mllm.data.dataset import Collator
 from mllm.model.projector_start import start_from_captions
-from mllm.training.arguments import ResolvedArguments
+from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.prepare import START_IMAGES, Prepared
 
@@ -20,9 +20,7 @@ START_TOKENS, START_BATCH = 16, 64
 """The fit takes this many tokens of each image; images are read in batches of START_BATCH."""
 
 
-def fit_to_captions(
-    arguments: ResolvedArguments, prepared: Prepared, collator: Collator, device: torch.device
-) -> float:
+def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:
     """`start_from_captions` on up to `START_IMAGES` samples that have one picture; the same on every rank."""
     single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
     generator = torch.Generator().manual_seed(arguments.seed)

@@ -18,7 +18,7 @@ from clips.common.cards import BUS, PER_MACHINE, Machine
 from clips.common.errors import UserError
 from clips.common.plain import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
-from mllm.training.arguments import ResolvedArguments, TrainArguments
+from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.plan import memory_estimate_gb, steps_of
@@ -92,7 +92,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class StagePlan:
-    arguments: ResolvedArguments
+    arguments: TrainArguments
     memory_gb: float
     steps: int
     compute_s: float
@@ -142,13 +142,13 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
     )
 
 
-def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> ResolvedArguments:
+def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> TrainArguments:
     """LLaVA-1.5's, on its own data; UserError where its batch cannot be cut so."""
     return TrainArguments(
         stage=number,
         data_path="data.json",
         bits=planned.bits,
-        lora_enable=(planned.lora and number == 2) or None,
+        **({"lora_enable": True} if planned.lora and number == 2 else {}),
         per_device_train_batch_size=micro,
         bf16=True,
         gradient_checkpointing=True,

@@ -110,7 +110,7 @@ class FeatureCache:
         if needed > 0.95 * free:
             raise UserError(
                 f"caching the features of {len(missing):,} images takes {needed / 1e9:.1f} GB, {self.directory} has "
-                f"{free / 1e9:.1f} GB free: choose another cache folder or --no-feature-cache"
+                f"{free / 1e9:.1f} GB free: choose another cache folder or --feature_cache False"
             )
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`

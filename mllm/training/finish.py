@@ -17,7 +17,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
-from mllm.training.arguments import ResolvedArguments
+from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
@@ -27,7 +27,7 @@ OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-
 
 
 def write_results(
-    arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
+    arguments: TrainArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
 ) -> None:
     """The projector always; after stage 2 adapter and model; at last done.json, which makes the stage count.
 

@@ -14,16 +14,16 @@ from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from mllm.model.quantize import dequantize
-from mllm.training.arguments import ResolvedArguments
+from mllm.training.arguments import TrainArguments
 
 
-def add_lora(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> PeftModel:
+def add_lora(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> PeftModel:
     """`model` with fresh adapters, the same on every rank."""
     torch.manual_seed(arguments.seed)
     return _with_adapters(model, lora_config(model, arguments))
 
 
-def lora_config(model: LlavaForConditionalGeneration, arguments: ResolvedArguments) -> LoraConfig:
+def lora_config(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> LoraConfig:
     """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})

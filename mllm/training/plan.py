@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from clips.common.escape import for_rich
-from mllm.training.arguments import STAGE_FLAGS, ResolvedArguments, TrainArguments
+from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import count_parameters, learning_rates, llava_of
 from mllm.training.stages import PARTS, Training
 
@@ -23,7 +23,7 @@ LIVE = 1_000_000_000
 """Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
 
 
-def command_line(arguments: ResolvedArguments, world_size: int) -> str:
+def command_line(arguments: TrainArguments, world_size: int) -> str:
     """The command of this stage, with every flag that is not the parser's own default."""
     words = ["deepspeed", f"--num_gpus={world_size}"] if world_size > 1 else ["python"]
     words += ["scripts/train_llava.py", "--stage", str(arguments.stage)]
@@ -32,11 +32,11 @@ def command_line(arguments: ResolvedArguments, world_size: int) -> str:
         others = STAGE_FLAGS[3 - arguments.stage]
         if value is None or value == field.default or field.name in ("stage", "dry_run", *others):
             continue
-        words += ["--no-feature-cache"] if field.name == "feature_cache" else [f"--{field.name}", str(value)]
+        words += [f"--{field.name}", str(value)]
     return shlex.join(words)
 
 
-def steps_of(arguments: ResolvedArguments, samples: int, world_size: int) -> int:
+def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
     """Optimizer steps, counted as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
@@ -48,7 +48,7 @@ def steps_of(arguments: ResolvedArguments, samples: int, world_size: int) -> int
 def memory_estimate_gb(
     model: LlavaForConditionalGeneration,
     counts: dict[str, tuple[int, int]],
-    arguments: ResolvedArguments,
+    arguments: TrainArguments,
     *,
     length: int,
     zero: int,
@@ -87,7 +87,7 @@ def memory_estimate_gb(
 
 
 def print_plan(
-    arguments: ResolvedArguments,
+    arguments: TrainArguments,
     model: nn.Module,
     freeze: dict[str, Training],
     rows: dict[str, str],

@@ -29,7 +29,7 @@ from mllm.model.llm import load_llm
 from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
-from mllm.training.arguments import ResolvedArguments, TrainArguments
+from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
 from mllm.training.log import began_packed
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepare(
-    arguments: ResolvedArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
+    arguments: TrainArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> Prepared:
     """Load and assemble encoder, language model, data and the freeze plan; the same on every rank.
 
@@ -119,7 +119,7 @@ def prepare(
     )  # fmt: skip
 
 
-def encoder_of(arguments: ResolvedArguments) -> VisionEncoder:
+def encoder_of(arguments: TrainArguments) -> VisionEncoder:
     """The vision encoder that resolved flags ask for."""
     return load_vision(
         arguments.vision_tower,
@@ -141,7 +141,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
 
 
 def _start_projector(
-    projector: LlavaMultiModalProjector, arguments: ResolvedArguments, run_dir: Path, samples: int
+    projector: LlavaMultiModalProjector, arguments: TrainArguments, run_dir: Path, samples: int
 ) -> str:
     """Load the file that the projector starts from, if there is one; returns in words how it starts."""
     start = _projector_file(arguments, run_dir)
@@ -154,7 +154,7 @@ def _start_projector(
     return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
 
 
-def _projector_file(arguments: ResolvedArguments, run_dir: Path) -> Path | None:
+def _projector_file(arguments: TrainArguments, run_dir: Path) -> Path | None:
     """The file that the projector starts from; None for a random or a fitted start."""
     if arguments.pretrain_mm_mlp_adapter is not None:
         return Path(arguments.pretrain_mm_mlp_adapter)
@@ -171,7 +171,7 @@ def _projector_file(arguments: ResolvedArguments, run_dir: Path) -> Path | None:
     )
 
 
-def projector_of(arguments: ResolvedArguments, prepared: Prepared) -> dict[str, Any]:
+def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any]:
     """What a projector stands between: it is of no use between others."""
     fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
     found = {name: getattr(arguments, name) for name in fields}
@@ -194,7 +194,7 @@ def longest(dataset: LlavaDataset) -> int:
     return min(length, dataset.encoder.max_length or length)
 
 
-def collator_of(arguments: ResolvedArguments, prepared: Prepared, device: torch.device) -> Collator:
+def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
     pad_id = prepared.processor.tokenizer.pad_token_id
     if prepared.store is None:  # no sample has a picture
         return Collator(pad_id, lambda names: torch.empty(0))

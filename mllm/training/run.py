@@ -32,7 +32,7 @@ from clips.common.signals import stopped_by
 from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
-from mllm.training.arguments import ResolvedArguments, TrainArguments, left_out
+from mllm.training.arguments import TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
@@ -108,7 +108,7 @@ class Process:
     """Prints on the main process only."""
 
 
-def join(arguments: ResolvedArguments, world_size: int) -> Process:
+def join(arguments: TrainArguments, world_size: int) -> Process:
     """Choose the device and, with several ranks or DeepSpeed, join the process group."""
     device = choose_device(arguments.device)
     deepspeed = deepspeed_config(arguments, world_size)
@@ -121,7 +121,7 @@ def join(arguments: ResolvedArguments, world_size: int) -> Process:
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
-def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
+def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
     """Write config.json and the list of skipped samples.
 
     UserError where the run directory holds a run that does not go with this stage.
@@ -140,7 +140,7 @@ def record_config(arguments: ResolvedArguments, prepared: Prepared, run_dir: Pat
 
 
 def train(
-    arguments: ResolvedArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
+    arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
 ) -> dict[str, Any]:
     """Take the stage's steps and return its summary (done.json); `begin` is when the preparation began.
 
@@ -191,7 +191,7 @@ def train(
     }
 
 
-def work_of(arguments: ResolvedArguments, prepared: Prepared, process: Process) -> Work:
+def work_of(arguments: TrainArguments, prepared: Prepared, process: Process) -> Work:
     llava = llava_of(prepared.model)
     flops = LlavaFlops(
         llava,
@@ -206,7 +206,7 @@ def work_of(arguments: ResolvedArguments, prepared: Prepared, process: Process) 
 
 
 def make_trainer(
-    arguments: ResolvedArguments,
+    arguments: TrainArguments,
     prepared: Prepared,
     stage_dir: Path,
     process: Process,

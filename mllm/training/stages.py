@@ -50,6 +50,7 @@ STAGES = {
             "image_aspect_ratio": "square",
             "mm_vision_select_layer": -2,
             "mm_projector_init": "random",
+            "group_by_modality_length": False,
         },
         lora={},
         demo={
@@ -71,6 +72,7 @@ STAGES = {
             "batch_size": 128,
             "image_aspect_ratio": "pad",
             "mm_vision_select_layer": -2,
+            "group_by_modality_length": True,
         },
         lora={"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
         demo={

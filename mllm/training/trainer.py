@@ -37,7 +37,7 @@ from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, can_pack, shared_length
-from mllm.training.arguments import ResolvedArguments
+from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
 from mllm.training.log import Work
@@ -319,7 +319,7 @@ class LlavaTrainer(Trainer):
 
 
 def training_arguments(
-    arguments: ResolvedArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
+    arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> TrainingArguments:
     """The Trainer's own arguments; all that this project decides itself is switched off in them."""
     made = TrainingArguments(

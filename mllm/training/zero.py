@@ -17,12 +17,12 @@ from transformers import TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.runtime import import_deepspeed
-from mllm.training.arguments import ResolvedArguments
+from mllm.training.arguments import TrainArguments
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-def deepspeed_config(arguments: ResolvedArguments, world_size: int) -> dict[str, Any] | None:
+def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any] | None:
     """The engine's settings: the file that was named, or this stage's own where there are several ranks.
 
     Raises UserError for an unreadable file, for an optimizer or schedule of its own, and for quantised weights under

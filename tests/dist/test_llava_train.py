@@ -131,7 +131,7 @@ def test_feature_cache_on_and_off_train_the_same(
     start: str, rel: float, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To within rounding; the closed form whitens this untrained encoder's smallest directions, rounding included."""
-    for name, flags in {"on": [], "off": ["--no-feature-cache"]}.items():
+    for name, flags in {"on": [], "off": ["--feature_cache", "False"]}.items():
         out = f"runs/cache-{start}-{name}"
         run(place, monkeypatch, *ALIGN, "--mm_projector_init", start, "--output_dir", out, *flags)
     on, off = losses(place / f"runs/cache-{start}-on"), losses(place / f"runs/cache-{start}-off")
@@ -475,7 +475,7 @@ def test_a_bad_sample_is_left_out_where_asked_and_listed(place: Path, monkeypatc
     with pytest.raises(UserError, match=r"2 sample\(s\) cannot be trained on.*\n  sample 3 .*\n  sample 4 "):
         run(place, monkeypatch, *words)
     assert not (place / "runs/mixed-data").exists()
-    run(place, monkeypatch, *words, "--on-bad-sample", "skip")
+    run(place, monkeypatch, *words, "--on_bad_sample", "skip")
     listed = [json.loads(line) for line in (place / "runs/mixed-data/instruct/skipped.jsonl").read_text().splitlines()]
     assert [(line["index"], line["id"], line["kind"]) for line in listed] == [
         (3, "text", "conversation"),

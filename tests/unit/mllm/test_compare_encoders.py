@@ -460,7 +460,7 @@ def test_the_progress_of_pretraining_and_of_answers(place: Path) -> None:
         ({"train_flags": ("--seed=3",)}, "--seed is what the comparison itself sets"),
         ({"train_flags": ("--instruct.seed", "3")}, "--seed is what the comparison itself sets"),
         ({"train_flags": ("--align.vision=blind",)}, "--vision_tower is what the comparison itself sets"),
-        ({"train_flags": ("--data-path=mine.json",)}, "the demo's questions say nothing about them"),
+        ({"train_flags": ("--data_path=mine.json",)}, "the demo's questions say nothing about them"),
         ({"pretrain_flags": ("--seed", "4")}, "--pretrain-flags: --seed is what the comparison itself sets"),
         ({"pretrain_flags": ("--recipe=s16", "--data", "x")}, "--recipe is what the comparison itself sets"),
         ({"encoders": ("rnadom", "blind")}, "'rnadom' is not known"),

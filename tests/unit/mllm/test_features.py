@@ -167,7 +167,7 @@ def test_broken_picture_and_full_disk(parts, store, tmp_path, monkeypatch):
         cache.fill(["gone.png"])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"takes 0\.0 GB.*--no-feature-cache"):
+    with pytest.raises(UserError, match=r"takes 0\.0 GB.*--feature_cache False"):
         cache.fill(names)
 
 

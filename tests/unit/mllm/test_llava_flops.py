@@ -26,9 +26,9 @@ from mllm.training.trainer import TrainingModel
 CASES = {
     "stage 1, cached": (1, "ViT", {}, ()),
     "stage 1, cached, linear": (1, "ViT", {}, ("--mm_projector_type", "linear")),
-    "stage 1, pixels": (1, "CLIP", {}, ("--no-feature-cache",)),
+    "stage 1, pixels": (1, "CLIP", {}, ("--feature_cache", "False")),
     "full": (2, "SigLIP", {}, ()),
-    "full, pixels, two layers": (2, "CLIP", {}, ("--no-feature-cache",)),
+    "full, pixels, two layers": (2, "CLIP", {}, ("--feature_cache", "False")),
     "encoder too": (2, "CLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
     "encoder too, SigLIP": (2, "SigLIP", {"unfreeze_mm_vision_tower": True}, ("--unfreeze_mm_vision_tower", "True")),
     "LoRA": (2, "ViT", {"lora": True}, ("--lora_enable", "True")),
