@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import operator
 import os
 import shutil
 import stat
@@ -54,19 +55,17 @@ def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` so that a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
+    """Replace `path` by `text`; a reader, or a crash, sees the old text or the new text, never a part."""
+    with placing(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager
 def placing(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file to fill; it is put at `path` once the block ends without an error, whole and on the disk.
+    """Yield an open file. If the block ends without an error, the file is synced and renamed to `path`.
 
-    Its name until then is unlike any other's, so that several processes may write `path` at once: the last one counts,
-    or without `replace` the first.
+    The file has a unique name until then (`file.name`, for writers that take a path), so several processes may write
+    `path` at once. The last one wins; without `replace` the first one wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -86,7 +85,7 @@ def placing(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """An empty directory to fill; it takes the place of `directory` once the block ends without an error."""
+    """Yield an empty directory. If the block ends without an error, it replaces `directory`."""
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -97,6 +96,31 @@ def replacing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_once(directory: Path, write: Callable[[Path], None]) -> Path:
+    """`directory`; if it is missing, `write(empty directory)` fills it, once for all processes."""
+    if not directory.is_dir():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with lock(directory.parent / f".{directory.name}.lock", wait=True):
+            if not directory.is_dir():  # the process that held the lock may have written it
+                with replacing(directory) as partial:
+                    write(partial)
+    return directory
+
+
+def differing(
+    there: Any, here: Any, same: Callable[[Any, Any], bool] = operator.eq, path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(path, value there, value here) of each place in which two values of JSON differ; a missing field is None."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from differing(there.get(key), here.get(key), same, f"{path}.{key}" if path else key)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for i, pair in enumerate(zip(there, here, strict=True)):
+            yield from differing(*pair, same, f"{path}.{i}" if path else str(i))
+    elif not same(there, here):
+        yield path, there, here
 
 
 def write_json(path: Path, content: Any) -> None:

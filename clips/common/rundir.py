@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
-from clips.common.files import MANIFEST, lock, read_json, write_atomically
+from clips.common.files import MANIFEST, differing, lock, read_json, write_atomically
 from clips.common.signals import launchers
 
 T = TypeVar("T")
@@ -145,18 +145,9 @@ def has_report(run_dir: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ configuration
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The fields in which two configurations differ, as `path: there → here` lines; a missing field is None."""
-
-    def walk(a: Any, b: Any, path: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return [
-                line for key in sorted(a.keys() | b.keys()) for line in walk(a.get(key), b.get(key), f"{path}.{key}")
-            ]
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            return [line for i, pair in enumerate(zip(a, b, strict=True)) for line in walk(*pair, f"{path}.{i}")]
-        return [] if a == b else [f"{path[1:]}: {json.dumps(a)} → {json.dumps(b)}"]
-
-    return walk(json.loads(json.dumps(there)), json.loads(json.dumps(here)), "")
+    """The fields in which two configurations differ, as `path: there → here` lines; a missing field is null."""
+    found = differing(*(json.loads(json.dumps(config)) for config in (there, here)))
+    return [f"{path}: {json.dumps(a)} → {json.dumps(b)}" for path, a, b in found]
 
 
 def refuse(changes: Sequence[str], what: str, mend: str) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from clips.common.errors import UserError, in_one_line
-from clips.common.files import lock, read_regular, replacing
+from clips.common.files import lock, read_regular, write_once
 from clips.common.paths import cache_root
 from clips.data.images import decode_rgba
 
@@ -184,18 +184,13 @@ def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
         "concepts": dict(concepts),
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    kept = _folder() / f"{name}-{key}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with lock(_folder() / f".{name}.lock", wait=True):
-            if not kept.is_dir():  # by whoever held the lock
-                _rasterise(name, concepts, kept)
+    kept = write_once(_folder() / f"{name}-{key}", lambda folder: _rasterise(name, concepts, folder))
     pixels = np.load(kept / "pixels.npy", allow_pickle=False)
     entries = json.loads((kept / "concepts.json").read_text(encoding="utf-8"))
     return {concept: Image.fromarray(row) for concept, row in zip(entries, pixels, strict=True)}
 
 
-def _rasterise(name: str, concepts: Mapping[str, str], target: Path) -> None:
+def _rasterise(name: str, concepts: Mapping[str, str], folder: Path) -> None:
     emoji, openmoji, resvg = packages()
     icons = None if name == OPENMOJI else _icons(name)
     svgs = {
@@ -211,9 +206,8 @@ def _rasterise(name: str, concepts: Mapping[str, str], target: Path) -> None:
         square = Image.new("RGBA", (max(image.size),) * 2)
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         row[:] = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-    with replacing(target) as work:
-        np.save(work / "pixels.npy", pixels, allow_pickle=False)
-        (work / "concepts.json").write_text(json.dumps(has), encoding="utf-8")
+    np.save(folder / "pixels.npy", pixels, allow_pickle=False)
+    (folder / "concepts.json").write_text(json.dumps(has), encoding="utf-8")
 
 
 def _openmoji_svg(emoji: Any, openmoji: Any, called: str) -> str | None:

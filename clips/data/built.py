@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock, write_json
+from clips.common.files import lock, replacing, write_json
 
 STAMP = "manifest.json"
 
@@ -50,14 +48,6 @@ def _build(directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], M
     # The same entries in the stamp: an older build of the same kind, and not the folder of another.
     if directory.exists() and any(directory.iterdir()) and (built_as(directory) or {}).keys() != wanted.keys():
         raise UserError(f"{directory} exists and holds no {what}: name another folder")
-    work = directory.parent / f".{directory.name}.building"
-    shutil.rmtree(work, ignore_errors=True)  # left by a build that was killed
-    work.mkdir()
-    try:
+    with replacing(directory) as work:
         facts = write(work)
         write_json(work / STAMP, {"built": wanted, **facts})
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(work, directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from clips.common.files import placing
 from clips.common.paths import cache_root
 from clips.data.sidecar import VERSION, fingerprint
 from clips.data.tar import ShardSummary, as_array, from_array, shard_summary
@@ -109,13 +109,11 @@ def _read(path: Path, urls: list[str]) -> ShardSet:
 def _write(path: Path, found: ShardSet) -> None:
     """A cache that cannot be written is done without: the next process reads the shards' own indexes."""
     meta = {"indexes": found.indexes, "layouts": found.layouts, "problems": found.problems}
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save({"meta": as_array(meta), "counts": found.counts}))
-        os.replace(temporary, path)
+        with placing(path) as file:
+            file.write(save({"meta": as_array(meta), "counts": found.counts}))
     except OSError:
-        temporary.unlink(missing_ok=True)
         return
     of_these = path.name.rpartition("-")[0]
     for outdated in path.parent.glob(f"{of_these}-*.safetensors"):

@@ -7,13 +7,13 @@ import io
 import os
 import re
 import threading
-import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from clips.common.errors import UserError
+from clips.common.files import placing
 from clips.common.paths import cache_root, is_remote
 from clips.data.remote import RemoteFile, remote_facts
 
@@ -55,20 +55,17 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
             return path
     refusals = []
     for path in paths:
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        begun = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
+            with placing(path) as file:
+                begun = True
+                build(Path(file.name))
         except OSError as error:
+            if begun:
+                raise UserError(f"the index of {url} cannot be made: {error}") from None
             refusals.append(str(error))
             continue
-        try:
-            build(temporary)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"the index of {url} cannot be made: {error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         for stale in _replaced(path, f".{name}{suffix}"):
             stale.unlink(missing_ok=True)
         return path

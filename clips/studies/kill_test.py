@@ -202,7 +202,7 @@ def _is_now(kill: Kill, training: Training, start_ends: float) -> bool:
     if seen < kill.after:
         return False
     if kill.place == "save":
-        return any((run_dir / "checkpoints").glob(".*.tmp"))
+        return any((run_dir / "checkpoints").glob("*.partial"))
     if kill.place == "validation":
         is_due = seen == training.samples or (training.eval_every and seen % training.eval_every == 0)
         return bool(is_due) and samples_seen(run_dir, "eval") < seen

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
 from clips.common.escape import for_terminal
-from clips.common.files import check_seal, first_usable, fsync, seal, write_atomically
+from clips.common.files import check_seal, first_usable, fsync, replacing, seal, write_atomically
 from clips.common.rundir import METRICS, checkpoints, surplus
 from clips.common.tensors import read_weights
 
@@ -83,23 +83,16 @@ def save(
     """
     parent = run_dir / "checkpoints"
     final = parent / f"step-{state.step:08d}"
-    temporary = parent / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_file(weights, temporary / "model.safetensors")
-        save_file(optimizer, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(state)) + "\n")
-        seal(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            fsync(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
-        raise
-    shutil.rmtree(final, ignore_errors=True)  # a bad one of the same step, or it would have been resumed from
-    temporary.rename(final)
+        with replacing(final) as partial:  # a damaged checkpoint of the same step is replaced
+            save_file(weights, partial / "model.safetensors")
+            save_file(optimizer, partial / "optimizer.safetensors")
+            (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+            seal(partial)
+            for path in [*partial.iterdir(), partial]:
+                fsync(path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
     fsync(parent)
     write_atomically(run_dir / "LATEST", final.name + "\n")
     for old in surplus(checkpoints(run_dir), keep, keep_every):
@@ -226,7 +219,7 @@ def latest(run_dir: Path) -> Checkpoint | None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what kills in the middle of a save left behind; only for the process that is about to write here."""
-    for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
+    for leftover in (run_dir / "checkpoints").glob("*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -11,14 +11,13 @@ was sent by a stranger: how much it may hold is bounded before it is held, and n
 from __future__ import annotations
 
 import lzma
-import os
 import re
 import tarfile
 from pathlib import Path
 
 from clips import read_members
 from clips.common.errors import UserError
-from clips.common.files import read_json, sha256
+from clips.common.files import placing, read_json, sha256
 from mllm.compare.collect import REPORT, stored_files
 from mllm.compare.plan import comparison_of
 
@@ -45,14 +44,16 @@ def pack(output: Path, archive: Path) -> str:
     total = sum((output / name).stat().st_size for name in names)
     if total > MOST_BYTES or len(names) > MOST_MEMBERS:
         raise UserError(f"{output}: {len(names):,} files of {total:,} bytes are more than an archive may hold")
-    partial = archive.with_name(f".{archive.name}.tmp")
-    with lzma.open(partial, "wb", preset=6) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+    with (
+        placing(archive) as file,
+        lzma.open(file, "wb", preset=6) as packed,
+        tarfile.open(fileobj=packed, mode="w|") as tar,
+    ):
         for name in names:
             member = tarfile.TarInfo(name)  # mode 644, no owner, 1 January 1970
             member.size = (output / name).stat().st_size
-            with (output / name).open("rb") as file:
-                tar.addfile(member, file)
-    os.replace(partial, archive)
+            with (output / name).open("rb") as content:
+                tar.addfile(member, content)
     return sha256(archive)
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import for_rich
-from clips.common.files import read_json, sha256
+from clips.common.files import differing, read_json, sha256
 from clips.common.paths import is_plain
 from clips.common.plain import print_table
 from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
@@ -179,7 +179,7 @@ def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]
             continue
         yield from _answers(name, questions, lines)
         again |= of_set(name, score(questions, [str(line["text"])[:MOST_CHARACTERS] for line in lines]))
-    yield from (f"figures: {text}" for text in _differences({key: recorded.get(key) for key in again}, again, ""))
+    yield from (f"figures: {text}" for text in _differences({key: recorded.get(key) for key in again}, again))
 
 
 def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) -> Iterator[str]:
@@ -214,16 +214,9 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
             yield f"{name}: {len(found) - NAMED_EACH:,} more that differ"
 
 
-def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
-    """Where two values of JSON differ, as `path: … in the report, … computed again`."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in dict.fromkeys([*there, *here]):
-            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for i, pair in enumerate(zip(there, here, strict=True)):
-            yield from _differences(*pair, f"{path}.{i}")
-    elif not _alike(there, here):
-        yield f"{path}: {_short(there)} as recorded, {_short(here)} computed again"
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    for place, a, b in differing(there, here, _alike, path):
+        yield f"{place}: {_short(a)} as recorded, {_short(b)} computed again"
 
 
 def _alike(there: Any, here: Any) -> bool:

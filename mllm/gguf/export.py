@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from clips.common.escape import for_markdown
+from clips.common.files import placing
 from clips.common.hub import resolve
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import Format
@@ -105,23 +106,22 @@ def write_file(
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write one GGUF file with `metadata` and `tensors` (name, tensor); it appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    writer = GGUFWriter(partial, arch, use_temp_file=True)  # large models do not fit into memory twice
-    writer.add_type("mmproj" if arch == "clip" else "model")
-    writer.add_name(title)
-    writer.add_file_type(DTYPES[dtype][1])
-    metadata(writer)
-    try:
-        for name, tensor in tensors:
-            stored = _stored_type(name, tensor, dtype)
-            data = quants.quantize(tensor.detach().float().numpy(), stored)
-            writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-    partial.rename(path)
+    with placing(path) as file:
+        writer = GGUFWriter(file.name, arch, use_temp_file=True)  # large models do not fit into memory twice
+        writer.add_type("mmproj" if arch == "clip" else "model")
+        writer.add_name(title)
+        writer.add_file_type(DTYPES[dtype][1])
+        metadata(writer)
+        try:
+            for name, tensor in tensors:
+                stored = _stored_type(name, tensor, dtype)
+                data = quants.quantize(tensor.detach().float().numpy(), stored)
+                writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=stored)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def _stored_type(name: str, tensor: Tensor, dtype: str) -> GGMLQuantizationType:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
-from clips.common.files import read_json, write_json
+from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
 from clips.common.stock import loading, progress_bars
 from clips.common.tensors import write_weights
@@ -407,19 +406,16 @@ def write_original(
     A tower without a name (no `mm_vision_tower`) goes to `vision_tower/` in it. LLaVA takes a path for that, so the
     configuration has an absolute one: after moving the directory it must be changed there.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with progress_bars(sum(tensor.nbytes for tensor in original.tensors.values())):
-        save_torch_state_dict(dict(original.tensors), partial)
-    for name, content in original.files.items():
-        (partial / name).write_bytes(content)
-    config = dict(original.config)
-    if "mm_vision_tower" not in config:
-        _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
-        config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
-    write_json(partial / "config.json", config)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        with progress_bars(sum(tensor.nbytes for tensor in original.tensors.values())):
+            save_torch_state_dict(dict(original.tensors), partial)
+        for name, content in original.files.items():
+            (partial / name).write_bytes(content)
+        config = dict(original.config)
+        if "mm_vision_tower" not in config:
+            _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
+            config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
+        write_json(partial / "config.json", config)
 
 
 def _write_tower(

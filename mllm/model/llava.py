@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, 
 
 from clips.common.errors import UserError
 from clips.common.escape import clip
-from clips.common.files import write_json
+from clips.common.files import replacing, write_json
 from clips.common.page import Table, render
 from clips.common.stock import progress_bars
 from mllm.data.formats import IMAGE_TOKEN
@@ -132,24 +131,21 @@ def save_model(
     Under ZeRO-3 call it inside `mllm.training.zero.whole`.
     """
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with progress_bars(model.get_memory_footprint()):
-        model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
-    processor.image_processor.save_pretrained(partial)
-    # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
-    save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
-    write_json(partial / FACTS, {"vision_encoder": vision.facts})
-    for name, content in (beside or {}).items():
-        (partial / name).parent.mkdir(exist_ok=True)
-        (partial / name).write_bytes(content)
-    (partial / "README.md").write_text(
-        model_card(model, model_name(str(directory)), card, base_model), encoding="utf-8"
-    )
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    with replacing(directory) as partial:
+        with progress_bars(model.get_memory_footprint()):
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
+        processor.image_processor.save_pretrained(partial)
+        # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
+        save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
+        write_json(partial / FACTS, {"vision_encoder": vision.facts})
+        for name, content in (beside or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
+        (partial / "README.md").write_text(
+            model_card(model, model_name(str(directory)), card, base_model), encoding="utf-8"
+        )
 
 
 def model_card(

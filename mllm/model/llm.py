@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from clips.common.errors import UserError
+from clips.common.files import write_once
 from clips.common.hub import resolve
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
@@ -218,42 +217,30 @@ def packaged_gguf() -> Path | None:
 
 
 def convert_gguf(path: Path, directory: Path) -> Path:
-    """Write the model in GGUF file `path` to `directory` as safetensors (fp32, dequantised), once; returns it.
+    """Write the model in GGUF file `path` to `directory` as safetensors (fp32, dequantised), once; returns it."""
+    return write_once(directory, lambda partial: _convert_gguf(path, partial))
 
-    Several processes may do this at once: each writes a directory of its own and the first one to finish counts.
-    """
-    if (directory / "config.json").is_file():
-        return directory
-    print(f"note: {path.name} is converted, this once, to {directory}", file=sys.stderr)
+
+def _convert_gguf(path: Path, directory: Path) -> None:
+    print(f"note: {path.name} is converted, this once, to {directory.with_suffix('')}", file=sys.stderr)
     # The one progress bar of transformers that its switch for them does not reach.
     reader: Any = modeling_gguf_pytorch_utils
     reader.tqdm = logging.tqdm
     if not torch.cuda.is_available():  # saving imports deepspeed, which else says that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-    try:
-        with loading("language model", path):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
-        config = type(quantised.config)(
-            **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(quantised.state_dict())
-        model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
-        tokenizer.model_max_length = config.max_position_embeddings
-        with progress_bars(model.get_memory_footprint()):
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.chmod(partial, 0o755)  # mkdtemp makes it private
-        partial.rename(directory)
-    except OSError:
-        if not (directory / "config.json").is_file():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return directory
+    with loading("language model", path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The object remembers that it was quantised and refuses to be saved, so the weights move to a fresh one.
+    config = type(quantised.config)(
+        **{k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    tokenizer.model_max_length = config.max_position_embeddings
+    with progress_bars(model.get_memory_footprint()):
+        model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from clips import BrokenSample
 from clips.common.errors import UserError
+from clips.common.files import placing, write_atomically
 from clips.common.workers import start_worker
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
@@ -146,13 +146,9 @@ class FeatureCache:
         with np.errstate(over="ignore"):
             half = features.astype(np.float16)
         path = self.directory / uuid.uuid4().hex
-        with open(f"{path}.npy.partial", "wb") as file:
+        with placing(path.with_suffix(".npy")) as file:
             np.save(file, half if np.isfinite(half).all() else features)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(f"{path}.json.partial").write_text(json.dumps(keys))
-        for suffix in (".npy", ".json"):  # the .json last: it makes the pair count
-            os.replace(f"{path}{suffix}.partial", f"{path}{suffix}")
+        write_atomically(path.with_suffix(".json"), json.dumps(keys))  # last: it makes the pair count
 
 
 def _load_or_error(load: Callable[[list[str]], Tensor], names: list[str]) -> Tensor | UserError:

@@ -222,14 +222,14 @@ def assert_same(out: Path, whole: Path) -> None:
     assert trace(out / "r") == trace(whole / "r")
     assert trace(out / "r", "eval") == trace(whole / "r", "eval")
     assert checkpoints(out / "r") == checkpoints(whole / "r")
-    assert not list((out / "r/checkpoints").glob(".*"))
+    assert not unfinished(out)
     for name in ("model.safetensors", "optimizer.safetensors"):
         files = [folder / "r/checkpoints" / f"step-{LAST_STEP:08d}" / name for folder in (out, whole)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def unfinished(out: Path) -> list[Path]:
-    return list((out / "r/checkpoints").glob(".*.tmp"))
+    return list((out / "r/checkpoints").glob("*.partial"))
 
 
 def test_row_02_killed_in_the_middle_of_saves(
@@ -243,7 +243,7 @@ def test_row_02_killed_in_the_middle_of_saves(
         with started(command, out / "log") as process:
             saves = (out / "r/checkpoints").glob
             wait_for(
-                lambda now=before, f=saves: state(out / "r")["step"] > now and any(f(".*.tmp")), process, out / "log"
+                lambda now=before, f=saves: state(out / "r")["step"] > now and any(f("*.partial")), process, out / "log"
             )
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -139,9 +139,9 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert names(tmp_path) == [".step-00000002.tmp", "step-00000001"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002.partial"]
     assert checkpoint.latest(tmp_path).state.step == 1
-    assert ".step-00000002.tmp" in names(tmp_path), "whoever only looks must leave a save that is underway alone"
+    assert "step-00000002.partial" in names(tmp_path), "whoever only looks must leave a save that is underway alone"
     checkpoint.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 
@@ -240,10 +240,10 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "LATEST"
     files.write_atomically(file, "old\n")
 
-    def crash(path: Path) -> None:
+    def crash(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "fsync", crash)
+    monkeypatch.setattr(files.os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(file, "new and longer\n")
     assert file.read_text() == "old\n"

@@ -84,7 +84,7 @@ def test_a_failed_write_is_told_once_and_leaves_the_older_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1)
-    blocked = tmp_path / "checkpoints/.step-00000002.tmp"
+    blocked = tmp_path / "checkpoints/step-00000002.partial"
     blocked.write_text("no directory can be made here")
     with Writer(tmp_path, keep=1) as writer:
         writer.begin(WEIGHTS, WEIGHTS, state(2))
@@ -132,7 +132,7 @@ def test_a_kill_in_the_middle_of_a_write_beside_the_training(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "checkpoints/.step-00000002.tmp/model.safetensors").is_file()
+    assert (tmp_path / "checkpoints/step-00000002.partial/model.safetensors").is_file()
     assert checkpoint.latest(tmp_path).state.step == 1
 
 

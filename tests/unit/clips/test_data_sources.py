@@ -21,6 +21,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.config import Fields
+from clips.data import sidecar as sidecar_module
 from clips.data.sample import BrokenSample
 from clips.data.sources import Source, expand, open_source
 
@@ -133,14 +134,14 @@ def test_the_index_follows_its_shard(tmp_path: Path) -> None:
 
 def test_an_index_that_cannot_stand_beside_goes_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shard(tmp_path / "a.tar", 0, 2)
-    touch = Path.touch
+    placing = sidecar_module.placing
 
-    def refuse(self: Path, *arguments: object, **options: object) -> None:
-        if self.parent == tmp_path:
-            raise PermissionError(f"read-only: {self}")
-        touch(self, *arguments, **options)
+    def refuse(target: Path) -> object:
+        if target.parent == tmp_path:
+            raise PermissionError(f"read-only: {target}")
+        return placing(target)
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(sidecar_module, "placing", refuse)
     assert numbers(open_tar(path)) == [0, 1]
     assert len(list((tmp_path / "cache").rglob("*.idx.safetensors"))) == 1
     assert not list(tmp_path.glob(".a.tar.*"))

@@ -137,7 +137,7 @@ def test_interrupted_write_leaves_nothing_that_counts(parts, store, tmp_path, mo
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features_module.os, "replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         cache.fill(names)
     monkeypatch.undo()

