@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Give each pair of image and web caption a long caption: the data that CLIPS is trained on, at any size.
+"""Write a long caption for each pair of image and web caption: data for CLIPS, at any size.
 
-The same command goes on where it was, also beside itself and on other machines that see the same folder. Without flags
-it captions a part of the demo with what was trained here.
+The same command goes on after a stop. It may run several times at once, also on other machines with the same folder.
+Without flags it captions a part of the demo with the newest models of runs/.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from clips.common.errors import run_command
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", help="pairs: a folder, pattern or URL of tar shards, or tables (default: the demo's)")
-    p.add_argument("--out", default="runs/recaption", help="folder for the shards with long captions")
+    p.add_argument("--output", default="runs/recaption", help="folder for the shards with long captions")
     p.add_argument(
         "--captioner",
         metavar="KIND:NAME",
         help="llava:DIR, hf:ID_OR_DIR, endpoint:URL[,URL] or clips:RUN (default: the newest llava and clips of runs/, "
-        "each into a folder below --out)",
+        "each into a folder below --output)",
     )
     p.add_argument("--prompt", metavar="FILE", help="what is asked, with {web} for the web caption (default: built in)")
     p.add_argument("--fields", nargs="+", action="extend", default=[], metavar="PART=FIELD", help="as in pretraining")
@@ -32,23 +32,23 @@ def parser() -> argparse.ArgumentParser:
     writing.add_argument("--in-flight", type=int, default=32, help="endpoint: requests that a server gets at once")
     writing.add_argument("--device", default="auto", help="auto, cpu or cuda")
     good = p.add_argument_group("what a good caption is")
-    good.add_argument("--words", type=int, nargs=2, default=(5, 400), metavar=("LEAST", "MOST"), help="its length")
-    good.add_argument("--script", default="Latin", help="of its letters, as Unicode names it; any: not looked at")
     good.add_argument(
-        "--on-bad", choices=("drop", "keep"), default="drop", help="a pair whose second caption is bad too"
+        "--words", type=int, nargs=2, default=(5, 400), metavar=("LEAST", "MOST"), help="its length in words"
+    )
+    good.add_argument("--script", default="Latin", help="of most letters, by Unicode's name; any: no check")
+    good.add_argument(
+        "--on-bad", choices=("drop", "keep"), default="drop", help="drop or keep a pair whose second caption is bad too"
     )
     good.add_argument("--min-similarity-quantile", type=float, metavar="Q", help="leave out this share, the worst fits")
-    good.add_argument("--similarity-encoder", metavar="DIR_OR_ID", help="which encoder tells how well a caption fits")
-    good.add_argument("--max-broken-share", type=float, default=0.05, help="of broken pictures; more end the command")
-    where = p.add_argument_group("several processes and machines")
-    where.add_argument("--processes", type=int, help="at work here (default: one a GPU)")
-    where.add_argument("--rank", type=int, help="do every WORLD_SIZE-th shard only (default: as srun or torchrun say)")
-    where.add_argument("--world-size", type=int, help="how many such parts there are")
-    where.add_argument("--claim-timeout", type=float, default=120, help="seconds until a dead machine's shard is free")
-    where.add_argument("--cache-gb", type=float, default=50, help="of copies of remote data; 0: none")
-    where.add_argument(
-        "--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens, for the plan's cost"
+    good.add_argument(
+        "--similarity-encoder", metavar="DIR_OR_ID", help="the encoder that scores how well a caption fits"
     )
+    good.add_argument(
+        "--max-broken-share", type=float, default=0.05, help="largest share of broken pairs; more end the command"
+    )
+    where = p.add_argument_group("processes and remote data")
+    where.add_argument("--processes", type=int, help="processes of this command (default: one a GPU)")
+    where.add_argument("--cache-gb", type=float, default=50, help="disk space for copies of remote data; 0: no copies")
     return p
 
 

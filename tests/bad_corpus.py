@@ -554,26 +554,23 @@ def through_recaptioning(spec: str, wanted: dict[str, str], folder: Path, told: 
 
     from clips import Fields, decode_image, open_source
     from mllm.recaption.asking import Prompt
-    from mllm.recaption.claims import Claims
     from mllm.recaption.manifest import Folder
     from mllm.recaption.options import Options
     from mllm.recaption.shards import shards_of
-    from mllm.recaption.work import Tally, Worker
+    from mllm.recaption.work import Worker
 
     options = Options(spec, folder / "out", "known:0", Prompt(), fields=_fields(spec), max_broken_share=1.0)
-    source, out = open_source(spec, options.fields, need_long=False), Folder(options.out)
+    source, out = open_source(spec, options.fields, need_long=False), Folder(options.output)
     reasons: Reasons = {}
     written = 0
-    with Claims(out.claims, 60) as claims:
-        worker = Worker(options, out, source, Known(), claims, Tally())
-        for shard in shards_of(source):
-            assert claims.take(shard.name)
-            written += worker.make(shard)["output"]["samples"]
-            for line in out.rejected(shard.name).read_text().splitlines():
-                record = json.loads(line)
-                assert record["reason"] == "broken", record
-                reasons[str(record["row"]) if spec.endswith(".jsonl") else record["key"]] = record["error"]
-    result = open_source(str(options.out), Fields(), need_long=True)
+    worker = Worker(options, out, source, Known(), "owner", Counter())
+    for shard in shards_of(source):
+        written += worker.make(shard)["output"]["samples"]
+        for line in out.rejected(shard.name).read_text().splitlines():
+            record = json.loads(line)
+            assert record["reason"] == "broken", record
+            reasons[str(record["row"]) if spec.endswith(".jsonl") else record["key"]] = record["error"]
+    result = open_source(str(options.output), Fields(), need_long=True)
     assert len(result) == written == len(wanted) - len(reasons)
     for index in range(written):
         sample = result.read(index)

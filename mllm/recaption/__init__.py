@@ -1,1 +1,1 @@
-"""Recaptioning: pairs of image and web caption in, the same samples with a long caption out, of any number."""
+"""Recaptioning: pairs of image and web caption become samples with a long caption."""

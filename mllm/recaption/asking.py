@@ -1,4 +1,4 @@
-"""How a caption is asked for: the prompt with the web caption as a hint, and how an answer is drawn."""
+"""The question to a captioner: the prompt with the web caption as a hint, and the temperature of each attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clips.common.files import read_regular
 HINT = "{web}"
 """The place of the web caption in a prompt."""
 LONGEST_HINT = 1000
-"""Characters of a web caption that are shown to the captioner; an alt text has about 60."""
+"""Characters of a web caption that the captioner reads; an alt text has about 60."""
 LONGEST_PROMPT = 20_000
 DEFAULT = (
     "Describe the picture in detail: everything that can be seen in it, how many there are, where each one is, what it "
@@ -25,14 +25,14 @@ DEFAULT = (
     "Caption: {web}"
 )
 RETRY_TEMPERATURE = 0.7
-"""Of a caption that is asked for again: what was refused was the likeliest text, which would come again."""
+"""Greedy decoding would repeat the caption that was refused."""
 _TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,64}\]")
-"""What control tokens of known models look like: <|im_end|>, </s>, <image>, <start_of_turn>, [INST]."""
+"""The form of known models' control tokens: <|im_end|>, </s>, <image>, <start_of_turn>, [INST]."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template in which `{web}` stands for the web caption, any number of times or never."""
+    """A template; each `{web}` in it is replaced by the web caption. Raises UserError if it is empty or too long."""
 
     template: str = DEFAULT
 
@@ -44,7 +44,7 @@ class Prompt:
 
     @classmethod
     def read(cls, path: str | Path | None) -> Prompt:
-        """The prompt in a file, without one the default; UserError where it cannot be read."""
+        """The prompt in a file, the default prompt for None. Raises UserError if the file cannot be read."""
         if path is None:
             return cls()
         try:
@@ -56,11 +56,11 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """The hash that manifests keep."""
+        """SHA-256 of the template, for the manifests."""
         return hashlib.sha256(self.template.encode("utf-8", "surrogatepass")).hexdigest()
 
     def fill(self, hint: str) -> str:
-        """The prompt for one web caption, in one pass: a `{web}` or any brace inside `hint` stays as it is."""
+        """The prompt for one web caption. Braces inside `hint` stay as they are."""
         return self.template.replace(HINT, hint)
 
 
@@ -70,11 +70,11 @@ def hint_of(web: str) -> str:
 
 
 def without_control_tokens(text: str, tokens: Iterable[str] = ()) -> str:
-    """`text` without anything that reads as a control token, or is one of `tokens`.
+    """`text` without `tokens` and without anything that looks like a control token.
 
-    For models whose chat template is filled as text and tokenised after that: there a typed `<image>` would be a
-    picture's place, and a typed end of turn would end the question. Taken out again and again until none is left, for
-    what is left around one may make another; each round shortens the text.
+    It protects models whose chat template is filled as text and tokenised afterwards. There a typed `<image>` would
+    be a picture's place, and a typed end of turn would end the question. A removal may join two halves to a new token,
+    so it repeats until nothing changes; each round shortens the text.
     """
     words = sorted({token.strip() for token in tokens} - {""}, key=len, reverse=True)
     patterns = [_TAG] + ([re.compile("|".join(map(re.escape, words)))] if words else [])
@@ -87,5 +87,5 @@ def without_control_tokens(text: str, tokens: Iterable[str] = ()) -> str:
 
 
 def temperature_of(attempt: int) -> float:
-    """0, which is greedy, for the first attempt."""
+    """0 (greedy) for the first attempt, RETRY_TEMPERATURE for the second."""
     return RETRY_TEMPERATURE if attempt else 0.0

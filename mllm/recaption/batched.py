@@ -1,7 +1,6 @@
-"""A model in this process as a captioner: pictures decoded side by side, batches of about equal size.
+"""A model in this process as a captioner: threads decode pictures, and batches hold pairs of about equal size.
 
-What is handed in at once is several batches of `generate` (`GROUP`), so that there is something to sort: a batch costs
-what its largest row costs.
+A batch costs as much as its largest row. So one call takes several batches (`GROUP`) and sorts their pairs.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from mllm.recaption.asking import RETRY_TEMPERATURE, Prompt, hint_of, temperatur
 from mllm.recaption.captioner import Pair, Written
 
 GROUP = 4
-"""Batches of `generate` that one call of `write` is asked for."""
+"""Batches of `generate` in one call of `write`."""
 ItemT = TypeVar("ItemT")
 
 
 class BatchedCaptioner(ABC, Generic[ItemT]):
-    """What the kinds of models share; an `ItemT` is a pair as one of them reads it.
+    """The common part of captioners in this process; an `ItemT` is a pair in the model's own form.
 
     Args:
-        directory: the model's files, which the manifest knows it by.
+        directory: the model's files, whose hash the manifest keeps.
         batch_size: pairs of one `generate`.
     """
 
@@ -50,19 +49,19 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
 
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The model's arithmetic."""
 
     @abstractmethod
     def pixels(self, image: Image.Image) -> Any:
-        """What the model keeps of a decoded picture; called in several threads."""
+        """A decoded picture in the model's form; called in several threads."""
 
     @abstractmethod
     def item(self, pixels: Any, hint: str) -> tuple[int, ItemT]:
-        """A pair as the model reads it, and its size, by which batches are made; an exception refuses this pair."""
+        """(size, pair in the model's form); batches are sorted by size. An exception refuses this pair."""
 
     @abstractmethod
     def generate(self, items: list[ItemT], temperature: float) -> list[Written | Exception]:
-        """One for each of at most `batch_size` items, drawn with torch's random numbers as they are."""
+        """The result for each of at most `batch_size` items; it draws torch's random numbers."""
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -86,7 +85,7 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
                 items[i] = self.item(read, hint_of(pair.web))
             except (BrokenSample, ValueError, UserError) as refused:
                 written[i] = refused
-        order = sorted(items, key=lambda i: (-items[i][0], i))  # the largest first: what does not fit is known at once
+        order = sorted(items, key=lambda i: (-items[i][0], i))  # the largest first: a full GPU shows at once
         for start in range(0, len(order), self._rows):
             chosen = order[start : start + self._rows]
             with seeded(self.device, attempt):

@@ -1,4 +1,4 @@
-"""What writes captions, as the rest of the recaptioning sees it: pairs in, texts out, nothing that is remembered."""
+"""The captioner that the rest of recaptioning sees: pairs in, texts out, no memory between calls."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ class Pair:
 
     key: str
     image: bytes
-    """Encoded, as in the source; decoded only by the decoder that has bounds (`clips.decode_image`)."""
+    """Encoded, as in the source. Only the bounded decoder (`clips.decode_image`) decodes it."""
     web: str
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a captioner wrote for one pair."""
+    """The text that a captioner wrote for one pair."""
 
     text: str
     finished: bool
-    """False: cut off by the limit on tokens, without an end token."""
+    """False if the limit on tokens cut the text off."""
     tokens: int
 
 
 class Captioner(Protocol):
-    """Writes a caption for each pair. What it writes depends on the pairs of the call and on `attempt` alone."""
+    """Writes a caption for each pair. The captions depend on the pairs of the call and on `attempt` alone."""
 
     batch_size: int
-    """Pairs of one call; the last of a shard has fewer."""
+    """Pairs of one call; the last call of a shard has fewer."""
 
     def describe(self) -> dict[str, Any]:
-        """What the manifests keep, as plain JSON: kind, fingerprint of the weights or name of the model, hash of the
-        prompt, settings. Two captioners that would write different captions differ in it."""
+        """Plain JSON for the manifests: kind, weights or model, hash of the prompt, settings.
+
+        Two captioners that would write different captions have different descriptions.
+        """
         ...
 
     def write(self, pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
-        """One for each pair, in order; an Exception stands for a pair without a caption (a broken picture, …).
+        """The result for each pair, in order; an Exception is the reason why a pair has no caption.
 
-        Attempt 0 is greedy; 1 is the retry of what was refused, with another seed and temperature. What would fail
-        for every pair (a full GPU, no server left) is raised, not returned.
+        Attempt 0 is greedy. Attempt 1 retries refused captions with another seed and temperature. An error that would
+        hit every pair (a full GPU, no server left) is raised.
         """
         ...
 
     def close(self) -> None:
-        """Let go of what it holds; called once, also after an error."""
+        """Free all resources; called once, also after an error."""
         ...

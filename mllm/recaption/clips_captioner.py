@@ -1,4 +1,4 @@
-"""The captioner of a CLIPS encoder: it writes from image and web caption, as in the paper, and reads no prompt."""
+"""The captioner of a CLIPS encoder: it reads image and web caption, as in the paper, and no prompt."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mllm.recaption.captioner import Pair, Written
 class ClipsCaptioner:
     """`clips:RUN`, a run or native export whose captioner writes word by word (model.captioner.inputs = "tokens").
 
-    UserError for a model without such a captioner: that of the paper guesses all words at once, which is a good task to
-    learn from and gives no text.
+    Raises UserError for other models. The paper's captioner guesses all words at once: a good task to learn from, and
+    no text.
     """
 
     def __init__(self, path: str, *, device: str, batch_size: int) -> None:

@@ -1,13 +1,12 @@
-"""OpenAI-style servers as a captioner: many requests in flight over several of them, and each may fail in any way.
+"""OpenAI-style servers as a captioner: many requests in flight at several servers, and each request may fail.
 
-A request that fails is asked again, of whichever server is free, after a pause that doubles, with jitter; after `TRIES`
-its pair is given up. A server is taken out when it cannot be reached, or after `FAILURES` failures with no answer
-between, and then asked with one request at a time, again with doubling pauses, until it answers. What a server refuses
-because it has too much to do (429, 503) comes again after the time that it names, and it gets no more at once than it
-took. Where no server has given any usable answer for `patience` seconds, the whole command ends.
+A failed request is repeated at any free server, after a pause that doubles, with jitter. After `TRIES` failures its
+pair has no caption. After `FAILURES` failures in a row, or if it cannot be reached, a server gets one request at a
+time, again with doubling pauses, until it answers. A busy server (429, 503) gets the request again after its
+Retry-After, and fewer requests at once. If no server gives a usable answer for `patience` seconds, the command ends.
 
-Bounded are the requests in flight (`in_flight` a server) and what they hold of memory (`HELD_BYTES`), the time and the
-bytes of an answer, and the pictures that are decoded and encoded at a time.
+Time and bytes of an answer are bounded. The openai client does not bound them: it reads and unpacks an answer of any
+size.
 """
 
 from __future__ import annotations
@@ -17,18 +16,20 @@ import base64
 import contextlib
 import email.utils
 import io
+import itertools
 import json
 import os
 import random
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
+
+import anyio
+from anyio.from_thread import start_blocking_portal
 
 from clips import BrokenSample, decode_image
 from clips.common.errors import CommandError, UserError, first_line
@@ -42,139 +43,91 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "CLIPS_API_KEY"
 TRIES = 5
-"""Requests for one pair that a server takes and then fails in."""
+"""Failed requests after which a pair has no caption."""
 FAILURES = 5
-"""Failures of a server, one after the other, after which it is taken out."""
+"""Failures of a server in a row after which it is taken out."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds before a request is tried again, and before a server that is out is asked again."""
+"""Seconds before a request is repeated, and before a server that is out gets a request."""
 LONGEST_RETRY_AFTER = 120.0
-"""Seconds that a server may ask to be left alone."""
+"""Longest Retry-After, seconds, that is obeyed."""
 ANSWER_BYTES = 4 * 2**20
-"""Of one answer; a caption has some thousand."""
+"""Longest answer; a caption has some thousand bytes."""
 TOKEN_BYTES = 64
-"""What one token of an answer may take; a longer text than the tokens asked for is none."""
+"""Longest token; a longer text than that for the tokens asked for is no caption."""
 SENT_BYTES = 2 * 2**20
-"""Encoded pictures above it, and those of more than KEPT_PIXELS, are sent smaller."""
-HELD_BYTES = 2**30
-"""Of the requests in flight and of those that are ready: where pictures are large, fewer are in flight."""
+"""Larger encoded pictures, and pictures of more than KEPT_PIXELS, are sent smaller."""
 ROUNDS = 8
-"""How often one call of `write` fills all places: at its end fewer and fewer are in flight."""
+"""How often one call of `write` fills all places; at its end fewer and fewer requests are in flight."""
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
-"""How a picture begins that every server reads → its type."""
-T = TypeVar("T")
-
-
-class _Busy(Exception):
-    """The server has too much to do: the request may come again after `seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__("it has too much to do")
-        self.seconds = seconds
-
-
-class _Unreachable(Exception):
-    """No connection: nothing was asked."""
+"""First bytes → type, for the formats that every server reads."""
+PICTURE_THREADS = 4
+"""Pictures that are decoded at a time."""
 
 
 class _Failed(Exception):
-    """The request was taken, and no usable answer came; where it is `late`, fewer at once may help."""
+    """A request without a usable answer. `kind`: busy servers ask for a pause; a refused pair is not asked again."""
 
-    def __init__(self, reason: str, *, late: bool = False) -> None:
+    def __init__(
+        self, reason: str, kind: Literal["failed", "unreachable", "busy", "refused"] = "failed", pause: float = 0.0
+    ) -> None:
         super().__init__(reason)
-        self.late = late
-
-
-class _Refused(Exception):
-    """The server does not caption this pair: asking again changes nothing."""
+        self.kind, self.pause = kind, pause
 
 
 @dataclass
 class Server:
-    """What is known of one server."""
+    """The state of one server."""
 
     url: str
     limit: float
-    """Requests that it gets at once; below `in_flight` after it said that these are too many."""
+    """Requests that it gets at once; below `in_flight` after it said that it is busy."""
     open: int = 0
     """Requests in flight."""
     failures: int = 0
-    """Since its last usable answer."""
-    is_out: bool = False
-    resumes: float = 0.0
-    """Not asked before this time."""
+    """Since its last usable answer, like `pauses`."""
     pauses: int = 0
-    """Since its last usable answer."""
-    lowered: float = 0.0
-    """Time of the last answer that came too late."""
-    last_error: str = ""
+    resumes: float = 0.0
+    """Time of `time.monotonic` before which it gets no request."""
+    last_error: str = "no answer"
     answers: int = 0
     client: httpx2.AsyncClient = field(init=False, repr=False)
+
+    @property
+    def is_out(self) -> bool:
+        return self.failures >= FAILURES
 
     def is_free(self, now: float) -> bool:
         return now >= self.resumes and self.open < (1 if self.is_out else int(self.limit))
 
-    def pause(self, least: float = 0.0) -> None:
-        """Not to be asked for `least` seconds, and longer each time; what fails while it pauses is one failure."""
-        now = time.monotonic()
-        self.pauses += now >= self.resumes
-        self.resumes = max(self.resumes, now + _jittered(max(least, _pause(self.pauses))))
-
     def succeed(self, most: int) -> None:
-        """A usable answer: one place more for each round of them, up to `most`."""
+        """A usable answer: each round of them adds one place, up to `most`."""
         self.answers += 1
-        self.failures, self.pauses, self.is_out = 0, 0, False
+        self.failures = self.pauses = 0
         self.limit = min(most, self.limit + 1 / self.limit)
 
-    def fail(self, reason: str, count: int = 1) -> None:
-        self.failures, self.last_error = self.failures + count, reason
-        if self.failures >= FAILURES:
-            self.is_out = True
-            self.pause()
-
-    def come_late(self) -> None:
-        """Fewer at once; once for those that were sent together."""
-        if time.monotonic() - self.lowered >= 1:
-            self.limit, self.lowered = max(1.0, self.limit * 0.75), time.monotonic()
-
-    def refuse(self, seconds: float) -> None:
-        """Too much to do: the others in flight are what it can do at once; if there are none, it is left alone."""
-        others = self.open - 1
-        self.limit, self.last_error = max(1.0, min(self.limit, others)), "it has too much to do"
-        if not others:
-            self.pause(seconds)
-
-
-class _Room:
-    """Bytes that several tasks hold together, at most `limit`; one alone may hold more."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
-        self._changed = asyncio.Condition()
-
-    @contextlib.asynccontextmanager
-    async def holding(self, count: int) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self.held or self.held + count <= self.limit)
-            self.held += count
-        try:
-            yield
-        finally:
-            self.held -= count
-            async with self._changed:
-                self._changed.notify_all()
+    def fail(self, failed: _Failed) -> None:
+        self.last_error = str(failed)
+        if failed.kind == "busy":  # it can do the others in flight; without any it is left alone
+            self.limit = max(1.0, min(self.limit, self.open - 1))
+        else:
+            self.failures += FAILURES if failed.kind == "unreachable" else 1
+        if self.is_out or (failed.kind == "busy" and self.open == 1):
+            now = time.monotonic()
+            self.pauses += now >= self.resumes  # failures during a pause count once
+            self.resumes = max(self.resumes, now + _jittered(max(failed.pause, _pause(self.pauses))))
 
 
 class EndpointCaptioner:
-    """`endpoint:URL[,URL…][#MODEL]`: each URL ends in /v1 or has no path, MODEL is by default the first that is served.
+    """`endpoint:URL[,URL…][#MODEL]`: each URL ends in /v1 or has no path. MODEL: default the first model served.
 
     The key is the environment's CLIPS_API_KEY. `write` may be called from several threads.
 
     Args:
-        in_flight: requests at a time, of each server.
-        timeout: seconds that one answer may take, waiting in the server's own queue included.
-        patience: seconds without any usable answer after which the servers are given up.
+        in_flight: requests at a time, for each server.
+        timeout: seconds for one answer, including the wait in the server's queue.
+        patience: seconds without any usable answer after which the command ends.
 
-    Raises UserError for addresses that are none, CommandError where no server answers.
+    Raises UserError for a wrong address, or if no server names its models.
     """
 
     def __init__(
@@ -197,30 +150,20 @@ class EndpointCaptioner:
         self.most, self.timeout, self.patience = in_flight, timeout, patience
         self.batch_size = ROUNDS * in_flight * len(self.servers)
         self._answered = time.monotonic()
-        self._loop = asyncio.new_event_loop()
-        threads = min(4, os.cpu_count() or 1)
-        self._loop.set_default_executor(ThreadPoolExecutor(threads, "pictures"))
-        self._freed, self._room, self._getting_ready = (
-            asyncio.Event(),
-            _Room(HELD_BYTES),
-            asyncio.Semaphore(2 * threads),
-        )
-        self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
-        self._thread.start()
-        try:
-            self._run(self._connect())
-            self.model = model or self._run(self._first_model())
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as resources:
+            self._portal = resources.enter_context(start_blocking_portal(name="requests"))
+            self._portal.call(self._connect)
+            resources.callback(self._portal.call, self._disconnect)
+            self.model = model or self._portal.call(self._first_model)
+            self._resources = resources.pop_all()
 
     @property
     def in_flight(self) -> int:
-        """Requests that are with a server now."""
+        """Requests that servers work on now."""
         return sum(server.open for server in self.servers)
 
     def describe(self) -> dict[str, Any]:
-        """Which servers they are changes nothing of the captions."""
+        """The addresses are not in it: they do not change the captions."""
         return {
             "kind": "endpoint",
             "model": self.model,
@@ -230,50 +173,30 @@ class EndpointCaptioner:
         }
 
     def write(self, pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
-        return self._run(self._write(pairs, attempt))
-
-    def close(self) -> None:
-        """Requests in flight are given up."""
-        if self._loop.is_closed():
-            return
-
-        async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            for server in self.servers:
-                if hasattr(server, "client"):
-                    await server.client.aclose()
-
-        self._run(end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, done in the thread of the requests; given up when the caller is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._portal.start_task_soon(self._write, pairs, attempt)
         try:
             return future.result()
-        except BaseException:
+        except BaseException:  # an interrupt of the caller
             future.cancel()
             raise
 
+    def close(self) -> None:
+        """Cancel the requests in flight."""
+        self._resources.close()
+
     # -------------------------------------------------------------------------------------- pairs
     async def _write(self, pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
-        """As many workers as may be in flight, and as many again that get a picture ready or wait to try again."""
+        """A worker for each place, and as many again that prepare a picture or wait to try again."""
         written: list[Written | Exception] = [_Failed("not asked")] * len(pairs)
         left = iter(enumerate(pairs))
         if not self.in_flight:
-            self._answered = time.monotonic()  # nothing was asked meanwhile
+            self._answered = time.monotonic()  # the captioner was idle
 
         async def work() -> None:
             for i, pair in left:
                 written[i] = await self._one(pair, attempt)
 
-        count = min(len(pairs), 2 * self.most * len(self.servers))
-        workers = [asyncio.ensure_future(work()) for _ in range(count)]
+        workers = [asyncio.ensure_future(work()) for _ in range(min(len(pairs), 2 * self.most * len(self.servers)))]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -282,38 +205,24 @@ class EndpointCaptioner:
         return written
 
     async def _one(self, pair: Pair, attempt: int) -> Written | Exception:
-        async with contextlib.AsyncExitStack() as held:
-            async with self._getting_ready:
-                try:
-                    kind, data = await asyncio.to_thread(sendable, pair)
-                except BrokenSample as broken:
-                    return broken
-                # Its body in base64, and the picture where that is not the pair's own.
-                size = 4 * len(data) // 3 + (0 if data is pair.image else len(data))
-                await held.enter_async_context(self._room.holding(size))
-            return await self._captioned(pair, kind, data, attempt)
-
-    async def _captioned(self, pair: Pair, kind: str, data: bytes, attempt: int) -> Written | Exception:
-        error: Exception = _Failed("not asked")
-        failed_at: Counter[str] = Counter()
+        try:
+            kind, data = await anyio.to_thread.run_sync(sendable, pair, limiter=self._decoding)
+        except BrokenSample as broken:
+            return broken
+        last, failed_at = "not asked", Counter[str]()
         while (tries := failed_at.total()) < TRIES:
-            server, wait = await self._free_server(failed_at), 0.0
+            server = await self._free_server(failed_at)
             try:
                 written = await self._ask(server, self._body(kind, data, pair.web, attempt))
-            except _Busy as busy:
-                wait = busy.seconds
-                server.refuse(busy.seconds)
-            except _Unreachable as unreachable:
-                server.fail(str(unreachable), FAILURES)
             except _Failed as failed:
-                error, wait = failed, _pause(tries + 1)
-                failed_at[server.url] += 1
-                server.fail(str(failed))
-                if failed.late:
-                    server.come_late()
-            except _Refused as refused:
-                self._succeed(server)
-                return ValueError(f"{server.url}: {refused}")
+                if failed.kind == "refused":
+                    self._succeed(server)
+                    return ValueError(f"{server.url}: {failed}")
+                server.fail(failed)
+                wait = failed.pause
+                if failed.kind == "failed":
+                    last, wait = str(failed), _pause(tries + 1)
+                    failed_at[server.url] += 1
             else:
                 self._succeed(server)
                 return written
@@ -321,39 +230,40 @@ class EndpointCaptioner:
                 server.open -= 1
                 self._freed.set()
             if time.monotonic() - self._answered > self.patience:
-                said = "; ".join(f"{server.url}: {server.last_error or 'no answer'}" for server in self.servers)
                 raise CommandError(
-                    f"no server has given a usable answer for {self.patience:.0f} s ({said}). What is written so far "
-                    "stays; the same command goes on"
+                    f"no server has given a usable answer for {self.patience:.0f} s ({self._errors()}). What is "
+                    "written so far stays; the same command goes on"
                 )
-            await asyncio.sleep(_jittered(wait))
-        return ValueError(f"no usable answer in {TRIES} tries; the last: {error}")
+            await anyio.sleep(_jittered(wait))
+        return ValueError(f"no usable answer in {TRIES} tries; the last: {last}")
 
     def _body(self, kind: str, data: bytes, web: str, attempt: int) -> bytes:
         picture = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         text = self.prompt.fill(without_control_tokens(hint_of(web)))
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": text}]
-        return json.dumps(
-            {
-                "model": self.model,
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": self.max_new_tokens,
-                "temperature": temperature_of(attempt),
-                "seed": attempt,
-                "stream": False,
-            }
-        ).encode()
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_new_tokens,
+            "temperature": temperature_of(attempt),
+            "seed": attempt,
+            "stream": False,
+        }
+        return json.dumps(body).encode()
 
+    # -------------------------------------------------------------------------------------- servers
     def _succeed(self, server: Server) -> None:
         self._answered = time.monotonic()
         server.succeed(self.most)
 
-    # -------------------------------------------------------------------------------------- servers
-    async def _free_server(self, failed_at: Counter[str]) -> Server:
-        """The server with most room, its place taken; waits for one.
+    def _errors(self) -> str:
+        return "; ".join(f"{server.url}: {server.last_error}" for server in self.servers)
 
-        Never one that failed in this pair more often than another one that is not out: else a server that fails fast,
-        and so has most room, would use up all of a pair's tries.
+    async def _free_server(self, failed_at: Counter[str]) -> Server:
+        """Wait for a free server, and take a place at the server with most room.
+
+        A server that failed in this pair more often than another running server is left out. Otherwise a server that
+        fails fast, and so has most room, would use up all tries of the pair.
         """
         while True:
             now = time.monotonic()
@@ -365,21 +275,19 @@ class EndpointCaptioner:
                 return server
             later = [server.resumes - now for server in self.servers if server.resumes > now]
             self._freed.clear()
-            try:
-                await asyncio.wait_for(self._freed.wait(), min(later, default=LONGEST_PAUSE))
-            except asyncio.TimeoutError:
-                continue
+            with anyio.move_on_after(min(later, default=LONGEST_PAUSE)):
+                await self._freed.wait()
 
-    # -------------------------------------------------------------------------------------- requests
     async def _connect(self) -> None:
         try:
             import httpx2
         except ImportError:
             raise UserError('endpoint: needs the package httpx2: pip install -e ".[chat]"') from None
+        self._freed, self._decoding = asyncio.Event(), anyio.CapacityLimiter(PICTURE_THREADS)
         key = os.environ.get(KEY_VARIABLE)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         for server in self.servers:
-            # A proxy of the environment is not asked for this machine itself.
+            # The environment's proxy does not serve this machine itself.
             local = urlsplit(server.url).hostname in ("localhost", "127.0.0.1", "::1")
             server.client = httpx2.AsyncClient(
                 headers=headers,
@@ -389,28 +297,31 @@ class EndpointCaptioner:
                 follow_redirects=False,
             )
 
+    async def _disconnect(self) -> None:
+        for server in self.servers:
+            await server.client.aclose()
+
     async def _first_model(self) -> str:
-        """The first model that a server names, asked again until `patience` is over."""
-        pause = FIRST_PAUSE
-        while True:
+        """The first model that a server names; asks again until `patience` is over."""
+        for tries in itertools.count(1):
             for server in self.servers:
                 try:
                     found = await self._request(server, "GET", "/models", None, min(self.timeout, 30.0))
                     if isinstance(name := found["data"][0]["id"], str) and 0 < len(name) < 500:
                         return name
                     server.last_error = "it names no model"
-                except (_Busy, _Unreachable, _Failed, _Refused) as error:
-                    server.last_error = str(error)
-                except (KeyError, IndexError, TypeError):
-                    server.last_error = "it names no model"
-            said = "; ".join(f"{server.url}: {server.last_error}" for server in self.servers)
+                except (_Failed, KeyError, IndexError, TypeError) as error:
+                    server.last_error = str(error) if isinstance(error, _Failed) else "it names no model"
             if time.monotonic() - self._answered > self.patience:
-                raise UserError(f"no server tells its models ({said}). Is one running? endpoint:URL#MODEL names one")
-            if pause == FIRST_PAUSE:
-                print(f"waiting for a server: {for_terminal(said)}", file=sys.stderr, flush=True)
-            await asyncio.sleep(_jittered(pause))
-            pause = min(2 * pause, LONGEST_PAUSE)
+                raise UserError(
+                    f"no server tells its models ({self._errors()}). Is one running? endpoint:URL#MODEL names one"
+                )
+            if tries == 1:
+                print(f"waiting for a server: {for_terminal(self._errors())}", file=sys.stderr, flush=True)
+            await anyio.sleep(_jittered(_pause(tries)))
+        raise AssertionError("unreachable")
 
+    # -------------------------------------------------------------------------------------- requests
     async def _ask(self, server: Server, body: bytes) -> Written:
         found = await self._request(server, "POST", "/chat/completions", body, self.timeout)
         try:
@@ -420,7 +331,7 @@ class EndpointCaptioner:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Failed("an answer that is no chat completion") from None
         if reason == "content_filter":
-            raise _Refused("its filter holds the caption back")
+            raise _Failed("its filter holds the caption back", "refused")
         if not isinstance(text, str):
             raise _Failed(f"an answer whose text is {type(text).__name__}")
         if len(text) > TOKEN_BYTES * self.max_new_tokens:
@@ -431,27 +342,27 @@ class EndpointCaptioner:
     async def _request(
         self, server: Server, method: str, path: str, body: bytes | None, seconds: float
     ) -> dict[str, Any]:
-        """The JSON object of an answer; httpx2's own time limits are of single steps, `seconds` is of the whole."""
+        """The JSON object of an answer. httpx2 limits the time of single steps; `seconds` limits the whole."""
         import httpx2
 
         try:
-            status, headers, content = await asyncio.wait_for(self._exchange(server, method, path, body), seconds)
+            with anyio.fail_after(seconds):
+                status, headers, content = await _exchange(server, method, path, body)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise _Unreachable(f"it cannot be reached ({first_line(error)})") from None
-        except (asyncio.TimeoutError, httpx2.TimeoutException):
-            raise _Failed(f"no answer within {seconds:g} s", late=True) from None
+            raise _Failed(f"it cannot be reached ({first_line(error)})", "unreachable") from None
+        except (TimeoutError, httpx2.TimeoutException):
+            raise _Failed(f"no answer within {seconds:g} s") from None
         except httpx2.HTTPError as error:
             raise _Failed(f"the connection broke ({type(error).__name__})") from None
         if status in (429, 503):
-            raise _Busy(_seconds(headers.get("retry-after")))
-        said = _excerpt(content)
+            raise _Failed("it has too much to do", "busy", _seconds(headers.get("retry-after")))
+        said = repr(one_line(clip(content[:1000].decode("utf-8", "replace"), 200)))
         if status in (401, 403, 404):
             hint = f"set {KEY_VARIABLE}" if status != 404 else "is the address right, and the model served there?"
             raise UserError(f"{server.url} answers with status {status}: {said} ({hint})")
-        if status in (408, 409, 425) or status >= 500 or status < 200:
-            raise _Failed(f"status {status}: {said}")
-        if status >= 300:
-            raise _Refused(f"status {status}: {said}")
+        if not 200 <= status < 300:
+            is_refused = 300 <= status < 500 and status not in (408, 409, 425)
+            raise _Failed(f"status {status}: {said}", "refused" if is_refused else "failed")
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
@@ -460,26 +371,25 @@ class EndpointCaptioner:
             raise _Failed("an answer that is no JSON object")
         return found
 
-    async def _exchange(
-        self, server: Server, method: str, path: str, body: bytes | None
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content, of which no more than ANSWER_BYTES are read."""
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        async with server.client.stream(method, server.url + path, content=body, headers=headers) as response:
-            if response.headers.get("content-encoding", "identity").lower() != "identity":
-                raise _Failed("a packed answer, which was not asked for")
-            content = bytearray()
-            async for chunk in response.aiter_raw():
-                content += chunk
-                if len(content) > ANSWER_BYTES:
-                    raise _Failed(f"an answer of more than {ANSWER_BYTES:,} bytes")
-            return response.status_code, dict(response.headers), bytes(content)
+
+async def _exchange(server: Server, method: str, path: str, body: bytes | None) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and content; it reads at most ANSWER_BYTES of content."""
+    headers = {"Content-Type": "application/json"} if body is not None else {}
+    async with server.client.stream(method, server.url + path, content=body, headers=headers) as response:
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _Failed("a packed answer, which was not asked for")
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            content += chunk
+            if len(content) > ANSWER_BYTES:
+                raise _Failed(f"an answer of more than {ANSWER_BYTES:,} bytes")
+        return response.status_code, dict(response.headers), bytes(content)
 
 
 def sendable(pair: Pair) -> tuple[str, bytes]:
-    """Type and bytes of a picture as it is sent: as it is where every server reads the same in it, else a new JPEG.
+    """Type and bytes of a picture as it is sent: unchanged if every server reads it alike, else a new JPEG.
 
-    It is decoded in any case, so that what is broken is known here. BrokenSample for what is no whole picture.
+    It is decoded in any case. Raises BrokenSample if it is no whole picture.
     """
     try:
         image = decode_image(pair.image, pair.key, max_pixels=KEPT_PIXELS)
@@ -496,7 +406,7 @@ def sendable(pair: Pair) -> tuple[str, bytes]:
 
 
 def _base(url: str) -> str:
-    """`http://host:8000` → `http://host:8000/v1`; UserError for what is no http(s) address."""
+    """`http://host:8000` → `http://host:8000/v1`. Raises UserError if `url` is no http(s) address."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -509,9 +419,9 @@ def _base(url: str) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Retry-After in seconds, also where it names a date, between FIRST_PAUSE and LONGEST_RETRY_AFTER."""
+    """Retry-After (seconds or a date) in seconds, between FIRST_PAUSE and LONGEST_RETRY_AFTER."""
     found = 0.0
-    with contextlib.suppress(ValueError, TypeError, OverflowError):  # what is neither number nor date
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # neither a number nor a date
         text = (retry_after or "").strip()
         found = float(text[:9]) if text.isdigit() else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
     return min(max(found, FIRST_PAUSE), LONGEST_RETRY_AFTER)
@@ -523,9 +433,5 @@ def _pause(count: int) -> float:
 
 
 def _jittered(seconds: float) -> float:
-    """Up to half of `seconds` more: those who failed together do not come again together."""
+    """Up to half of `seconds` more, so that requests that failed together do not come again together."""
     return seconds * random.uniform(1, 1.5)
-
-
-def _excerpt(content: bytes) -> str:
-    return repr(one_line(clip(content[:1000].decode("utf-8", "replace"), 200)))

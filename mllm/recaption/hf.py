@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers as a captioner: with its own processor and its own chat template."""
+"""Any image-text-to-text model of transformers as a captioner, with its own processor and chat template."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mllm.recaption.captioner import Written
 
 
 class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
-    """`hf:ID_OR_DIR`. The chat template is filled as text, so whatever reads as a control token is taken out of a hint.
+    """`hf:ID_OR_DIR`. The chat template is filled as text, so control tokens are removed from each hint.
 
-    Raises UserError for what cannot be loaded, has no chat template, or cannot read one picture.
+    Raises UserError if the model cannot be loaded, has no chat template, or cannot read one picture.
     """
 
     kind = "hf"
@@ -46,7 +46,7 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
         if self.tokenizer is None or getattr(processor, "image_processor", None) is None:
             raise UserError(f"captioner: {directory} has no processor for pictures and text (processor_config.json)")
         if not (getattr(processor, "chat_template", None) or self.tokenizer.chat_template):
-            raise UserError(f"captioner: {directory} has no chat template, which says how a model is asked")
+            raise UserError(f"captioner: {directory} has no chat template")
         self.tokenizer.padding_side = "left"  # answers begin where the rows end
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -70,7 +70,7 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
         return image
 
     def item(self, pixels: Image.Image, hint: str) -> tuple[int, tuple[str, Image.Image]]:
-        """The size is the picture's, which for many models decides how many tokens it takes."""
+        """The size is the number of pixels, which decides the number of tokens for many models."""
         text = self.prompt.fill(without_control_tokens(hint, self.control))
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         rendered = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
@@ -79,7 +79,7 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
     def _inputs(self, items: list[tuple[str, Image.Image]]) -> Any:
         texts, images = [text for text, _ in items], [[image] for _, image in items]
         bos = self.tokenizer.bos_token
-        has_bos = bos is not None and texts[0].startswith(bos)  # of the template; the tokenizer would add a second one
+        has_bos = bos is not None and texts[0].startswith(bos)  # of the template; the tokenizer would add another
         return self.processor(
             text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=not has_bos
         )
@@ -87,7 +87,7 @@ class TransformersCaptioner(BatchedCaptioner[tuple[str, Image.Image]]):
     def generate(self, items: list[tuple[str, Image.Image]], temperature: float) -> list[Written | Exception]:
         try:
             inputs = self._inputs(items).to(self.device, self.model.dtype)
-        except (ValueError, IndexError) as error:  # a shape that this processor does not take
+        except (ValueError, IndexError) as error:  # the processor refuses a shape
             if len(items) == 1:
                 return [ValueError(f"image: the model's processor refuses it: {first_line(error)}")]
             return [found for item in items for found in self.generate([item], temperature)]

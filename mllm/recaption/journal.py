@@ -1,7 +1,7 @@
-"""What has been written of a shard that is not whole yet, call by call: a kill costs the calls under way.
+"""The finished calls of a shard that is under way, so that a kill costs only the calls that had not ended.
 
-Each owner of the shard appends to a file of its own and reads those of all before it, so that no two write one file. A
-line that a kill or a full disk cut off is none, and its call is made again.
+Each owner of the shard appends to its own file and reads the files of all owners before it. A line that a kill or a
+full disk cut off does not count; its call is made again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from clips.common.rundir import parse_line
 from mllm.recaption.captioner import Written
 
 Outcome = Written | Exception
-"""Of one pair."""
+"""The result for one pair."""
 SUFFIX = ".calls.jsonl"
 
 
+class NotCaptioned(Exception):
+    """A captioner's error for one pair, read from a journal."""
+
+
 class Journal:
-    """The calls made for one shard; inside a `with`, which leaves the file for whoever goes on."""
+    """The calls made for one shard; a context manager that leaves the file for the next owner."""
 
     def __init__(self, folder: Path, owner: str, made_of: str) -> None:
-        """`folder`: the shard's own. `made_of`: names the state of its data; calls made of another do not count."""
+        """`folder`: the shard's own. `made_of`: the state of its data; calls made of another state do not count."""
         self.path = folder / f"{owner}{SUFFIX}"
         self._made_of = made_of
         self._calls: dict[tuple[int, int], list[Outcome]] = {}
@@ -46,11 +50,11 @@ class Journal:
         self._file.close()
 
     def found(self, attempt: int, call: int) -> list[Outcome] | None:
-        """What the call came to, if it was made."""
+        """The results of a call; None if the call was not made."""
         return self._calls.get((attempt, call))
 
     def add(self, attempt: int, call: int, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Keep what a call came to; returns it as `found` will, so that it is one whether it was kept or not."""
+        """Store the results of a call. Returns them as `found` returns them after a restart."""
         stored = [_as_json(outcome) for outcome in outcomes]
         self._append({"attempt": attempt, "call": call, "outcomes": stored})
         return [_from_json(outcome) for outcome in stored]
@@ -86,7 +90,3 @@ def _from_json(stored: Any) -> Outcome:
     if isinstance(stored, list):
         return Written(*stored)
     return BrokenSample(stored["key"], stored["broken"]) if "broken" in stored else NotCaptioned(stored["error"])
-
-
-class NotCaptioned(Exception):
-    """A captioner's error for one pair, as it was written down."""

@@ -22,9 +22,9 @@ from mllm.recaption.captioner import Written
 
 
 class LlavaCaptioner(BatchedCaptioner[tuple[list[int], Tensor]]):
-    """`llava:DIR`, or a hub id. A typed `<image>` or end of turn stays text (mllm/data/conversation.py).
+    """`llava:DIR` or a hub id. A typed `<image>` or end of turn stays text (mllm/data/conversation.py).
 
-    Raises UserError for what cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
 
     kind = "llava"

@@ -1,23 +1,24 @@
-"""What a folder of recaptioned shards says of itself: how its captions were made, and what each shard came to.
+"""The output folder: its paths, the settings that all its captions share, and each shard's manifest.
 
-OUT/NAME.tar               a shard, under its name only when whole
-OUT/manifests/NAME.json    what it was made of, how, and what came of it; written last: with it the shard is done
-OUT/rejected/NAME.jsonl    pairs that are not in it, with the reason and the caption that was refused
-OUT/recaption.json         how captions are made here, which nobody may change
-OUT/claims, OUT/work       of shards that are under way; OUT/speed: what each process has done in which time
+OUT/NAME.tar               a shard; it has this name only when it is whole
+OUT/manifests/NAME.json    input, captioner, settings and counts of a shard; written last, and with it the shard is done
+OUT/rejected/NAME.jsonl    the pairs that are not in the shard, with the reason and the refused caption
+OUT/recaption.json         captioner and settings of the folder; nobody may change them
+OUT/locks, OUT/work        locks and journals of shards under way
+OUT/speed                  a file for each process: its captions and their time
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clips.common.errors import UserError
-from clips.common.files import fsync, placing, read_json
+from clips.common.files import fsync, lock, placing, read_json
 from clips.common.rundir import difference, refuse
 from mllm.recaption.shards import Shard
 
@@ -35,8 +36,8 @@ class Folder:
         return self.root / "recaption.json"
 
     @property
-    def claims(self) -> Path:
-        return self.root / "claims"
+    def locks(self) -> Path:
+        return self.root / "locks"
 
     @property
     def speed(self) -> Path:
@@ -52,58 +53,69 @@ class Folder:
     def manifest(self, name: str) -> Path:
         return self.root / "manifests" / f"{name}.json"
 
-    def manifests(self) -> set[str]:
-        """Names of the shards that have one."""
-        place = self.root / "manifests"
-        return {name.removesuffix(".json") for name in os.listdir(place)} if place.is_dir() else set()
-
     def rejected(self, name: str) -> Path:
         return self.root / "rejected" / f"{name}.jsonl"
 
     def work(self, name: str) -> Path:
         return self.root / "work" / name
 
+    def lock(self, name: str) -> IO[str] | None:
+        """The lock of a shard, held until the file is closed; None if another process holds the lock.
+
+        The system frees the lock of a process that dies. Raises UserError if the file system has no locks.
+        """
+        self.locks.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock(self.locks / name, wait=False)
+        except (BlockingIOError, FileNotFoundError):  # another process holds it, or found all shards done
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.locks}: {error.strerror}. Recaptioning locks each shard: name a folder on a file system with "
+                "locks with --output (Lustre: mount it with -o flock)"
+            ) from None
+
 
 def agree(folder: Folder, settings: Mapping[str, Any]) -> None:
-    """Make `settings` those of the folder, or compare them with what is there; UserError with the difference.
+    """Store `settings` in a new folder; compare them with the settings of an old one.
 
-    Of several processes that come at once the first writes them, and the others compare.
+    Raises UserError with the difference. If several processes come at once, the first one writes the settings.
     """
-    wanted = {"format": FORMAT, **settings}
     folder.root.mkdir(parents=True, exist_ok=True)
     if not folder.settings.is_file():
         if any(folder.root.glob("*.tar")):
-            raise UserError(f"{folder.root} holds shards that no recaptioning wrote: name another folder with --out")
+            raise UserError(f"{folder.root} holds shards that no recaptioning wrote: name another folder with --output")
         with placing(folder.settings, replace=False) as file:
-            file.write((json.dumps(wanted, indent=2) + "\n").encode())
-    _refuse(folder, read_json(folder.settings), wanted)
+            file.write((json.dumps({"format": FORMAT, **settings}, indent=2) + "\n").encode())
+    _refuse(folder, read_json(folder.settings), settings)
 
 
 def agree_so_far(folder: Folder, settings: Mapping[str, Any], kind: str) -> None:
-    """As `agree`, by what is known before the captioner is loaded: its kind alone."""
+    """Compare as `agree` does, before the captioner is loaded: of the captioner only its kind is compared."""
     there = read_json(folder.settings)
     if there:
-        _refuse(
-            folder, there | {"captioner": there["captioner"]["kind"]}, {"format": FORMAT, **settings, "captioner": kind}
-        )
+        _refuse(folder, there | {"captioner": there["captioner"]["kind"]}, {**settings, "captioner": kind})
 
 
 def _refuse(folder: Folder, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     refuse(
-        difference(there, wanted),
+        difference(there, {"format": FORMAT, **wanted}),
         f"{folder.root} holds captions that were made otherwise (there → now)",
-        "Name another folder with --out, or give the command as it was",
+        "Name another folder with --output, or give the command as it was",
     )
 
 
 def done_manifest(folder: Folder, shard: Shard) -> dict[str, Any] | None:
-    """What the shard came to; None where it is not done. UserError where its data had another number of samples."""
+    """The manifest of a finished shard; None if the shard is not done, or if its file has another size.
+
+    Raises UserError if the shard's data had another number of samples.
+    """
     found = read_json(folder.manifest(shard.name))
     if not found:
         return None
     try:
         if os.path.getsize(folder.shard(shard.name)) != found["output"]["bytes"]:
-            return None  # cut, or of an owner that lost its claim: it is written again
+            return None  # a copy that was cut: the shard is written again
     except FileNotFoundError:
         return None
     if found["input"]["samples"] != len(shard):
@@ -114,8 +126,12 @@ def done_manifest(folder: Folder, shard: Shard) -> dict[str, Any] | None:
     return found
 
 
+def unfinished(folder: Folder, shards: Sequence[Shard]) -> list[Shard]:
+    return [shard for shard in shards if done_manifest(folder, shard) is None]
+
+
 def publish(folder: Folder, name: str, written: Path, rejected: Iterator[Mapping[str, Any]], manifest: Any) -> None:
-    """Put a whole shard under its name, then what was rejected, then the manifest, with which it counts."""
+    """Rename a whole shard into place, then write its rejected pairs, then its manifest."""
     for path in (folder.rejected(name), folder.manifest(name)):
         path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(written, folder.shard(name))

@@ -1,30 +1,42 @@
-"""One process at work: it takes shards of the folder until each is done, here or by others."""
+"""Processes at work on one folder: each takes the next free shard until all shards are done.
+
+The processes share nothing but the folder, so processes of other machines may join and leave at any time. The parent
+of several processes computes nothing; it restarts a process that was killed.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import signal
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from rich.console import Console
 
 from clips import CLIPS, Source, WholeFiles, open_source
-from clips.common.errors import CommandError, Stopped, run_command
+from clips.common.errors import BrokenDataError, CommandError, Stopped, UserError, run_command
 from clips.common.workers import end_with
-from mllm.recaption.claims import BEATS, Claims
-from mllm.recaption.manifest import Folder, agree, done_manifest
+from mllm.recaption.manifest import Folder, agree, done_manifest, unfinished
 from mllm.recaption.options import Options
 from mllm.recaption.progress import Board, Speed
 from mllm.recaption.registry import make_captioner
 from mllm.recaption.shards import Shard
-from mllm.recaption.work import LostClaim, Tally, Worker
+from mllm.recaption.work import Worker
 
-LOOK_AGAIN = 1.0
-"""Seconds between two looks at shards that others work on, to begin with."""
+LOOK = 0.25
+"""Seconds between two looks at the processes."""
+FAILURES = 3
+"""Ends of a process in a row, without a call in between, after which it is not restarted."""
+LOOK_AGAIN, LONGEST_WAIT = 1.0, 20.0
+"""Seconds between two looks at the shards of other processes: the first wait, and the longest."""
 
 
 def open_pairs(options: Options) -> Source:
@@ -32,75 +44,119 @@ def open_pairs(options: Options) -> Source:
 
 
 def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Board) -> None:
-    """Take shards until each is done, here or by others; those that others hold are waited for, and missed if lost."""
-    folder = Folder(options.out)
-    encoder = None
+    """Make shards until all are done, here or elsewhere. It waits for the shards that other processes have locked."""
+    folder = Folder(options.output)
+    owner = f"{platform.node() or 'host'}-{os.getpid()}-{uuid.uuid4().hex[:12]}".replace("/", "_")
     with closing(make_captioner(options.captioner, options.prompt, **options.captioning())) as captioner:
         agree(folder, {**options.settings(), "captioner": captioner.describe()})
+        encoder = None
         if options.similarity_encoder is not None:
             encoder = CLIPS.from_pretrained(options.similarity_encoder, device=options.device)
-        tally = Tally()
-        with (
-            Claims(folder.claims, options.claim_timeout) as claims,
-            board.showing(),
-            Speed(folder.speed / f"{claims.owner}.json", tally) as speed,
-        ):
+        tally: Counter[str] = Counter()
+        speed = Speed(folder.speed / f"{owner}.json", tally)
 
-            def changed() -> None:
-                speed.changed()
-                board.show()
+        def changed() -> None:
+            speed.write()
+            board.show()
 
-            worker = Worker(options, folder, source, captioner, claims, tally, encoder=encoder, changed=changed)
-            files = WholeFiles(source, int(options.cache_gb * 1e9))
-            waiting, pause = list(shards), LOOK_AGAIN
-            while waiting := [shard for shard in waiting if done_manifest(folder, shard) is None]:
-                if any(
-                    [
-                        made(worker, files, folder, claims, shard, islice(waiting, i + 1, None))
-                        for i, shard in enumerate(waiting)
-                    ]
-                ):
-                    pause = LOOK_AGAIN
-                else:
-                    time.sleep(pause)
-                    pause = min(2 * pause, max(LOOK_AGAIN, options.claim_timeout / BEATS))
+        worker = Worker(options, folder, source, captioner, owner, tally, encoder=encoder, changed=changed)
+        files = WholeFiles(source, int(options.cache_gb * 1e9))
+        waiting, pause = list(shards), LOOK_AGAIN
+        with board.showing():
+            try:
+                while waiting := unfinished(folder, waiting):
+                    made = [_made(worker, files, shard, waiting[i + 1 :]) for i, shard in enumerate(waiting)]
+                    if any(made):
+                        pause = LOOK_AGAIN
+                    else:
+                        time.sleep(pause)
+                        pause = min(2 * pause, LONGEST_WAIT)
+            finally:
+                speed.write(now=True)
 
 
-def made(
-    worker: Worker, files: WholeFiles, folder: Folder, claims: Claims, shard: Shard, others: Iterable[Shard]
-) -> bool:
-    """Whether this process made the shard; False where another does, or has.
+def _made(worker: Worker, files: WholeFiles, shard: Shard, others: Iterable[Shard]) -> bool:
+    """Whether this process made the shard; False if another process makes it or has made it.
 
-    Meanwhile the file is fetched of the first of the `others` that nobody has begun.
+    Meanwhile a thread fetches the file of the first of the `others` that nobody has begun.
     """
-    if not claims.take(shard.name):
+    folder = worker.folder
+    if (held := folder.lock(shard.name)) is None:
         return False
-    try:
-        if done_manifest(folder, shard) is not None:  # between the look and the claim
+    with held:
+        if done_manifest(folder, shard) is not None:  # finished after the last look
             return False
-        files.at(shard.url, (other.url for other in others if _is_untouched(folder, claims, other)))
-        worker.make(shard)
-        return True
-    except LostClaim:
-        return False
-    except OSError as error:
-        if claims.holds(shard.name):
+        files.at(shard.url, (other.url for other in others if _is_untouched(folder, other)))
+        try:
+            worker.make(shard)
+        except OSError as error:
             raise CommandError(
                 f"shard {shard.name}: {error}. What is written so far stays; the same command goes on"
             ) from error
-        return False  # the one that took the shard over has cleared up
+        return True
+
+
+def _is_untouched(folder: Folder, shard: Shard) -> bool:
+    return not (folder.locks / shard.name).exists() and not folder.manifest(shard.name).is_file()
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+def run_processes(options: Options, shards: Sequence[Shard], count: int, board: Board) -> None:
+    """Run `count` processes and restart those that are killed. Raises CommandError if shards remain undone."""
+    context = get_context("spawn")
+    failures, calls = [0] * count, 0
+    running: dict[int, SpawnProcess] = {}
+
+    def start(number: int) -> None:
+        os.environ["LOCAL_RANK"] = str(number)  # the process chooses its GPU by it
+        running[number] = context.Process(target=_child, args=(options, list(shards), os.getpid()))
+        running[number].start()
+
+    try:
+        with board.showing():
+            for number in range(count):
+                start(number)
+            while running:
+                time.sleep(LOOK)
+                tally = board.show()
+                if tally["pairs"] > calls:
+                    calls, failures = tally["pairs"], [0] * count
+                for number, process in list(running.items()):
+                    if process.exitcode is None:
+                        continue
+                    del running[number]
+                    if process.exitcode in (UserError.exit_code, BrokenDataError.exit_code):
+                        raise ProcessEnded(process.exitcode)
+                    if process.exitcode != 0:
+                        failures[number] += 1
+                        board.say(f"process {number} ended with exit code {process.exitcode}")
+                        if failures[number] < FAILURES:
+                            start(number)
     finally:
-        claims.release(shard.name)
+        os.environ.pop("LOCAL_RANK", None)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+    if unfinished(board.folder, shards):
+        raise CommandError(
+            f"{FAILURES} times in a row each process ended without a call of its captioner: the reason stands above. "
+            "The same command goes on"
+        )
 
 
-def _is_untouched(folder: Folder, claims: Claims, shard: Shard) -> bool:
-    return claims.is_free(shard.name) and not folder.manifest(shard.name).is_file()
+class ProcessEnded(CommandError):
+    """A process of this command printed an error that a restart does not mend; its exit code is the command's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("a process cannot go on: the reason stands above")
+        self.exit_code = exit_code
 
 
-def child(options: Options, shards: list[Shard], parent: int) -> None:
-    """One of several processes; it ends at once when its parent is gone, which is as good as any other kill."""
+def _child(options: Options, shards: list[Shard], parent: int) -> None:
+    """One of several processes. It ends as soon as its parent is gone: a kill loses nothing."""
     end_with(parent, exit_code=128 + signal.SIGHUP)
-    quiet = Board(Folder(options.out), shards, Console(emoji=False, quiet=True))
+    quiet = Board(Folder(options.output), shards, Console(emoji=False, quiet=True))
 
     def main() -> None:
         with stopping():
@@ -111,7 +167,7 @@ def child(options: Options, shards: list[Shard], parent: int) -> None:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 (a scheduler's) and Ctrl-C end the work; nothing needs saving first."""
+    """SIGTERM, SIGUSR1 (of a scheduler) and Ctrl-C end the work; nothing needs saving first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("stopped by a signal; the same command goes on where it was", exit_code=128 + number)

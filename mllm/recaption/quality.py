@@ -1,20 +1,19 @@
-"""Whether a caption is one: what machines write instead of captions, found by the text alone and named.
+"""The faults of captions that the text alone shows, cheaply and surely.
 
-Only what is cheap and sure is looked for; how good a caption is, a training says (scripts/compare_captions.py).
+How good a caption is, only a training shows (scripts/compare_captions.py).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from clips import script_of, split_sentences
 from mllm.recaption.captioner import Written
 
-# A letter of a script that writes no spaces counts as a word, as in clips/data/sentences.py.
+# A letter of a script without spaces counts as a word, as in clips/data/sentences.py.
 _WORD = re.compile(
     r"[\u0e00-\u0fff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+(?:['’-][^\W_]+)*"
 )
@@ -34,32 +33,29 @@ _MARKS = re.compile(
     r"<\|?(?:im_start|im_end|image|endoftext|assistant|user|s|/s|bos|eos|unk|pad)\|?>|\b(?:USER|ASSISTANT):"
 )
 ECHO = 8
-"""Words in a row that a caption shares with the prompt only where it repeats it."""
+"""A caption that shares so many words in a row with the prompt repeats the prompt."""
 LONGEST_PERIOD, REPEATS, LEAST = 40, 3, 9
-"""A loop: a run of words, at least LEAST, that are those up to LONGEST_PERIOD before them, REPEATS times over."""
+"""A loop: at most LONGEST_PERIOD words that come REPEATS more times, at least LEAST words in all."""
 REASONS = ("empty", "cut off", "refusal", "prompt echo", "repetition", "short", "long", "script")
-"""A caption has the first that holds."""
+"""A caption has the first reason that holds."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a caption must keep to."""
+    """The limits of a good caption."""
 
     least_words: int = 5
     most_words: int = 400
     script: str = "Latin"
-    """Unicode's name of the script that most letters must be of; "any" for no such check."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    """Unicode's name of the script of most letters; "any" for no check."""
 
 
 @dataclass(frozen=True)
 class Judged:
     text: str
-    """As it is to be written: stripped, a cut-off caption up to its last whole sentence."""
+    """Stripped; a cut-off caption up to its last whole sentence."""
     reason: str
-    """Of REASONS, or empty for a good one."""
+    """One of REASONS, empty for a good caption."""
     trimmed: bool
 
 
@@ -68,21 +64,16 @@ def words(text: str) -> list[str]:
 
 
 def judge(written: Written, web: str, prompt: str, bounds: Bounds) -> Judged:
-    """`prompt`: what the captioner was told, without the web caption."""
-    text = cleaned(written.text)
+    """`prompt`: the captioner's prompt without the web caption."""
+    text = written.text.encode("utf-8", "replace").decode("utf-8").strip()  # UTF-8 cannot hold half a character
     trimmed = False
     if not written.finished and not _ENDED.search(text):
         text, trimmed = whole_sentences(text), True
     return Judged(text, _reason(text, trimmed, web, prompt, bounds), trimmed)
 
 
-def cleaned(text: str) -> str:
-    """Without white space around it, and with nothing in it that UTF-8 cannot hold (half a character)."""
-    return text.encode("utf-8", "replace").decode("utf-8").strip()
-
-
 def whole_sentences(text: str) -> str:
-    """`text` without the sentence at its end that has none; empty where that is all there is."""
+    """`text` without its last sentence."""
     last = split_sentences(text)[-1:]
     if not last:
         return ""
@@ -96,7 +87,7 @@ def _reason(text: str, trimmed: bool, web: str, prompt: str, bounds: Bounds) -> 
     if _REFUSAL.match(text):
         return "refusal"
     found = words(text)
-    if len(found) > bounds.most_words:  # before what takes the longer the longer it is
+    if len(found) > bounds.most_words:  # the checks below are slow for long texts
         return "repetition" if loops(found[: bounds.most_words]) else "long"
     lower = [word.lower() for word in found]
     if _MARKS.search(text) or lower == words(web.lower()) or _shares(lower, words(prompt.lower())):
@@ -116,7 +107,7 @@ def _shares(caption: list[str], prompt: list[str]) -> bool:
 
 
 def loops(found: list[str]) -> bool:
-    """Whether some words come again and again, at once."""
+    """Whether the same words come again and again without others between."""
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers)) for word in found], dtype=np.int64)
     for period in range(1, min(LONGEST_PERIOD, len(ids) - 1) + 1):

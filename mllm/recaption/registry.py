@@ -1,6 +1,6 @@
-"""Captioners by name: what writes the long captions. Nothing behind `make_captioner` asks which one it is.
+"""Captioners by name. Nothing behind `make_captioner` asks for the kind.
 
-llava:DIR|ID                a LLaVA-style model trained here (or any other of that kind)
+llava:DIR|ID                a LLaVA-style model trained here, or any other of that kind
 hf:ID|DIR                   any image-text-to-text model of transformers
 endpoint:URL[,URL…][#MODEL] OpenAI-style servers: vLLM, SGLang, scripts/serve.py, …
 clips:RUN                   the captioner of a CLIPS encoder trained with model.captioner.inputs=tokens
@@ -13,11 +13,11 @@ from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Captioner
 
 KINDS = {"llava": "DIR_OR_ID", "hf": "ID_OR_DIR", "endpoint": "URL[,URL…][#MODEL]", "clips": "RUN"}
-"""Kind → what stands behind the colon."""
+"""Kind → what follows the colon."""
 
 
 def parse_captioner(spec: str) -> tuple[str, str]:
-    """(kind, argument) of a captioner's name; UserError for a kind that is not known or has no argument."""
+    """(kind, argument) of a captioner's name. Raises UserError if the kind is unknown or the argument is missing."""
     kind, _, argument = spec.partition(":")
     if kind not in KINDS or not argument:
         known = ", ".join(f"{name}:{what}" for name, what in KINDS.items())
@@ -33,41 +33,35 @@ def make_captioner(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     in_flight: int = 32,
-    timeout: float = 300.0,
     patience: float = 900.0,
 ) -> Captioner:
     """The captioner `spec` (see the top of this file), ready to write.
 
     Args:
-        prompt: what is asked, with the web caption as a hint; by default this project's own. `clips` reads none.
-        batch_size: pairs that a model in this process reads at once. A call of `write` is best given
-            `Captioner.batch_size` pairs, which may be several times that.
-        max_new_tokens: where a caption is cut off; a `clips` captioner has its own length.
-        in_flight, timeout, patience: of an endpoint, see `mllm.recaption.endpoint.EndpointCaptioner`.
+        prompt: the question; its `{web}` is the web caption. `clips` reads no prompt. Default: `asking.DEFAULT`.
+        batch_size: pairs that a model in this process reads at once.
+        max_new_tokens: longest caption, in tokens; a `clips` captioner has its own length.
+        in_flight, patience: see `mllm.recaption.endpoint.EndpointCaptioner`.
 
-    Raises UserError for a name that is not known, a model that cannot be loaded, or settings out of range.
+    Raises UserError if the name is unknown, the model cannot be loaded, or a setting is out of range.
     """
     kind, argument = parse_captioner(spec)
     if batch_size < 1 or max_new_tokens < 1:
         raise UserError(f"a batch of {batch_size} pairs or {max_new_tokens} new tokens: both must be at least 1")
     prompt = prompt or Prompt()
-    # Each kind brings its own heavy imports, and an endpoint none of them.
+    # Each kind has heavy imports of its own; an endpoint has none.
     if kind == "endpoint":
         from mllm.recaption.endpoint import EndpointCaptioner
 
         return EndpointCaptioner(
-            argument, prompt, max_new_tokens=max_new_tokens, in_flight=in_flight, timeout=timeout, patience=patience
+            argument, prompt, max_new_tokens=max_new_tokens, in_flight=in_flight, patience=patience
         )
     if kind == "clips":
         from mllm.recaption.clips_captioner import ClipsCaptioner
 
         return ClipsCaptioner(argument, device=device, batch_size=batch_size)
     if kind == "hf":
-        from mllm.recaption.hf import TransformersCaptioner
-
-        return TransformersCaptioner(
-            argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
-    from mllm.recaption.llava import LlavaCaptioner
-
-    return LlavaCaptioner(argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        from mllm.recaption.hf import TransformersCaptioner as Model
+    else:
+        from mllm.recaption.llava import LlavaCaptioner as Model
+    return Model(argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""One page on what came out: pictures with both captions, lengths, what was refused, the training that comes next."""
+"""The page at the end: pictures with both captions, lengths, refused captions, the command that trains on them."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ NAMES = {
 NOTHING = (
     "no pair was written, so there is nothing to train on. The page shows what the captioner wrote: --prompt, "
     "--max-new-tokens and another --captioner change that, --words, --script and --on-bad what is let through; in "
-    "another --out, for this one is done"
+    "another --output, for this one is done"
 )
 
 
 def write_report(
     options: Options, folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]], console: Console
 ) -> None:
-    """`names`, `manifests`: of all shards. The page is the same whoever writes it.
+    """Write the page and print the summary. `names`, `manifests`: of all shards.
 
-    Raises BrokenDataError, once the page stands, where not one pair was written: a training would find nothing.
+    Raises BrokenDataError after the page is written if it shows no pair: a training would find nothing.
     """
     total, first, final = Counter[str](), Counter[str](), Counter[str]()
     words = {"web": Counter[str](), "long": Counter[str]()}
@@ -121,7 +121,7 @@ def _rows(total: Counter[str]) -> list[tuple[str, str]]:
 
 
 def _trimmed(counts: Counter[str]) -> dict[str, int]:
-    """By "from – below", without the empty bins at both ends."""
+    """Label → count, without the empty bins at both ends."""
     labels = [f"{low} – {high - 1}" for low, high in pairwise(WORD_BINS)]
     binned = dict(zip([*labels, f"{WORD_BINS[-1]} and more"], (counts[str(edge)] for edge in WORD_BINS), strict=True))
     filled = [place for place, count in enumerate(binned.values()) if count]
@@ -129,7 +129,7 @@ def _trimmed(counts: Counter[str]) -> dict[str, int]:
 
 
 def _examples(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Drawn at random, always the same ones."""
+    """A random draw with a fixed seed."""
     draw = random.Random(0)
     sizes = [manifest["output"]["samples"] for manifest in manifests]
     chosen: Counter[int] = Counter(draw.choices(range(len(sizes)), sizes, k=SHOWN)) if any(sizes) else Counter()
@@ -155,7 +155,7 @@ def _thumbnail(sample: RawSample) -> bytes:
 
 
 def _rejected(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    """The first ones, no more than a few with one reason."""
+    """The first refused pairs, at most a few for each reason."""
     of_reason: Counter[str] = Counter()
     for name, manifest in zip(names, manifests, strict=True):
         if not manifest["rejected"]:

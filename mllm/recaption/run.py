@@ -1,193 +1,147 @@
-"""Recaptioning as a command: one process, or one a GPU, that take shards of one folder until none is left.
-
-Nothing is shared but the folder, so that processes of other machines may work on it too, begin later and end as they
-like. The parent of several processes computes nothing; it starts one again that was killed.
-"""
+"""The command of recaptioning: its plan, one process or one for each GPU, and the page at the end."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from clips import ensure_any_demo
-from clips.common.errors import BrokenDataError, CommandError, UserError, reporting
+from clips import demo_split, ensure_any_demo, parse_fields
+from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
+from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
-from mllm.recaption.manifest import Folder, agree_so_far, done_manifest
-from mllm.recaption.options import DEMO, Options, options_from_flags
-from mllm.recaption.plan import demo_captioners, print_plan
-from mllm.recaption.process import child, open_pairs, stopping, work_on
-from mllm.recaption.progress import Board
+from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
+from mllm.recaption.options import DEMO, Options
+from mllm.recaption.process import open_pairs, run_processes, stopping, work_on
+from mllm.recaption.progress import Board, measured
 from mllm.recaption.report import write_report
-from mllm.recaption.shards import Shard, shards_of
+from mllm.recaption.shards import PAIRS, Shard, shards_of
 from mllm.recaption.work import check_broken
 
-LOOK = 0.25
-"""Seconds between two looks at the processes."""
-FAILURES = 3
-"""Ends of a process in a row, without a call in between, after which it is not started again."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which shards are this command's: every `size`-th."""
-
-    rank: int = 0
-    size: int = 1
+ENOUGH = 100
+"""Captions after which their measured speed goes into the plan."""
 
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/recaption.py does. UserError for what does not fit, BrokenDataError for too many broken pictures."""
-    console, share = Console(emoji=False, stderr=True), share_of(flags.rank, flags.world_size, os.environ)
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # srun may show each task its own GPU alone
-        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    """What scripts/recaption.py does. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
+    choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
     if flags.data is None:
         ensure_any_demo(DEMO)
-        flags.shards = flags.shards or 1
-        prompt = prompt if flags.prompt else Prompt(SHOW[0])  # which its models were asked in training
-    asked = [(flags.captioner, Path(flags.out))] if flags.captioner else demo_captioners(Path(flags.out))
-    for captioner, out in asked:
-        options = options_from_flags(flags, prompt, captioner, out)
-        recaption(options, share, flags.processes, flags.price, console, dry_run=flags.dry_run)
+        flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
+        prompt = prompt if flags.prompt else Prompt(SHOW[0])  # the demo's models were trained on this question
+    output = Path(flags.output)
+    for captioner, place in [(flags.captioner, output)] if flags.captioner else demo_captioners(output):
+        options = Options.from_flags(
+            flags, output=place, captioner=captioner, prompt=prompt, fields=parse_fields(flags.fields, PAIRS)
+        )
+        recaption(options, flags.processes, Console(emoji=False, stderr=True), dry_run=flags.dry_run)
 
 
-def share_of(rank: int | None, size: int | None, environment: os._Environ[str] | dict[str, str]) -> Share:
-    """From the flags, else from what torchrun or srun set; LOCAL_RANK is set for srun's tasks too."""
-    if (rank is None) != (size is None):
-        raise UserError("--rank and --world-size go together: which of how many parts of the shards this command does")
-    if rank is None or size is None:
-        if "RANK" in environment:
-            rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-            rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-            environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
-        else:
-            rank, size = 0, 1
-    if not 0 <= rank < size:
-        raise UserError(f"--rank {rank} must be from 0 to {size - 1}, one below --world-size")
-    return Share(rank, size)
+def choose_gpu(environment: os._Environ[str] | dict[str, str]) -> None:
+    """Set LOCAL_RANK, by which a process of srun or torchrun chooses its GPU."""
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+    if "LOCAL_RANK" in environment and torch.cuda.is_available():  # srun may show each task its own GPU alone
+        environment["LOCAL_RANK"] = str(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
-def recaption(
-    options: Options,
-    share: Share,
-    processes: int | None,
-    price: Sequence[float] | None,
-    console: Console,
-    *,
-    dry_run: bool = False,
-) -> None:
-    """Caption what is not done of this command's share; whoever ends last writes the page."""
+def demo_captioners(output: Path) -> list[tuple[str, Path]]:
+    """(captioner, folder) without --captioner: the newest chatting model, and the newest CLIPS captioner of runs/."""
+    found = []
+    with contextlib.suppress(UserError):  # the message below names both ways
+        found.append((f"llava:{newest_model()}", output / "llava"))
+    runs = []
+    for path in (*Path("runs").glob("*/config.json"), *Path("runs").glob("*/*/config.json")):
+        try:
+            captioner = json.loads(path.read_text())["model"]["captioner"] or {}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not the config of a pretraining run
+        if captioner.get("inputs") == "tokens" and (path.parent / "export").is_dir():
+            runs.append((path.stat().st_mtime, path.parent))
+    if runs:
+        found.append((f"clips:{max(runs)[1]}", output / "clips"))
+    if not found:
+        raise UserError(
+            "no captioner: there is no model trained here (bash scripts/train_llava.sh), nor a run of "
+            "pretrain_clips.py with --set model.captioner.inputs=tokens. --captioner names another (docs/recaption.md)"
+        )
+    return found
+
+
+def recaption(options: Options, processes: int | None, console: Console, *, dry_run: bool = False) -> None:
+    """Caption all unfinished shards, then write the page. Raises UserError if the data hold no pairs."""
     source = open_pairs(options)
     shards = shards_of(source)[: options.shards]
     if not shards:
         raise UserError(f"{options.data!r} holds no pairs")
-    folder = Folder(options.out)
+    folder = Folder(options.output)
     agree_so_far(folder, options.settings(), options.captioner.partition(":")[0])
-    mine = shards[share.rank :: share.size]
-    missing = [shard for shard in mine if done_manifest(folder, shard) is None]
-    count = processes or default_processes(options)
-    count = max(1, min(count, len(missing)))
-    print_plan(options, folder, shards, missing, count, price, console)
+    missing = unfinished(folder, shards)
+    count = max(1, min(processes or default_processes(options), len(missing)))
+    print_plan(options, folder, shards, missing, count, console)
     if dry_run:
         return
     with stopping():
         if missing:
             folder.root.mkdir(parents=True, exist_ok=True)
+            board = Board(folder, missing, console)
             if count == 1:
-                work_on(options, source, mine, Board(folder, missing, console))
+                work_on(options, source, shards, board)
             else:
-                run_processes(options, mine, count, Board(folder, missing, console))
-    names = folder.manifests()
-    others = sum(shard.name not in names for shard in shards)
-    done = [
-        manifest for shard in (mine if others else shards) if (manifest := done_manifest(folder, shard)) is not None
-    ]
+                run_processes(options, shards, count, board)
+    done = [manifest for shard in shards if (manifest := done_manifest(folder, shard)) is not None]
     broken = sum(manifest["rejected"].get("broken", 0) for manifest in done)
     check_broken(broken, sum(manifest["counts"]["pairs"] for manifest in done), options)
-    if others:
-        console.print(f"{others:,} shards are for others to do; the last one writes {for_rich(str(folder.report))}")
-        return
-    for left in (folder.claims, folder.root / "work"):  # of processes that were killed when a shard was whole
+    for left in (folder.locks, folder.root / "work"):
         shutil.rmtree(left, ignore_errors=True)
     with reporting(f"the captions are whole, and {folder.report} could not be written"):
         write_report(options, folder, [shard.name for shard in shards], done, console)
 
 
-def default_processes(options: Options) -> int:
-    """One a GPU for a model in the process, where nobody else starts processes; else one."""
-    if (
-        options.captioner.startswith("endpoint:")
-        or "LOCAL_RANK" in os.environ
-        or options.device not in ("auto", "cuda")
+def print_plan(
+    options: Options, folder: Folder, shards: Sequence[Shard], missing: Sequence[Shard], count: int, console: Console
+) -> None:
+    """Print pairs, captioner, time and tokens; time and tokens if ENOUGH captions of the folder are measured."""
+    pairs, left = sum(map(len, shards)), sum(map(len, missing))
+    so_far = measured(folder)
+    time = tokens = "known after the first captions (scripts/plan_run.py recaption estimates it)"
+    if not left:
+        time = tokens = "nothing to do"
+    elif so_far["pairs"] >= ENOUGH and so_far["seconds"]:
+        minutes = left * so_far["seconds"] / so_far["pairs"] / count / 60
+        time = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
+        time += " at the speed measured in this folder"
+        each = so_far["tokens"] / so_far["pairs"]
+        tokens = f"{left * each:,.0f} to write, {each:.0f} a pair (measured here, second attempts included)"
+    bad = {"drop": "left out", "keep": "kept"}[options.on_bad]
+    table = Table(title="recaptioning", show_header=False, title_justify="left")
+    for name, text in (
+        ("pairs", f"{pairs:,} in {len(shards):,} shards, of which {left:,} in {len(missing):,} are not done"),
+        ("captioner", options.captioner + (f", {count} processes" if count > 1 else "")),
+        ("time", time),
+        ("tokens", f"{tokens}, at most {options.max_new_tokens} a caption"),
+        ("output", f"{options.output}, refused captions are tried again and then {bad}"),
     ):
+        table.add_row(name, for_rich(text))
+    console.print(table)
+
+
+def default_processes(options: Options) -> int:
+    """One for each GPU if the captioner is a model in the process and no launcher started this process, else 1."""
+    if options.captioner.startswith("endpoint:") or "LOCAL_RANK" in os.environ:
         return 1
-    if choose_device(options.device).type != "cuda":
+    if options.device not in ("auto", "cuda") or choose_device(options.device).type != "cuda":
         return 1
     return torch.cuda.device_count()
-
-
-def run_processes(options: Options, shards: Sequence[Shard], count: int, board: Board) -> None:
-    """`count` processes at work, each started again after a kill; CommandError where what is left cannot be done."""
-    context = get_context("spawn")
-    failures = [0] * count
-    running: dict[int, SpawnProcess] = {}
-
-    def start(number: int) -> None:
-        os.environ["LOCAL_RANK"] = str(number)  # by which the process chooses its GPU
-        running[number] = context.Process(target=child, args=(options, list(shards), os.getpid()))
-        running[number].start()
-
-    try:
-        with board.showing():
-            for number in range(count):
-                start(number)
-            calls = 0
-            while running:
-                time.sleep(LOOK)
-                tally = board.show()
-                if tally.pairs > calls:
-                    calls, failures = tally.pairs, [0] * count
-                for number, process in list(running.items()):
-                    if process.exitcode is None:
-                        continue
-                    del running[number]
-                    if process.exitcode in (UserError.exit_code, BrokenDataError.exit_code):
-                        raise ProcessEnded(process.exitcode)
-                    if process.exitcode != 0:
-                        failures[number] += 1
-                        board.say(f"process {number} ended with exit code {process.exitcode}")
-                        if failures[number] < FAILURES:
-                            start(number)
-    finally:
-        os.environ.pop("LOCAL_RANK", None)
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.join()
-    if any(done_manifest(board.folder, shard) is None for shard in shards):
-        raise CommandError(
-            f"{FAILURES} times in a row each process ended without a call of its captioner: the reason stands above. "
-            "The same command goes on"
-        )
-
-
-class ProcessEnded(CommandError):
-    """A child has said why; its exit code is the command's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("a process cannot go on: the reason stands above")
-        self.exit_code = exit_code

@@ -1,8 +1,8 @@
-"""What is worked on at once, and how it is written: parts of the source in, shards with the default fields out.
+"""The units of work: parts of the source go in, tar shards that pretraining reads by default come out.
 
-A tar shard becomes one shard, a table as many as it has parts of ROWS rows. Pretraining's own `Fields()` say what
-stands where: the picture under its extension, the web caption in the JSON member, the long one as text. Whatever of
-the source stood in one of these places is kept beside it, as `source.…`.
+A tar shard becomes one shard; a table becomes a shard for every ROWS rows. Pretraining's default `Fields()` name the
+members: the picture under its extension, the web caption in the JSON member, the long caption as text. A source member
+that has one of these names is kept as `source.…`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from clips import BrokenSample, Fields, Source, StoredSample
 from clips.common.files import fsync
 
 ROWS = 10_000
-"""Rows of a table that make one shard."""
+"""Rows of a table in one shard."""
 PICTURE_THREADS = 16
-"""Pictures of a table, each a file of its own, that are read at once."""
+"""Picture files of a table that are read at once."""
 PAIRS = Fields(
     image="jpg;jpeg;png;webp;image;image_path;path;file;filepath;filename",
     web="json:org_caption;txt;json:caption;org_caption;caption;text;alt;web",
 )
-"""Where the pairs of common sets are, tar shards of img2dataset and tables; the first that is there counts."""
+"""The fields of common sets: shards of img2dataset, and tables. The first field that exists counts."""
 IMAGES = Fields().image.split(";")
 WEB = Fields().web.removeprefix("json:")
 LONG = Fields().long
@@ -42,12 +42,12 @@ KEPT = "source"
 @dataclass(frozen=True)
 class Shard:
     name: str
-    """Of its file without `.tar`; unlike those of all others."""
+    """Unique; its file is NAME.tar."""
     url: str
-    """Of the file that it is made of, or a part of."""
+    """The source file."""
     first: int
     stop: int
-    """Samples of the source."""
+    """The samples [first, stop) of the source."""
     left_out: int
     """Samples of the file that lack a needed member."""
 
@@ -56,12 +56,12 @@ class Shard:
 
 
 def shards_of(source: Source) -> list[Shard]:
-    """In the source's order; files without a sample make none. Names are those of the files where these differ."""
+    """The shards of a source, in its order; a file without samples makes none."""
     stems = [posixpath.splitext(posixpath.basename(url))[0] for url in source.files]
     times = Counter(stems)
     found, first = [], 0
     for stem, url, size, left_out in zip(stems, source.files, source.shard_sizes, source.left_out, strict=True):
-        if times[stem] > 1:  # of several folders
+        if times[stem] > 1:  # files of several folders have the same name
             folder = posixpath.dirname(url if "://" in url else os.path.abspath(url))
             stem = f"{stem}-{hashlib.sha256(folder.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
         if url.endswith(".tar"):
@@ -75,7 +75,7 @@ def shards_of(source: Source) -> list[Shard]:
 
 
 def read_samples(source: Source, shard: Shard, indices: Sequence[int]) -> list[StoredSample | BrokenSample]:
-    """Of a shard; for those that cannot be read, why. Raises UserError and CommandError as the source does."""
+    """The samples, or the reason why a sample cannot be read. Raises UserError and CommandError as the source does."""
 
     def read(index: int) -> StoredSample | BrokenSample:
         try:
@@ -83,18 +83,18 @@ def read_samples(source: Source, shard: Shard, indices: Sequence[int]) -> list[S
         except BrokenSample as error:
             return error
 
-    if shard.url.endswith(".tar"):  # one file, which has one position
+    if shard.url.endswith(".tar"):  # a file has one position
         return [read(index) for index in indices]
     with ThreadPoolExecutor(PICTURE_THREADS) as pool:
         return list(pool.map(read, indices))
 
 
 def with_caption(sample: StoredSample, long: str) -> Iterator[tuple[str, bytes]]:
-    """(extension, content) of each member of the sample that is written, in order."""
+    """(extension, content) of each member of the written sample, in order."""
     picture = sample.picture.lower() if sample.picture.lower() in IMAGES else IMAGES[0]
     others = dict(sample.others)
     moved = {}
-    for name in (*IMAGES[: IMAGES.index(picture) + 1], LONG):  # what pretraining would find before, or instead
+    for name in (*IMAGES[: IMAGES.index(picture) + 1], LONG):  # pretraining would find these first
         if name in others:
             moved[name] = others.pop(name)
     yield picture, sample.image
@@ -106,7 +106,7 @@ def with_caption(sample: StoredSample, long: str) -> Iterator[tuple[str, bytes]]
 
 
 def _with_web(stored: bytes, web: str) -> bytes:
-    """The JSON member with the web caption where pretraining looks for it; as it is where it stands there already."""
+    """The JSON member with the web caption for pretraining; unchanged if the caption is there already."""
     content: dict[str, Any] = json.loads(stored)
     if content.get(WEB) == web:
         return stored
@@ -116,7 +116,7 @@ def _with_web(stored: bytes, web: str) -> bytes:
 
 
 def _free(name: str, taken: Any) -> str:
-    """`name`, or with the first number that nothing has yet: of a set that was recaptioned before."""
+    """`name`, with a number if it is taken: the set may have been recaptioned before."""
     number = 1
     while (numbered := name if number == 1 else f"{name}{number}") in taken:
         number += 1
@@ -124,7 +124,7 @@ def _free(name: str, taken: Any) -> str:
 
 
 class ShardWriter:
-    """A tar file that is the same, byte by byte, for the same samples; on the disk at the end of the `with`."""
+    """A tar file that is equal, byte by byte, for equal samples. The end of the `with` flushes it to the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.samples = path, 0
@@ -145,7 +145,6 @@ class ShardWriter:
             fsync(self.path)
 
     def add(self, name: str, members: Iterable[tuple[str, bytes]]) -> None:
-        """`members`: extension and content of each."""
         for extension, data in members:
             info = tarfile.TarInfo(f"{name}.{extension}")
             info.size = len(data)
@@ -154,17 +153,17 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the file, once it is closed."""
+        """The hash of the closed file."""
         return self._digest.hexdigest()
 
     @property
     def size(self) -> int:
-        """Its bytes, once it is closed."""
+        """Bytes of the closed file."""
         return self.path.stat().st_size
 
 
 class _Hashing(io.RawIOBase):
-    """Writes on to a file and to a digest."""
+    """Writes to a file and to a digest."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
@@ -178,7 +177,7 @@ class _Hashing(io.RawIOBase):
 
 
 class ContentHash:
-    """SHA-256 over samples in order: of each its name, image and other members, every part after its length."""
+    """SHA-256 over names, images and other members of samples, each part after its length."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()

@@ -130,7 +130,7 @@ def plan_study(
     ):
         sets[name] = str(output / "sets" / name)
         # All pairs are kept, so that the sets have the same pictures, and bad captions do what harm they do.
-        flags = ["--data", captioned, "--out", sets[name], "--captioner", captioner]
+        flags = ["--data", captioned, "--output", sets[name], "--captioner", captioner]
         flags += ["--prompt", str(output / PROMPT), "--on-bad", "keep", "--max-new-tokens", str(LONGEST)]
         seconds = 0.0 if Folder(Path(sets[name])).report.is_file() else START_SECONDS + pictures * each
         steps.append(Step(f"set-{name}", "recaption.py", flags, f"{pictures:,} captions", seconds))

@@ -37,7 +37,7 @@ def test_pairs_are_refused_recaptioned_and_trained_on(kind: str, tmp_path: Path)
     words = shlex.split(told.partition("#")[0])[1:]
     words[words.index("--data") + 1] = data
     words[words.index("--captioner") + 1] = f"{kind}:{model}"
-    words[words.index("--out") + 1] = str(tmp_path / "recap")
+    words[words.index("--output") + 1] = str(tmp_path / "recap")
     # What a tiny random model writes is no caption.
     anything = ("--words", "0", "999", "--script", "any", "--on-bad", "keep")
     done = run(python(*words, "--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "16", *anything))

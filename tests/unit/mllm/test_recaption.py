@@ -24,20 +24,15 @@ from range_server import serving
 from rich.console import Console
 
 import mllm.recaption.process as process
-import mllm.recaption.progress as progress
 import mllm.recaption.shards as shards_module
 from clips import CLIPS, Fields, open_source
 from clips.common.errors import BrokenDataError, CommandError, UserError
-from clips.common.files import write_json
 from clips.data.demo import ensure_demo
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
-from mllm.recaption.plan import demo_captioners
-from mllm.recaption.quality import Bounds
-from mllm.recaption.run import Share, recaption, recaption_from_flags, share_of
-from mllm.recaption.work import Tally
+from mllm.recaption.run import choose_gpu, demo_captioners, recaption, recaption_from_flags
 
 QUIET = Console(emoji=False, file=io.StringIO())
 
@@ -49,9 +44,8 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> Known:
     return known
 
 
-def caption(data: str, out: Path, share: Share | None = None, **options: Any) -> None:
-    asked = Options(data, out, "known:0", Prompt("Describe it. Hint: {web}"), **options)
-    recaption(asked, share or Share(), 1, None, QUIET)
+def caption(data: str, out: Path, **options: Any) -> None:
+    recaption(Options(data, out, "known:0", Prompt("Describe it. Hint: {web}"), **options), 1, QUIET)
 
 
 def members(shard: Path) -> dict[str, bytes]:
@@ -95,7 +89,7 @@ def test_shards_of_img2dataset(tmp_path: Path, captioner: Known) -> None:
         assert manifest["counts"]["pairs"] == manifest["counts"]["written"] == 6
         assert manifest["captioner"] == {"kind": "known", "batch_size": 4}
         assert manifest["settings"]["prompt"] == "Describe it. Hint: {web}"
-    assert not any((tmp_path / "out" / name).exists() for name in ("claims", "work"))
+    assert not any((tmp_path / "out" / name).exists() for name in ("locks", "work"))
 
 
 def test_what_stands_where_the_output_needs_its_place(tmp_path: Path, captioner: Known) -> None:
@@ -126,7 +120,7 @@ def test_without_data_it_captions_the_demos_pairs(
     ensure_demo("data/demo", sizes={"train": 12})
     Path("data/llava_demo").mkdir()
     Path("data/llava_demo/align.json").write_text("[]")
-    recaption_from_flags(script_parser("recaption").parse_args(["--captioner", "known:0", "--out", "out"]))
+    recaption_from_flags(script_parser("recaption").parse_args(["--captioner", "known:0", "--output", "out"]))
     source = open_source("out", Fields(), need_long=True)
     assert len(source) == 12
     assert source.read(0).web == open_source("data/demo/train", Fields(), need_long=True).read(0).web
@@ -146,34 +140,27 @@ def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> Non
         options = Options(f"{tmp_path / name}.tar", tmp_path / name, "known:0", Prompt("Describe it."))
         ends = pytest.raises(BrokenDataError, match="no pair was written") if name == "none" else nullcontext()
         with ends:
-            recaption(options, Share(), 1, None, Console(emoji=False, file=shown))
+            recaption(options, 1, Console(emoji=False, file=shown))
         assert (tmp_path / name / "report/index.html").exists()
         for text in (*said, "1 shards, 6 of 6 captions, "):
             assert text in shown.getvalue()
         assert ("Next:" in shown.getvalue()) == (name == "some")
 
 
-def test_a_long_shard_is_heard_of_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setattr(progress, "LOOKING", float("inf"))
-    (tmp_path / "speed").mkdir()
-    shown = io.StringIO()
-    board = progress.Board(Folder(tmp_path), [], Console(emoji=False, file=shown))
-    write_json(tmp_path / "speed/one.json", vars(Tally(pairs=5, tokens=100)))
-    board.show()
-    assert shown.getvalue() == ""
-    monkeypatch.setattr(progress, "LONGEST_SILENCE", 0.0)
-    board.show()
-    assert shown.getvalue().startswith("0 shards, 5 of 0 captions, ")
-
-
-def test_a_json_member_that_has_the_web_caption_is_left_as_it_is(tmp_path: Path, captioner: Known) -> None:
+def test_equal_names_of_several_folders_and_a_json_member_that_has_the_web_caption(
+    tmp_path: Path, captioner: Known
+) -> None:
     text = b'{ "org_caption" :"w\\u0065b", "org_caption": "web 7" }  \n'
-    write_shard(tmp_path / "a.tar", [(pictures(1)[0][0], {"json": text, "txt": b"Long."})])
-    caption(str(tmp_path / "a.tar"), tmp_path / "out")
-    found = members(tmp_path / "out/a.tar")
-    assert found["00000.json"] == text
-    assert found["00000.source.txt"] == b"Long."
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "c.tar", [(pictures(1)[0][0], {"json": text, "txt": b"Long."})])
+    caption(f"{tmp_path}/a/*.tar;{tmp_path}/b/*.tar", tmp_path / "out")
+    shards = list((tmp_path / "out").glob("*.tar"))
+    assert len({path.stem.rpartition("-")[2] for path in shards}) == 2
+    for shard in shards:
+        found = members(shard)
+        assert found["00000.json"] == text
+        assert found["00000.source.txt"] == b"Long."
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -245,13 +232,6 @@ def test_the_next_remote_shard_comes_while_one_is_captioned(
     assert seen == [(1, 2), (1, 2), (2, 3), (2, 3), (3, 4), (3, 4), (4, 4), (4, 4)]
 
 
-def test_files_of_one_name_from_several_folders(tmp_path: Path, captioner: Known) -> None:
-    data = ";".join([write_pairs(tmp_path / "a", 1, 2), write_pairs(tmp_path / "b", 1, 3)])
-    caption(data, tmp_path / "out")
-    assert len(list(trained_on(tmp_path / "out"))) == 5
-    assert len({path.stem.rpartition("-")[2] for path in (tmp_path / "out").glob("*.tar")}) == 2
-
-
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -288,7 +268,7 @@ def test_captions_of_any_kind_come_back_as_they_were_written(tmp_path: Path, cap
     captioner.texts = texts
     made = pictures(len(texts))
     write_shard(tmp_path / "a.tar", [(made[i][0], {"txt": web.encode()}) for i, web in enumerate(texts)])
-    caption(str(tmp_path / "a.tar"), tmp_path / "out", on_bad="keep", bounds=Bounds(0, 10**7, "any"))
+    caption(str(tmp_path / "a.tar"), tmp_path / "out", on_bad="keep", words=(0, 10**7), script="any")
     found = members(tmp_path / "out/a.tar")
     for i, text in enumerate(texts.values()):
         assert found[f"{i:05d}.txt"] == text.encode("utf-8", "replace").decode().strip().encode()
@@ -400,7 +380,7 @@ def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, captio
     caption(data, tmp_path / "out")
     captioner.batch_size = 8
     (tmp_path / "out/00000.tar").unlink()
-    with pytest.raises(UserError, match=r"made otherwise(.|\n)*captioner.batch_size: 4 → 8(.|\n)*--out"):
+    with pytest.raises(UserError, match=r"made otherwise(.|\n)*captioner.batch_size: 4 → 8(.|\n)*--output"):
         caption(data, tmp_path / "out")
     captioner.batch_size = 4
     with pytest.raises(UserError, match='on_bad: "drop" → "keep"'):
@@ -418,34 +398,12 @@ def test_a_shard_whose_data_changed_is_named(tmp_path: Path, captioner: Known) -
         caption(data, tmp_path / "out")
 
 
-def test_ranks_split_the_shards_and_the_last_one_writes_the_page(tmp_path: Path, captioner: Known) -> None:
-    data = write_pairs(tmp_path / "pairs", 3, 4)
-    caption(data, tmp_path / "out", Share(1, 2))
-    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00001.tar"]
-    assert not (tmp_path / "out/report").exists()
-    caption(data, tmp_path / "out", Share(0, 2))
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
-    assert (tmp_path / "out/report/index.html").is_file()
-
-
-def test_where_rank_and_size_come_from() -> None:
-    assert share_of(None, None, {}) == Share(0, 1)
-    assert share_of(3, 8, {"RANK": "0", "WORLD_SIZE": "2"}) == Share(3, 8)
-    assert share_of(None, None, {"RANK": "1", "WORLD_SIZE": "2"}) == Share(1, 2)
-    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    assert share_of(None, None, slurm) == Share(5, 8)
-    assert slurm["LOCAL_RANK"] == "1"
-    for rank, size in ((2, 2), (-1, 2), (0, 0), (1, None), (None, 2)):
-        with pytest.raises(UserError, match="--rank"):
-            share_of(rank, size, {})
-
-
 def test_flags_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for wrong, name in (
         ({"batch_size": 0}, "--batch-size"),
         ({"min_similarity_quantile": 0.5}, "--similarity-encoder"),
         ({"min_similarity_quantile": 1.0, "similarity_encoder": "x"}, "--min-similarity-quantile"),
-        ({"bounds": Bounds(9, 3)}, "--words 9 3"),
+        ({"words": (9, 3)}, "--words 9 3"),
         ({"max_broken_share": 1.5}, "--max-broken-share"),
     ):
         with pytest.raises(UserError, match=name):
@@ -475,26 +433,6 @@ def test_a_kill_between_the_shard_and_its_manifest(tmp_path: Path, captioner: Kn
     assert len(captioner.calls) == 2
 
 
-def test_a_claim_lost_in_a_call_costs_nothing_that_was_written(
-    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a long stop: another process has the shard, and dies too."""
-    data = write_pairs(tmp_path / "pairs", 1, 12)
-    write = captioner.write
-
-    def losing(pairs: Sequence[Pair], attempt: int) -> list[Written | Exception]:
-        if len(captioner.calls) == 1:
-            claim = tmp_path / "out/claims/00000.claim"
-            claim.write_text(json.dumps({"owner": "other", "machine": "another one"}))
-            os.utime(claim, (0, 0))
-        return write(pairs, attempt)
-
-    monkeypatch.setattr(captioner, "write", losing)
-    caption(data, tmp_path / "out")
-    assert len(list(trained_on(tmp_path / "out"))) == 12
-    assert len(captioner.calls) == 3
-
-
 def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"train_llava.sh.*captioner.inputs=tokens"):
@@ -510,12 +448,32 @@ def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert demo_captioners(Path("out"))[0] == ("llava:runs/chat/model", Path("out/llava"))
 
 
-def test_the_plan_tells_what_it_costs_and_writes_nothing(tmp_path: Path, captioner: Known) -> None:
+def test_the_plan_writes_nothing_and_ranks_choose_their_gpu(tmp_path: Path, captioner: Known) -> None:
     data = write_pairs(tmp_path / "pairs", 2, 6)
     told = io.StringIO()
-    options = Options(data, tmp_path / "out", "known:0", Prompt("x" * 40 + "{web}"))
-    recaption(options, Share(), 1, (2.0, 5.0), Console(emoji=False, file=told, width=200), dry_run=True)
-    assert "12 in 2 shards, of which 12 in 2 are to do here" in told.getvalue()
-    tokens = 576 + 40 / 4 + 40  # of picture, prompt and web caption
-    assert f"{tokens * 2 + 100 * 5:,.2f} a million captions" in told.getvalue()
+    options = Options(data, tmp_path / "out", "known:0", Prompt("{web}"))
+    recaption(options, 1, Console(emoji=False, file=told, width=200), dry_run=True)
+    assert "12 in 2 shards, of which 12 in 2 are not done" in told.getvalue()
     assert not (tmp_path / "out").exists()
+    slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    choose_gpu(slurm)
+    assert slurm["LOCAL_RANK"] == "1"
+
+
+def test_a_shard_that_another_process_holds_is_waited_for(
+    tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_pairs(tmp_path / "pairs", 2, 4)
+    held = Folder(tmp_path / "out").lock("00000")
+    assert held is not None
+    seen = []
+
+    def sleep(seconds: float) -> None:
+        if seconds == process.LOOK_AGAIN:
+            seen.append(sorted(path.name for path in (tmp_path / "out").glob("*.tar")))
+            held.close()
+
+    monkeypatch.setattr(process.time, "sleep", sleep)
+    caption(data, tmp_path / "out")
+    assert seen == [["00001.tar"]]
+    assert len(list(trained_on(tmp_path / "out"))) == 8
