@@ -1,44 +1,67 @@
-"""The settings of a recaptioning; every process of one folder has the same."""
+"""The settings of a recaptioning, which are flags of scripts/recaption.py; nothing heavy is imported here."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from clips import Fields
 from clips.common.errors import UserError
+from clips.common.flags import option
 from mllm.recaption.asking import Prompt
-from mllm.recaption.quality import Bounds
-from mllm.recaption.shards import PAIRS
 
 DEMO = Path("data/demo")
 """The data if none are named: the pairs of pretraining's demo, without the conversations made of them."""
+DEFAULT = Path("runs/recaption")
+PAIRS = Fields(
+    image="jpg;jpeg;png;webp;image;image_path;path;file;filepath;filename",
+    web="json:org_caption;txt;json:caption;org_caption;caption;text;alt;web",
+)
+"""The fields of common sets: shards of img2dataset, and tables. The first field that exists counts."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The limits of a good caption."""
+
+    least_words: int = 5
+    most_words: int = 400
+    script: str = "Latin"
+    """Unicode's name of the script of most letters; "any" for no check."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The flags of scripts/recaption.py by name. Raises UserError if a value is out of range."""
+    """Every process of one folder has the same options. Raises UserError if a value is out of range."""
 
-    data: str
-    output: Path
-    captioner: str
-    prompt: Prompt
+    data: str = option("", "pairs: a folder, pattern or URL of tar shards, or tables (default: the demo's)")
+    output: Path = option(DEFAULT, "folder for the shards with long captions")
+    captioner: str = option(
+        "",
+        "llava:DIR, hf:ID_OR_DIR, endpoint:URL[,URL] or clips:RUN (default: the newest llava and the newest clips of "
+        "runs/, each into a folder below --output)",
+        metavar="KIND:NAME",
+    )
+    prompt: Prompt = field(default_factory=Prompt)
     fields: Fields = PAIRS
-    image_root: str | None = None
-    shards: int | None = None
-    batch_size: int = 32
-    max_new_tokens: int = 256
-    in_flight: int = 32
-    words: tuple[int, int] = (5, 400)
-    script: str = "Latin"
-    on_bad: Literal["drop", "keep"] = "drop"
-    min_similarity_quantile: float | None = None
-    similarity_encoder: str | None = None
-    max_broken_share: float = 0.05
-    cache_gb: float = 50.0
-    device: str = "auto"
+    image_root: str | None = option(None, "tables: the folder of relative image paths")
+    shards: int | None = option(None, "caption only the first so many shards (default: all, one of the demo)")
+    batch_size: int = option(32, "pairs that a model reads at once")
+    max_new_tokens: int = option(256, "longest caption, in tokens")
+    in_flight: int = option(32, "endpoint: requests that a server gets at once")
+    words: tuple[int, ...] = option(
+        (5, 400), "least and most words of a good caption", nargs=2, metavar=("LEAST", "MOST")
+    )
+    script: str = option("Latin", "script of most letters of a good caption, by Unicode's name; any: no check")
+    on_bad: Literal["drop", "keep"] = option("drop", "drop or keep a pair whose second caption is bad too")
+    min_similarity_quantile: float | None = option(
+        None, "leave out this share of each shard, the worst fits", metavar="Q"
+    )
+    similarity_encoder: str | None = option(None, "encoder that scores how well a caption fits", metavar="DIR_OR_ID")
+    max_broken_share: float = option(0.05, "largest share of broken pairs; more end the command")
+    cache_gb: float = option(50.0, "disk space for copies of remote data; 0: no copies")
+    device: str = option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
         if (self.min_similarity_quantile is None) != (self.similarity_encoder is None):
@@ -46,29 +69,21 @@ class Options:
                 "--min-similarity-quantile and --similarity-encoder go together: the share of pairs to leave out, and "
                 "the encoder that says how well a caption fits its picture"
             )
-        quantile = self.min_similarity_quantile
-        for name, value, fits, must in (
-            ("--shards", self.shards, self.shards is None or self.shards > 0, "at least 1"),
-            ("--batch-size", self.batch_size, self.batch_size > 0, "at least 1"),
-            ("--in-flight", self.in_flight, self.in_flight > 0, "at least 1"),
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens > 0, "at least 1"),
-            ("--min-similarity-quantile", quantile, quantile is None or 0 < quantile < 1, "between 0 and 1"),
-            ("--max-broken-share", self.max_broken_share, 0 <= self.max_broken_share <= 1, "from 0 to 1"),
-        ):
-            if not fits:
-                raise UserError(f"{name} {value} must be {must}")
+        for name in ("shards", "batch_size", "in_flight", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if (quantile := self.min_similarity_quantile) is not None and not 0 < quantile < 1:
+            raise UserError(f"--min-similarity-quantile {quantile} must be between 0 and 1")
+        if not 0 <= self.max_broken_share <= 1:
+            raise UserError(f"--max-broken-share {self.max_broken_share} must be from 0 to 1")
         least, most = self.words
         if not 0 <= least <= most:
             raise UserError(f"--words {least} {most} must be the least and the most")
 
-    @classmethod
-    def from_flags(cls, flags: argparse.Namespace, **others: Any) -> Options:
-        """`others`: the settings that are not the flag's own value."""
-        return cls(**{field.name: getattr(flags, field.name) for field in fields(cls)} | others)
-
     @property
     def bounds(self) -> Bounds:
-        return Bounds(*self.words, self.script)
+        least, most = self.words
+        return Bounds(least, most, self.script)
 
     def captioning(self) -> dict[str, Any]:
         """The keyword arguments of `make_captioner`."""

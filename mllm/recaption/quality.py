@@ -12,6 +12,7 @@ import numpy as np
 
 from clips import script_of, split_sentences
 from mllm.recaption.captioner import Written
+from mllm.recaption.options import Bounds
 
 # A letter of a script without spaces counts as a word, as in clips/data/sentences.py.
 _WORD = re.compile(
@@ -38,16 +39,6 @@ LONGEST_PERIOD, REPEATS, LEAST = 40, 3, 9
 """A loop: at most LONGEST_PERIOD words that come REPEATS more times, at least LEAST words in all."""
 REASONS = ("empty", "cut off", "refusal", "prompt echo", "repetition", "short", "long", "script")
 """A caption has the first reason that holds."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The limits of a good caption."""
-
-    least_words: int = 5
-    most_words: int = 400
-    script: str = "Latin"
-    """Unicode's name of the script of most letters; "any" for no check."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,11 @@ def make_captioner(
 
         return ClipsCaptioner(argument, device=device, batch_size=batch_size)
     if kind == "hf":
-        from mllm.recaption.hf import TransformersCaptioner as Model
-    else:
-        from mllm.recaption.llava import LlavaCaptioner as Model
-    return Model(argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        from mllm.recaption.hf import TransformersCaptioner
+
+        return TransformersCaptioner(
+            argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
+    from mllm.recaption.llava import LlavaCaptioner
+
+    return LlavaCaptioner(argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)

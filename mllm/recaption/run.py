@@ -17,16 +17,17 @@ from rich.table import Table
 from clips import demo_split, ensure_any_demo, parse_fields
 from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
+from clips.common.flags import from_flags
 from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
-from mllm.recaption.options import DEMO, Options
+from mllm.recaption.options import DEMO, PAIRS, Options
 from mllm.recaption.process import open_pairs, run_processes, stopping, work_on
 from mllm.recaption.progress import Board, measured
 from mllm.recaption.report import write_report
-from mllm.recaption.shards import PAIRS, Shard, shards_of
+from mllm.recaption.shards import Shard, shards_of
 from mllm.recaption.work import check_broken
 
 ENOUGH = 100
@@ -37,16 +38,15 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/recaption.py does. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
     choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
-    if flags.data is None:
+    if not flags.data:
         ensure_any_demo(DEMO)
         flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
         prompt = prompt if flags.prompt else Prompt(SHOW[0])  # the demo's models were trained on this question
-    output = Path(flags.output)
-    for captioner, place in [(flags.captioner, output)] if flags.captioner else demo_captioners(output):
-        options = Options.from_flags(
-            flags, output=place, captioner=captioner, prompt=prompt, fields=parse_fields(flags.fields, PAIRS)
-        )
-        recaption(options, flags.processes, Console(emoji=False, stderr=True), dry_run=flags.dry_run)
+    fields = parse_fields(flags.fields, PAIRS)
+    asked = [(flags.captioner, flags.output)] if flags.captioner else demo_captioners(flags.output)
+    for captioner, output in asked:
+        options = from_flags(Options, flags, output=output, captioner=captioner, prompt=prompt, fields=fields)
+        recaption(options, flags.jobs, Console(emoji=False, stderr=True), dry_run=flags.dry_run)
 
 
 def choose_gpu(environment: os._Environ[str] | dict[str, str]) -> None:
@@ -80,7 +80,7 @@ def demo_captioners(output: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def recaption(options: Options, processes: int | None, console: Console, *, dry_run: bool = False) -> None:
+def recaption(options: Options, jobs: int | None, console: Console, *, dry_run: bool = False) -> None:
     """Caption all unfinished shards, then write the page. Raises UserError if the data hold no pairs."""
     source = open_pairs(options)
     shards = shards_of(source)[: options.shards]
@@ -89,7 +89,7 @@ def recaption(options: Options, processes: int | None, console: Console, *, dry_
     folder = Folder(options.output)
     agree_so_far(folder, options.settings(), options.captioner.partition(":")[0])
     missing = unfinished(folder, shards)
-    count = max(1, min(processes or default_processes(options), len(missing)))
+    count = max(1, min(jobs or default_processes(options), len(missing)))
     print_plan(options, folder, shards, missing, count, console)
     if dry_run:
         return

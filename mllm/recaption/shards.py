@@ -28,11 +28,6 @@ ROWS = 10_000
 """Rows of a table in one shard."""
 PICTURE_THREADS = 16
 """Picture files of a table that are read at once."""
-PAIRS = Fields(
-    image="jpg;jpeg;png;webp;image;image_path;path;file;filepath;filename",
-    web="json:org_caption;txt;json:caption;org_caption;caption;text;alt;web",
-)
-"""The fields of common sets: shards of img2dataset, and tables. The first field that exists counts."""
 IMAGES = Fields().image.split(";")
 WEB = Fields().web.removeprefix("json:")
 LONG = Fields().long

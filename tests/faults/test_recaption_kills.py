@@ -49,7 +49,7 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
     flags = ("--data", data)
 
     def command(out: Path, seconds: float, processes: int) -> list[str]:
-        captioner = ("--captioner", f"known:{seconds}", "--processes", str(processes))
+        captioner = ("--captioner", f"known:{seconds}", "--jobs", str(processes))
         return python("tests/recaption_process.py", *flags, *captioner, "--output", out)
 
     whole = run(command(tmp_path / "whole", 0.3, 1))
@@ -96,7 +96,7 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
 
 def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs", 2, 4)
-    flags = ("--data", data, "--output", tmp_path / "out", "--captioner", "known:crash", "--processes", "2")
+    flags = ("--data", data, "--output", tmp_path / "out", "--captioner", "known:crash", "--jobs", "2")
     done = run(python("tests/recaption_process.py", *flags))
     assert done.code == 1, done.text
     assert done.text.count("ended with exit code 9") == 2 * 3

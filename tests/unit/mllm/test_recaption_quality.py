@@ -10,7 +10,8 @@ from hostile import HOSTILE
 from clips import Fields, demo_split, open_source
 from clips.data.demo import ensure_demo
 from mllm.recaption.captioner import Written
-from mllm.recaption.quality import Bounds, Judged, judge, loops, whole_sentences
+from mllm.recaption.options import Bounds
+from mllm.recaption.quality import Judged, judge, loops, whole_sentences
 
 PROMPT = "Describe the picture in detail: everything that can be seen in it, how many there are, and where each one is."
 GOOD = (
