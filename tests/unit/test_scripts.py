@@ -62,7 +62,8 @@ def test_help_shows_each_default(script: Path) -> None:
             continue
         entry = parser._get_formatter()
         entry.add_argument(action)
-        assert f"default: {action.default}" in " ".join(entry.format_help().split()), action.option_strings
+        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
+        assert f"default: {default}" in " ".join(entry.format_help().split()), action.option_strings
 
 
 # ------------------------------------------------------------------------------------------------------ settings, text
