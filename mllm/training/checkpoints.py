@@ -1,7 +1,7 @@
-"""Which of the Trainer's checkpoints are whole, and what is in them before anything else opens them.
+"""Finds the Trainer's whole checkpoints, and checks their content before anything else opens them.
 
-Each is sealed (clips/common/files.py) after it was written. The seal tells damage, not where a file comes from, so what
-is sealed is still read as data: nothing in it is run.
+Each checkpoint is sealed (clips/common/files.py) once it is written. The seal shows damage, not a file's origin, so
+sealed files are still read as data: nothing in them is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clips.common.files import MANIFEST, check_seal, first_usable
 from clips.common.tensors import only_data, read_torch
 
 TRAINED = "trained.safetensors"
-"""The trained parameters, where DeepSpeed does not keep them."""
+"""The trained parameters, without DeepSpeed."""
 OPTIMIZER, SCHEDULER, STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 """The Trainer's own files."""
 
@@ -37,10 +37,10 @@ def engine_tag(checkpoint: Path) -> str:
 
 
 def newest(stage_dir: Path) -> Path | None:
-    """The newest sealed checkpoint whose files match their hashes; None where none was ever sealed.
+    """The newest sealed checkpoint whose files match their hashes; None if no checkpoint was ever sealed.
 
-    A damaged one is named in a warning and the one before it is used; one that was never finished is passed over.
-    Raises NoCheckpointError when there are sealed ones and none is good: never a silent restart from zero.
+    A warning names a damaged checkpoint, and the checkpoint before it is used. An unsealed checkpoint is ignored.
+    Raises NoCheckpointError if every sealed checkpoint is damaged: never a silent restart from zero.
     """
     sealed = [path for path in _newest_first(stage_dir) if (path / MANIFEST).is_file()]
     good = first_usable(sealed, check_seal)
@@ -54,12 +54,12 @@ def newest(stage_dir: Path) -> Path | None:
 
 @contextmanager
 def restoring(checkpoint: Path) -> Iterator[None]:
-    """Inside, whatever fails is the checkpoint's fault: a UserError with the mend."""
+    """Turns any error inside into a UserError that names the checkpoint and the mend."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # torch, DeepSpeed and the Trainer expect their own files, and raise what comes
+    except Exception as error:  # torch, DeepSpeed and the Trainer raise many kinds for a file that is not theirs
         raise UserError(
             f"cannot go on from {checkpoint}: {first_line(error)}\nRestore it from a copy, or move it elsewhere: then "
             "the same command goes on from the one before it, or from the start where there is none"
@@ -67,14 +67,14 @@ def restoring(checkpoint: Path) -> Iterator[None]:
 
 
 def check_content(checkpoint: Path, *, deepspeed: Sequence[type] | None, world_size: int) -> None:
-    """UserError where a checkpoint is of another kind of run, or one of its files is not what it should be.
+    """Raises UserError if a checkpoint is of another kind of run, or if one of its files has the wrong content.
 
-    Looks at every file, those of other ranks too, so that all ranks refuse alike; tensors' values are not read.
-    `deepspeed`: the classes that DeepSpeed's files hold instances of; None without DeepSpeed.
+    Every rank checks the files of all ranks, so all ranks refuse alike. The values of tensors are not read.
+    `deepspeed` lists the classes whose instances DeepSpeed's files hold; None without DeepSpeed.
     """
     with restoring(checkpoint):
         _check_kind(checkpoint, under_deepspeed=deepspeed is not None, world_size=world_size)
-        with only_data(deepspeed or ()), numpy_arrays():  # arrays: the state of numpy's random numbers
+        with only_data(deepspeed or ()), numpy_arrays():  # numpy's random state is an array
             for path in sorted(path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth")):
                 read_torch(path, mapped=True)
         _check_state(checkpoint)
@@ -94,7 +94,7 @@ def _check_kind(checkpoint: Path, *, under_deepspeed: bool, world_size: int) -> 
 
 
 def _check_state(checkpoint: Path) -> None:
-    """The Trainer would believe whatever trainer_state.json says, and fail steps later."""
+    """Raises UserError for a damaged trainer_state.json: the Trainer would fail on it steps later."""
     path, sound = checkpoint / STATE, TrainerState()
     try:
         state = TrainerState.load_from_json(str(path))
@@ -110,7 +110,7 @@ def _check_state(checkpoint: Path) -> None:
 
 
 def prune(stage_dir: Path, keep: int) -> None:
-    """Remove all checkpoints that are older than the `keep` newest sealed ones."""
+    """Remove all checkpoints that are older than the `keep` newest sealed checkpoints."""
     found = _newest_first(stage_dir)
     sealed = [path for path in found if (path / MANIFEST).is_file()][:keep]
     for path in found[found.index(sealed[-1]) + 1 :] if len(sealed) == keep else []:

@@ -144,11 +144,12 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
 
 def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> TrainArguments:
     """LLaVA-1.5's, on its own data; UserError where its batch cannot be cut so."""
+    lora: Any = (planned.lora and number == 2) or None  # None: as --bits says
     return TrainArguments(
         stage=number,
         data_path="data.json",
         bits=planned.bits,
-        **({"lora_enable": True} if planned.lora and number == 2 else {}),
+        lora_enable=lora,
         per_device_train_batch_size=micro,
         bf16=True,
         gradient_checkpointing=True,

@@ -1,11 +1,11 @@
-"""Image features computed once and kept on disk, so that training starts from them instead of from pixels.
+"""Image features computed once and kept on disk, so that training starts from features instead of pixels.
 
-While the vision tower is frozen an image's tokens never change, so epochs, stages, seeds and runs share them on disk.
+A frozen vision tower gives an image the same tokens every time, so epochs, stages, seeds and runs share the features.
 
-Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 where a value would overflow) and
-`<random>.json` with its n keys. A pair is complete once its .json is there (both are renamed into place), and never
-changes after; so several processes may write, and a killed one leaves nothing behind that counts.
-float16 keeps 11 bits: features differ by at most 2^-11 of their value from freshly computed ones.
+Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 if a value would overflow) and
+`<random>.json` with its n keys. A pair of files counts once its .json is in place, and never changes. So several
+processes may write, and a killed process leaves nothing that counts.
+float16 keeps 11 bits: cached features differ by at most 2^-11 of their value from computed ones.
 
 Shapes: B images · N image tokens · W width of a token.
 """
@@ -42,8 +42,7 @@ FILE_BYTES = 256 * 2**20
 class FeatureCache:
     """Features of one encoder for the pictures of one store; `get` is a `load_images` for `mllm.data.dataset.Collator`.
 
-    A picture's key is the hash of its bytes, so names and folders do not matter.
-    Picklable: a copy in a data worker can `get`, not `fill`.
+    A picture's key is the hash of its bytes. A pickled copy in a data worker can `get`, not `fill`.
     """
 
     def __init__(self, encoder: VisionEncoder, store: ImageStore, root: Path | str) -> None:
@@ -63,14 +62,14 @@ class FeatureCache:
         return self.__dict__ | {"encoder": None, "_arrays": {}}
 
     def refresh(self) -> None:
-        """Take up what other processes have written since."""
+        """Read the keys that other processes have written since."""
         for path in sorted(self.directory.glob("*.json")):
             if path.stem not in self._files:
                 self._files.add(path.stem)
                 self._rows |= {key: (path.stem, row) for row, key in enumerate(json.loads(path.read_text()))}
 
     def get(self, names: Sequence[str]) -> Tensor:
-        """Features [B, N, W] in fp32 of pictures that were filled in; KeyError for others."""
+        """Features [B, N, W] in fp32 of cached pictures; KeyError for other pictures."""
         features = np.empty((len(names), *self.shape), dtype=np.float32)
         for i, name in enumerate(names):
             file, row = self._rows[self._key(name)]
@@ -89,10 +88,10 @@ class FeatureCache:
         world_size: int = 1,
         workers: int = 0,
     ) -> int:
-        """Encode the pictures of `names` that are not there yet; returns how many.
+        """Encode the pictures of `names` that are not cached yet; returns their number.
 
-        Of several ranks each encodes its share; wait for the others (a barrier), then `refresh`.
-        Raises UserError for a broken picture, and before anything is computed when the disk has too little room.
+        Each of several ranks encodes its share; then a barrier and `refresh` give every rank all features.
+        Raises UserError for a broken picture, and for a disk with too little room before anything is computed.
         """
         if self.encoder is None:
             raise RuntimeError("a copy of the cache in another process cannot fill it")
@@ -101,7 +100,7 @@ class FeatureCache:
         for name in names:
             if self._key(name) not in self._rows:
                 missing.setdefault(self._key(name), name)
-        # By the picture, not by its place among the missing: a rank that comes late finds what others did already.
+        # Shared by the picture's key, not by its place: a late rank finds other pictures missing than the first.
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0
@@ -118,12 +117,11 @@ class FeatureCache:
         load = partial(_load_or_error, pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor)))
         with tqdm(total=len(todo), unit="img", desc="image features") as bar:
             for start in range(0, len(todo), per_file):
-                chunk: Any = todo[start : start + per_file]  # a list is enough for a DataLoader, not for its annotation
+                chunk: Any = todo[start : start + per_file]  # DataLoader takes a list, its annotation does not
                 parts = []
-                loader = DataLoader(
+                for pixels in DataLoader(
                     chunk, batch_size, collate_fn=load, num_workers=workers, worker_init_fn=start_worker
-                )
-                for pixels in loader:
+                ):
                     if isinstance(pixels, UserError):
                         raise pixels
                     with torch.inference_mode():
@@ -152,7 +150,7 @@ class FeatureCache:
 
 
 def _load_or_error(load: Callable[[list[str]], Tensor], names: list[str]) -> Tensor | UserError:
-    """The user's mistake as a value: raised in a data worker it would reach the user wrapped in a traceback."""
+    """Pixels, or the error as a value: an error raised in a data worker would be wrapped in a traceback."""
     try:
         return load(names)
     except UserError as error:

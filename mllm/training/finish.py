@@ -1,4 +1,4 @@
-"""What a finished stage leaves: its projector, after stage 2 adapter, model and card, and the mark that it is done."""
+"""Writes a finished stage: its projector, after stage 2 adapter, model and card, and at last done.json."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
 
 OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0), no evidence about photographs"
-"""Said of the demo's data on a model's card."""
+"""Added to the demo's data on a model's card."""
 
 
 def write_results(
     arguments: TrainArguments, prepared: Prepared, run_dir: Path, summary: dict[str, Any], *, cast: bool
 ) -> None:
-    """The projector always; after stage 2 adapter and model; at last done.json, which makes the stage count.
+    """Write the projector, after stage 2 adapter and model, and at last done.json, which makes the stage count.
 
-    `cast` brings every part to one precision, as a stock model has; under DeepSpeed they are so already.
+    `cast` gives every part one precision, as a stock model has; under DeepSpeed every part has it already.
     """
     model, stage_dir = prepared.model, run_dir / summary["stage"]
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
@@ -56,15 +56,13 @@ def write_results(
 
 
 def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[str, str]:
-    """What the model card says: what was trained on what, in both stages; files and folders without their place."""
+    """The rows of the model card: parts, data and rates of both stages; files and folders by their names alone."""
     config = read_json(run_dir / "config.json")
     rows: dict[str, str] = {}
     for stage in ("align", "instruct"):
-        record = config.get(stage)
-        if record is None:
+        if (record := config.get(stage)) is None:
             continue
-        trains = record["trains"]
-        facts = record["facts"]
+        trains, facts = record["trains"], record["facts"]
         tower, weights = trains["vision_tower"].partition(":")[2], vision.facts["weights"]
         places = {} if is_hub_id(tower) else {tower: weights, vision.source: weights}
         rows["Vision encoder"] = _without(facts["vision encoder"], places)
@@ -86,7 +84,7 @@ def _name(place: str | None) -> dict[str, str]:
 
 
 def _without(text: str, places: Mapping[str, str]) -> str:
-    """`text` with each place in it by its name alone."""
+    """`text` with every place in it replaced by its name."""
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, places[place]) if place else text
     return text

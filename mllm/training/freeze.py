@@ -1,4 +1,4 @@
-"""The freeze table kept: which parameter belongs to which part, whether it trains, at which rate, and the check."""
+"""Applies the freeze table to a model: each parameter's part, whether it trains, its rate, and the check."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def part_of(name: str) -> str:
 
 
 def llava_of(model: nn.Module) -> LlavaForConditionalGeneration:
-    """The LLaVA model that `model` is or holds (a PeftModel holds it with adapters inside)."""
+    """The LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
     return next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
 
 
 def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(name, parameter, whether it trains by `plan`) of every parameter of a LLaVA model, with adapters or without."""
+    """(name, parameter, whether it trains by `freeze`) for every parameter of a LLaVA model, adapters included."""
     projector = llava_of(model).model.multi_modal_projector
     # The second layer of a `linear` projector is a fixed identity.
     projector_trains = {id(p) for layer in trainable_layers(projector).values() for p in layer.parameters()}
@@ -44,7 +44,7 @@ def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
 
 
 def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
-    """Raise RuntimeError naming parameters that train against `plan`, and parts that should train and do not."""
+    """Raise RuntimeError with the parameters that contradict `freeze`, or the parts that should train and do not."""
     wrong = [name for name, parameter, trains in wanted(model, freeze) if parameter.requires_grad != trains]
     missing = [part for part in PARTS if freeze[part] != "frozen" and not count_parameters(model)[part][1]]
     if wrong or missing:
@@ -52,7 +52,7 @@ def assert_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part → (parameters, trained ones); shared tensors count once, 4-bit weights as what they stand for."""
+    """Part → (parameters, trained parameters). Shared tensors count once, 4-bit weights by their original size."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,4 +1,4 @@
-"""What a LLaVA run leaves beside its weights: config.json, env.json, metrics.jsonl, curves.png."""
+"""The log of a LLaVA run: metrics.jsonl, curves.png, and the work that its figures count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from clips.common import rundir
 from clips.common.errors import never_in_the_way
-from clips.common.files import read_json, write_json
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
@@ -25,35 +24,10 @@ from mllm.model.flops import LlavaFlops
 from mllm.model.packing import pairs_of, shared_length
 
 
-def keep_config(run_dir: Path, stage: str, record: dict[str, Any], *, write: bool) -> None:
-    """Put this stage's `record` into config.json; UserError where the run has another one, or trains elsewhere now.
-
-    Compared are the entries of `record["trains"]`; the rest is for people.
-    """
-    path = run_dir / "config.json"
-    config = read_json(path)
-    if stage in config:
-        rundir.refuse(
-            rundir.difference(config[stage]["trains"], record["trains"]),
-            f"{run_dir} holds a run whose stage {stage} is another one",
-            "Give the new run another --output_dir, or remove that directory",
-        )
-    if write:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        rundir.hold(run_dir)
-        write_json(path, config | {stage: record})
-
-
-def began_packed(run_dir: Path, stage: str) -> bool:
-    """False for a stage that began before batches were packed: its dropout goes on in the order it began with."""
-    began = read_json(run_dir / "config.json").get(stage)
-    return began is None or bool(began["trains"].get("packed"))
-
-
 class Work:
-    """What this rank has computed since the stage began or went on, and what that is per second and of its peak.
+    """Counts the work of this rank since its process began; gives it per second, and as a share of the peak.
 
-    `image_token_id` is given where batches are packed (mllm/model/packing.py): padding is not computed then.
+    `image_token_id` is given if batches are packed (mllm/model/packing.py): padding costs nothing then.
     """
 
     def __init__(
@@ -67,11 +41,11 @@ class Work:
         self.flops, self.device, self.world_size, self.image_token_id = flops, device, world_size, image_token_id
         self.peak, _ = peak_flops(device, dtype)
         self.pictures = 0
-        # Summed where they are: a GPU is not waited for.
+        # Summed on the device: the host does not wait for a GPU.
         self.tokens, self.positions, self.pairs, self.predicted = torch.zeros(4, dtype=torch.long, device=device)
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """One batch in the layout of mllm/data/dataset.py."""
+        """Count one batch in the layout of mllm/data/dataset.py."""
         samples, length = inputs["input_ids"].shape
         self.pictures += sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
         tokens = inputs["attention_mask"].sum().to(self.device)
@@ -88,13 +62,8 @@ class Work:
 
     def total(self) -> int:
         """FLOPs so far."""
-        parts = self.flops.parts(
-            pictures=self.pictures,
-            positions=int(self.positions),
-            pairs=int(self.pairs),
-            predicted=int(self.predicted),
-        )
-        return sum(parts.values())
+        counts = {name: int(getattr(self, name)) for name in ("pictures", "positions", "pairs", "predicted")}
+        return sum(self.flops.parts(**counts).values())
 
     def over_all_ranks(self) -> tuple[int, int]:
         """(FLOPs, tokens) so far. Collective."""
@@ -105,7 +74,7 @@ class Work:
         return int(flops), int(tokens)
 
     def rates(self, *, samples: float, flops: float, seconds: float) -> dict[str, float]:
-        """`samples` of all ranks and `flops` of one, as a line of the log names them."""
+        """The speeds of a log line, from the `samples` of all ranks and the `flops` of one rank."""
         speed = samples / seconds
         rates = {
             "samples_per_s": speed,
@@ -118,9 +87,9 @@ class Work:
 
 
 class MetricsLog(TrainerCallback):
-    """Writes a line of metrics.jsonl and of the terminal for each of the Trainer's log calls; main process only.
+    """Writes a line of metrics.jsonl and of the terminal for each log call of the Trainer, on rank 0 only.
 
-    FLOPs and memory are those of this rank; ranks differ by the lengths of their samples.
+    FLOPs and memory are rank 0's; ranks differ by the lengths of their samples.
     """
 
     def __init__(self, run_dir: Path, stage: str, batch_size: int, work: Work, *, active: bool) -> None:
@@ -131,7 +100,7 @@ class MetricsLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
-        if self.active:  # a stage that begins anew drops all of its own, the other stage's stay
+        if self.active:  # a stage that begins anew drops its own lines; the other stage's lines stay
             step = state.global_step
             rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
 
@@ -166,17 +135,13 @@ class MetricsLog(TrainerCallback):
 
 
 def write_curves(run_dir: Path) -> None:
-    """curves.png: the loss and the MFU of each stage against samples seen. Where it cannot be drawn, stderr says so."""
+    """Draw curves.png: loss and MFU of each stage against samples seen. A failure is one line on stderr."""
     with never_in_the_way(f"{run_dir / 'curves.png'} is not written; nothing else is missing"):
-        lines = rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []
         by_stage: dict[str, list[dict[str, Any]]] = {}
-        for line in lines:
-            by_stage.setdefault(str(line.get("stage")), []).append(line)
-        if by_stage:
-            panels = [
-                Panel(f"{stage}: {name}", found, [name])
-                for stage, found in by_stage.items()
-                for name in ("loss", "mfu")
-                if any(name in line for line in found)  # older runs have no MFU
-            ]
+        for line in rundir.read_metrics(run_dir) if (run_dir / rundir.METRICS).is_file() else []:
+            by_stage.setdefault(line["stage"], []).append(line)
+        panels = [
+            Panel(f"{stage}: {name}", found, [name]) for stage, found in by_stage.items() for name in ("loss", "mfu")
+        ]
+        if panels:
             save_plot(curves_plot(panels, LIGHT), run_dir / "curves.png")

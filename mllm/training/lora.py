@@ -1,6 +1,6 @@
 """LoRA in a LLaVA model: adapters on the language model's linear layers, and their merging into its weights.
 
-The only module of `mllm` that makes or merges adapters; chat and server load merged models and never import PEFT.
+No other module of `mllm` makes or merges adapters. Chat and server load merged models and never import PEFT.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mllm.training.arguments import TrainArguments
 
 
 def add_lora(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> PeftModel:
-    """`model` with fresh adapters, the same on every rank."""
+    """`model` with new adapters, which are the same on every rank."""
     torch.manual_seed(arguments.seed)
     return _with_adapters(model, lora_config(model, arguments))
 
 
 def lora_config(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> LoraConfig:
-    """Adapters on every linear layer inside the language model (not on its output layer), as LLaVA."""
+    """Adapters on every linear layer of the language model but its output layer, as in LLaVA."""
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
     return LoraConfig(
@@ -37,16 +37,15 @@ def lora_config(model: LlavaForConditionalGeneration, arguments: TrainArguments)
 
 
 def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
-    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers has given up
+    with warnings.catch_warnings():  # PEFT reads an attribute that transformers has deprecated
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(model, config)
 
 
 def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForConditionalGeneration:
-    """The plain model with LoRA adapters added into its weights; a model without adapters is returned as it is.
+    """The plain model with the adapters added to its weights; a model without adapters is returned unchanged.
 
-    Raises UserError for a base in 4 or 8 bits: adding an adapter to quantised weights rounds it away. Load the base
-    in full precision, put the adapter on it, and merge then.
+    Raises UserError for a base in 4 or 8 bits: quantised weights would round the adapter away.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -57,9 +56,9 @@ def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForCond
 
 
 def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """The plain model with the adapters added to the dequantised weights, so that it computes what was trained.
+    """The plain model with the adapters added to the dequantised weights; `model` is used up.
 
-    `model` is used up. Adding them to the original weights instead would be another model than the trained one.
+    The adapters were trained on the quantised weights: the original weights with them would be another model.
     """
     config, adapters = model.peft_config["default"], get_peft_model_state_dict(model)
     plain = _with_adapters(dequantize(model.unload(), dtype), config)

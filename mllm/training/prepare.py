@@ -1,4 +1,4 @@
-"""Everything a stage needs before its first step: encoder, language model, data, projector, freeze plan, batches."""
+"""The parts that a stage needs before its first step: encoder, language model, data, projector, freeze plan."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.model.packing import SHORT, can_pack
+from mllm.model.packing import SHORT
 from mllm.model.projector import load_projector
 from mllm.model.quantize import quantize
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze
-from mllm.training.log import began_packed
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
 
@@ -43,7 +42,7 @@ START_IMAGES = 8_192
 
 @dataclass(kw_only=True)
 class Prepared:
-    """Everything a stage needs before its first step."""
+    """The result of `prepare`."""
 
     model: LlavaForConditionalGeneration | PeftModel
     processor: LlavaProcessor
@@ -53,20 +52,18 @@ class Prepared:
     freeze: dict[str, Training]
     facts: dict[str, str]
     """For the plan and the model card."""
-    packed: bool
-    """Whether batches go through the language model as one row (mllm/model/packing.py)."""
 
 
 def prepare(
     arguments: TrainArguments, run_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> Prepared:
-    """Load and assemble encoder, language model, data and the freeze plan; the same on every rank.
+    """Load and assemble encoder, language model, data and the freeze plan; the result is the same on every rank.
 
-    The model is whole on every rank here, on the CPU; ZeRO-3 takes it apart when the engine is made.
+    Every rank holds the whole model on the CPU; ZeRO-3 splits it when the engine is made.
     """
     stage = arguments.description
     freeze = freeze_table(
-        stage, lora=bool(arguments.lora_enable), bits=arguments.bits,
+        stage, lora=arguments.lora_enable, bits=arguments.bits,
         unfreeze_mm_vision_tower=arguments.unfreeze_mm_vision_tower, tune_mm_mlp_adapter=arguments.tune_mm_mlp_adapter,
         freeze_mm_mlp_adapter=arguments.freeze_mm_mlp_adapter, freeze_backbone=arguments.freeze_backbone,
     )  # fmt: skip
@@ -74,13 +71,10 @@ def prepare(
     data_path, image_folder = data_of(arguments)
     store = ImageStore(image_folder) if image_folder else None
     vision = encoder_of(arguments)
-    # fp32 wherever a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
+    # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
-    llm = load_llm(
-        arguments.model_name_or_path,
-        version=arguments.version,
-        dtype=torch.bfloat16 if half else torch.float32,
-    )
+    dtype = torch.bfloat16 if half else torch.float32
+    llm = load_llm(arguments.model_name_or_path, version=arguments.version, dtype=dtype)
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
     if vision.num_tokens >= max_length:
@@ -99,7 +93,7 @@ def prepare(
             llava.model.language_model, arguments.bits, compute_dtype, device,
             quant_type=arguments.quant_type or "nf4", double_quant=arguments.double_quant is not False,
         )  # fmt: skip
-    if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # where it trains padded
+    if device.type == "cpu" and arguments.bf16 and longest(dataset) <= SHORT:  # if it trains padded
         llava.model.language_model.set_attn_implementation("eager")
     if arguments.gradient_checkpointing:
         llava.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -114,13 +108,12 @@ def prepare(
         "features": "computed once and cached" if arguments.caches_features else "computed in every step",
     }
     return Prepared(
-        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts,
-        packed=can_pack(llava.config.get_text_config()) and began_packed(run_dir, stage.name),
+        model=model, processor=processor, vision=vision, dataset=dataset, store=store, freeze=freeze, facts=facts
     )  # fmt: skip
 
 
 def encoder_of(arguments: TrainArguments) -> VisionEncoder:
-    """The vision encoder that resolved flags ask for."""
+    """The vision encoder of resolved flags."""
     return load_vision(
         arguments.vision_tower,
         select_layer=arguments.mm_vision_select_layer,
@@ -131,7 +124,7 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
 
 
 def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
-    """Data file and image folder: the user's, or the demo's for this stage (built where it is missing)."""
+    """Data file and image folder: the user's, or the demo's for this stage (built if missing)."""
     if arguments.data_path is not None:
         return Path(arguments.data_path), Path(arguments.image_folder) if arguments.image_folder else None
     if arguments.image_folder is not None:
@@ -143,36 +136,25 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
 def _start_projector(
     projector: LlavaMultiModalProjector, arguments: TrainArguments, run_dir: Path, samples: int
 ) -> str:
-    """Load the file that the projector starts from, if there is one; returns in words how it starts."""
-    start = _projector_file(arguments, run_dir)
-    if start is not None:
-        load_projector(projector, start)
-        return f"from {start}"
-    if arguments.stage == 2:  # a dry run
-        return "from stage 1"
-    fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
-    return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
-
-
-def _projector_file(arguments: TrainArguments, run_dir: Path) -> Path | None:
-    """The file that the projector starts from; None for a random or a fitted start."""
-    if arguments.pretrain_mm_mlp_adapter is not None:
-        return Path(arguments.pretrain_mm_mlp_adapter)
-    if arguments.stage == 1:
-        return None
-    aligned = run_dir / "align" / PROJECTOR
-    if aligned.is_file():
-        return aligned
-    if arguments.dry_run:
-        return None
-    raise UserError(
-        f"stage 2 starts from the projector of stage 1, but there is no {aligned}: run stage 1 first, or give "
-        "--pretrain_mm_mlp_adapter"
-    )
+    """Load the projector's start if it is a file; returns the start in words."""
+    given, aligned = arguments.pretrain_mm_mlp_adapter, run_dir / "align" / PROJECTOR
+    if given is None and arguments.stage == 1:
+        fitted = f"fitted in closed form to the captions of {min(samples, START_IMAGES):,} samples"
+        return f"{fitted if arguments.mm_projector_init == 'captions' else 'random'}, seed {arguments.seed}"
+    if given is None and not aligned.is_file():
+        if arguments.dry_run:
+            return "from stage 1"
+        raise UserError(
+            f"stage 2 starts from the projector of stage 1, but there is no {aligned}: run stage 1 first, or give "
+            "--pretrain_mm_mlp_adapter"
+        )
+    start = aligned if given is None else Path(given)
+    load_projector(projector, start)
+    return f"from {start}"
 
 
 def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any]:
-    """What a projector stands between: it is of no use between others."""
+    """The parts that a projector is trained between; it is of no use between other parts."""
     fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
     found = {name: getattr(arguments, name) for name in fields}
     return found | {"vision tower's weights": prepared.vision.weights_fingerprint}
@@ -189,12 +171,13 @@ def check_aligned(run_dir: Path, wanted: dict[str, Any]) -> None:
 
 
 def longest(dataset: LlavaDataset) -> int:
-    """Roughly the longest sample in tokens (1.4 per word), for the memory estimate."""
+    """The estimated length of the longest sample in tokens, at 1.4 tokens per word."""
     length = int(1.4 * max(abs(n) for n in dataset.modality_lengths))
     return min(length, dataset.encoder.max_length or length)
 
 
 def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.device) -> Collator:
+    """The collator of the stage's batches; fills the feature cache first, each rank with its share."""
     pad_id = prepared.processor.tokenizer.pad_token_id
     if prepared.store is None:  # no sample has a picture
         return Collator(pad_id, lambda names: torch.empty(0))

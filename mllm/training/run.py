@@ -1,4 +1,4 @@
-"""One stage of a LLaVA-style model, from its flags to what it leaves in runs/NAME.
+"""One stage of a LLaVA-style model, from its flags to its files in runs/NAME.
 
 runs/NAME/config.json env.json metrics.jsonl curves.png
 runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and done.json
@@ -20,32 +20,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from transformers import TrainerCallback
 
+from clips.common import rundir
 from clips.common.errors import reporting
 from clips.common.escape import for_rich
-from clips.common.files import write_atomically, write_json
+from clips.common.files import read_json, write_atomically, write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import stopped_by
-from mllm.data.dataset import Collator
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
+from mllm.model.packing import can_pack
 from mllm.training.arguments import TrainArguments, left_out
 from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
 from mllm.training.freeze import assert_freeze, count_parameters, learning_rates, llava_of
-from mllm.training.log import MetricsLog, Work, keep_config, write_curves
+from mllm.training.log import MetricsLog, Work, write_curves
 from mllm.training.plan import print_plan, steps_of
 from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
 from mllm.training.trainer import (
     Indexed,
     IndexedCollator,
     LlavaTrainer,
-    ProfileCallback,
-    StopCallback,
+    StepCallback,
     TrainingModel,
     training_arguments,
 )
@@ -55,7 +54,7 @@ from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_confi
 def run_stage(flags: TrainArguments) -> None:
     """Train one stage, from its newest checkpoint if there is one; a finished stage is left as it is.
 
-    Raises the errors of clips/common/errors.py; on every rank alike where they do not depend on the rank.
+    Raises the errors of clips/common/errors.py. Every rank raises the same error, unless the error is one rank's own.
     """
     begin = time.perf_counter()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,15 +64,15 @@ def run_stage(flags: TrainArguments) -> None:
     prepared = prepare(arguments, run_dir, process.device, process.deepspeed)
     hidden_size = llava_of(prepared.model).config.get_text_config().hidden_size
     process = replace(process, deepspeed=fitted(process.deepspeed, hidden_size, process.device))
+    zero = zero_stage(process.deepspeed)
     if process.deepspeed:
         made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
-        check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), process.world_size))
+        check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), world_size))
     others = left_out(flags, arguments)
     facts = prepared.facts | ({"not in LLaVA's": others} if others else {})
     print_plan(
         arguments, prepared.model, prepared.freeze, facts, samples=len(prepared.dataset),
-        length=longest(prepared.dataset), zero=zero_stage(process.deepspeed), world_size=process.world_size,
-        console=process.console,
+        length=longest(prepared.dataset), zero=zero, world_size=world_size, console=process.console,
     )  # fmt: skip
     if not arguments.dry_run:
         record_config(arguments, prepared, run_dir, process)
@@ -82,22 +81,22 @@ def run_stage(flags: TrainArguments) -> None:
             process.console.print(f"stage {stage.number} ({stage.name}) is finished already: {place}")
         else:
             summary = train(arguments, prepared, run_dir, process, begin)
-            with whole(prepared.model, zero_stage(process.deepspeed)):
+            with whole(prepared.model, zero):
                 if process.is_main:
                     with reporting(f"stage {stage.number} is trained, and its results cannot be written to {run_dir}"):
                         write_results(arguments, prepared, run_dir, summary, cast=not process.deepspeed)
             if dist.is_initialized():
-                dist.barrier()  # no rank ends, and takes the group down, while rank 0 writes
+                dist.barrier()  # a rank that ends takes the group down, and rank 0 still writes
             print_summary(summary, stage.number, process.console)
         if process.is_main:
-            write_curves(run_dir)  # after all that counts: a plot that fails costs nothing
+            write_curves(run_dir)  # last: a plot that fails costs nothing
         print_next(stage.number, run_dir, process.console)
     shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """This process among those that train the stage together."""
+    """This process among the ranks of the stage."""
 
     device: torch.device
     world_size: int
@@ -124,17 +123,28 @@ def join(arguments: TrainArguments, world_size: int) -> Process:
 def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
     """Write config.json and the list of skipped samples.
 
-    UserError where the run directory holds a run that does not go with this stage.
+    Raises UserError if config.json has another run, if stage 1 had other parts, or if another process trains the run.
     """
-    stage = arguments.description
-    made = {"vision_fingerprint": prepared.vision.fingerprint} | ({"packed": True} if prepared.packed else {})
+    stage, path = arguments.description, run_dir / "config.json"
+    packed = can_pack(llava_of(prepared.model).config.get_text_config())
+    made = {"vision_fingerprint": prepared.vision.fingerprint, "packed": packed}
     record: dict[str, Any] = {"trains": arguments.what_trains() | made}
     record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
     if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
         check_aligned(run_dir, record["projector_of"])
-    keep_config(run_dir, stage.name, record, write=process.is_main)
-    if prepared.dataset.skipped and process.is_main:
-        (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
+    config = read_json(path)
+    if stage.name in config:  # `trains` is what a resumed run must have in common; the rest of a record is for people
+        rundir.refuse(
+            rundir.difference(config[stage.name]["trains"], record["trains"]),
+            f"{run_dir} holds a run whose stage {stage.name} is another one",
+            "Give the new run another --output_dir, or remove that directory",
+        )
+    if not process.is_main:
+        return
+    (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
+    rundir.hold(run_dir)
+    write_json(path, config | {stage.name: record})
+    if prepared.dataset.skipped:
         lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
         write_atomically(run_dir / stage.name / "skipped.jsonl", lines)
 
@@ -142,19 +152,35 @@ def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, 
 def train(
     arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
 ) -> dict[str, Any]:
-    """Take the stage's steps and return its summary (done.json); `begin` is when the preparation began.
+    """Take the stage's steps and return its summary (done.json); `begin` is the time when the preparation began.
 
     Raises Stopped after a signal, once a checkpoint is written.
     """
     stage, stage_dir = arguments.description, run_dir / arguments.description.name
     if process.is_main:
         write_json(run_dir / "env.json", environment(process.device, process.world_size))
-    collator = collator_of(arguments, prepared, process.device)  # encodes what the feature cache lacks
+    collator = collator_of(arguments, prepared, process.device)  # encodes the images that the feature cache lacks
     assert_freeze(prepared.model, prepared.freeze)
-    stop = StopCallback()
-    work = work_of(arguments, prepared, process)
-    log = MetricsLog(run_dir, stage.name, arguments.batch_size, work, active=process.is_main)
-    trainer = make_trainer(arguments, prepared, stage_dir, process, collator, work, [log, stop])
+    model = TrainingModel(prepared.model, features=arguments.caches_features)
+    work = work_of(arguments, prepared, process, packed=model.packed)
+    steps = StepCallback()
+    trainer = LlavaTrainer(
+        model,
+        training_arguments(arguments, stage_dir, process.device, process.deepspeed),
+        rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
+        sampler=EpochSampler(
+            prepared.dataset.modality_lengths,
+            batch_size=arguments.per_device_train_batch_size,
+            chunks=process.world_size * arguments.gradient_accumulation_steps,
+            seed=arguments.seed,
+            group_by_modality_length=arguments.group_by_modality_length,
+        ),
+        data_collator=IndexedCollator(collator),
+        train_dataset=Indexed(prepared.dataset),
+        work=work,
+        keep=arguments.save_total_limit,
+        callbacks=[MetricsLog(run_dir, stage.name, arguments.batch_size, work, active=process.is_main), steps],
+    )
     checkpoint = newest(stage_dir)
     if checkpoint is not None:
         classes = checkpoint_classes() if process.deepspeed else None
@@ -167,15 +193,14 @@ def train(
     first_step = step_of(checkpoint) if checkpoint else 0
     with (
         naming_lost_ranks(lambda: trainer.state.global_step + 1),
-        profiled(stage_dir / "profile", arguments.profile, process.device) as profiler,
+        profiled(stage_dir / "profile", arguments.profile, process.device) as steps.profiler,
     ):
-        trainer.add_callback(ProfileCallback(profiler))
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    if stop.stopped:
+    if steps.stopped:
         if dist.is_initialized():
-            dist.barrier()  # the first rank to end has its launcher end the others, and rank 0 may still be writing
-        raise stopped_by(stop.stopped)
+            dist.barrier()  # a rank that ends has its launcher end the others, and rank 0 may still be writing
+        raise stopped_by(steps.stopped)
     flops, tokens = work.over_all_ranks()
     samples = (result.global_step - first_step) * arguments.batch_size
     return {
@@ -191,46 +216,19 @@ def train(
     }
 
 
-def work_of(arguments: TrainArguments, prepared: Prepared, process: Process) -> Work:
-    llava = llava_of(prepared.model)
+def work_of(arguments: TrainArguments, prepared: Prepared, process: Process, *, packed: bool) -> Work:
+    """The counter of the work that this rank does in the stage."""
+    llava, vision = llava_of(prepared.model), prepared.vision
     flops = LlavaFlops(
         llava,
-        image_size=prepared.vision.image_size,
-        image_tokens=prepared.vision.num_tokens,
+        image_size=vision.image_size,
+        image_tokens=vision.num_tokens,
         features=arguments.caches_features,
     )
     return Work(
         flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size,
-        image_token_id=llava.config.image_token_id if prepared.packed else None,
+        image_token_id=llava.config.image_token_id if packed else None,
     )  # fmt: skip
-
-
-def make_trainer(
-    arguments: TrainArguments,
-    prepared: Prepared,
-    stage_dir: Path,
-    process: Process,
-    collator: Collator,
-    work: Work,
-    callbacks: list[TrainerCallback],
-) -> LlavaTrainer:
-    return LlavaTrainer(
-        TrainingModel(prepared.model, features=arguments.caches_features, packed=prepared.packed),
-        training_arguments(arguments, stage_dir, process.device, process.deepspeed),
-        rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
-        sampler=EpochSampler(
-            prepared.dataset.modality_lengths,
-            batch_size=arguments.per_device_train_batch_size,
-            chunks=process.world_size * arguments.gradient_accumulation_steps,
-            seed=arguments.seed,
-            group_by_modality_length=bool(arguments.group_by_modality_length),
-        ),
-        data_collator=IndexedCollator(collator),
-        train_dataset=Indexed(prepared.dataset),
-        work=work,
-        keep=arguments.save_total_limit,
-        callbacks=callbacks,
-    )
 
 
 def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:

@@ -1,7 +1,7 @@
-"""The two stages of LLaVA: what each trains (the freeze table) and what its flags are when they are not given.
+"""The two stages of LLaVA: the parts that each stage trains (the freeze table), and the defaults of its flags.
 
-The table below is the only place where this is decided; every run prints it, and asserts it before the first step
-(mllm/training/freeze.py). Nothing heavy is imported here: the command builds its flags from it.
+Every run prints the freeze table and asserts it before the first step (mllm/training/freeze.py). This module imports
+nothing heavy: the command builds its flags from it.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from clips.common.errors import UserError
 
 Training = Literal["frozen", "full", "lora"]
 PARTS = ("vision_tower", "projector", "language_model")
-"""Every parameter is in exactly one; output layer and word embeddings belong to the language model."""
+"""Every parameter is in exactly one part; output layer and word embeddings belong to the language model."""
 FREEZE: dict[str, dict[str, Training]] = {
     "align": {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"},
     "instruct": {"vision_tower": "frozen", "projector": "full", "language_model": "full"},
     "instruct, lora": {"vision_tower": "frozen", "projector": "full", "language_model": "lora"},
 }
-"""Stage → what trains in it. Flags move single entries: see `freeze_table`."""
+"""Stage → part → how it trains. Flags change single entries: see `freeze_table`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage and what its flags are when they are not given."""
+    """One stage and the defaults of its flags."""
 
     number: int
     name: str
     zero: int
-    """ZeRO stage where there are several ranks: ds_configs/llava_zero{zero}.json."""
+    """ZeRO stage for several ranks: ds_configs/llava_zero{zero}.json."""
     llava: dict[str, Any]
     """LLaVA-1.5's recipe."""
     lora: dict[str, Any]
-    """What LLaVA-1.5 changes for LoRA."""
+    """LLaVA-1.5's changes for LoRA."""
     demo: dict[str, Any]
-    """What the embedded demo (64 px scenes, SmolLM2-135M, a few CPU minutes) changes."""
+    """The demo's changes (64 px scenes, SmolLM2-135M, a few CPU minutes)."""
 
 
 STAGES = {
@@ -77,7 +77,7 @@ STAGES = {
         lora={"learning_rate": 2e-4, "mm_projector_lr": 2e-5},
         demo={
             "learning_rate": 1e-3,
-            "mm_projector_lr": 1e-4,  # at 1e-3 it unlearns its start before the adapters can use it
+            "mm_projector_lr": 1e-4,  # at 1e-3 the projector loses its start before the adapters can use it
             "batch_size": 8,
             "per_device_train_batch_size": 8,
             "max_steps": 240,
@@ -104,7 +104,7 @@ def freeze_table(
 ) -> dict[str, Training]:
     """Part → how it trains, from the table and LLaVA's flags.
 
-    Raises UserError where the flags contradict each other or leave nothing to train.
+    Raises UserError if the flags contradict each other or leave nothing to train.
     """
     freeze = dict(FREEZE[f"{stage.name}, lora" if lora and stage.name == "instruct" else stage.name])
     if unfreeze_mm_vision_tower:

@@ -1,7 +1,7 @@
 """transformers' Trainer on LLaVA models: loss over labelled positions, one order for any number of ranks, resume.
 
-A checkpoint holds the trained parameters only, by name, whatever they are (projector, adapters, language model);
-everything else is rebuilt from its source. Under DeepSpeed they are in the engine's own files instead.
+A checkpoint holds the trained parameters by name (projector, adapters, language model). Under DeepSpeed they are in
+the engine's own files. Frozen parameters are loaded again from their source.
 """
 
 from __future__ import annotations
@@ -43,11 +43,19 @@ from mllm.training.freeze import llava_of, parameter_groups
 from mllm.training.log import Work
 from mllm.training.zero import checkpoint_classes
 
+PASSED_ON = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed", "bf16"),
+    *("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "dataloader_num_workers"),
+    *("logging_steps", "save_steps", "report_to", "run_name"),
+)
+"""The flags that the Trainer gets under the same name."""
+
 
 class TrainingModel(nn.Module):
-    """What the Trainer wraps: a batch → its loss. `model` is the LLaVA model, or that with adapters (PeftModel).
+    """The module that the Trainer wraps: a batch → its loss. `model` is the LLaVA model, plain or as a PeftModel.
 
-    Batches are packed (mllm/model/packing.py) where the language model can be given them so, and `packed` is true.
+    `features` says that batches bring `image_features`, not `pixel_values`. With `packed`, batches are packed
+    (mllm/model/packing.py) if the language model allows it.
     """
 
     accepts_loss_kwargs = True  # the Trainer hands over the number of labels of the whole step
@@ -56,7 +64,6 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.features = features
-        """Whether batches bring `image_features`, not `pixel_values`."""
         self.packed = packed and can_pack(self.llava.config.get_text_config())
         if self.packed:
             self.llava.model.language_model.set_attn_implementation(PACKED)
@@ -101,7 +108,7 @@ class TrainingModel(nn.Module):
 
 
 class Indexed(Dataset):
-    """A data set whose samples know their index, so that one can be named when its loss is not finite."""
+    """A data set whose samples bring their index: an error names the samples of a loss that is not finite."""
 
     def __init__(self, dataset: LlavaDataset) -> None:
         self.dataset = dataset
@@ -121,17 +128,19 @@ class IndexedCollator:
         return self.collator(samples) | {"index": torch.tensor([sample["index"] for sample in samples])}
 
 
-class StopCallback(TrainerCallback):
-    """On a stop signal the step ends, a checkpoint is written and training stops, on every rank alike."""
+class StepCallback(TrainerCallback):
+    """After a stop signal, ends every rank with a checkpoint of the same step; reports each step to the profiler."""
 
     def __init__(self) -> None:
         self.signal = StopSignal()
         self.stopped = 0
+        self.profiler = Profiler()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        # A signal may reach one rank only, or two ranks in different steps; all must stop after the same one.
+        self.profiler.step()
+        # A signal may reach one rank only, or two ranks in different steps. All must stop after the same step.
         requested = torch.tensor(self.signal.requested, device=args.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(requested, op=dist.ReduceOp.MAX)
@@ -141,25 +150,15 @@ class StopCallback(TrainerCallback):
         return control
 
 
-class ProfileCallback(TrainerCallback):
-    """Tells the profiler where an optimizer step ends."""
-
-    def __init__(self, profiler: Profiler) -> None:
-        self.profiler = profiler
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.profiler.step()
-
-
 class LlavaTrainer(Trainer):
-    """See the top of this file. `rates` are peak learning rates by part, `sampler` is the order of the samples.
+    """The Trainer with `rates` (part → peak learning rate), the order `sampler`, the counter `work`.
 
-    `work` counts what is computed, `keep` checkpoints stay.
+    `keep` is the number of checkpoints that stay.
     """
 
-    # What the Trainer holds, more closely than it says itself.
+    # Narrower types than the Trainer declares.
     model: TrainingModel
-    model_wrapped: Any  # the DeepSpeed engine, where there is one
+    model_wrapped: Any  # the DeepSpeed engine, if DeepSpeed is used
     train_dataset: Indexed
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR  # made before the first step
 
@@ -181,7 +180,7 @@ class LlavaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.rates, self.args.weight_decay)
-            # torch's own defaults, spelled out: they are part of what a run is.
+            # torch's own defaults, spelled out: another version's defaults would change a run.
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
         return self.optimizer
 
@@ -189,7 +188,7 @@ class LlavaTrainer(Trainer):
         return self.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, with workers that end with this process; they draw nothing, so none needs a seed."""
+        """The Trainer's loader, with workers that end with this process. They draw nothing, so they need no seed."""
         loader = super().get_train_dataloader()
         getattr(loader, "base_dataloader", loader).worker_init_fn = start_worker  # accelerate's loaders wrap one
         return loader
@@ -201,12 +200,12 @@ class LlavaTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As the Trainer's, and every rank stops before the backward pass when the loss of one is not finite."""
+        """The Trainer's loss. Raises NotFiniteError on every rank if one rank's loss is not finite."""
         indices = inputs.pop("index")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
         finite = torch.isfinite(loss.detach()).to(torch.int32)
-        # Agreed on before the backward pass: the ranks meet in it, and would wait for ever for one that has stopped.
+        # Agreed on before the backward pass: the ranks meet in it, and would wait for ever for a stopped rank.
         mine = [] if finite else indices.tolist()
         if self.args.world_size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -224,7 +223,7 @@ class LlavaTrainer(Trainer):
         names = ", ".join(records[index].name for part in parts for index in part)
         raise NotFiniteError(
             f"the loss is not finite at step {self.state.global_step + 1}; no weight was changed by this step. It is "
-            f"that of: {names}. Look at them with scripts/check_data.py, or lower the learning rate"
+            f"the loss of: {names}. Look at them with scripts/check_data.py, or lower the learning rate"
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -251,7 +250,7 @@ class LlavaTrainer(Trainer):
         if self.args.should_save:
             directory = Path(self._get_output_dir(trial))
             seal(directory / f"checkpoint-{self.state.global_step}")
-            prune(directory, self.keep)  # not before: the older one is all there is until then
+            prune(directory, self.keep)  # not before the seal: until then the older checkpoint is the only one
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         directory = Path(output_dir or self._get_output_dir(None))
@@ -271,7 +270,7 @@ class LlavaTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        # Not handed on: the Trainer would have DeepSpeed unpickle the files, whichever its file `latest` names.
+        # The checkpoint is not handed on: the Trainer would let DeepSpeed unpickle whatever `latest` names.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
@@ -293,17 +292,14 @@ class LlavaTrainer(Trainer):
                 found, needed = tuple(saved[name].shape), tuple(parameter.shape)
                 if found != needed:
                     raise UserError(f"{TRAINED}: {name} has shape {found}, this model needs {needed}")
-            for name, parameter in own.items():
                 parameter.copy_(saved[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        # torch takes whatever there is, and a step fails on it or goes wrong.
+        # torch loads any content without a check, and a later step fails or goes wrong.
         found, own = read_torch(Path(checkpoint) / SCHEDULER), self.lr_scheduler.state_dict()
-        if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {
-            k: type(v) for k, v in own.items()
-        }:
+        if not isinstance(found, dict) or _types(found) != _types(own):
             raise UserError(f"{SCHEDULER} holds no state of this scheduler")
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.is_deepspeed_enabled or self.optimizer is None:
@@ -318,35 +314,25 @@ class LlavaTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
 
+def _types(state: dict[str, Any]) -> dict[str, type]:
+    return {name: type(value) for name, value in state.items()}
+
+
 def training_arguments(
     arguments: TrainArguments, stage_dir: Path, device: torch.device, deepspeed: dict[str, Any] | None
 ) -> TrainingArguments:
-    """The Trainer's own arguments; all that this project decides itself is switched off in them."""
+    """The Trainer's own arguments, without the parts that this project does itself."""
     made = TrainingArguments(
         output_dir=str(stage_dir),
-        per_device_train_batch_size=arguments.per_device_train_batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        # Below one: a share of the steps.
+        **{name: getattr(arguments, name) for name in PASSED_ON},
+        # The Trainer reads a value below one as a share of the steps.
         warmup_steps=arguments.warmup_ratio if arguments.warmup_steps is None else arguments.warmup_steps,
-        lr_scheduler_type=arguments.lr_scheduler_type,
-        max_grad_norm=arguments.max_grad_norm,
-        num_train_epochs=arguments.num_train_epochs,
-        max_steps=arguments.max_steps,
-        seed=arguments.seed,
-        bf16=bool(arguments.bf16),
         deepspeed=deepspeed,
         use_cpu=device.type == "cpu",
-        logging_steps=arguments.logging_steps,
         logging_nan_inf_filter=False,
         log_level="error",
         save_strategy="steps",
-        save_steps=arguments.save_steps,
-        report_to=arguments.report_to,
-        run_name=arguments.run_name,
         disable_tqdm=not sys.stderr.isatty(),
-        dataloader_num_workers=arguments.dataloader_num_workers,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         ddp_backend=dist.get_backend() if dist.is_initialized() else None,
@@ -354,5 +340,5 @@ def training_arguments(
         ddp_find_unused_parameters=arguments.unfreeze_mm_vision_tower,
     )
     if device.type == "cuda" and not dist.is_initialized():
-        made._n_gpu = 1  # one process is one GPU; the Trainer would take all it sees, with DataParallel
+        made._n_gpu = 1  # one process is one GPU; the Trainer would use all of them with DataParallel
     return made

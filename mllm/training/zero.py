@@ -1,4 +1,4 @@
-"""DeepSpeed's part in a LLaVA stage: the engine's settings, checked before a step, and parameters made whole again."""
+"""DeepSpeed in a LLaVA stage: the engine's settings, their check before a step, and whole parameters after it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any] | None:
-    """The engine's settings: the file that was named, or this stage's own where there are several ranks.
+    """The engine's settings: the named file, or the stage's own file for several ranks; None without DeepSpeed.
 
-    Raises UserError for an unreadable file, for an optimizer or schedule of its own, and for quantised weights under
-    ZeRO-3, which cannot take them apart.
+    Raises UserError for an unreadable file, for an optimizer or schedule in it, and for quantised weights under
+    ZeRO-3, which cannot split them.
     """
     name = arguments.deepspeed
     if name == "none" or (name is None and world_size == 1):
@@ -46,7 +46,7 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
 
 
 def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
-    """Drop the sections that say nothing but "auto" about what the flags decide; UserError where they say more."""
+    """Drop `optimizer` and `scheduler` if all their values are "auto"; UserError for other values: flags decide."""
     for section, whose in {"optimizer": "AdamW", "scheduler": "--lr_scheduler_type"}.items():
         found = config.pop(section, None)
         if found is None:
@@ -59,9 +59,9 @@ def _leave_to_flags(config: dict[str, Any], path: Path) -> None:
 
 
 def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device) -> dict[str, Any] | None:
-    """`config` with what depends on the machine, and the "auto" sizes that depend on the language model's width.
+    """`config` for this device, with the "auto" sizes that depend on the language model's width.
 
-    transformers would fill them in too, but from the config of the model that it wraps, and that is ours around LLaVA.
+    transformers fills in these sizes from the config of the wrapped model, and `TrainingModel` has no config.
     """
     if config is None:
         return None
@@ -72,16 +72,13 @@ def fitted(config: dict[str, Any] | None, hidden_size: int, device: torch.device
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     filled = {name: sizes[name] if value == "auto" and name in sizes else value for name, value in zero.items()}
-    # On a CPU an offloaded optimizer is where it was; DeepSpeed's own for it would have to be compiled first.
+    # On a CPU an offloaded optimizer stays in place, and DeepSpeed's CPU optimizer would have to be compiled.
     force = {} if device.type == "cuda" else {"zero_force_ds_cpu_optimizer": False}
     return force | config | {"zero_optimization": filled}
 
 
 def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
-    """UserError for settings that contradict the flags or that DeepSpeed does not know, as the engine would find.
-
-    `made` has DeepSpeed settings.
-    """
+    """Raises UserError for DeepSpeed settings in `made` that contradict the flags or that DeepSpeed does not know."""
     settings = copy.deepcopy(made.hf_deepspeed_config)
     try:
         settings.trainer_config_finalize(made, None, steps)
@@ -91,7 +88,7 @@ def check_engine(made: TrainingArguments, path: str | None, steps: int) -> None:
 
 
 def checkpoint_classes() -> list[type]:
-    """What DeepSpeed's checkpoints hold beside tensors and plain values: settings and addresses, which run nothing."""
+    """The classes in DeepSpeed's checkpoints besides tensors and plain values; loading them runs no code."""
     library = import_deepspeed()
     return [
         library.runtime.zero.config.ZeroStageEnum,
@@ -106,7 +103,7 @@ def zero_stage(config: dict[str, Any] | None) -> int:
 
 @contextmanager
 def whole(model: nn.Module, zero: int) -> Iterator[None]:
-    """Inside, every parameter is whole on every rank (ZeRO-3 gathers them). Collective."""
+    """Inside, every rank holds every whole parameter (ZeRO-3 gathers them). Collective."""
     if zero < 3:
         yield
         return

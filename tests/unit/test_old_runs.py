@@ -181,23 +181,6 @@ def test_a_killed_run_goes_on_to_the_end_that_the_old_code_came_to(place: Path) 
 # ---------------------------------------------------------------------------------------------- LLaVA
 
 
-@pytest.mark.slow
-def test_a_run_killed_in_stage_2_goes_on_to_the_end_that_the_old_code_came_to(place: Path) -> None:
-    run_dir = place / "runs" / "llava-stopped"
-    done = same_command(place, "llava-stopped")
-    assert "goes on from" in done.stderr
-    assert_went_on(run_dir, "model/model.safetensors", place / "expected" / "llava-stopped.safetensors")
-    assert (run_dir / "adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_finished_stages_are_left_alone(place: Path) -> None:
-    for stage in ("align", "instruct"):
-        before = files(place / "runs" / "llava" / stage) | files(place / "runs" / "llava" / "model")
-        assert "is finished already" in same_command(place, f"llava, {stage}").stderr
-        assert files(place / "runs" / "llava" / stage) | files(place / "runs" / "llava" / "model") == before
-
-
 def test_a_finished_model_chats_as_the_saved_talk_says(place: Path) -> None:
     (record,) = json.loads((place / "talk.json").read_text())
     turns, pictures = record["conversations"], iter(record["image"])
