@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import warm
+from filelock import FileLock
 
 from clips.common.runtime import unused_port
 from clips.config import (
@@ -43,6 +45,14 @@ from clips.model.clips import CLIPSModel
 ROOT = Path(__file__).resolve().parent.parent
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 """Without a GPU its tests are no tests: neither skipped nor passed, but named at the end."""
+
+if not torch.cuda.is_available():  # which no fork could use after its parent has looked for it
+    subprocess.Popen = warm.Popen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # once for all the processes of xdist
+        warm.start()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -178,8 +188,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.setenv(warm.COLD, "1")
 
 
 @pytest.fixture(scope="session")
@@ -199,8 +211,40 @@ def _unused_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Flags of the pretraining command that name small real data, which no test changes."""
-    from launched import small_data  # which imports from here
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make): a folder `make(folder)` fills once per session, also under xdist. Do not change it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    return small_data(tmp_path_factory.mktemp("shards"))
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / "made" / name, shared / "made" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def shards(made_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[str, ...]:
+    """Flags of the pretraining command that name small real data. Do not change the data."""
+    from launched import small_data, splits  # which imports from here
+
+    return splits(made_once("shards", small_data))
+
+
+@pytest.fixture(scope="session")
+def debug_run(made_once: Callable[[str, Callable[[Path], object]], Path], shards: tuple[str, ...]) -> Path:
+    """A finished run of the recipe `demo` with `--debug` on `shards`. Copy it before you change it."""
+
+    def train(folder: Path) -> None:
+        done = run_python(
+            "scripts/pretrain_clips.py", "--debug", "--output-dir", folder, "--name", "r", *shards,
+            "--set", "train.precision=fp32",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return made_once("debug-run", train) / "r"

@@ -131,12 +131,18 @@ def recap(web: str, long: str) -> dict[str, bytes]:
 
 
 def small_data(folder: Path) -> tuple[str, ...]:
-    """Flags that name 64 training samples in two shards, and 16 for validation and test."""
+    """Write 64 training samples in two shards, and 16 for validation and test. Returns the flags that name them."""
     samples = [(picture, recap(web, long)) for picture, web, long in pictures(80)]
     write_shard(folder / "train/0.tar", samples[:40])
     write_shard(folder / "train/1.tar", samples[40:64])
-    held_out = write_shard(folder / "test.tar", samples[64:])
-    return ("--data", f"{folder}/train", "--val-data", str(held_out), "--test-data", str(held_out))
+    write_shard(folder / "test.tar", samples[64:])
+    return splits(folder)
+
+
+def splits(folder: Path) -> tuple[str, ...]:
+    """Flags that name the data of `small_data` in `folder`."""
+    held_out = str(folder / "test.tar")
+    return ("--data", f"{folder}/train", "--val-data", held_out, "--test-data", held_out)
 
 
 # What a run leaves

@@ -11,7 +11,7 @@ from launched import python, run, small_data
 
 from clips.studies.kill_test import PLACES, VICTIMS, compare, kills_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
 
 def test_a_short_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None:

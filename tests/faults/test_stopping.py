@@ -15,7 +15,7 @@ from conftest import ROOT
 from launched import ENV, SCRIPT, deepspeed, lines, python, run, started, torchrun, wait_for
 from processes import of_run, rank, wait_until_gone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cold]
 
 
 def command(out: Path, shards: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,302 @@
+"""Python processes that need no imports: a parent that has imported everything forks them.
+
+Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the tests start several hundred processes.
+With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
+of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
+The processes that it starts are forked as well. Two things differ: the parent is the forking process, and all forks
+share one seed of `hash`. Mark a test `cold` if these matter to it. CLIPS_TESTS_COLD=1 makes all tests cold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDRESS = "CLIPS_TESTS_WARM"
+"""Environment variable: the socket of the forking process."""
+COLD = "CLIPS_TESTS_COLD"
+LOG = "CLIPS_TESTS_LOG"
+"""A file for the processor seconds of each fork, with its test and its first words."""
+READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "PYTHON")
+"""Prefixes of variables that act while a process starts. A command that changes such a variable starts cold."""
+PROGRAMS = ("deepspeed", "torchrun")
+MODULES = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+SPACE = 1 << 15
+"""Bytes for the arguments, and for the environment, that /proc shows of a forked process."""
+MORE = (
+    *("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch._dynamo"),
+    *("torch.utils.tensorboard", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "sklearn.linear_model"),
+    *("scipy.optimize", "scipy.stats", "transformers.models.llama.modeling_llama", "open_clip"),
+    *("fsspec.implementations.http", "transformers.models.vit.image_processing_vit", "torch.profiler"),
+    *("transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip", "transformers.trainer"),
+    *("transformers.models.vit.modeling_vit", "transformers.models.siglip.modeling_siglip", "peft", "accelerate"),
+)
+"""What the commands import late."""
+
+
+# ---------------------------------------------------------------------------------------------- who asks
+
+
+def script_of(command: Any) -> list[str] | None:
+    """The words after `python` of a command that can be forked: a script or `-m module`, then its arguments."""
+    if not isinstance(command, list | tuple) or not command:
+        return None
+    program, *words = [os.fspath(word) for word in command]
+    if Path(program).parent == Path(sys.executable).parent and Path(program).name in PROGRAMS:
+        return [program, *words]
+    if program != sys.executable:
+        return None
+    words = words[1:] if words[:1] == ["-u"] else words
+    is_script = bool(words) and not words[0].startswith("-")
+    is_module = words[:1] == ["-m"] and words[1] in MODULES
+    return words if is_script or is_module else None
+
+
+def acts_at_the_start(env: dict[str, str]) -> dict[str, str]:
+    return {name: env[name] for name in env if name.startswith(READ_BY_IMPORTS) and name != "PYTHONPATH"}
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, forked where it can be."""
+
+    connection: socket.socket | None = None
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
+                       env: Any, startupinfo: Any, creationflags: Any, shell: Any, p2cread: int, p2cwrite: int,
+                       c2pread: int, c2pwrite: int, errread: int, errwrite: int, *rest: Any) -> None:  # fmt: skip
+        *_, start_new_session = rest[:6]
+        wanted = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
+        words = None if executable or preexec_fn or pass_fds or shell else script_of(args)
+        is_cold = not words or COLD in wanted or COLD in os.environ or not os.path.isdir(cwd or ".")
+        address = None if is_cold else address_of(wanted)
+        if address is None:
+            return super()._execute_child(
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest,
+            )  # fmt: skip
+        request = {
+            "words": words,
+            "env": wanted | {ADDRESS: start()},
+            "cwd": os.fspath(cwd or os.getcwd()),
+            "session": bool(start_new_session),
+            "group": os.getpgrp(),
+        }
+        streams = [own if own != -1 else default for default, own in enumerate((p2cread, c2pwrite, errwrite))]
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(address)
+        data = json.dumps(request).encode()
+        socket.send_fds(self.connection, [len(data).to_bytes(4, "big")], streams)
+        self.connection.sendall(data)
+        self.pid = int.from_bytes(self.connection.recv(4, socket.MSG_WAITALL), "big")
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        UNFINISHED.add(self)
+        return None
+
+    def _status(self, flags: int) -> int | None:
+        """How it ended, as of `os.waitpid`; None while it runs."""
+        try:
+            answer = self.connection.recv(4, flags | socket.MSG_WAITALL)
+        except BlockingIOError:
+            return None
+        self.connection.close()
+        UNFINISHED.discard(self)
+        return int.from_bytes(answer, "big") if answer else int(signal.SIGKILL)
+
+    def _internal_poll(self, _deadstate: int | None = None, **names: Any) -> int | None:
+        if self.connection is None:
+            return super()._internal_poll(_deadstate, **names)
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                if self.returncode is None and (status := self._status(socket.MSG_DONTWAIT)) is not None:
+                    self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self.connection is None:
+            return super()._try_wait(wait_flags)
+        status = self._status(socket.MSG_DONTWAIT if wait_flags else 0)
+        return (0, 0) if status is None else (self.pid, status)
+
+
+UNFINISHED: set[Popen] = set()
+"""Kept, for the forking process ends what nobody waits for any more."""
+
+
+def address_of(env: dict[str, str]) -> str | None:
+    """The forking process's socket; None if the environment needs a cold start."""
+    name, at_its_start = start().split("\n", 1)
+    return f"\0{name}" if json.loads(at_its_start) == acts_at_the_start(env) else None
+
+
+@functools.cache
+def start() -> str:
+    """Start the forking process if none serves yet; returns its name and what acted at its start.
+
+    The forking process ends with this process.
+    """
+    if ADDRESS in os.environ:
+        return os.environ[ADDRESS]
+    name = f"clips-tests-{os.getpid()}-{os.urandom(4).hex()}"
+    found = os.environ[ADDRESS] = f"{name}\n{json.dumps(acts_at_the_start(dict(os.environ)))}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "SPACE": " " * SPACE}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen(64)
+        command = [sys.executable, __file__, str(listener.fileno()), " " * SPACE]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()])
+    atexit.register(process.stdin.close)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- who forks
+
+
+def import_everything() -> None:
+    from clips.common.runtime import import_deepspeed
+
+    import_deepspeed()
+    for package in ("clips", "mllm"):
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            with contextlib.suppress(ImportError):  # of a package that only some commands need
+                importlib.import_module(module.name)
+    for name in MORE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else the first collection of each fork would copy all pages
+
+
+def serve(listener: socket.socket) -> dict[str, Any]:
+    """Fork for each request until standard input ends. Returns in each fork, with the request."""
+    waking, woken = socket.socketpair()
+    for end in (waking, woken):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(woken.fileno())
+    children: dict[int, tuple[socket.socket, str]] = {}
+    with selectors.DefaultSelector() as ready:
+        for source in (listener, waking, sys.stdin):
+            ready.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in ready.select():
+                if key.fileobj is sys.stdin:
+                    sys.exit()
+                elif key.fileobj is waking:
+                    waking.recv(4096)
+                    report_ended(children, ready)
+                elif key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+                    request = json.loads(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
+                    pid = os.fork()
+                    if not pid:
+                        signal.set_wakeup_fd(-1)
+                        for other in (waking, woken, listener, connection, *(it for it, _ in children.values())):
+                            other.close()
+                        return request | {"streams": streams}
+                    for stream in streams:
+                        os.close(stream)
+                    children[pid] = (
+                        connection,
+                        f"{request['env'].get('PYTEST_CURRENT_TEST')} {' '.join(request['words'][:4])}",
+                    )
+                    ready.register(connection, selectors.EVENT_READ, pid)
+                    connection.send(pid.to_bytes(4, "big"))
+                elif key.data in children:  # the process that asked is gone
+                    ready.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+
+
+def report_ended(children: dict[int, tuple[socket.socket, str]], ready: selectors.BaseSelector) -> None:
+    for pid in list(children):
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        if ended:
+            if LOG in os.environ:
+                with open(os.environ[LOG], "a") as file:
+                    file.write(f"{usage.ru_utime + usage.ru_stime:.2f} {children[pid][1]}\n")
+            connection, _ = children.pop(pid)
+            with contextlib.suppress(KeyError):
+                ready.unregister(connection)
+            with contextlib.suppress(OSError):  # the process that asked is gone
+                connection.send(status.to_bytes(4, "big"))
+            connection.close()
+
+
+def become(asked: dict[str, Any]) -> None:
+    """Streams, session, directory, environment and arguments of this process are those of a fresh one."""
+    for number, stream in enumerate(asked["streams"]):
+        os.dup2(stream, number)
+    for stream in asked["streams"]:
+        if stream > 2:
+            os.close(stream)
+    if asked["session"]:
+        os.setsid()
+    else:
+        with contextlib.suppress(OSError):  # of another session
+            os.setpgid(0, asked["group"])
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    show([sys.executable, *asked["words"]], 48)
+    show([f"{name}={value}" for name, value in asked["env"].items()], 50)
+    first, *rest = asked["words"]
+    sys.argv = rest if first == "-m" else [first, *rest]
+    own = asked["cwd"] if first == "-m" else os.path.dirname(os.path.abspath(first))
+    sys.path = [own, *filter(None, asked["env"].get("PYTHONPATH", "").split(":")), *sys.path]
+
+
+def show(words: list[str], field: int) -> None:
+    """Let /proc/PID/cmdline (`field` 48 of proc(5)) or /proc/PID/environ (50) hold `words`."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = (int(fields[number - 3]) for number in (field, field + 1))
+    text = ("\0".join(words) + "\0").encode(errors="surrogateescape")[: end - begin - 1]
+    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+
+
+def main() -> None:
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    sys.path = [path for path in sys.path if path not in (str(ROOT), str(Path(__file__).parent))]
+    sys.path.insert(0, str(ROOT))
+    subprocess.Popen = Popen  # before anything binds the name
+    import_everything()
+    sys.path.remove(str(ROOT))
+    asked = serve(listener)
+    become(asked)
+    first = asked["words"][0]
+    if first == "-m":
+        sys.modules.pop(sys.argv[0], None)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
+    module = types.ModuleType("__main__")
+    module.__file__ = first
+    sys.modules["__main__"] = module
+    exec(compile(Path(first).read_bytes(), first, "exec"), module.__dict__)
+
+
+if __name__ == "__main__":
+    sys.modules["warm"] = sys.modules["__main__"]
+    main()
