@@ -55,15 +55,13 @@ FACE = {
     "PROBE_SAMPLES": "clips.evaluation.evaluate",
     "open_test_set": "clips.evaluation.testsets",
     "probe_images": "clips.evaluation.evaluate",
-    # how a tower is initialised, its blocks' names in transformers, its configuration in open_clip
-    "CLIP_VISION_BLOCK": "clips.weights.foreign",
-    "NotPlain": "clips.weights.foreign",
-    "VIT_BLOCK": "clips.weights.foreign",
+    # an image tower taken apart, and as transformers has it
+    "NotPlain": "clips.weights.plain_vit",
     "init_weights": "clips.model.layers",
-    "module_activation": "clips.weights.foreign",
+    "plain_vit": "clips.weights.plain_vit",
     "read_open_clip_config": "clips.weights.open_clip",
     "sincos_positions": "clips.model.vision",
-    "timm_vision_config": "clips.weights.foreign",
+    "transformers_vit": "clips.weights.hf_vit",
 }
 
 if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
@@ -86,9 +84,10 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.model.layers import init_weights
     from clips.model.vision import sincos_positions
     from clips.training.cli import config_from_flags, parser
-    from clips.weights.foreign import CLIP_VISION_BLOCK, VIT_BLOCK, NotPlain, module_activation, timm_vision_config
+    from clips.weights.hf_vit import transformers_vit
     from clips.weights.load import newest_export
     from clips.weights.open_clip import read_open_clip_config
+    from clips.weights.plain_vit import NotPlain, plain_vit
 
 __all__ = list(FACE)
 

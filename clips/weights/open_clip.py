@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.tensors import SHOWN, assign_weights, read_weights, write_weights
+from clips.common.tensors import assign_weights, read_weights, write_weights
 from clips.config import Activation, ModelConfig, PositionTable, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -27,6 +27,8 @@ from clips.model.layers import LAYER_NORM_EPS
 from clips.model.vision import sincos_positions
 from clips.weights.foreign import NORMALISED, fold_normalisation
 from clips.weights.hf_vit import positions_with_bias
+from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
+from clips.weights.plain_vit import listed
 
 STOCK_EPS = 1e-5
 """LayerNorm's eps where open_clip's configuration names none."""
@@ -61,49 +63,19 @@ PLAIN = (None, False, 0, "linear", "default")
 """What a field is that says "nothing special", such as `proj_type` and `block_type`."""
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 """Entries of OpenAI's and older files that are settings or fixed masks."""
-#: our name → open_clip's, inside a block
-OPEN_CLIP_BLOCK = {
-    "norm1.weight": "ln_1.weight",
-    "norm1.bias": "ln_1.bias",
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj.weight": "attn.out_proj.weight",
-    "attn.proj.bias": "attn.out_proj.bias",
-    "norm2.weight": "ln_2.weight",
-    "norm2.bias": "ln_2.bias",
-    "mlp.fc1.weight": "mlp.c_fc.weight",
-    "mlp.fc1.bias": "mlp.c_fc.bias",
-    "mlp.fc2.weight": "mlp.c_proj.weight",
-    "mlp.fc2.bias": "mlp.c_proj.bias",
-}
+TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
+"""Name here → open_clip's, of the tensors that are transposed there."""
+CHANGED = ("visual.cls_token", "visual.pos_embed", "visual.patch_embed.bias")
+"""Tensors that open_clip keeps in another form, or in another tensor."""
 
 
-def _open_clip_blocks(blocks: str, layers: int) -> dict[str, str]:
-    """Our name → open_clip's for every tensor of one tower's blocks; `blocks` is "visual" or "text"."""
-    return {
-        f"{blocks}.blocks.{i}.{ours}": f"{blocks}.transformer.resblocks.{i}.{theirs}"
-        for i in range(layers)
-        for ours, theirs in OPEN_CLIP_BLOCK.items()
-    }
-
-
-def _open_clip_names(config: ModelConfig) -> dict[str, str]:
-    """Our name → open_clip's, for the tensors that are copied as they are."""
-    norms = {"visual.norm": "visual.ln_post", "text.norm": "text.ln_final"}
-    if config.vision.pre_norm:
-        norms["visual.pre_norm"] = "visual.ln_pre"
-    return {
-        "visual.patch_embed.weight": "visual.conv1.weight",
-        "text.token_embed.weight": "text.token_embedding.weight",
-        "text.pos_embed": "text.positional_embedding",
-        **{f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in norms.items() for kind in ("weight", "bias")},
-        **_open_clip_blocks("visual", config.vision.layers),
-        **_open_clip_blocks("text", config.text.layers),
-    }
-
-
-#: our name → open_clip's, for the tensors that are transposed
-OPEN_CLIP_TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Name here → open_clip's, of the tensors that are the same there."""
+    vision, text = OPEN_CLIP_VISION.names(config.vision.layers), OPEN_CLIP_TEXT.names(config.text.layers)
+    absent = (*CHANGED, *(() if config.vision.pre_norm else ("visual.pre_norm",)))
+    towers = (("visual", vision), ("text", text))
+    found = {f"{tower}.{ours}": f"{tower}.{theirs}" for tower, names in towers for ours, (theirs,) in names.items()}
+    return {ours: theirs for ours, theirs in found.items() if not ours.startswith(absent)}
 
 
 def logit_scale_parameter(model: CLIPSModel) -> Tensor:
@@ -191,11 +163,13 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
 def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
     """Both towers for stock open_clip (≥ 3.3); the captioner has no place there."""
     state, text = model.state_dict(), model.config.text
-    tensors = {theirs: state[ours] for ours, theirs in _open_clip_names(model.config).items()}
-    tensors |= {theirs: state[ours].T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
+    tensors = {theirs: state[ours] for ours, theirs in _names(model.config).items()}
+    tensors |= {theirs: state[ours].T for ours, theirs in TRANSPOSED.items()}
     tensors["logit_scale"] = logit_scale_parameter(model)
     tensors["visual.class_embedding"] = state["visual.cls_token"]
-    tensors["visual.positional_embedding"] = positions_with_bias(model.visual)
+    bias = state.get("visual.patch_embed.bias")
+    positions = positions_with_bias(model.visual.positions(), bias, model.config.vision.prefix_tokens)
+    tensors["visual.positional_embedding"] = positions
     if text.pool == "cls" and text.pad_mask:
         tensors["text.cls_emb"] = state["text.token_embed.weight"][tokenizer.cls_id]
     directory.mkdir(parents=True, exist_ok=True)
@@ -226,16 +200,16 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
         source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
     tokenizer = _open_clip_tokenizer(directory, config.text)
 
-    copied = _open_clip_names(config)
-    wanted = {*copied.values(), *OPEN_CLIP_TRANSPOSED.values()}
+    copied = _names(config)
+    wanted = {*copied.values(), *TRANSPOSED.values()}
     wanted |= {"logit_scale", "visual.class_embedding", "visual.positional_embedding"}
     has_cls_emb = config.text.pool == "cls" and config.text.pad_mask
     wanted |= {"text.cls_emb"} if has_cls_emb else set()
     problems = {"lacks": wanted - source.keys(), "holds besides": source.keys() - wanted}
-    if found := [f"{what} {_listed(sorted(names))}" for what, names in problems.items() if names]:
+    if found := [f"{what} {listed(sorted(names))}" for what, names in problems.items() if names]:
         raise UserError(f"{files[0]} {' and '.join(found)}: it is not the model that open_clip_config.json describes")
     tensors = {ours: source[theirs].float() for ours, theirs in copied.items()}
-    tensors |= {ours: source[theirs].float().T for ours, theirs in OPEN_CLIP_TRANSPOSED.items()}
+    tensors |= {ours: source[theirs].float().T for ours, theirs in TRANSPOSED.items()}
     stored, cls_token = source["visual.positional_embedding"], source["visual.class_embedding"].float()
     vision, bias = _recognise_positions(stored, config.vision, files[0])
     if vision.pos_embed == "learned":
@@ -422,7 +396,3 @@ def _norm_eps(part: str, fields: Mapping[str, Any], default: float) -> float:
 def _require(condition: bool, part: str, name: str, value: object) -> None:
     if not condition:
         raise UserError(f"{part}.{name} is {value!r}: no tower here has that")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -22,7 +22,7 @@ from mllm.chat.prefix_cache import PrefixCache
 from mllm.chat.stream import AnswerStreamer, StopWhenDone
 from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript, turn_text
 from mllm.encoders.registry import image_pixels
-from mllm.model.defaults import COLDEST
+from mllm.evaluation.batches import COLDEST
 from mllm.model.load import CACHE
 
 

@@ -29,7 +29,7 @@ from clips.common.escape import for_rich
 from clips.common.files import read_json
 from mllm.compare.statistics import independent_runs, interval, labels, over_groups, shared_runs
 from mllm.compare.variance import Level, components, distinct_levels
-from mllm.encoders.names import parse_vision_name
+from mllm.encoders.registry import parse_vision_name
 
 PAIRS = 400
 TRIES = 500

@@ -15,7 +15,7 @@ from clips.common.rundir import METRICS
 from mllm.compare.benchmarks import missing_benchmarks
 from mllm.compare.comparison import Comparison, asks_questions
 from mllm.compare.statistics import shared_runs
-from mllm.encoders.names import parse_vision_name
+from mllm.encoders.registry import parse_vision_name
 
 RECIPES = {"clips": "demo", "clip": "clip_baseline", "caption": "caption", "caption+web": "caption_web"}
 """Encoders that are pretrained where they are missing."""

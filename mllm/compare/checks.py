@@ -25,7 +25,7 @@ from mllm.compare.comparison import (
 )
 from mllm.compare.plan import deciding
 from mllm.data.questions import open_questions
-from mllm.encoders.names import parse_vision_name
+from mllm.encoders.registry import parse_vision_name
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     CLIPImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
@@ -22,6 +24,8 @@ from transformers import (
     ViTModel,
 )
 
+from clips.common.errors import UserError
+from clips.common.stock import loading
 from clips.common.tensors import hash_weights
 
 SelectFeature = Literal["default", "full"]
@@ -104,7 +108,7 @@ class VisionEncoder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over weights, layer and preprocessing: equal fingerprints give equal features."""
-        digest = self._hash_of_weights()
+        digest = self._weights()
         config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
         settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -113,9 +117,9 @@ class VisionEncoder:
     @property
     def weights_fingerprint(self) -> str:
         """SHA-256 over the weights alone: of the same encoder with other preprocessing it is the same."""
-        return self._hash_of_weights().hexdigest()
+        return self._weights().hexdigest()
 
-    def _hash_of_weights(self) -> Any:
+    def _weights(self) -> Any:
         tensors = self.model.state_dict()
         return hash_weights({name: tensors[name] for name in tensors if not name.startswith(UNUSED)})
 
@@ -153,3 +157,28 @@ def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[in
     hidden_states = model(pixel_values, output_hidden_states=True).hidden_states
     chosen = [hidden_states[i] for i in ([layer] if isinstance(layer, int) else layer)]
     return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)
+
+
+@torch.no_grad()
+def check_tokens(encoder: VisionEncoder) -> None:
+    """Run one image through preprocessing and model; UserError if the tokens are not what stock LLaVA expects."""
+    with torch.device("meta"):
+        rebuilt = type(AutoModel.from_config(encoder.config))
+    if rebuilt is not type(encoder.model):
+        raise UserError(f"vision encoder {encoder.name}: a stock LLaVA model would hold a {rebuilt.__name__}")
+    layers = encoder.config.num_hidden_layers
+    chosen = [encoder.select_layer] if isinstance(encoder.select_layer, int) else encoder.select_layer
+    if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):
+        raise UserError(
+            f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers "
+            f"{-layers - 1} … {layers} (0 = embeddings)"
+        )
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels = encoder.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    with loading("vision encoder", encoder.name):
+        shape = tuple(encoder.features(pixels).shape)
+    if shape != (1, encoder.num_tokens, encoder.width):
+        raise UserError(
+            f"vision encoder {encoder.name} gives tokens of shape {shape[1:]}, a stock LLaVA model expects "
+            f"{(encoder.num_tokens, encoder.width)}"
+        )

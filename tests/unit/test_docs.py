@@ -18,7 +18,7 @@ from conftest import ROOT
 from clips.common.errors import UserError
 from clips.recipes import RECIPES
 from clips.training.cli import config_from_flags
-from mllm.encoders.names import parse_vision_name
+from mllm.encoders.registry import parse_vision_name
 from mllm.training.arguments import parse_train_arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from clips.common import stock
 from clips.common.errors import UserError
+from mllm import DEFAULT_LLM
 from mllm.data.formats import saved_format
 from mllm.model import llm as llm_module
-from mllm.model.defaults import DEFAULT_LLM
 from mllm.model.llm import convert_gguf, find_default, load_llm, packaged_gguf
 
 

@@ -39,9 +39,8 @@ from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
-from mllm.encoders.names import parse_vision_name
-from mllm.encoders.plain_vit import check_equal
-from mllm.encoders.registry import VISION, load_vision
+from mllm.encoders.load import LOADERS, check_equal
+from mllm.encoders.registry import ARGUMENTS, load_vision, parse_vision_name
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -409,7 +408,7 @@ def test_unknown_names_and_layers(runs, tmp_path):
         load_vision("hf")
     with pytest.raises(UserError, match="has layers -4 … 3"):
         load_vision("clips", runs=runs, select_layer=-5)
-    assert list(VISION) == ["clips", "clip", "caption", "caption+web", "random", "blind", "open_clip", "hf", "timm"]
+    assert list(LOADERS) == list(ARGUMENTS)
 
 
 def test_fingerprint_follows_weights_layer_and_preprocessing(runs, tmp_path):

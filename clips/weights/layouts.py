@@ -1,0 +1,163 @@
+"""Names of towers in the formats of transformers, timm and open_clip: one table per format, read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from clips.config import Activation
+
+QKV = ("attn.q", "attn.k", "attn.v")
+"""Formats with separate matrices of queries, keys and values: they are joined here, in this order."""
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+POSITION_IDS = {"embeddings.position_ids": "the numbers 0, 1, 2, …"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The names that a format has for a tower: name here → name there."""
+
+    prefix: str = ""
+    """Prefix of every name in files that hold more than this tower."""
+    tensors: Mapping[str, str]
+    modules: Mapping[str, str]
+    """Modules with weight and bias, outside the blocks."""
+    blocks: str
+    """The list of blocks."""
+    block: Mapping[str, str]
+    """Modules with weight and bias inside a block."""
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """Module inside a block → the LayerScale behind it, which is folded into the module here."""
+    left_over: Mapping[str, str] = field(default_factory=dict)
+    """First letters of names that no tower here has → what they are."""
+
+    def names(self, layers: int) -> dict[str, tuple[str, ...]]:
+        """Tensor here → the tensors there that it consists of, one after the other."""
+        modules: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.modules.items()}
+        for i in range(layers):
+            for ours, theirs in self.block.items():
+                name = f"blocks.{i}." + ("attn.qkv" if ours in QKV else ours)
+                modules[name] = (*modules.get(name, ()), f"{self.blocks}.{i}.{theirs}")
+        found: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.tensors.items()}
+        for ours, parts in modules.items():
+            for kind in ("weight", "bias"):
+                # "attn.in_proj_" of torch's MultiheadAttention is no module: its tensor is attn.in_proj_weight.
+                found[f"{ours}.{kind}"] = tuple(part + ("" if part[-1] == "_" else ".") + kind for part in parts)
+        return found
+
+    def write(self, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+        """`tensors` of a tower under the names there; tensors that the format has no name for are left out."""
+        return {
+            theirs: part
+            for ours, names in self.names(layers).items()
+            if ours in tensors
+            for theirs, part in zip(names, tensors[ours].chunk(len(names)), strict=True)
+        }
+
+
+# ---------------------------------------------------------------------------------------------- transformers
+CLIP_BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+CLIP_VISION = Layout(
+    prefix="vision_model.",
+    tensors={"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight"},
+    modules={"patch_embed": "embeddings.patch_embedding", "pre_norm": "pre_layrnorm", "norm": "post_layernorm"},
+    blocks="encoder.layers",
+    block=CLIP_BLOCK,
+    left_over=POSITION_IDS,
+)
+SIGLIP_VISION = replace(CLIP_VISION, left_over={**POSITION_IDS, "head.": "SigLIP's pooling head"})
+CLIP_TEXT = Layout(
+    prefix="text_model.",
+    tensors={
+        "token_embed.weight": "embeddings.token_embedding.weight",
+        "pos_embed": "embeddings.position_embedding.weight",
+    },
+    modules={"norm": "final_layer_norm"},
+    blocks="encoder.layers",
+    block=CLIP_BLOCK,
+    left_over=POSITION_IDS,
+)
+VIT = Layout(
+    prefix="vit.",
+    tensors={"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"},
+    modules={"patch_embed": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
+    blocks="encoder.layer",
+    block={
+        "norm1": "layernorm_before",
+        "attn.q": "attention.attention.query",
+        "attn.k": "attention.attention.key",
+        "attn.v": "attention.attention.value",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    },
+    left_over={
+        "pooler.": "ViT's pooler",
+        "classifier.": "classifier",
+        "embeddings.mask_token": "mask token",
+        "decoder.": "decoder of masked images",
+    },
+)
+DINOV2 = replace(
+    VIT,
+    prefix="dinov2.",
+    block={**VIT.block, "norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"},
+    scales={"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"},
+)
+VISION_LAYOUTS = {
+    "vit": VIT,
+    "dinov2": DINOV2,
+    "clip_vision_model": CLIP_VISION,
+    "clip": CLIP_VISION,
+    "siglip_vision_model": SIGLIP_VISION,
+    "siglip": SIGLIP_VISION,
+}
+"""transformers' `model_type` → the layout of its image tower."""
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+"""transformers' `hidden_act` → the name here."""
+
+# ---------------------------------------------------------------------------------------------- timm and open_clip
+TIMM = Layout(
+    tensors={"cls_token": "cls_token", "pos_embed": "pos_embed"},
+    modules={"patch_embed": "patch_embed.proj", "pre_norm": "norm_pre", "norm": "norm"},
+    blocks="blocks",
+    block={name: name for name in ("norm1", "norm2", *LINEARS)},
+    scales={"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"},
+    left_over={"head.": "classifier", "attn_pool.": "attention pooling"},
+)
+OPEN_CLIP_VISION = Layout(
+    tensors={"cls_token": "class_embedding", "pos_embed": "positional_embedding"},
+    modules={"patch_embed": "conv1", "pre_norm": "ln_pre", "norm": "ln_post"},
+    blocks="transformer.resblocks",
+    block={
+        "norm1": "ln_1",
+        "attn.qkv": "attn.in_proj_",
+        "attn.proj": "attn.out_proj",
+        "norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
+    scales={"attn.proj": "ls_1.gamma", "mlp.fc2": "ls_2.gamma"},
+)
+OPEN_CLIP_TEXT = replace(
+    OPEN_CLIP_VISION,
+    tensors={"token_embed.weight": "token_embedding.weight", "pos_embed": "positional_embedding"},
+    modules={"norm": "ln_final"},
+)
