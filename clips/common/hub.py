@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from clips.common.errors import UserError, first_line
+from clips.common.files import digest_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
@@ -55,3 +56,13 @@ def _download(name: str, what: str, weights: Sequence[str]) -> Path:
             f"({first_line(error)}). Without a network give a local directory."
         ) from None
     return directory
+
+
+def model_digest(directory: Path, *, whole: bool = False) -> str:
+    """SHA-256 over names and contents of a model directory's weight files.
+
+    `whole`: over every file that decides what the model computes, so configuration, tokenizer and templates too.
+    """
+    if whole:
+        return digest_of(path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern))
+    return digest_of([*directory.glob("*.safetensors")] or directory.glob("pytorch_model*.bin"))

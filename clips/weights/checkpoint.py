@@ -237,10 +237,7 @@ def _verified(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        content = json.loads((path / "state.json").read_text())
-        if isinstance(content, dict):
-            content.pop("best", None)  # the best validation figure, which older programs kept here
-        state = TrainState(**content)
+        state = TrainState(**json.loads((path / "state.json").read_text()))
         for name in ("seed", "step", "samples", "phase", "phase_step", "skipped"):
             if type(getattr(state, name)) is not int:
                 raise TypeError(f"{name} is {getattr(state, name)!r}, no whole number")

@@ -24,7 +24,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
-from clips.common.hub import resolve
+from clips.common.hub import model_digest, resolve
 from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
@@ -36,7 +36,7 @@ from mllm.encoders.registry import image_pixels
 from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
-from mllm.model.load import load_llava, model_name, newest_model, weights_digest
+from mllm.model.load import load_llava, model_name, newest_model
 
 DEMO_QUESTIONS = "the demo's held-out questions"
 """How a model's card calls them."""
@@ -198,7 +198,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         figures = {
             "model": str(directory),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights_digest(resolve(directory, "model")),
+            "weights": model_digest(resolve(directory, "model")),
             "scorer": scorer_version(),
             "sets": answered,
             "flags": vars(flags),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.files import read_json, write_atomically, write_json
+from clips.common.hub import model_digest
 from clips.common.page import Table, render
-from mllm.model.load import FACTS, weights_digest
+from mllm.model.load import FACTS
 
 EVALUATION = "evaluation.json"
 HEADING = "\n## Figures\n"
@@ -28,7 +29,7 @@ def add_evaluation(directory: Path, test_set: str, figures: Mapping[str, Any]) -
     `figures` are what mllm/evaluation/evaluate.py writes to figures.json.
     """
     card, weights = directory / "README.md", figures["weights"]
-    if not (directory / FACTS).is_file() or not card.is_file() or weights_digest(directory) != weights:
+    if not (directory / FACTS).is_file() or not card.is_file() or model_digest(directory) != weights:
         return False
     text, heading, _ = card.read_text(encoding="utf-8").rpartition(HEADING)
     if not heading:
@@ -44,7 +45,7 @@ def add_evaluation(directory: Path, test_set: str, figures: Mapping[str, Any]) -
 def figures_section(directory: Path) -> str:
     """Markdown: what was measured on the weights that are in `directory`."""
     there = read_json(directory / EVALUATION)
-    of_these = there.get("test_sets", {}) if there and there["weights"] == weights_digest(directory) else {}
+    of_these = there.get("test_sets", {}) if there and there["weights"] == model_digest(directory) else {}
     shown = {name: (figures["dtype"], _table(figures)) for name, figures in of_these.items()}
     return render("mllm.model", "figures.md.j2", figures=shown)
 

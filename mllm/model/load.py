@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
-from clips.common.files import digest_of, read_json
+from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
@@ -62,11 +62,6 @@ def vision_facts(directory: Path) -> dict[str, Any] | None:
     if not (directory / FACTS).is_file():
         return None
     return json.loads((directory / FACTS).read_text(encoding="utf-8"))["vision_encoder"]
-
-
-def weights_digest(directory: Path) -> str:
-    """SHA-256 over names and contents of a model directory's weight files: it tells whose figures are whose."""
-    return digest_of([*directory.glob("*.safetensors")] or directory.glob("pytorch_model*.bin"))
 
 
 def model_name(directory: str) -> str:

@@ -17,8 +17,7 @@ from PIL import Image
 
 from clips import BrokenSample, decode_image
 from clips.common.errors import UserError
-from clips.common.files import digest_of
-from clips.common.hub import CONFIG_FILES, WEIGHT_FILES
+from clips.common.hub import model_digest
 from mllm.chat.limits import KEPT_PIXELS
 from mllm.evaluation.batches import seeded
 from mllm.recaption.asking import RETRY_TEMPERATURE, Prompt, hint_of, temperature_of
@@ -44,7 +43,7 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
     ) -> None:
         self.prompt, self.device, self.max_new_tokens = prompt, device, max_new_tokens
         self.batch_size, self._rows = GROUP * batch_size, batch_size
-        self._weights = fingerprint(directory)
+        self._weights = model_digest(directory, whole=True)
         self._readers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures")
 
     @abstractmethod
@@ -101,8 +100,3 @@ class BatchedCaptioner(ABC, Generic[ItemT]):
 
     def close(self) -> None:
         self._readers.shutdown(wait=False, cancel_futures=True)
-
-
-def fingerprint(directory: Path) -> str:
-    """A hash of every file that says what a model computes: weights, configuration, tokenizer, templates."""
-    return digest_of(path for pattern in (*CONFIG_FILES, *WEIGHT_FILES) for path in directory.glob(pattern))

@@ -15,10 +15,10 @@ from local_hub import REPO, hub, run_card, uploaded
 from markdown_it import MarkdownIt
 from tiny_mllm import write_run
 
+from clips.common.hub import model_digest
 from clips.weights.push import push
 from mllm.encoders.registry import load_vision
 from mllm.model.card import add_evaluation, figures_section
-from mllm.model.load import weights_digest
 from mllm.training.finish import card
 
 __all__ = ["hub"]
@@ -103,7 +103,7 @@ def test_figures_come_onto_the_card_of_exactly_their_weights(place: Path, tmp_pa
     model = saved(place, tmp_path)
     before = (model / "README.md").read_text(encoding="utf-8")
     assert before.endswith("None were measured on these weights when this card was written.\n")
-    weights = {"weights": weights_digest(model)}
+    weights = {"weights": model_digest(model)}
     assert add_evaluation(model, "old.jsonl", FIGURES | weights)
     assert add_evaluation(model, "the demo's held-out questions", FIGURES | weights)
     assert add_evaluation(model, "old.jsonl", FIGURES | weights | {"dtype": "bfloat16"})
@@ -124,13 +124,13 @@ def test_figures_of_other_weights_are_not_shown(place: Path, tmp_path: Path) -> 
     before = (model / "README.md").read_text(encoding="utf-8")
     assert not add_evaluation(model, "mine", FIGURES | {"weights": "0" * 64})
     assert (model / "README.md").read_text(encoding="utf-8") == before
-    assert add_evaluation(model, "mine", FIGURES | {"weights": weights_digest(model)})
+    assert add_evaluation(model, "mine", FIGURES | {"weights": model_digest(model)})
     assert "77.5" in figures_section(model)
     path = model / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "77.5" not in figures_section(model)
-    assert add_evaluation(model, "yours", FIGURES | {"weights": weights_digest(model)})
+    assert add_evaluation(model, "yours", FIGURES | {"weights": model_digest(model)})
     text = (model / "README.md").read_text(encoding="utf-8")
     assert "yours" in text
     assert "mine" not in text.partition("## Figures")[2]
@@ -139,7 +139,7 @@ def test_figures_of_other_weights_are_not_shown(place: Path, tmp_path: Path) -> 
 def test_a_card_that_somebody_else_wrote_is_left_alone(place: Path, tmp_path: Path) -> None:
     model = saved(place, tmp_path)
     (model / "README.md").write_text("# Mine\n")
-    assert not add_evaluation(model, "mine", FIGURES | {"weights": weights_digest(model)})
+    assert not add_evaluation(model, "mine", FIGURES | {"weights": model_digest(model)})
     assert (model / "README.md").read_text() == "# Mine\n"
 
 
@@ -147,7 +147,7 @@ def test_names_from_question_files_do_not_act_on_the_card(place: Path, tmp_path:
     model = saved(place, tmp_path)
     row = FIGURES["exact_match"]["yes/no"]
     kinds = {text[:200]: row for text in HOSTILE.values()}
-    figures = FIGURES | {"exact_match": kinds, "weights": weights_digest(model)}
+    figures = FIGURES | {"exact_match": kinds, "weights": model_digest(model)}
     assert add_evaluation(model, HOSTILE["html"], figures)
     shown = (model / "README.md").read_text(encoding="utf-8").partition("## Figures")[2]
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(shown)
