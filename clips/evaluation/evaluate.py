@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from clips.evaluation.testsets import (
 )
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 
+TestSetAndClasses = tuple[TestSet, Classes | None]
 PROBE_SAMPLES = 5000
 """Training images whose labelled ones the linear probe is fitted on."""
 
@@ -115,36 +117,58 @@ def evaluate(
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
-    options: dict[str, Any] = {
-        "image_size": image_size,
-        "batch_size": run.eval.batch_size,
-        "workers": run.data.workers,
-    }
-    figures: dict[str, Figure] = {}
-    skipped: list[str] = []
-    probed: Callable[[ImageSet], Figure | None] | None = None
-    limit = None if full else run.eval.max_images
-    captioned = full or not run.model.embed_dim
-    for name in held_out_sets(run.data) if split == "test" else [split]:
-        items, classes = open_test_set(run.data, name, run.captions.splitter)
-        images = encode_images(
-            model, items, limit=limit, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
-        )
-        found = measure(model, tokenizer, images, classes, batch_size=run.eval.batch_size, sharded=sharded)
-        if full and labelled_rows(images):
-            if probed is None:
-                train = encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options)
-                probed = probe_images(train)
-            if (figure := probed(images)) is not None:
-                found["linear_probe_top1"] = figure
-        figures |= named(found, name, split)
-        skipped += images.skipped
+    names = held_out_sets(run.data) if split == "test" else [split]
+    sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
+    options: dict[str, Any] = {"image_size": image_size, "batch_size": run.eval.batch_size, "workers": run.data.workers}
+
+    @cache
+    def fitted() -> Callable[[ImageSet], Figure | None]:
+        return probe_images(encode_images(model, open_test_set(run.data, "train")[0], limit=PROBE_SAMPLES, **options))
+
+    figures, skipped, _ = _measure_sets(
+        model, tokenizer, sets, split,
+        probe=(lambda images: fitted()(images) if labelled_rows(images) else None) if full else None,
+        captioned=full or not run.model.embed_dim, sharded=sharded, limit=None if full else run.eval.max_images,
+        **options,
+    )  # fmt: skip
     if out is not None:
         write_figures(
             out, figures, test_set=split, skipped=skipped, model=model, checkpoint=checkpoint,
             image_size=image_size, missing=missing_of(run, split),
         )  # fmt: skip
     return figures
+
+
+def _measure_sets(
+    model: CLIPSModel,
+    tokenizer: CaptionTokenizer,
+    sets: Mapping[str, TestSetAndClasses],
+    first: str,
+    *,
+    batch_size: int,
+    probe: Callable[[ImageSet], Figure | None] | None = None,
+    captioned: bool = True,
+    sharded: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Figure], list[str], int]:
+    """Figures of all sets, those of `first` under plain names; why images were left out; the number of images.
+
+    Each image is read once and goes through the image tower once.
+    """
+    figures: dict[str, Figure] = {}
+    skipped: list[str] = []
+    count = 0
+    for name, (items, classes) in sets.items():
+        images = encode_images(
+            model, items, batch_size=batch_size, sharded=sharded, tokenizer=tokenizer if captioned else None, **options
+        )
+        found = measure(model, tokenizer, images, classes, batch_size=batch_size, sharded=sharded)
+        if probe is not None and (figure := probe(images)) is not None:
+            found["linear_probe_top1"] = figure
+        figures |= named(found, name, first)
+        skipped += images.skipped
+        count += len(images.indices)
+    return figures, skipped, count
 
 
 def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
@@ -178,30 +202,25 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     first = next(iter(sets))
     name += f"-{flags.limit}" if flags.limit else ""
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
-    own_classes = load_classes(flags.classes) if flags.classes is not None else None
-    options = {
+    if flags.classes is not None:
+        sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
+    options: dict[str, Any] = {
         "image_size": flags.image_size,
         "batch_size": flags.batch_size or run.eval.batch_size,
         "workers": run.data.workers,
     }
-    probed = None
+    probe = None
     if flags.probe_train is not None:
-        probed = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
-    figures: dict[str, Figure] = {}
-    skipped: list[str] = []
-    count = 0
-    for test_set, (items, classes) in sets.items():
-        images = encode_images(model, items, limit=flags.limit, tokenizer=loaded.tokenizer, **options)
-        classes = own_classes or classes
-        found = measure(model, loaded.tokenizer, images, classes, batch_size=options["batch_size"])
-        if probed is not None:
-            figure = probed(images)
-            if figure is None:
+        fitted = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
+
+        def probe(images: ImageSet) -> Figure:
+            if (figure := fitted(images)) is None:
                 raise UserError(f"--probe-train {flags.probe_train}: no labels there that the test images have too")
-            found["linear_probe_top1"] = figure
-        figures |= named(found, test_set, first)
-        skipped += images.skipped
-        count += len(images.indices)
+            return figure
+
+    figures, skipped, count = _measure_sets(
+        model, loaded.tokenizer, sets, first, probe=probe, limit=flags.limit, **options
+    )
     if not figures:
         raise UserError(
             "nothing to measure: the test set has neither captions nor labels"
@@ -221,7 +240,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     print(f"{count:,} images, {len(skipped)} skipped; written to {out}")
 
 
-def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[str, tuple[TestSet, Classes | None]]]:
+def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[str, TestSetAndClasses]]:
     """What the measurement is called, and the sets to measure on by name, the first being that of the plain figures."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)

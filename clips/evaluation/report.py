@@ -1,8 +1,7 @@
-"""The report of a run: one offline HTML page with curves and pictures, and the same as PNG files.
+"""The report of a run: one offline HTML page with curves and examples, and the curves as a PNG file.
 
-`write_report` reads what a run leaves behind (config.json, metrics.jsonl, evaluation*.json) and, where given, the
-examples that were drawn from its model. The page holds everything inside itself, follows the reader's light or dark
-setting and fits a phone.
+`write_report` reads what a run leaves behind (config.json, metrics.jsonl, evaluation*.json) and, if given, examples of
+its model. The page holds everything inside itself, follows the reader's light or dark setting and fits a phone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from clips.common.page import render, save_plot, themed
 from clips.common.plots import LIGHT, Panel, curves_plot, pretty
 from clips.common.rundir import MADE_OF, UNSEEN, by_test_set, newest_weights, read_evaluations, read_metrics
 from clips.evaluation.examples import Examples
-from clips.evaluation.plots import captions_plot, retrieval_plot, verdict, zero_shot_plot
 
 
 @dataclass
@@ -84,16 +82,10 @@ def panels(record: RunRecord) -> list[Panel]:
 
 
 def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
-    """Write `run_dir`/report/ (index.html and PNG files), whole or not at all, and return the page's path."""
+    """Write `run_dir`/report/ (index.html and curves.png), whole or not at all, and return the page's path."""
     record, examples = read_run(run_dir), examples or Examples()
     with replacing(Path(run_dir) / "report") as directory:
         save_plot(curves_plot(panels(record), LIGHT), directory / "curves.png")
-        if examples.retrieval:
-            save_plot(retrieval_plot(examples.retrieval), directory / "retrieval.png")
-        if examples.zero_shot:
-            save_plot(zero_shot_plot(examples.zero_shot), directory / "zero_shot.png")
-        if examples.captions:
-            save_plot(captions_plot(examples.captions), directory / "captions.png")
         if record.weights is not None:
             write_json(directory / MADE_OF, record.weights)
         page = render("clips.evaluation", "report.html.j2", **_shown(record, examples))
@@ -118,7 +110,6 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
         },
         "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels(record) if record.train],
         "examples": examples,
-        "verdict": verdict,
         "missing": record.missing,
         "is_demo": config.get("data", {}).get("train") == "demo",
         "has_queries": captioner.get("inputs") == "queries",

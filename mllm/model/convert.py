@@ -332,12 +332,14 @@ def _config(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> 
         raise UserError(f"LLaVA has no class on a language model of kind {text.model_type!r}; it has: {known}")
     rope = dict(text.rope_parameters)
     scaling = {"type": rope.get("rope_type", "default"), "factor": rope.get("factor")}
-    if scaling["type"] not in ("default", "linear", "dynamic"):
-        raise UserError(f"LLaVA's transformers (4.37) has no rotary positions of type {scaling['type']!r}")
-    if getattr(text, "head_dim", None) not in (None, text.hidden_size // text.num_attention_heads):
-        raise UserError("LLaVA's transformers (4.37) has no heads of a width of their own (head_dim)")
-    if getattr(text, "mlp_bias", False):
-        raise UserError("LLaVA's transformers (4.37) has no biases in the MLP (mlp_bias)")
+    head_dim = text.hidden_size // text.num_attention_heads
+    lacks = {
+        f"rotary positions of type {scaling['type']!r}": scaling["type"] not in ("default", "linear", "dynamic"),
+        "heads of a width of their own (head_dim)": getattr(text, "head_dim", None) not in (None, head_dim),
+        "biases in the MLP (mlp_bias)": getattr(text, "mlp_bias", False),
+    }
+    if named := [what for what, has in lacks.items() if has]:
+        raise UserError(f"LLaVA's transformers (4.37) has no {named[0]}")
     if not isinstance(config.vision_feature_layer, int):
         raise UserError(f"LLaVA takes one layer of the vision tower, this model {config.vision_feature_layer}")
     select = {theirs: ours for ours, theirs in SELECT_FEATURE.items()}

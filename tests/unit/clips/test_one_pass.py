@@ -72,7 +72,7 @@ def by_evaluate(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, 
 
 def by_command(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig, folder: Path) -> dict[str, Any]:
     write_native(model, run, tokenizer, folder / "model")
-    flags = ["--model", folder / "model", "--probe-train", run.data.train, "--out", folder / "found.json"]
+    flags = ["--model", folder / "model", "--probe-train", run.data.train, "--output", folder / "found.json"]
     evaluate_from_flags(script_parser("evaluate_clips").parse_args([*map(str, flags), "--device", "cpu"]))
     return json.loads((folder / "found.json").read_text())
 
