@@ -10,7 +10,7 @@ from clips.common.flags import Parser
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("directory", help="such as runs/NAME/export/open_clip or runs/NAME/model")
-    p.add_argument("repo", help="OWNER/NAME on the hub; made where there is none")
+    p.add_argument("repo", help="OWNER/NAME on the hub; made if missing")
     p.add_argument("--private", action="store_true", help="make a new repository private")
     return p
 

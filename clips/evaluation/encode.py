@@ -65,7 +65,7 @@ class ImageSet:
 
 
 class _Encoded(NamedTuple):
-    """What is kept of a batch, on the CPU."""
+    """The results of a batch, on the CPU."""
 
     towers: list[tuple[Tensor, Tensor]]
     """`features` and `pooled`; none where every image of the batch is broken."""
@@ -90,9 +90,9 @@ def encode_images(
     """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
 
     `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
-    some of the batches, which are those of a single rank, so that every figure is the same; collective. With a
-    `tokenizer` the captioner, where there is one, predicts the long captions in the same pass: an image is read and
-    goes through the tower once, and its tokens are gone with its batch.
+    some of the batches, and batches are those of a single rank, so every figure is the same; collective. With a
+    `tokenizer` the captioner, if there is one, predicts the long captions in the same pass. An image is read once and
+    goes through the tower once.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))

@@ -104,7 +104,7 @@ def evaluate(
     checkpoint: Mapping[str, Any] | None = None,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Measure `model` on a split of its run's data (names as in `measure`); "test" stands for all its test sets.
+    """Measure `model` on a split of its run's data (names as in `measure`); "test" means all its test sets.
 
     The figures of the first test set have those plain names, those of a further one are called NAME/FIGURE. During
     training at most `eval.max_images` images are used; `full` uses all and adds `caption_token_top1` where there
@@ -241,7 +241,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
 
 
 def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[str, TestSetAndClasses]]:
-    """What the measurement is called, and the sets to measure on by name, the first being that of the plain figures."""
+    """The name of the measurement, and the sets to measure on by name; figures of the first have plain names."""
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
         items = KarpathySet(path, Path(flags.image_root or path.parent), flags.split)

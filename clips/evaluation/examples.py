@@ -68,7 +68,7 @@ def collect_examples(
     image_size: int | None = None,
     pool: int = 1000,
 ) -> Examples:
-    """n examples of each kind from `pool` images of a split, half of them misses where there are enough."""
+    """n examples of each kind from `pool` images of a split, half of them misses if there are enough."""
     items, classes = open_test_set(run.data, split, run.captions.splitter)
     size, batch = image_size or model.visual.image_size, run.eval.batch_size
     images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)

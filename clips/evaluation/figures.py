@@ -28,7 +28,7 @@ def named(figures: Mapping[str, Figure], test_set: str, first: str) -> dict[str,
 
 
 def missing_of(run: RunConfig, split: str) -> str | None:
-    """What the evaluation of a split lacks, in words, where the demo had to be drawn by one artist."""
+    """What the evaluation of a split lacks, in words, if the demo had to be drawn by one artist."""
     return MISSING if split == "test" and is_demo(run.data, "test") and is_by_one(run.data.demo_dir) else None
 
 

@@ -81,7 +81,7 @@ def retrieval_metrics(
     same caption: image → text is a hit if any of the image's captions, or an equal string, is among the first k;
     text → image if the image is the caption's own or has an equal caption.
     Where images share a caption there is also `i2t_r1_strict` …, as published figures count (clip_benchmark): of the
-    equal strings only the image's own is right, although nothing in the text tells them apart.
+    equal strings only the image's own is right, although equal texts cannot be told apart.
     """
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():

@@ -23,7 +23,7 @@ from clips.evaluation.examples import Examples
 
 @dataclass
 class RunRecord:
-    """What a run directory holds, read for the report."""
+    """The contents of a run directory that a report shows."""
 
     name: str
     config: dict[str, Any]
@@ -94,7 +94,7 @@ def write_report(run_dir: Path, examples: Examples | None = None) -> Path:
 
 
 def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
-    """What templates/report.html.j2 shows."""
+    """The variables of templates/report.html.j2."""
     config = record.config
     captioner = config.get("model", {}).get("captioner") or {}
     seen = record.train[-1] if record.train else {}

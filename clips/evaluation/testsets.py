@@ -1,4 +1,4 @@
-"""What an encoder is measured on: test sets as items with captions and a class, and class lists with prompts."""
+"""Test sets as items with captions and a class, and class lists with prompts."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class Captioner(nn.Module):
     ) -> Tensor:
         """Captions [B, T], `bos` left out, `pad_id` after `eos`; temperature 0 is greedy.
 
-        "tokens": one token at a time; the prefix and the earlier tokens stand in a KV cache.
+        "tokens": one token at a time; the prefix and the earlier tokens are in a KV cache.
         "queries": all positions at once, since no position's input depends on another's output.
         """
         B, last = len(patches_BND), self.config.length - 1

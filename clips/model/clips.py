@@ -40,7 +40,7 @@ ALL = Kept()
 
 
 class Outputs(NamedTuple):
-    """What one forward pass gives the objective (a tuple: ZeRO-3 finds the tensors of a tuple, not of an object)."""
+    """The outputs of one forward pass (a tuple: ZeRO-3 finds the tensors of a tuple, not of an object)."""
 
     image_features: Tensor
     """[B, E], L2-normalised."""
@@ -49,15 +49,15 @@ class Outputs(NamedTuple):
     logit_scale: Tensor
     """[1], exp of the learned temperature, at most 100."""
     caption_states: Tensor | None
-    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, of no meaning where there is no token; None
-    without a captioner."""
+    """[B, T − 1, D] decoder states that predict caption tokens 1 … T − 1, without meaning at padding; None without a
+    captioner."""
 
 
 class Counts(NamedTuple):
     """How many tokens of a batch are computed, which depends on its words: known where the batch is on the host."""
 
     texts: list[int]
-    """Of each text."""
+    """Tokens of each text."""
     predicted: int
     """Caption tokens that are predicted."""
     captioner: int
@@ -128,7 +128,7 @@ class CLIPSModel(nn.Module):
         )
 
     def caption_prefix(self, image_tokens: Tensor, web_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the captioner reads: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
+        """The captioner's inputs: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
 
         `image_tokens` [B, C + N, D] are those of `visual`. `web_ids` [B, L] are those of the web captions, which count
         nothing for a captioner that reads the image alone.
@@ -162,7 +162,7 @@ class CLIPSModel(nn.Module):
                 tower.blocks.activation_checkpointing = enabled
 
     def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL) -> Counts:
-        """What `forward` can be told of its inputs."""
+        """The `counts` of `forward` for these inputs."""
         words = []
         if self.text is not None:
             computed = map(self.text.computed, texts)

@@ -43,7 +43,7 @@ def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | 
 
 
 def taken(x_BND: Tensor, places_BK: Tensor) -> Tensor:
-    """Of each sequence the tokens at its `places`, [B, K, D]."""
+    """The tokens of each sequence at its `places`, [B, K, D]."""
     # Tensor.take_along_dim would write the places out for every unit of width, and autograd would keep that.
     return x_BND.gather(1, places_BK[..., None].expand(-1, -1, x_BND.shape[-1]))
 
@@ -62,7 +62,7 @@ class KVCache:
 
 
 class Packed(NamedTuple):
-    """Which slots of sequences [B, L] stand in rows [R, D], and who sees whom among all of them."""
+    """Which slots of sequences [B, L] are rows [R, D], and which slots see each other."""
 
     samples: int
     slots: int
@@ -89,7 +89,7 @@ class Packed(NamedTuple):
         return x if self.places is None else x.index_select(0, self.places)
 
     def unpack(self, x_RD: Tensor) -> Tensor:
-        """[B, L, D]; zeros where there are no rows."""
+        """[B, L, D]; zeros at slots without a row."""
         D = x_RD.shape[1]
         if self.places is not None:
             # Not index_copy, for which autograd would keep the rows.
@@ -98,7 +98,7 @@ class Packed(NamedTuple):
 
 
 Visible = Tensor | None | Sequence[Packed]
-"""Of sequences [B, L, D] the mask; of rows [R, D] the batches whose sequences stand in them, one after the other."""
+"""For sequences [B, L, D] the mask; for rows [R, D] the batches that they consist of, one after the other."""
 
 
 class Attention(nn.Module):

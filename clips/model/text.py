@@ -1,7 +1,7 @@
-"""The text tower: a transformer over token ids, one of whose slots stands for the whole text.
+"""The text tower: a transformer over token ids, one of whose slots summarises the text.
 
 Shapes: B texts · L slots · D width. Two layouts, chosen by `text.pool`:
-- `cls`: `[bos, words…, eos, pad…, CLS]`; the summary token (CLS) stands in the last slot. CLIPS.
+- `cls`: `[bos, words…, eos, pad…, CLS]`; the summary token (CLS) is in the last slot. CLIPS.
 - `eos`: `[bos, words…, eos, pad…]`; the end of the text is read. CLIP, with `text.causal`.
 
 Two ways with padding:
@@ -32,16 +32,16 @@ def visible_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
 
 
 def word_slots(ids_BL: Tensor, pad_id: int) -> Tensor:
-    """[B, L] booleans of rows `bos … eos pad …`: all up to eos. Only what stands at the end counts as padding:
+    """[B, L] booleans of rows `bos … eos pad …`: all up to eos. Only ids at the end count as padding:
     CLIP pads with the id of a word ("!")."""
     return (ids_BL != pad_id).flip(1).cumsum(dim=1).flip(1) > 0
 
 
 class TextStates(NamedTuple):
-    """What the tower gives for one text of each sample of a batch."""
+    """The outputs of the tower for one text of each sample of a batch."""
 
     pooled: Tensor
-    """[B, D], after the final norm: the slot that stands for the text."""
+    """[B, D], after the final norm: the summary slot."""
     states: Tensor
     """[B, M, D] before the norm, which the captioner reads. They leave the CLS slot out: M = L − 1, without one L.
     Where padding is masked it has none: zeros."""
@@ -66,7 +66,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.pos_embed, std=0.01)
 
     def visible(self, ids_BL: Tensor) -> Tensor:
-        """[B, L] booleans: which slots may be attended when padding is masked; up to eos where there is no CLS."""
+        """[B, L] booleans: which slots may be attended when padding is masked; up to eos without a CLS."""
         return (visible_slots if self.config.pool == "cls" else word_slots)(ids_BL, self.pad_id)
 
     def computed(self, ids_BL: Tensor) -> Tensor | None:

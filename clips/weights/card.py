@@ -93,7 +93,7 @@ def _towers(model: ModelConfig) -> str:
 
 
 def _data(run: RunConfig) -> str:
-    """What the weights were trained on, by the last part of its name: where it lay is nobody's business."""
+    """The training data by the last part of its name: a card names no place of this machine."""
     if run.data.train == "demo":
         return "the demo's drawn scenes"
     return "; ".join(PurePosixPath(urlsplit(part.strip()).path).name for part in run.data.train.split(";"))

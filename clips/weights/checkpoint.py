@@ -34,7 +34,7 @@ from clips.common.tensors import read_weights
 
 @dataclass
 class TrainState:
-    """Where a run stands; everything else follows from the configuration and (seed, epoch, position)."""
+    """The progress of a run; everything else follows from the configuration and (seed, epoch, position)."""
 
     seed: int
     step: int = 0
@@ -50,7 +50,7 @@ class TrainState:
     logit_scale: list[tuple[int, float]] = field(default_factory=list)
     """(samples, logit scale) at each logged step."""
     recent_losses: list[float] = field(default_factory=list)
-    """Of the last steps of this phase that were taken: what a spike is measured by (clips/training/watchdog.py)."""
+    """Losses of the last steps of this phase, which a spike is measured by (clips/training/watchdog.py)."""
     recent_norms: list[float] = field(default_factory=list)
     """Their gradient norms."""
     left_out: list[int] = field(default_factory=list)
@@ -141,7 +141,7 @@ class Writer:
         return self._writing is not None and self._writing[1].done() and self._writing[1].exception() is not None
 
     def wait(self) -> str | None:
-        """Wait until nothing is being written; why the last one could not be, where that is not told yet."""
+        """Wait until nothing is being written; returns why the last write failed, once."""
         if self._writing is None:
             return None
         self._awaited.set()
@@ -179,7 +179,7 @@ def run_of(path: Path) -> Path:
 def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
     """Put the checkpoints that are newer than `to` aside, with the metrics that go on behind it; returns where.
 
-    They count no more and are not deleted, LATEST names `to`. None where there is no newer one. Rank 0 only.
+    They count no more and are not deleted; LATEST names `to`. None if there is no newer checkpoint. Rank 0 only.
     """
     parent = run_dir / "checkpoints"
     newer = [path for path in checkpoints(run_dir) if int(path.name[5:]) > to.state.step]

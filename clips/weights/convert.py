@@ -38,7 +38,7 @@ TEXTS = (
 )
 OFFICIAL_WEIGHTS = "open_clip_pytorch_model.bin"
 Differences = dict[str, float]
-"""What was compared → its largest difference."""
+"""Name of a feature → its largest difference."""
 
 
 def convert_from_flags(flags: argparse.Namespace) -> None:
@@ -88,8 +88,8 @@ def _to_open_clip(source: str, directory: Path) -> Differences:
 
 
 def _to_official(source: str, directory: Path) -> Differences:
-    """As the authors of CLIPS and OpenVision publish theirs: open_clip's class CLIP, whose text tensors stand at the
-    top level, in a torch file, without tokenizer files."""
+    """The format of the authors of CLIPS: open_clip's class CLIP, whose text tensors are at the top level,
+    in a torch file, without tokenizer files."""
     loaded = load_model(source)
     if reason := _official_lacks(loaded):
         raise UserError(f"{source} cannot be an official checkpoint: {reason}")

@@ -122,12 +122,12 @@ def check_exports(
 
 
 Features = tuple[Tensor, ...]
-"""Of images [B, E] and texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar; without a
-shared space of images alone."""
+"""Features of images [B, E] and of texts [T, E], both L2-normalised, and the logarithm of the temperature, a scalar.
+A model without a shared space has features of images alone."""
 
 
 def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
-    """Of `images` [B, 3, S, S] and texts as ids [T, L]."""
+    """Features of `images` [B, 3, S, S] and of texts as ids [T, L]."""
     image_features = model.encode_image(images)
     if not model.config.embed_dim:
         return (image_features,)
@@ -136,7 +136,7 @@ def model_features(model: CLIPSModel, images: Tensor, ids: Tensor) -> Features:
 
 @torch.no_grad()
 def native_features(directory: Path, images: Tensor, texts: list[str]) -> Features:
-    """What a native export gives for `images` [B, 3, S, S] and `texts`, which it pads to the whole context."""
+    """Features by a native export of `images` [B, 3, S, S] and of `texts`, padded to the whole context."""
     model, _, tokenizer = load_native(directory)
     text = model.config.text
     ids = tokenizer(texts, text.context_length, trim=False, cls=text.pool == "cls")
@@ -145,7 +145,7 @@ def native_features(directory: Path, images: Tensor, texts: list[str]) -> Featur
 
 @torch.no_grad()
 def open_clip_features(directory: Path, images: Tensor, texts: list[str] | Tensor) -> Features:
-    """What stock open_clip gives for `images` [B, 3, S, S] and `texts`; ids for a directory without a tokenizer."""
+    """Features by stock open_clip; `texts` are ids if the directory has no tokenizer."""
     import open_clip
 
     source = f"local-dir:{directory}"

@@ -32,8 +32,7 @@ from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
 from clips.weights.load import LoadedModel, clip_tokenizer, load_model
 
 FREE = ("model.vision.image_size", *(f"{part}.{name}" for part, name in TRAINING_FIELDS.items()))
-"""What the recipe or `--set` may choose although the file says otherwise; positions are made or resampled for a size.
-"""
+"""Fields that the recipe or `--set` may change; positions are made or resampled for an image size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class InitialWeights:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tensors and their names, whatever file, format or place they came from."""
+        """SHA-256 of the tensors and their names, independent of file, format and place."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -62,7 +61,7 @@ class InitialWeights:
 
 # ----------------------------------------------------------------------------------------------------------- reading
 def read_initial(name: str) -> InitialWeights:
-    """What `name` holds: a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
+    """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
 
     A directory, or an id of the hub; `timm:NAME` is the hub's timm/NAME. Raises UserError where it is none of these.
     """

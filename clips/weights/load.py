@@ -43,8 +43,7 @@ class LoadedModel:
     path: Path
     """The directory that was asked for, or found, or of the hub's cache."""
     home: Path
-    """Where what is made of it belongs: `path`, for a checkpoint its run, for a model of the hub a directory of its
-    name under runs/."""
+    """The directory for results: `path`; the run of a checkpoint; runs/OWNER--NAME for a model of the hub."""
     samples: int | None = None
     """How many training samples the weights have seen, where that is known."""
     checkpoint: dict[str, Any] | None = None
@@ -56,9 +55,9 @@ class LoadedModel:
 def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> LoadedModel:
     """Load a run directory, a native or open_clip export, or a model of the hub; None: the newest run under `runs`.
 
-    Official checkpoints of CLIPS and OpenVision are of open_clip's kind; a whole CLIP of transformers is read too.
-    Of a run, its export, or its newest checkpoint when that is newer or there is no export yet. Of a run's
-    checkpoints/step-N, that one.
+    Official checkpoints of CLIPS and OpenVision have open_clip's format. A whole CLIP of transformers is read too. A
+    run gives its export, or its newest checkpoint if that is newer or there is no export yet. checkpoints/step-N of a
+    run gives that checkpoint.
     """
     if path is None:
         path = _newest_run(Path(runs))
@@ -110,7 +109,7 @@ def _load_checkpoint(found: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
 
 
 def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
-    """A whole CLIP of transformers; UserError where there is no text tower."""
+    """A whole CLIP of transformers; UserError if it has no text tower."""
     foreign = read_transformers(directory) if kind_of(directory) == "transformers" else None
     if foreign is None or foreign.text is None or foreign.embed_dim is None:
         raise UserError(
@@ -125,7 +124,7 @@ def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer
 
 
 def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
-    """The tokenizer of a transformers CLIP in `directory`; CLIP's own where there is none and as many ids."""
+    """The tokenizer of a transformers CLIP; if it is missing, CLIP's own for a vocabulary of its size."""
     if not (directory / "tokenizer.json").is_file() and vocab_size == CLIP_VOCABULARY:
         return build_tokenizer("clip")
     return CaptionTokenizer.load(directory)
@@ -144,7 +143,7 @@ def _time(path: Path) -> float:
 
 
 def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
-    """What a model that was trained elsewhere lets us say of its run."""
+    """A run configuration for a model that was trained elsewhere."""
     return RunConfig(
         recipe="imported",
         model=model,
@@ -159,7 +158,7 @@ def _imported_run(model: ModelConfig, tokenizer: CaptionTokenizer) -> RunConfig:
 def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
     """The export directory written last under `runs` by a run whose `task.objective` is `objective`.
 
-    UserError where there is none, or where that run has trained on since.
+    UserError if there is none, or if that run has trained on since.
     """
     found = []
     for config in runs.glob("*/export/hf_vit/config.json"):

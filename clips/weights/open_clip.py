@@ -39,7 +39,7 @@ NO_PATCH_BIAS = 1e-5
 CLIPA_CONTEXT = 32
 """Slots of CLIPA's text towers, by which alone their configurations differ from those of CLIPS."""
 BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
-"""What `hf_tokenizer_name` says where this project's BERT tokenizer is meant."""
+"""Values of `hf_tokenizer_name` that mean this project's BERT tokenizer."""
 READ = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu"},
     "vision_cfg": {
@@ -60,7 +60,7 @@ SAYS_NOTHING = {
 }
 """Fields that change nothing of what a plain tower computes. Every other field must be unset or plain."""
 PLAIN = (None, False, 0, "linear", "default")
-"""What a field is that says "nothing special", such as `proj_type` and `block_type`."""
+"""Values of fields such as `proj_type` and `block_type` that mean "nothing special"."""
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 """Entries of OpenAI's and older files that are settings or fixed masks."""
 TRANSPOSED = {"visual.proj.weight": "visual.proj", "text.proj.weight": "text.text_projection"}
@@ -196,7 +196,7 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     if not files:
         raise UserError(f"{directory} holds no open_clip*.safetensors or open_clip*.bin")
     source = {name: tensor for name, tensor in read_weights(files[0]).items() if name not in NO_WEIGHTS}
-    if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors stand at the top
+    if "positional_embedding" in source:  # the layout of open_clip's class CLIP: text tensors are at the top
         source = {n if n.startswith(("visual.", "logit_")) else f"text.{n}": t for n, t in source.items()}
     tokenizer = _open_clip_tokenizer(directory, config.text)
 
@@ -231,7 +231,7 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
 def _recognise_positions(stored: Tensor, vision: VisionConfig, path: Path) -> tuple[VisionConfig, Tensor]:
     """Which table `stored` [1 + N, D] is, and the patch bias [D] that was added to it.
 
-    Returns `vision` with both; `patch_bias` is false where there is none, as with learned positions.
+    Returns `vision` with both; `patch_bias` is false if there is no bias, as with learned positions.
     """
     grid = vision.image_size // vision.patch_size
     if stored.shape != (1 + grid**2, vision.width):
@@ -273,9 +273,9 @@ def _fold_preprocessing(directory: Path, tensors: dict[str, Tensor], vision: Vis
 
 
 def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer:
-    """The tokenizer in `directory`, or CLIP's or BERT's where the configuration means those and brings no files.
+    """The tokenizer in `directory`, or CLIP's or BERT's if the configuration means those and brings no files.
 
-    UserError where there is none, or one that does not fit the text tower.
+    UserError if it is missing or does not fit the text tower.
     """
     text = json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
     name = text.get("hf_tokenizer_name")
@@ -303,9 +303,9 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
 
 
 def read_open_clip_config(directory: Path) -> ModelConfig:
-    """What `directory`/open_clip_config.json says of the model; UserError naming the field that no tower here has.
+    """The model in `directory`/open_clip_config.json; UserError names a field that no tower here has.
 
-    Which positions are fixed, `patch_bias`, and the normalisation of pictures are told by `import_open_clip` alone.
+    Only `import_open_clip` finds out which positions are fixed, `patch_bias`, and the normalisation of pictures.
     """
     path = directory / "open_clip_config.json"
     try:

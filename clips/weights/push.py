@@ -27,7 +27,7 @@ MODEL_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "tokenizer/*.json",
 )  # fmt: skip
 OF_THE_RUN = ("evaluation*.json",)
-"""What evaluate_clips.py leaves beside weights: stays here."""
+"""Files of evaluate_clips.py beside the weights, which are not uploaded."""
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any text may be a token; no place is looked for in these."""
 _PLACE = re.compile(r"(?<![\w.~:/\\])(?:file://)?~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:\\\w+")
@@ -38,11 +38,10 @@ HERE = {'source = "local-dir:."': 'source = "hf-hub:{}"', 'source = "."': 'sourc
 def push(directory: Path, repo: str, *, private: bool = False) -> None:
     """Upload the model in `directory` as the repository `repo` ("owner/name") in one commit, and print its address.
 
-    The repository is made where there is none; one that is there keeps its visibility. Weight files of an earlier push
-    that this one does not bring are removed from it, other files stay. The card's code is turned to the repository, so
-    is the tokenizer of an open_clip export, and a native export does not say where its data lay. UserError: `directory`
-    is no whole model or holds what is not to be published, there is no token, or the hub refuses. CommandError: the
-    hub cannot be reached.
+    A missing repository is made; an existing repository keeps its visibility. Weight files of an earlier push are
+    removed, other files stay. The card's code and the tokenizer of an open_clip export then name the repository, and a
+    native export does not name the places of its data. Raises UserError if `directory` is no whole model or holds
+    private files, if there is no token, and if the hub refuses; CommandError if the hub cannot be reached.
     """
     check_target(repo)
     files = model_files(directory)

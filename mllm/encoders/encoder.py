@@ -116,7 +116,7 @@ class VisionEncoder:
 
     @property
     def weights_fingerprint(self) -> str:
-        """SHA-256 over the weights alone: of the same encoder with other preprocessing it is the same."""
+        """SHA-256 over the weights alone, independent of preprocessing."""
         return self._weights().hexdigest()
 
     def _weights(self) -> Any:
@@ -134,7 +134,7 @@ class VisionEncoder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a saved model tells programs of its encoder; no path of this machine."""
+        """Facts about the encoder in a saved model, for programs; no path of this machine."""
         kind, _, argument = self.name.partition(":")
         place = Path(self.source)
         exported = place.parts[-2:] == ("export", "hf_vit")

@@ -49,7 +49,7 @@ TOLERANCE = 1e-3
 # ---------------------------------------------------------------------------------------------- the kinds
 @dataclass(frozen=True, kw_only=True)
 class VisionRequest:
-    """What stands behind the colon of a name, and where and how to look."""
+    """The argument of an encoder's name, the folder of runs, and the seed."""
 
     argument: str
     runs: Path
@@ -84,7 +84,7 @@ def load_open_clip(request: VisionRequest) -> LoadedVision:
 
 
 def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
-    """`eps`: that of the LayerNorms, where the model's configuration does not tell it."""
+    """`eps`: the LayerNorms' eps, if it is not to be the configuration's."""
     import open_clip
 
     if argument.startswith(("local-dir:", "hf-hub:")):

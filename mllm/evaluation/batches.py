@@ -50,7 +50,7 @@ def generate_inputs(
     shared = _shared_length(rows, model.config.image_token_id) if distinct < len(rows) else 0
     cache = DynamicCache(config=model.config.get_text_config())
     inputs: dict[str, Any] = {}
-    # Padding stands behind what is shared. A sliding window would count it, and a state be changed by it.
+    # Padding comes after the shared tokens. A sliding window would count it, and it would change a state.
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
         ids = torch.tensor([rows[0][:shared]], device=device).expand(distinct, -1)
         model.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), **{CACHE: cache})
@@ -86,7 +86,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 def new_texts(
     tokenizer: PreTrainedTokenizerBase, new_ids: Tensor, stop_ids: Collection[int]
 ) -> list[tuple[str, bool, int]]:
-    """Of each row [B, T] of generated ids its text, whether it came to its end, and its tokens, the end's included."""
+    """For each row [B, T] of generated ids: its text, whether it ended, and its number of tokens, the end included."""
     found = []
     for row, text in zip(new_ids.tolist(), tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
         end = next((i for i, token in enumerate(row) if token in stop_ids), None)
@@ -95,7 +95,7 @@ def new_texts(
 
 
 def _shared_length(rows: Sequence[list[int]], image_id: int) -> int:
-    """What all rows begin with, each row's picture in it; every row keeps a token of its own. 0 where there is none."""
+    """The number of tokens that all rows begin with, pictures included; every row keeps a token of its own."""
     limit = min(map(len, rows)) - 1
     shared = next((i for i in range(limit) if len({row[i] for row in rows}) > 1), limit)
     return 0 if any(image_id in row[shared:] for row in rows) else shared

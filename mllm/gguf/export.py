@@ -132,7 +132,7 @@ def _stored_type(name: str, tensor: Tensor, dtype: str) -> GGMLQuantizationType:
 
 
 def _card(title: str, files: list[Path], config: Any, images: Any, directory: Path) -> str:
-    """What lies here, how to run it, where llama.cpp computes something else, figures of the model in `directory`."""
+    """README.md: the files, how to run them, what llama.cpp computes otherwise, figures of the model in `directory`."""
     side = picture_size(images)
     shape = f"padded to a square of {side} px" if pads(images) else f"squeezed into a square of {side} px"
     notes = [

@@ -87,7 +87,7 @@ def language_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str
             tensor_name = "model." + key.removeprefix(PREFIX)
         elif key == "lm_head.weight":
             if torch.equal(tensor, state[PREFIX + "embed_tokens.weight"]):
-                continue  # llama.cpp takes the embeddings where there is no output layer
+                continue  # llama.cpp takes the embeddings if there is no output layer
             tensor_name = key
         else:
             continue
@@ -118,7 +118,7 @@ def _rotation_order(tensor: Tensor, name: str, config: Any) -> Tensor:
 
 
 def _llama_3_factors(config: Any) -> Tensor:
-    """What each rotary frequency is divided by, fp32 [d/2]: 1 for high, `factor` for low, blended between."""
+    """The divisor of each rotary frequency, fp32 [d/2]: 1 for high, `factor` for low, blended between."""
     rope = config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

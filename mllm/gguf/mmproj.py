@@ -2,9 +2,9 @@
 
 llama.cpp's LLaVA graph (projector type "mlp"; tools/mtmd/models/llava.cpp): patches + positions → optional LayerNorm →
 blocks → the hidden states of `feature_layer` → linear → GELU → linear. Its GELU is the tanh approximation, on CPUs
-looked up in fp16. A class token stands behind the patches there, but positions and the choice of patches count as if it
-stood in front (ggml-org/llama.cpp issue 25814): the first patch is lost and the class token goes to the language
-model. Such towers are refused.
+looked up in fp16. The class token is behind the patches there, but positions and the choice of patches count as if it
+were in front (ggml-org/llama.cpp issue 25814): the first patch is lost and the class token goes to the language model.
+Such towers are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ACTIVATIONS = {
 }
 """The tower's `hidden_act` → llama.cpp's switch `clip.use_…`; None is what it does without one."""
 PAD_COLOUR = (122, 116, 104)
-"""What llama.cpp fills a square with in front of a LLaVA projector: CLIP's mean, as LLaVA-1.5 does."""
+"""The colour that llama.cpp pads to a square with: CLIP's mean, as LLaVA-1.5 does."""
 
 
 def feature_layers(config: Any) -> list[int]:
@@ -126,7 +126,7 @@ def tower_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, T
     deepest = feature_layers(config)[-1]
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, deepest)
     tower: Any = model.model.vision_tower
-    parts = {"embeddings": tower.embeddings}  # the final norm and the pooling head stand behind all hidden states
+    parts = {"embeddings": tower.embeddings}  # the final norm and the pooling head come after all hidden states
     parts |= {f"encoder.layers.{i}": layer for i, layer in enumerate(tower.encoder.layers[:deepest])}
     for place, part in parts.items():
         for key, tensor in part.state_dict().items():

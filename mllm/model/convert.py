@@ -71,7 +71,7 @@ TOLERANCE_OF_HALF = 3e-2
 def is_llava_source(source: str, to: str) -> bool:
     """Whether `source` is for this module, not for the encoders' converter: an original LLaVA, or one is to be made.
 
-    Of a hub id only config.json is fetched; False where there is none.
+    Only config.json of a hub id is fetched; False if it has none.
     """
     if to == "llava":
         return True
@@ -204,7 +204,7 @@ def to_stock(
 
 
 def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> VisionEncoder:
-    """The vision tower that LLaVA would take: the named one, with the checkpoint's weights where it was trained."""
+    """The vision tower that LLaVA would take: the named one, with the checkpoint's weights if it was trained."""
     recorded = original.config["mm_vision_tower"]
     inside = Path(original.source) / TOWER_DIRECTORY
     place = name or (str(inside) if inside.is_dir() and not Path(recorded).is_dir() else recorded)
@@ -241,7 +241,7 @@ def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> Vi
 
 
 def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
-    """What stock transformers has no place for, so that `to_original` can give it back; no path of this machine."""
+    """Files for `to_original` that stock transformers has no place for; no path of this machine."""
     config = {name: value for name, value in original.config.items() if name not in ("_name_or_path", "auto_map")}
     files = dict(original.files)
     if Path(config["mm_vision_tower"]).is_absolute() or Path(config["mm_vision_tower"]).is_dir():
@@ -262,9 +262,9 @@ def to_original(
     base: str | None = None,
     vision_tower: str | None = None,
 ) -> OriginalLlava:
-    """What the original LLaVA keeps of a stock model that was read from `directory`; see `convert_llava`.
+    """A stock model that was read from `directory`, as the original LLaVA keeps it; see `convert_llava`.
 
-    `mm_vision_tower` is missing in its configuration where the tower has no name, see `write_original`. Raises
+    `mm_vision_tower` is missing in its configuration if the tower has no name, see `write_original`. Raises
     UserError for what LLaVA's classes do not compute.
     """
     config: Any = model.config
@@ -313,7 +313,7 @@ def to_original(
 
 
 def _tower_name(encoder: VisionEncoder, directory: Path, given: str | None, dtype: torch.dtype) -> str | None:
-    """The name under which the original LLaVA finds exactly this tower; None where it has none."""
+    """The name under which the original LLaVA finds exactly this tower; None if it has none."""
     if given is not None:
         named: Any = load_vision(f"hf:{given}").model
         if dataclasses.replace(encoder, model=named.to(dtype)).weights_fingerprint != encoder.weights_fingerprint:

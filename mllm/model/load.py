@@ -71,7 +71,7 @@ def model_name(directory: str) -> str:
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:
-    """The model directory written last under `runs`; UserError where there is none."""
+    """The model directory written last under `runs`; UserError if there is none."""
     found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
     if not found:
         raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model-path")

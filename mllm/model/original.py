@@ -237,7 +237,7 @@ def kept_files(directory: Path) -> dict[str, bytes]:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a model directory: one file or several with an index, safetensors first.
 
-    Raises UserError where there are none, and for a damaged or missing file.
+    Raises UserError if there are none, and for a damaged or missing file.
     """
     for name in WEIGHTS:
         path = directory / name

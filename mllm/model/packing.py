@@ -39,7 +39,7 @@ def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, ima
     """P, a scalar: the positions that all samples of a batch [B, L] begin with, none of them learned or of an image.
 
     Each sample keeps a position of its own behind them, and that one is not learned either: what is predicted for it
-    stands at the last shared position.
+    is predicted at the last shared position.
     """
     if len(input_ids) == 1:
         return torch.zeros((), dtype=torch.long, device=input_ids.device)
@@ -56,7 +56,7 @@ def pairs_of(samples: int, longest: int, shared: Tensor | int) -> Any:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the positions of a batch [B, L], padded on the right, stand in the row [T]: shared, rest 0, rest 1, …"""
+    """Places of the positions of a batch [B, L], padded on the right, in the row [T]: shared, rest 0, rest 1, …"""
 
     shared: int
     """P"""

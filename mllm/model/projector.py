@@ -82,7 +82,7 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
 def load_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
     """Copy a projector file into `projector`: LLaVA's names or transformers', .safetensors or .bin.
 
-    A directory stands for the mm_projector file in it. Raises UserError when the file holds pickled code, another
+    A directory means the mm_projector file in it. Raises UserError when the file holds pickled code, another
     kind of projector, or other widths (with both shapes).
     """
     path = Path(path)

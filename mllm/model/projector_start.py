@@ -13,7 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from mllm.model.projector import projector_kind, trainable_layers
 
 LARGEST_FACTOR, WORD_SHARE, RANDOM_SHARE = 10.0, 0.12, 0.1
-"""Of `start_from_captions`."""
+"""Constants of `start_from_captions`."""
 FEWEST, LARGEST_SHARE = 8, 0.1
 """A word has a hidden unit of its own if so many captions hold it, and no larger a share of them."""
 THRESHOLD = 1.5
@@ -78,7 +78,7 @@ def caption_targets(captions: Sequence[Sequence[int]], embeddings: Tensor) -> Te
 
 
 def telling_words(captions: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Up to `most` tokens that tell captions apart: neither rare nor common, the most frequent first."""
+    """Up to `most` tokens that distinguish captions: neither rare nor common, the most frequent first."""
     seen = Counter(token for caption in captions for token in set(caption))
     telling = [token for token, count in seen.items() if FEWEST <= count <= LARGEST_SHARE * len(captions)]
     return sorted(telling, key=lambda token: (-seen[token], token))[:most]
@@ -123,14 +123,13 @@ def start_from_captions(
     its share of the variance of word embeddings, which is what the tokens get (a regression shrinks them to a tenth of
     what the language model is used to), and the tokens' mean is that of the embeddings:
 
-    - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`). What
-      stands in a patch and what does not averages out over images, so a patch comes to lie near the words for what it
-      shows.
+    - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`).
+      Words that a patch does not show average out over images, so a patch comes to lie near the words for its content.
     - `WORD_SHARE`, in `mlp2x_gelu` only: hidden units that the directions of the features leave over, at least a
       quarter, speak for one word each (`telling_words`), where its evidence (`word_evidence`) is above `THRESHOLD`, by
       adding the word's own embedding. A language model reads a name from tokens that lie near that name's embedding,
       and means of embeddings do not.
-    - `RANDOM_SHARE`: a random map. Captions tell nothing about much of the features, and regressions drop that.
+    - `RANDOM_SHARE`: a random map. Captions do not describe many of the features, and regressions drop those.
     """
     rows = features.flatten(0, 1)
     vocabulary = embeddings.float()

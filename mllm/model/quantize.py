@@ -70,7 +70,7 @@ def _check(layer: nn.Linear, weight: torch.Tensor, name: str, bits: int) -> None
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace the layers that `quantize` made by plain ones with the weights they stand for, in place."""
+    """Replace the layers that `quantize` made by plain ones with the dequantised weights, in place."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):

@@ -1,6 +1,5 @@
 """Checkpoints as the authors of CLIPS and OpenVision publish them, against a forward pass written from the method."""
 
-import argparse
 import dataclasses
 import json
 import shutil
@@ -10,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 
 from clips import CLIPS
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights, write_weights
-from clips.evaluation.evaluate import evaluate_from_flags
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from clips.weights.open_clip import import_open_clip
@@ -251,28 +248,6 @@ def test_as_an_encoder_for_llava(tmp_path, tells_eps):
     assert encoder.config.layer_norm_eps == 1e-6
     expected = reference_tokens(w, pixels())[-2][:, 1:]
     torch.testing.assert_close(encoder.features(pixels()), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
-
-
-def test_evaluation(tmp_path):
-    write_official(tmp_path / "official")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        folder = tmp_path / "classes" / ["cat", "dog"][i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    (tmp_path / "names.txt").write_text("cat\ndog")
-    flags = {
-        "model": tmp_path / "official",
-        "data": tmp_path / "classes",
-        "classes": tmp_path / "names.txt",
-        "output": tmp_path / "out.json",
-        "device": "cpu",
-        "split": "test",
-        "fields": [],
-    }
-    unset = dict.fromkeys(("karpathy", "image_root", "probe_train", "limit", "image_size", "batch_size"))
-    evaluate_from_flags(argparse.Namespace(**flags, **unset))
-    assert json.loads((tmp_path / "out.json").read_text())["figures"]["zero_shot_top1"]["items"] == 4
 
 
 def test_what_is_no_clips_checkpoint_is_refused(tmp_path):

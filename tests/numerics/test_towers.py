@@ -12,9 +12,8 @@ from tiny_mllm import SHAPES, clips_model
 
 from clips.common.errors import UserError
 from clips.common.tensors import assign_weights
-from clips.config import RunConfig, TextConfig, VisionConfig, from_dict
+from clips.config import RunConfig, TextConfig, VisionConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.model.clips import CLIPSModel
 from clips.model.text import TextTower, word_slots
 from clips.model.vision import VisionTower, sincos_positions
 from clips.training.task import Task
@@ -259,22 +258,6 @@ def test_clip_s_tokenizer_needs_a_tower_without_cls():
     assert run.override(["captions.tokenizer=clip", "model.text.pool=eos"]).model.text.words == 14
     with pytest.raises(UserError, match=r"model\.text\.pool=eos"):
         build_tokenizer("clip")(["a"], 16, trim=True)
-
-
-def test_a_configuration_from_before_these_fields_means_what_it_meant():
-    tree = tiny_run().to_dict()
-    new = {"vision": ("cls", "activation", "pool", "norm_eps"), "text": ("activation", "causal", "pool", "norm_eps")}
-    for part, names in new.items():
-        for name in names:
-            del tree["model"][part][name]
-    assert from_dict(RunConfig, tree) == tiny_run()
-    model = CLIPSModel(tiny_run().model, pad_id=0)
-    block = model.visual.blocks[0]
-    assert (block.mlp.act.approximate, block.norm1.eps, model.text.blocks[0].mlp.act.approximate) == (
-        "none",
-        1e-6,
-        "tanh",
-    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

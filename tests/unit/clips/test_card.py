@@ -119,14 +119,6 @@ def test_headers_are_the_hub_s(tmp_path: Path) -> None:
         assert str(tmp_path) not in card
 
 
-def test_only_a_masked_text_tower_is_warned_of(tmp_path: Path) -> None:
-    for pad_mask in (False, True):
-        run = tokenizer_run(pad_mask=pad_mask)
-        cards = export(tmp_path / "export", run, random_model(run))
-        assert ("The fork of open_clip" in cards["open_clip"]) == pad_mask
-        assert "≥ 3.3" in cards["open_clip"]
-
-
 def test_a_card_shows_figures_of_these_weights_only(tmp_path: Path) -> None:
     run = tokenizer_run()
     model = random_model(run)

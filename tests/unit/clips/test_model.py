@@ -13,8 +13,7 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
-from clips.model.text import visible_slots
-from clips.model.vision import VisionTower, sincos_positions
+from clips.model.vision import sincos_positions
 from clips.recipes import PRESETS
 
 VOCAB, CONTEXT, QUERIES = 32_000, 80, 128
@@ -48,15 +47,6 @@ def test_parameter_counts_of_the_presets(name: str) -> None:
     }
 
 
-def test_vision_towers_have_the_usual_vit_sizes() -> None:
-    """ViT-S/B/L/H without head: 21.7, 85.8, 303.2 and 630.8 M (the positions are fixed, so not counted)."""
-    for name, millions in {"S/16": 21.6, "B/16": 85.6, "L/14": 302.9, "H/14": 630.5}.items():
-        with torch.device("meta"):
-            tower = CLIPSModel(PRESETS[name], pad_id=0).visual
-        size = sum(p.numel() for p in tower.parameters()) - tower.proj.weight.numel()
-        assert size / 1e6 == pytest.approx(millions, abs=0.2), name
-
-
 def test_sincos_positions_are_those_of_open_clip() -> None:
     ours = sincos_positions(64, 5).numpy()
     np.testing.assert_allclose(ours, get_2d_sincos_pos_embed(64, 5, cls_token=True), atol=1e-6)
@@ -79,33 +69,6 @@ def test_the_reference_s_parts_are_absent_not_zero() -> None:
     assert theirs.caption(batch["images"], batch["web"], bos_id=1, eos_id=2).shape[0] == 2
 
 
-def test_another_resolution_changes_only_the_positions() -> None:
-    config = tiny_run().model.vision
-    tower = VisionTower(config, 32)
-    before = {k: v.clone() for k, v in tower.state_dict().items()}
-    tower.set_image_size(64)
-    assert tower(torch.randn(1, 3, 64, 64))[1].shape == (1, 1 + 16, 32)
-    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
-    with pytest.raises(ValueError, match="set_image_size"):
-        tower(torch.randn(1, 3, 32, 32))
-
-
-def test_image_embedding_leaves_the_cls_token_out() -> None:
-    torch.manual_seed(0)
-    tower = VisionTower(tiny_run().model.vision, 32)
-    pooled, tokens = tower(torch.randn(2, 3, 32, 32))
-    torch.testing.assert_close(pooled, tower.norm(tokens[:, 1:].mean(1)))
-
-
-def test_pre_norm_is_an_option_that_adds_one_layer_norm() -> None:
-    config = tiny_run().model.vision
-    extra = (
-        VisionTower(replace(config, pre_norm=True), 32).state_dict().keys()
-        - VisionTower(config, 32).state_dict().keys()
-    )
-    assert extra == {"pre_norm.weight", "pre_norm.bias"}
-
-
 @pytest.mark.parametrize("visible", [None, [[1, 1, 0], [1, 1, 1]]])
 def test_caption_mask_entry_by_entry(visible: list | None) -> None:
     """[2 image tokens; 3 web states; 4 positions]: the rule of the paper, spelled out for each entry."""
@@ -124,27 +87,6 @@ def test_caption_mask_entry_by_entry(visible: list | None) -> None:
                 else:
                     expected = row >= prefix and column <= row  # queries see earlier ones and themselves
                 assert mask[b, 0, row, column].item() is expected, (b, row, column)
-
-
-def test_visible_slots_is_stock_open_clips_legacy_cls_mask() -> None:
-    ids = torch.tensor([[1, 9, 2, 0, 0, 3], [1, 9, 9, 9, 2, 3]])  # bos words eos pad… CLS
-    assert visible_slots(ids, 0).tolist() == [
-        [True, True, True, True, False, False],
-        [True, True, True, True, True, True],
-    ]
-
-
-def test_masked_padding_gives_the_same_features_at_any_length() -> None:
-    model = random_model(tiny_run(pad_mask=True)).eval()
-    short = torch.tensor([[1, 5, 6, 2, 0, 3]])
-    long = torch.tensor([[1, 5, 6, 2] + [0] * 11 + [3]])
-    torch.testing.assert_close(model.encode_text(short), model.encode_text(long), atol=1e-6, rtol=1e-5)
-
-
-def test_attended_padding_refuses_a_text_that_does_not_fill_the_context() -> None:
-    model = CLIPSModel(tiny_run(pad_mask=False).model, pad_id=0)
-    with pytest.raises(ValueError, match="context is 16"):
-        model.encode_text(torch.tensor([[1, 5, 2, 3]]))
 
 
 def test_attention_is_softmax_attention() -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import re
-import tarfile
 import time
 from html.parser import HTMLParser
 
@@ -36,8 +35,8 @@ from clips.config import (
 from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
-from clips.evaluation.encode import encode_images, encode_texts
-from clips.evaluation.evaluate import evaluate, evaluate_from_flags, measure
+from clips.evaluation.encode import encode_images
+from clips.evaluation.evaluate import evaluate, evaluate_from_flags
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
 from clips.evaluation.figures import figures_table
 from clips.evaluation.report import read_run, write_report
@@ -141,42 +140,11 @@ def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
     assert len(encode_images(model, items, batch_size=8, limit=16).indices) == 16
 
 
-def test_features_do_not_depend_on_the_batch(small):
-    model, run, tokenizer = small
-    items, _ = open_test_set(run.data, "test")
-    one, many = (encode_images(model, items, batch_size=size) for size in (1, 24))
-    assert torch.allclose(one.features, many.features, atol=1e-6)
-    texts = ["a cat", "the dog on the left of a blue bird", "a cat", ""]
-    features = encode_texts(model, tokenizer, texts, batch_size=2)
-    alone = torch.cat([encode_texts(model, tokenizer, [text], batch_size=1) for text in texts])
-    assert torch.allclose(features, alone, atol=1e-6)
-
-
 def test_a_missing_split_names_the_flag(small):
     model, run, tokenizer = small
     without = dataclasses.replace(run, data=dataclasses.replace(run.data, val=None))
     with pytest.raises(UserError, match="--val-data"):
         evaluate(model, tokenizer, without, "val")
-
-
-def test_broken_images_are_left_out_and_counted(small, tmp_path):
-    model, run, tokenizer = small
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for key in range(4):
-            data = picture.getvalue()[: 40 if key == 2 else None]
-            caption = json.dumps({"org_caption": f"picture {key}"}).encode()
-            for name, content in ((f"{key}.png", data), (f"{key}.json", caption)):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    items, _ = open_test_set(dataclasses.replace(run.data, test=str(tmp_path)), "test")
-    images = encode_images(model, items, batch_size=3)
-    assert images.indices == [0, 1, 3]
-    assert len(images.skipped) == 1
-    figures = measure(model, tokenizer, images, batch_size=4)
-    assert figures["web_i2t_r1"].items == 3
 
 
 def metrics(run_dir):
