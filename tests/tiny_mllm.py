@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from conftest import tiny_run
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -23,17 +25,7 @@ from transformers import (
     ViTConfig,
 )
 
-from clips.config import (
-    CaptionsConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PhaseConfig,
-    RunConfig,
-    TaskConfig,
-    TextConfig,
-    VisionConfig,
-)
+from clips.config import ModelConfig, TaskConfig, TextConfig, VisionConfig
 from clips.model.clips import CLIPSModel
 from clips.weights.hf_vit import write_hf_vit
 from mllm.encoders.registry import load_vision
@@ -84,15 +76,7 @@ def clips_model(*, seed: int = 0, **vision: Any) -> CLIPSModel:
 def write_run(directory: Path, objective: str = "clips", *, seed: int = 0, **vision: Any) -> CLIPSModel:
     """A finished run as `clips.train` leaves it, as far as mllm/ looks: config.json and export/hf_vit."""
     model = clips_model(seed=seed, **vision)
-    run = RunConfig(
-        recipe="test",
-        model=model.config,
-        captions=CaptionsConfig(tokenizer="wordpiece"),
-        task=TaskConfig(objective=objective, caption_weight=0.0),
-        data=DataConfig(),
-        optim=OptimConfig(),
-        phases=(PhaseConfig(name="one", samples=8, batch_size=8, lr=1e-3, image_size=32),),
-    )
+    run = replace(tiny_run(), model=model.config, task=TaskConfig(objective=objective, caption_weight=0.0))
     directory.mkdir(parents=True)
     run.save(directory / "config.json")
     write_hf_vit(model.visual, directory / "export" / "hf_vit")

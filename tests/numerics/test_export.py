@@ -1,31 +1,21 @@
 """Exports against the trained model, in a process that has only the stock libraries."""
 
-import dataclasses
 import io
 import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_run
 from PIL import Image
 
 from clips.common.errors import UserError
 from clips.common.tensors import assign_weights, read_weights, write_weights
-from clips.config import (
-    CaptionerConfig,
-    CaptionsConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PhaseConfig,
-    RunConfig,
-    TaskConfig,
-    TextConfig,
-    VisionConfig,
-)
+from clips.config import CaptionsConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
@@ -79,22 +69,10 @@ for name in names:
 
 
 def run_config(tokenizer, kind, pad_mask, pre_norm, **vision):
-    return RunConfig(
-        recipe="test",
-        model=ModelConfig(
-            vision=VisionConfig(width=32, layers=2, heads=2, image_size=48, patch_size=16, pre_norm=pre_norm, **vision),
-            text=TextConfig(
-                width=24, layers=2, heads=2, context_length=20, vocab_size=tokenizer.vocab_size, pad_mask=pad_mask
-            ),
-            captioner=CaptionerConfig(width=16, layers=1, heads=2, length=12),
-            embed_dim=20,
-        ),
-        captions=CaptionsConfig(tokenizer=kind),
-        task=TaskConfig(),
-        data=DataConfig(),
-        optim=OptimConfig(),
-        phases=(PhaseConfig(name="only", samples=8, batch_size=8, lr=1e-3, image_size=48),),
-    )
+    run = tiny_run(pad_mask=pad_mask)
+    text = replace(run.model.text, width=24, context_length=20, vocab_size=tokenizer.vocab_size)
+    vision = replace(run.model.vision, image_size=48, pre_norm=pre_norm, **vision)
+    return replace(run, model=replace(run.model, vision=vision, text=text, embed_dim=20), captions=CaptionsConfig(kind))
 
 
 def build(kind, pad_mask=False, pre_norm=False, **vision):
@@ -220,7 +198,7 @@ def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
     export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
     folder = tmp_path / "export/open_clip"
     read, read_tokenizer = import_open_clip(folder)
-    assert read.config == dataclasses.replace(run.model, captioner=None)
+    assert read.config == replace(run.model, captioner=None)
     ids = read_tokenizer(TEXTS, 20, trim=False)
     with torch.no_grad():
         assert torch.allclose(read.encode_image(pixels(pictures)), model.encode_image(pixels(pictures)), atol=1e-5)

@@ -14,8 +14,8 @@ from clips.model.clips import CLIPSModel
 from clips.model.text import TextStates, TextTower, word_slots
 
 LAYOUTS = [
-    *({"pool": "cls", "causal": causal, "pad_mask": mask} for causal, mask in product((False, True), repeat=2)),
-    *({"pool": "eos", "causal": causal, "pad_mask": mask} for causal, mask in product((False, True), repeat=2)),
+    {"pool": pool, "causal": causal, "pad_mask": mask}
+    for pool, causal, mask in product(("cls", "eos"), (False, True), (False, True))
 ]
 
 

@@ -14,7 +14,14 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_mllm import pictures, write_llm, write_run
-from transformers import LlavaForConditionalGeneration, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
@@ -184,26 +191,11 @@ def test_what_stock_llava_cannot_hold_is_refused(tmp_path):
     llm.model.lm_head = torch.nn.Linear(48, llm.model.lm_head.out_features)
     with pytest.raises(UserError, match="output layer is not a linear layer without bias"):
         build_model(vision, llm)
-
-
-def test_scaled_logits_are_refused(tmp_path):
-    """Granite divides its logits, which stock LLaVA does not: the model would silently be another one."""
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    write_run(tmp_path / "tower")
-    tokenizer_source = write_llm(tmp_path / "llm")
-    config = GraniteConfig(
-        vocab_size=400,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        logits_scaling=8.0,
-        initializer_range=0.3,
-    )
+    # Granite divides its logits, which stock LLaVA does not: the model would silently be another one.
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GraniteConfig(vocab_size=400, **sizes, num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.3)
     GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
-    for path in tokenizer_source.glob("*token*"):
+    for path in (tmp_path / "llm").glob("*token*"):
         (tmp_path / "granite" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="its logits are not its output layer's"):
-        build_model(load_vision(f"clips:{tmp_path / 'tower'}"), load_llm(str(tmp_path / "granite")))
+        build_model(vision, load_llm(str(tmp_path / "granite")))

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, script_parser
+from conftest import random_model, script_parser, tiny_run
 from hostile import HOSTILE
 from PIL import Image
 from rich.console import Console
@@ -18,20 +18,7 @@ from rich.console import Console
 from clips.common.errors import UserError
 from clips.common.escape import clip, visible
 from clips.common.rundir import has_report, is_finished
-from clips.config import (
-    CaptionerConfig,
-    CaptionsConfig,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    NamedSet,
-    OptimConfig,
-    PhaseConfig,
-    RunConfig,
-    TaskConfig,
-    TextConfig,
-    VisionConfig,
-)
+from clips.config import DataConfig, EvalConfig, NamedSet
 from clips.data.demo import ensure_demo
 from clips.data.images import decode_image
 from clips.data.tokenizer import build_tokenizer
@@ -55,21 +42,12 @@ def small(tmp_path_factory):
     )
     texts = ["a cat on the left of a red dog.", "the background is blue", "there are three birds, at the top right."]
     tokenizer = build_tokenizer("wordpiece", texts * 4, vocab_size=128)
-    run = RunConfig(
-        recipe="small",
-        model=ModelConfig(
-            vision=VisionConfig(width=16, layers=1, heads=2, image_size=32, patch_size=16),
-            text=TextConfig(
-                width=16, layers=1, heads=2, context_length=24, vocab_size=tokenizer.vocab_size, pad_mask=True
-            ),
-            captioner=CaptionerConfig(width=16, layers=1, heads=2, length=8, inputs="tokens"),
-            embed_dim=16,
-        ),
-        captions=CaptionsConfig(tokenizer="wordpiece"),
-        task=TaskConfig(),
+    run = tiny_run(inputs="tokens")
+    text = dataclasses.replace(run.model.text, context_length=24, vocab_size=tokenizer.vocab_size)
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, text=text),
         data=DataConfig(**{split: str(folder / split) for split in ("train", "val", "test")}, workers=0),
-        optim=OptimConfig(),
-        phases=(PhaseConfig(name="only", samples=8, batch_size=8, lr=1e-3, image_size=32),),
         eval=EvalConfig(batch_size=7, max_images=16),
     )
     torch.manual_seed(0)
