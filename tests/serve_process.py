@@ -15,8 +15,10 @@ from pathlib import Path
 
 import httpx2
 import openai
+import pytest
 from conftest import ROOT
 from openai import OpenAI
+from tiny_serve import LONG, user
 
 KEY = "a-key-of-the-environment"
 
@@ -51,23 +53,14 @@ class Running:
 SERVE = ROOT / "scripts" / "serve.py"
 
 
-def command(*words: str, script: Path = SERVE) -> list[str]:
-    return [sys.executable, str(script), "--device", "cpu", "--port", "0", *words]
-
-
 @contextlib.contextmanager
 def started(place: Path, *words: str, script: Path = SERVE) -> Iterator[Running]:
     """The server once it answers; killed at the end if it still runs."""
     log = place / f"log-{time.monotonic_ns()}"
     env = os.environ | {"OMP_NUM_THREADS": "1", "CLIPS_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command(*words, script=script),
-            cwd=place,
-            env=env,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+        command = [sys.executable, str(script), "--device", "cpu", "--port", "0", *words]
+        process = subprocess.Popen(command, cwd=place, env=env, stdout=file, stderr=subprocess.STDOUT)
     running = Running(process, log)
     try:
         end = time.monotonic() + 500
@@ -89,3 +82,14 @@ def post(server: Running, body: object, key: str = KEY, path: str = "/chat/compl
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     return httpx2.post(server.address + path, content=data, headers=headers, timeout=120, trust_env=False)
+
+
+def assert_ends(server: Running, number: int, code: int) -> None:
+    """A signal during a long answer ends the process with `code`, and closes its port."""
+    stream = ask(server.client(), user(LONG), max_tokens=30_000, stream=True)
+    next(stream)
+    server.process.send_signal(number)
+    assert server.process.wait(120) == code
+    stream.close()
+    with pytest.raises(openai.APIConnectionError):
+        ask(server.client(), user("Hello"))

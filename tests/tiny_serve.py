@@ -9,6 +9,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from tiny_mllm import clips_model, write_llava, write_run
@@ -37,6 +38,14 @@ def write_models(root: Path, context: int = 4096) -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     write_native(encoder, config, tokenizer, run / "export" / "native")
     write_llava(root, context=context)
+
+
+def models(factory: pytest.TempPathFactory) -> Path:
+    """The folder of `write_models` with a long context, written once for all tests of this process."""
+    root = factory.getbasetemp() / "tiny-serve"
+    if not root.exists():
+        write_models(root, context=32_768)
+    return root
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:

@@ -1,8 +1,8 @@
-"""Who may ask a server on this machine: by a name that it has, and from no other site's page.
+"""Which requests a server on this machine answers: by a name of this machine, and from no other site's page.
 
-A page of another site can make its reader's browser ask here. By DNS rebinding (the site's name is given this
-machine's address) it can even read the answers; the browser then says that name as `Host`. So names are allowed one by
-one; an address says itself that it is meant, no name server has to be believed for it.
+A page of another site can make its reader's browser send requests here. By DNS rebinding (the site's name resolves to
+this machine) the page can even read the answers; the browser then sends that name as `Host`. Starlette's
+TrustedHostMiddleware cannot allow every address, cuts `[::1]` at its colon, and does not check the origin.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-def _text(status: int, message: str) -> ASGIApp:
-    return PlainTextResponse(message + "\n", status)
-
-
 class HostMiddleware:
-    """ASGI middleware: 403 for a `Host` that is no name of this machine, and for what another site's page asks.
+    """ASGI middleware: 403 for a `Host` that is no name of this machine, and for requests of another site's page.
 
-    `allowed` are further names ("*": any), `refuse(status, message)` makes the answer.
+    `allowed` are further names ("*": any). `refuse(status, message)` makes the answer.
     """
 
     def __init__(
-        self, app: ASGIApp, *, allowed: Iterable[str] = (), refuse: Callable[[int, str], ASGIApp] = _text
+        self,
+        app: ASGIApp,
+        *,
+        allowed: Iterable[str] = (),
+        refuse: Callable[[int, str], ASGIApp] = lambda status, message: PlainTextResponse(message + "\n", status),
     ) -> None:
         self.app, self.refuse = app, refuse
         self.allowed = {name.lower().rstrip(".") for name in allowed}
@@ -45,13 +45,14 @@ class HostMiddleware:
             return f"the host {name[:200]!r} is not allowed here: its owner can allow it by --allowed-hosts"
         origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1").lower()
         site = origin.partition("://")[2]
-        # A proxy may give another Host than the one that the browser knows, whose name is then allowed.
+        # Behind a proxy the browser may know another name than `Host`; that name must be allowed.
         if origin and site != host.lower() and not {"*", _name(site)} & self.allowed:
             return f"pages of {origin[:200]!r} may not ask here: its owner can allow them by --allowed-hosts"
         return None
 
 
 def _is_address(name: str) -> bool:
+    """An address needs no name server, so DNS rebinding cannot forge it."""
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
@@ -60,7 +61,7 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """`name:port` and `[address]:port` without the port, in lower case."""
+    """`name:port` or `[address]:port` without the port, in lower case."""
     bracket = host.rfind("]")
     name = host[: bracket + 1] if bracket >= 0 else host.partition(":")[0]
     return name.lower().rstrip(".")

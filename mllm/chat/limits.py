@@ -1,91 +1,58 @@
-"""What strangers may ask for: limits with safe defaults, pictures from bytes, and pictures from public addresses.
+"""Limits for strangers with safe defaults, and pictures from bytes and from public addresses.
 
 Nothing heavy is imported at the top: the commands build their flags from `Limits`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import dataclasses
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
+from clips.common.flags import option
 
 if TYPE_CHECKING:
     from PIL import Image
+
 MAX_REDIRECTS = 3
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-"""IPv6 addresses that a gateway turns into IPv4 ones, private ones too."""
+"""IPv6 addresses that a gateway maps to IPv4 addresses, also private ones."""
 KEPT_PIXELS = 4_000_000
-"""Pixels that a picture keeps: more than any encoder reads."""
-
-
-def _limit(default: float, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+"""Pixels that a picture keeps; every encoder reads fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Each field is the flag `--max-FIELD` (`add_limit_flags`). Raises UserError for a limit that allows nothing."""
+    """Each field is the flag `--max-FIELD`. Raises UserError for a limit that allows nothing."""
 
-    body_bytes: int = _limit(64 * 2**20, "bytes of one request, pictures included, fetched ones too")
-    image_bytes: int = _limit(10 * 2**20, "bytes of one encoded picture")
-    image_pixels: int = _limit(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
-    images: int = _limit(20, "pictures of one request")
-    prompt_chars: int = _limit(100_000, "characters of all texts of one request")
-    inputs: int = _limit(128, "inputs of one embeddings request")
-    new_tokens: int = _limit(1024, "tokens of one answer")
-    waiting: int = _limit(32, "requests that wait while another one is answered; more are refused")
-    per_client: int = _limit(24, "requests of one client's address at a time, those still arriving included")
-    held_bytes: int = _limit(2**29, "bytes of all requests that arrive, wait or are answered; more are refused")
-    body_seconds: float = _limit(20.0, "seconds that a request's body may take to arrive, and one more per 100 kB")
-    upload_bytes: int = _limit(2**30, "bytes of all pictures that visitors have uploaded to the page")
-    seconds: float = _limit(120.0, "seconds that one answer may take before it is cut off")
-    fetch_seconds: float = _limit(10.0, "seconds that fetching one picture may take")
+    body_bytes: int = option(64 * 2**20, "bytes of one request, pictures included, fetched ones too")
+    image_bytes: int = option(10 * 2**20, "bytes of one encoded picture")
+    image_pixels: int = option(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
+    images: int = option(20, "pictures of one request")
+    prompt_chars: int = option(100_000, "characters of all texts of one request")
+    inputs: int = option(128, "inputs of one embeddings request")
+    new_tokens: int = option(1024, "tokens of one answer")
+    waiting: int = option(32, "requests that wait while another one is answered; more are refused")
+    per_client: int = option(24, "requests of one client's address at a time, those still arriving included")
+    held_bytes: int = option(2**29, "bytes of all requests that arrive, wait or are answered; more are refused")
+    body_seconds: float = option(20.0, "seconds that a request's body may take to arrive, and one more per 100 kB")
+    upload_bytes: int = option(2**30, "bytes of all pictures that visitors have uploaded to the page")
+    seconds: float = option(120.0, "seconds that one answer may take before it is cut off")
+    fetch_seconds: float = option(10.0, "seconds that fetching one picture may take")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            least = 0 if field.name == "waiting" else 1
-            if not getattr(self, field.name) >= least:
-                raise UserError(f"{_flag(field.name)} must be at least {least}, not {getattr(self, field.name)}")
-
-
-def _flag(name: str) -> str:
-    return f"--max-{name.replace('_', '-')}"
-
-
-def add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of `Limits`."""
-    group = parser.add_argument_group("limits")
-    for field in dataclasses.fields(Limits):
-        group.add_argument(
-            _flag(field.name), type=type(field.default), default=field.default, help=field.metadata["help"]
-        )
-
-
-def add_host_flag(parser: argparse._ActionsContainer) -> None:
-    """--allowed-hosts, of mllm/chat/hosts.py."""
-    parser.add_argument(
-        "--allowed-hosts",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names that browsers may reach this by beside addresses, localhost and this machine's own; *: any",
-    )
-
-
-def limits_from_flags(flags: argparse.Namespace) -> Limits:
-    """The `Limits` that the flags of `add_limit_flags` describe."""
-    return Limits(**{field.name: getattr(flags, f"max_{field.name}") for field in dataclasses.fields(Limits)})
+        for field in fields(self):
+            least, value = 0 if field.name == "waiting" else 1, getattr(self, field.name)
+            if not value >= least:
+                raise UserError(f"--max-{field.name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
-    """The picture in `data` as upright RGB of at most KEPT_PIXELS; UserError where it is none or is above a limit."""
+    """The picture in `data` as upright RGB of at most KEPT_PIXELS. Raises UserError for bad or too large data."""
     from clips import MAX_PIXELS, BrokenSample, decode_image
 
     if len(data) > limits.image_bytes:
@@ -99,16 +66,16 @@ def read_image(data: bytes, limits: Limits) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------------ from an address
 def fetch_image(url: str, limits: Limits) -> bytes:
-    """The bytes behind an http(s) address, see `download_image`; not to be called inside an event loop."""
+    """`download_image` outside an event loop."""
     return asyncio.run(download_image(url, limits))
 
 
 async def download_image(url: str, limits: Limits) -> bytes:
-    """The bytes behind an http(s) address; UserError with the reason when they are not fetched.
+    """The bytes behind an http(s) address. Raises UserError with the reason if they are not fetched.
 
-    Only public addresses are connected to. A name is resolved once, every address it has is checked, and the
-    connection goes to the checked address itself, so a second answer of the name server changes nothing. Redirects
-    are followed by hand through the same check. Proxies of the environment, which connect for us, are not used.
+    It connects to public addresses only. It resolves a name once, checks all its addresses, and connects to a checked
+    address itself, so a second answer of the name server changes nothing. Redirects pass the same check. It does not
+    use the environment's proxies, which would connect elsewhere.
     """
     try:
         return await asyncio.wait_for(_download(url, limits), limits.fetch_seconds)
@@ -152,7 +119,7 @@ async def _body(chunks: Any, limits: Limits) -> bytes:
 
 
 async def _public_address(scheme: str, host: str, port: int | None) -> str:
-    """An address of `host`; UserError unless every one it has is public."""
+    """An address of `host`. Raises UserError unless all its addresses are public."""
     if scheme not in ("http", "https") or not host:
         raise UserError("pictures are fetched from http:// and https:// addresses only")
     try:
@@ -166,7 +133,7 @@ async def _public_address(scheme: str, host: str, port: int | None) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the internet at large, also where it wraps an IPv4 address in an IPv6 one."""
+    """Whether an IP address is public; an IPv4 address inside an IPv6 address counts as itself."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         if ip in NAT64 or ip.teredo:

@@ -1,4 +1,4 @@
-"""A loaded model ready for talks, and how answers are drawn from it."""
+"""A loaded model for talks, and the settings of its answers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mllm.model.quantize import quantize
 
 
 def model_options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `ChatModel.load` that chat.py and serve.py have flags for."""
+    """The keyword arguments of `ChatModel.load` from the flags of `mllm.chat.flags`."""
     bits = 4 if flags.load_4bit else 8 if flags.load_8bit else 16
     return {"device": flags.device, "dtype": flags.dtype, "bits": bits, "conv_mode": flags.conv_mode}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn. Temperature 0 is greedy; UserError naming the field for a value out of range."""
+    """How an answer is drawn; temperature 0 is greedy. Raises UserError with the field for a value out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -60,37 +60,32 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What the last answer took."""
+    """The statistics of one answer."""
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt's tokens, those that were not computed again."""
+    """Prompt tokens whose states came from the cache."""
     new_tokens: int
-    """Generated ones, an end token included."""
+    """Generated tokens, an end token included."""
     first_token_s: float
-    """Seconds from the question to the first token; 0 where there was none."""
+    """Seconds from the question to the first token; 0 without a token."""
     tokens_per_s: float
-    """After the first one."""
+    """Speed after the first token."""
     finish_reason: Literal["stop", "length", "cancelled"]
 
 
 class ChatModel:
-    """A model with its processor and its format of conversations; shared by any number of sessions.
+    """A model with its processor and conversation format, shared by any number of sessions.
 
-    Answers of all sessions are generated one after the other, in the order they were asked for, by the one thread of
-    `worker`; whatever else uses the model is submitted there too.
+    The one thread of `worker` generates the answers of all sessions, in the order of the questions. All other uses of
+    the model must run in it too.
 
     Args:
-        conv_mode: a name of `mllm.data.formats.FORMATS`; "auto" is the format that the model was trained with, see
-            `mllm.data.conversation.answering_encoder`.
+        conv_mode: a name of `mllm.data.formats.FORMATS`, or "auto" (`mllm.data.conversation.answering_encoder`).
     """
 
     def __init__(
-        self,
-        model: LlavaForConditionalGeneration,
-        processor: LlavaProcessor,
-        directory: str,
-        conv_mode: str = "auto",
+        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: str, conv_mode: str = "auto"
     ) -> None:
         self.model = model
         self.processor = processor
@@ -110,16 +105,16 @@ class ChatModel:
         bits: int = 16,
         conv_mode: str = "auto",
     ) -> ChatModel:
-        """The model of a directory or hub id, by default the newest of runs/; `bits` 4 or 8 quantises its LLM.
+        """The model of a directory or hub id, by default the newest of runs/. `bits` 4 or 8 quantises its LLM.
 
-        `dtype` "auto" is bf16 on a GPU and fp32 on a CPU. UserError for what cannot be loaded.
+        `dtype` "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError if the model cannot be loaded.
         """
         directory = name or str(newest_model())
         place = choose_device(device)
         kind = None if dtype == "auto" else getattr(torch, dtype)
         if bits == 16:
             return ChatModel(*load_llava(directory, place, kind), directory, conv_mode)
-        # Quantised layer by layer on the way to the device, which need not hold the whole language model.
+        # It is quantised layer by layer on the way to the device, which need not hold the whole language model.
         kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         model: Any  # transformers declares `to` so that mypy misses its self
         model, processor = load_llava(directory, torch.device("cpu"), kind)

@@ -1,4 +1,4 @@
-"""What an image says to an encoder: zero-shot labels, and a map of which patches match a word.
+"""An encoder's view of an image: zero-shot labels, and a map of the patches that match a word.
 
 The similarity s of an image and a text is a mean over patches, and the map shows its terms. The tower averages its
 patch tokens x_i to m, normalises and projects: f = P(γ (m − mean(m)) / σ(m) + β), and s = f·t / |f|. With σ(m) and |f|
@@ -6,13 +6,12 @@ as the whole image gives them, this is linear in m, so
 
     s_i = P(γ (x_i − mean(x_i)) / σ(m) + β)·t / |f|      and      mean_i s_i = s, exactly.
 
-(The cosine of each patch's own normalised projection, the usual shortcut, does not add up to s and names places less
-well: in demo scenes with several things, its best patch was nearest to the named one in 51 % of 504 cases, chance being
-41 %.) Much of each term says only "there is something here", so that of the labels' average text is subtracted: 90 %.
+(The usual shortcut, the cosine of each patch's own normalised projection, does not add up to s. In demo scenes with
+several things its best patch was nearest to the named thing in 51 % of 504 cases; chance is 41 %.) Much of each term
+says only "there is something here", so the term of the labels' average text is subtracted: 90 %.
 
-The map is therefore what each token adds to the encoder's score, beyond what it adds for any label. It is no
-segmentation, and no proof that the encoder looked there: tokens have exchanged information in the tower, so a token may
-speak of another place, and hiding a patch would change all the others.
+The map shows what each token adds to the encoder's score beyond an average label. It is no segmentation, and no proof
+that the encoder looked there: tokens have exchanged information in the tower.
 
 Shapes: N patches, a grid of G × G · E width of a feature.
 """
@@ -31,9 +30,9 @@ from clips import CLIPS
 from clips.common.errors import UserError
 
 MAX_LABELS = 200
-"""Labels asked about at once; each one is encoded in several prompts."""
+"""Labels of one request; each label is encoded in several prompts."""
 SENTENCE_WORDS = 4
-"""From so many words on a text is taken as it is, not put into the prompts made for names."""
+"""A text of so many words is encoded as it is, a shorter text in the prompts for names."""
 COLOUR = (255, 122, 0)
 """Tint of patches that match."""
 SIDE = 512
@@ -55,7 +54,7 @@ class PatchMap:
 def zero_shot(encoder: CLIPS, image: Image.Image, labels: Sequence[str]) -> dict[str, float]:
     """Probability of each label, largest first: softmax over cosines times the trained scale.
 
-    UserError for fewer than two labels or more than MAX_LABELS.
+    Raises UserError for fewer than two labels or more than MAX_LABELS.
     """
     names = _unique(labels)
     if not 2 <= len(names) <= MAX_LABELS:
@@ -68,7 +67,7 @@ def zero_shot(encoder: CLIPS, image: Image.Image, labels: Sequence[str]) -> dict
 def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[str] = ()) -> PatchMap:
     """Which patches of `image` match `text`, a name or a sentence (see the top of this file).
 
-    `labels` are what the text is compared with; without any, nothing is subtracted. UserError for an empty text.
+    The average of `labels` is subtracted, if there are any. Raises UserError for an empty text.
     """
     text = " ".join(text.split())
     if not text:
@@ -88,10 +87,10 @@ def _unique(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def overlay(image: Image.Image, patches: np.ndarray) -> Image.Image:
-    """`image`, pale, with its colours back and a tint where patches [G, G] match.
+    """`image` in pale grey, with its colours and a tint on matching patches [G, G].
 
-    The tint goes with the square of a patch's share of the largest entry; negative ones have none. The encoder sees
-    the image squashed to a square, so patches are rectangles where it is not one.
+    The tint grows with the square of a patch's share of the largest entry; negative patches have no tint. The encoder
+    squashes the image to a square, so patches of other images are rectangles.
     """
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -1,7 +1,7 @@
-"""The KV cache of one talk, cut back to what the next prompt has in common with what the model has read.
+"""The KV cache of one talk, cut back to the common prefix of the next prompt and the tokens read so far.
 
-A talk grows at its end, so all but the last question was computed for the answer before; after undo, retry or an edited
-system text the common part is shorter. A cache is reused only where a fresh computation would give the same states.
+A talk grows at its end, so the cache holds all but the last question. After undo, retry or a new system text the common
+prefix is shorter. The cache is reused only if a fresh computation would give the same states.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import DynamicCache, PretrainedConfig
 from mllm.chat.transcript import Picture
 
 Key = int | tuple[str, int]
-"""What must be equal for a position's state to be usable: the token, and for an image's token which image it is."""
+"""A position's state is reused if its key is equal: the token, and the image of an image token."""
 
 
 class PrefixCache:
@@ -21,7 +21,7 @@ class PrefixCache:
 
     Args:
         image_id: the id of an image's placeholder token.
-        tokens_per_image: how many of them stand for one image.
+        tokens_per_image: placeholder tokens of one image.
     """
 
     def __init__(self, image_id: int, tokens_per_image: int) -> None:
@@ -29,16 +29,16 @@ class PrefixCache:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was read, and its memory."""
+        """Drop the cache and free its memory."""
         self._cache: DynamicCache | None = None
         self._read: list[Key] = []
-        self._images: Sequence[Picture] = ()  # keeps them alive, for their identity is their key
+        self._images: Sequence[Picture] = ()  # kept alive: the identity of an image is its key
 
     def reuse(self, ids: Sequence[int], images: Sequence[Picture]) -> int:
-        """Cut the cache back to its longest common prefix with a prompt; returns that prefix' length.
+        """Cut the cache back to its longest common prefix with a prompt; returns the length of the prefix.
 
-        At least one token is left to compute, for its output is the first token of the answer; and an image is reused
-        whole or not at all, for it is computed whole.
+        At least one token remains to be computed: its output is the first token of the answer. An image is reused
+        whole or not at all, because it is computed whole.
         """
         keys = self._keys(ids, images)
         limit = min(len(keys) - 1, len(self._read))
@@ -48,24 +48,23 @@ class PrefixCache:
         if self._cache is not None and shared < len(self._read):
             try:
                 self._cache.crop(shared - len(self._read))
-            except (RuntimeError, ValueError):  # layers with a sliding window have dropped what would be needed
+            except (RuntimeError, ValueError):  # layers with a sliding window have dropped states
                 shared = 0
         if shared == 0:
             self.forget()
         return shared
 
     def take(self, config: PretrainedConfig) -> DynamicCache:
-        """The cache for `generate` to go on with, or a new one for a model of `config`.
+        """The cache for `generate`, or a new cache for a model of `config`.
 
-        It counts again once `keep` gets it back: `generate` changes it in place, so after an error it holds something
-        that no list of tokens describes.
+        `keep` must return it: `generate` changes it in place, so after an error its tokens are unknown.
         """
         cache = DynamicCache(config=config) if self._cache is None else self._cache
         self.forget()
         return cache
 
     def keep(self, cache: DynamicCache, ids: Sequence[int], answer: Sequence[int], images: Sequence[Picture]) -> None:
-        """Remember `cache` as that of the prompt `ids` and its `answer`, whose last token was never read."""
+        """Store the `cache` of the prompt `ids` and its `answer`, whose last token was never read."""
         self._cache, self._images = cache, images
         self._read = [*self._keys(ids, images), *answer][: cache.get_seq_length()]
 

@@ -1,8 +1,8 @@
-"""One talk about pictures, behind terminal, web page and server: its turns, and how the next answer comes to be.
+"""One talk about pictures, behind terminal, web page and server: its turns and its next answer.
 
-Prompts come from `ConversationEncoder.prompt` alone, so chat sees exactly what training builds for the same turns;
-tokens come from transformers' `generate`. Between the two stand `PrefixCache` (which part of a prompt the model has
-read already) and `AnswerStreamer` (which text may be shown yet).
+Prompts come from `ConversationEncoder.prompt` alone, so chat sees the same tokens as training. `generate` of
+transformers makes the answer's tokens. `PrefixCache` knows the part of a prompt that the model has read already, and
+`AnswerStreamer` the text that may be shown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ChatSession:
         turns: the questions and answers so far, without the system text.
         images: their pictures in the order of the placeholders.
         system: replaces the format's own system text, if set.
-        last: what the last answer took; None before the first.
+        last: statistics of the last answer; None before the first answer.
     """
 
     def __init__(self, model: ChatModel, *, system: str | None = None) -> None:
@@ -52,19 +52,19 @@ class ChatSession:
     def from_turns(
         cls, model: ChatModel, turns: Sequence[Turn], images: Sequence[Picture], system: str | None = None
     ) -> ChatSession:
-        """A talk that took place elsewhere; `answer` continues it if the last turn is the human's."""
+        """A talk from elsewhere; `answer` continues it if the last turn is the human's."""
         session = cls(model, system=system)
         session.turns, session.images = list(turns), list(images)
         return session
 
     def set_system(self, text: str | None) -> None:
-        """Another system text for the whole talk, None or empty: the format's own; UserError where it has no place."""
+        """Set the system text; None or "" is the format's own. Raises UserError if the format has no place for it."""
         if text and self.model.encoder.format.system is None:
             raise UserError(f"format {self.model.encoder.format.name} has no place for a system text")
         self.system = text or None
 
     def prompt_ids(self, turns: Sequence[Turn], images: int) -> list[int]:
-        """Token ids of the system text and `turns` up to where the next answer starts."""
+        """Token ids of the system text and `turns`, up to the start of the next answer."""
         system = [{"from": "system", "value": [{"type": "text", "text": self.system}]}] if self.system else []
         return self.model.encoder.prompt([*system, *turns], images, "this talk")
 
@@ -75,10 +75,10 @@ class ChatSession:
         sampling: Sampling = GREEDY,
         cancel: threading.Event | None = None,
     ) -> Generator[str, None, None]:
-        """Stream the answer to a new question in pieces; joined they are the answer.
+        """Stream the answer to a new question in pieces.
 
-        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as far as it got.
-        Raises UserError at once, and leaves the talk as it was, where nothing is asked or the context is too short.
+        Question and answer join `turns` when the stream ends or is closed; a cancelled answer stays as it is. Raises
+        UserError at once for an empty question or a full context; the talk then stays as it was.
         """
         if not text.strip() and not images:
             raise UserError("the question is empty")
@@ -90,14 +90,14 @@ class ChatSession:
         return self._answer(self.turns, self.images, sampling, cancel)
 
     def retry(self, sampling: Sampling = GREEDY, cancel: threading.Event | None = None) -> Generator[str, None, None]:
-        """Stream another answer to the last question, in place of the one it has."""
+        """Stream another answer to the last question; it replaces the old answer."""
         if not self.turns:
             raise UserError("there is no question yet")
         turns = self.turns[:-1] if self.turns[-1]["from"] == "gpt" else self.turns
         return self._answer(turns, self.images, sampling, cancel)
 
     def undo(self) -> str:
-        """Take back the last question with its pictures and its answer; returns the question's text."""
+        """Remove the last question with its pictures and answer; returns the question's text."""
         if not self.turns:
             raise UserError("there is nothing to take back")
         if self.turns[-1]["from"] == "gpt":
@@ -107,7 +107,7 @@ class ChatSession:
         return turn_text(question)
 
     def reset(self) -> None:
-        """Start anew; the system text stays."""
+        """Start a new talk; the system text stays."""
         self.turns, self.images, self.last = [], [], None
         self._prefix.forget()
 
@@ -118,7 +118,7 @@ class ChatSession:
     def _answer(
         self, turns: list[Turn], images: list[Picture], sampling: Sampling, cancel: threading.Event | None
     ) -> Generator[str, None, None]:
-        """Check what is asked, now; then return the stream."""
+        """Check the prompt at once, then return the stream."""
         start = time.perf_counter()
         ids = self.prompt_ids(turns, len(images))
         context = self.model.context_length
@@ -144,13 +144,13 @@ class ChatSession:
         future = self.model.worker.submit(self._generate, ids, images, sampling, streamer)
         future.add_done_callback(lambda _: streamer.pieces.put(None))
         try:
-            for piece in iter(streamer.pieces.get, None):  # waits here, in the reader's thread
+            for piece in iter(streamer.pieces.get, None):  # waits in the reader's thread
                 said.append(piece)
                 yield piece
             heard_all = True
         finally:  # also when the reader closes the stream or presses Ctrl-C
             streamer.cancelled |= not heard_all
-            wait([future])  # the worker sees it after its next token; until then it still writes to this talk's cache
+            wait([future])  # the worker stops after its next token; until then it writes to this talk's cache
             if future.exception() is None:
                 answer = {"from": "gpt", "value": [{"type": "text", "text": "".join(said)}]}
                 self.turns, self.images = [*turns, answer], images
@@ -159,7 +159,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def _generate(self, ids: list[int], images: list[Picture], sampling: Sampling, streamer: AnswerStreamer) -> int:
-        """Feed the streamer, in the worker's thread; returns how many tokens of the prompt came from the cache."""
+        """Feed the streamer, in the worker's thread; returns the number of prompt tokens from the cache."""
         if streamer.is_cancelled():
             return 0
         model, encoder = self.model.model, self.model.encoder
@@ -168,13 +168,13 @@ class ChatSession:
         unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
         if unread:
             pixels = []
-            for image in unread:  # one after the other: of a decoded picture only what the encoder sees is kept
+            for image in unread:  # one after the other: only the encoder's view of each is kept
                 if streamer.is_cancelled():
                     return 0
                 pixels.append(image_pixels(self.model.processor.image_processor, decoded(image)))
             inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
         cache = self._prefix.take(model.config.get_text_config())
-        # The state of the random numbers is put back: a seed of one talk does not repeat another's answers.
+        # The random state is restored: the seed of one talk must not repeat the answers of another talk.
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices, enabled=sampling.seed is not None):
@@ -195,7 +195,7 @@ class ChatSession:
         return shared
 
     def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
-        """Everything that the model's own generation config could decide is set here."""
+        """Set every field that the model's own generation config could set."""
         encoder, context = self.model.encoder, self.model.context_length
         room = sampling.max_new_tokens if context is None else context - prompt_tokens
         pad = self.model.processor.tokenizer.pad_token_id

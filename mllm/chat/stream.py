@@ -1,4 +1,4 @@
-"""Text of an answer while it is generated: whole characters only, ended by stop texts and by request."""
+"""The text of an answer while it is generated: whole characters only, ended by stop texts or by request."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mllm.chat.model import Stats
 
 
 class AnswerStreamer(BaseStreamer):
-    """Turns tokens into pieces of text that are final: whole characters, no part of a stop text, no outer spaces.
+    """Turns tokens into final pieces of text: whole characters, no part of a stop text, no outer spaces.
 
-    `pieces` receives them; the worker's end is marked there by None, from outside.
+    It puts them into `pieces`. The caller puts None there when the worker ends.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], cancel: threading.Event) -> None:
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
         self.cancelled = False
         self.stopped = False
-        self._tokenizer: Any = tokenizer  # its `decode` is declared for one text and for many
+        self._tokenizer: Any = tokenizer  # mypy confuses `decode` for one text and for many
         self._stop, self._cancel = stop, cancel
         self._ids: list[int] | None = None  # None until the prompt has gone by
-        self._begin = self._end = 0  # ids whose text is the context of the next one's; the text up to _end is out
+        self._begin = self._end = 0  # ids[begin:end] are the context of the next id; their text is out
         self._pending = ""
         self._started = False
         self._times: list[float] = []
@@ -44,8 +44,8 @@ class AnswerStreamer(BaseStreamer):
             return
         self._times = [*self._times[:1], time.perf_counter()]
         self._ids += value.flatten().tolist()
-        # What a token adds depends on those before it (a space, the bytes of one character), so a few are decoded anew
-        # with it; from the start of the answer would take ever longer.
+        # The text of a token depends on the tokens before it (a space, the bytes of one character), so a few tokens
+        # are decoded again with it. Decoding the whole answer would take ever longer.
         text, known = self._decode(self._begin), len(self._decode(self._begin, self._end))
         if len(text) > known and not text.endswith("\ufffd"):  # else the last character is not whole yet
             self._begin, self._end = self._end, len(self._ids)
@@ -66,7 +66,7 @@ class AnswerStreamer(BaseStreamer):
         if found:
             text, self.stopped = text[: min(found)], True
         ready = text if last or found else text[: len(text) - self._possible_stop(text)]
-        ready = ready.rstrip()  # spaces wait for what follows, for at the end of an answer they are cut
+        ready = ready.rstrip()  # spaces wait for the next text: at the end of an answer they are cut
         self._pending = text[len(ready) :]
         if not self._started:
             ready = ready.lstrip()
@@ -75,7 +75,7 @@ class AnswerStreamer(BaseStreamer):
             self.pieces.put(ready)
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop text starts."""
+        """Length of the longest end of `text` that begins a stop text."""
         ends = ((stop, n) for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)))
         lengths = (n for stop, n in ends if text.endswith(stop[:n]))
         return max(lengths, default=0)
@@ -95,7 +95,7 @@ class AnswerStreamer(BaseStreamer):
 
 
 class StopWhenDone(StoppingCriteria):
-    """Ends generation at a stop text, and when nobody waits for the rest."""
+    """Ends generation at a stop text, and when the answer is cancelled."""
 
     def __init__(self, streamer: AnswerStreamer) -> None:
         self._streamer = streamer

@@ -1,16 +1,14 @@
-"""The chat in a terminal: a talk with commands, one answer for a script, or a file of questions."""
+"""The chat in a terminal: a talk with commands, or one answer for a script."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -19,27 +17,23 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
-from tqdm import tqdm
 
-from clips import MAX_BYTES, MAX_PIXELS, BrokenSample
+from clips import MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError
 from clips.common.escape import visible_pieces
 from clips.common.paths import cache_root
 from mllm.chat.limits import Limits, fetch_image, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
-from mllm.data.images import ImageStore
-from mllm.data.questions import Question, read_questions
-from mllm.evaluation.scores import answer_line
 from mllm.model.load import newest_model
 
 OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
-"""For pictures that the person at the keyboard names."""
+"""Limits of pictures that the person at the keyboard names."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def load_image(place: str) -> Image:
-    """The picture behind a path, a file:// or an http(s) address; UserError with the reason where there is none."""
+    """The picture behind a path, a file:// or an http(s) address. Raises UserError with the reason if it fails."""
     try:
         if place.startswith(("http://", "https://")):
             return read_image(fetch_image(place, OWN_IMAGES), OWN_IMAGES)
@@ -58,9 +52,9 @@ def _local_path(word: str) -> str:
 
 
 def dropped_files(line: str) -> list[str]:
-    """The files that `line` consists of, as terminals write files dropped on them; else nothing.
+    """The files of `line` if it holds nothing else, else nothing.
 
-    They come as they are, quoted, with escaped spaces, or as file:// addresses.
+    Terminals write a dropped file plain, quoted, with escaped spaces, or as a file:// address.
     """
 
     def is_file(word: str) -> bool:
@@ -69,7 +63,7 @@ def dropped_files(line: str) -> list[str]:
 
     try:
         words = shlex.split(line)
-    except ValueError:  # a quotation mark of a text
+    except ValueError:  # a text with a quotation mark
         words = []
     for found in ([line.strip()], words):
         if found and all(map(is_file, found)):
@@ -78,7 +72,7 @@ def dropped_files(line: str) -> list[str]:
 
 
 class Talk:
-    """A talk line by line; every `do_NAME` is the command `/NAME`, its docstring the help."""
+    """A talk line by line. Each method `do_NAME` is the command `/NAME`; its docstring is the help."""
 
     def __init__(self, session: ChatSession, sampling: Sampling, *, stats: bool = False) -> None:
         self.session = session
@@ -87,7 +81,7 @@ class Talk:
         self.waiting: list[Image] = []  # pictures of the next question
 
     def run(self, read: Callable[[], str]) -> None:
-        """Handle what `read` gives until it raises EOFError; mistakes are one line, Ctrl-C stops an answer only."""
+        """Handle lines of `read` until EOFError. A mistake prints one line; Ctrl-C stops only the answer."""
         while True:
             try:
                 if not self.handle(read()):
@@ -102,7 +96,7 @@ class Talk:
                 print(f"error: {error}")
 
     def handle(self, line: str) -> bool:
-        """One line of the user's; False when it ends the talk."""
+        """Handle one line; returns False if it ends the talk."""
         line = line.strip()
         files = dropped_files(line)
         if files:
@@ -120,7 +114,7 @@ class Talk:
         return True
 
     def attach(self, places: Sequence[str]) -> None:
-        """Pictures for the next question."""
+        """Add pictures to the next question."""
         for place in places:
             image = load_image(place)
             self.waiting.append(image)
@@ -128,7 +122,7 @@ class Talk:
             print(f"picture {number}: {place} ({image.width} × {image.height}), goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
-        """Print an answer as it comes; Ctrl-C ends it."""
+        """Print an answer while it is generated; Ctrl-C ends it."""
         try:
             with closing(answer):
                 for piece in visible_pieces(answer):  # a model may write escape sequences
@@ -170,7 +164,7 @@ class Talk:
         print("a new talk")
 
     def do_system(self, rest: str) -> None:
-        """[TEXT]  what the model is told before the talk; without a text the usual one"""
+        """[TEXT]  set the system text; without a text the usual one"""
         self.session.set_system(rest)
         print("system text: " + (self.session.system or "the usual one"))
 
@@ -197,7 +191,7 @@ def stats_line(stats: Stats) -> str:
 
 
 class _Completer(Completer):
-    """Commands, and paths after those that take one."""
+    """Completes commands, and paths after /image and /save."""
 
     def __init__(self, commands: Sequence[str]) -> None:
         self._commands = [f"/{name}" for name in (*commands, "exit")]
@@ -212,7 +206,7 @@ class _Completer(Completer):
 
 
 def line_reader(talk: Talk) -> Callable[[], str]:
-    """Lines with editing, completion and a history over talks; plain lines where the input is no terminal."""
+    """Reads lines with editing, completion and a lasting history; plain lines if the input is no terminal."""
     if not sys.stdin.isatty():
         return input
     path = cache_root() / "chat_history"
@@ -224,103 +218,29 @@ def line_reader(talk: Talk) -> Callable[[], str]:
     return lambda: prompt.prompt(f"[{len(talk.waiting)} picture(s)] > " if talk.waiting else "> ")
 
 
-def answer_file(
-    model: ChatModel, questions: Path, output: Path, folder: str | None, sampling: Sampling, system: str | None
-) -> int:
-    """Answer a LLaVA question file, each question alone, line by line into `output`; returns how many it answered.
-
-    Questions that `output` has answers of are left out, so a stopped run goes on where it was. A question that cannot
-    be answered holds up no other: UserError counts them at the end.
-    """
-    asked = read_questions(questions)
-    done = _answered(output)
-    left = [question for question in asked if json.dumps(question.id) not in done]
-    store = ImageStore(folder or questions.parent) if any(question.image for question in left) else None
-    failed: list[str] = []
-    try:
-        for question in tqdm(left, initial=len(asked) - len(left), total=len(asked), desc="answers", unit="question"):
-            try:
-                answer = _answer_alone(model, question, store, sampling, system)
-            except (UserError, BrokenSample) as error:
-                failed.append(f"question {question.id}: {error}")
-                continue
-            with output.open("a", encoding="utf-8") as file:
-                file.write(answer_line(question, answer, model.name))
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped; the same command goes on with the rest ({output})", exit_code=130) from None
-    if failed:
-        raise UserError(f"{len(failed)} of {len(left)} question(s) could not be answered, the others are in {output}. "
-                        + "; ".join(failed[:3]))  # fmt: skip
-    return len(left)
-
-
-def _answer_alone(
-    model: ChatModel, question: Question, store: ImageStore | None, sampling: Sampling, system: str | None
-) -> str:
-    images = [store.load(question.image)] if store and question.image else []
-    return "".join(ChatSession(model, system=system).ask(question.text, images, sampling))
-
-
-def _answered(output: Path) -> set[str]:
-    """The ids, as JSON, of the answers in `output`; a line that a killed run left half written is cut off."""
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return set()
-    *lines, rest = output.read_bytes().split(b"\n")
-    ids = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            answer = json.loads(line)
-            ids.add(json.dumps(answer["question_id"]))
-            whole = "answer_id" in answer  # a question has none
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{output} line {number} is not an answer; name another --output, or mend it")
-    start = b'{"question_id": '
-    if not rest.startswith(start[: len(rest)]):  # somebody's file is not cut
-        raise UserError(f"{output} does not end like a file of answers; name another --output")
-    os.truncate(output, sum(len(line) + 1 for line in lines))
-    return ids
-
-
 def chat_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/chat.py does."""
-    if bool(flags.input) != bool(flags.output):
-        raise UserError("--input and --output go together: a file of questions, and where the answers go")
-    if flags.model_base:
-        place = flags.model_path or "MODEL"
-        raise UserError(
-            "--model-base: LoRA adapters or a projector and their base are put together first, once: python "
-            f"scripts/convert.py {place} {Path(place).name}-hf --to transformers --base {flags.model_base}"
-        )
-    sampling = Sampling(
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        max_new_tokens=flags.max_new_tokens,
-        stop=tuple(flags.stop or ()),
-        seed=flags.seed,
-    )
-    options = model_options(flags)
+    """What scripts/chat.py does. Raises UserError for wrong flags."""
+    names = ("temperature", "top_p", "max_new_tokens", "seed")
+    sampling = Sampling(stop=tuple(flags.stop or ()), **{name: getattr(flags, name) for name in names})
     if flags.web:
-        _web(flags, options)
+        _web(flags)
         return
-    images = [load_image(place) for place in flags.image_file or ()]
-    model = ChatModel.load(flags.model_path, **options)
-    if flags.input:
-        output = Path(flags.output)
-        count = answer_file(model, Path(flags.input), output, flags.image_folder, sampling, flags.system)
-        print(f"{count:,} new answers → {output}", file=sys.stderr)
-        return
+    images = [load_image(place) for place in flags.image or ()]
+    model = ChatModel.load(flags.model, **model_options(flags))
     session = ChatSession(model, system=flags.system)
-    talk = Talk(session, sampling, stats=flags.stats)
-    if flags.prompt is None:
-        print(f"{model.name}: {model.tokens_per_image} tokens for each picture, format {model.encoder.format.name}. "
-              "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
-        talk.waiting = images
-        talk.run(line_reader(talk))
+    if flags.prompt is not None:
+        _answer_once(session, flags.prompt, images, sampling, stats=flags.stats)
         return
-    answer = session.ask(flags.prompt, images, sampling)
+    print(f"{model.name}: {model.tokens_per_image} tokens for each picture, format {model.encoder.format.name}. "
+          "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
+    talk = Talk(session, sampling, stats=flags.stats)
+    talk.waiting = images
+    talk.run(line_reader(talk))
+
+
+def _answer_once(session: ChatSession, prompt: str, images: list[Image], sampling: Sampling, *, stats: bool) -> None:
+    """Print one answer to stdout, and nothing else."""
+    answer = session.ask(prompt, images, sampling)
     try:
         for piece in visible_pieces(answer) if sys.stdout.isatty() else answer:
             print(piece, end="", flush=True)
@@ -328,22 +248,16 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         raise Stopped("stopped", exit_code=130) from None
     finally:
         print(flush=True)
-    if flags.stats and session.last:
+    if stats and session.last:
         print(stats_line(session.last), file=sys.stderr)
 
 
-def _web(flags: argparse.Namespace, options: dict[str, Any]) -> None:
+def _web(flags: argparse.Namespace) -> None:
     try:
         from mllm.chat.web import launch
     except ModuleNotFoundError as error:
         raise UserError(f"--web needs the package {error.name}: pip install 'clips-mllm[chat]'") from None
-    names = [flags.model_path, *(flags.compare_with or ())]
-    if flags.compare_with and not flags.model_path:
-        names[0] = str(newest_model())
-    launch(
-        [name for name in names if name],
-        host=flags.host,
-        port=flags.port,
-        allowed_hosts=flags.allowed_hosts,
-        **options,
-    )
+    others = flags.compare_with or []
+    first = flags.model or (str(newest_model()) if others else None)
+    names = [name for name in (first, *others) if name]
+    launch(names, host=flags.host, port=flags.port, allowed_hosts=flags.allowed_hosts, **model_options(flags))

@@ -1,4 +1,4 @@
-"""A talk as a list of turns, and as a file: LLaVA's JSON (which is training data) or Markdown, pictures beside it."""
+"""A talk as a list of turns, and as a file: LLaVA's JSON (training data) or Markdown, with pictures beside it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Turn = dict[str, Any]
 """`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
 
 Picture = Image | Callable[[], Image]
-"""A picture, or what decodes it when the model reads it: so a talk need not hold all of its pictures decoded."""
+"""A picture, or a function that decodes it when the model reads it."""
 
 
 def decoded(picture: Picture) -> Image:
-    """UserError where what decodes it finds that it cannot be."""
+    """Raises UserError if the picture cannot be decoded."""
     return picture if isinstance(picture, Image) else picture()
 
 
@@ -38,8 +38,8 @@ def save_transcript(
 ) -> list[Path]:
     """Write the talk in the format of `path`'s suffix, and its pictures as PNGs beside it; returns the files.
 
-    A text that spells `<image>` is kept as a list of parts, so that it stays text. UserError for another suffix and
-    for a place that cannot be written to.
+    A text with a typed `<image>` is written as a list of parts, so it stays text. Raises UserError for another suffix
+    and for a place that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".json", ".md"):

@@ -1,11 +1,8 @@
-"""The web page: chat with a model, two models side by side, and what an image says to a CLIPS encoder.
+"""The web page of scripts/chat.py --web: a chat, two models side by side, and a CLIPS encoder's view of an image.
 
-    launch(model_names, host="127.0.0.1", port=7860, …)      blocks until Ctrl-C; scripts/chat.py --web calls it
-
-The page fetches nothing from elsewhere: system fonts, no analytics, and a Content-Security-Policy that makes the
-browser refuse whatever is not on this server, also when a model answers with a link to a picture. What a visitor asks
-and uploads is kept for that visitor alone: talks in the memory of the browser session, files in a temporary folder that
-is removed at the end.
+The page fetches nothing from elsewhere: system fonts, no analytics, and a Content-Security-Policy by which the browser
+refuses other servers, also for a picture that a model links to. Each visitor's questions and uploads are their own:
+talks stay in the memory of the browser session, files in a temporary folder that is removed at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import contextlib
 import os
 import signal
 import tempfile
-import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +30,9 @@ from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.patch_map import overlay, patch_map, zero_shot
-from mllm.chat.web_models import ModelPool, example_questions, trained_models
+from mllm.chat.web_models import Pool, about, choices, example_questions, trained_encoders, trained_models
 from mllm.chat.web_style import CSS, THEME
 from mllm.chat.web_talk import Talk
-from mllm.encoders.load import newest_export
 
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'; "
@@ -46,13 +41,13 @@ CONTENT_POLICY = (
 FILE_TYPES = ["image"]
 BARS = 8
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""Of every event: no programming interface beside scripts/serve.py, no spinner over what is being read."""
+"""For every event: no programming interface beside scripts/serve.py, no spinner over the answer."""
 
 
 # ---------------------------------------------------------------------------------------------- conversations
 @contextlib.contextmanager
 def _friendly() -> Iterator[None]:
-    """Errors as a message in the page; what is not the visitor's mistake is printed in full in the terminal only."""
+    """Show an error as a message in the page. Only the terminal shows the text of a defect."""
     try:
         yield
     except UserError as error:
@@ -62,8 +57,9 @@ def _friendly() -> Iterator[None]:
         raise gr.Error("The server met an error; its terminal says which.", print_exception=False) from None
 
 
-def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
-    """The components and events of one tab with `columns` conversations under one box."""
+def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[str, str]], limits: Limits) -> None:
+    """One tab: `columns` conversations and one box for questions."""
+    about_models = {name: about(name) for name in models.names}
     talk = gr.State(Talk())
     chosen, lines, chats, remarks = [], [], [], []
     many = len(models.names) > 1
@@ -74,9 +70,9 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
             with gr.Column(min_width=300):
                 name = models.names[min(column, len(models.names) - 1)]
                 choice = gr.Dropdown(
-                    models.choices(), value=name, label="Model", container=False, visible=many or "hidden"
+                    choices(models.names), value=name, label="Model", container=False, visible=many or "hidden"
                 )
-                lines.append(gr.Markdown(models.lines[name], elem_classes="about"))
+                lines.append(gr.Markdown(about_models[name], elem_classes="about"))
                 chosen.append(choice)
                 chats.append(_chatbot(examples if columns == 1 else examples[:2]))
                 remarks.append(gr.Markdown(elem_classes="remark"))
@@ -100,7 +96,7 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
     def answer(column: int, again: bool) -> Callable[..., Iterator[tuple[Any, Any, str]]]:
         def stream(talk: Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
             yield from web_talk.answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
-            yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice: what came since would be undone
+            yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice, which would undo later changes
 
         return stream
 
@@ -118,7 +114,7 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
     def switch(column: int) -> Callable[[str, Talk], tuple[Any, ...]]:
         def other(name: str, talk: Talk) -> tuple[Any, ...]:
             web_talk.forget(talk, column)
-            return models.lines[name], [], "", web_talk.ready(talk)
+            return about_models[name], [], "", web_talk.ready(talk)
 
         return other
 
@@ -130,7 +126,7 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
     def pick(event: gr.SelectData) -> dict[str, Any]:
         if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
             raise UserError("there is no such example")
-        path, text = examples[event.index]  # never a path that a browser sends: gradio would hand out that file
+        path, text = examples[event.index]  # a path from the browser would make gradio hand out that file
         return {"text": text, "files": [path]}
 
     def snap(path: str | None, message: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -159,14 +155,13 @@ def _conversation(models: ModelPool, columns: int, examples: list[tuple[str, str
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its errors shown in the page."""
+    """`function`, whose errors the page shows."""
     return _friendly()(function)
 
 
 def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
     return gr.Chatbot(
         show_label=False, layout="bubble", buttons=["copy"],
-        # A typed * is shown as typed.
         render_markdown=False, feedback_options=None, elem_classes="chat", container=False, allow_file_downloads=False,
         placeholder="### Ask about a picture",
         examples=[{"text": text, "files": [path], "icon": path} for path, text in examples] or None,
@@ -174,7 +169,7 @@ def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
 
 
 class _ImagePath(gr.Image):
-    """A picture as the path of its file: only clips/data/images.py opens what strangers send."""
+    """A picture as the path of its file: only clips/data/images.py opens strangers' pictures."""
 
     is_template = True
 
@@ -183,13 +178,13 @@ class _ImagePath(gr.Image):
 
 
 # ---------------------------------------------------------------------------------------------- the encoder's view
-def _encoder_view(encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple[str, str]], limits: Limits) -> None:
+def _encoder_view(encoders: Pool[CLIPS], examples: list[tuple[str, str]], limits: Limits) -> None:
     """The tab with zero-shot bars and the patch map."""
-    first = next(iter(encoders))
+    names = encoders.names
     with gr.Row(elem_classes="encoder"):
         with gr.Column(min_width=300):
             encoder = gr.Dropdown(
-                list(encoders), value=first, label="Encoder", container=False, visible=len(encoders) > 1 or "hidden"
+                names, value=names[0], label="Encoder", container=False, visible=len(names) > 1 or "hidden"
             )
             picture = _ImagePath(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
             if examples:
@@ -207,11 +202,9 @@ def _encoder_view(encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple
     def see(encoder: str, path: str | None, word: str, labels: str) -> tuple[Any, Any, str]:
         if path is None:
             return None, None, "Add a picture."
-        if encoder not in encoders:
-            raise UserError(f"there is no encoder {encoder!r} here")
         if len(word) + len(labels) > limits.prompt_chars:
             raise UserError(f"word and labels have more than {limits.prompt_chars:,} characters")
-        opened, image = encoders[encoder](), web_talk.read_upload(path, limits)
+        opened, image = encoders.get(encoder), web_talk.read_upload(path, limits)
         names = labels.replace("\n", ",").split(",")
         odds = zero_shot(opened, image, names)
         word = word.strip() or next(iter(odds))
@@ -228,24 +221,22 @@ def _encoder_view(encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple
     gr.on(changes, _shown(see), inputs, outputs, trigger_mode="always_last", **HIDDEN)
 
 
-def build(
-    models: ModelPool, encoders: dict[str, Callable[[], CLIPS]], examples: list[tuple[str, str]], limits: Limits
-) -> gr.Blocks:
-    """The page; `encoders` are the encoders of its third tab, which is left out where there is none."""
+def build(models: Pool[ChatModel], encoders: Pool[CLIPS], examples: list[tuple[str, str]], limits: Limits) -> gr.Blocks:
+    """The page; it has no third tab without `encoders`."""
     with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML("<h1>CLIPS-MLLM</h1>", elem_classes="title", padding=False)
         with gr.Tab("Chat"):
             _conversation(models, 1, examples, limits)
         with gr.Tab("Side by side"):
             _conversation(models, 2, examples, limits)
-        if encoders:
+        if encoders.names:
             with gr.Tab("Encoder"):
                 _encoder_view(encoders, examples, limits)
     return page.queue(max_size=limits.waiting)
 
 
 class UploadLimit:
-    """Refuses an upload that does not say its size, and one that the folder of uploads has no room for."""
+    """Refuses an upload without Content-Length, and an upload for which `folder` has no room."""
 
     def __init__(self, app: ASGIApp, *, folder: Path, limit: int) -> None:
         self.app, self.folder, self.limit, self.arriving = app, folder, limit, 0
@@ -300,19 +291,19 @@ def launch(
 ) -> gr.Blocks:
     """Serve the page at http://host:port until Ctrl-C, or with `block=False` in the background (`close()` ends it).
 
-    `model_names`: directories or hub ids, the first for the chat, the first two for the side-by-side; without any, all
-    that were trained under `runs`, newest first. The first is loaded now, others when they are asked. Encoders are the
-    newest CLIPS and CLIP exports under `runs`; examples come from the demo questions in `data`.
-    Raises UserError for a model that cannot be opened and for a port that is taken.
+    `model_names` are directories or hub ids, by default all models trained under `runs`, newest first. The first one
+    is loaded at once. Encoders are the newest CLIPS and CLIP exports under `runs`. Examples are demo questions in
+    `data`. Raises UserError if a model cannot be opened or the port is taken.
     """
     names = list(dict.fromkeys(model_names)) or trained_models(Path(runs))
-    models = ModelPool(
-        names, lambda name: ChatModel.load(name, device=device, dtype=dtype, bits=bits, conv_mode=conv_mode)
-    )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "bits": bits, "conv_mode": conv_mode}
+    models = Pool({name: partial(ChatModel.load, name, **options) for name in names})
+    for name in names:
+        about(name)  # a wrong name is reported before the first model is loaded
     models.get(names[0])
     folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = folder.name  # the only way to tell gradio where uploads go
-    page = build(models, _encoders(Path(runs), device), example_questions(Path(data)), limits)
+    os.environ["GRADIO_TEMP_DIR"] = folder.name  # gradio has no other setting for the folder of uploads
+    page = build(models, trained_encoders(Path(runs), device), example_questions(Path(data)), limits)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
@@ -328,30 +319,6 @@ def launch(
     weakref.finalize(page, folder.cleanup)  # uploads live as long as the page
     print(f"The page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
     if block:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it removes the uploads too
         page.block_thread()
     return page
-
-
-def _encoders(runs: Path, device: str) -> dict[str, Callable[[], CLIPS]]:
-    """The newest CLIPS and CLIP exports by name, each opened once, when it is first needed."""
-    encoders = {}
-    for objective in ("clips", "clip"):
-        with contextlib.suppress(UserError):  # none was trained
-            export = newest_export(runs, objective)
-            opened = partial(CLIPS.from_pretrained, export, device=device)
-            encoders[f"{objective} · {export.parent.name}"] = _once(opened)
-    return encoders
-
-
-def _once(load: Callable[[], CLIPS]) -> Callable[[], CLIPS]:
-    lock = threading.Lock()
-    loaded: list[CLIPS] = []
-
-    def get() -> CLIPS:
-        with lock:
-            if not loaded:
-                loaded.append(load())
-            return loaded[0]
-
-    return get

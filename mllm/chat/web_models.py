@@ -1,52 +1,58 @@
-"""What the web page offers to talk with: the models, a line about each, and example questions."""
+"""The offer of the web page: models with a line about each, encoders, and example questions."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from clips import CLIPS, newest_export
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
 from clips.common.hub import resolve
-from mllm.chat.model import ChatModel
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
 from mllm.model.load import FACTS, model_name, newest_model, vision_facts
 
 EXAMPLES = 6
 """Example questions on the page."""
+T = TypeVar("T")
 
 
-class ModelPool:
-    """The models by the names they were given by; each is loaded when it is first asked, and shared by all visitors."""
+class Pool(Generic[T]):
+    """Models by name. The first use loads a model, and all visitors share it."""
 
-    def __init__(self, names: Sequence[str], load: Callable[[str], ChatModel]) -> None:
-        self.names = list(names)
-        self.lines = {name: about(name) for name in names}
-        self._load, self._lock = load, threading.Lock()
-        self._loaded: dict[str, ChatModel] = {}
+    def __init__(self, loaders: Mapping[str, Callable[[], T]]) -> None:
+        self.names = list(loaders)
+        self._loaders, self._lock = loaders, threading.Lock()
+        self._loaded: dict[str, T] = {}
 
-    def get(self, name: str) -> ChatModel:
-        if name not in self.names:  # what the browser sends is not trusted
+    def get(self, name: str) -> T:
+        """Raises UserError for an unknown name: the browser sends it."""
+        if name not in self._loaders:
             raise UserError(f"there is no model {name!r} here")
         with self._lock:
             if name not in self._loaded:
-                self._loaded[name] = self._load(name)
+                self._loaded[name] = self._loaders[name]()
             return self._loaded[name]
 
-    def choices(self) -> list[tuple[str, str]]:
-        """(label, name): the short name where it is clear."""
-        short = list(map(model_name, self.names))
-        return [(s if short.count(s) == 1 else name, name) for s, name in zip(short, self.names, strict=True)]
+
+def choices(names: list[str]) -> list[tuple[str, str]]:
+    """(label, name); the label is the short name if no other model has it."""
+    short = list(map(model_name, names))
+    return [(s if short.count(s) == 1 else name, name) for s, name in zip(short, names, strict=True)]
 
 
 def about(name: str) -> str:
-    """A line of Markdown: which model, which encoder, how many tokens an image takes. From files, nothing is loaded.
+    """A line of Markdown from the model's files: its name, language model, encoder and tokens of an image.
 
-    The encoder is named where the model was saved here; of others it is what config.json says.
+    Raises UserError if config.json is not that of a LLaVA model. A model saved here knows its encoder's name; for
+    other models the line shows the kind of vision tower.
     """
     directory = resolve(name, "model")
     try:
@@ -69,24 +75,29 @@ def _encoder(facts: dict[str, Any]) -> str:
 
 
 def example_questions(data: Path) -> list[tuple[str, str]]:
-    """(picture, question) of demo test scenes, one of each kind of question first; none where `data` is not there."""
+    """(picture, question) of demo test scenes, one of each kind of question first; none if `data` does not exist."""
     if not (data / QUESTIONS).is_file():
         return []
     kinds: dict[str, list[tuple[str, str]]] = {}
     for question in read_questions(data / QUESTIONS):
         if question.image and (data / IMAGES / question.image).is_file():
             kinds.setdefault(question.kind, []).append((str(data / IMAGES / question.image), question.text))
-    # One of each kind, then the second of each, …
-    turns = zip(*(_padded(found, EXAMPLES) for found in kinds.values()), strict=True)
+    turns = zip_longest(*kinds.values())  # one of each kind, then the second of each, …
     return [example for turn in turns for example in turn if example][:EXAMPLES]
 
 
-def _padded(items: list[Any], length: int) -> list[Any]:
-    return [*items[:length], *[None] * (length - len(items))]
-
-
 def trained_models(runs: Path) -> list[str]:
-    """Directories of the models under `runs`, newest first; UserError where there is none."""
-    newest = newest_model(runs)  # says what to do where there is none
+    """Directories of the models under `runs`, newest first. Raises UserError if there is no model."""
+    newest = newest_model(runs)
     found = sorted(runs.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     return list(dict.fromkeys(map(str, [newest, *(path.parent for path in found)])))
+
+
+def trained_encoders(runs: Path, device: str) -> Pool[CLIPS]:
+    """The newest CLIPS export and the newest CLIP export under `runs`."""
+    loaders = {}
+    for objective in ("clips", "clip"):
+        with contextlib.suppress(UserError):  # no run of this objective
+            export = newest_export(runs, objective)
+            loaders[f"{objective} · {export.parent.name}"] = partial(CLIPS.from_pretrained, export, device=device)
+    return Pool(loaders)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gradio as gr
 
-# ---------------------------------------------------------------------------------------------- the page
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.orange,
     secondary_hue=gr.themes.colors.stone,
@@ -46,7 +45,7 @@ CSS = """
 .chat .example-text-content { margin: 0; }
 .encoder .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .encoder .label, .encoder .output-class, .encoder .confidence-set, .encoder dl * { font-family: var(--font); }
-/* The talk is cleared by the button below, for all columns together; nothing is shared with other sites. */
+/* The button below clears all columns together; nothing is shared with other sites. */
 .chat button[aria-label="Clear"], .chat button[aria-label="Share"] { display: none; }
 @media (max-width: 600px) {
   .gradio-container .main { padding: 8px 12px 16px !important; }

@@ -1,8 +1,7 @@
-"""The talk behind the web page: what was asked, what is shown of the answer, and how an answer is stopped.
+"""The talk behind the web page: its questions, the shown part of an answer, and how an answer is stopped.
 
-Every function runs in a thread of its own and several may run on one talk: the visitor stops, clears or switches the
-model while an answer streams. So each answer owns an event, and what it writes counts only while that event still
-stands in `Talk.running`.
+Each function runs in its own thread, and several may run on one talk: the visitor stops, clears or switches the model
+while an answer streams. So each answer owns an event, and its output counts only while that event is in `Talk.running`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mllm.chat.session import ChatSession
 from mllm.chat.transcript import Picture
 
 SHOWN_EVERY_S = 0.1
-"""A page that draws every token of a quick model has no time left for the visitor's clicks."""
+"""A page that draws every token of a fast model has no time for the visitor's clicks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +35,24 @@ class UserMessage:
     text: str
     images: list[Picture]
     message: dict[str, Any]
-    """What was in the box: `text` and `files`."""
+    """The content of the box: `text` and `files`."""
 
     def content(self) -> list[dict[str, Any]]:
-        """What the chat shows of it."""
+        """The message as the chat shows it."""
         pictures = [{"path": path} for path in self.message["files"]]
         return [*pictures, {"type": "text", "text": _literal(self.text)}] if self.text else pictures
 
 
 @dataclass
 class Talk:
-    """What one browser session asked in one tab; a column is one conversation with one model."""
+    """The talk of one browser session in one tab; a column is a conversation with one model."""
 
     sessions: dict[int, ChatSession] = field(default_factory=dict)
     messages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     waiting: dict[int, UserMessage] = field(default_factory=dict)
-    """Questions that a column has not begun to answer."""
+    """Column → question that is not being answered yet."""
     running: dict[int, threading.Event] = field(default_factory=dict)
-    """Of each column that is answering, what stops it."""
+    """Column → the event that stops its answer."""
 
     @property
     def busy(self) -> bool:
@@ -61,7 +60,7 @@ class Talk:
 
 
 def _literal(text: str) -> str:
-    """`text` for the chat, which takes it for HTML: a typed <image> is shown as typed."""
+    """`text` escaped for the chat, which reads HTML: a typed <image> is shown as typed."""
     return html.escape(text, quote=False)
 
 
@@ -74,21 +73,21 @@ def read_upload(path: str, limits: Limits) -> Image.Image:
 
 
 def asking(**value: Any) -> dict[str, Any]:
-    """The question's box with its button for stopping."""
+    """The box with its stop button."""
     return gr.update(submit_btn=False, stop_btn=True, **value)
 
 
 def ready(talk: Talk, **value: Any) -> dict[str, Any]:
-    """The box with its button for sending; while something is answered, the button is left to the end of that.
+    """The box with its send button. During an answer the button is unchanged: the answer's end sets it.
 
-    Events reach the browser in any order: one that said "still answering" could come after the answer's end.
+    Events reach the browser in any order, so a "still answering" could come after the answer's end.
     """
     buttons: dict[str, Any] = {} if talk.busy else {"submit_btn": True, "stop_btn": False}
     return gr.update(**buttons, **value)
 
 
 def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> dict[str, Any]:
-    """Take a question with its pictures; what is wrong with it is said, and then it stays in the box."""
+    """Accept a question with its pictures. Raises UserError for a bad question, which stays in the box."""
     if talk.busy:
         raise UserError("The last question is still being answered: wait, or stop it.")
     text, paths = (message.get("text") or "").strip(), message.get("files") or []
@@ -100,7 +99,7 @@ def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> 
         raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
     for path in paths:
         read_upload(path, limits)
-    # Decoded again when the model reads them: a visitor's files are bounded, their pixels would not be.
+    # The model decodes them again: a visitor's files are bounded, decoded pictures would not be.
     images: list[Picture] = [partial(read_upload, path, limits) for path in paths]
     question = UserMessage(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
@@ -108,7 +107,7 @@ def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> 
 
 
 def stop(talk: Talk) -> dict[str, Any]:
-    """End what is being answered and drop what waits."""
+    """Stop the running answers and drop the waiting questions."""
     talk.waiting.clear()
     for cancel in list(talk.running.values()):
         cancel.set()
@@ -132,23 +131,23 @@ def answer(
     limits: Limits,
     again: bool,
 ) -> Iterator[tuple[Any, Any, str]]:
-    """Stream (messages, box, remark) of one column: the answer to its waiting question, or `again` to its last one."""
+    """Stream (messages, box, remark) of one column: the answer to its waiting question, or `again` to its last."""
     question = talk.waiting.pop(column, None)
     if column in talk.running or (question is None and not again):
         yield gr.skip(), ready(talk), gr.skip()
         return
-    cancel = talk.running[column] = threading.Event()  # gone from there once a new conversation has begun
+    cancel = talk.running[column] = threading.Event()  # a new conversation removes it
     asked_at, before = time.monotonic(), talk.messages.get(column, [])
     asked = before[:-1] if question is None or again else [*before, {"role": "user", "content": question.content()}]
     text, remark, late, shown_at = "", "", False, -math.inf
-    box = {"value": question.message} if question else {}  # comes back where nothing is answered
+    box = {"value": question.message} if question else {}  # the question comes back if it fails
     try:
         yield asked, gr.skip(), "…"
         sampling = Sampling(temperature=temperature, max_new_tokens=min(int(length), limits.new_tokens))
         loaded, session = model(), talk.sessions.get(column)
         if session is None or session.model is not loaded:
             session = ChatSession(loaded)
-            if talk.running.get(column) is cancel:  # else a new conversation began while the model was loaded
+            if talk.running.get(column) is cancel:  # no new conversation began while the model was loaded
                 talk.sessions[column] = session
         if question is None or again:
             pieces = session.retry(sampling, cancel)
@@ -163,7 +162,7 @@ def answer(
                     shown_at = time.monotonic()
                     talk.messages[column] = [*asked, {"role": "assistant", "content": _literal(text)}]
                     yield talk.messages[column], gr.skip(), "…"
-        assert session.last is not None  # an answer has come to its end
+        assert session.last is not None  # the answer has ended
         shown, remark, box = [*asked, {"role": "assistant", "content": _literal(text)}], _remark(session.last, late), {}
     except UserError as error:
         shown = before
@@ -179,12 +178,12 @@ def answer(
     if mine:
         talk.messages[column] = shown
         yield shown, ready(talk, **box), remark
-    else:  # what was sent before may reach the browser after the new conversation did
+    else:  # older messages may reach the browser after the new conversation
         yield talk.messages.get(column, []), gr.skip(), gr.skip()
 
 
 def _remark(stats: Stats, late: bool) -> str:
-    """What an answer took, and why it ended where that is not plain to see."""
+    """The statistics of an answer, and the reason of its end unless it is complete."""
     ended = {
         "stop": "",
         "length": " · cut off at the longest length",

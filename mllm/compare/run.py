@@ -131,7 +131,7 @@ def compare(comparison: Comparison, console: Console, command: Sequence[str] = (
         f"  page        {for_rich(str(page))}\n"
         f"  figures     {output}/report.json, {output}/report.md\n"
         f"  cells       {output}/cells/  (each a run directory with its model)\n"
-        f"Next:\n  python scripts/chat.py --model-path {for_rich(str(cells[0].directory))}/model",
+        f"Next:\n  python scripts/chat.py --model {for_rich(str(cells[0].directory))}/model",
         highlight=False,
         soft_wrap=True,
     )

@@ -95,7 +95,7 @@ def convert_llava_from_flags(flags: Namespace) -> None:
     if flags.check:
         print(f"{flags.source} can be converted; nothing was written")
     elif flags.to == "transformers":
-        print(f"written: {target}\nnext: python scripts/chat.py --model-path {target}")
+        print(f"written: {target}\nnext: python scripts/chat.py --model {target}")
     else:
         print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {target} --image-file IMAGE")
         if mode in CONV_MODES:

@@ -1,15 +1,11 @@
 """An OpenAI-style server for one chat model and one CLIPS encoder.
 
-`transformers serve` (5.24) cannot carry the chat half of this. It tokenises the rendered chat template, so a typed
-`<image>` becomes a picture's place; it opens any address and any local file that a client names as a picture; it has no
-limits and no key, and `/load_model` loads whatever a client wants; the seed is set when a request comes, not when it is
-its turn; its queue has no end, and an answer that is not streamed goes on when its client has left; its errors are not
-OpenAI's. Its continuous batching is for text models only, so answers are generated one after the other here too.
+`transformers serve` (5.24) does not do for chat: it turns a typed `<image>` into a picture's place, opens any address
+and local file that a client names, has no limits and no key, and generates answers that nobody reads any more.
 
-Life of a request: middleware (host, key, what a client may hold) → body within its limits → a place → form checked →
-pictures fetched → its turn in the queue → pictures decoded, answer generated. Pictures are decoded only then, one after
-the other, and only what an encoder sees of each is kept: one picture at a time fills the memory. What waits holds its
-encoded pictures alone, and all that is held is bounded (`Limits.held_bytes`).
+A request passes: middleware (host, key, bounds of a client) → body → place in the queue → form → pictures fetched →
+turn → pictures decoded, answer generated. A waiting request holds its encoded pictures only, within
+`Limits.held_bytes`. Pictures are decoded one after the other, and only the encoder's view of each is kept.
 """
 
 from __future__ import annotations
@@ -38,12 +34,14 @@ from starlette.exceptions import HTTPException
 
 from clips import CLIPS, newest_export
 from clips.common.errors import Stopped, UserError
+from clips.common.flags import from_flags
 from mllm.chat.hosts import HostMiddleware
-from mllm.chat.limits import Limits, limits_from_flags, read_image
+from mllm.chat.limits import Limits, read_image
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
+from mllm.serve.admission import AdmissionMiddleware, Gate, Metrics, error_response, placed_body
 from mllm.serve.connections import BoundedConnection
-from mllm.serve.queue import AuthMiddleware, Metrics, RequestQueue, T, error_response, hold_of, placed_body, unless_gone
+from mllm.serve.queue import RequestQueue, T, unless_gone
 from mllm.serve.schemas import (
     ApiError,
     ChatForm,
@@ -59,7 +57,8 @@ from mllm.serve.schemas import (
 ENCODER = "encoder"
 """The encoder's model name in /v1/embeddings."""
 GRACE_SECONDS = 10
-"""How long answers may go on after SIGTERM."""
+"""Seconds for running answers after SIGTERM."""
+DEFECT = ApiError(500, "the server failed; its log says how")
 
 
 # ---------------------------------------------------------------------------------------------- the app
@@ -72,11 +71,11 @@ def create_app(
     allow_image_urls: bool = False,
     allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The server as an ASGI app. `encoder` may be the reason why there is none."""
+    """The server as an ASGI app. A text as `encoder` is the reason why there is no encoder."""
     app = FastAPI(title="CLIPS-MLLM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    queue, started = RequestQueue(limits.seconds), int(time.time())
-    metrics = Metrics(lambda: queue.busy)
-    app.add_middleware(AuthMiddleware, limits=limits, api_key=api_key, metrics=metrics)
+    queue, gate, started = RequestQueue(limits.seconds), Gate(limits), int(time.time())
+    metrics = Metrics(gate, lambda: queue.busy)
+    app.add_middleware(AdmissionMiddleware, gate=gate, api_key=api_key, metrics=metrics)
     app.add_middleware(
         HostMiddleware,
         allowed=allowed_hosts,
@@ -96,18 +95,27 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
-        return error_response(ApiError(500, "the server failed; its log says how"))  # which uvicorn writes
+        return error_response(DEFECT)  # uvicorn logs the error
 
     async def body_of(request: Request) -> bytes:
         # A web page can post any other type to a server on its reader's machine without asking that server first.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as Content-Type: application/json")
-        return await placed_body(request, limits)
+        return await placed_body(request)
 
-    def check_model(name: str, served: str) -> None:
-        if name != served:
+    async def fetched(request: Request, urls: list[str], param: str) -> list[bytes]:
+        pictures = image_bytes(urls, limits, allow_image_urls, param, request.scope["visit"].hold)
+        return await unless_gone(request, pictures)
+
+    def check_model(name: str, *served: str) -> None:
+        if name not in served:
             message = f"the model {name[:200]!r} is not served here; known: {', '.join(map(repr, names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def count(stats: Stats) -> None:
+        metrics.tokens.labels("prompt").inc(stats.prompt_tokens)
+        metrics.tokens.labels("completion").inc(stats.new_tokens)
+        metrics.first_token.observe(stats.first_token_s)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -123,8 +131,7 @@ def create_app(
 
     @app.get("/v1/models/{name}")
     async def retrieve_model(name: str) -> dict[str, Any]:
-        if name not in models:
-            check_model(name, "")
+        check_model(name, *names)
         return models[name]
 
     @app.post("/v1/chat/completions")
@@ -133,19 +140,18 @@ def create_app(
         check_model(form.model, chat.name)
         stream, usage = form.stream, form.stream_options is not None and bool(form.stream_options.include_usage)
         asked, urls = chat_request(form, limits)
-        del form  # with the pictures as text, which are larger than what comes of them
-        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "messages", hold_of(request)))
+        del form  # it holds the pictures as text
+        data = await fetched(request, urls, "messages")
         items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if stream:
-            first = await unless_gone(request, anext(items))  # until then an error can still have its status
-            events = _events(_chain(first, items), head, usage, metrics)
+            first = await unless_gone(request, anext(items))  # an error before it can still have its status
+            events = _events(_chain(first, items), head, usage, count)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        said = await unless_gone(request, _collect(items))
-        text = "".join(item for item in said if isinstance(item, str))
-        [stats] = [item for item in said if isinstance(item, Stats)]
-        _count(metrics, stats)
-        message = {"role": "assistant", "content": text, "refusal": None}
+        *pieces, stats = await unless_gone(request, _collect(items))
+        assert isinstance(stats, Stats)
+        count(stats)
+        message = {"role": "assistant", "content": "".join(map(str, pieces)), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(stats)}
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": _usage(stats)})
 
@@ -155,7 +161,7 @@ def create_app(
         if isinstance(encoder, str):
             raise ApiError(404, f"this server has no encoder: {encoder}", param="model", code="model_not_found")
         check_model(form.model, ENCODER)
-        texts = [entry.text for entry in form.input]  # None where a picture stands
+        texts = [entry.text for entry in form.input]  # None for a picture
         urls = [entry.image for entry in form.input if entry.image is not None]
         as_base64 = form.encoding_format == "base64"
         del form
@@ -164,10 +170,9 @@ def create_app(
         said = [text for text in texts if text is not None]
         check_amount(len(urls), sum(map(len, said)), limits, "input")
         if said and not encoder.has_text_features:
-            raise ApiError(
-                400, "this server's encoder learned from captions alone: it embeds pictures only", param="input"
-            )
-        data = await unless_gone(request, image_bytes(urls, limits, allow_image_urls, "input", hold_of(request)))
+            message = "this server's encoder learned from captions alone: it embeds pictures only"
+            raise ApiError(400, message, param="input")
+        data = await fetched(request, urls, "input")
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
             pixels = (encoder.preprocess(picture()) for picture in _pictures(data, limits, "input"))
@@ -175,21 +180,16 @@ def create_app(
 
         [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
         metrics.tokens.labels("embedding").inc(tokens)
-        vectors = [_base64(row) for row in rows] if as_base64 else rows.tolist()
-        return JSONResponse(
-            {
-                "object": "list",
-                "model": ENCODER,
-                "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(vectors)],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
-        )
+        vectors = [base64.b64encode(row.astype("<f4")).decode() for row in rows] if as_base64 else rows.tolist()
+        entries = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(vectors)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "model": ENCODER, "data": entries, "usage": usage})
 
     return app
 
 
 def embed(encoder: CLIPS, inputs: Sequence[str | Image | torch.Tensor]) -> np.ndarray:
-    """L2-normalised float32 [I, E], one row per text or picture, which may be pixels of the encoder's `preprocess`."""
+    """L2-normalised float32 [I, E], one row for each text, picture, or pixels of the encoder's `preprocess`."""
     rows = torch.empty(len(inputs), encoder.embed_dim)
     texts = {i: entry for i, entry in enumerate(inputs) if isinstance(entry, str)}
     images = {i: entry for i, entry in enumerate(inputs) if not isinstance(entry, str)}
@@ -201,7 +201,7 @@ def embed(encoder: CLIPS, inputs: Sequence[str | Image | torch.Tensor]) -> np.nd
 def _answer(
     chat: ChatModel, asked: ChatRequest, data: list[bytes], limits: Limits, cancel: threading.Event
 ) -> Iterator[str | Stats]:
-    """The pieces of the answer, then what it took."""
+    """The pieces of the answer, then its statistics."""
     try:
         session = ChatSession.from_turns(chat, asked.turns, _pictures(data, limits, "messages"), asked.system)
         yield from session.answer(asked.sampling, cancel)
@@ -209,12 +209,12 @@ def _answer(
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
     except UserError as error:
         raise ApiError(400, str(error), param="messages") from None
-    assert session.last is not None  # an answer has come to its end
+    assert session.last is not None  # the answer has ended
     yield session.last
 
 
 def _pictures(data: list[bytes], limits: Limits, param: str) -> list[Callable[[], Image]]:
-    """What decodes each of the encoded pictures; ApiError 400 then."""
+    """A function for each encoded picture that decodes it, or raises ApiError 400."""
 
     def decode(number: int) -> Image:
         try:
@@ -236,7 +236,7 @@ async def _chain(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
 
 
 async def _events(
-    items: AsyncIterator[str | Stats], head: dict[str, Any], include_usage: bool, metrics: Metrics
+    items: AsyncIterator[str | Stats], head: dict[str, Any], include_usage: bool, count: Callable[[Stats], None]
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's form."""
 
@@ -251,15 +251,15 @@ async def _events(
             if isinstance(item, str):
                 yield event({"content": item})
                 continue
-            _count(metrics, item)
+            count(item)
             yield event({}, _finish_reason(item))
             if include_usage:
                 yield _event(chunk | {"choices": [], "usage": _usage(item)})
-    except Exception as error:
-        known = error if isinstance(error, ApiError) else None
-        yield _event((known or ApiError(500, "the server failed; its log says how")).body)
-        if known is None:
-            raise
+    except ApiError as error:
+        yield _event(error.body)
+    except Exception:
+        yield _event(DEFECT.body)
+        raise
     yield "data: [DONE]\n\n"
 
 
@@ -268,47 +268,28 @@ def _event(data: dict[str, Any]) -> str:
 
 
 def _finish_reason(stats: Stats) -> str:
-    """OpenAI's word; an answer that the time limit cut off is as incomplete as one that the token limit did."""
+    """OpenAI has no word for the time limit: "length", since the answer is incomplete."""
     return "stop" if stats.finish_reason == "stop" else "length"
 
 
 def _usage(stats: Stats) -> dict[str, int]:
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.new_tokens,
-        "total_tokens": stats.prompt_tokens + stats.new_tokens,
-    }
-
-
-def _count(metrics: Metrics, stats: Stats) -> None:
-    metrics.tokens.labels("prompt").inc(stats.prompt_tokens)
-    metrics.tokens.labels("completion").inc(stats.new_tokens)
-    metrics.first_token.observe(stats.first_token_s)
-
-
-def _base64(row: np.ndarray) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+    read, written = stats.prompt_tokens, stats.new_tokens
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 # ---------------------------------------------------------------------------------------------- the command
 def serve_from_flags(flags: argparse.Namespace) -> None:
-    """Load model and encoder, then open the port and answer until a signal; UserError for what cannot be served."""
-    limits = limits_from_flags(flags)
+    """Load model and encoder, then answer until a signal comes. Raises UserError for what cannot be served."""
+    limits = from_flags(Limits, flags, "max_")
     api_key = flags.api_key or os.environ.get("CLIPS_API_KEY") or None
-    with bind_port(flags.host, flags.port) as bound:  # before the model is loaded: a port in use is known at once
-        chat = ChatModel.load(flags.model_path, **model_options(flags))
+    with bind_port(flags.host, flags.port) as bound:  # a port in use is reported before the model is loaded
+        chat = ChatModel.load(flags.model, **model_options(flags))
         encoder = _find_encoder(flags)
-        app = create_app(
-            chat,
-            encoder,
-            limits,
-            api_key=api_key,
-            allow_image_urls=flags.allow_image_urls,
-            allowed_hosts=flags.allowed_hosts,
-        )
+        asking = {"allow_image_urls": flags.allow_image_urls, "allowed_hosts": flags.allowed_hosts}
+        app = create_app(chat, encoder, limits, api_key=api_key, **asking)
         config = server_config(app, timeout_graceful_shutdown=GRACE_SECONDS)
         host, port = bound.getsockname()[:2]
-        print(_greeting(chat, encoder, limits, host, port, api_key, flags.allow_image_urls), flush=True)
+        print(_greeting(chat, encoder, limits, host, port, bool(api_key), flags.allow_image_urls), flush=True)
         try:
             uvicorn.Server(config).run(sockets=[bound])
         except KeyboardInterrupt:
@@ -316,12 +297,11 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
 
 
 def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves `app`."""
     return uvicorn.Config(app, http=BoundedConnection, ws="none", lifespan="off", server_header=False, **options)
 
 
 def bind_port(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet; UserError when the address is taken or not this machine's."""
+    """A bound socket that does not listen yet. Raises UserError if the address is taken or not this machine's."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -342,38 +322,28 @@ def _find_encoder(flags: argparse.Namespace) -> CLIPS | str:
 
 
 def _greeting(
-    chat: ChatModel,
-    encoder: CLIPS | str,
-    limits: Limits,
-    host: str,
-    port: int,
-    api_key: str | None,
-    allow_image_urls: bool,
+    chat: ChatModel, encoder: CLIPS | str, limits: Limits, host: str, port: int, has_key: bool, fetches: bool
 ) -> str:
+    """Models, limits, and two ways to ask: curl and the openai client."""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
-    secret = " -H 'Authorization: Bearer KEY'" if api_key else ""
-    embeddings = f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"
-    fetched = "fetched from public addresses" if allow_image_urls else "data URLs only"
-    lines = [
-        f"chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, "
-        f"context {chat.context_length or 'unknown'}",
-        f"embeddings  {embeddings}",
-        f"a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}",
-        f"a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters",
-        f"an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait",
-        f"access      {'with the API key' if api_key else 'without a key'}, at {address}",
-    ]
-    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
-        lines.append("warning: whoever reaches this address can use it; set --api-key or CLIPS_API_KEY")
-    lines += [
-        "",
-        f"curl {address}/chat/completions -H 'Content-Type: application/json'{secret} -d '{json.dumps(ask)}'",
-        "",
-        "from openai import OpenAI",
-        f'client = OpenAI(base_url="{address}", api_key="{"KEY" if api_key else "none"}")',
-        f"answer = client.chat.completions.create(**{ask})",
-        "print(answer.choices[0].message.content)",
-        "",
-    ]
-    return "\n".join(lines)
+    secret = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    fetched = "fetched from public addresses" if fetches else "data URLs only"
+    is_open = not has_key and host not in ("127.0.0.1", "::1", "localhost")
+    warning = "warning: everybody who reaches this address can use it; set --api-key or CLIPS_API_KEY\n"
+    return f"""\
+chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, context \
+{chat.context_length or "unknown"}
+embeddings  {f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"}
+a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}
+a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters
+an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait
+access      {"with the API key" if has_key else "without a key"}, at {address}
+{warning if is_open else ""}
+curl {address}/chat/completions -H 'Content-Type: application/json'{secret} -d '{json.dumps(ask)}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{address}", api_key="{"KEY" if has_key else "none"}")
+answer = client.chat.completions.create(**{ask})
+print(answer.choices[0].message.content)
+"""

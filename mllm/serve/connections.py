@@ -1,4 +1,4 @@
-"""Connections that send nothing whole are closed: uvicorn itself waits for a request's headers for ever."""
+"""Connections with a time limit for headers and a bound for each client: uvicorn has neither."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10
-"""How long a request's line and headers may take to arrive."""
+"""Seconds in which a request's line and headers must arrive."""
 PER_CLIENT = 64
-"""Connections that one address may have open; more are closed at once."""
+"""Open connections of one address; further connections are closed at once."""
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's connection with a time limit for headers, and a bound on connections by address."""
-
     open_by_client: ClassVar[Counter[str]] = Counter()
 
     def connection_made(self, transport: Any) -> None:
@@ -43,7 +41,7 @@ class BoundedConnection(H11Protocol):
         self._watch()
 
     def _watch(self) -> None:
-        """A timer runs exactly while headers are awaited."""
+        """Run a timer exactly while headers are awaited."""
         if self.conn.their_state is h11.IDLE:
             if self._waiting is None:
                 self._waiting = self.loop.call_later(HEADER_SECONDS, self.timeout_keep_alive_handler)

@@ -1,4 +1,4 @@
-"""What a request to the server may say: OpenAI's forms for chat and embeddings, checked, and its form of errors."""
+"""OpenAI's forms of chat and embeddings requests, checked, and OpenAI's form of errors."""
 
 from __future__ import annotations
 
@@ -20,23 +20,18 @@ class ApiError(Exception):
     """Ends a request with an HTTP status and OpenAI's error object."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, headers
+        self.status = status
+        self.headers: dict[str, str] | None = headers
         kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 # ---------------------------------------------------------------------------------------------- forms
 MAX_STOP = 256
-"""Characters of one stop text: each token of an answer is compared with all of them."""
+"""Characters of one stop text; each token of an answer is compared with all stop texts."""
 
 
 class _Form(BaseModel):
@@ -144,12 +139,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "dimensions": (),
 }
-"""Fields that would change the answer and that the server cannot do → values that ask for nothing."""
+"""Fields that would change the answer and that the server does not support → values that change nothing."""
 FormT = TypeVar("FormT", bound=_Form)
 
 
 def parse(form: type[FormT], body: bytes) -> FormT:
-    """The checked `body`; ApiError 400 naming the field. Fields that no form knows are ignored."""
+    """The checked `body`. Raises ApiError 400 with the field's name. Unknown fields are ignored."""
     try:
         parsed = form.model_validate_json(body)
     except ValidationError as error:
@@ -169,7 +164,7 @@ def _param(location: tuple[int | str, ...]) -> str | None:
     for i, step in enumerate(location):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif i < 2 or location[i - 2] != "content":  # else the kind of a part, which pydantic adds
+        elif i < 2 or location[i - 2] != "content":  # else the type of a part, which pydantic adds
             path += f".{step}" if path else step
     return path or None
 
@@ -177,7 +172,7 @@ def _param(location: tuple[int | str, ...]) -> str | None:
 # ---------------------------------------------------------------------------------------------- chat
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A checked chat request: what `ChatSession.from_turns` takes, without its pictures."""
+    """A checked chat request without its pictures, for `ChatSession.from_turns`."""
 
     turns: list[Turn]
     system: str | None
@@ -185,9 +180,9 @@ class ChatRequest:
 
 
 def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]]:
-    """The turns and settings that `form` asks for, and its pictures' addresses.
+    """The turns and settings of `form`, and the addresses of its pictures.
 
-    ApiError 400 for wrong order and for what is above a limit.
+    Raises ApiError 400 for a wrong order of roles and for a value above a limit.
     """
     first, *rest = form.messages
     system = first.text if first.role in ("system", "developer") else None
@@ -196,8 +191,8 @@ def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]
     for i, message in enumerate(messages):
         where, wanted = f"messages[{start + i}]", ("user", "assistant")[i % 2]
         if message.role != wanted:
-            found = f"found {message.role!r}"
-            raise ApiError(400, f"{where}: the role here must be {wanted!r}, {found}", param=f"{where}.role")
+            said = f"{where}: the role here must be {wanted!r}, found {message.role!r}"
+            raise ApiError(400, said, param=f"{where}.role")
         if wanted == "user" and not message.text.strip() and not message.images:
             raise ApiError(400, f"{where}: the message is empty", param=f"{where}.content")
     if len(messages) % 2 == 0:
@@ -210,31 +205,19 @@ def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]
     tokens = getattr(form, name) or limits.new_tokens
     if tokens > limits.new_tokens:
         raise ApiError(400, f"{name}: {tokens} is above this server's limit of {limits.new_tokens}", param=name)
-    asked = ChatRequest(
-        turns=[_turn(message) for message in messages],
-        system=system,
-        sampling=Sampling(
-            temperature=Sampling.temperature if form.temperature is None else form.temperature,
-            top_p=Sampling.top_p if form.top_p is None else form.top_p,
-            max_new_tokens=tokens,
-            stop=tuple(form.stop or ()),
-            seed=form.seed,
-        ),
-    )
-    return asked, images
+    given = {name: value for name in ("temperature", "top_p", "seed") if (value := getattr(form, name)) is not None}
+    sampling = Sampling(max_new_tokens=tokens, stop=tuple(form.stop or ()), **given)
+    return ChatRequest(turns=[_turn(message) for message in messages], system=system, sampling=sampling), images
 
 
 def _turn(message: Message) -> Turn:
-    images = [{"type": "image"} for _ in message.images]
-    return {
-        "from": "human" if message.role == "user" else "gpt",
-        "value": [*images, {"type": "text", "text": message.text}],
-    }
+    value = [*({"type": "image"} for _ in message.images), {"type": "text", "text": message.text}]
+    return {"from": "human" if message.role == "user" else "gpt", "value": value}
 
 
 # ---------------------------------------------------------------------------------------------- sizes, pictures
 def check_amount(images: int, characters: int, limits: Limits, param: str) -> None:
-    """ApiError 400 for more pictures or text than one request may bring."""
+    """Raise ApiError 400 if a request has too many pictures or characters."""
     if images > limits.images:
         raise ApiError(400, f"{param}: {images} pictures are above this server's limit of {limits.images}", param=param)
     if characters > limits.prompt_chars:
@@ -245,9 +228,9 @@ def check_amount(images: int, characters: int, limits: Limits, param: str) -> No
 async def image_bytes(
     urls: list[str], limits: Limits, allow_image_urls: bool, param: str, hold: Callable[[int], None]
 ) -> list[bytes]:
-    """The encoded pictures of data URLs and, where allowed, of public addresses; ApiError 400 with the reason.
+    """The encoded pictures of data URLs and, if allowed, of public addresses. Raises ApiError 400 with the reason.
 
-    `urls` is emptied on the way, so that no picture is there twice. `hold` is told how much has been fetched.
+    It empties `urls`, so that no picture is held twice, and calls `hold` with the bytes of each fetched picture.
     """
     pictures, total = [], 0
     urls.reverse()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from serve_process import KEY, started
-from tiny_serve import png, write_models
+from tiny_serve import models, png
 
 from clips.common.runtime import unused_port
 from mllm.recaption.asking import Prompt
@@ -24,9 +24,7 @@ PAIRS = [Pair(str(i), png(COLOURS[i % 4], (20 + i, 20)), f"a picture of {COLOURS
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("endpoint")
-    write_models(root)
-    return root
+    return models(tmp_path_factory)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(place: Path, chromium: Browser) -> Iterator[str]:
     port = unused_port()
-    models = ["--model-path", "runs/llava-clips/model", "--compare-with", "runs/llava-clip/model", "--device", "cpu"]
+    models = ["--model", "runs/llava-clips/model", "--compare-with", "runs/llava-clip/model", "--device", "cpu"]
     uploads = place / "uploads"
     uploads.mkdir()
     with (place / "log").open("w+") as log:
@@ -183,8 +183,22 @@ def test_an_uploaded_picture_is_asked_about_and_the_answer_streams(visit: Callab
     user = chat.panel.locator(".chat .user.message")
     assert "What is <image> in *it*?" in user.inner_text()
     assert user.locator("img").evaluate("image => image.naturalWidth") == 60
+    other = visit("chat")  # visitors share nothing
+    assert other.said.count() == 0
+    other.ask("Yours?")
+    other.answered()
+    assert other.panel.locator(".chat .user.message").all_inner_texts() == ["Yours?"]
     chat.ask("And now?")
     chat.answered(2)
+
+
+def test_a_browser_fetches_nothing_from_elsewhere(visit: Callable[..., Visit], address: str) -> None:
+    chat = visit("chat")
+    policy = chat.page.request.get(address).headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'")
+    failed = chat.page.evaluate("fetch('http://example.org/').then(() => '', error => String(error))")
+    assert "Failed" in failed or "TypeError" in failed
+    assert not [url for url in chat.requests if "example.org" in url]
 
 
 def test_stop_retry_undo_and_new_conversation(visit: Callable[..., Visit], place: Path) -> None:
@@ -296,19 +310,7 @@ def test_pictures_come_from_clipboard_and_camera_too(visit: Callable[..., Visit]
     assert chat.panel.locator(".chat .user.message img").count() == 2
 
 
-def test_visitors_share_nothing(visit: Callable[..., Visit], place: Path) -> None:
-    one, two = visit("chat"), visit("chat")
-    one.ask("Mine?", place / "scene.png")
-    one.answered()
-    assert two.said.count() == 0
-    two.ask("Yours?")
-    two.answered()
-    assert two.panel.locator(".chat .user.message").all_inner_texts() == ["Yours?"]
-    assert one.panel.locator(".chat .user.message").count() == 1
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_nothing_is_wider_than_the_window(visit: Callable[..., Visit], width: int, scheme: str) -> None:
     chat = visit("chat", viewport={"width": width, "height": 844}, color_scheme=scheme)
     ink = chat.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).color")
@@ -320,12 +322,3 @@ def test_nothing_is_wider_than_the_window(visit: Callable[..., Visit], width: in
     for tab in ("Side by side", "Encoder"):
         chat.page.get_by_role("tab", name=tab).click()
         assert chat.overflow() == 0, tab
-
-
-def test_a_browser_is_told_to_fetch_nothing_from_elsewhere(visit: Callable[..., Visit], address: str) -> None:
-    chat = visit("chat")
-    policy = chat.page.request.get(address).headers["content-security-policy"]
-    assert policy.startswith("default-src 'self'")
-    failed = chat.page.evaluate("fetch('http://example.org/').then(() => '', error => String(error))")
-    assert "Failed" in failed or "TypeError" in failed
-    assert not [url for url in chat.requests if "example.org" in url]

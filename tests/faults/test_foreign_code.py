@@ -169,8 +169,8 @@ ROUTES = {
     "projector": ("train_llava.py", *INSTRUCT, "--pretrain_mm_mlp_adapter", "FILE", "--output_dir", "runs/x"),
     "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
-    "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
-    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
+    "chat": ("chat.py", "--device", "cpu", "--model", "LLAVA", "--prompt", "Hello"),
+    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
     "serve's encoder": ("serve.py", "--device", "cpu", "--port", "0", "--encoder", "NATIVE"),
     "evaluate": ("evaluate_llava.py", "--device", "cpu", "--model", "LLAVA", "--questions", "q.jsonl"),
     "export": ("export_gguf.py", "--model", "LLAVA", "--output", "out"),
@@ -225,8 +225,8 @@ def with_code(directory: Path, target: Path, mark: Path, kind: str) -> Path:
 REMOTE = {
     "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
     "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
-    "chat": ("chat.py", "--device", "cpu", "--model-path", "LLAVA", "--prompt", "Hello"),
-    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model-path", "LLAVA"),
+    "chat": ("chat.py", "--device", "cpu", "--model", "LLAVA", "--prompt", "Hello"),
+    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
     "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
     "convert": ("convert.py", "VIT", "out"),
 }

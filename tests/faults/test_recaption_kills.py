@@ -122,7 +122,8 @@ def test_a_real_model_under_two_commands_of_which_one_is_killed(tmp_path: Path) 
 
     def command(out: Path) -> list[str]:
         return python(
-            "scripts/recaption.py", "--data", data, "--output", out, "--captioner", f"llava:{tmp_path}/runs/llava/model",
+            "scripts/recaption.py", "--data", data, "--output", out,
+            *("--captioner", f"llava:{tmp_path}/runs/llava/model"),
             *("--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu"),
             *("--words", "0", "400", "--script", "any", "--on-bad", "keep"),
         )  # fmt: skip

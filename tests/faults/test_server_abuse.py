@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,8 @@ import httpx2
 import pytest
 from PIL import Image
 from serve_defect import SECRET
-from serve_process import KEY, Running, ask, post, started
-from tiny_serve import BAD, CHAT, data_url, picture, png, user, write_models
+from serve_process import KEY, Running, ask, assert_ends, post, started
+from tiny_serve import BAD, CHAT, data_url, models, picture, png, user
 
 from mllm.chat.limits import Limits
 
@@ -25,14 +26,12 @@ DEFECT = Path(__file__).parents[1] / "serve_defect.py"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serve")
-    write_models(root, context=32_768)
-    return root
+    return models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[Running]:
-    with started(place, "--allow-image-urls", script=DEFECT) as running:
+    with started(place, "--allow-image-urls", "--max-new-tokens", "30000", script=DEFECT) as running:
         yield running
 
 
@@ -123,16 +122,6 @@ def figure(server: Running, name: str) -> float:
     return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
-def test_row_27_what_all_requests_hold_is_bounded(place: Path) -> None:
-    """One body above what all together may hold is refused, and what it held is free again."""
-    with started(place, "--max-held-bytes", "1000000") as server:
-        message = user("Hello", picture("data:image/png;base64," + "A" * 2**20))
-        for _ in range(2):
-            response = post(server, CHAT | {"messages": [message]})
-            assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
-            assert post(server, CHAT).status_code == 200
-
-
 def test_row_28_this_machine_alone_reaches_it(server: Running) -> None:
     """Bound to 127.0.0.1; no other address of the loopback is answered."""
     own = f"0100007F:{port_of(server):04X}"
@@ -170,3 +159,8 @@ def test_row_28_a_defect_shows_the_client_no_trace(server: Running) -> None:
     assert SECRET in server.output()
     assert server.output().count("Traceback") > before
     assert post(server, CHAT).status_code == 200
+
+
+def test_sigterm_ends_it_also_while_it_answers(server: Running) -> None:
+    """It is the last test of this server."""
+    assert_ends(server, signal.SIGTERM, -signal.SIGTERM)

@@ -73,14 +73,14 @@ def language_model(place: Path, models: Path, root: Path) -> tuple[list[str], tu
 def whole_model(place: Path, models: Path, root: Path) -> tuple[list[str], tuple[str, str]]:
     model = shutil.copytree(models / "runs/llava/model", root / "model")
     shapes = widened(model / "model.safetensors", "multi_modal_projector.linear_1.weight")
-    return ["chat.py", "--device", "cpu", "--model-path", str(model), "--prompt", "Hello"], shapes
+    return ["chat.py", "--device", "cpu", "--model", str(model), "--prompt", "Hello"], shapes
 
 
 def served_encoder(place: Path, models: Path, root: Path) -> tuple[list[str], tuple[str, str]]:
     native = shutil.copytree(models / "runs/clips-demo/export/native", root / "native")
     shapes = widened(native / "model.safetensors", "patch_embed.weight")
     model = str(models / "runs/llava/model")
-    return ["serve.py", "--device", "cpu", "--port", "0", "--model-path", model, "--encoder", str(native)], shapes
+    return ["serve.py", "--device", "cpu", "--port", "0", "--model", model, "--encoder", str(native)], shapes
 
 
 WRONG: list[Callable] = [projector, encoder, init_from, language_model, whole_model, served_encoder]

@@ -6,7 +6,6 @@ and its computation.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import pickle
@@ -44,7 +43,6 @@ from transformers import (
 from clips.common.errors import UserError
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
-from mllm.chat.terminal import chat_from_flags
 from mllm.data.formats import backend_with_bos, get_format, leave_bos_to_template, save_format, saved_format
 from mllm.encoders.registry import load_vision
 from mllm.model.convert import convert_llava
@@ -418,7 +416,7 @@ def test_convert_py_and_a_talk_with_what_it_wrote(tmp_path, capsys):
     assert "can be converted; nothing was written" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "llava-v1.5-tiny", "tower"]
     run_script("convert", str(original), str(converted), "--to", "transformers")
-    assert f"next: python scripts/chat.py --model-path {converted}" in capsys.readouterr().out
+    assert f"next: python scripts/chat.py --model {converted}" in capsys.readouterr().out
     model = ChatModel.load(str(converted), device="cpu")
     assert model.encoder.format.name == "v1"
     answer = "".join(ChatSession(model).ask("What is it?", [Image.new("RGB", (40, 30), "red")]))
@@ -438,9 +436,3 @@ def test_other_commands_name_convert_py(tmp_path, parts):
         load_llm(str(lora))
     with pytest.raises(UserError, match=f"model: .*{command}"):
         load_llava(str(lora), CPU)
-    spec = importlib.util.spec_from_file_location("chat", ROOT / "scripts" / "chat.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    flags: argparse.Namespace = module.parser().parse_args(["--model-path", str(lora), "--model-base", "BASE"])
-    with pytest.raises(UserError, match=rf"convert\.py {lora} {lora.name}-hf --to transformers --base BASE$"):
-        chat_from_flags(flags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import threading
@@ -10,12 +9,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import script_parser
 from PIL import Image
 from tiny_serve import png_header
 
 from clips.common.errors import UserError
+from clips.common.flags import from_flags
 from mllm.chat import limits as module
-from mllm.chat.limits import Limits, add_limit_flags, fetch_image, is_public, limits_from_flags, read_image
+from mllm.chat.limits import Limits, fetch_image, is_public, read_image
 
 LIMITS = Limits()
 
@@ -27,11 +28,10 @@ def png(width: int = 8, height: int = 6) -> bytes:
 
 
 def test_flags_carry_every_limit() -> None:
-    parser = argparse.ArgumentParser()
-    add_limit_flags(parser)
-    assert limits_from_flags(parser.parse_args([])) == LIMITS
+    parser = script_parser("serve")
+    assert from_flags(Limits, parser.parse_args([]), "max_") == LIMITS
     flags = parser.parse_args(["--max-image-bytes", "7", "--max-seconds", "1.5", "--max-waiting", "0"])
-    assert limits_from_flags(flags) == Limits(image_bytes=7, seconds=1.5, waiting=0)
+    assert from_flags(Limits, flags, "max_") == Limits(image_bytes=7, seconds=1.5, waiting=0)
 
 
 @pytest.mark.parametrize(("field", "value"), [("images", 0), ("seconds", float("nan")), ("waiting", -1)])
@@ -63,23 +63,16 @@ def test_what_is_no_picture_within_the_limits_is_refused(data: bytes, limits: Li
 # ------------------------------------------------------------------------------------------------ from an address
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2002:808:808::1"])
-def test_public(address: str) -> None:
-    assert is_public(address)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
+def test_public_addresses() -> None:
+    public = ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2002:808:808::1"]
+    private = [
         *("0.0.0.0", "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
         *("100.64.0.1", "192.0.2.1", "224.0.0.1", "255.255.255.255"),
         *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "ff02::1"),
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::1", "2002:a00:1::1"),  # IPv4 in IPv6
         *("64:ff9b::7f00:1", "64:ff9b::a00:1", "2001:0:4136:e378:8000:63bf:3fff:fdd2"),
-    ],
-)
-def test_not_public(address: str) -> None:
-    assert not is_public(address)
+    ]
+    assert [address for address in (*public, *private) if is_public(address)] == public
 
 
 @pytest.mark.parametrize(
@@ -95,16 +88,13 @@ def test_private_addresses_are_not_fetched_from(host: str, server: Server) -> No
     assert server.seen == []
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://8.8.8.8/x", "gopher://x", "/etc/hostname", "http://"])
-def test_other_schemes_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match="http:// and https:// addresses only"):
-        fetch_image(url, LIMITS)
-
-
-@pytest.mark.parametrize("url", ["http://[::1", "http://a b/", "http://" + "a" * 300 + ".example/"])
-def test_a_broken_address_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        fetch_image(url, LIMITS)
+def test_other_schemes_and_broken_addresses_are_refused() -> None:
+    for url in ("file:///etc/hostname", "ftp://8.8.8.8/x", "gopher://x", "/etc/hostname", "http://"):
+        with pytest.raises(UserError, match="http:// and https:// addresses only"):
+            fetch_image(url, LIMITS)
+    for url in ("http://[::1", "http://a b/", "http://" + "a" * 300 + ".example/"):
+        with pytest.raises(UserError, match="cannot be read"):
+            fetch_image(url, LIMITS)
 
 
 class Server(ThreadingHTTPServer):
@@ -160,11 +150,10 @@ def open_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-def test_a_public_picture_is_fetched(open_server: Server) -> None:
-    assert fetch_image(f"http://127.0.0.1:{open_server.port}/picture", LIMITS) == png()
-
-
-def test_a_redirect_is_followed(open_server: Server) -> None:
+def test_a_public_picture_is_fetched_also_by_a_redirect_and_never_by_a_proxy(
+    open_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.2:9")
     assert fetch_image(f"http://127.0.0.1:{open_server.port}/near", LIMITS) == png()
     assert [path for _, path, _ in open_server.seen] == ["/near", "/picture"]
 
@@ -200,20 +189,9 @@ def test_a_name_with_one_private_address_is_refused(open_server: Server, monkeyp
     assert open_server.seen == []
 
 
-def test_proxies_of_the_environment_are_not_used(open_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.2:9")
-    assert fetch_image(f"http://127.0.0.1:{open_server.port}/picture", LIMITS) == png()
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("missing", "status 404"), ("round", "redirects more than 3"), ("large", "more than 50,000 bytes")],
-)
-def test_what_is_not_fetched_says_why(open_server: Server, path: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        fetch_image(f"http://127.0.0.1:{open_server.port}/{path}", Limits(image_bytes=50_000))
-
-
-def test_an_address_that_does_not_answer(open_server: Server) -> None:
-    with pytest.raises(UserError, match="within 1 s"):
-        fetch_image(f"http://127.0.0.1:{open_server.port}/slow", Limits(fetch_seconds=1))
+def test_a_fetch_that_fails_says_why(open_server: Server) -> None:
+    limits = Limits(image_bytes=50_000, fetch_seconds=1)
+    reasons = {"missing": "status 404", "round": "redirects more than 3", "large": "50,000 bytes", "slow": "within 1 s"}
+    for path, message in reasons.items():
+        with pytest.raises(UserError, match=message):
+            fetch_image(f"http://127.0.0.1:{open_server.port}/{path}", limits)

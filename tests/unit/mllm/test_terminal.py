@@ -1,17 +1,15 @@
-"""The terminal's commands, dropped files, bad pictures, and the file of questions that goes on where it was."""
+"""The terminal's commands, dropped files, bad pictures, and one answer for a script."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 import tiny_chat
-from conftest import ROOT
+from conftest import script_parser
 from PIL import Image
 from tiny_chat import SHORT
 
@@ -19,11 +17,8 @@ from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.chat.terminal import Talk, answer_file, chat_from_flags, dropped_files, load_image
+from mllm.chat.terminal import Talk, chat_from_flags, dropped_files, load_image
 from mllm.chat.transcript import turn_text
-from mllm.data.images import ImageStore
-from mllm.data.questions import read_questions
-from mllm.evaluation.evaluate import generate_answers
 
 model, place = tiny_chat.model, tiny_chat.place  # fixtures
 
@@ -188,93 +183,27 @@ def test_a_model_cannot_steer_the_terminal(talk: Talk, capsys) -> None:
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffd31md\n\te\n"
 
 
-# ---------------------------------------------------------------------------------------------- files of questions
-
-
-@pytest.fixture
-def asked(place: Path, tmp_path: Path) -> Path:
-    lines = [
-        {"question_id": i if i % 2 else f"q{i}", "text": f"What is {i}? <image>", "category": "x"}
-        | ({"image": f"{i % 4}.png"} if i != 3 else {})
-        | ({"answer": "yes"} if i == 5 else {})
-        for i in range(7)
-    ]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_question_file_is_answered_and_goes_on(model: ChatModel, place: Path, asked: Path, tmp_path: Path) -> None:
-    output, folder = tmp_path / "new" / "answers.jsonl", str(place / "images")
-    assert answer_file(model, asked, output, folder, SHORT, None) == 7
-    whole = read(output)
-    expected = generate_answers(
-        model.model, model.processor, read_questions(asked), ImageStore(folder), batch_size=1, max_new_tokens=8
-    )
-    assert [line["text"] for line in whole] == expected
-    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} <= whole[0].keys()
-    assert (whole[0]["question_id"], whole[0]["model_id"], whole[5]["expected"]) == ("q0", "llava", "yes")
-    assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
-
-    lines = output.read_bytes().splitlines(keepends=True)
-    output.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])  # killed while it wrote the fourth
-    assert answer_file(model, asked, output, folder, SHORT, None) == 4
-    again = read(output)
-    assert [line["question_id"] for line in again] == [line["question_id"] for line in whole]
-    assert [line["answer_id"] for line in again[:3]] == [line["answer_id"] for line in whole[:3]]
-    assert [line["text"] for line in again] == expected
-    assert answer_file(model, asked, output, folder, SHORT, None) == 0
-    assert read(output) == again
-
-
-def test_one_bad_question_holds_up_no_other(model: ChatModel, place: Path, asked: Path, tmp_path: Path) -> None:
-    records = read(asked)
-    records[1]["image"], records[2]["text"] = "gone.png", "w " * 5000
-    asked.write_text("".join(json.dumps(line) + "\n" for line in records))
-    output = tmp_path / "answers.jsonl"
-    with pytest.raises(UserError, match=r"2 of 7 .*question 1: gone\.png.*question q2: the talk takes"):
-        answer_file(model, asked, output, str(place / "images"), SHORT, None)
-    assert len(read(output)) == 5
-    others = {"{}\n" + output.read_text(): "line 1 is not", asked.read_text(): "line 1 is not", "Dear aunt,": "not end"}
-    for content, reason in others.items():  # no answers: such a file stays as it is
-        output.write_text(content)
-        with pytest.raises(UserError, match=reason):
-            answer_file(model, asked, output, str(place / "images"), SHORT, None)
-        assert output.read_text() == content
-
-
 # ---------------------------------------------------------------------------------------------- the command
 
 
 def flags(*arguments: str) -> argparse.Namespace:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import chat
-    finally:
-        sys.path.pop(0)
-    return chat.parser().parse_args(arguments)
+    return script_parser("chat").parse_args(arguments)
 
 
 def test_one_answer_alone_on_stdout(model: ChatModel, place: Path, capsys) -> None:
     picture = str(place / "images" / "0.png")
-    common = ["--model-path", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
-    chat_from_flags(flags(*common, "--prompt", "What is it?", "--image-file", picture, "--stats"))
+    common = ["--model", model.directory, "--device", "cpu", "--max-new-tokens", "8"]
+    chat_from_flags(flags(*common, "--prompt", "What is it?", "--image", picture, "--stats"))
     printed = capsys.readouterr()
     expected = "".join(ChatSession(model).ask("What is it?", [load_image(picture)], SHORT))
     assert printed.out == expected + "\n"
     assert "cached" in printed.err
-    with pytest.raises(UserError, match="--input and --output go together"):
-        chat_from_flags(flags(*common, "--input", "a.jsonl"))
     with pytest.raises(UserError, match="the talk takes"):
         chat_from_flags(flags(*common, "--prompt", "w " * 5000))
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="temperature must be"):
         chat_from_flags(flags(*common, "--prompt", "What?", "--temperature", "-1"))
     with pytest.raises(UserError, match=r"missing\.png: there is no such file"):
-        chat_from_flags(flags(*common, "--prompt", "What?", "--image-file", "missing.png"))
+        chat_from_flags(flags(*common, "--prompt", "What?", "--image", "missing.png"))
     with pytest.raises(UserError, match="format 'mine' is not known"):
         chat_from_flags(flags(*common, "--prompt", "What?", "--conv-mode", "mine"))

@@ -14,7 +14,7 @@ from tiny_web import picture, write_export, write_llava
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.web_models import ModelPool, about, example_questions, trained_models
+from mllm.chat.web_models import Pool, about, choices, example_questions, trained_models
 from mllm.chat.web_talk import Talk, answer, begin, forget, stop
 from mllm.model.load import FACTS
 
@@ -171,27 +171,20 @@ def test_bad_questions_are_refused_with_a_reason(
 
 def test_models_are_loaded_once_and_no_others(place: Path) -> None:
     name, loaded = str(place / "runs" / "one" / "model"), []
-    models = ModelPool([name], lambda name: loaded.append(name) or name)
+    models = Pool({name: lambda: loaded.append(name) or name})
     assert models.get(name) == models.get(name) == name
     assert loaded == [name]
-    assert models.choices() == [("one", name)]
+    assert choices([name, "a/two", "b/two"]) == [("one", name), ("a/two", "a/two"), ("b/two", "b/two")]
     with pytest.raises(UserError, match="there is no model"):
         models.get("somebody/else")
     assert trained_models(place / "runs") == [name]
 
 
-def test_the_line_about_a_model(place: Path) -> None:
+def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp_path: Path) -> None:
     directory = place / "runs" / "one" / "model"
     assert about(str(directory)) == "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
-
-
-def test_the_line_about_a_model_that_was_made_elsewhere_is_what_its_config_says(place: Path, tmp_path: Path) -> None:
-    shutil.copy(place / "runs" / "one" / "model" / "config.json", tmp_path)
+    shutil.copy(directory / "config.json", tmp_path)
     assert about(str(tmp_path)).endswith(" · language model llama · encoder vit, 16 tokens")
-
-
-def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp_path: Path) -> None:
-    shutil.copy(place / "runs" / "one" / "model" / "config.json", tmp_path)
     facts = {"kind": "hf", "weights": "<b>*x*", "image_size": 224, "padded": True, "num_tokens": 256, "width": 9}
     (tmp_path / FACTS).write_text(json.dumps({"vision_encoder": facts}))
     assert about(str(tmp_path)).endswith(r"encoder hf \<b>\*x\*, 224 px, padded to a square, 256 tokens × 9")
