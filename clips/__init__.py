@@ -1,75 +1,34 @@
-"""CLIPS: vision–language pretraining with synthetic captions (arXiv 2411.16828). What others may use of it stands here.
+"""CLIPS: vision–language pretraining with synthetic captions (arXiv 2411.16828). Its public names are below.
 
     from clips import CLIPS
 
     model = CLIPS.from_pretrained("runs/demo")
 
-Each name is imported when it is first asked for, so that `import clips` costs nothing. `mllm` takes from this package
-only these names and `clips.common` (a test).
+Each name is imported at its first use, so `import clips` costs nothing. `mllm` takes only these names and
+`clips.common` from this package (a test).
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-FACE = {
-    # a trained encoder, and where it lies
-    "CLIPS": "clips.encoder",
-    "newest_export": "clips.weights.load",
-    # data: what a sample is, decoded within limits
-    "BrokenSample": "clips.data.sample",
-    "RawSample": "clips.data.sample",
-    "StoredSample": "clips.data.sample",
-    "IMAGENET_MEAN": "clips.data.images",
-    "IMAGENET_STD": "clips.data.images",
-    "MAX_BYTES": "clips.data.images",
-    "MAX_PIXELS": "clips.data.images",
-    "decode_image": "clips.data.images",
-    "Source": "clips.data.sources",
-    "open_source": "clips.data.sources",
-    "WholeFiles": "clips.data.ahead",
-    "stamp": "clips.data.sidecar",
-    "script_of": "clips.data.check",
-    "split_sentences": "clips.data.sentences",
-    "read_members": "clips.data.tar",
-    "built_as": "clips.data.built",
-    "ensure_built": "clips.data.built",
-    # the demo's world
-    "BACKGROUNDS": "clips.data.demo",
-    "CONCEPTS": "clips.data.demo",
-    "NUMBERS": "clips.data.demo",
-    "PLACES": "clips.data.demo",
-    "demo_split": "clips.data.demo",
-    "ensure_any_demo": "clips.data.demo",
-    # what a pretraining run is: configuration, flags
-    "DataConfig": "clips.config",
-    "Fields": "clips.config",
-    "RunConfig": "clips.config",
-    "difference": "clips.config",
-    "parse_fields": "clips.config",
-    "config_from_flags": "clips.training.cli",
-    "parser": "clips.training.cli",
-    # measuring an encoder
-    "ImageSet": "clips.evaluation.encode",
-    "KarpathySet": "clips.evaluation.testsets",
-    "held_out_sets": "clips.data.splits",
-    "PROBE_SAMPLES": "clips.evaluation.evaluate",
-    "open_test_set": "clips.evaluation.testsets",
-    "probe_images": "clips.evaluation.evaluate",
-    # an image tower taken apart, and as transformers has it
-    "NotPlain": "clips.weights.plain_vit",
-    "init_weights": "clips.model.layers",
-    "plain_vit": "clips.weights.plain_vit",
-    "read_open_clip_config": "clips.weights.open_clip",
-    "sincos_positions": "clips.model.vision",
-    "transformers_vit": "clips.weights.hf_vit",
-}
-
-if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the two
+if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
     from clips.config import DataConfig, Fields, RunConfig, difference, parse_fields
     from clips.data.ahead import WholeFiles
     from clips.data.built import built_as, ensure_built
     from clips.data.check import script_of
-    from clips.data.demo import BACKGROUNDS, CONCEPTS, NUMBERS, PLACES, demo_split, ensure_any_demo
+    from clips.data.demo import (
+        BACKGROUNDS,
+        CONCEPTS,
+        NUMBERS,
+        PLACES,
+        at_place,
+        capital,
+        demo_split,
+        ensure_any_demo,
+        listed,
+    )
     from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample, StoredSample
     from clips.data.sentences import split_sentences
@@ -89,6 +48,13 @@ if TYPE_CHECKING:  # the same for type checkers and editors; a test compares the
     from clips.weights.open_clip import read_open_clip_config
     from clips.weights.plain_vit import NotPlain, plain_vit
 
+FACE = {
+    alias.name: node.module
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("clips.")
+    for alias in node.names
+}
+"""Public name → the module that it comes from."""
 __all__ = list(FACE)
 
 

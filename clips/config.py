@@ -1,7 +1,7 @@
 """Configuration: frozen, keyword-only dataclasses, validated on construction.
 
-One nested `RunConfig` describes a run completely; `runs/NAME/config.json` is its JSON form and
-alone rebuilds the run. Recipes (`clips/recipes.py`) are functions that return a `RunConfig`.
+One nested `RunConfig` describes a run completely; its JSON form `runs/NAME/config.json` alone rebuilds the run.
+Recipes (`clips/recipes.py`) are functions that return a `RunConfig`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
 OnFailedSave = Literal["stop", "retry"]
-CropAspect = Literal["picture", "absolute"]
 OnSpike = Literal["continue", "skip", "rewind"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
@@ -104,18 +103,18 @@ class VisionConfig:
     pre_norm: bool = False
     """LayerNorm before the blocks. Off in the paper; on, the tower maps onto CLIPVisionModel."""
     pos_embed: Positions = "sincos"
-    """A fixed table: open_clip's (and MoCo v3's), or that of the reference code and of the checkpoints published with
-    it, whose frequencies have another denominator; or positions that are learned (see clips/model/vision.py)."""
+    """sincos: the fixed table of open_clip and MoCo v3. sincos_reference: that of the reference code and its published
+    checkpoints, with another denominator of the frequencies. learned: see clips/model/vision.py."""
     patch_bias: bool = True
     """A bias in the patch convolution; the reference has none."""
     cls: bool = True
     """A CLS token before the patches. Without one the tower maps onto SiglipVisionModel."""
     activation: Activation = "gelu"
     pool: ImagePool = "mean"
-    """What the final LayerNorm and the projection get: the mean of the patch tokens, or the CLS token."""
+    """The input of the final LayerNorm and the projection: the mean of the patch tokens, or the CLS token."""
     norm_eps: float = 1e-6
     patch_dropout: float = 0.0
-    """Share of an image's patches that the tower does not see in training (FLIP); it always sees all elsewhere."""
+    """Share of an image's patches that the tower does not see in training (FLIP)."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
@@ -140,12 +139,12 @@ class VisionConfig:
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens in front of the patches: the CLS, if there is one."""
+        """Tokens before the patches: the CLS, if there is one."""
         return int(self.cls)
 
     @property
     def transformers_class(self) -> str:
-        """The class of transformers that computes this tower."""
+        """The transformers class that computes this tower."""
         return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
     def tokens(self, image_size: int | None = None) -> int:
@@ -153,7 +152,7 @@ class VisionConfig:
         return ((image_size or self.image_size) // self.patch_size) ** 2
 
     def kept_tokens(self, image_size: int) -> int:
-        """Those of them that training passes through the blocks."""
+        """Patch tokens that training passes through the blocks."""
         return _kept(self.tokens(image_size), 1 - self.patch_dropout)
 
 
@@ -171,7 +170,7 @@ def check_image_size(image_size: int, patch_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The text tower. `context_length` counts every slot, the CLS in the last one, if there is one, included."""
+    """The text tower. `context_length` counts every slot, with the CLS in the last one."""
 
     width: int
     layers: int
@@ -180,13 +179,13 @@ class TextConfig:
     vocab_size: int = 32_000
     mlp_ratio: float = 4.0
     pad_mask: bool = False
-    """False: the reference, where padding is attended and every text is padded to `context_length`.
-    True: padding is masked, so text is padded only to the batch's own length (see clips/model/text.py)."""
+    """False: the reference's way, padding is attended and every text is padded to `context_length`.
+    True: padding is masked, so a batch is padded only to its own length (see clips/model/text.py)."""
     activation: Activation = "gelu_tanh"
     causal: bool = False
-    """Each slot attends to those before it and itself, as in CLIP."""
+    """Each slot attends to itself and the slots before it, as in CLIP."""
     pool: TextPool = "cls"
-    """The slot that stands for the text: a CLS in the last one, or eos (rows are `bos … eos pad …`, without CLS)."""
+    """The slot that represents the text: a CLS in the last slot, or eos (rows are `bos … eos pad …`)."""
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -197,12 +196,12 @@ class TextConfig:
 
     @property
     def words(self) -> int:
-        """Tokens of a text that there is room for beside bos, eos and CLS."""
+        """Room for tokens of a text beside bos, eos and CLS."""
         return self.context_length - (3 if self.pool == "cls" else 2)
 
     @property
     def trim(self) -> bool:
-        """Whether padding cannot show in the features, so that a batch is padded only to its own length."""
+        """Whether padding cannot change features, so that a batch is padded only to its own length."""
         return self.pad_mask or (self.causal and self.pool == "eos")
 
 
@@ -214,16 +213,16 @@ class CaptionerConfig:
     layers: int
     heads: int
     length: int = 128
-    """Caption positions: `bos … eos` of the long caption is cut to this many tokens."""
+    """Caption positions; `bos … eos` of the long caption is cut to this length."""
     inputs: CaptionerInputs = "queries"
     mlp_ratio: float = 4.0
     head_bias: bool = True
     """A bias in the head over the vocabulary; the reference has none."""
     image_token_keep: float = 1.0
-    """Share of the image tower's patch tokens that it sees in training, drawn anew for each sample; it always sees all
-    elsewhere. The authors report 0.25 to 0.35 as cheaper and better."""
+    """Share of the image tower's patch tokens that the captioner sees in training, drawn for each sample. The authors
+    report 0.25 to 0.35 as cheaper and better."""
     web: bool = True
-    """Whether it reads the web caption (the states of the text tower), or the image alone."""
+    """Whether the captioner reads the web caption (states of the text tower) beside the image."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
@@ -232,7 +231,7 @@ class CaptionerConfig:
         _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
 
     def kept_tokens(self, tokens: int) -> int:
-        """Of an image's `tokens` in the tower, those that the captioner sees in training."""
+        """How many of an image's `tokens` the captioner sees in training."""
         return _kept(tokens, self.image_token_keep)
 
 
@@ -240,11 +239,11 @@ class CaptionerConfig:
 class ModelConfig:
     vision: VisionConfig
     text: TextConfig
-    """The text tower, and the vocabulary of the captioner; where nothing reads texts there is no tower."""
+    """The text tower, and the vocabulary of the captioner. If nothing reads texts there is no tower."""
     captioner: CaptionerConfig | None
     embed_dim: int
-    """Width of the space that images and texts share; 0: there is none, for objectives without contrastive loss. Then
-    the image feature is the tower's pooled state, and texts have no feature."""
+    """Width of the space that images and texts share. 0, for objectives without contrastive loss: the image feature is
+    the tower's pooled state, and texts have no feature."""
 
     def __post_init__(self) -> None:
         _require(self.embed_dim >= 0, f"model.embed_dim {self.embed_dim} is negative")
@@ -255,7 +254,7 @@ class ModelConfig:
 
 
 TRAINING_FIELDS = {"model.vision": "patch_dropout", "model.captioner": "image_token_keep"}
-"""Part of a model → what of it is a matter of the training alone: weights that a run begins with do not bring it."""
+"""Part of a model → its field that concerns training only; initial weights do not set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +265,9 @@ class CaptionsConfig:
     strategy: SubCaptionStrategy = "sentence"
     splitter: SentenceSplitter = "smart"
     sub_caption_tokens: int = 32
-    """Tokens of the tokenizer kept by truncation, random_mask and block_mask (sentence keeps whole sentences)."""
+    """Tokens that truncation, random_mask and block_mask keep."""
     sentence_share: float = 0.0
-    """Strategy sentence: the share of the long caption's sentences that is kept, in a row; one at least."""
+    """Share of the long caption's sentences that the strategy sentence keeps, in a row; at least one sentence."""
 
     def __post_init__(self) -> None:
         _one_of("captions.tokenizer", self.tokenizer, TokenizerKind)
@@ -285,7 +284,7 @@ class TaskConfig:
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
-    """objective "clip" only: share of samples whose one text is the synthetic caption."""
+    """Objective clip: share of samples whose one text is the synthetic caption."""
     caption_chunk: int = 4096
     """Caption positions whose logits are held at once."""
 
@@ -301,12 +300,12 @@ class TaskConfig:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts of a sample that the text tower reads, by their names in a batch."""
+        """The texts that the text tower reads, by their names in a batch."""
         return {"clips": ("web", "sub"), "clip": ("web",), "caption": (), "caption+web": ("web",)}[self.objective]
 
     @property
     def captions(self) -> bool:
-        """Whether long captions are predicted, where there is a captioner."""
+        """Whether a captioner, if there is one, predicts long captions."""
         return self.objective != "clip"
 
     @property
@@ -317,10 +316,9 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Where a sample keeps its three parts.
+    """The places of a sample's three parts; `;` separates alternatives.
 
-    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member); alternatives
-    are separated by `;`. Tables: column names.
+    Tar shards: `ext` (a member's extension) or `ext:key` (a key in a JSON member). Tables: column names.
     """
 
     image: str = "jpg;jpeg;png;webp"
@@ -338,7 +336,7 @@ class MixPart:
     data: str
     """As `DataConfig.train`."""
     fields: Fields | None = None
-    """Where its samples keep their parts, if elsewhere than `DataConfig.fields` says."""
+    """Its fields, if they differ from `DataConfig.fields`."""
     image_root: str | None = None
 
 
@@ -363,19 +361,18 @@ class DataConfig:
     """`demo`, `mix`, a shard pattern (`dir`, `*.tar`, `{00000..00009}.tar`, fsspec URLs) or a table (.csv/.jsonl/
     .parquet)."""
     mix: tuple[MixPart, ...] = ()
-    """With train = "mix": the sets, of which each gives its share of every few thousand samples."""
+    """The sets of train = "mix"; each gives its share of every few thousand samples."""
     val: str | None = None
     test: str | None = None
     further_tests: tuple[NamedSet, ...] = ()
-    """Measured beside `test`, whose figures keep their plain names; those of a further set are called NAME/FIGURE. One
-    that is named `unseen` decides in the studies, as the demo's does."""
+    """Measured beside `test`; their figures are called NAME/FIGURE. A set named `unseen` decides in the studies."""
     fields: Fields = field(default_factory=Fields)
     image_root: str | None = None
-    """Tables only: folder that image paths are relative to (default: the table's own folder)."""
+    """Tables: the folder that image paths are relative to; default: the table's folder."""
     demo_dir: str = "data/demo"
     workers: int = 2
     cache_gb: float = 50
-    """Remote data: what copies of shards and pictures may take on this machine's disk, together; 0: none are made."""
+    """Remote data: room for copies of shards and pictures on this machine's disk; 0: no copies."""
     max_broken_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -392,13 +389,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training-time augmentation; the defaults turn every part off (then the image is only squashed to the square)."""
+    """Augmentation in training; the defaults turn every part off, and the image is only squashed to the square."""
 
     min_crop_area: float = 1.0
-    """Smallest share of the picture's area that a random crop keeps; 1: no crop."""
-    crop_aspect: CropAspect = "picture"
-    """What is drawn from 3/4 … 4/3: "absolute", the crop's width over its height, as in the reference; "picture", that
-    relative to the picture's own, so that a wide picture gives wide crops."""
+    """Smallest share of the picture's area that a random crop keeps (its aspect is 3/4 … 4/3); 1: no crop."""
     jitter: float = 0.0
     """Brightness, contrast and saturation are multiplied by factors from 1 ± jitter."""
     hue: float = 0.0
@@ -409,7 +403,6 @@ class AugmentConfig:
     """Share of the samples that lose their colours."""
 
     def __post_init__(self) -> None:
-        _one_of("augment.crop_aspect", self.crop_aspect, CropAspect)
         _require(0 < self.min_crop_area <= 1, f"augment.min_crop_area {self.min_crop_area} is not in (0, 1]")
         _require(self.jitter >= 0, f"augment.jitter {self.jitter} is negative")
         for name in ("jitter_probability", "grayscale"):
@@ -424,17 +417,17 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.2
     decay_embeddings: bool = True
-    """Whether the token embeddings decay like the matrices of a map; positions, queries and CLS never do. The
-    reference decays kernels only."""
+    """Whether token embeddings decay as matrices do; positions, queries and CLS never decay. The reference decays
+    kernels only."""
     lr_scaling: LrScaling = "sqrt"
-    """How `--batch-size` moves the learning rates away from the recipe's own: in proportion to the batch, to its
-    square root, or not at all. Only the flag reads this: `phases.*.lr` is always what is trained with."""
+    """How the flag `--batch-size` scales the recipe's learning rates: with the batch, its square root, or not.
+    `phases.*.lr` is the rate that is trained with."""
     clip_grad: float = 0.0
-    """Global gradient norm limit, 0 = off. With Muon it must be 0: see clips/training/engine.py."""
+    """Limit of the global gradient norm; 0: off. Must be 0 with Muon, see clips/training/engine.py."""
     muon_momentum: float = 0.95
 
     def lr_factor(self, batch_size: int, recipes: int) -> float:
-        """What `--batch-size` multiplies the rates of a phase by whose recipe has a batch of `recipes` samples."""
+        """The factor of a phase's rates if `--batch-size` replaces the recipe's batch of `recipes` samples."""
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
@@ -462,11 +455,11 @@ class PhaseConfig:
     image_size: int
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
-    """After the warm-up: down to 0 in a half wave, in a straight line (linear) or in one over the phase's last third
-    (trapezoid); or constant, at the peak to the end, for a phase that another one goes on from."""
+    """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
+    (trapezoid); constant stays at the peak, for a phase that another one follows."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fresh_optimizer: bool = False
-    """Begin with an empty optimizer, as the reference does in each phase, instead of the state of the one before."""
+    """Begin with an empty optimizer, as the reference does, instead of the previous phase's state."""
 
     def __post_init__(self) -> None:
         _one_of(f"phase {self.name}: schedule", self.schedule, Schedule)
@@ -485,32 +478,32 @@ class PhaseConfig:
 class TrainConfig:
     seed: int = 0
     precision: Precision = "auto"
-    """bf16 is autocast over fp32 weights; auto: what the run began in, or bf16 where the device computes in it."""
+    """bf16 is autocast over fp32 weights. auto: the precision that the run began in, or bf16 if the device has it."""
     accumulation: int = 1
-    """Micro-batches of one optimizer step, each of which passes the model by itself."""
+    """Micro-batches of one optimizer step."""
     contrastive: Contrastive = "micro"
-    """What the contrastive loss runs over where accumulation > 1: each micro-batch of all ranks by itself, or the whole
-    batch, exactly and in a micro-batch's memory, for one more forward pass of the towers (docs/training.md)."""
+    """Batch of the contrastive loss if accumulation > 1. micro: each micro-batch of all ranks. global: the whole batch,
+    exact, in a micro-batch's memory, for one more forward pass of the towers (docs/training.md)."""
     activation_checkpointing: bool = False
     compile: bool = False
     init_from: str | None = None
-    """Whose weights the run begins with (docs/weights.md): a directory, a hub id, or timm:NAME_OR_DIR. They are read
-    once, before the first step."""
+    """Source of the initial weights (docs/weights.md): a directory, a hub id, or timm:NAME_OR_DIR. Read once, before
+    the first step."""
     freeze: Freeze = "none"
-    """The tower that stays as it began (LiT); its projection into the shared space, which may be new, trains."""
+    """The tower that is not trained (LiT); its projection into the shared space trains."""
     on_spike: OnSpike = "continue"
-    """What follows a step whose loss or gradient norm stands far above the recent ones (clips/training/watchdog.py):
-    nothing but its record; its update is left out; or the run goes back to the last checkpoint and leaves it out."""
+    """After a step whose loss or gradient norm is far above the recent ones (clips/training/watchdog.py): continue only
+    records it; skip leaves its update out; rewind goes back to the last checkpoint and leaves it out."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0
-    """Samples between two evaluations on the validation split; 0 = only at the end."""
+    """Samples between two evaluations on the validation split; 0: only at the end."""
     checkpoint_every: int = 0
-    """Samples between two checkpoints; 0 = only at the end and when stopped."""
+    """Samples between two checkpoints; 0: only at the end and when stopped."""
     keep_checkpoints: int = 2
-    """The newest ones that stay."""
+    """How many of the newest checkpoints stay."""
     keep_every: int = 0
-    """Samples between two checkpoints that stay for ever; 0 = only the newest stay."""
+    """Samples between two checkpoints that stay for ever; 0: only the newest stay."""
     on_failed_save: OnFailedSave = "stop"
     """What a full disk does: stop ends the run; retry trains on and tries again, until the next checkpoint is due."""
 
@@ -529,7 +522,7 @@ class TrainConfig:
 class EvalConfig:
     batch_size: int = 128
     max_images: int = 5000
-    """Images of the retrieval evaluation during training (the whole set at the end)."""
+    """Images of the retrieval evaluation during training; at the end the whole set is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -559,7 +552,7 @@ class RunConfig:
         )
 
     def _check_objective(self) -> None:
-        """Whether the model has what the objective trains, and nothing that it leaves untrained."""
+        """Raise UserError unless the model has exactly the parts that the objective trains."""
         objective, captioner = self.task.objective, self.model.captioner
         contrasts = self.task.contrasts
         _require(
@@ -592,7 +585,7 @@ class RunConfig:
 
     @property
     def samples(self) -> int:
-        """Samples seen over all phases (whole optimizer steps only)."""
+        """Samples of all phases, in whole optimizer steps."""
         return sum(phase.steps * phase.batch_size for phase in self.phases)
 
     @property
@@ -607,14 +600,14 @@ class RunConfig:
 
     @staticmethod
     def load(path: Path) -> RunConfig:
-        """Read `config.json`; raises UserError naming the file and the field where it does not fit."""
+        """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
         try:
             return from_dict(RunConfig, json.loads(Path(path).read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
     def override(self, assignments: list[str]) -> RunConfig:
-        """Apply `a.b.c=value` assignments (value as JSON, else text); phases are addressed by index or `*`."""
+        """Apply `a.b.c=value` assignments; the value is JSON or text, and phases have an index or `*`."""
         tree = json.loads(json.dumps(self.to_dict()))
         for assignment in assignments:
             path, separator, text = assignment.partition("=")
@@ -647,8 +640,8 @@ def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
 
 
 def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
-    """Build dataclass `cls` from plain JSON `value`; unknown, missing and ill-typed fields raise UserError."""
-    # Not pydantic's TypeAdapter: it does not say which fields are known, and adding that makes it as long as this.
+    """Build dataclass `cls` from JSON `value`. Raises UserError for unknown, missing and ill-typed fields."""
+    # pydantic's TypeAdapter does not name the known fields, and adding them makes it as long as this.
     origin = typing.get_origin(cls)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(cls)
@@ -688,7 +681,7 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
 
 
 def difference(there: RunConfig, here: RunConfig) -> list[str]:
-    """The fields in which two runs differ, as `path: there → here` lines; "auto" asks for what is there."""
+    """The fields in which two runs differ, as `path: there → here`; precision "auto" accepts what is there."""
     if here.train.precision == "auto":
         here = replace(here, train=replace(here.train, precision=there.train.precision))
     return rundir.difference(there.to_dict(), here.to_dict())

@@ -1,4 +1,4 @@
-"""A trained encoder in a user's hands: pictures and texts in, vectors of one space out.
+"""A trained encoder for users: pictures and texts in, vectors of one space out.
 
     from clips import CLIPS
 
@@ -35,22 +35,22 @@ from clips.model.clips import MAX_LOGIT_SCALE
 from clips.weights.load import LoadedModel, load_model
 
 BATCH = 64
-"""Images or texts that go through a tower at once."""
+"""Images or texts of one forward pass."""
 Picture = Image.Image | str | Path | np.ndarray | Tensor
-"""A PIL image of any mode, a path, an array uint8 [H, W, 3], or pixels [3, S, S] as `CLIPS.preprocess` gives them."""
+"""A PIL image of any mode, a path, an array uint8 [H, W, 3], or pixels [3, S, S] of `CLIPS.preprocess`."""
 Images = Picture | Iterable[Picture]
-"""One picture, or several: a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
+"""One picture or several: a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What the captioner wrote."""
+    """A caption that the captioner wrote."""
 
     text: str
     finished: bool
-    """False where it may be cut off: it fills the captioner's length, where captions were cut in training too."""
+    """False if it fills the captioner's length and may be cut off."""
     tokens: int
-    """The end token included."""
+    """Tokens with the end token."""
 
 
 class CLIPS:
@@ -63,15 +63,15 @@ class CLIPS:
         self.device = device
         self._transform = eval_transform(self.image_size)
         self.templates = tuple(PROMPTS) if loaded.run.data.train == "demo" else default_templates()
-        """What `encode_labels` puts names into: open_clip's general templates, on the demo its own."""
+        """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
-        """Open a run, a native or open_clip export, an official CLIPS or OpenVision checkpoint in open_clip's layout,
-        each a directory or a hub id (owner/name); with None the newest run under runs/.
+        """Open a run, an export (native or open_clip), or an official CLIPS or OpenVision checkpoint of open_clip.
 
-        `device`: auto, cpu, cuda or cuda:N. UserError where there is no trained model.
+        `path` is a directory or a hub id (owner/name); None is the newest run in runs/. `device` is auto, cpu, cuda or
+        cuda:N. Raises UserError if there is no trained model.
         """
         return cls(load_model(path), choose_device(device))
 
@@ -82,23 +82,23 @@ class CLIPS:
 
     @property
     def embed_dim(self) -> int:
-        """Width of a feature; of a model that has no space shared with texts, that of its image tower."""
+        """Width of a feature: of the shared space, or of the image tower if there is no shared space."""
         return self.model.config.embed_dim or self.model.config.vision.width
 
     @property
     def has_text_features(self) -> bool:
-        """Whether `encode_text` gives any: a model that was trained by captions alone has none."""
+        """Whether `encode_text` works; a model trained by captions alone has no text features."""
         return self.model.config.embed_dim > 0
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied with before a softmax: the learned inverse temperature."""
+        """The learned inverse temperature: the factor of cosines before a softmax."""
         return float(self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE))
 
     def preprocess(self, image: Picture) -> Tensor:
-        """float32 [3, S, S], normalised, on the CPU; pixels that are so already are passed on.
+        """float32 [3, S, S], normalised, on the CPU; such a tensor is returned as it is.
 
-        UserError for a file that cannot be read as a picture; TypeError or ValueError for what is no picture.
+        Raises UserError for an unreadable file, TypeError or ValueError for something that is no picture.
         """
         if not isinstance(image, Tensor):
             return self._transform(_open(image))
@@ -115,7 +115,7 @@ class CLIPS:
         return self.tokenizer.for_tower(_texts(texts), self.model.config.text)
 
     def count_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens of the texts that the text tower reads, its own special ones not counted."""
+        """Tokens of the texts that the text tower reads, without special tokens."""
         longest = self.model.config.text.words
         return sum(min(len(ids), longest) for ids in self.tokenizer.encode(list(texts)))
 
@@ -126,7 +126,7 @@ class CLIPS:
         return torch.cat(found) if found else torch.empty(0, self.embed_dim)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
-        """Pixels [≤ BATCH, 3, S, S] on the model's device; no more pictures than these are held at a time."""
+        """Pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
         ):
@@ -136,14 +136,14 @@ class CLIPS:
             yield torch.stack([self.preprocess(picture) for picture in batch]).to(self.device)
 
     def encode_text(self, texts: Iterable[str] | str) -> Tensor:
-        """L2-normalised features [T, E] on the CPU. UserError where the model was trained by captions alone."""
+        """L2-normalised features [T, E] on the CPU. Raises UserError if the model was trained by captions alone."""
         texts = _texts(texts)
         if not texts:
             return torch.empty(0, self.embed_dim)
         return encode_texts(self.model, self.tokenizer, texts, batch_size=BATCH)
 
     def _encode_labels(self, names: tuple[str, ...]) -> Tensor:
-        """[C, E]: of each name the normalised mean over the prompts. Kept for the last lists of names (a tuple)."""
+        """[C, E]: each name's normalised mean over the prompts. Cached for the last lists of names (a tuple)."""
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
 
@@ -153,14 +153,14 @@ class CLIPS:
 
     @property
     def caption_inputs(self) -> CaptionerInputs | None:
-        """How the captioner reads what it has written (clips/model/captioner.py); None without a captioner."""
+        """The captioner's way to read its own caption (clips/model/captioner.py); None without a captioner."""
         return None if self.model.captioner is None else self.model.captioner.config.inputs
 
     def caption(self, images: Images, web: Iterable[str] | str = "") -> list[str]:
-        """Greedy long captions, one an image, given their web captions (one for all, or one each).
+        """Greedy long captions, one for each image, given one web caption for all or one for each.
 
-        UserError where the model was trained without a captioner (an open_clip export has none), or with one that reads
-        the image alone while a web caption is given; ValueError where there are more or fewer web captions than images.
+        Raises UserError without a captioner (an open_clip export has none), or if a web caption is given to a captioner
+        that reads the image alone; ValueError if web captions and images differ in number.
         """
         return [caption.text for caption in self.write_captions(images, web)]
 
@@ -168,7 +168,7 @@ class CLIPS:
     def write_captions(
         self, images: Images, web: Iterable[str] | str = "", *, temperature: float = 0.0, seed: int = 0
     ) -> list[Caption]:
-        """As `caption`, with whether each came to its end; above temperature 0 they are drawn, with `seed`."""
+        """As `caption`, with whether each caption is complete; above temperature 0 captions are drawn with `seed`."""
         if self.model.captioner is None:
             raise UserError(f"{self.path} has no captioner: captions need a run or its native export of a CLIPS recipe")
         if web and not self.model.captioner.config.web:
@@ -195,10 +195,10 @@ class CLIPS:
 
     @torch.no_grad()
     def patch_terms(self, image: Picture) -> tuple[Tensor, Tensor]:
-        """What each patch adds to the image's feature, [N, E], and that feature, their mean, [E], L2-normalised.
+        """Each patch's part in the image's feature, [N, E], and the L2-normalised feature, their mean, [E].
 
-        mllm/chat/patch_map.py says why this split is exact. Rows of patches go down, columns to the right.
-        UserError for a tower whose feature is its CLS token's, which is no mean of patches.
+        mllm/chat/patch_map.py says why this split is exact. Patches are in rows from the top. Raises UserError for a
+        tower whose feature is its CLS token's.
         """
         tower = self.model.visual
         if tower.config.pool != "mean":

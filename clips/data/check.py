@@ -1,16 +1,13 @@
-"""Pre-flight of pretraining data: what training would skip or stop at is found before it, and a look at what is there.
+"""Pre-flight of pretraining pairs: finds before a training what it would skip or stop at, and shows the data.
 
-Reads samples as training reads them (or a seeded part of a large set), decodes their pictures and tokenises their
-captions. Memory does not grow with the set: figures are counts, and duplicates are looked for among a share of the
-hashes where there are too many of them.
+Samples are read as training reads them (all, or a seeded part), pictures are decoded and captions are tokenised.
+Memory does not grow with the set: figures are counts, and duplicates are estimated from a share of the hashes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import json
 import os
 import random
 import re
@@ -29,13 +26,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
-from clips.common.escape import clip, for_rich
-from clips.common.files import write_atomically, write_json
-from clips.common.page import render
+from clips.common.escape import clip
+from clips.common.preflight import Preflight, Shown, thumbnail
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
@@ -48,19 +43,16 @@ from clips.recipes import recipe
 CHUNK = 128
 """Samples that a worker checks at once."""
 MOST = 1 << 19
-"""Different hashes that are kept of each kind (about 100 MB for all); above it those of a share of the samples."""
+"""Different hashes of each kind that are kept, about 100 MB in all. Above it a share of the hashes is kept."""
 SHOWN, SHOWN_BROKEN, OF_A_REASON = 24, 24, 4
-"""Samples on the contact sheet, broken ones, and of these how many with one reason."""
+"""On the page: good samples, broken samples, and broken samples of one reason."""
 CLASSES = 500
-"""Reasons that are told apart; what is broken in yet another way is counted as that."""
-THUMBNAIL = 176
+"""Reasons that are counted apart; further reasons are counted together."""
 SIDES = (0, 32, 64, 128, 224, 336, 512, 1024, 2048)
 ASPECTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.34, 2.0, 4.0)
 LENGTHS = (0, 8, 16, 32, 64, 80, 128, 256, 512, 1024)
 FLAT = 4
-"""Grey levels by which neighbours differ at least in the sketch of a picture; noise and flat pictures stay below."""
-
-
+"""Grey levels between neighbours that count in a sketch; noise and flat pictures stay below."""
 KINDS = {"picture": "pictures, byte by byte", "look": "pictures that look alike", "web": "web captions",
          "long": "long captions"}  # fmt: skip
 """What may repeat."""
@@ -68,10 +60,10 @@ KINDS = {"picture": "pictures, byte by byte", "look": "pictures that look alike"
 
 # ------------------------------------------------------------------------------------------------ what is counted
 class Distinct:
-    """How often equal things repeat, by 64-bit hashes, of which at most `most` different ones are kept.
+    """Counts repeats by 64-bit hashes; keeps at most `most` different hashes.
 
-    Where there are more, only hashes below a bound are looked at, half as many each time: of these every repeat is
-    counted, so that their share stands for all.
+    If there are more, only hashes below a bound count, and the bound is halved each time. Every repeat of such a hash
+    is counted, so their share estimates the share of all.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -102,40 +94,28 @@ class Distinct:
 
 
 @dataclass
-class Shown:
-    """A sample on the contact sheet."""
-
-    key: str
-    web: str = ""
-    long: str = ""
-    size: str = ""
-    picture: bytes | None = None
-    reason: str = ""
-
-
-@dataclass
 class Findings:
-    """What was found in some of the samples; those of all are added up."""
+    """What was found in a chunk of samples, or in all of them."""
 
     checked: int = 0
     broken: Counter[str] = field(default_factory=Counter)
-    """By what is wrong, without the names and numbers of the single case."""
+    """Reason class → samples."""
     refused: list[str] = field(default_factory=list)
-    """What would stop a training at once, as a path that leads out."""
+    """Messages of samples that would stop a training at once, such as a path that climbs out."""
     tokens: dict[str, Counter[int]] = field(default_factory=lambda: {"web": Counter(), "long": Counter()})
     scripts: dict[str, Counter[str]] = field(default_factory=lambda: {"web": Counter(), "long": Counter()})
     one_sentence: int = 0
     sides: Counter[int] = field(default_factory=Counter)
-    """By the place in SIDES of the shorter side."""
+    """Index in SIDES of the shorter side → samples."""
     aspects: Counter[int] = field(default_factory=Counter)
-    """By the place in ASPECTS of width over height."""
+    """Index in ASPECTS of width / height → samples."""
     hashes: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    """By kind: (hash, sample)."""
+    """Kind → (hash, sample)."""
     good: list[Shown] = field(default_factory=list)
     bad: list[Shown] = field(default_factory=list)
 
     def add(self, other: Findings) -> None:
-        """All but the hashes."""
+        """Add the figures of `other`, without its hashes."""
         self.checked += other.checked
         self.one_sentence += other.one_sentence
         for reason, count in other.broken.items():
@@ -159,19 +139,19 @@ _NUMBER = re.compile(r"\d[\d,.]*(?<=\d)")
 
 
 def reason_class(reason: str) -> str:
-    """The reason without what belongs to the one sample: names, paths, numbers."""
+    """`reason` without names, paths and numbers of the single sample."""
     return _NUMBER.sub("N", _QUOTED.sub("…", clip(reason, 300)))
 
 
 @lru_cache(1 << 16)
 def _script_of_letter(letter: str) -> str:
-    """By the first word of the letter's Unicode name, wide and styled forms as what they stand for."""
+    """The first word of the letter's Unicode name; wide and styled forms are normalised first."""
     name = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "OTHER").split()[0].split("-")[0]
     return {"CJK": "Han"}.get(name, name.title())
 
 
 def script_of(text: str) -> str:
-    """The Unicode script that most letters of `text` are of; "none" where it has no letter."""
+    """The Unicode script of most letters of `text`; "none" if it has no letter."""
     letters = Counter(filter(str.isalpha, text))
     scripts: Counter[str] = Counter()
     for letter, count in letters.items():
@@ -184,9 +164,9 @@ def _digest(data: bytes) -> int:
 
 
 def sketch(image: Image.Image) -> int | None:
-    """A hash that resized and re-encoded pictures share: where in 8 × 8 places grey rises, and the mean colour roughly.
+    """A hash that resized and re-encoded copies mostly share: where grey rises in 8 × 8 places, and the mean colour.
 
-    None for flat pictures. One that is near the edge of a colour's step may get another: it finds most, not all.
+    None for flat pictures.
     """
     colour = np.asarray(image.resize((1, 1), Image.Resampling.BOX)) // 32
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
@@ -196,7 +176,7 @@ def sketch(image: Image.Image) -> int | None:
 
 # -------------------------------------------------------------------------------------------------- in the workers
 class Checker:
-    """Checks samples by index; made once in each worker."""
+    """Checks samples by index; each worker has one."""
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig, shown: frozenset[int]) -> None:
         self.source, self.tokenizer, self.run, self.shown = source, tokenizer, run, shown
@@ -221,7 +201,7 @@ class Checker:
                     found.hashes[part].append((_digest(text.encode("utf-8", "surrogatepass")), index))
             if sample.long:
                 found.one_sentence += len(split_sentences(sample.long, self.run.captions.splitter)) <= 1
-            shown = Shown(sample.key, sample.web, sample.long or "")
+            shown = Shown(sample.key, {"web caption": sample.web, "long caption": sample.long or ""})
             found.hashes["picture"].append((_digest(sample.image), index))
             try:
                 image = decode_image(sample.image, sample.key)
@@ -235,7 +215,7 @@ class Checker:
             found.aspects[_place(ASPECTS, image.width / image.height)] += 1
             if index in self.shown:
                 shown.size = f"{image.width} × {image.height}"
-                shown.picture = _thumbnail(image)
+                shown.picture = thumbnail(image)
                 found.good.append(shown)
         for part, of_part in texts.items():
             found.tokens[part].update(map(len, self.tokenizer.encode(of_part)))
@@ -253,14 +233,6 @@ def _place(edges: Sequence[float], value: float) -> int:
     return int(np.searchsorted(edges, value, side="right")) - 1
 
 
-def _thumbnail(image: Image.Image) -> bytes:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
 _checker: Checker | None = None
 
 
@@ -276,7 +248,7 @@ def _check(indices: Sequence[int]) -> Findings:
 
 
 def _results(checker: Checker, chunks: Iterable[Sequence[int]], workers: int) -> Iterator[Findings]:
-    """In order; no more chunks are under way than keep the workers busy. CommandError where a worker died."""
+    """Findings in order; a bounded number of chunks is in flight. CommandError if a worker died."""
     if workers <= 1:
         yield from map(checker, chunks)
         return
@@ -304,7 +276,7 @@ def _results(checker: Checker, chunks: Iterable[Sequence[int]], workers: int) ->
 
 # ------------------------------------------------------------------------------------------------------ the report
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/check_data.py does with --data or --mix. UserError for flags that do not fit; as check_triples."""
+    """scripts/check_data.py with --data or --mix. Raises UserError for flags that do not fit, and as check_triples."""
     if flags.data is not None and flags.mix:
         raise UserError("--data and --mix both say what is checked: give one of them")
     for name, value in (("--samples", flags.samples), ("--workers", flags.workers)):
@@ -327,21 +299,17 @@ def check_triples(
     as_json: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Check `run.data.train` as `run` would read it; write summary.json and contact_sheet.html into `output`.
+    """Check `run.data.train` as `run` would read it, publish the report in `output`, and return its summary.
 
-    `samples`: of a large set only so many, drawn with `seed`. Prints tables, or with `as_json` the summary alone;
-    returns that. Raises UserError (exit 2) at the end where a sample would stop a training at once, BrokenDataError
-    (exit 4) where more are broken than `data.max_broken_share`, and as `open_split`.
+    `samples` limits the check to so many samples, drawn with `seed`. At the end raises UserError (exit 2) if a sample
+    would stop a training at once, and BrokenDataError (exit 4) if more than `data.max_broken_share` are broken.
     """
-    console = console or Console(emoji=False)
     source = open_split(run.data, "train", need_long=run.task.needs_long)
     draw = random.Random(seed)
     indices: Sequence[int] = range(len(source))
     if samples is not None and samples < len(source):
         indices = sorted(draw.sample(indices, samples))
-    tokenizer = build_tokenizer(
-        run.captions.tokenizer, _captions(source, indices), vocab_size=run.model.text.vocab_size
-    )
+    tokenizer = build_tokenizer(run.captions.tokenizer, source.captions(indices), vocab_size=run.model.text.vocab_size)
     shown = frozenset(draw.sample(indices, min(SHOWN, len(indices))))
     found, kinds = Findings(), {kind: Distinct() for kind in KINDS}
     chunks = (indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK))
@@ -353,28 +321,10 @@ def check_triples(
                     kinds[kind].add(digest, index)
             bar.update(part.checked)
     summary = _summary(run, source, found, kinds)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "summary.json", summary)
-    page = render("clips.data", "check.html.j2", **_page(run, summary, found, _most_repeated(source, kinds)))
-    write_atomically(output / "contact_sheet.html", page)
-    if as_json:
-        print(json.dumps(summary))
-    else:
-        _print(summary, console)
-        for name in ("summary.json", "contact_sheet.html"):
-            console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
-    _judge(run, summary, found, output)
+    report = _report(run, summary, found, _most_repeated(source, kinds), source)
+    report.publish(output, as_json=as_json, console=console)
+    _judge(run, summary, found, Path(output))
     return summary
-
-
-def _captions(source: Source, indices: Sequence[int]) -> Iterator[str]:
-    """For a tokenizer that is trained on captions; the others take none."""
-    for index in indices:
-        try:
-            yield from filter(None, source.texts(index))
-        except BrokenSample:
-            continue
 
 
 def _judge(run: RunConfig, summary: Mapping[str, Any], found: Findings, output: Path) -> None:
@@ -410,13 +360,17 @@ def _summary(run: RunConfig, source: Source, found: Findings, kinds: Mapping[str
 
 
 def _lengths(tokens: Counter[int], room: int | None) -> dict[str, Any]:
-    """Of captions in tokens; `room`: what the model reads of one."""
+    """Statistics of caption lengths in tokens; `room` is what the model reads of a caption."""
     count = tokens.total()
     if not count:
         return {"captions": 0}
     lengths = np.array(sorted(tokens))
     numbers = np.array([tokens[length] for length in lengths])
     reached = np.cumsum(numbers) / count
+
+    bins: Counter[int] = Counter()
+    for length, number in tokens.items():
+        bins[_place(LENGTHS, length)] += number
 
     def quantile(q: float) -> int:
         return int(lengths[np.searchsorted(reached, q)])
@@ -429,31 +383,18 @@ def _lengths(tokens: Counter[int], room: int | None) -> dict[str, Any]:
         "longest": int(lengths[-1]),
         "room": room,
         "beyond_room_share": float(numbers[lengths > room].sum() / count) if room is not None else None,
-        "histogram": _binned(LENGTHS, _rebinned(tokens)),
+        "histogram": _binned(LENGTHS, bins),
     }
 
 
-def _rebinned(tokens: Counter[int]) -> Counter[int]:
-    bins: Counter[int] = Counter()
-    for length, count in tokens.items():
-        bins[_place(LENGTHS, length)] += count
-    return bins
-
-
 def _binned(edges: Sequence[float], counts: Mapping[int, int]) -> dict[str, int]:
-    """Counts by "from – below"; the last is open."""
+    """Bin, as "from – below", → count; the last bin is open."""
     names = [f"{low:g} – {high:g}" for low, high in pairwise(edges)] + [f"{edges[-1]:g} and more"]
     return {name: counts.get(place, 0) for place, name in enumerate(names)}
 
 
-def _trimmed(counts: Mapping[str, int]) -> dict[str, int]:
-    """Without the empty bins at both ends."""
-    filled = [place for place, count in enumerate(counts.values()) if count]
-    return dict(list(counts.items())[filled[0] : filled[-1] + 1])
-
-
 def _most_repeated(source: Source, kinds: Mapping[str, Distinct], most: int = 8) -> list[tuple[str, int, str]]:
-    """(kind, times, text or key) of what stands most often in the set."""
+    """(kind, times, text or key) of what repeats most often."""
     rows = []
     for kind in KINDS:
         for digest, more in kinds[kind].again.most_common(most):
@@ -465,12 +406,6 @@ def _most_repeated(source: Source, kinds: Mapping[str, Distinct], most: int = 8)
                 example = error.key
             rows.append((KINDS[kind], more + 1, clip(example or "", 200)))
     return rows
-
-
-def _of_all(duplicates: Mapping[str, float]) -> str:
-    """How much was looked at, where that is not all."""
-    share = duplicates["of_hashes"]
-    return "" if share == 1 else f" (estimated from {share:.3%} of the hashes: memory is bounded)"
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -495,25 +430,15 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         shares = [f"{name} {count / total:.1%}" for name, count in list(scripts.items())[:6]]
         rows.append((f"scripts, {part}", ", ".join(shares) or "none"))
     for kind, duplicates in summary["duplicates"].items():
-        rows.append((f"repeated {KINDS[kind]}", f"{duplicates['share']:.2%}{_of_all(duplicates)}"))
+        share = duplicates["of_hashes"]
+        how = "" if share == 1 else f" (estimated from {share:.3%} of the hashes: memory is bounded)"
+        rows.append((f"repeated {KINDS[kind]}", f"{duplicates['share']:.2%}{how}"))
     return rows
 
 
-def _print(summary: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=for_rich(summary["data"]), show_header=False, title_justify="left")
-    for name, text in _rows(summary):
-        table.add_row(name, for_rich(text))
-    for reason, count in list(summary["reasons"].items())[:20]:
-        table.add_row("  broken", for_rich(f"{count:,} × {reason}"))
-    for problem in summary["problems_of_shards"][:10]:
-        table.add_row("  shard", for_rich(problem))
-    console.print(table)
-
-
-def _page(
-    run: RunConfig, summary: Mapping[str, Any], found: Findings, repeated: list[tuple[str, int, str]]
-) -> dict[str, Any]:
-    """What templates/check.html.j2 shows."""
+def _report(
+    run: RunConfig, summary: dict[str, Any], found: Findings, repeated: list[tuple[str, int, str]], source: Source
+) -> Preflight:
     captions, duplicates = summary["captions"], summary["duplicates"]
     one = summary["long_with_one_sentence_share"]
     tiles = [
@@ -526,17 +451,18 @@ def _page(
     bars = {f"{part} captions, tokens": captions[part]["histogram"] for part in captions if captions[part]["captions"]}
     bars |= {"shorter side, pixels": summary["shorter_side"], "width / height": summary["aspect"]}
     bars |= {f"script of {part} captions": dict(list(summary["scripts"][part].items())[:10]) for part in captions}
-    return {
-        "title": "Data before a training",
-        "note": f"{summary['data']} · tokenizer {summary['tokenizer']}",
-        "tiles": tiles,
-        "rows": _rows(summary),
-        "reasons": list(summary["reasons"].items()),
-        "problems": summary["problems_of_shards"][:50],
-        "more_problems": max(0, len(summary["problems_of_shards"]) - 50),
-        "bars": {name: _trimmed(counts) for name, counts in bars.items() if any(counts.values())},
-        "good": found.good,
-        "bad": found.bad,
-        "refused": found.refused,
-        "repeated": repeated,
-    }
+    return Preflight(
+        title=summary["data"],
+        note=f"· tokenizer {summary['tokenizer']}",
+        summary=summary,
+        rows=_rows(summary),
+        broken_note="Training takes a substitute for each, and lists it in skipped.jsonl.",
+        tiles=tiles,
+        reasons=summary["reasons"],
+        problems=source.problems,
+        refused=found.refused,
+        bars=bars,
+        good=found.good,
+        bad=found.bad,
+        repeated=repeated,
+    )

@@ -1,7 +1,7 @@
-"""Whole copies of remote files in a folder that all processes of a machine share, and that has a size.
+"""Whole copies of remote files, in a folder of limited size that all processes of a machine share.
 
-A copy is written beside its place and renamed when it is whole; a lock lets one process fetch it while others wait or
-go on. What was not used for longest goes first. Nothing here outlives a SIGKILL but files that the next ones clear.
+A copy is renamed into place when it is whole. A lock lets one process fetch it while others wait or go on. The least
+recently used copy is removed first. After a SIGKILL the next process removes what is left.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from clips.data.remote import read_range, remote_facts
 from clips.data.sidecar import check_state
 
 BLOCK = 1 << 24
-"""Bytes asked for at once: what is lost when a connection breaks."""
+"""Bytes of one request: what a broken connection loses."""
 PART = ".part"
 KEPT = 0.9
-"""Share of the limit that is left when copies are removed, so that this is not done for every new one."""
+"""Share of the limit that a removal of copies leaves, so that not every new copy needs a removal."""
 OF_DISK = 0.8
-"""Share of what the disk has room for that copies may take, whatever the limit."""
+"""Largest share of the disk's room that copies may take."""
 
 
 class Copies:
-    """The copies below `folder`, together at most `limit` bytes, those that are being written included."""
+    """The copies in `folder`, together at most `limit` bytes, partly written copies included."""
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
-        """UserError where the folder cannot be made."""
+        """Raises UserError if the folder cannot be made."""
         self.folder = folder or cache_root() / "remote"
         self._count = self.folder / "total"
         try:
@@ -45,10 +45,10 @@ class Copies:
             raise self._unwritable(error) from None
 
     def open(self, url: str, state: str, *, wait: bool = True) -> BinaryIO | None:
-        """The copy of `url` in the state that `stamp` gave, fetched where it is missing; None where it has no room.
+        """The copy of `url` in `state` (its stamp), fetched if it is missing; None if there is no room for it.
 
-        Raises BlockingIOError where another process fetches it and `wait` is off; UserError for a file that has
-        changed and a folder that cannot be written; CommandError and OSError as `read_range`.
+        Raises BlockingIOError if another process fetches it and `wait` is off, UserError for a changed file and an
+        unwritable folder, and CommandError and OSError as `read_range`.
         """
         path = self._path(url, state)
         if (copy := _opened(path)) is not None:
@@ -57,7 +57,7 @@ class Copies:
             return _opened(path) or self._fetched(url, state, path)
 
     def has(self, url: str, state: str) -> bool:
-        """Whether there is a whole copy now."""
+        """Whether there is a whole copy."""
         return self._path(url, state).is_file()
 
     def _path(self, url: str, state: str) -> Path:
@@ -87,14 +87,13 @@ class Copies:
         return file
 
     def _begun(self, part: Path, size: int) -> BinaryIO | None:
-        """An empty file with `size` bytes of room reserved, after removing what must go; None where that is not enough.
+        """An empty file with `size` bytes reserved, after removing old copies; None if there is no room.
 
-        What all copies take is added up in a file; what a kill leaves it wrong by is put right where copies are
-        removed, which looks at each of them.
+        A file holds the total of all copies. A kill may leave it wrong; the next removal counts all copies again.
         """
         with lock(self.folder / "locks" / "total", wait=True):
             text = self._count.read_text()
-            total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty: killed while it was written
+            total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty after a kill
             if total + size > self.limit:
                 total = self._shrunk(int(KEPT * self.limit) - size)
             file = None
@@ -106,7 +105,7 @@ class Copies:
         return file
 
     def _shrunk(self, most: int) -> int:
-        """Remove the copies that were not used for longest until `most` bytes are left; returns what is left."""
+        """Remove the least recently used copies until at most `most` bytes are left; returns the bytes left."""
         total, removable = 0, []
         for used, size, path in self._present():
             if path.name.endswith(PART):
@@ -127,7 +126,7 @@ class Copies:
         return total
 
     def _present(self) -> list[tuple[float, int, Path]]:
-        """(when it was last used, bytes, path) of every copy, whole or in part."""
+        """(time of last use, bytes, path) of every copy, whole or in part."""
         found = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # removed by another process in between
@@ -150,5 +149,5 @@ def _opened(path: Path) -> BinaryIO | None:
         file = open(path, "rb")  # noqa: SIM115 - closed by its reader
     except FileNotFoundError:
         return None
-    os.utime(file.fileno())  # used now; the file, not its path, which may be gone already
+    os.utime(file.fileno())  # used now; by the open file, since its path may be gone already
     return file

@@ -1,10 +1,9 @@
 """The embedded demo data: scenes of one to four drawn things, with a noisy web caption and an exact long caption.
 
-What is measured with them is seeing, not memory: every thing is drawn by several hands (clips/data/artists.py), and the
-split `unseen` shows the scenes of `test`, the same things at the same places on the same grounds, by a hand that no
-training ever saw; `val` is by another one. `ensure_demo` writes ordinary tar shards that go through the same code as
-real data. Every scene is a pure function of (seed, split, number), and which split a scene may stand in is a function
-of its content, so test layouts never occur in training.
+The demo measures seeing, not memory. Several hands draw every thing (clips/data/artists.py). The split `unseen` shows
+the scenes of `test`, drawn by a hand that no training saw; `val` has yet another hand. `ensure_demo` writes ordinary
+tar shards. A scene is a pure function of (seed, split, number). A scene's content decides its split, so test layouts
+never occur in training.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from clips.data.artists import OPENMOJI, SIDE, attribution, drawings, fetch_sets
 from clips.data.built import built_as, ensure_built
 
 VERSION = 5
-"""Raise it when scenes, texts or files change: older folders are then built anew."""
+"""Raise it if scenes, texts or files change: older folders are then built anew."""
 BY_ONE = f"{VERSION}, by one artist"
-"""The version of a folder for which the drawings of the others could not be fetched."""
+"""The version of a folder without the other artists, whose drawings could not be fetched."""
 SIZES = {"train": 24_000, "val": 1_000, "test": 1_000, UNSEEN: 1_000}
 IMAGE_SIZE = 64
 SHARD = 1_000
 TRAINING = (OPENMOJI, "noto", "noto-v1", "emojione", "emojione-v1", "fxemoji")
 HANDS = {"train": TRAINING, "val": ("fluent-emoji-flat",), "test": TRAINING, UNSEEN: ("twemoji",)}
-"""Split → whose drawings it shows. What is tuned is tuned on `val`, and what decides is `unseen`."""
+"""Split → its artists. Tuning uses `val`; `unseen` decides."""
 MISSING = (
     "the drawings of several artists could not be fetched: these scenes are drawn with OpenMoji alone, and the test of "
     "unseen artists is missing"
@@ -59,54 +58,23 @@ _PLAIN = (
     "cactus sunflower rose tulip bouquet cloud rainbow snowflake sun star "
     "balloon crown bell ghost dress skull snowman trophy basketball baseball backpack ring"
 )
-_RENAMED = {
-    "tiger": "tiger_face",
-    "cow": "cow_face",
-    "dog": "dog_face",
-    "cat": "cat_face",
-    "pig": "pig_face",
-    "mouse": "mouse_face",
-    "rabbit": "rabbit_face",
-    "horse": "horse_face",
-    "monkey": "monkey_face",
-    "sheep": "ewe",
-    "rhino": "rhinoceros",
-    "whale": "spouting_whale",
-    "bee": "honeybee",
-    "ladybug": "lady_beetle",
-    "shell": "spiral_shell",
-    "burger": "hamburger",
-    "donut": "doughnut",
-    "cake": "birthday_cake",
-    "car": "automobile",
-    "truck": "delivery_truck",
-    "train": "locomotive",
-    "plane": "airplane",
-    "clock": "alarm_clock",
-    "mailbox": "closed_mailbox_with_raised_flag",
-    "bulb": "light_bulb",
-    "sofa": "couch_and_lamp",
-    "lantern": "red_paper_lantern",
-    "globe": "globe_showing_Americas",
-    "padlock": "locked",
-    "palm": "palm_tree",
-    "tree": "deciduous_tree",
-    "clover": "four_leaf_clover",
-    "moon": "crescent_moon",
-    "pumpkin": "jack-o-lantern",
-    "gift": "wrapped_gift",
-    "soccer ball": "soccer_ball",
-    "football": "american_football",
-    "shirt": "t-shirt",
-    "sneaker": "running_shoe",
-    "boot": "woman’s_boot",
-    "hat": "top_hat",
-    "diamond": "gem_stone",
-    "heart": "red_heart",
-}
-CONCEPTS: dict[str, str] = dict(sorted(({name: name for name in _PLAIN.split()} | _RENAMED).items()))
-"""Spoken name → the emoji's name. All are countable and begin with a consonant: "a" is always right. Each is drawn by
-four hands of training at least, by that of validation and by the unseen one."""
+_RENAMED = (
+    "tiger: tiger_face, cow: cow_face, dog: dog_face, cat: cat_face, pig: pig_face, mouse: mouse_face, "
+    "rabbit: rabbit_face, horse: horse_face, monkey: monkey_face, sheep: ewe, rhino: rhinoceros, "
+    "whale: spouting_whale, bee: honeybee, ladybug: lady_beetle, shell: spiral_shell, burger: hamburger, "
+    "donut: doughnut, cake: birthday_cake, car: automobile, truck: delivery_truck, train: locomotive, "
+    "plane: airplane, clock: alarm_clock, mailbox: closed_mailbox_with_raised_flag, bulb: light_bulb, "
+    "sofa: couch_and_lamp, lantern: red_paper_lantern, globe: globe_showing_Americas, padlock: locked, "
+    "palm: palm_tree, tree: deciduous_tree, clover: four_leaf_clover, moon: crescent_moon, "
+    "pumpkin: jack-o-lantern, gift: wrapped_gift, soccer ball: soccer_ball, football: american_football, "
+    "shirt: t-shirt, sneaker: running_shoe, boot: woman’s_boot, hat: top_hat, diamond: gem_stone, "
+    "heart: red_heart"
+)
+"""Spoken name: the emoji's name, where they differ."""
+_EMOJIS = {name: name for name in _PLAIN.split()} | dict(pair.split(": ") for pair in _RENAMED.split(", "))
+CONCEPTS: dict[str, str] = dict(sorted(_EMOJIS.items()))
+"""Spoken name → the emoji's name. All are countable and begin with a consonant, so "a" is always right. At least four
+hands of training draw each, and so do the hands of validation and of `unseen`."""
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (238, 238, 238),
     "gray": (140, 140, 140),
@@ -121,11 +89,11 @@ COLOUR_JITTER = 8
 """Each channel of a background moves by up to this much (0–255)."""
 PATTERNS = ("noise", "stripes", "gradient", "dots")
 CONTRAST = (0.06, 0.15)
-"""How far a pattern lightens and darkens the background's colour, as a share of it."""
+"""How far a pattern lightens and darkens the background's colour, as a share of the colour."""
 SECOND_SHARE = 0.1
-"""Share of the grounds whose pattern has a second colour; it covers about a third, the named one the rest."""
+"""Share of the grounds whose pattern has a second colour, on about a third of the picture."""
 SECOND_STRENGTH = (0.2, 0.5)
-"""How much of the second colour is in it, the rest being the first."""
+"""Share of the second colour in the pattern's colour; the rest is the first colour."""
 CYCLES = (2.0, 6.0)
 """Stripes or rows of dots across the picture."""
 PLACES: dict[str, tuple[float, float]] = {
@@ -138,17 +106,17 @@ PLACES: dict[str, tuple[float, float]] = {
 """Centres as shares of the picture's side."""
 PLACE_JITTER = 0.06
 THING_SIZES: dict[str, tuple[float, float]] = {"small": (0.38, 0.42), "medium": (0.46, 0.51), "large": (0.56, 0.62)}
-"""Longer side of a drawing as a share of the picture's side. Among more than three things none is large."""
+"""Longer side of a drawing as a share of the picture's side. None of more than three things is large."""
 MAX_OVERLAP = 0.25
-"""Largest share of a thing's square that another one may cover."""
+"""Largest share of a thing's square that another thing may cover."""
 MAX_TURN = 8.0
 """Largest turn of a drawing, in degrees, either way. Half of them are mirrored."""
 TINT = 0.08
 """Each channel of a drawing is multiplied by a factor from 1 ± this."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 COUNTS = {1: 12, 2: 5, 3: 2, 4: 1}
-"""Number of things → how often training scenes have so many. Most show one: what a thing is called is learnt from those
-first, for of several it is not said which is which."""
+"""Number of things → relative frequency in training. Most scenes show one thing: names are learnt from those first,
+since a caption of several things does not say which is which."""
 PROMPTS = (
     "a picture of a {}.",
     "the picture shows a {}.",
@@ -177,10 +145,10 @@ WEB_TEMPLATES = (
 )
 WRONG_WEB_SHARE = 0.2
 MISSEEN_SHARE = 0.1
-"""How often `misseen` is wrong about a fact: half of such captions err somewhere. Captioning models of photographs name
-things that are not there in a third of their captions (POPE, arXiv 2305.10355), counts and places not asked."""
+"""How often `misseen` is wrong about a fact; half of its captions have an error. For comparison: captioning models of
+photographs name absent things in a third of their captions (POPE, arXiv 2305.10355)."""
 WITH_ERRORS = "caption_with_errors"
-"""The field of a training sample's JSON member with the long caption of the misseen scene."""
+"""The field of a training sample's JSON member that holds the long caption of the misseen scene."""
 
 
 @dataclass(frozen=True)
@@ -194,31 +162,31 @@ class Thing:
     turn: float
     """Degrees, counter-clockwise."""
     tint: tuple[float, float, float]
-    """What red, green and blue are multiplied by."""
+    """Factors of red, green and blue."""
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A background: one colour, lightened and darkened by a pattern and by light that falls from one side."""
+    """A background: one colour, lightened and darkened by a pattern and by light from one side."""
 
     colour: tuple[int, int, int]
     second: tuple[int, int, int]
-    """The pattern's own colour, mixed with the first; the same as the first where the pattern has none."""
+    """The pattern's colour; equal to `colour` if the pattern has none."""
     pattern: str
     contrast: float
     angle: float
-    """Of the pattern, in radians."""
+    """The pattern's angle in radians."""
     cycles: float
     shade: tuple[float, float]
     """How much lighter the right and the lower edge are than the middle, as a share."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
 
 
 @dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
-    """Those behind first."""
+    """From back to front."""
     background: str
     ground: Ground
     image_size: int
@@ -230,7 +198,7 @@ class Description:
     web_is_wrong: bool
     sentences: list[str]
     caption: str
-    """One sentence that names every thing with its place, and the background: what retrieval is measured with."""
+    """One sentence with every thing, its place and the background, for retrieval."""
 
 
 def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IMAGE_SIZE) -> Scene:
@@ -238,9 +206,11 @@ def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IM
     background = rng.choice(list(BACKGROUNDS))
     ground = _draw_ground(rng, background)
     while True:
-        things = [_draw_thing(rng, concept, place, len(concepts), image_size) for concept, place in zip(
-            concepts, rng.sample(list(PLACES), len(concepts)), strict=True
-        )]  # fmt: skip
+        places = rng.sample(list(PLACES), len(concepts))
+        things = [
+            _draw_thing(rng, concept, place, len(concepts), image_size)
+            for concept, place in zip(concepts, places, strict=True)
+        ]
         if all(_overlap(a.box, b.box) <= MAX_OVERLAP for i, a in enumerate(things) for b in things[:i]):
             return Scene(tuple(things), background, ground, image_size)
 
@@ -249,13 +219,9 @@ def _draw_ground(rng: random.Random, background: str) -> Ground:
     colour = second = _jittered(rng, background)
     pattern = rng.choice(PATTERNS)
     if pattern != "gradient" and rng.random() < SECOND_SHARE:
-        other, strength = (
-            rng.choice([name for name in BACKGROUNDS if name != background]),
-            rng.uniform(*SECOND_STRENGTH),
-        )
-        red, green, blue = (
-            round(a + strength * (b - a)) for a, b in zip(colour, _jittered(rng, other), strict=True)
-        )  # fmt: skip
+        other = rng.choice([name for name in BACKGROUNDS if name != background])
+        strength = rng.uniform(*SECOND_STRENGTH)
+        red, green, blue = (round(a + strength * (b - a)) for a, b in zip(colour, _jittered(rng, other), strict=True))
         second = (red, green, blue)
     return Ground(
         colour=colour,
@@ -270,13 +236,15 @@ def _draw_ground(rng: random.Random, background: str) -> Ground:
 
 
 def _jittered(rng: random.Random, background: str) -> tuple[int, int, int]:
-    red, green, blue = (
-        min(255, max(0, c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for c in BACKGROUNDS[background]
-    )  # fmt: skip
+    moved = (c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER) for c in BACKGROUNDS[background])
+    red, green, blue = (min(255, max(0, c)) for c in moved)
     return red, green, blue
 
 
 def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_size: int) -> Thing:
+    def tint() -> float:
+        return round(rng.uniform(1 - TINT, 1 + TINT), 3)
+
     size = rng.choice(list(THING_SIZES)[: 3 if count <= 3 else 2])
     side = round(rng.uniform(*THING_SIZES[size]) * image_size)
     left, top = (
@@ -290,25 +258,21 @@ def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_
         box=(left, top, left + side, top + side),
         mirrored=rng.random() < 0.5,
         turn=round(rng.uniform(-MAX_TURN, MAX_TURN), 1),
-        tint=(_tint(rng), _tint(rng), _tint(rng)),
+        tint=(tint(), tint(), tint()),
     )
 
 
-def _tint(rng: random.Random) -> float:
-    return round(rng.uniform(1 - TINT, 1 + TINT), 3)
-
-
 def _overlap(a: Sequence[int], b: Sequence[int]) -> float:
-    """The share of the smaller of two squares that the other one covers."""
+    """The share of the smaller of two squares that the other square covers."""
     width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     return max(0, width) * max(0, height) / min(a[2] - a[0], b[2] - b[0]) ** 2
 
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to, by content alone; those of `test` are those of `unseen`.
+    """The split that a scene belongs to, by its content; scenes of `test` are those of `unseen`.
 
-    By the set of (thing, place), a single thing's with its background. Were only thing and background held out, a
-    model would learn that this thing never stands on that ground, and be wrong about just the scenes of the test.
+    The set of (thing, place) decides; for a single thing its background too. If only thing and background were held
+    out, a model would learn that this thing is never on that ground, and be wrong about the scenes of the test.
     """
     layout = ";".join(sorted(f"{thing.concept}@{thing.place}" for thing in scene.things))
     if len(scene.things) == 1:
@@ -320,7 +284,7 @@ def split_of(scene: Scene) -> str:
 def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE) -> tuple[Scene, Description]:
     """Scene `number` of a split, the same for `test` and `unseen`.
 
-    In all but `train` every second scene holds one thing, all concepts in turn.
+    Outside `train` every second scene holds one thing, all concepts in turn.
     """
     split = "test" if split == UNSEEN else split
     rng = random.Random(f"{seed}/{split}/{number}")
@@ -338,36 +302,42 @@ def split_scene(split: str, number: int, seed: int, image_size: int = IMAGE_SIZE
             return scene, describe(scene, rng)
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _at(place: str) -> str:
+def at_place(place: str) -> str:
+    """A name of PLACES with its preposition."""
     return "in the center" if place == "center" else f"at the {place}"
 
 
-def describe(scene: Scene, rng: random.Random) -> Description:
-    """The two captions of a scene; every sentence names a thing, so each alone tells something of the picture.
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
-    Things are told in reading order, and the long caption begins with all of them, in one wording, as captioning models
-    begin all their captions alike: what the captioner predicts is then what is in the picture, not its wording.
+
+def describe(scene: Scene, rng: random.Random) -> Description:
+    """The two captions of a scene. Every sentence names a thing, so each sentence alone describes the picture.
+
+    The long caption begins with all things in reading order, always in one wording, as captioning models begin all
+    captions alike: the captioner then predicts the picture's content, not the wording.
     """
     things = tuple(sorted(scene.things, key=lambda thing: list(PLACES).index(thing.place)))
     background = scene.background
     names = [f"a {thing.concept}" for thing in things]
-    placed = [f"{name} {_at(thing.place)}" for name, thing in zip(names, things, strict=True)]
-    # Two at most, or the sentences of a full scene were longer than what a small text tower reads.
+    placed = [f"{name} {at_place(thing.place)}" for name, thing in zip(names, things, strict=True)]
+    # At most two: a small text tower would cut longer sentences.
     some = rng.sample(things, min(2, len(things)))
     named, verb = [f"a {thing.concept}" for thing in some], "is" if len(some) == 1 else "are"
     ground = rng.choice(
         (
-            f"the background is {background} behind {_listed(['the ' + thing.concept for thing in some])}.",
-            f"{_listed(named)} {verb} on a {background} background.",
-            f"on {background} ground there {verb} {_listed(named)}.",
+            f"the background is {background} behind {listed(['the ' + thing.concept for thing in some])}.",
+            f"{listed(named)} {verb} on a {background} background.",
+            f"on {background} ground there {verb} {listed(named)}.",
         )
     )
     counted = f"{NUMBERS[len(things)]} {'thing' if len(things) == 1 else 'things'}"
-    among = _listed(named) if len(some) == len(things) else f"among them {_listed(named)}"
+    among = listed(named) if len(some) == len(things) else f"among them {listed(named)}"
     count = rng.choice(
         (
             f"there {verb} {counted} in the picture, {among}.",
@@ -375,25 +345,28 @@ def describe(scene: Scene, rng: random.Random) -> Description:
             f"one can count {counted} here, {among}.",
         )
     )
-    sentences = [f"the picture shows {_listed(placed)}.", ground]
+    sentences = [f"the picture shows {listed(placed)}.", ground]
     if len(things) == 1:
         sentences.append(rng.choice((count, _single_out(things[0], rng))))
     else:
         a, b = rng.sample(things, 2)
         sentences += [rng.choice((count, _relation(a, b, rng))), _single_out(rng.choice(things), rng)]
-    caption = f"{_listed(placed)} on a {background} background."
+    caption = f"{listed(placed)} on a {background} background."
 
     wrong = rng.random() < WRONG_WEB_SHARE
     shown = {thing.concept for thing in things}
     told = rng.choice([c for c in CONCEPTS if c not in shown]) if wrong else rng.choice(things).concept
     place = next((thing.place for thing in things if thing.concept == told), rng.choice(things).place)
     web = rng.choice(WEB_TEMPLATES).format(told, background=background, place=place)
-    return Description(web, wrong, [_capital(s) for s in sentences], _capital(caption))
+    return Description(web, wrong, [capital(s) for s in sentences], capital(caption))
 
 
 def misseen(scene: Scene, rng: random.Random) -> Scene:
-    """What a captioner that errs takes a scene for: of each thing the name, the place and the size, further the number
-    of things and the background are each wrong in `MISSEEN_SHARE` of the cases. Only its words are of use."""
+    """The scene that an erring captioner describes; only its words are used.
+
+    Each fact is wrong in `MISSEEN_SHARE` of the cases: a thing's name, place and size, the number of things, the
+    background.
+    """
 
     def wrong() -> bool:
         return rng.random() < MISSEEN_SHARE
@@ -424,15 +397,15 @@ def misseen(scene: Scene, rng: random.Random) -> Scene:
 def _single_out(thing: Thing, rng: random.Random) -> str:
     return rng.choice(
         (
-            f"the {thing.concept} is {thing.size} and {_at(thing.place)}.",
-            f"a {thing.size} {thing.concept} can be seen {_at(thing.place)}.",
-            f"{_at(thing.place)} one sees a {thing.size} {thing.concept}.",
+            f"the {thing.concept} is {thing.size} and {at_place(thing.place)}.",
+            f"a {thing.size} {thing.concept} can be seen {at_place(thing.place)}.",
+            f"{at_place(thing.place)} one sees a {thing.size} {thing.concept}.",
         )
     )
 
 
 def _relation(a: Thing, b: Thing, rng: random.Random) -> str:
-    """Where `a` is as seen from `b`, along an axis on which their places differ."""
+    """Where `a` is as seen from `b`, along an axis on which they differ."""
     (ax, ay), (bx, by) = PLACES[a.place], PLACES[b.place]
     options = []
     if ax != bx:
@@ -442,22 +415,18 @@ def _relation(a: Thing, b: Thing, rng: random.Random) -> str:
     return f"the {a.concept} is {rng.choice(options)} the {b.concept} in this picture."
 
 
-def _capital(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
-
-
 @cache
 def _drawings(artist: str) -> dict[str, Image.Image]:
     return drawings(artist, CONCEPTS)
 
 
 def draw_hands(scene: Scene, artists: Sequence[str], rng: random.Random) -> list[str]:
-    """Who draws each thing of a scene: any of `artists` who has it."""
+    """The artist of each thing of a scene, one of `artists` that has the thing."""
     return [rng.choice([artist for artist in artists if thing.concept in _drawings(artist)]) for thing in scene.things]
 
 
 def render(scene: Scene, hands: Sequence[str]) -> bytes:
-    """The scene as PNG bytes, each thing drawn by its artist. Needs the demo's packages."""
+    """The scene as PNG bytes, each thing drawn by its artist."""
     canvas = _painted(scene.ground, scene.image_size)
     for thing, artist in zip(scene.things, hands, strict=True):
         _paste(canvas, thing, _drawings(artist)[thing.concept])
@@ -490,7 +459,7 @@ def _painted(ground: Ground, image_size: int) -> np.ndarray:
 
 @cache
 def _grid(image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Horizontal and vertical place of each pixel, [S, S] each, -0.5 … 0.5."""
+    """x and y of each pixel, [S, S] each, -0.5 … 0.5."""
     middle = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     return np.broadcast_to(middle, (image_size, image_size)), np.broadcast_to(middle[:, None], (image_size, image_size))
 
@@ -511,7 +480,7 @@ def _paste(canvas: np.ndarray, thing: Thing, drawing: Image.Image) -> None:
 
 
 def truth(scene: Scene, description: Description, hands: Sequence[str]) -> dict[str, Any]:
-    """The JSON member of a scene: what is in it, exactly, and the texts. `label` only for a single thing."""
+    """The JSON member of a scene: its exact content and the texts. Only a single thing has a `label`."""
     record = {
         "org_caption": description.web,
         "web_is_wrong": description.web_is_wrong,
@@ -525,7 +494,7 @@ def truth(scene: Scene, description: Description, hands: Sequence[str]) -> dict[
 
 
 def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str], seed: int, image_size: int) -> int:
-    """Write one tar; the same arguments give the same bytes (with the same packages)."""
+    """Write one tar. The same arguments and packages give the same bytes."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in numbers:
             scene, description = split_scene(split, number, seed, image_size)
@@ -547,7 +516,7 @@ def _write_shard(path: Path, split: str, numbers: range, artists: Sequence[str],
 
 
 def demo_split(directory: str | Path, split: str) -> str:
-    """Where a split's shards stand, as a spec for `open_source`."""
+    """The spec of a split for `open_source`."""
     return str(Path(directory) / split)
 
 
@@ -559,12 +528,11 @@ def ensure_demo(
     image_size: int = IMAGE_SIZE,
     again: bool = False,
 ) -> Path:
-    """Build the demo data into `directory` unless the same is there already; returns the directory.
+    """Build the demo data into `directory` as `ensure_built` does, unless the same is there; returns the directory.
 
-    Where the drawings of several artists cannot be fetched, the demo is drawn by OpenMoji alone, without the split
-    `unseen`, and says so. Such a folder counts from then on; `again` tries once more to fetch them. Built as
-    `ensure_built` does. Raises UserError when the packages are missing, when the folder holds something else, or when
-    it cannot be written.
+    If the drawings of several artists cannot be fetched, OpenMoji alone draws the demo, without the split `unseen`, and
+    a warning says so. Such a folder is then kept; `again` tries to fetch once more. Raises UserError if packages are
+    missing, if the folder holds something else, or if it cannot be written.
     """
     directory = Path(directory)
     by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
@@ -574,7 +542,7 @@ def ensure_demo(
     }
     if built_as(directory) in (by_many, *([] if again else [by_one])):
         return directory
-    packages()  # one that is not installed is named before anything is fetched
+    packages()  # a missing package is named before anything is fetched
     hands: Mapping[str, Sequence[str]] = {split: HANDS[split] for split in sizes}
     wanted = by_many
     if reason := fetch_sets(sorted({artist for artists in hands.values() for artist in artists})):
@@ -584,23 +552,23 @@ def ensure_demo(
 
 
 def has_demo(directory: str | Path) -> bool:
-    """Whether `directory` holds demo data of this version, of whatever size and by however many artists."""
+    """Whether `directory` holds demo data of this version, of any size and by any number of artists."""
     return (built_as(Path(directory)) or {}).get("version") in (VERSION, BY_ONE)
 
 
 def ensure_any_demo(directory: str | Path) -> None:
-    """Build the demo data as `ensure_demo` does, unless there are any that `has_demo` counts."""
+    """Build the demo data as `ensure_demo` does, unless `has_demo` finds some."""
     if not has_demo(directory):
         ensure_demo(directory)
 
 
 def is_by_one(directory: str | Path) -> bool:
-    """Whether the demo data in `directory` had to be drawn by one artist alone, and has no split `unseen`."""
+    """Whether the demo data in `directory` is drawn by one artist alone, and has no split `unseen`."""
     return (built_as(Path(directory)) or {}).get("version") == BY_ONE
 
 
 def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Every shard and the notes into `work`; the versions of what it was drawn with."""
+    """Write every shard and the notes into `work`; returns the artists and the versions of the packages."""
     shards = [
         (work / split / f"{shard:05d}.tar", split, range(start, min(start + SHARD, size)), hands[split])
         for split, size in wanted["sizes"].items()
@@ -612,11 +580,11 @@ def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[
     processes = min(4, os.cpu_count() or 1)
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork) as pool:
-        # Into the cache, by as many processes: the drawings themselves are larger than what is worth sending back.
+        # Into the cache: drawings are too large to send between processes.
         for _ in tqdm(pool.map(_rasterised, artists), "rasterising drawings", len(artists), unit="set"):
             pass
     for artist in artists:
-        _drawings(artist)  # once, before the processes fork
+        _drawings(artist)  # read once, before the processes fork
     write = partial(_write_shard, seed=wanted["seed"], image_size=wanted["image_size"])
     with (
         tqdm(total=sum(len(numbers) for _, _, numbers, _ in shards), desc="drawing demo scenes", unit="scene") as bar,

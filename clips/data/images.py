@@ -1,7 +1,7 @@
 """Decoding and preprocessing of pictures; the only file of the project that opens an image.
 
-Pictures come from strangers: every limit below bounds memory and time before a decoder spends them, and
-whatever a decoder raises becomes a `BrokenSample`, which training skips and counts.
+Pictures come from strangers. The limits below bound memory and time before a decoder spends them. Every error of a
+decoder becomes a `BrokenSample`, which training skips and counts.
 
 Shapes: H, W picture · S square side · B batch.
 """
@@ -19,15 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import (
-    ExifTags,
-    Image,
-    ImageEnhance,
-    ImageFile,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import ExifTags, Image, ImageEnhance, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from clips.config import AugmentConfig
 from clips.data.sample import BrokenSample
@@ -35,31 +27,30 @@ from clips.data.sample import BrokenSample
 MAX_BYTES = 64 * 2**20
 """Largest encoded picture, in bytes."""
 MAX_PIXELS = 64_000_000
-"""Largest decoded picture, in pixels (256 MB as RGB, for which Pillow takes four bytes a pixel)."""
+"""Largest decoded picture in pixels: 256 MB, since Pillow takes four bytes for a pixel of RGB."""
 MAX_SCANNED = 16 * MAX_PIXELS
-"""Largest product of a JPEG's pixels and scans: a decoder goes over the picture once for each scan (about 1 s for 10⁹),
-and one takes a dozen bytes. The largest picture may have 16; progressive ones have about 10."""
+"""Largest product of a JPEG's pixels and scans. A scan takes a dozen bytes, and a decoder goes over the whole picture
+for each scan (1 s for 10⁹ pixels). Progressive pictures have about 10 scans."""
 LEAST_SCANNED = 10_000
-"""Pixels that a scan counts as at least."""
+"""Least pixels that a scan counts as."""
 STRIP_PIXELS = 2**20
-"""Pixels that are converted at once, where a conversion takes several times the memory of what it converts."""
+"""Pixels that are converted at once if the conversion takes several times their memory."""
 KEPT = 2
-"""A JPEG is decoded at half, a quarter or an eighth of its size where the crop's shorter side still has this many times
-the pixels of the side that it is squashed to: what the smaller scale leaves out, the squash would average away."""
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop's shorter side keeps at least this many times the pixels
+of the final side: squashing averages the lost detail away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Only raster formats that Pillow decodes by itself; among others this leaves out EPS, which runs Ghostscript."""
+"""Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is left out."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_ASPECT = (3 / 4, 4 / 3)
-# Compressed text and profile chunks of a PNG inflate before any pixel does.
+# A PNG's compressed text and profile chunks inflate before any pixel.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**20
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
 _JPEG = ("JPEG", "MPO")
 _ON_ITS_SIDE, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""Values of EXIF's orientation with which width and height change places, and with which the upright picture's left
-or top edge is one that is stored last."""
+"""Orientations of EXIF that swap width and height, and that store the upright picture's left or top edge last."""
 _OPAQUE_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
-# A marker of a JPEG that begins a segment or ends the picture: no stuffed or padding byte, nor one without a length.
+# A JPEG marker that begins a segment or ends the picture; stuffed bytes, padding and markers without length excluded.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _SCAN, _END = b"\xda", b"\xd9"
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -68,10 +59,9 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 def decode_image(
     data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
 ) -> Image.Image:
-    """Decode a picture to RGB as `to_rgb` does.
+    """Decode a picture to RGB as `to_rgb`; reduce it by a whole factor to at most `reduce_to` pixels.
 
-    One of more than `reduce_to` pixels is reduced, by whole factors, until it has no more; a JPEG while it is decoded.
-    Raises BrokenSample(key, reason) for anything that is not a whole picture within the limits.
+    Raises BrokenSample(key, reason) unless `data` is a whole picture within the limits.
     """
     with _decoding(key):
         opened = _open(data, max_pixels)
@@ -82,10 +72,10 @@ def decode_image(
 
 @contextmanager
 def _decoding(key: str) -> Iterator[None]:
-    """Whatever a decoder raises is a BrokenSample."""
+    """Turn every error of a decoder into a BrokenSample."""
     try:
         yield
-    except UnidentifiedImageError:  # whose message ends with the address of an object
+    except UnidentifiedImageError:  # its message ends with the address of an object
         raise BrokenSample(key, f"image: cannot identify image file: none of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's plugins raise nearly every built-in exception on hostile bytes
         raise BrokenSample(key, f"image: {error or type(error).__name__}") from None
@@ -93,7 +83,7 @@ def _decoding(key: str) -> Iterator[None]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: first frame, EXIF rotation applied, transparency on white. ValueError for other modes."""
-    # Reading the tags of a picture that has none costs as much as decoding a small one.
+    # Looking for tags in a picture without tags costs as much as decoding a small picture.
     image = ImageOps.exif_transpose(image) if "exif" in image.info or image.format == "TIFF" else image
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -107,12 +97,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_rgba(data: bytes) -> Image.Image:
-    """Decode a drawing of our own (a rasterised SVG), keeping its transparency."""
+    """Decode a rasterised SVG of our own, with its transparency."""
     return _loaded(_open(data)).convert("RGBA")
 
 
 def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """The picture with its header read; ValueError where it is beyond a limit. Nothing is decoded yet."""
+    """The picture with its header read, not decoded. Raises ValueError beyond a limit."""
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_BYTES:
@@ -128,7 +118,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
 
 
 def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
-    """Decode; a JPEG at the smallest of its scales (1, 1/2, 1/4, 1/8) that is not below 1/`factor`."""
+    """Decode; a JPEG at the smallest scale of 1, 1/2, 1/4, 1/8 that is not below 1/`factor`."""
     if image.format in _JPEG:
         image.draft(None, (image.width // factor, image.height // factor))
     image.load()
@@ -136,29 +126,29 @@ def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
 
 
 def _orientation(jpeg: ImageFile.ImageFile) -> int:
-    """As EXIF has it; 1 is upright."""
+    """EXIF's orientation; 1 is upright."""
     return jpeg.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in jpeg.info else 1
 
 
 def _factor(image: Image.Image, reduce_to: int | None) -> int:
-    """By how much the sides of `image` are to be divided, so that no more than `reduce_to` pixels are left."""
+    """The whole number that divides the sides of `image` to leave at most `reduce_to` pixels."""
     if reduce_to is None or image.width * image.height <= reduce_to:
         return 1
     return math.ceil(math.sqrt(image.width * image.height / reduce_to))
 
 
 def _scans(jpeg: bytes) -> int:
-    """The scans of a JPEG, found by its markers without decoding anything."""
+    """Scans of a JPEG, counted by its markers without decoding."""
     count, place = 0, 2
     while (marker := _MARKER.search(jpeg, place)) and marker[1] != _END:
         count += marker[1] == _SCAN
-        # The segment's length counts its own two bytes; after that of a scan come its data, which hold no such marker.
+        # The length counts its own two bytes. A scan's data follow its segment and hold no such marker.
         place = marker.end() + max(int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big"), 2)
     return count
 
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """`convert`, which looks at each pixel alone, of `image`, in strips that take little memory."""
+    """Apply the pixelwise `convert` to `image` in strips, to save memory."""
     converted = Image.new("RGB", image.size)
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
@@ -173,7 +163,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (modes I;16*, and I where Pillow widens it) to RGB; Pillow's own conversion clips at 255."""
+    """16-bit grey (modes I;16* and I) to RGB; Pillow's own conversion clips at 255."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise ValueError("grey values are outside the 16-bit range")
@@ -181,20 +171,20 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 class Preprocess:
-    """Squash to the square (bilinear with antialias), optionally augmented; normalising is a batch's own step."""
+    """Squash to a square (bilinear with antialias), optionally augmented. A batch is normalised later."""
 
     def __init__(self, image_size: int, augment: AugmentConfig | None = None) -> None:
         self.image_size = image_size
         self.augment = augment if augment is not None and augment != AugmentConfig() else None
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
-        """uint8 [S, S, 3]. With augmentation on, a pure function of the picture and the state of `rng`."""
+        """uint8 [S, S, 3]; with augmentation a pure function of the picture and the state of `rng`."""
         return self._squashed(image, self._box(*image.size, rng), rng)
 
     def decoded(self, data: bytes, key: str, rng: random.Random) -> np.ndarray:
-        """`pixels` of an encoded picture, of which no more is decoded than its crop needs (see KEPT).
+        """`pixels` of an encoded picture; a JPEG is decoded no larger than its crop needs (see KEPT).
 
-        The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image` does.
+        The crop is drawn from the whole picture's size. Raises BrokenSample(key, reason) as `decode_image`.
         """
         box, factor, orientation = None, 1, 1
         with _decoding(key):
@@ -208,13 +198,13 @@ class Preprocess:
         if box is None:
             return self.pixels(upright, rng)
         left, top, right, bottom = (side / factor for side in box)
-        # The last row and column that are stored may stand for less than `factor` of the picture's.
+        # The last stored row and column may cover less than `factor` rows and columns of the picture.
         x = upright.width - width / factor if orientation in _FROM_RIGHT else 0
         y = upright.height - height / factor if orientation in _FROM_BELOW else 0
         return self._squashed(upright, (x + left, y + top, x + right, y + bottom), rng)
 
     def _box(self, width: int, height: int, rng: random.Random | None) -> Box:
-        """What is kept of a picture of this size: a crop, or all of it."""
+        """The part of a picture of this size that is kept: a crop, or all of it."""
         config = self.augment
         if config is None:
             return 0, 0, width, height
@@ -222,8 +212,7 @@ class Preprocess:
             raise ValueError("augmentation needs an rng")
         if config.min_crop_area == 1:
             return 0, 0, width, height
-        crop = inception_crop if config.crop_aspect == "absolute" else random_crop
-        return crop(width, height, config.min_crop_area, rng)
+        return inception_crop(width, height, config.min_crop_area, rng)
 
     def _factor(self, box: Box) -> int:
         side = min(box[2] - box[0], box[3] - box[1])
@@ -234,7 +223,7 @@ class Preprocess:
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR, box=box)
         if config is None or rng is None:
             return np.asarray(image)
-        # A share of 1 draws nothing, so that runs from before there was a share go on to the same samples.
+        # A share of 1 draws nothing.
         if (config.jitter or config.hue) and (
             config.jitter_probability == 1 or rng.random() < config.jitter_probability
         ):
@@ -249,12 +238,12 @@ class Preprocess:
 
 
 def eval_transform(image_size: int) -> Preprocess:
-    """The preprocessing of every evaluation and export: squash and normalise, nothing random."""
+    """The preprocessing of every evaluation and export: squash and normalise."""
     return Preprocess(image_size)
 
 
 def stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    """B arrays uint8 [S, S, 3] → uint8 [B, 3, S, S], in memory still one picture's channels side by side."""
+    """B arrays uint8 [S, S, 3] → uint8 [B, 3, S, S], in memory still with channels last."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
@@ -266,7 +255,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's mean and deviation of a pixel in 0 … 255, [1, 3, 1, 1], put on a device once."""
+    """ImageNet's mean and deviation of pixels in 0 … 255, [1, 3, 1, 1], on a device."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean.to(device), std.to(device)
 
@@ -276,10 +265,10 @@ Box = tuple[float, float, float, float]
 
 
 def inception_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
-    """A box of aspect 3/4 … 4/3 and area share ≥ `min_area`, as the reference draws it.
+    """A box of aspect 3/4 … 4/3 and area share ≥ `min_area`, drawn as in the reference.
 
-    That is TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among those for which the picture has
-    room, then the height is uniform. A picture too long for any of them is taken whole.
+    As TensorFlow's `sample_distorted_bounding_box`: the aspect is uniform among the possible ones, then the height is
+    uniform. A picture too long for any aspect is taken whole.
     """
     own = width / height
     narrowest, widest = max(CROP_ASPECT[0], own * min_area), min(CROP_ASPECT[1], own / min_area)
@@ -293,24 +282,10 @@ def inception_crop(width: int, height: int, min_area: float, rng: random.Random)
     return left, top, left + w, top + h
 
 
-def random_crop(width: int, height: int, min_area: float, rng: random.Random) -> Box:
-    """A box of area share ≥ `min_area` whose aspect is the picture's own times 3/4 … 4/3.
-
-    A drawn aspect that does not fit is clamped to the picture's side, keeping the area.
-    """
-    area = rng.uniform(min_area, 1.0)
-    # Relative sides: w·h = area, and w/h = aspect relative to the picture's own.
-    aspect = math.exp(rng.uniform(*map(math.log, CROP_ASPECT)))
-    w = min(max(math.sqrt(area * aspect), area), 1.0)
-    h = area / w
-    left, top = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-    return left * width, top * height, (left + w) * width, (top + h) * height
-
-
 def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.Random) -> Image.Image:
-    """Brightness, contrast and saturation, each by a factor drawn from 1 ± strength, and the hue, in random order.
+    """Change brightness, contrast and saturation by factors from 1 ± `strength`, and the hue, in random order.
 
-    The hue turns by up to ± `hue` of the colour circle; 0 leaves it out, for captions name colours.
+    The hue turns by up to ± `hue` of the colour circle. The demo leaves it at 0, since captions name colours.
     """
     changes: list[Any] = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if strength else []
     changes += [None] if hue else []
@@ -324,7 +299,7 @@ def colour_jitter(image: Image.Image, strength: float, hue: float, rng: random.R
 
 
 def turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """`image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps of it."""
+    """`image` with its hues turned by `share` of the colour circle, in Pillow's 256 steps."""
     h, s, v = image.convert("HSV").split()
     turned = [(i + round(256 * share)) % 256 for i in range(256)]
     return Image.merge("HSV", (h.point(turned), s, v)).convert("RGB")

@@ -1,13 +1,14 @@
 """From positions of the run to batches: worker processes read, decode, augment, draw sub-captions and tokenise.
 
-What a batch holds is a pure function of (seed, position): any number of ranks and workers gives the same samples
-with the same augmentation and the same sub-captions, and a resumed run goes on exactly.
+A batch is a pure function of (seed, position): any number of ranks and workers gives the same samples, augmentation and
+sub-captions, and a resumed run goes on exactly.
 
-A batch is a dict of torch tensors: images uint8 [B, 3, S, S], a quarter of what normalised ones would take in shared
-memory and on the way to the device, which normalises them (`to_device`); the objective's texts (`TaskConfig.texts`),
-web int64 [B, Lw] and sub int64 [B, Ls]; where a captioner trains, caption int64 [B, T]; where image tokens are dropped,
-patches and image_tokens, int64 (`clips.model.clips.Kept`); and of lists: keys, positions, skipped = [(key, reason)] of
-the broken samples that substitutes stand for.
+A batch is a dict of
+- images: uint8 [B, 3, S, S]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
+- web: int64 [B, Lw] and sub: int64 [B, Ls], the texts that the objective reads (`TaskConfig.texts`);
+- caption: int64 [B, T], if a captioner trains;
+- patches and image_tokens: int64, if image tokens are dropped (`clips.model.clips.Kept`);
+- keys, positions, and skipped: [(key, reason)] of broken samples that were substituted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from clips.data.tokenizer import CaptionTokenizer
 
 Batch = dict[str, Any]
 MAX_ATTEMPTS = 16
-"""Broken samples in a row, drawn from the whole set, after which the data counts as broken."""
+"""Samples drawn in a row that must all be broken before the data counts as broken."""
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)")
 
 
@@ -52,12 +53,11 @@ def make_loader(
     phase: int = 0,
     step: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from optimizer step `step` of phase `phase` to the end of the run, in order.
+    """This rank's micro-batches from optimizer step `step` of phase `phase` to the end of the run.
 
-    The workers start once: while a phase ends they prepare the next one's first batches. A step covers the batch_size
-    positions that follow the step before, cut into accumulation steps, and each of those into ranks.
-    Raises UserError for a batch that cannot be cut so; while iterating BrokenDataError when a sample and
-    MAX_ATTEMPTS - 1 substitutes are broken, and CommandError when a worker process died.
+    The workers start once for all phases. A step's batch_size positions are cut into accumulation steps, and each of
+    these into ranks. Raises UserError if a batch cannot be cut so. Iterating raises BrokenDataError if a sample and
+    MAX_ATTEMPTS - 1 substitutes are broken, and CommandError if a worker died.
     """
     loader = DataLoader(
         BatchDataset(source, tokenizer, run),
@@ -78,7 +78,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> int:
-    """Samples of one rank's micro-batch; raises UserError when the batch is not divisible."""
+    """Samples of one rank's micro-batch. Raises UserError if the batch is not divisible."""
     parts = accumulation * world_size
     if phase.batch_size % parts:
         below = phase.batch_size // parts * parts
@@ -91,9 +91,9 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
 
 
 class MicroBatches:
-    """(phase, positions) of each micro-batch of one rank, from a step of a phase to the end of the run.
+    """(phase, range of positions) of each micro-batch of one rank, from a step to the end of the run.
 
-    Positions are ranges; nothing is held, however long the run. UserError as `micro_batch_size`.
+    Raises UserError as `micro_batch_size`.
     """
 
     def __init__(self, run: RunConfig, rank: int, world_size: int, phase: int = 0, step: int = 0) -> None:
@@ -170,10 +170,8 @@ class BatchDataset(Dataset):
     def _read(
         self, position: int, preprocess: Preprocess
     ) -> tuple[RawSample, np.ndarray, random.Random, list[tuple[str, str]]]:
-        """The sample at `position` with its pixels, or else the first whole one of its fixed substitutes.
-
-        Further what draws the rest of the sample, and the broken ones passed over.
-        """
+        """The sample at `position`, or the first whole one of its fixed substitutes; its pixels; its random generator,
+        in the state after augmentation; and (key, reason) of the broken samples before it."""
         index = self.order.sample(position)
         substitutes: random.Random | None = None
         broken: list[tuple[str, str]] = []
@@ -189,8 +187,7 @@ class BatchDataset(Dataset):
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
     def _kept_tokens(self, phase: int, positions: range, captioner: CaptionerConfig | None) -> Batch:
-        """Which of its image tokens each sample keeps, drawn apart from the rest of the sample: without dropping it is
-        the same."""
+        """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
         vision, size = self.run.model.vision, self.run.phases[phase].image_size
         seen = vision.kept_tokens(size)
         drawn = {}
@@ -209,9 +206,8 @@ class BatchDataset(Dataset):
 
 
 def _iterate(loader: DataLoader) -> Iterator[Batch]:
-    # torch sets a SIGCHLD handler that raises wherever the main process happens to be, even in the middle of a
-    # save. Without it a dead worker is noticed (within 5 s) only where a batch is awaited.
-    # (It is set once per process, by the first loader with workers, whoever that was.)
+    # torch's first loader sets a SIGCHLD handler that raises anywhere in the main process, even in the midst of a save.
+    # Without the handler a dead worker is noticed within 5 s, while a batch is awaited.
     iterator = iter(loader)
     workers = multiprocessing.active_children()
     if threading.current_thread() is threading.main_thread():
@@ -236,9 +232,9 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
 
 
 def _dead_worker(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
-    """Which worker's death `error` tells of, or None.
+    """The dead worker that caused `error`, or None.
 
-    A batch comes through its worker's socket, which is closed a moment before the process can be seen to be dead.
+    A worker's socket closes a moment before its process is seen to be dead.
     """
     if found := _DEAD_WORKER.search(str(error)):
         return found.group()

@@ -1,10 +1,9 @@
 """The order in which training sees its samples: a pure function of (seed, position).
 
-Every epoch is a permutation of the set, the same for any number of ranks and workers, computed
-without ever holding the set's indices: shards are cut into pieces of at most `PIECE` samples, the
-pieces are shuffled, neighbours form groups of about `GROUP` samples, and samples are shuffled inside
-a group. Reading therefore stays within a few shards at a time; a set below `GROUP` is shuffled whole.
-Several sets with shares are mixed by position (`MixedOrder`).
+Every epoch is a permutation of the set, the same for any number of ranks and workers. The set's indices are never held:
+shards are cut into pieces of at most `PIECE` samples, the pieces are shuffled, neighbours form groups of about `GROUP`
+samples, and samples are shuffled inside a group. So reading stays within a few shards, and a set below `GROUP` is
+shuffled whole. `MixedOrder` mixes several sets by their shares.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import numpy as np
 PIECE = 1 << 15
 GROUP = 1 << 17
 BLOCK = 1 << 12
-"""Positions in which a mix has its shares."""
+"""Positions of a mix in which every set has its share."""
 
 
 class SampleOrder:
-    """Maps a position of the run to a sample index. Memory: a few arrays of one entry per piece, and two groups."""
+    """Maps a position of the run to a sample index. Memory: a few arrays with an entry per piece, and two groups."""
 
     def __init__(
         self, shard_sizes: Sequence[int] | np.ndarray, seed: int, piece: int = PIECE, group: int = GROUP
@@ -38,7 +37,7 @@ class SampleOrder:
         self._shards = shard_of
         self._starts = (np.cumsum(sizes) - sizes)[shard_of] + rank_in_shard * piece
         self._sizes = np.minimum(sizes[shard_of] - rank_in_shard * piece, piece)
-        # Per-object caches; they are left behind when the order travels to a worker.
+        # Caches of this object; pickling drops them.
         self._epoch = lru_cache(2)(self._compute_epoch)
         self._members = lru_cache(2)(self._compute_members)
 
@@ -49,7 +48,7 @@ class SampleOrder:
         return SampleOrder, self._arguments
 
     def epoch(self, position: int) -> int:
-        """How often the set has been seen whole before the run's `position`-th sample."""
+        """Epochs completed before the run's `position`-th sample."""
         return self.locate(position)[0]
 
     def sample(self, position: int) -> int:
@@ -57,7 +56,7 @@ class SampleOrder:
         return self.index(*self.locate(position))
 
     def substitute(self, position: int, rng: random.Random) -> int:
-        """Another sample's index for that position, from the whole set: a neighbour would stand twice in a batch."""
+        """Another sample for that position, from the whole set: a neighbour would be twice in a batch."""
         return self.index(self.locate(position)[0], rng.randrange(self.length))
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -70,7 +69,7 @@ class SampleOrder:
         return int(members[offset - start])
 
     def offsets(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """Where `epoch` has the samples `indices`, the inverse of `index`: int64, of the same length."""
+        """The offsets of the samples `indices` in `epoch`, int64 [len(indices)]: the inverse of `index`."""
         order, first, group_starts = self._epoch(epoch)
         place_of_piece = np.empty_like(order)
         place_of_piece[order] = np.arange(len(order))
@@ -86,7 +85,7 @@ class SampleOrder:
         return found
 
     def shards(self, position: int) -> tuple[list[int], list[int]]:
-        """The shards that the run's `position`-th sample and its neighbours come from, and those that come after."""
+        """(shards of the group of the run's `position`-th sample, shards of the next group)."""
         epoch, offset = self.locate(position)
         group = self._number(epoch, offset)
         after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
@@ -94,11 +93,11 @@ class SampleOrder:
         return now.tolist(), then.tolist()
 
     def held(self, epoch: int, offset: int) -> int:
-        """Samples of the shards' pieces that are read from at `offset` of `epoch`."""
+        """Samples in the group at `offset` of `epoch`."""
         return len(self._group(epoch, offset)[0])
 
     def _group(self, epoch: int, offset: int) -> tuple[np.ndarray, int]:
-        """The shuffled sample indices of the group that holds `offset`, and the offset that it begins at."""
+        """The shuffled sample indices of the group that holds `offset`, and the group's first offset."""
         group = self._number(epoch, offset)
         return self._members(epoch, group), int(self._epoch(epoch)[2][group])
 
@@ -107,7 +106,7 @@ class SampleOrder:
         return int(np.searchsorted(self._epoch(epoch)[2], offset, side="right")) - 1
 
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pieces in this epoch's order, the piece each group begins with, the offset each group begins at."""
+        """The epoch's pieces in order, and each group's first piece and first offset."""
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self._sizes))
         offsets = np.cumsum(self._sizes[order]) - self._sizes[order]
         _, first = np.unique(offsets // self.group, return_index=True)
@@ -128,15 +127,14 @@ class SampleOrder:
 
 
 class MixedOrder:
-    """Positions of the run spread over several sets by their shares; each set goes through its own order.
+    """Spreads the positions of the run over several sets by their shares; each set keeps its own order and epochs.
 
-    Every block of BLOCK positions holds each set as often as its share says, up to rounding that never adds up, in
-    a drawn order. A set that is smaller than its share of the run begins its next epoch, as it would alone. Sample
-    indices count through the sets, one after the other.
+    Every block of BLOCK positions holds each set by its share, up to rounding that never accumulates, in a drawn order.
+    Sample indices count through the sets, one after the other.
     """
 
     def __init__(self, parts: Sequence[SampleOrder], shares: Sequence[float], seed: int) -> None:
-        """`shares` are relative; ValueError for one that is below 2 in BLOCK of their sum, or none."""
+        """`shares` are relative. Raises ValueError for a share below 2 / BLOCK of their sum."""
         total = float(sum(shares))
         if len(parts) != len(shares) or not all(math.isfinite(s) and s * BLOCK >= 2 * total > 0 for s in shares):
             raise ValueError(f"shares {list(shares)} must be numbers, none below {2 / BLOCK:.2g} of their sum")
@@ -153,7 +151,7 @@ class MixedOrder:
         return MixedOrder, (self.parts, self.shares, self.seed)
 
     def draw(self, position: int) -> tuple[int, int]:
-        """(part, which sample of that part's own run) at the run's `position`."""
+        """(part, position in that part's own run) at the run's `position`."""
         block, place = divmod(position, BLOCK)
         labels, turns = self._block(block)
         return int(labels[place]), int(turns[place])
@@ -167,17 +165,17 @@ class MixedOrder:
         return int(self.starts[part]) + self.parts[part].sample(turn)
 
     def substitute(self, position: int, rng: random.Random) -> int:
-        """From the same part, so that shares stay."""
+        """A substitute from the same part, so that shares stay."""
         part, turn = self.draw(position)
         return int(self.starts[part]) + self.parts[part].substitute(turn, rng)
 
     def seen(self, blocks: int) -> np.ndarray:
-        """How many samples of each part the first `blocks` blocks hold."""
-        # Rounded bounds of whole numbers: exact to the last position of any run, and nothing is added up.
+        """Samples of each part in the first `blocks` blocks."""
+        # Rounded bounds: rounding never accumulates.
         return np.diff(np.rint(self.bounds * (blocks * BLOCK)).astype(np.int64))
 
     def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in the block its part, and which sample of that part's own run it is."""
+        """The part of each place in the block, and its position in that part's own run."""
         before, counts = self.seen(block), self.seen(block + 1) - self.seen(block)
         labels = np.repeat(np.arange(len(counts)), counts)
         np.random.default_rng([self.seed, 3, block]).shuffle(labels)

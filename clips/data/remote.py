@@ -1,7 +1,7 @@
-"""Files behind fsspec URLs, read by ranges and with patience: a network fails now and then, a training may not.
+"""Files behind fsspec URLs, read by ranges, with retries.
 
-What the store says for good (no such file, no permission) is an OSError at once; what may pass is tried again, and is
-a CommandError that names the URL when it does not.
+A final error of the store (no such file, no permission) is an OSError at once. A passing error is retried, and is a
+CommandError that names the URL after the last retry.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from clips.common.errors import CommandError, UserError, first_line
 log = logging.getLogger("clips.data")
 T = TypeVar("T")
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further attempt, each times 0.5 to 1.5 so that many ranks do not come at once."""
+"""Seconds before each retry, times 0.5 to 1.5 so that many ranks do not retry at once."""
 PASSING = (408, 425, 429)
-"""HTTP statuses below 500 that may pass: too slow, too early, too many."""
+"""HTTP statuses below 500 that are retried: too slow, too early, too many."""
 TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag")
-"""What stores call the time or the tag of a file."""
+"""Names that stores give the time or the tag of a file."""
 
 
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
-    """(size in bytes, text that changes when the file does). Raises as `patiently`, and OSError without a size.
+    """(size in bytes, text that changes with the file). Raises as `patiently`, and OSError without a size.
 
-    `fresh` asks the store also where this process has a listing of it already.
+    `fresh` asks the store even if this process has a listing already.
     """
 
     def ask() -> dict:
@@ -46,7 +46,7 @@ def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes `start` … `stop - 1` of a file that is long enough. Raises as `patiently`; UserError without ranges."""
+    """Bytes `start` … `stop - 1`. Raises as `patiently`, and UserError if the server ignores ranges."""
 
     def ask() -> bytes:
         filesystem, path = fsspec.core.url_to_fs(url)
@@ -65,17 +65,17 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
 
 def patiently(url: str, ask: Callable[[], T]) -> T:
-    """What `ask` returns, tried again where its error may pass.
+    """The result of `ask`, retried after passing errors.
 
-    Raises OSError for one that does not, ImportError and ValueError of fsspec for a protocol that is not there, and
-    CommandError naming `url` when the last of `DELAYS` has passed.
+    Raises OSError for a final error, fsspec's ImportError and ValueError for an unknown protocol, and CommandError
+    naming `url` after the last retry.
     """
     for delay in (*DELAYS, None):
         try:
             return ask()
         except (CommandError, ImportError, ValueError):
             raise
-        except Exception as error:  # each store has its library, and each library its own errors
+        except Exception as error:  # each store's library has its own errors
             said = ", from ".join(f"{type(link).__name__}: {first_line(link)}" for link in _chain(error))
             if _is_final(error):
                 raise OSError(said) from error
@@ -97,9 +97,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is of no use. fsspec hides an HTTP status behind a FileNotFoundError that it is no cause of.
+    """Whether a retry is useless, by the HTTP status (aiohttp's `status`, botocore's `response`) if there is one.
 
-    Statuses: aiohttp's `status`, botocore's `response`.
+    fsspec raises FileNotFoundError for many statuses, so the status decides first.
     """
     for link in _chain(error):
         response = getattr(link, "response", None)
@@ -112,7 +112,7 @@ def _is_final(error: Exception) -> bool:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL, to seek and read in; every read is one request. Raises as `remote_facts`."""
+    """A file behind a URL; every read is one request. Raises as `remote_facts`."""
 
     def __init__(self, url: str) -> None:
         self.url, self._position = url, 0

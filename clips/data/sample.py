@@ -1,4 +1,4 @@
-"""What a source hands out: one raw sample, or the reason why there is none."""
+"""The samples that a source returns, and the error of a broken sample."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ class RawSample:
     """One image with its texts, nothing decoded yet."""
 
     key: str
-    """Names the sample for a person: shard and key, or table and row."""
+    """The sample's name in messages: shard and key, or table and row."""
     image: bytes
     web: str
     long: str | None
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else the sample's JSON member or table row holds (label, captions, …)."""
+    """The rest of the sample's JSON member or table row (label, captions, …)."""
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample as its source keeps it, for what writes it elsewhere: neither stripped nor cut."""
+    """A sample with everything that its source holds, to be written elsewhere: neither stripped nor cut."""
 
     name: str
-    """Within its shard or table; a row's number in nine digits."""
+    """Its key in the shard, or its row's number in nine digits."""
     image: bytes
     web: str
     picture: str
-    """Extension of the member, or column, that the image was in."""
+    """Extension of the image's member, or the image's column."""
     others: dict[str, bytes]
-    """The other members by extension, captions among them. Of a table's row: `json`, its cells, and those of bytes."""
+    """Extension → content of the other members. For a table's row: `json` with its cells, and cells of bytes."""
 
 
 class BrokenSample(Exception):
-    """One sample cannot be used; training takes a substitute and counts it."""
+    """One sample cannot be used; training counts it and takes a substitute."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)

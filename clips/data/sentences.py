@@ -34,22 +34,22 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Never the end of a sentence: what they belong to follows.
+# Never the end of a sentence.
 _MID_SENTENCE = _words(
     "e.g i.e vs cf viz mr mrs ms mx messrs mme mlle dr drs prof rev hon gen col maj capt cmdr lt sgt cpl adm gov "
     "sen rep pres fr"
 )
-# Not the end when a number follows, or a price.
+# Not the end if a number or a price follows.
 _NUMBERED = _words(
     "no nos nr fig figs vol ch chap pp p pg art cat sec rm approx temp est ca circa avg max min incl excl wt ht dia "
     "diam qty tel ext ft yd lb lbs"
 )
-# Rarely the end: only when the next word is one that starts sentences.
+# The end only if the next word is in _STARTERS.
 _ABBREVIATIONS = _words(
     "st ste mt ft jr sr esq inc ltd co corp mfg bros dept univ assn assoc ave blvd rd hwy apt bldg approx avg est "
     "ca circa al feat incl excl max temp wt ht dia diam qty tel ext sq nr jan feb apr aug sept oct nov dec"
 )
-# Measures end a sentence like any other word, but where all is in small letters their stop says nothing.
+# Measures end a sentence like any word, unless a small letter follows.
 _MEASURES = _words(
     "in ft yd mi cm mm km kg mg ml lb lbs oz qt pt gal doz pkg pc pcs tsp tbsp tbs min mins hr hrs sec secs deg mph "
     "lg sm"
@@ -59,7 +59,7 @@ _TIMES = _words("a.m p.m")
 _AFTER_TIMES = _words(
     "Mon Tue Wed Thu Fri Sat Sun Eastern Pacific Central Mountain EST EDT PST PDT CST ET PT GMT UTC CET"
 )
-# Behind a name: what follows with a capital is no second half of it.
+# These follow a name: a capital after them begins a sentence.
 _DEGREES = _words("ph.d m.d b.a m.a m.b.a b.s m.s b.sc m.sc d.d.s j.d ll.b ll.m ed.d r.n")
 _EXCLAIMED_NAMES = _words("yahoo jeopardy")
 _STARTERS = _words(
@@ -75,12 +75,11 @@ _STARTERS = _words(
 
 
 def split_sentences(text: str, splitter: SentenceSplitter = "smart") -> list[str]:
-    """The sentences of `text` in order, stripped, none of them empty.
+    """The sentences of `text` in order, stripped, none empty.
 
-    `reference` is the rule of the paper's code (OpenVision's `bert_ops.py`): runs of `.`, `!` or `|` separate, and are
-    dropped; blank pieces, which the code may draw, are left out. `smart` keeps every character that is not white
-    space; line ends separate, and a piece without a letter or digit joins its neighbour, so that no sentence is mere
-    punctuation.
+    `reference` is the rule of the paper's code (OpenVision's `bert_ops.py`): runs of `.`, `!` or `|` separate and are
+    dropped; blank pieces are left out. `smart` keeps every character but white space. Line ends separate, and a piece
+    without a letter or digit joins its neighbour.
     """
     if splitter == "reference":
         return [piece for part in _REFERENCE_STOP.split(text) if (piece := part.strip())]
@@ -111,7 +110,7 @@ def _split_line(line: str) -> list[str]:
 
 
 def _list_numbers(line: str) -> set[int]:
-    """Where the stops of "1.", "2." … stand that count on from 1: "1. chop, 2. fry", and "1. A dog. 2. A cat"."""
+    """Places of the stops in "1.", "2." … that count from 1, as in "1. chop, 2. fry" and "1. A dog. 2. A cat"."""
     if "1." not in line:
         return set()
     found, last = [], 0
@@ -119,12 +118,12 @@ def _list_numbers(line: str) -> set[int]:
         if int(number[1]) in (1, last + 1):
             found.append(number)
             last = int(number[1])
-    # A lone "1." is the number of a list at the start of the line only.
+    # A lone "1." is a list's number only at the start of the line.
     return {n.end() - 1 for n in found} if last > 1 or (found and not line[: found[0].start()].strip()) else set()
 
 
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
-    """Whether `stop` (a run of stops and closing marks) ends the sentence that begins at `start`."""
+    """Whether `stop`, a run of stops and closing marks, ends the sentence that begins at `start`."""
     stops, closers = stop.groups()
     if not stops.isascii() and _ALWAYS_STOP.search(stops):
         return not (closers and _QUOTE_PARTICLE.match(line, stop.end()))
@@ -137,7 +136,7 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
     lower = word is not None and word[0].islower()
     if lower and closers:
         return False  # '"Stop!" he said.'
-    window = max(start, stop.start() - 32)  # longer than any word known here; keeps hostile lines linear
+    window = max(start, stop.start() - 32)  # longer than any known word; keeps hostile lines linear
     last = line[window : stop.start()].rsplit(None, 1)
     before = last[-1].lstrip(_OPENERS).lower() if last else ""
     if "!" in stops or "?" in stops:
@@ -170,16 +169,16 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
 
 
 def has_words(text: str | None) -> bool:
-    """Whether a caption says anything; where the long one does not, the web caption takes its place everywhere."""
+    """Whether a caption has a word. If a long caption has none, the web caption replaces it everywhere."""
     return text is not None and _WORD_CHARACTER.search(text) is not None
 
 
 def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.Random | np.random.Generator) -> str:
-    """The piece of the long caption that the text tower sees in this step, before it is tokenised.
+    """The piece of the long caption that the text tower reads in this step, before tokenising.
 
     sentence draws one sentence uniformly, or `config.sentence_share` of them in a row. The other strategies work on
-    tokens (`kept_tokens`), so here they return all of it. Where the long caption holds no word, the web caption takes
-    its place. Pure in `rng`, of which only `random()` is used.
+    tokens (`kept_tokens`) and return all of it here. The web caption replaces a long caption without a word. Only
+    `random()` of `rng` is used.
     """
     if long is None or not has_words(long):
         return web
@@ -191,10 +190,10 @@ def sub_caption(web: str, long: str | None, config: CaptionsConfig, rng: random.
 
 
 def kept_tokens(ids: list[int], config: CaptionsConfig, rng: random.Random | np.random.Generator) -> list[int]:
-    """What the strategy keeps of a tokenised sub-caption, in order.
+    """The tokens of a sub-caption that the strategy keeps, in order.
 
-    truncation, block_mask and random_mask keep the first, a contiguous and a scattered `config.sub_caption_tokens`
-    tokens; sentence and full keep all (the text layout cuts them). Pure in `rng`, of which only `random()` is used.
+    truncation keeps the first `config.sub_caption_tokens`, block_mask as many in a row, random_mask as many at random
+    places; sentence and full keep all. Only `random()` of `rng` is used.
     """
     count = config.sub_caption_tokens
     if config.strategy in ("sentence", "full") or len(ids) <= count:
@@ -208,6 +207,6 @@ def kept_tokens(ids: list[int], config: CaptionsConfig, rng: random.Random | np.
 
 
 def _block(pieces: list[Piece], count: int, rng: random.Random | np.random.Generator) -> list[Piece]:
-    """`count` pieces in a row, every place alike."""
+    """`count` pieces in a row, from a uniform place."""
     first = int(rng.random() * (len(pieces) - count + 1))
     return pieces[first : first + count]

@@ -1,7 +1,7 @@
-"""A set of tar shards as one overview: how many samples of which layout each has, and where its own index stands.
+"""A set of tar shards as one overview: each shard's index and its samples by layout.
 
-Each shard has an index beside it (clips/data/tar.py), made on first use. A set of many shards also has an overview in
-the cache, so that a process that opens it reads one file instead of a hundred thousand.
+Each shard has an index (clips/data/tar.py), made on first use. A set of many shards also has an overview in the cache:
+a process then opens one file instead of a hundred thousand.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from clips.data.sidecar import VERSION, fingerprint
 from clips.data.tar import ShardSummary, as_array, from_array, shard_summary
 
 OVERVIEW_FROM = 256
-"""Shards from which an overview is kept: below, their own indexes are read in an instant."""
+"""Fewest shards of a set that gets an overview."""
 THREADS = 16
-"""Shards that are asked for at once; for remote ones that is waiting for the network."""
+"""Shards that are read at once; for remote shards this is waiting for the network."""
 ASKED = 128
-"""Shards of which one thread asks for the sizes and times."""
+"""Shards whose sizes and times one thread asks for."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
     urls: list[str]
     indexes: list[str]
-    """Path of each shard's own index."""
+    """Path of each shard's index."""
     layouts: list[tuple[str, ...]]
     """The sets of extensions that samples have."""
     counts: np.ndarray
-    """int64 [shards, layouts]: samples of each."""
+    """int64 [shards, layouts]: samples."""
     problems: dict[int, list[str]]
-    """What could not be used, by shard."""
+    """Shard → what could not be used."""
 
 
 def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
-    """The overview of `urls`; what is missing is made, with a progress bar, in threads or in `workers` processes.
+    """The overview of `urls`. Missing indexes are made, with a progress bar, in threads or in `workers` processes.
 
-    Every finished shard stays: what was stopped goes on where it was. Raises UserError as `shard_summary` does.
+    Finished indexes stay, so a stopped command goes on where it was. Raises UserError as `shard_summary`.
     """
     urls = list(urls)
     with ThreadPoolExecutor(THREADS) as threads:
-        stamps = _stamps(threads, urls) if len(urls) >= OVERVIEW_FROM else []
+        parts = [urls[i : i + ASKED] for i in range(0, len(urls), ASKED)] if len(urls) >= OVERVIEW_FROM else []
+        # Many at a time: a local file's fingerprint takes less time than handing it to a thread.
+        stamps = [stamp for part in threads.map(lambda part: list(map(fingerprint, part)), parts) for stamp in part]
         path = _overview(urls, stamps)
         if stamps and path.is_file():
             return _read(path, urls)
@@ -65,12 +67,6 @@ def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
     if stamps:
         _write(path, found)
     return found
-
-
-def _stamps(threads: Executor, urls: list[str]) -> list[str]:
-    """The fingerprint of each; many at a time, since a local file's takes less than handing it to a thread."""
-    parts = [urls[i : i + ASKED] for i in range(0, len(urls), ASKED)]
-    return [stamp for part in threads.map(lambda part: list(map(fingerprint, part)), parts) for stamp in part]
 
 
 def _progress(pool: Executor, urls: list[str], chunk: int = 1) -> Iterator[ShardSummary]:
@@ -91,7 +87,7 @@ def _gathered(urls: list[str], summaries: list[ShardSummary]) -> ShardSet:
 
 # ------------------------------------------------------------------------------------------------------ overview
 def _overview(urls: list[str], stamps: list[str]) -> Path:
-    """Named by the shards, then by their sizes and times: an outdated one can be told, and removed."""
+    """The overview's path, named by the shards, then by their sizes and times, so that outdated ones are removed."""
     return cache_root() / f"shards-{_digest(map(os.path.abspath, urls))}-{_digest([str(VERSION), *stamps])}.safetensors"
 
 
@@ -107,7 +103,7 @@ def _read(path: Path, urls: list[str]) -> ShardSet:
 
 
 def _write(path: Path, found: ShardSet) -> None:
-    """A cache that cannot be written is done without: the next process reads the shards' own indexes."""
+    """Without a writable cache there is no overview, and the next process reads the shards' indexes."""
     meta = {"indexes": found.indexes, "layouts": found.layouts, "problems": found.problems}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

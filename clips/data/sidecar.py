@@ -18,20 +18,20 @@ from clips.common.paths import cache_root, is_remote
 from clips.data.remote import RemoteFile, remote_facts
 
 VERSION = 2
-"""Part of every sidecar's name: raise it when what is written changes."""
+"""Part of every sidecar's name: raise it when the written format changes."""
 SAMPLE_BYTES = 1 << 18
-"""Asked of a remote file at once where single samples are read: most are smaller."""
+"""Bytes of one request to a remote file if single samples are read; most are smaller."""
 SCAN_BYTES = 1 << 22
-"""… and where all of it is gone through."""
+"""Bytes of one request if the whole file is read."""
 
 _STAMPED = re.compile(r"(\..+)\.[0-9a-f]{12}(\.idx\.\w+)", re.DOTALL)
 _listing = threading.Lock()
 
 
 def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading; an unreadable one raises UserError.
+    """Open a local path or an fsspec URL for reading; `buffer` is the bytes of one request to a remote file.
 
-    Of a remote file `buffer` bytes are asked for at once; while it is read, errors are those of `read_range`.
+    Raises UserError if it cannot be opened; reading a remote file raises as `read_range`.
     """
     try:
         return cast(BinaryIO, io.BufferedReader(RemoteFile(url), buffer)) if is_remote(url) else open(url, "rb")
@@ -40,10 +40,10 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
 
 
 def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
-    """The path of `url`'s derived file, built by `build(temporary path)` if there is none for its size and time.
+    """The path of `url`'s derived file; `build(temporary path)` makes it if it is missing for `url`'s size and time.
 
-    It stands beside a local file, else (read-only folder, URL) in `cache_root()`. Writing is atomic, so several
-    processes may ask at once. Raises UserError when neither place can be written.
+    The file is beside a local file, or in `cache_root()` for a URL or a read-only folder. Several processes may ask
+    at once. Raises UserError if neither place can be written.
     """
     name = Path(url).name
     state = stamp(url)
@@ -73,28 +73,28 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
 
 
 def stamp(url: str, *, fresh: bool = False) -> str:
-    """Names the present state of the file behind `url` in the names of what is made of it; `fresh` as remote_facts."""
+    """A short name of the present state of the file behind `url`; `fresh` as in `remote_facts`."""
     return stamp_of(fingerprint(url, fresh=fresh))
 
 
 def stamp_of(facts: str) -> str:
-    """The stamp of a file whose fingerprint is `facts`."""
+    """The stamp of a file with the fingerprint `facts`."""
     return hashlib.sha256(f"{VERSION}\n{facts}".encode()).hexdigest()[:12]
 
 
 def check_state(url: str, state: str) -> None:
-    """UserError where the file is not in the state of which an index was made: its members are elsewhere now."""
+    """Raise UserError unless the file is in the state `state`, of which its index was made."""
     if stamp(url, fresh=True) != state:
         raise UserError(f"{url} has changed since this run opened it: start the command again, and it is indexed anew")
 
 
 def made_for(path: Path, suffix: str) -> str:
-    """The stamp in a sidecar's own name: of which state of its file it was made."""
+    """The stamp in a sidecar's name."""
     return path.name.removesuffix(suffix).rpartition(".")[2]
 
 
 def _replaced(path: Path, family: str) -> list[Path]:
-    """The files that stood in the place of `path`, which is new: of the same family, with another stamp."""
+    """The older files of the same family as the new file `path`, with other stamps."""
     with _listing:
         stamped = _derived(path.parent).setdefault(family, set())
         older = [path.with_name(name) for name in stamped if name != path.name]
@@ -105,7 +105,7 @@ def _replaced(path: Path, family: str) -> list[Path]:
 
 @lru_cache(16)
 def _derived(folder: Path) -> dict[str, set[str]]:
-    """The derived files of a folder by family, kept: to list a folder of many shards for each of them took hours."""
+    """The derived files of a folder by family. Cached: listing a large folder for each of its shards took hours."""
     found: dict[str, set[str]] = {}
     for name in os.listdir(folder):
         if stamped := _STAMPED.fullmatch(name):
@@ -114,7 +114,7 @@ def _derived(folder: Path) -> dict[str, set[str]]:
 
 
 def fingerprint(url: str, *, fresh: bool = False) -> str:
-    """Changes when the file behind `url` does: its size with its time, or a store's tag."""
+    """A text that changes with the file behind `url`: its size with its time, or a store's tag."""
     try:
         if is_remote(url):
             return remote_facts(url, fresh=fresh)[1]

@@ -1,7 +1,7 @@
 """Sources of (image, web caption, long caption): tar shards and tables, local or behind fsspec URLs.
 
-`open_source` checks the fields once, before training, and says what is there when they do not fit. A source gives
-random access by sample index, can be pickled, and opens its files lazily in each process.
+`open_source` checks the fields once, before training. A source gives random access by sample index, can be pickled,
+and opens its files lazily in each process.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
 
 log = logging.getLogger("clips.data")
 OPEN_SHARDS = 64
-"""Shards whose file and index a process keeps open (about as many as one group of the order touches)."""
+"""Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
-"""Samples whose JSON is looked at to find out which keys there are."""
+"""Samples whose JSON is read to find its keys."""
 WARNED = 10
-"""Warnings printed one by one; the rest is summed up."""
+"""Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
-"""Characters of a caption that are kept: ten times a long one, and few enough that none costs a second."""
+"""Characters of a caption that are kept, ten times a long caption."""
 PARTS = ("image", "web", "long")
 WRITE_LONG = "python scripts/recaption.py writes them (docs/recaption.md)"
 
@@ -55,8 +55,8 @@ WRITE_LONG = "python scripts/recaption.py writes them (docs/recaption.md)"
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
     """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
 
-    Raises UserError when nothing is there, or when `fields` (with `need_long`: the long caption too) are not; the
-    message lists the fields found. Also where web and long caption are to be one text.
+    Raises UserError if there is no data, if one of `fields` is missing (the message lists the fields found), and with
+    `need_long` if web and long caption are the same field.
     """
     if need_long and fields.web == fields.long:
         raise UserError(
@@ -71,7 +71,7 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 
 
 def index_data(spec: str, workers: int) -> None:
-    """What scripts/index_data.py does: make whatever opening `spec` would make, and say what is there."""
+    """scripts/index_data.py: make the indexes of `spec` in `workers` processes and print what the data holds."""
     files = expand(spec)
     if any(file.endswith(SUFFIXES) for file in files):
         rows = sum(len(Table(file)) for file in files)
@@ -82,15 +82,14 @@ def index_data(spec: str, workers: int) -> None:
     for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
         print(f"{count:>15,}  {', '.join(layout)}")
     for shard, problems in itertools.islice(found.problems.items(), WARNED):
-        print(
-            f"{files[shard]}: {for_terminal(problems[0])}" + (f" (and {len(problems) - 1} more)" * (len(problems) > 1))
-        )
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        print(f"{files[shard]}: {for_terminal(problems[0])}{more}")
     if len(found.problems) > WARNED:
         print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 
 
 def expand(spec: str) -> list[str]:
-    """The data files that `spec` names, in a fixed order; raises UserError when a part of it names none."""
+    """The data files that `spec` names, in a fixed order. Raises UserError if a part names no file."""
     files: list[str] = []
     for part in filter(None, map(str.strip, spec.split(";"))):
         for pattern in braceexpand(part) if "{" in part else [part]:
@@ -110,10 +109,8 @@ def _match(pattern: str) -> list[str]:
         filesystem, path = fsspec.core.url_to_fs(pattern)
         found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     elif os.path.isdir(pattern):
-        names = sorted(os.listdir(pattern))
-        kinds = [
-            [os.path.join(pattern, n) for n in names if n.endswith(s) and n[0] != "."] for s in (".tar", *SUFFIXES)
-        ]
+        names = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if name[0] != "."]
+        kinds = ([name for name in names if name.endswith(suffix)] for suffix in (".tar", *SUFFIXES))
         found = next(filter(None, kinds), [])
     else:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
@@ -123,7 +120,7 @@ def _match(pattern: str) -> list[str]:
 
 
 def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
-    """(part, place in it) of `index`, where part i begins at `starts[i]` and the last entry is the end."""
+    """(part, place in the part) of `index`; part i begins at `starts[i]`, and the last entry is the end."""
     if not 0 <= index < starts[-1]:
         raise IndexError(index)
     part = bisect.bisect_right(starts, index) - 1
@@ -131,15 +128,16 @@ def _place(starts: Sequence[int], index: int) -> tuple[int, int]:
 
 
 class Source:
-    """Random access to samples by index. `shard_sizes` sum to the length; neighbours in a shard are cheap to read."""
+    """Random access to samples by index; neighbours in a shard are cheap to read."""
 
     files: list[str]
-    """Shards or tables, as many as `shard_sizes`; none of a mix."""
+    """Shards or tables, as many as `shard_sizes`. A mix has none."""
     shard_sizes: list[int]
+    """Usable samples of each file; they sum to the length."""
     left_out: list[int]
-    """By shard: samples that lack a needed member and do not count."""
+    """By shard: samples that lack a needed member."""
     problems: Sequence[str] = ()
-    """What was found wrong when the set was opened, shard by shard; its samples are left out of the length."""
+    """Damage found when the set was opened, shard by shard."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -152,24 +150,24 @@ class Source:
         return _place(self._starts, index)
 
     def order(self, seed: int) -> Order:
-        """In which order training sees the samples."""
+        """The order in which training sees the samples."""
         return SampleOrder(self.shard_sizes, seed)
 
     def read(self, index: int) -> RawSample:
-        """Raises BrokenSample (missing, empty or badly encoded part) and UserError (a path that climbs out)."""
+        """Raises BrokenSample for a missing, empty or badly encoded part, UserError for a path that climbs out."""
         raise NotImplementedError
 
     def texts(self, index: int) -> tuple[str, str | None]:
-        """(web caption, long caption) without the image; raises as `read`."""
+        """(web caption, long caption), without reading the image. Raises as `read`."""
         raise NotImplementedError
 
     def stored(self, index: int) -> StoredSample:
-        """All that the source keeps of a sample; raises as `read`."""
+        """Everything that the source holds of a sample. Raises as `read`."""
         raise NotImplementedError
 
-    def captions(self) -> Iterator[str]:
-        """Every caption of the set, in order, for training a tokenizer; broken samples are passed over."""
-        for index in range(len(self)):
+    def captions(self, indices: Sequence[int] | None = None) -> Iterator[str]:
+        """The captions of the samples (default: all) in order, for training a tokenizer; skips broken samples."""
+        for index in range(len(self)) if indices is None else indices:
             try:
                 yield from filter(None, self.texts(index))
             except BrokenSample:
@@ -177,10 +175,10 @@ class Source:
 
 
 class MixedSource(Source):
-    """Several sources one after the other, of which training sees each as often as its share says."""
+    """Several sources one after the other; training sees each as often as its share says."""
 
     def __init__(self, sources: Sequence[Source], shares: Sequence[float]) -> None:
-        """ValueError for shares that `MixedOrder` refuses."""
+        """Raises ValueError for shares that `MixedOrder` refuses."""
         self.sources, self.shares = list(sources), list(shares)
         self.problems = [problem for source in sources for problem in source.problems]
         self._set_sizes([size for source in sources for size in source.shard_sizes])
@@ -204,7 +202,7 @@ class MixedSource(Source):
 
 
 class TarSource(Source):
-    """Samples of tar shards; one that lacks a needed member is left out when the set is opened, with a warning."""
+    """Samples of tar shards. A sample that lacks a needed member is left out, with a warning."""
 
     def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
         self.shards = self.files = shards
@@ -222,7 +220,7 @@ class TarSource(Source):
         self._check_fields(fields)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
-        """The needed parts for which a sample with these extensions has no member."""
+        """The needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
@@ -235,7 +233,7 @@ class TarSource(Source):
             raise UserError(f"no sample of {_names(self.shards)} has all of: {', '.join(self._needed)}; found: {found}")
 
     def _fields_found(self) -> list[str]:
-        """What `Fields` could name: extensions, and `ext:key` for the JSON keys of the first samples."""
+        """Everything that `Fields` could name: extensions, and `ext:key` for JSON keys of the first samples."""
         found = {extension for layout in self._set.layouts for extension in layout}
         filled = np.flatnonzero(self._set.counts.any(axis=1))
         if not len(filled):
@@ -251,15 +249,13 @@ class TarSource(Source):
         messages = [f"{self.shards[i]}: {problem}" for i, found in self._set.problems.items() for problem in found]
         lacking = self._set.counts[:, self._lacks].sum(axis=1)
         for i in np.flatnonzero((lacking > 0) & (lacking < self._set.counts.sum(axis=1))):
-            if len(messages) < WARNED:  # more of them are summed up
+            first = "…"
+            if len(messages) < WARNED:
                 opened = self._shard(int(i))
                 row = next(iter(set(range(len(opened.index.keys))) - set(opened.complete)))
                 first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
-            else:
-                first = "…"
-            messages.append(
-                f"{self.shards[i]}: {lacking[i]} samples are left out for want of a member, the first is {first}"
-            )
+            left_out = f"{lacking[i]} samples are left out for want of a member, the first is {first}"
+            messages.append(f"{self.shards[i]}: {left_out}")
         self.problems = messages
         for message in messages[:WARNED]:
             log.warning(message)
@@ -267,8 +263,7 @@ class TarSource(Source):
             log.warning("and %d more problems in %s", len(messages) - WARNED, _names(self.shards))
 
     def read(self, index: int) -> RawSample:
-        shard, row = self._locate(index)
-        members = _Members(self._shard(shard), self._shard(shard).complete[row])
+        members = self._members(index)
         image = next(filter(None, (members.read(e) for e, _ in self._fields["image"])), None)
         if image is None:
             raise BrokenSample(members.key, "image: the file is empty")
@@ -278,29 +273,30 @@ class TarSource(Source):
         return RawSample(members.key, image, *self._captions(members), extra)
 
     def texts(self, index: int) -> tuple[str, str | None]:
-        shard, row = self._locate(index)
-        return self._captions(_Members(self._shard(shard), self._shard(shard).complete[row]))
+        return self._captions(self._members(index))
 
     def stored(self, index: int) -> StoredSample:
-        shard, row = self._locate(index)
-        opened = self._shard(shard)
-        row = opened.complete[row]
-        members = _Members(opened, row)
+        members = self._members(index)
         web = self._text(members, "web")
         _checked(members.key, web, None, False)
-        members.json("json")  # one that is none would make the sample broken wherever it is read
-        found = {extension: members.read(extension) or b"" for extension in opened.extensions(row)}
+        members.json("json")  # bad JSON would make the sample broken wherever it is read
+        found = {extension: members.read(extension) or b"" for extension in members.shard.extensions(members.row)}
         picture = next((e for e, _ in self._fields["image"] if found.get(e)), None)
         if picture is None:
             raise BrokenSample(members.key, "image: the file is empty")
-        return StoredSample(opened.index.keys[row], found.pop(picture), web, picture, found)
+        return StoredSample(members.name, found.pop(picture), web, picture, found)
 
     def _captions(self, members: _Members) -> tuple[str, str | None]:
         return _checked(members.key, self._text(members, "web"), self._text(members, "long"), self.need_long)
 
     def _text(self, members: _Members, part: str) -> Any:
-        """A caption as it stands there."""
+        """The caption before it is checked and stripped."""
         return next(filter(None, (members.text(e, key) for e, key in self._fields[part])), None)
+
+    def _members(self, index: int) -> _Members:
+        shard, place = self._locate(index)
+        opened = self._shard(shard)
+        return _Members(opened, opened.complete[place])
 
     def _shard(self, shard: int) -> _OpenShard:
         if self._process != os.getpid():  # a forked worker shares file positions with its parent: open anew
@@ -324,11 +320,11 @@ class TarSource(Source):
         return open_binary(url, SAMPLE_BYTES)
 
     def state(self, shard: int) -> str:
-        """The stamp of the shard when it was indexed."""
+        """The shard's stamp when it was indexed."""
         return made_for(Path(self._set.indexes[shard]), INDEX)
 
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
-        """From now on read shard i from `copies(i)` where it gives a file; what is open is closed."""
+        """Read shard i from the file `copies(i)` from now on, if there is one. Open shards are closed."""
         self._copies = copies
         for opened in self._open.values():
             opened.file.close()
@@ -341,9 +337,7 @@ class TarSource(Source):
 class _OpenShard:
     """A shard's file and index, and the rows of its complete samples."""
 
-    def __init__(
-        self, url: str, index: ShardIndex, lacking: Callable[[Iterable[str]], list[str]], file: BinaryIO
-    ) -> None:
+    def __init__(self, url: str, index: ShardIndex, lacking: Callable[[Any], list[str]], file: BinaryIO) -> None:
         self.url, self.index, self.file = url, index, file
         self.column = {extension: i for i, extension in enumerate(index.extensions)}
         layouts, layout_of = np.unique(index.offsets >= 0, axis=0, return_inverse=True)
@@ -355,11 +349,11 @@ class _OpenShard:
 
 
 class _Members:
-    """The members of one sample, read when asked for."""
+    """The members of one sample, read on demand."""
 
     def __init__(self, shard: _OpenShard, row: int) -> None:
-        self.shard, self.row = shard, row
-        self.key = f"{shard.url}#{shard.index.keys[row]}"
+        self.shard, self.row, self.name = shard, row, shard.index.keys[row]
+        self.key = f"{shard.url}#{self.name}"
         self._json: dict[str, dict[str, Any] | None] = {}
 
     def read(self, extension: str) -> bytes | None:
@@ -401,7 +395,7 @@ class _Members:
 
 
 class TableSource(Source):
-    """Samples of tables whose image column holds paths below `image_root`, or the pictures themselves."""
+    """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
 
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
         self.tables, self.need_long = [Table(file) for file in files], need_long
@@ -433,7 +427,7 @@ class TableSource(Source):
         _checked(key, web, None, False)
         column = next((c for c in self._fields["image"] if row.get(c) is not None), "")
         image = self._image(file, key, row.get(column))
-        if isinstance(row[column], dict):  # the datasets library: its path is told, the picture itself is not
+        if isinstance(row[column], dict):  # the datasets library: keep the path without the picture
             row[column] = row[column].get("path")
         elif isinstance(row[column], bytes):
             del row[column]
@@ -447,13 +441,13 @@ class TableSource(Source):
         return StoredSample(f"{number:09d}", image, web, column, {"json": text.encode()} | cells)
 
     def picture(self, index: int) -> str | None:
-        """The URL of a sample's picture; None where that is a local file, or in the table. Raises as `read`."""
+        """The URL of a sample's picture; None if the picture is a local file or in the table. Raises as `read`."""
         file, key, row = self._row(index)
         place = self._place(file, key, self._value(row, "image"))
         return place if isinstance(place, str) and is_remote(place) else None
 
     def read_copies(self, copies: Callable[[str], BinaryIO | None]) -> None:
-        """From now on read the picture at a URL from `copies(url)` where it gives a file."""
+        """Read the picture at a URL from the file `copies(url)` from now on, if there is one."""
         self._copies = copies
 
     def __getstate__(self) -> dict[str, Any]:
@@ -489,7 +483,7 @@ class TableSource(Source):
             raise BrokenSample(key, f"image: {error}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
-        """The picture in a table's cell, or its path or URL."""
+        """The picture in the cell, or its path or URL."""
         if isinstance(value, dict):  # the datasets library: {"bytes": …, "path": …}
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -500,16 +494,16 @@ class TableSource(Source):
             raise BrokenSample(key, f"image: {value!r:.200} is no path")
         try:
             return inside(self.roots[file], value)
-        except ValueError as error:  # not counted as broken: the whole table is meant for another folder
+        except ValueError as error:  # no broken sample: the whole table belongs to another folder
             raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
 
 
 _MEMBER = re.compile(r"(?!json$)[a-z0-9_]+")
-"""Columns whose cells can be members under the column's name."""
+"""Names of columns that can be extensions of members."""
 
 
 def _plain(value: Any) -> str:
-    """What JSON has no word for: times and decimals as they are written, bytes in base64."""
+    """A value that JSON lacks: times and decimals as text, bytes in base64."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

@@ -12,7 +12,7 @@ from clips.data.demo import demo_split, ensure_demo
 from clips.data.sources import MixedSource, Source, open_source
 
 OWN = ("train", "val", "test")
-"""Every run's splits; beside them it has those that `held_out_sets` names."""
+"""Every run's splits; `held_out_sets` names further ones."""
 
 
 def is_demo(data: DataConfig, split: str) -> bool:
@@ -22,9 +22,9 @@ def is_demo(data: DataConfig, split: str) -> bool:
 
 
 def held_out_sets(data: DataConfig) -> list[str]:
-    """What the run is tested on, by name: `test` first, if there is one, then the further sets.
+    """Names of the test sets: `test` first, if there is one, then the further sets.
 
-    Builds the demo where it is missing, for only then is it known by how many artists it can be drawn.
+    Builds the demo if it is missing, since the number of artists is known only then.
     """
     if is_demo(data, "test"):
         ensure_demo(data.demo_dir)
@@ -34,13 +34,13 @@ def held_out_sets(data: DataConfig) -> list[str]:
 
 
 def deciding_set(data: DataConfig) -> str | None:
-    """The one of `held_out_sets` that decides; without any, the validation split, if there is one."""
+    """The set of `held_out_sets` that decides; if there is none, the validation split, if there is one."""
     names = held_out_sets(data)
     return UNSEEN if UNSEEN in names else next(iter(names), "val" if split_spec(data, "val") else None)
 
 
 def split_spec(data: DataConfig, split: str) -> str | None:
-    """The spec of a split, or of a further test set, for `open_source`; None where the run has none of that name."""
+    """The spec of a split or a further test set for `open_source`; None if the run has none of that name."""
     further = {part.name: part.data for part in data.further_tests}
     if split in further:
         return further[split]
@@ -50,7 +50,7 @@ def split_spec(data: DataConfig, split: str) -> str | None:
 
 
 def open_split(data: DataConfig, split: str, *, need_long: bool) -> Source:
-    """Open a split; the demo data is built first where it is missing. UserError where there is nothing to open."""
+    """Open a split; missing demo data is built first. Raises UserError if the run names no such data."""
     spec = split_spec(data, split)
     if not spec:
         flag = {"train": "--data", "val": "--val-data"}.get(split, "--test-data")

@@ -1,13 +1,14 @@
 """Tables (CSV, TSV, JSON lines, Parquet) as rows with random access.
 
-On first use a table is copied to an Arrow file that is memory-mapped from then on: any row costs microseconds,
-workers share the pages, and nothing is held in memory. Parquet and CSV have no cheap access to single rows.
+On first use a table is copied to an Arrow file, which is memory-mapped: any row costs microseconds, and workers share
+the pages. Parquet and CSV have no cheap access to single rows.
 """
 
 from __future__ import annotations
 
 import bisect
 import codecs
+import itertools
 import json
 import logging
 from collections.abc import Collection, Iterator
@@ -27,7 +28,7 @@ ROWS_PER_BATCH = 512
 
 
 class Table:
-    """One table file. `columns` are the names found; `row` raises ValueError where a row is not readable."""
+    """One table file. `columns` are the names found."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -48,9 +49,9 @@ class Table:
         return self.__dict__ | {"_reader": None}
 
     def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
-        """Row `i`; columns named in `without` are not read (where they are stored apart).
+        """Row `i`, without the columns `without` (JSON lines are read whole).
 
-        A cell that cannot be read raises ValueError in a column that is `needed`, and is left out in any other.
+        An unreadable cell raises ValueError in a column that is `needed`, and is left out of any other column.
         """
         batch_index = bisect.bisect_right(self._starts, i) - 1
         batch, place = self._open().get_batch(batch_index), i - self._starts[batch_index]
@@ -117,20 +118,14 @@ def _parquet(file: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _json(file: Any) -> Iterator[pa.RecordBatch]:
-    """Lines stay bytes: a bad one then breaks its own row only."""
-    lines = []
-    for line in file:
-        if line.strip():
-            lines.append(line)
-        if len(lines) == ROWS_PER_BATCH:
-            yield pa.record_batch({"line": pa.array(lines, pa.binary())})
-            lines = []
-    if lines:
+    """Lines stay bytes, so that a bad line breaks its own row only."""
+    filled = filter(bytes.strip, file)
+    while lines := list(itertools.islice(filled, ROWS_PER_BATCH)):
         yield pa.record_batch({"line": pa.array(lines, pa.binary())})
 
 
 def _csv(file: Any, url: str) -> Iterator[pa.RecordBatch]:
-    """Every column as bytes: no guessing of types, and a wrongly encoded cell breaks its own row only."""
+    """Every column as bytes: types are not guessed, and a wrongly encoded cell breaks its own row only."""
 
     def skip(row: pa.csv.InvalidRow) -> str:
         log.warning("%s: row %s has %d columns instead of %d and is left out: %.80s", url, row.number or "?",

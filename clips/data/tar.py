@@ -1,7 +1,7 @@
-"""Random access to tar files: one pass over the headers gives the place of every member, or of every sample's.
+"""Random access to tar files: one pass over the headers finds every member.
 
 A sample is the members that share a key: the path up to the first dot of the file name, as in webdataset.
-A damaged shard still yields its good samples; what was lost is kept as readable `problems`.
+A damaged shard still yields its good samples; `problems` says what was lost.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from clips.data.sidecar import open_binary, sidecar
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME = 1 << 16
-"""Longest extended header that is read, in bytes; a longer one is damage."""
+"""Longest extended header in bytes; a longer one is damage."""
 MAX_DIGITS = 18
-"""Of a size in bytes."""
+"""Digits of a size in bytes."""
 MAX_PROBLEMS = 50
 INDEX = ".idx.safetensors"
-"""How the names of indexes end. Not numpy's format: it reads its headers with `ast`, which fails now and then where two
-threads do so at once (SystemError; Python 3.11 and 3.12), and indexes are read by many."""
+"""The ending of an index. Not numpy's format: it parses headers with `ast`, which fails now and then if two threads do
+so at once (SystemError in Python 3.11 and 3.12)."""
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-"""How files of gzip, bzip2, xz and zstd begin."""
+"""First bytes of gzip, bzip2, xz and zstd files."""
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What opening a set needs to know of one shard."""
+    """The part of a shard's index that opening a set needs."""
 
     index: Path
     layouts: dict[tuple[str, ...], int]
-    """How many samples have exactly these extensions."""
+    """Extensions → samples that have exactly these."""
     problems: list[str]
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the members are. `offsets` and `sizes` are int64 [samples, extensions], −1 where a member is absent."""
+    """Places of members. `offsets` and `sizes` are int64 [samples, extensions], −1 for a missing member."""
 
     keys: list[str]
     extensions: list[str]
@@ -56,7 +56,7 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """Read (on first use: build and store) the index of a shard, without its per-sample part."""
+    """The summary of a shard's index, which is built and stored on first use."""
     path = sidecar(url, INDEX, lambda target: _write_index(url, target))
     with safe_open(path, "numpy") as stored:
         meta = from_array(stored.get_tensor("meta"))
@@ -70,7 +70,7 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """`value` as JSON in uint8 [bytes]: the header of a safetensors file holds 100 MB at most."""
+    """`value` as JSON in uint8 [bytes]; the header of a safetensors file holds only 100 MB."""
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
@@ -79,9 +79,9 @@ def from_array(stored: np.ndarray) -> Any:
 
 
 def read_members(url: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used, readably.
+    """Name → (offset of the data, size) of every regular member of a tar, and what cannot be used.
 
-    Raises UserError where there is none, and for compressed files, links and names that climb out.
+    Raises UserError if there is no member, and for compressed files, links and names that climb out.
     """
     problems: list[str] = []
     members: dict[str, tuple[int, int]] = {}
@@ -123,7 +123,7 @@ def _write_index(url: str, target: Path) -> None:
         "offsets": np.ascontiguousarray(places[..., 0]),
         "sizes": np.ascontiguousarray(places[..., 1]),
     }
-    target.write_bytes(save(arrays))  # an OSError where it cannot be written, which save_file makes its own of
+    target.write_bytes(save(arrays))  # raises OSError if it cannot be written; save_file raises its own error
 
 
 def _twice(name: str) -> str:
@@ -136,17 +136,17 @@ def _bounded(problems: list[str]) -> list[str]:
 
 
 def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of the data, size) of each regular member; appends to `problems` what cannot be used.
+    """(name, offset of the data, size) of each regular member; appends unusable members to `problems`.
 
-    Python's tarfile ends silently at a damaged header; here the scan goes on at the next valid one.
-    Raises UserError for compressed files, for names that climb out of the shard and for links.
+    Python's tarfile ends silently at a damaged header; this scan goes on at the next valid header.
+    Raises UserError for compressed files, names that climb out of the shard, and links.
     """
     end = file.seek(0, 2)
     file.seek(0)
     if file.read(6).startswith(COMPRESSED):  # or the search for a next header would read all of it
         raise UserError(f"{shard} is a compressed file: members are read in place, so unpack it to a plain .tar")
     position, last, damaged, zeros = 0, "the beginning", False, False
-    extended: dict[str, bytes] = {}  # what a long name or pax header says of the next member
+    extended: dict[str, bytes] = {}  # fields of a long-name or pax header, for the next member
     while position + BLOCK <= end:
         file.seek(position)
         block = file.read(BLOCK)
@@ -197,7 +197,7 @@ def _members(file: BinaryIO, shard: str, problems: list[str]) -> Iterator[tuple[
 
 
 def _pax(body: bytes) -> dict[str, bytes]:
-    """The `path` and `size` records ("LENGTH key=value\\n") of a POSIX extended header, and whether it is `sparse`."""
+    """`path`, `size` and `sparse` of a POSIX extended header, whose records are "LENGTH key=value\\n"."""
     found, position = {}, 0
     while position < len(body):
         length, space, _ = body[position:].partition(b" ")

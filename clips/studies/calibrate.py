@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from clips.common.plain import markdown
+from clips.common.page import markdown
 from clips.common.runtime import choose_device, has_bf16, init_distributed
 from clips.config import RunConfig
 from clips.data.loader import to_device

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError, reporting
-from clips.common.page import Table
-from clips.common.plots import LIGHT, check_format, save_plot
+from clips.common.page import Table, save_plot
+from clips.common.plots import LIGHT, check_format
 from clips.lab.stats import show_difference
 from clips.studies.caption_truth import SHARES
 from clips.studies.claims import CONTRADICTED, OPEN, REPRODUCED, verdict

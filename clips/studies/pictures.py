@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import UserError
-from clips.common.plots import LIGHT, SERIES, Theme, check_format, save_plot
+from clips.common.page import save_plot
+from clips.common.plots import LIGHT, SERIES, Theme, check_format
 from clips.studies.measuring import Row
 
 WAYS = ("forward", "backward")

@@ -18,7 +18,7 @@ from typing import Any
 
 from clips.common.cards import BUS, PER_MACHINE, USABLE, Machine, card
 from clips.common.errors import UserError
-from clips.common.plain import markdown, print_table
+from clips.common.page import markdown, print_table
 from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe

@@ -163,7 +163,7 @@ def our_flags(size: str, objective: Objective, device: torch.device, train: Path
         "optim.kind=adamw", "data.workers=1", f"train.precision={'bf16' if has_bf16(device) else 'fp32'}",
         "train.activation_checkpointing=false", "train.eval_every=0", "train.checkpoint_every=0",
         f"train.log_every={max(1, steps // LINES)}", "phases.*.augment.min_crop_area=0.9",
-        "phases.*.augment.crop_aspect=absolute", "phases.*.augment.jitter=0", "phases.*.augment.hue=0",
+        "phases.*.augment.jitter=0", "phases.*.augment.hue=0",
         "phases.*.augment.grayscale=0",
     ]  # fmt: skip
     fields = []

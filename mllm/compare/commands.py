@@ -8,9 +8,9 @@ from pathlib import Path
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
+from clips.common.files import read_json_records
 from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
 from mllm.compare.comparison import QUICK_PRETRAINING, Comparison, budget_share, question_limit
-from mllm.data.records import read_json_records
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of
 from mllm.training.stages import STAGES

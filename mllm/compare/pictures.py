@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import UserError
-from clips.common.plots import LIGHT, SERIES, Theme, check_format, save_plot
+from clips.common.page import save_plot
+from clips.common.plots import LIGHT, SERIES, Theme, check_format
 
 GROUP = 0.8
 """Width of the bars of a kind of question; the kinds stand at a distance of 1."""

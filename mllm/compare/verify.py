@@ -25,8 +25,8 @@ from rich.console import Console
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import for_rich
 from clips.common.files import differing, read_json, sha256
+from clips.common.page import print_table
 from clips.common.paths import is_plain
-from clips.common.plain import print_table
 from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
 from mllm.compare.cells import Cell, cells_of
 from mllm.compare.collect import ENCODERS, REPORT, computed, stored_files

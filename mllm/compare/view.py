@@ -13,13 +13,12 @@ from rich.live import Live
 from rich.table import Table
 
 from clips.common.escape import for_rich
-from clips.common.files import read_json
+from clips.common.files import read_json, read_json_records
 from clips.common.progress import Progress, read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, is_finished
 from mllm.compare.cells import Cell, PretrainedEncoder, cells_of, encoder_names, encoders_to_pretrain, is_done
 from mllm.compare.commands import pretrain_config, stage_samples
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, question_files, question_limit
-from mllm.data.records import read_json_records
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.stages import STAGES
 

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line
+from clips.common.files import read_json_records
 from clips.common.paths import is_plain
 from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore
-from mllm.data.records import read_json_records
 
 NAMED = 10
 """Bad samples that an error message names."""

@@ -32,10 +32,13 @@ from clips import (
     PLACES,
     Fields,
     RawSample,
+    at_place,
     built_as,
+    capital,
     demo_split,
     ensure_any_demo,
     ensure_built,
+    listed,
     open_source,
 )
 from clips.common.errors import UserError
@@ -122,21 +125,9 @@ class DemoScene:
     @property
     def caption(self) -> str:
         """One sentence with every thing and its place in reading order, and the background."""
-        placed = [f"a {thing} {_at(place)}" for thing, place in self.things]
-        text = f"{_listed(placed)} on a {self.background} background."
+        placed = [f"a {thing} {at_place(place)}" for thing, place in self.things]
+        text = f"{listed(placed)} on a {self.background} background."
         return text[0].upper() + text[1:]
-
-
-def _at(place: str) -> str:
-    return "in the center" if place == "center" else f"at the {place}"
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 Thing = tuple[str, str]
@@ -148,21 +139,21 @@ Asked = tuple[str, str]
 def ask_identity(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     thing, place = about
     wordings = WHAT_AT if len(scene.things) > 1 else (*WHAT_SINGLE, *WHAT_AT)
-    return rng.choice(wordings).format(at=_at(place)), f"A {thing}"
+    return rng.choice(wordings).format(at=at_place(place)), f"A {thing}"
 
 
 def ask_count(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
-    return rng.choice(HOW_MANY), _capital(NUMBERS[len(scene.things)])
+    return rng.choice(HOW_MANY), capital(NUMBERS[len(scene.things)])
 
 
 def ask_where(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     thing, place = about
-    return rng.choice(WHERE).format(thing=thing), _capital(_at(place))
+    return rng.choice(WHERE).format(thing=thing), capital(at_place(place))
 
 
 def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
-    listed = _listed([thing for thing, _ in scene.things])
-    return rng.choice(BACKGROUND).format(listed=listed), _capital(scene.background)
+    shown = listed([thing for thing, _ in scene.things])
+    return rng.choice(BACKGROUND).format(listed=shown), capital(scene.background)
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
@@ -174,7 +165,7 @@ def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
     others = [name for name, _ in scene.things if name != thing]
     named = thing if yes else rng.choice(others) if form is IS_AT and others else absent
     color = scene.background if yes else rng.choice([name for name in BACKGROUNDS if name != scene.background])
-    return rng.choice(form).format(thing=named, at=_at(place), color=color), "Yes" if yes else "No"
+    return rng.choice(form).format(thing=named, at=at_place(place), color=color), "Yes" if yes else "No"
 
 
 KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked]] = {
@@ -230,10 +221,10 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
         turns.append(
             rng.choice(
                 (
-                    (f"What is {digits[a]} plus {digits[b]}?", _capital(digits[a + b])),
+                    (f"What is {digits[a]} plus {digits[b]}?", capital(digits[a + b])),
                     (f"Which day comes after {days[day]}?", days[(day + 1) % 7]),
-                    (f"What is the opposite of {pair[0]}?", _capital(pair[1])),
-                    (f"Which word comes first: {', '.join(things)}?", _capital(things[0])),
+                    (f"What is the opposite of {pair[0]}?", capital(pair[1])),
+                    (f"Which word comes first: {', '.join(things)}?", capital(things[0])),
                 )
             )
         )

@@ -54,9 +54,9 @@ class Format:
     bos: str = ""
     """What the tokenizer put in front of every text; `first` and `system` start with it."""
     prefix_space: bool = False
-    """Whether the first text, and a text right after an image, start with one more space, as in LLaVA: it tokenises the
-    texts between images one by one, and SentencePiece puts a space before each. False where the tokenizer does so by
-    itself after every control token (Llama's `legacy` kind), or never, and in models saved before this field was."""
+    """Whether the first text, and a text right after an image, start with one more space, as in LLaVA: LLaVA tokenises
+    the texts between images one by one, and SentencePiece puts a space before each. False if the tokenizer adds that
+    space itself after every control token (Llama's `legacy` kind), or never adds one."""
 
     def chat_template(self) -> str:
         """Jinja template with these pieces, for content as a string or as a list of image and text parts."""
@@ -178,9 +178,7 @@ def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
     if saved is not None:
         return saved
     own = _renderings(tokenizer, tokenizer.chat_template)
-    # A model saved before there was `prefix_space` was trained without it.
-    known = [form for new in _expressible(tokenizer) for form in (new, replace(new, prefix_space=False))]
-    alike = (form for form in known if own == _renderings(tokenizer, form.chat_template()))
+    alike = (form for form in _expressible(tokenizer) if own == _renderings(tokenizer, form.chat_template()))
     return next(alike, None) or _cut(tokenizer)
 
 

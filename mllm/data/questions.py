@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
+from clips.common.files import read_json_records
 from clips.common.rundir import UNSEEN
-from mllm.data.records import read_json_records
 
 if TYPE_CHECKING:
     from mllm.data.images import ImageStore

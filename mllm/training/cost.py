@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from clips.common.cards import BUS, PER_MACHINE, Machine
 from clips.common.errors import UserError
-from clips.common.plain import print_table
+from clips.common.page import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of

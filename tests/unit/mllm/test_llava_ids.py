@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clips.common.errors import UserError
-from mllm.data.conversation import IGNORE, ConversationEncoder, answering_encoder
-from mllm.data.formats import SAVED, V1_SYSTEM, get_format, save_format
+from mllm.data.conversation import IGNORE, ConversationEncoder
+from mllm.data.formats import V1_SYSTEM, get_format, save_format
 from mllm.model.llm import load_llm, read_tokenizer
 
 WORDS = re.findall(r"\w+", "What is at the top left A red cat Two dogs and 12 trees The model answer below green apple")
@@ -141,28 +140,6 @@ def test_the_end_of_a_caption_is_one_token_where_the_vocabulary_has_it() -> None
     assert encoded.input_ids[1:] == tokenizer("A cat.\n")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(encoded.input_ids[-1]) == ".Ċ"
     assert encoded.input_ids[-1] in encoder.stop_ids
-
-
-@pytest.mark.parametrize("keeps", ["format", "template"])
-def test_a_model_from_before_is_asked_as_it_was_trained(keeps: str, tmp_path: Path, capsys) -> None:
-    """It was trained without the two spaces; its saved format says so, or its template."""
-    tokenizer = tokenizer_of(write_sentencepiece(tmp_path, legacy=False))
-    old = replace(get_format("v1", tokenizer), prefix_space=False)
-    saved = {name: value for name, value in asdict(old).items() if name != "prefix_space"}  # it was no field then
-    if keeps == "format":
-        tokenizer.init_kwargs[SAVED] = saved
-    tokenizer.chat_template = old.chat_template()
-    ask = [{"from": "human", "value": "<image>\nWhat is it?"}]
-    new = answering_encoder(tokenizer_of(tmp_path), "v1", 1).prompt(ask, 1)
-    modes = ["auto", "v1", "vicuna_v1"] if keeps == "format" else ["auto"]
-    for mode in modes:
-        prompt = answering_encoder(tokenizer, mode, 1).prompt(ask, 1)
-        assert prompt == tokenizer(tokenizer.apply_chat_template(
-            [{"role": "user", "content": "<image>\nWhat is it?"}], tokenize=False
-        ), add_special_tokens=False)["input_ids"]  # fmt: skip
-        assert len(new) == len(prompt) + 1, "the space after the picture"
-        assert prompt[1] != new[1]
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("legacy", [False, True])

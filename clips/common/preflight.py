@@ -1,0 +1,101 @@
+"""The report of a pre-flight, for pairs and for conversations: one table, one page with samples, one summary.json."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from clips.common.escape import clip, for_rich
+from clips.common.files import write_atomically, write_json
+from clips.common.page import render
+
+THUMBNAIL = 176
+"""Longest side in pixels of a picture on the page."""
+PRINTED = 20
+"""Reasons and problems that the table lists."""
+
+
+@dataclass
+class Shown:
+    """A sample on the page."""
+
+    key: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Name of a text → the text."""
+    size: str = ""
+    picture: bytes | None = None
+    reason: str = ""
+    """Why the sample is broken."""
+
+
+@dataclass(kw_only=True)
+class Preflight:
+    """What a check found, ready to be shown."""
+
+    title: str
+    note: str = ""
+    summary: dict[str, Any]
+    """The content of summary.json."""
+    rows: list[tuple[str, str]]
+    broken_note: str
+    """What a training does with a broken sample."""
+    tiles: Sequence[tuple[str, str, str]] = ()
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Why samples are broken → how many."""
+    problems: Sequence[str] = ()
+    refused: Sequence[str] = ()
+    bars: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Chart → label → count."""
+    good: Sequence[Shown] = ()
+    bad: Sequence[Shown] = ()
+    repeated: Sequence[tuple[str, int, str]] = ()
+    """(what repeats, how often, an example)."""
+
+    def publish(self, output: Path | str, *, as_json: bool = False, console: Console | None = None) -> None:
+        """Write summary.json and contact_sheet.html into `output`; print the table, or with `as_json` the summary."""
+        output = Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "summary.json", self.summary)
+        shown = vars(self) | {"title": "Data before a training", "note": f"{self.title} {self.note}".strip()}
+        shown["reasons"] = list(self.reasons.items())
+        shown["bars"] = {name: _trimmed(counts) for name, counts in self.bars.items() if any(counts.values())}
+        write_atomically(output / "contact_sheet.html", render("clips.common", "preflight.html.j2", **shown))
+        if as_json:
+            print(json.dumps(self.summary))
+            return
+        console = console or Console(emoji=False)
+        table = Table(title=for_rich(self.title), show_header=False, title_justify="left")
+        for name, text in self.rows:
+            table.add_row(name, for_rich(text))
+        for reason, count in list(self.reasons.items())[:PRINTED]:
+            table.add_row("  broken", for_rich(f"{count:,} × {reason}"))
+        for problem in self.problems[:PRINTED]:
+            table.add_row("  problem", for_rich(clip(problem)))
+        if len(self.problems) > PRINTED:
+            table.add_row("  problem", f"… and {len(self.problems) - PRINTED:,} more, all in summary.json")
+        console.print(table)
+        for name in ("summary.json", "contact_sheet.html"):
+            console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A small PNG of `image`."""
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _trimmed(counts: Mapping[str, int]) -> dict[str, int]:
+    """Without the empty bins at both ends."""
+    filled = [place for place, count in enumerate(counts.values()) if count]
+    return dict(list(counts.items())[filled[0] : filled[-1] + 1])
