@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +45,14 @@ TRAIN = ROOT / "scripts" / "train_llava.py"
 
 def write_place(root: Path) -> Path:
     """`root` with an encoder, a language model, data of 20 pictures and 12 text-only samples, and a projector."""
+    return shutil.copytree(_made_place(), root, dirs_exist_ok=True)
+
+
+@functools.cache
+def _made_place() -> Path:
+    """The same folder, made once in each process of tests."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_run(root / "runs" / "clips-demo")
     write_llm(root / "llm", initializer_range=0.1, hidden_size=64, intermediate_size=128)
     names = pictures(root / "images", 20)
