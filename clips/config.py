@@ -85,9 +85,10 @@ OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
-OnFailedSave = Literal["stop", "retry"]
 OnSpike = Literal["continue", "skip", "rewind"]
 LrScaling = Literal["linear", "sqrt", "none"]
+REMOVED = (("train", "on_failed_save"),)
+"""Fields that saved runs may still hold; nothing depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,14 +505,11 @@ class TrainConfig:
     """How many of the newest checkpoints stay."""
     keep_every: int = 0
     """Samples between two checkpoints that stay for ever; 0: only the newest stay."""
-    on_failed_save: OnFailedSave = "stop"
-    """What a full disk does: stop ends the run; retry trains on and tries again, until the next checkpoint is due."""
 
     def __post_init__(self) -> None:
         _one_of("train.precision", self.precision, Precision)
         _one_of("train.contrastive", self.contrastive, Contrastive)
         _one_of("train.freeze", self.freeze, Freeze)
-        _one_of("train.on_failed_save", self.on_failed_save, OnFailedSave)
         _one_of("train.on_spike", self.on_spike, OnSpike)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
@@ -602,7 +600,11 @@ class RunConfig:
     def load(path: Path) -> RunConfig:
         """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
         try:
-            return from_dict(RunConfig, json.loads(Path(path).read_text()))
+            tree = json.loads(Path(path).read_text())
+            for part, name in REMOVED:
+                if isinstance(tree, dict) and isinstance(tree.get(part), dict):
+                    tree[part].pop(name, None)
+            return from_dict(RunConfig, tree)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 

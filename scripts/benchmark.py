@@ -1,34 +1,19 @@
 #!/usr/bin/env python
-"""Measure here: attention, data, sentences, training, beside open_clip too, memory, a step, samples to a figure."""
+"""Measure training here: steps beside open_clip's, the parts of a step, whole programs beside open_clip's."""
 
 import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parts = (
-        "attention",
-        "data",
-        "loader",
-        "startup",
-        "sentences",
-        "train",
-        "chunk",
-        "gradcache",
-        "tokens",
-        "checkpoint",
-        "profile",
-        "program",
-        "to-quality",
-    )
-    p.add_argument("what", choices=parts, help="what to measure")
+    p = Parser(__doc__)
+    p.add_argument("what", choices=("train", "profile", "program", "to-quality"), help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
-    p.add_argument("--demo-dir", default="data/demo", help="the demo data, which data and train read")
-    p.add_argument("--shards", type=int, default=100_000, help="shards that startup makes, of one or two samples")
+    p.add_argument("--demo-dir", default="data/demo", help="the demo data")
     p.add_argument("--out", help="JSON file for the figures")
     p.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
     p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
@@ -40,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         help="program: CLIP's on both sides, or CLIPS and CoCa",
     )
     p.add_argument("--captions", choices=("long", "web"), default="long", help="program: which caption CLIP trains on")
-    p.add_argument("--their-python", default=sys.executable, help="program: the Python that has open_clip's trainer")
+    p.add_argument(
+        "--their-python", default=sys.executable, help="program: the Python with open_clip's trainer (default: this)"
+    )
     p.add_argument(
         "--variant",
         nargs="+",
@@ -79,7 +66,7 @@ def main() -> None:
         common |= {name: getattr(flags, name) for name in ("output", "seeds", "every", "rates", "average")}
         benchmark_to_quality(flags.variant, flags.figures, flags.threshold, **common)
     else:
-        benchmark(flags.what, shards=flags.shards, repeats=flags.repeats, **common)
+        benchmark(flags.what, repeats=flags.repeats, **common)
 
 
 if __name__ == "__main__":

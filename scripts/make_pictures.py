@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Draw a picture of the documentation from figures: `results` of a comparison of encoders, `captions` of one of sets of
-captions, `profile` of a step."""
+captions."""
 
 import argparse
 import sys
@@ -11,7 +11,6 @@ from clips.common.errors import run_command
 REPORTS = {
     "results": Path("runs/compare/report.json"),
     "captions": Path("runs/compare_captions/captions.json"),
-    "profile": Path("runs/profile.json"),
 }
 
 
@@ -21,13 +20,12 @@ def parser() -> argparse.ArgumentParser:
         "what",
         choices=tuple(REPORTS),
         help="results: right answers by kind of question, for each encoder; captions: what encoders learned from each "
-        "set; profile: time and MFU by part of a step",
+        "set",
     )
     p.add_argument(
         "--report",
         type=Path,
-        help="the figures to draw: report.json of compare_encoders.py, captions.json of compare_captions.py, or what "
-        "benchmark.py profile --out wrote",
+        help="the figures to draw: report.json of compare_encoders.py or captions.json of compare_captions.py",
     )
     p.add_argument("--out", type=Path, help="the PNG or SVG to write (default: beside the figures)")
     return p
@@ -36,12 +34,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     flags = parser().parse_args()
     from clips.studies.caption_report import write_chart
-    from clips.studies.pictures import write_profile
     from mllm.compare.pictures import write_results
 
     report = flags.report or REPORTS[flags.what]
     out = flags.out or report.with_name(f"{flags.what}.png")
-    write = {"results": write_results, "captions": write_chart, "profile": write_profile}[flags.what]
+    write = {"results": write_results, "captions": write_chart}[flags.what]
     print(f"written to {write(report, out)}")
 
 

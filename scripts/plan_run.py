@@ -5,57 +5,53 @@ import argparse
 import sys
 
 from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument(
         "what",
         nargs="?",
         default="pretrain",
-        choices=("pretrain", "llava", "recaption", "table", "calibrate"),
-        help="pretrain a recipe; both LLaVA stages on its image tower; caption pictures with such a model; the table "
-        "of docs/planning.md; or measure here how far the memory formula is off",
+        choices=("pretrain", "llava", "recaption", "table"),
+        help="pretrain a recipe; both LLaVA stages on its image tower; caption pictures with such a model; or the "
+        "table of docs/planning.md",
     )
     p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
-    p.add_argument("--gpus", type=int, default=8, help="how many, over all machines")
+    p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
     p.add_argument("--kind", default="h100", help="a name from clips/common/cards.py, such as h100, a100, rtx4090")
-    p.add_argument("--price", type=float, help="of one GPU hour, in any currency (default: none, no money is told)")
+    p.add_argument("--price", type=float, help="price of one GPU hour, in any currency (default: none, no cost)")
     p.add_argument("--mfu", type=float, default=0.2, help="share of the GPU's peak that is reached")
     p.add_argument("--engine", help="a file of ds_configs/ by name, such as zero2 (default: the first that fits)")
     p.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="fields of clips/config.py"
     )
-    p.add_argument("--language-model", default="vicuna-7b", help="llava, recaption: a name from mllm/training/cost.py")
+    p.add_argument("--language-model", default="vicuna-7b", help="llava, recaption: a name from mllm/training/plan.py")
     p.add_argument("--lora", action="store_true", help="llava: adapters in stage 2, not the whole language model")
     p.add_argument("--bits", type=int, default=16, choices=(4, 8, 16), help="llava: of the frozen language model")
     p.add_argument("--samples", type=int, default=1_000_000_000, help="recaption: how many pictures")
-    p.add_argument("--device", default="auto", help="calibrate: auto, cpu or cuda")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.studies import plan
+    from clips.training import plan
 
-    if flags.what == "calibrate":
-        from clips.studies.calibrate import print_calibration
-
-        print_calibration(flags.device)
-    elif flags.what == "table":
+    if flags.what == "table":
         print(plan.planning_table(flags.kind, flags.price, flags.mfu))
-    else:
-        run, machine = plan.asked_for(flags)
-        if flags.what == "pretrain":
-            plan.print_pretraining(run, machine, flags.engine)
-        else:
-            from mllm.training import cost
+        return
+    run, machine = plan.asked_for(flags)
+    if flags.what == "pretrain":
+        plan.print_pretraining(run, machine, flags.engine)
+        return
+    from mllm.training import plan as stages
 
-            model = cost.Planned.of(flags.language_model, plan.image_tower(run), lora=flags.lora, bits=flags.bits)
-            if flags.what == "llava":
-                cost.print_stages(model, machine)
-            else:
-                cost.print_recaptioning(model, machine, flags.samples)
+    model = stages.Planned.of(flags.language_model, plan.image_tower(run), lora=flags.lora, bits=flags.bits)
+    if flags.what == "llava":
+        stages.print_stages(model, machine)
+    else:
+        stages.print_recaptioning(model, machine, flags.samples)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, and so would be all its children
@@ -139,14 +140,19 @@ def tiny_batch(seed: int, *, size: int = 8) -> dict[str, torch.Tensor]:
     return {"images": torch.randn(size, 3, 32, 32, generator=g), "web": text(12), "sub": text(10), "caption": caption}
 
 
-def script_parser(name: str) -> argparse.ArgumentParser:
-    """That of scripts/`name`.py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+def load_script(path: str) -> ModuleType:
+    """The program at `path` of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.parser()
+    return module
+
+
+def script_parser(name: str) -> argparse.ArgumentParser:
+    """That of scripts/`name`.py."""
+    return load_script(f"scripts/{name}.py").parser()
 
 
 def run_python(

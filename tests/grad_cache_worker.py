@@ -6,7 +6,7 @@ python grad_cache_worker.py OUT
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
 from clips.data.loader import to_device
 from clips.training.engine import Engine
-from clips.training.grad_cache import forward_passes
+from clips.training.step import Verdict, optimizer_step
 from clips.training.task import Task
 
 CPU = torch.device("cpu")
@@ -90,15 +90,13 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
         yield samples(case, step, begin, begin + MICRO)
 
 
-def take_step(engine: Engine, batches: Iterator[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
-    """As clips/training/loop.py; returns the parts of each micro-batch."""
-    found = []
-    for micro, (_, loss, parts) in enumerate(forward_passes(engine, batches)):
-        found.append(parts)
-        engine.backward(loss)
-        if micro < engine.accumulation - 1:
-            engine.step()
-    return found
+def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
+    """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
+    found: list[dict[str, torch.Tensor]] = []
+    agreed, _ = optimizer_step(
+        engine, batches, watch=lambda batch, parts: found.append(parts), judge=lambda agreed: Verdict(not agreed.finite)
+    )
+    return found, agreed.finite
 
 
 def mean_of(found: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -120,9 +118,8 @@ def train(case: Case) -> dict[str, Any]:
     engine, logged = build(case), []
     for step in range(STEPS):
         engine.set_lr(1e-2, 2e-2)
-        found = take_step(engine, micro_batches(case, engine, step))
-        assert engine.agree(torch.stack([parts["loss"] for parts in found]).mean(), stop=0).finite
-        engine.step()
+        found, is_finite = take_step(engine, micro_batches(case, engine, step))
+        assert is_finite
         logged.append(mean_of(found))
     return {"weights": engine.state.gather_weights(), "logged": logged}
 
@@ -134,11 +131,10 @@ def poisoned(stage: int) -> dict[str, Any]:
     if dist.get_rank() == engine.world_size - 1:
         batches[1]["images"] = batches[1]["images"].float()  # bytes hold no NaN
         batches[1]["images"][0, 0, 0, 0] = torch.nan
-    found = take_step(engine, batches)
+    found, is_finite = take_step(engine, batches)
     ranks: list[list[bool]] = [[] for _ in range(engine.world_size)]
     dist.all_gather_object(ranks, [bool(parts["loss"].isfinite()) for parts in found])
-    agreed = engine.agree(torch.stack([parts["loss"] for parts in found]).mean(), stop=0)
-    return {"finite": ranks, "agreed": agreed.finite}
+    return {"finite": ranks, "agreed": is_finite}
 
 
 def replayed(stage: int) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""GPUs to plan with: their memory and bandwidths as makers state them, and what a collective takes on them."""
+"""GPUs to plan with: their memory and bandwidths as makers state them, and the time of a run on them."""
 
 from __future__ import annotations
 
@@ -66,10 +66,49 @@ class Machine:
         bus = card.link_gb_s if self.gpus <= PER_MACHINE else min(card.link_gb_s, card.network_gb_s)
         return moved * (self.gpus - 1) / self.gpus / (BUS * bus * 1e9)
 
+    @property
+    def rates(self) -> list[str]:
+        """The assumptions about speed and communication, for a person."""
+        card = self.card
+        return [
+            f"speed: {self.mfu:.0%} of {card.peak / 1e12:.0f} TFLOP/s (--mfu), as others publish: 13 % (open_clip, "
+            "B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (a compiled ViT-S, H100); what checkpointing and GradCache "
+            "compute again comes on top",
+            f"communication: ring collectives at {BUS:.0%} of {card.link_gb_s:g} GB/s inside a machine of "
+            f"{PER_MACHINE} and of {card.network_gb_s:g} GB/s between machines, none of it behind computation",
+        ]
+
     def cost(self, hours: float) -> str:
         """ ", N at PRICE a GPU hour", or nothing where no price is given."""
         return "" if self.price is None else f", {hours * self.price:,.0f} at {self.price:g} a GPU hour"
 
+
+@dataclass(frozen=True)
+class Time:
+    """The time of `steps` optimizer steps. Computation and communication do not overlap."""
+
+    steps: int
+    compute_s: float
+    communication_s: float
+    """Of one optimizer step each."""
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.communication_s
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step_s / 3600
+
+    def cells(self, batch_size: int, gpus: int) -> list[str]:
+        """The cells of a table below TIME_HEAD."""
+        return [
+            f"{self.steps:,}", f"{self.step_s:.2f}", f"{self.communication_s / self.step_s:.0%}",
+            f"{batch_size / self.step_s / gpus:,.1f}", f"{self.hours / 24:.1f}", f"{self.hours * gpus:,.0f}",
+        ]  # fmt: skip
+
+
+TIME_HEAD = ("steps", "step, s", "of it communication", "samples/s/GPU", "days", "GPU hours")
 
 CARDS = {
     "b200": Card("B200", 180, 900, 400),

@@ -1,10 +1,10 @@
 """Where the time of a training step goes, part by part, and how much of the machine's peak each part reaches.
 
 One clock runs through whole steps as the loop takes them, loader included; every moment belongs to exactly one part.
-Marks stand where a tower begins and ends (hooks on modules) and where the backward pass comes to its output (hooks on
-tensors: autograd goes through the parts in the opposite order). Communication is torch.distributed's collectives,
-whatever part asks for them, and the waiting for other ranks in them. A GPU is waited for at each mark, which costs the
-overlap of its queue with the host: there the shares count, not the sum.
+Hooks on modules and on the engine mark where a part begins. Hooks on tensors mark the backward pass, which goes through
+the parts in the opposite order. Communication is torch.distributed's collectives, whatever part asks for them, and the
+waiting for other ranks in them. A GPU is waited for at each mark, which costs the overlap of its queue with the host:
+there the shares count, not the sum.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from clips.data.loader import Batch, to_device
-from clips.model.clips import CLIPSModel
+from clips.data.loader import Batch
 from clips.model.flops import forward_flops, training_flops
 from clips.studies.measuring import Row
 from clips.training.engine import Engine
+from clips.training.step import optimizer_step
 
 WARM = 3
 """Steps that are not counted."""
@@ -38,10 +38,11 @@ FLOPS = {
     LOSS: ("head", "contrastive"),
 }
 """Part → its names in clips/model/flops.py."""
-COMMUNICATION = "communication"
+WAIT, COPY, COMMUNICATION = "data wait", "copy to the device", "communication"
+METHODS = {"backward": f"{LOSS}, backward", "agree": "finite check", "step": "optimiser"}
+"""Method of the engine → the part that begins with it."""
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
-"""Those of torch.distributed that a step can ask for."""
-OTHERS = ("data wait", "copy to the device", COMMUNICATION, "finite check", "optimiser")
+"""The functions of torch.distributed that a step can call."""
 
 
 class Clock:
@@ -54,7 +55,7 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def begin(self, part: str | None) -> None:
-        """From now on it is `part`; None: nothing that counts."""
+        """From now on `part` runs; None: the time does not count."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -67,9 +68,17 @@ class Clock:
         found, self.seconds = dict(self.seconds), defaultdict(float)
         return found
 
+    def arriving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, with the time until each is there, and the start of its way to the device."""
+        self.begin(WAIT)
+        for batch in batches:
+            self.begin(COPY)
+            yield batch
+            self.begin(WAIT)
 
-def _watch(model: CLIPSModel, clock: Clock) -> None:
-    """Let the model's forward and backward passes tell `clock` where they are."""
+
+def _watch(engine: Engine, clock: Clock) -> None:
+    """Let the engine and the forward and backward passes of its model report to `clock` where they are."""
 
     def ends(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
@@ -77,15 +86,26 @@ def _watch(model: CLIPSModel, clock: Clock) -> None:
                 tensor.register_hook(lambda grad: clock.begin(f"{name}, backward"))
         clock.begin(f"{LOSS}, forward")
 
+    def begins(method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            clock.begin(part)
+            return method(*arguments, **options)
+
+        return timed
+
+    engine.task.register_forward_pre_hook(lambda *_: clock.begin(f"{LOSS}, forward"))
+    model = engine.model
     for name, module in (("image tower", model.visual), ("text tower", model.text), ("captioner", model.captioner)):
         if module is not None:
             module.register_forward_pre_hook(lambda *_, name=name: clock.begin(f"{name}, forward"))
             module.register_forward_hook(partial(ends, name))
+    for name, part in METHODS.items():
+        setattr(engine, name, begins(getattr(engine, name), part))
 
 
 @contextmanager
 def _listen(clock: Clock) -> Iterator[None]:
-    """Inside, collectives tell `clock` when they begin and end."""
+    """Inside, collectives report to `clock` when they begin and end."""
     before = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def timed(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -108,49 +128,36 @@ def part_rows(engine: Engine, batches: Iterable[Batch], peak: float) -> list[Row
     """Median milliseconds of each part over the steps, its share, its TFLOP/s and their share of `peak` in FLOP/s.
 
     `engine` trains on, and with accumulation 1. FLOPs are the model's: what is computed a second time to save memory
-    takes time and counts nothing. With several ranks the rows are this one's.
+    takes time and counts nothing. With several ranks the rows are those of this rank.
     """
     clock = Clock(engine.device)
-    _watch(engine.model, clock)
+    _watch(engine, clock)
     with _listen(clock):
         steps, flops = _timed_steps(engine, batches, clock)
     order = [f"{part}, {way}" for way in ("forward", "backward") for part in FLOPS]
-    parts = [*OTHERS[:2], *order, *OTHERS[2:]]
+    parts = [WAIT, COPY, *order, COMMUNICATION, METHODS["agree"], METHODS["step"]]
     median = {part: statistics.median(step.get(part, 0.0) for step in steps) for part in parts}
     whole = sum(median.values())
-    rows = []
-    for part in [part for part in parts if median[part] > 0]:
-        row: Row = {"part": part, "ms": 1e3 * median[part], "share_%": 100 * median[part] / whole}
-        if part in flops:
-            speed = statistics.median(flops[part]) / median[part]
-            row |= {"tflops": speed / 1e12, "of_peak_%": 100 * speed / peak}
-        rows.append(row)
-    speed = sum(statistics.median(counts) for counts in flops.values()) / whole
-    return [*rows, {
-        "part": "whole step", "ms": 1e3 * whole, "share_%": 100.0, "tflops": speed / 1e12,
-        "of_peak_%": 100 * speed / peak,
-    }]  # fmt: skip
+
+    def row(part: str, seconds: float, count: float | None) -> Row:
+        found: Row = {"part": part, "ms": 1e3 * seconds, "share_%": 100 * seconds / whole}
+        if count is not None:
+            found |= {"tflops": count / seconds / 1e12, "of_peak_%": 100 * count / seconds / peak}
+        return found
+
+    counts = {part: statistics.median(found) for part, found in flops.items()}
+    rows = [row(part, median[part], counts.get(part)) for part in parts if median[part] > 0]
+    return [*rows, row("whole step", whole, sum(counts.values()))]
 
 
 def _timed_steps(
     engine: Engine, batches: Iterable[Batch], clock: Clock
 ) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
-    """Of each step after the first: the seconds of each part, and its FLOPs by part."""
+    """The seconds of each part of each step after the first WARM steps, and the FLOPs of each part."""
     steps: list[dict[str, float]] = []
     flops: dict[str, list[int]] = defaultdict(list)
-    clock.begin("data wait")
-    for index, batch in enumerate(batches):
-        clock.begin("copy to the device")
-        on_device = to_device(engine.task.counted(batch), engine.device)
-        clock.begin(f"{LOSS}, forward")
-        loss, _ = engine(on_device)
-        clock.begin(f"{LOSS}, backward")
-        engine.backward(loss)
-        clock.begin("finite check")
-        engine.agree(loss, 0)
-        clock.begin("optimiser")
-        engine.step()
-        engine.limit_logit_scale()
+    for index, batch in enumerate(clock.arriving(batches)):
+        optimizer_step(engine, [batch])
         clock.begin(None)
         seconds = clock.read()
         if index >= WARM:
@@ -160,5 +167,4 @@ def _timed_steps(
             for part, names in FLOPS.items():
                 flops[f"{part}, forward"].append(sum(forward[name] for name in names))
                 flops[f"{part}, backward"].append(sum(both[name] - forward[name] for name in names))
-        clock.begin("data wait")
     return steps, flops

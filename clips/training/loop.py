@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clips.common.errors import CommandError, NotFiniteError, UserError
+from clips.common.errors import UserError
 from clips.common.escape import for_terminal
 from clips.common.files import write_json
 from clips.common.peaks import peak_flops
@@ -23,7 +24,7 @@ from clips.common.rundir import has_report, is_finished, read_metrics
 from clips.common.runtime import choose_device, environment, init_distributed, shutdown
 from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
-from clips.config import OnSpike, PhaseConfig, RunConfig
+from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, make_loader, micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import split_spec
@@ -31,9 +32,9 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.evaluate import evaluate
 from clips.model.clips import CLIPSModel
 from clips.training import watchdog
-from clips.training.engine import Agreed, Engine, read_ds_config
+from clips.training.engine import Engine, read_ds_config
 from clips.training.finish import finish_run, print_next
-from clips.training.grad_cache import forward_passes
+from clips.training.judge import Judge
 from clips.training.log import RunLog
 from clips.training.meter import Meter
 from clips.training.prepare import (
@@ -46,6 +47,8 @@ from clips.training.prepare import (
     read_given_weights,
     with_precision,
 )
+from clips.training.saving import await_checkpoint, save
+from clips.training.step import optimizer_step
 from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.checkpoint import Checkpoint, TrainState, Writer
@@ -131,12 +134,9 @@ def pretrain(run: RunConfig, options: Options) -> None:
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),
-        Writer(
-            options.run_dir, run.train.keep_checkpoints, run.train.keep_every,
-            retry=run.train.on_failed_save == "retry",
-        ) as writer,
+        Writer(options.run_dir, run.train.keep_checkpoints, run.train.keep_every) as writer,
         naming_lost_ranks(lambda: state.step + 1),
-    ):  # fmt: skip
+    ):
         _train(run, engine, source, tokenizer, state, log, profiler, writer)
         trained = engine.plain_model()
     shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
@@ -154,12 +154,8 @@ def _train(
     profiler: Profiler,
     writer: Writer,
 ) -> None:
-    """The loop: every phase, every optimizer step, every micro-batch."""
-    stop = StopSignal()
-    # In ZeRO-3 ranks wait for each other's weights inside the model.
-    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
-    peak, _ = peak_flops(engine.device, compute_dtype(run))
-    meter = Meter(engine.device, state, own_time, peak=peak)
+    """The loop: every optimizer step from `state` on, with its log lines, checkpoints and validations."""
+    stop, judge, meter = StopSignal(), Judge(run, state, log, writer), _meter(run, engine, state)
 
     def read_on() -> Generator[Batch, None, None]:
         return meter.timed(make_loader(
@@ -167,132 +163,80 @@ def _train(
             phase=state.phase, step=state.phase_step,
         ))  # fmt: skip
 
+    def watch(batch: Batch, parts: dict[str, torch.Tensor]) -> None:
+        judge.watch(batch, parts)
+        meter.add(parts, batch["skipped"], engine.task.flops(batch))
+
     if _owes_validation(run, state, writer.run_dir):
         with meter.aside():
             _validate(run, engine, tokenizer, state, log)
     batches = read_on()
-    while state.phase < len(run.phases):
-        phase = run.phases[state.phase]
-        engine.model.visual.set_image_size(phase.image_size)
-        if state.phase_step == 0:
-            state.recent_losses, state.recent_norms = [], []
-            if phase.fresh_optimizer:
-                engine.state.reset_optimizer()
-        while state.phase_step < phase.steps:
-            factor = lr_factor(phase, state.phase_step)
-            engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
-            seen = _accumulate(run, engine, batches, meter, idle=state.step in state.left_out)
-            agreed, goal = None, None
-            if seen:
-                agreed = engine.agree(
-                    torch.stack([loss for loss, _ in seen]).mean(), stop.requested, writer.has_failed()
-                )
-                if agreed.unsaved:
-                    _await_checkpoint(writer)
-                if not agreed.finite:
-                    _not_finite(seen, state, phase)
-                action, goal = _watch(run, agreed, seen, state, log, writer)
-                engine.step(leave_out=action != "continue")
-                engine.limit_logit_scale()
-            if goal is not None:
+    while (phase := _phase_of_next_step(run, engine, state)) is not None:
+        factor = lr_factor(phase, state.phase_step)
+        engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
+        of_step, agreed = islice(batches, run.train.accumulation), None
+        if state.step in state.left_out:  # since a rewind: its samples are passed over
+            deque(of_step, maxlen=0)
+        else:
+            agreed, verdict = optimizer_step(
+                engine, of_step, watch=watch, asked=lambda: (stop.requested, writer.has_failed()), judge=judge
+            )
+            if verdict.back_to is not None:
                 with meter.aside():
-                    _rewind(run, engine, state, log, goal)
+                    _rewind(run, engine, state, log, verdict.back_to)
                     batches.close()
                     batches = read_on()
                 meter.reset(state)
-                break
-            profiler.step()
-            state.step, state.samples = state.step + 1, state.samples + phase.batch_size
-            state.phase_step += 1
-            stopping = agreed.stopping if agreed is not None else 0
-            saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping > 0
-            # With a checkpoint too: its means begin anew after it. Nothing is to be told of steps that were left out.
-            if (state.step % run.train.log_every == 0 or saving) and meter.count:
-                grad_norm = agreed.grad_norm if agreed is not None else None
-                meter.log(log, state, phase.lr * factor, grad_norm, run.data.max_broken_share)
-            with meter.aside():
-                if saving:
-                    _save(engine, state, writer)
-                if stopping:  # what is due to be validated is when the run goes on
-                    _await_checkpoint(writer)
-                    raise stopped_by(stopping)
-                if _validates(run, state):
-                    _validate(run, engine, tokenizer, state, log)
-        else:
-            state.phase, state.phase_step = state.phase + 1, 0
+                continue
+        profiler.step()
+        state.step, state.samples = state.step + 1, state.samples + phase.batch_size
+        state.phase_step += 1
+        stopping = agreed.stopping if agreed is not None else 0
+        saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping > 0
+        # A checkpoint needs a line too: the means begin anew after it. Steps that were left out have no figures.
+        if (state.step % run.train.log_every == 0 or saving) and meter.count:
+            grad_norm = agreed.grad_norm if agreed is not None else None
+            meter.log(log, state, phase.lr * factor, grad_norm, run.data.max_broken_share)
+        with meter.aside():
+            if saving:
+                save(engine, state, writer)
+            if stopping:  # a validation that is due follows when the run goes on
+                await_checkpoint(writer)
+                raise stopped_by(stopping)
+            if _validates(run, state):
+                _validate(run, engine, tokenizer, state, log)
     batches.close()
-    _await_checkpoint(writer)
+    await_checkpoint(writer)
     if state.samples > meter.first:
         log.say(meter.summary(state))
     stop.restore()
 
 
-def _accumulate(
-    run: RunConfig, engine: Engine, batches: Generator[Batch, None, None], meter: Meter, *, idle: bool
-) -> list[tuple[torch.Tensor, list[str]]]:
-    """A step's forward and backward passes, up to where ranks agree on it: loss and sample keys of each micro-batch.
-
-    `idle`: its batches are passed over, as those of a step that a rewind leaves out; then nothing is returned.
-    """
-    of_step = islice(batches, run.train.accumulation)
-    if idle:
-        for _ in of_step:
-            pass
-        return []
-    seen = []
-    for micro, (batch, loss, parts) in enumerate(forward_passes(engine, of_step)):
-        seen.append((parts["loss"], batch["keys"]))
-        engine.backward(loss)
-        meter.add(parts, batch["skipped"], engine.task.flops(batch))
-        if micro < run.train.accumulation - 1:
-            engine.step()
-    return seen
+def _meter(run: RunConfig, engine: Engine, state: TrainState) -> Meter:
+    # In ZeRO-3 ranks wait for each other's weights inside the model.
+    own_time = watchdog.OwnTime(engine.model, engine.device) if engine.stage < 3 else None
+    peak, _ = peak_flops(engine.device, compute_dtype(run))
+    return Meter(engine.device, state, own_time, peak=peak)
 
 
-def _watch(
-    run: RunConfig,
-    agreed: Agreed,
-    seen: list[tuple[torch.Tensor, list[str]]],
-    state: TrainState,
-    log: RunLog,
-    writer: Writer,
-) -> tuple[OnSpike, Checkpoint | None]:
-    """What is done about the step at hand, and where a rewind goes; a spike is recorded with its samples.
-
-    `seen` as for `_not_finite`. Without a checkpoint to go back to, the step is skipped. Collective at a spike, which
-    all ranks see. DivergedError where leaving steps out does not help.
-    """
-    figures = watchdog.find_spike(state, agreed)
-    if figures is None:
-        watchdog.remember(state, agreed)
-        return "continue", None
-    action, goal = run.train.on_spike, None
-    if action == "rewind":
-        goal = _last_checkpoint(writer)
-        action = "rewind" if goal is not None else "skip"
-    keys: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(keys, [key for _, part in seen for key in part])
-    log.spike({"step": state.step + 1, "action": action, **figures}, keys)
-    if action == "continue":
-        watchdog.remember(state, agreed)
-    else:
-        watchdog.leave_out(state, since=goal.state.step if goal else state.step + 1 - 2 * watchdog.PATIENCE)
-    return action, goal
-
-
-def _last_checkpoint(writer: Writer) -> Checkpoint | None:
-    """The newest good one, as rank 0 sees it. Collective."""
-    _await_checkpoint(writer)
-    path: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        found = checkpoint.latest(writer.run_dir)
-        path = [found.path if found is not None else None]
-    dist.broadcast_object_list(path)
-    return checkpoint.load(path[0]) if path[0] is not None else None
+def _phase_of_next_step(run: RunConfig, engine: Engine, state: TrainState) -> PhaseConfig | None:
+    """The phase of the next step, None after the last step. Before a phase's first step, prepare the engine for it."""
+    if state.phase < len(run.phases) and state.phase_step >= run.phases[state.phase].steps:
+        state.phase, state.phase_step = state.phase + 1, 0
+    if state.phase >= len(run.phases):
+        return None
+    phase = run.phases[state.phase]
+    if engine.model.visual.image_size != phase.image_size:
+        engine.model.visual.set_image_size(phase.image_size)
+    if state.phase_step == 0:
+        state.recent_losses, state.recent_norms = [], []
+        if phase.fresh_optimizer:
+            engine.state.reset_optimizer()
+    return phase
 
 
 def _rewind(run: RunConfig, engine: Engine, state: TrainState, log: RunLog, goal: Checkpoint) -> None:
-    """Put every rank back to where `goal` was saved, but for the steps that are left out from now on."""
+    """Put every rank back to the step of `goal`, except for the steps that are left out from now on."""
     vars(state).update(vars(goal.state) | {"left_out": state.left_out})
     engine.state.restore_weights(goal.weights())
     engine.state.restore_optimizer(goal.optimizer(), optimizer_steps(run, state))
@@ -303,23 +247,6 @@ def _rewind(run: RunConfig, engine: Engine, state: TrainState, log: RunLog, goal
 def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:
     """Whether the step that just ended crossed a multiple of `every` samples (0 = never)."""
     return every > 0 and state.samples // every > (state.samples - phase.batch_size) // every
-
-
-def _not_finite(seen: list[tuple[torch.Tensor, list[str]]], state: TrainState, phase: PhaseConfig) -> None:
-    """End the run on every rank, weights untouched, naming the samples of the micro-batches that are not finite.
-
-    `seen`: this rank's loss and sample keys of each micro-batch of the step. The contrastive loss runs over all
-    ranks, so what one rank's samples break is not finite on the others either.
-    """
-    mine = [key for loss, keys in seen if not torch.isfinite(loss).all() for key in keys]
-    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    culprits = {rank: keys for rank, keys in enumerate(parts) if keys}
-    where = "\n".join(f"  rank {rank}: {', '.join(keys)}" for rank, keys in culprits.items())
-    raise NotFiniteError(
-        f"the loss or a gradient is not finite at step {state.step + 1} (phase {phase.name}); no weight was changed.\n"
-        + (f"Samples of the micro-batches whose loss is not finite:\n{where}" if where else "Every loss was finite.")
-    )
 
 
 def _is_last(run: RunConfig, state: TrainState) -> bool:
@@ -357,21 +284,3 @@ def _validate(run: RunConfig, engine: Engine, tokenizer: CaptionTokenizer, state
         "step": state.step, "samples": state.samples, "split": "val",
         "validation_seconds": round(time.perf_counter() - begin, 3), **figures,
     })  # fmt: skip
-
-
-def _save(engine: Engine, state: TrainState, writer: Writer) -> None:
-    """Copy what a checkpoint holds to rank 0's memory, and begin to write it. Collective."""
-    _await_checkpoint(writer)  # one at a time: in memory, too
-    weights, optimizer = engine.state.gather_weights(), engine.state.gather_optimizer()
-    if dist.get_rank() == 0:
-        writer.begin(weights, optimizer, state)
-
-
-def _await_checkpoint(writer: Writer) -> None:
-    """Wait until the checkpoint that was begun is written; where it could not be, every rank ends. Collective."""
-    failure = [writer.wait()]
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise CommandError(
-            f"{failure[0]}. The older ones are intact: make room, then the same command goes on from the last one"
-        )

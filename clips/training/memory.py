@@ -1,8 +1,7 @@
-"""Bytes of one rank at the fullest moment of a step, from shapes: weights, optimizer, DeepSpeed's buffers, activations.
+"""Bytes of one rank at the fullest moment of a step, from shapes: what it holds (clips/common/memory.py), activations.
 
-What is counted is what torch's allocator hands out (`torch.cuda.max_memory_allocated`), not what a CUDA context and the
-allocator's gaps take beside it. `python scripts/plan_run.py calibrate` measures the same here, see docs/planning.md.
-What is assumed:
+Counted are the bytes that torch's allocator hands out (`torch.cuda.max_memory_allocated`), without a CUDA context and
+the allocator's gaps. tools/gpu_report.py measures the same; docs/planning.md compares. Assumptions:
 
 - Activations are what autograd keeps, which tests/unit/clips/test_memory.py counts: of a block, per token, unit of
   width and element of e bytes, 5 + 2 · mlp_ratio elements: the inputs of both norms, of qkv, proj and fc1 (5), the
@@ -11,8 +10,6 @@ What is assumed:
   with a mask of its own for each query keeps that. With activation checkpointing a block keeps its input alone, and
   one block at a time is whole again.
 - In the backward pass activations go as gradients come, from the captioner over the texts to the image tower.
-- DeepSpeed's buffers are of the size that its settings give them (reduce_bucket_size, max_live_parameters), which is
-  2 GB and more whatever the model's size.
 """
 
 from __future__ import annotations
@@ -25,37 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from clips.common.memory import FP32, Parameters, held
 from clips.config import Freeze, ModelConfig, OptimConfig, RunConfig
 from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape, captioner_tokens, computed_words
 from clips.model.layers import CPU_PLAIN_KEYS
 from clips.training.engine import parameter_groups
-
-FP32 = 4
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce_bucket_size, and of the bucket of ZeRO 0, where nothing else is set."""
-LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How many there are of each kind, in a run's model."""
-
-    groups: Mapping[str, int]
-    """Optimizer group → those that train in it."""
-    frozen: int
-    products: int
-    """Those of linear layers and convolutions, of which autocast makes bf16 copies."""
-
-    @property
-    def trained(self) -> int:
-        return sum(self.groups.values())
-
-    @property
-    def state(self) -> int:
-        """Elements of the optimizer's state: two per parameter of AdamW, one of Muon."""
-        return sum((1 if name == "muon" else 2) * count for name, count in self.groups.items())
 
 
 @cache
@@ -68,51 +40,6 @@ def count_parameters(config: ModelConfig, optim: OptimConfig, freeze: Freeze) ->
     products = sum(p.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) for p in m.parameters())
     total = sum(p.numel() for p in model.parameters())
     return Parameters(groups=groups, frozen=total - sum(groups.values()), products=products)
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes that one rank holds from step to step, and what DeepSpeed adds in one."""
-
-    weights: int
-    gradients: int
-    """At the end of a backward pass."""
-    optimizer: int
-    """Its state, and the fp32 copy of the weights that ZeRO 1 and 2 step on."""
-    buffers: int
-    host: int = 0
-    """What offload keeps in the machine's memory instead."""
-
-
-def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
-    """What ZeRO as configured (`zero_optimization` of a DeepSpeed config) leaves on a rank; all weights are fp32.
-
-    Offload without `pin_memory` would hold the same.
-    """
-    trained, frozen = parameters.trained, parameters.frozen
-    stage, share = zero.get("stage", 0), -(-trained // ranks)
-    state = FP32 * -(-parameters.state // ranks)
-    bucket = FP32 * int(zero.get("reduce_bucket_size", BUCKET))
-    if stage == 0:
-        reduced = FP32 * min(trained, BUCKET) if ranks > 1 else 0
-        return Held(FP32 * (trained + frozen), FP32 * trained, FP32 * parameters.state, reduced)
-    on_host = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    if stage < 3:
-        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-        # Before it steps on a group, DeepSpeed makes one tensor of the group's gradients.
-        flat = 0 if on_host else FP32 * -(-max(parameters.groups.values(), default=0) // ranks)
-        # ZeRO 1 reduces after the backward pass, ZeRO 2 while it runs.
-        gradients = FP32 * (trained if stage == 1 else 0 if on_host else share)
-        kept = FP32 * share + state
-        host = kept + 2 * FP32 * share if on_host else 0  # the gradient, and a copy of the weights on their way back
-        return Held(FP32 * (trained + frozen), gradients, 0 if on_host else kept, buckets + flat, host)
-    weights = FP32 * -(-(trained + frozen) // ranks)
-    live = FP32 * min(trained + frozen, int(zero.get("stage3_max_live_parameters", LIVE)))
-    if not on_host:
-        return Held(weights, FP32 * share, state, bucket + live)
-    params_on_host = zero.get("offload_param", {}).get("device") == "cpu"
-    host = 2 * FP32 * share + state + (weights if params_on_host else 0)
-    return Held(0 if params_on_host else weights, 0, 0, bucket + live, host)
 
 
 # ------------------------------------------------------------------------------------------------------ activations

@@ -15,7 +15,6 @@ import copy
 import json
 import shutil
 import sys
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -103,38 +102,23 @@ def save(
 class Writer:
     """Writes checkpoints beside the training, at most one at a time. Rank 0 gives it work; elsewhere it has none.
 
-    Use as a context: however it is left, what has begun is written first. `retry`: a write that fails is tried again,
-    every `RETRY_SECONDS`, until somebody waits for it, and then for the last time.
+    Use as a context: however it is left, what has begun is written first.
     """
 
-    RETRY_SECONDS = 30.0
-
-    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0, *, retry: bool = False) -> None:
-        self.run_dir, self.keep, self.keep_every, self.retry = run_dir, keep, keep_every, retry
+    def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
+        self.run_dir, self.keep, self.keep_every = run_dir, keep, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._awaited = threading.Event()
-        self._writing: tuple[int, Future[None]] | None = None
+        self._writing: tuple[int, Future[Path]] | None = None
 
     def begin(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
         """Begin to write; the tensors must be nobody else's, `state` is copied. Only after `wait`."""
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
-        self._awaited.clear()
         snapshot = copy.deepcopy(state)
-        self._writing = state.step, self._thread.submit(self._write, weights, optimizer, snapshot)
-
-    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
-        while True:
-            is_last = self._awaited.is_set() or not self.retry
-            try:
-                save(self.run_dir, weights, optimizer, state, self.keep, self.keep_every)
-                return
-            except OSError as error:
-                if is_last:
-                    raise
-                message = f"warning: {_unwritten(self.run_dir, state.step, error)}; trained on, and tried again"
-                print(for_terminal(message), file=sys.stderr, flush=True)
-            self._awaited.wait(self.RETRY_SECONDS)
+        self._writing = (
+            state.step,
+            self._thread.submit(save, self.run_dir, weights, optimizer, snapshot, self.keep, self.keep_every),
+        )
 
     def has_failed(self) -> bool:
         """Whether the write has ended without a checkpoint; does not wait."""
@@ -144,7 +128,6 @@ class Writer:
         """Wait until nothing is being written; returns why the last write failed, once."""
         if self._writing is None:
             return None
-        self._awaited.set()
         step, future = self._writing
         error = future.exception()
         self._writing = None

@@ -1,26 +1,36 @@
-"""What a stage is about to do, for a person to read before it does it: parts, rates, steps, memory, the command."""
+"""What a stage, or captioning pictures with its model, will take: memory, time, GPU hours, money; and a stage's plan.
+
+`print_plan` shows a stage before it begins. `print_stages` and `print_recaptioning` plan for GPUs that are not here:
+the model is built without weights, FLOPs are those of mllm/model/flops.py. Nothing here was measured on a GPU; the
+assumptions are printed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
 
+from clips.common.cards import TIME_HEAD, Machine, Time
+from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.memory import Parameters, held
+from clips.common.page import print_table
+from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
-from mllm.training.freeze import count_parameters, learning_rates, llava_of
-from mllm.training.stages import PARTS, Training
-
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce_bucket_size."""
-LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
+from mllm.training.freeze import apply_freeze, count_parameters, learning_rates, llava_of
+from mllm.training.lora import add_lora
+from mllm.training.stages import PARTS, STAGES, Training, freeze_table
 
 
 def command_line(arguments: TrainArguments, world_size: int) -> str:
@@ -54,36 +64,29 @@ def memory_estimate_gb(
     zero: int,
     world_size: int,
 ) -> dict[str, float]:
-    """Rough peak of one rank: weights, gradients with AdamW's state, activations of one forward pass.
+    """Rough peak of one rank: what it holds from step to step, and the activations of one forward pass.
 
-    Trained weights are fp32 with autocast (4 + 4 + 8 bytes), or under DeepSpeed with bf16 2 bytes with 2 + 12 more.
-    Activations: 34 bytes per token, layer and unit of width in bf16 (Korthikanti et al. 2022, section 4.1, without
-    the attention matrix), twice that in fp32; with checkpointing the layers' inputs and one whole layer. DeepSpeed's
-    buffers have the size of its defaults, whatever the model's: two to reduce gradients in (with `overlap_comm`, as in
-    ds_configs/), in ZeRO-3 one, and the weights that it leaves gathered.
+    Trained weights are fp32 with autocast, or bf16 beside an fp32 copy under DeepSpeed. Activations: 34 bytes per
+    token, layer and unit of width in bf16 (Korthikanti et al. 2022, section 4.1, without the attention matrix), twice
+    that in fp32; with checkpointing the inputs of all layers and one whole layer. ds_configs/ set `overlap_comm`.
     """
-    text = model.config.get_text_config()
-    half = bool(arguments.bf16)
-    trained = sum(count for _, count in counts.values())
-    frozen = sum(total for total, _ in counts.values()) - trained
-    frozen_bytes = (
-        arguments.bits / 8 if arguments.bits < 16 else 2 if half and zero else next(model.parameters()).itemsize
-    )
-    weights = frozen * frozen_bytes + trained * (2 if half and zero else 4)
-    state = trained * (14 if half and zero else 12)
-    per_layer = 34 * (1 if half else 2)
-    layers = text.num_hidden_layers
+    text, half = model.config.get_text_config(), bool(arguments.bf16)
+    total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    element = 2 if half and zero else 4
+    frozen_element: float = next(model.parameters()).itemsize if element == 4 else 2
+    if arguments.bits < 16:
+        frozen_element = arguments.bits / 8
+    parameters = Parameters({"trained": trained}, total - trained, element=element, frozen_element=frozen_element)
+    found = held(parameters, {"stage": zero, "overlap_comm": True}, world_size)
+    per_layer, layers = 34 * (1 if half else 2), text.num_hidden_layers
     factor = (2 * layers + per_layer) if arguments.gradient_checkpointing else per_layer * layers
-    activations = arguments.per_device_train_batch_size * length * text.hidden_size * factor
     parts = {
-        "weights": weights / (world_size if zero == 3 else 1) / 1e9,
-        "gradients and AdamW": state / (world_size if zero else 1) / 1e9,
-        "activations": activations / 1e9,
+        "weights": found.weights,
+        "gradients and AdamW": found.gradients + found.optimizer,
+        "activations": arguments.per_device_train_batch_size * length * text.hidden_size * factor,
+        "DeepSpeed's buffers": found.buffers,
     }
-    if zero:
-        elements = BUCKET + min(trained + frozen, LIVE) if zero == 3 else 2 * BUCKET
-        parts["DeepSpeed's buffers"] = elements * (2 if half else 4) / 1e9
-    return parts
+    return {name: size / 1e9 for name, size in parts.items() if size}
 
 
 def print_plan(
@@ -131,3 +134,192 @@ def print_plan(
     facts["command"] = command_line(arguments, world_size)
     for name, value in facts.items():
         console.print(f"  [bold]{name:<16}[/] {for_rich(value)}", highlight=False, soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------------- before there is a model
+
+_WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+        **{"num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True},
+    },
+    "vicuna-7b": {**_WIDE, "intermediate_size": 11_008, "vocab_size": 32_000},
+    "vicuna-13b": {
+        **{"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "num_attention_heads": 40},
+        "vocab_size": 32_000,
+    },
+    "llama3-8b": {**_WIDE, "intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 128_256},
+}
+"""Sizes as published, fields of LlamaConfig."""
+
+SAMPLES = {1: 558_128, 2: 665_298}
+"""Of LLaVA-1.5's two stages."""
+WORDS = {1: 30, 2: 250}
+"""Tokens of a sample beside its picture; rough figures for that data."""
+ANSWERS = {1: 20, 2: 150}
+"""Those of them that are learned."""
+PROMPT, CAPTION = 40, 100
+"""Tokens of the instruction and of the caption, in recaptioning."""
+GENERATION = 0.5
+"""Share of the training's speed at which captions are generated: it is bound by reading weights and cache."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model to be."""
+
+    language_model: str
+    vision: Mapping[str, Any]
+    """Fields of ViTConfig, all of them numbers."""
+    lora: bool
+    bits: Literal[4, 8, 16]
+
+    @classmethod
+    def of(cls, language_model: str, vision: Mapping[str, Any], *, lora: bool, bits: Literal[4, 8, 16]) -> Planned:
+        """UserError for a language model that is not known."""
+        if language_model not in LANGUAGE_MODELS:
+            known = ", ".join(LANGUAGE_MODELS)
+            raise UserError(f"--language-model {language_model!r} is not known; choose one of: {known}")
+        return cls(language_model, vision, lora or bits < 16, bits)
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+
+    def __str__(self) -> str:
+        return f"{self.language_model} with {self.image_tokens} tokens a picture"
+
+    def build(self) -> LlavaForConditionalGeneration:
+        """Without weights, in bf16, and nothing of it trains."""
+        text = LlamaConfig(**LANGUAGE_MODELS[self.language_model])
+        config = LlavaConfig(vision_config=ViTConfig(**self.vision), text_config=text)
+        with torch.device("meta"):
+            model: nn.Module = LlavaForConditionalGeneration(config)
+        model.to(torch.bfloat16).requires_grad_(False)
+        return llava_of(model)
+
+    def flops(self, model: LlavaForConditionalGeneration) -> LlavaFlops:
+        size = self.vision["image_size"]
+        return LlavaFlops(model, image_size=size, image_tokens=self.image_tokens, features=False)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    arguments: TrainArguments
+    memory_gb: float
+    time: Time
+
+
+def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
+    """With the largest micro-batch, up to 16, that fits; UserError where not even one sample does."""
+    stage, model = STAGES[number], planned.build()
+    length = planned.image_tokens + WORDS[number]
+    shape = LlavaShape(samples=1, length=length, pictures=1, predicted=ANSWERS[number])
+    repeated = planned.flops(model)(shape)["language_model"]  # gradient checkpointing runs its layers twice
+    freeze = freeze_table(stage, lora=planned.lora, bits=planned.bits)
+    whole = add_lora(model, _arguments(planned, machine, number, 1)) if freeze["language_model"] == "lora" else model
+    apply_freeze(whole, freeze)
+    counts, zero = count_parameters(whole), 0
+    if machine.gpus > 1:
+        zero = 2 if planned.bits < 16 else stage.zero
+    share = stage.llava["batch_size"] // machine.gpus
+    for micro in (size for size in range(min(16, share), 0, -1) if share % size == 0):
+        arguments = _arguments(planned, machine, number, micro)
+        memory = memory_estimate_gb(model, counts, arguments, length=length, zero=zero, world_size=machine.gpus)
+        if 1e9 * sum(memory.values()) <= machine.card.usable:
+            break
+    else:
+        raise UserError(
+            f"stage {number} of {planned} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable): one "
+            f"sample at a time takes {', '.join(f'{gb:.1f} GB {name}' for name, gb in memory.items())}. Try --lora, "
+            "--bits 4, more --gpus, or a --kind with more memory"
+        )
+    passes = arguments.gradient_accumulation_steps
+    flops = sum(planned.flops(model)(shape).values()) + repeated
+    total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    # In bf16. ZeRO-2 reduces in each backward pass; ZeRO-3 gathers all weights in each pass, forward and backward.
+    moved = 2 * (passes * (trained + 2 * total) if zero == 3 else (passes + 1) * trained)
+    return StagePlan(
+        arguments=arguments,
+        memory_gb=sum(memory.values()),
+        time=Time(
+            steps=steps_of(arguments, SAMPLES[number], machine.gpus),
+            compute_s=micro * passes * flops / machine.speed,
+            communication_s=machine.collective_seconds(moved),
+        ),
+    )
+
+
+def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> TrainArguments:
+    """LLaVA-1.5's, on its own data; UserError where its batch cannot be cut so."""
+    arguments = TrainArguments(
+        stage=number,
+        data_path="data.json",
+        bits=planned.bits,
+        per_device_train_batch_size=micro,
+        bf16=True,
+        gradient_checkpointing=True,
+    )
+    if planned.lora and number == 2:
+        arguments = dataclasses.replace(arguments, lora_enable=True)
+    return arguments.resolve(machine.gpus)
+
+
+def print_stages(planned: Planned, machine: Machine) -> None:
+    """Both stages of LLaVA-1.5; UserError where one does not fit."""
+    plans = [plan_stage(planned, machine, number) for number in STAGES]
+    rows = [
+        [
+            plan.arguments.description.name,
+            f"{plan.arguments.gradient_accumulation_steps} × {plan.arguments.per_device_train_batch_size}",
+            f"{plan.memory_gb:.1f}",
+            *plan.time.cells(plan.arguments.batch_size, machine.gpus),
+        ]
+        for plan in plans
+    ]
+    print_table(f"{planned} on {machine}", ("stage", "micro-batches", "GB a GPU", *TIME_HEAD), rows)
+    hours = sum(plan.time.hours for plan in plans) * machine.gpus
+    print(f"{hours:,.0f} GPU hours{machine.cost(hours)}", *_assumptions(machine), sep="\n")
+    print(
+        f"assumed, data: LLaVA-1.5's {SAMPLES[1]:,} and {SAMPLES[2]:,} samples of {WORDS[1]} and {WORDS[2]} tokens "
+        f"beside the picture, of which {ANSWERS[1]} and {ANSWERS[2]} are learned; the encoder runs in every step"
+    )
+
+
+def caption_flops(flops: LlavaFlops, image_tokens: int) -> float:
+    """Of one caption of an assumed length."""
+    length = image_tokens + PROMPT + CAPTION
+    return sum(flops(LlavaShape(samples=1, length=length, pictures=1, predicted=CAPTION)).values())
+
+
+def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None:
+    """Captions of `samples` pictures; UserError where the weights leave no room for one."""
+    model = planned.build()
+    length = planned.image_tokens + PROMPT + CAPTION
+    each = caption_flops(planned.flops(model), planned.image_tokens)
+    text = model.config.get_text_config()
+    weights = sum(count for count, _ in count_parameters(model).values()) * 2
+    cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * length
+    room = int((machine.card.usable - weights) // cache)
+    if room < 1:
+        raise UserError(
+            f"{planned} does not fit a {machine.card.name} of {machine.card.memory_gb:g} GB: its weights take "
+            f"{weights / 1e9:.1f} GB in bf16. Choose a --kind with more memory or a smaller --language-model"
+        )
+    seconds = samples * each / (machine.speed * GENERATION * machine.gpus)
+    hours = seconds / 3600 * machine.gpus
+    row = [f"{each / 1e12:.2f}", f"{weights / 1e9:.1f}", f"{room:,}",
+           f"{samples / seconds / machine.gpus:.1f}", f"{seconds / 86_400:.1f}", f"{hours:,.0f}"]  # fmt: skip
+    head = ("TFLOP a caption", "weights, GB", "captions at once", "captions/s/GPU", "days", "GPU hours")
+    print_table(f"{samples:,} captions by {planned} on {machine}", head, [row])
+    print(f"{hours:,.0f} GPU hours{machine.cost(hours)}", *_assumptions(machine), sep="\n")
+    print(
+        f"assumed, captions: {PROMPT} tokens of instruction and {CAPTION} of caption; generating runs at "
+        f"{GENERATION:.0%} of --mfu, since each token reads weights and cache; one copy of the model a GPU, in bf16"
+    )
+
+
+def _assumptions(machine: Machine) -> list[str]:
+    memory = "memory: rough, as the plan of a stage has it; communication in bf16"
+    return [f"assumed, {line}" for line in (*machine.rates, memory)]

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import tarfile
 import time
 from datetime import timedelta
 from functools import partial
@@ -14,16 +15,30 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
 
 from clips.common.errors import UserError
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import unused_port
 from clips.config import Fields
 from clips.data.sources import Source, open_source
-from clips.studies.data_speed import write_small_shards
 
 TIMEOUT = 1.0
 """Seconds of a collective, which the tests' work exceeds."""
+
+
+def write_small_shards(folder: Path, count: int) -> None:
+    """`count` tars of img2dataset's layout, of one and of two samples in turns."""
+    folder.mkdir(parents=True)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(picture, "PNG")
+    parts = {"png": picture.getvalue(), "json": b'{"org_caption": "a tile"}', "txt": b"A tile. It is teal."}
+    for i in range(count):
+        with tarfile.open(folder / f"{i:06d}.tar", "w") as tar:
+            for name, data in ((f"{n}.{ext}", data) for n in range(1 + i % 2) for ext, data in parts.items()):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def in_ranks(work, *arguments) -> list:

@@ -8,69 +8,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python
-from tiny_mllm import pictures, write_llm, write_run
+from conftest import ROOT, load_script, run_python
+from tiny_web import write_export, write_llava
 
-from clips.common.errors import CommandError, UserError
-from clips.studies.gpu_report import LIMIT, Part, gpu_report, grow, parts, shrink, take, write
+from clips.common.errors import CommandError
 
 CPU = torch.device("cpu")
+SCRIPT = ROOT / "tools" / "gpu_report.py"
+report = load_script("tools/gpu_report.py")
 
 
 @pytest.mark.slow
 def test_every_part_runs(tmp_path: Path) -> None:
-    """All but the tests, of which a CPU has none, and pretraining, of which a tiny run stands here."""
-    out = tmp_path / "report"
-    write_run(out / "runs" / "encoder")
-    llm = write_llm(tmp_path / "llm", hidden_size=64, intermediate_size=128)
-    names = pictures(tmp_path / "images", 8)
-    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red cat"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"image": name, "conversations": said} for name in names]))
-    llava = ["--model_name_or_path", str(llm), "--data_path", str(tmp_path / "data.json"), "--batch_size", "4"]
-    llava += ["--image_folder", str(tmp_path / "images"), "--cache_dir", str(tmp_path / "cache")]
-    planned = parts(out, "cpu", tiny=True, llava=llava)
-    assert [part.name for part in planned] == [
-        "S/16", "B/16", "L/14", "pretraining", "align", "LoRA", "LoRA on 4 bits", "chat",
-    ]  # fmt: skip
-    chosen = [part for part in planned if part.name not in ("B/16", "L/14", "pretraining")]
-    outcomes = [take(part, out, 300) for part in chosen]
-    assert not [(outcome.name, outcome.problem) for outcome in outcomes if outcome.problem]
-    towers = outcomes[0].result
-    assert [row["what"] for row in towers] == ["ours, towers", "open_clip, equal towers", "ours, with the captioner"]
-    assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 for row in towers)
-    assert outcomes[1].result["samples_per_s_per_gpu"] > 0
-    write(out, CPU, outcomes, tiny=True)
-    report = json.loads((out / "report.json").read_text())
-    assert report["tiny"]
-    assert [part["name"] for part in report["parts"]] == [part.name for part in chosen]
-    page = (out / "index.html").read_text()
-    for shown in ("Training steps", "LLaVA stages", "LoRA on 4 bits", "open_clip, equal towers", "TINY MODELS"):
-        assert shown in page
+    """All but the tests, of which a CPU has none."""
+    rows = report.towers("S/16", CPU, tiny=True)
+    assert [row["what"] for row in rows] == ["ours, towers", "open_clip, equal towers", "ours, with the captioner"]
+    assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
+    assert ["predicted_gb" in row for row in rows] == [True, False, True]
+    write_export(tmp_path / "clips")
+    write_llava(tmp_path, tmp_path / "clips", initializer_range=0.1)
+    done = run_python(SCRIPT, "--part", "chat", "--device", "cpu", "--tiny", "--model", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["first_token_s"] > 0
 
 
-def test_parts_that_go_wrong_are_named_and_cost_no_other(tmp_path: Path) -> None:
-    def python(code: str) -> tuple[str, ...]:
-        return (sys.executable, "-c", code)
+def test_parts_that_go_wrong_are_named() -> None:
+    def taken(code: str, limit: float = 60) -> dict:
+        return report.take("a part", [sys.executable, "-c", code], limit)
 
-    failed = take(Part("a/b", python("print('a <reason>'); raise SystemExit(3)"), 60), tmp_path, 60)
-    assert failed.problem == "failed with exit code 3: a <reason>"
-    hanging = take(Part("c", python("import time; time.sleep(60)"), 60), tmp_path, 1.5)
-    assert hanging.problem == "stopped after 2 s"
-    late = take(Part("d", python(""), 60), tmp_path, 0.0)
-    assert late.problem == "not run: no time was left"
-    fine = take(Part("e", python("print('12 passed')"), 60), tmp_path, 60)
-    assert (fine.problem, fine.result) == ("", "12 passed")
-    write(tmp_path, CPU, [failed, hanging, late, fine], tiny=False)
-    page = (tmp_path / "index.html").read_text()
-    assert "a &lt;reason&gt;" in page
-    assert "12 passed" in page
-
-
-def test_all_parts_together_take_less_than_ten_minutes(tmp_path: Path) -> None:
-    found = parts(tmp_path, "cuda", tiny=False, llava=())
-    assert found[0].name == "tests"
-    assert sum(part.limit for part in found) <= LIMIT + 20 < 620
-    assert LIMIT < 600
+    failed = taken("print('a reason'); raise SystemExit(3)")
+    assert (failed["problem"], failed["result"]) == ("failed with exit code 3: a reason", None)
+    assert taken("import time; time.sleep(60)", 1.5)["problem"] == "stopped after 2 s"
+    fine = taken("print('12 passed')")
+    assert (fine["problem"], fine["result"]) == ("", "12 passed")
+    assert sum(report.LIMITS.values()) < 600
 
 
 def test_the_batch_grows_until_memory_is_full_and_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,22 +53,21 @@ def test_the_batch_grows_until_memory_is_full_and_shrinks_until_it_fits(monkeypa
         asked.append(samples)
         if samples > 100:
             raise torch.OutOfMemoryError("full")
-        return {"samples_per_s": 1e6}
+        return {"batch": samples, "samples_per_s": 1e6}
 
-    monkeypatch.setattr("clips.studies.gpu_report.measured", measured)
-    assert grow(None, "ours", CPU, 16, 8192)[0] == 64
-    assert shrink(None, "theirs", CPU, 256)[0] == 64
+    monkeypatch.setattr(report, "measured", measured)
+    assert report.largest(None, "ours", CPU, 16, at_most=8192)["batch"] == 64
+    assert report.largest(None, "theirs", CPU, 256, at_most=256)["batch"] == 64
     assert asked == [16, 32, 64, 128, 256, 128, 64]
-    with pytest.raises(CommandError, match="not even 128 samples fit"):
-        grow(None, "ours", CPU, 128, 8192)
+    monkeypatch.setattr(report, "measured", lambda run, kind, device, samples: measured(run, kind, device, 101))
+    with pytest.raises(CommandError, match="not even one sample fits"):
+        report.largest(None, "ours", CPU, 128, at_most=8192)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="torch sees no GPU here"):
-        gpu_report(tmp_path, "auto", tiny=False)
-    with pytest.raises(UserError, match="give --tiny too"):
-        gpu_report(tmp_path, "cpu", tiny=False)
+def test_without_a_gpu_it_is_refused() -> None:
+    assert "torch sees no GPU here" in run_python(SCRIPT).stderr
+    assert "give --tiny too" in run_python(SCRIPT, "--device", "cpu").stderr
     done = run_python("-m", "pytest", "-q", ROOT / "tests" / "gpu")
     assert done.returncode == 5  # nothing collected, which is no success
     assert "files NOT RUN, torch sees no GPU here" in done.stdout

@@ -7,22 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model, tiny_batch, tiny_run
+from conftest import load_script, random_model, tiny_batch, tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clips.common.peaks import peak_flops, stated_peak
 from clips.common.runtime import init_distributed
 from clips.config import RunConfig
 from clips.model.captioner import caption_mask
+from clips.model.clips import CLIPSModel
 from clips.model.layers import attention
-from clips.recipes import PRESETS
+from clips.recipes import PRESETS, recipe
 from clips.studies.benchmark import captioner_of
-from clips.studies.calibrate import Case, compare
-from clips.studies.gpu_report import towers
 from clips.training.engine import Engine
+from clips.training.memory import usage
+from clips.training.prepare import fullest_shape
+from clips.training.step import Verdict, optimizer_step
 from clips.training.task import Task
 
 pytestmark = pytest.mark.gpu
+gpu_report = load_script("tools/gpu_report.py")
 GPU = torch.device("cuda", 0)
 STAGES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}]
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
@@ -46,11 +49,9 @@ def losses(run: RunConfig, zero: dict, device: torch.device, steps: int = 4) -> 
     engine.set_lr(1e-2, 2e-2)
     found = []
     for step in range(steps):
-        loss, _ = engine(moved(step, device))
-        engine.backward(loss)
-        assert engine.agree(loss, stop=0).finite
-        engine.step()
-        found.append(loss.item())
+        agreed, _ = optimizer_step(engine, [moved(step, device)])
+        assert agreed.finite
+        found.append(agreed.loss)
     return found
 
 
@@ -96,14 +97,15 @@ def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: st
     on_device = {**engine.task.counted(tiny_batch(0)), **moved(0, GPU)}
     try:
         for step in range(4):
-            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one makes what stays
-            loss, _ = engine(on_device)
-            engine.backward(loss)
-            torch.cuda.set_sync_debug_mode("default")
-            assert engine.agree(loss, stop=0).finite
-            torch.cuda.set_sync_debug_mode("error" if step else "default")
-            engine.step()
-            engine.limit_logit_scale()
+            mode = "error" if step else "default"  # the first step makes what stays
+            torch.cuda.set_sync_debug_mode(mode)
+            agreed, _ = optimizer_step(
+                engine,
+                [on_device],
+                asked=lambda: torch.cuda.set_sync_debug_mode("default") or (0, False),
+                judge=lambda agreed, mode=mode: torch.cuda.set_sync_debug_mode(mode) or Verdict(),
+            )
+            assert agreed.finite
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -142,11 +144,25 @@ def test_compiled_trains_the_same() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["s16", "b16"])
 def test_memory_is_what_was_predicted(name: str, checkpointing: bool) -> None:
-    row = compare(Case(name, 64, 112, checkpointing=checkpointing), GPU)
-    assert row["predicted / measured"] == pytest.approx(1, abs=0.15)
+    run = recipe(name).override(
+        ["train.precision=bf16", f"train.activation_checkpointing={str(checkpointing).lower()}"]
+    )
+    phase = replace(run.phases[0], batch_size=64, samples=64, image_size=112, warmup_samples=0)
+    run = replace(run, phases=(phase,))
+    shape = fullest_shape(run, phase, 64, 1)
+    init_distributed(GPU)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
+    model = CLIPSModel(run.model, pad_id=0)
+    model.visual.set_image_size(112)
+    engine = Engine(Task(model, run), run, GPU, {"zero_optimization": {"stage": 0}})
+    for _ in range(2):  # the second step has the optimizer's state of the first
+        optimizer_step(engine, [gpu_report.random_batch(run, shape)])
+    measured = torch.cuda.max_memory_allocated(GPU) - before
+    assert usage(run, shape, "cuda", {"stage": 0}).total == pytest.approx(measured, rel=0.15)
 
 
 def test_the_report_measures_towers() -> None:
-    rows = towers("S/16", GPU, tiny=True)
+    rows = gpu_report.towers("S/16", GPU, tiny=True)
     assert len(rows) == 4
     assert all(row["samples_per_s"] > 0 for row in rows)

@@ -14,7 +14,7 @@ from conftest import script_parser
 from clips.common import saved
 from clips.common.errors import CommandError, UserError
 from clips.common.files import seal
-from clips.common.rundir import checkpoints, newest_weights, surplus
+from clips.common.rundir import checkpoints, newest_weights
 from clips.weights import checkpoint
 from clips.weights.checkpoint import TrainState, Writer
 
@@ -94,32 +94,6 @@ def test_a_failed_write_is_told_once_and_leaves_the_older_ones(
         "another error is the run's"
     )
     assert checkpoint.latest(tmp_path).state.step == 1
-
-
-def test_a_failed_write_is_tried_again_until_it_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Writer, "RETRY_SECONDS", 0.01)
-    (tmp_path / "checkpoints").write_text("in the way")
-    with Writer(tmp_path, keep=1, retry=True) as writer:
-        writer.begin(WEIGHTS, WEIGHTS, state(1))
-        assert "cannot be written" in writer.wait()
-        writer.begin(WEIGHTS, WEIGHTS, state(2))
-        while "of step 2 cannot be written" not in capsys.readouterr().err:
-            assert not writer.has_failed()
-        (tmp_path / "checkpoints").unlink()
-        assert writer.wait() is None
-    assert steps(tmp_path) == [2]
-
-
-# ------------------------------------------------------------------------------------------------------ what stays
-def test_the_first_past_each_multiple_stays_for_ever(tmp_path: Path) -> None:
-    for step in range(1, 14):  # samples 8, 16, … 104
-        save(tmp_path, step, keep=2, keep_every=30)
-    assert steps(tmp_path) == [4, 8, 12, 13]  # 32, 64, 96, and the last
-    assert surplus(checkpoints(tmp_path), 1) == [tmp_path / f"checkpoints/step-{step:08d}" for step in (12, 8, 4)]
-    (tmp_path / "checkpoints/step-00000008/state.json").write_text("[")
-    assert [path.name for path in surplus(checkpoints(tmp_path), 1, 30)] == ["step-00000008"], "who cannot tell, goes"
 
 
 def test_a_rewind_puts_the_newer_ones_aside(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from conftest import ROOT, drawn_tokens, dropping, generative, run_python, tiny_
 from torch.autograd.graph import saved_tensors_hooks
 from zero_worker import STAGES
 
+from clips.common.memory import held
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape
 from clips.recipes import RECIPES, recipe
-from clips.training.memory import Place, Usage, count_parameters, held, parts_of, usage
+from clips.training.memory import Place, Usage, count_parameters, parts_of, usage
 from clips.training.task import Task
 
 Batch = dict[str, torch.Tensor]

@@ -14,7 +14,8 @@ from clips.common.cards import BUS, CARDS, Machine, card
 from clips.common.errors import UserError
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
-from clips.studies.plan import (
+from clips.training.memory import count_parameters
+from clips.training.plan import (
     ENGINES,
     TABLE,
     collective_bytes,
@@ -25,7 +26,6 @@ from clips.studies.plan import (
     plan,
     planning_table,
 )
-from clips.training.memory import count_parameters
 from clips.training.prepare import flops_per_sample, most_memory, print_plan, usual_shape
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
@@ -82,13 +82,13 @@ def test_time_and_communication_follow_from_their_assumptions() -> None:
     run, machine = recipe("b16"), on(64, price=2.0)
     found = plan(run, machine, engine="zero0")
     first = found.phases[0]
-    assert first.compute_s == pytest.approx(512 * flops_per_sample(run, run.phases[0]) / (989e12 * 0.2))
+    assert first.time.compute_s == pytest.approx(512 * flops_per_sample(run, run.phases[0]) / (989e12 * 0.2))
     parameters = count_parameters(run.model, run.optim, "none")
     features = 3 * 4 * 3 * 32_768 * run.model.embed_dim
     moved = 2 * 4 * parameters.trained + features
     assert collective_bytes(run, run.phases[0], first.fit, 64, parameters) == moved
-    assert first.communication_s == pytest.approx(moved * 63 / 64 / (BUS * 400e9))
-    assert found.gpu_hours == pytest.approx(64 * sum(p.phase.steps * p.step_s for p in found.phases) / 3600)
+    assert first.time.communication_s == pytest.approx(moved * 63 / 64 / (BUS * 400e9))
+    assert found.gpu_hours == pytest.approx(64 * sum(p.phase.steps * p.time.step_s for p in found.phases) / 3600)
     assert machine.cost(10) == ", 20 at 2 a GPU hour"
     assert found.checkpoint_bytes == 4 * 3 * parameters.trained  # weights, and AdamW's two
     assert on(1).collective_seconds(1e9) == 0
@@ -99,7 +99,7 @@ def test_cut_steps_pay_one_more_forward_pass_of_the_towers() -> None:
     cut = replace(run, train=replace(run.train, accumulation=4))
     whole, pieces = (plan(r, on(64), engine="zero0").phases[0] for r in (run, cut))
     forward = forward_flops(run.model, usual_shape(run, run.phases[0]))
-    more = (pieces.compute_s - whole.compute_s) * 989e12 * 0.2 / 512
+    more = (pieces.time.compute_s - whole.time.compute_s) * 989e12 * 0.2 / 512
     assert more == pytest.approx(forward["vision"] + forward["text"])
     assert pieces.fit.usage.working < 0.6 * whole.fit.usage.working
 

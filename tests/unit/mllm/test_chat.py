@@ -18,7 +18,6 @@ from tiny_tokenizers import FORMATS, KINDS, TOKENIZERS
 from tokenizers import decoders
 
 from clips.common.errors import UserError
-from mllm.chat.benchmark import TARGETS, benchmark_chat
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
 from mllm.chat.stream import AnswerStreamer
@@ -395,20 +394,3 @@ def test_newest_model_by_default(place: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="no trained model"):
         ChatModel.load()
     assert model_name(str(place / "runs" / "llava" / "model")) == "llava"
-
-
-def test_the_benchmark_compares_like_with_like(place: Path, tmp_path: Path, capsys) -> None:
-    """Its figures are the machine's business; here that both sides do the same work, and what it writes."""
-    path = tmp_path / "out" / "chat.json"
-    name = str(place / "runs" / "llava" / "model")
-    result = benchmark_chat(name, device="cpu", dtype="auto", repeats=2, new_tokens=12, out=str(path))
-    assert json.loads(path.read_text()) == result
-    assert (result["model"], result["new_tokens"]) == ("llava", 12)
-    for row in result["rows"]:
-        assert row["first"] > 0
-        assert row["second"] > 0
-        assert row["ratio"] > 0
-    printed = capsys.readouterr().out
-    assert all(title.split(",")[0] in printed for title in TARGETS)
-    with pytest.raises(UserError, match="--repeats 0"):
-        benchmark_chat(name, device="cpu", dtype="auto", repeats=0, new_tokens=12, out=None)

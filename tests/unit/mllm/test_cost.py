@@ -6,8 +6,8 @@ import pytest
 
 from clips.common.cards import Machine, card
 from clips.common.errors import UserError
-from mllm.training.cost import LANGUAGE_MODELS, Planned, plan_stage, print_recaptioning, print_stages
 from mllm.training.freeze import count_parameters
+from mllm.training.plan import LANGUAGE_MODELS, Planned, plan_stage, print_recaptioning, print_stages
 
 PUBLISHED = {"smollm2-135m": 134.5e6, "vicuna-7b": 6.738e9, "vicuna-13b": 13.016e9, "llama3-8b": 8.030e9}
 """Parameters of the language models."""
@@ -37,10 +37,10 @@ def test_a_stage_costs_about_six_operations_a_parameter_and_token() -> None:
     plan = plan_stage(model, machine, 2)
     tokens = 128 / 8 * (256 + 250)
     rough = 8 * 6.48e9 * tokens / machine.speed  # without embeddings and head
-    assert rough < plan.compute_s < 1.1 * rough
-    assert plan_stage(planned("vicuna-7b", lora=True), machine, 2).compute_s < 0.85 * plan.compute_s
-    assert plan_stage(planned("vicuna-7b"), machine, 1).compute_s < 1.5 * plan.compute_s
-    assert plan.steps == 5198  # LLaVA-1.5's own
+    assert rough < plan.time.compute_s < 1.1 * rough
+    assert plan_stage(planned("vicuna-7b", lora=True), machine, 2).time.compute_s < 0.85 * plan.time.compute_s
+    assert plan_stage(planned("vicuna-7b"), machine, 1).time.compute_s < 1.5 * plan.time.compute_s
+    assert plan.time.steps == 5198  # LLaVA-1.5's own
 
 
 def test_what_does_not_fit_is_refused_and_what_is_proposed_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,13 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clips.common.cards import BUS, PER_MACHINE, USABLE, Machine, card
+from clips.common.cards import PER_MACHINE, TIME_HEAD, USABLE, Machine, Time, card
 from clips.common.errors import UserError
+from clips.common.memory import FP32, Parameters
 from clips.common.page import markdown, print_table
 from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe
-from clips.training.memory import FP32, Parameters, Usage, count_parameters, usage
+from clips.training.memory import Usage, count_parameters, usage
 from clips.training.prepare import flops_per_sample, fullest_shape
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -54,22 +55,7 @@ class Fit:
 class PhasePlan:
     phase: PhaseConfig
     fit: Fit
-    compute_s: float
-    communication_s: float
-    """Of one optimizer step each. Nothing is taken to overlap."""
-    gpus: int
-
-    @property
-    def step_s(self) -> float:
-        return self.compute_s + self.communication_s
-
-    @property
-    def hours(self) -> float:
-        return self.phase.steps * self.step_s / 3600
-
-    @property
-    def samples_per_s_per_gpu(self) -> float:
-        return self.phase.batch_size / self.step_s / self.gpus
+    time: Time
 
 
 @dataclass(frozen=True)
@@ -81,11 +67,11 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        return sum(phase.hours for phase in self.phases) * self.machine.gpus
+        return 24 * self.days * self.machine.gpus
 
     @property
     def days(self) -> float:
-        return sum(phase.hours for phase in self.phases) / 24
+        return sum(phase.time.hours for phase in self.phases) / 24
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -161,7 +147,7 @@ def _timed(run: RunConfig, phase: PhaseConfig, found: Fit, machine: Machine, par
     if "offload" in found.engine:
         share = parameters.trained / machine.gpus
         seconds += share * (2 * FP32 / PCIE + 28 / HOST_MEMORY)
-    return PhasePlan(phase, found, compute, seconds, machine.gpus)
+    return PhasePlan(phase, found, Time(phase.steps, compute, seconds))
 
 
 def collective_bytes(run: RunConfig, phase: PhaseConfig, found: Fit, gpus: int, parameters: Parameters) -> float:
@@ -243,23 +229,18 @@ def memory_head(run: RunConfig, machine: Machine) -> list[str]:
     return [*columns, "GB of a machine"]
 
 
-PHASE_HEAD = (
-    *("phase", "engine", "micro-batches", "GB", "steps", "step, s", "of it communication", "samples/s/GPU"),
-    *("days", "GPU hours"),
-)
-
-
 def phase_rows(found: Plan) -> list[list[str]]:
-    rows = []
-    for part in found.phases:
-        hours = part.hours * found.machine.gpus
-        rows.append([
+    """Rows below PHASE_HEAD."""
+    return [
+        [
             part.phase.name, part.fit.engine, f"{part.fit.accumulation} × {part.fit.micro:,}",
-            f"{part.fit.usage.total / 1e9:.1f}", f"{part.phase.steps:,}", f"{part.step_s:.2f}",
-            f"{part.communication_s / part.step_s:.0%}", f"{part.samples_per_s_per_gpu:,.0f}",
-            f"{part.hours / 24:.1f}", f"{hours:,.0f}",
-        ])  # fmt: skip
-    return rows
+            f"{part.fit.usage.total / 1e9:.1f}", *part.time.cells(part.phase.batch_size, found.machine.gpus),
+        ]
+        for part in found.phases
+    ]  # fmt: skip
+
+
+PHASE_HEAD = ("phase", "engine", "micro-batches", "GB", *TIME_HEAD)
 
 
 def totals(found: Plan) -> str:
@@ -274,16 +255,12 @@ def assumptions(machine: Machine) -> list[str]:
     """Everything that the figures rest on and nobody measured here."""
     card = machine.card
     return [
-        f"speed: {machine.mfu:.0%} of {card.peak / 1e12:.0f} TFLOP/s (--mfu), as others publish: 13 % (open_clip, B/16 "
-        "on A100), 20 % (NeMo, g/14 on H100), 23 % (a compiled ViT-S, H100); what checkpointing and GradCache compute "
-        "again comes on top",
+        *machine.rates,
         f"memory: {USABLE:.0%} of {card.memory_gb:g} GB is filled; every text and caption has full length; kernels "
         "as in clips/training/memory.py",
         "time: texts fill half of their context; nothing waits for data; evaluation and checkpoints take none",
-        f"communication: fp32, ring collectives at {BUS:.0%} of {card.link_gb_s:g} GB/s inside a machine of "
-        f"{PER_MACHINE} and of {card.network_gb_s:g} GB/s between machines, none of it behind computation",
         f"offload: {PCIE / 1e9:.0f} GB/s to the machine's memory, {HOST_MEMORY / 1e9:.0f} GB/s of it for AdamW's "
-        "28 bytes a parameter",
+        "28 bytes a parameter; communication in fp32",
         "accumulation: the contrastive loss runs over the whole step (GradCache), one more forward "
         "pass of the towers (train.contrastive=global)",
     ]
@@ -298,13 +275,13 @@ TABLE_HEAD = (
 def table_row(found: Plan) -> list[str]:
     """One line for a whole run, as docs/planning.md has them."""
     phases, price = found.phases, found.machine.price
-    spent = sum(part.phase.steps * part.step_s for part in phases)
-    sent = sum(part.phase.steps * part.communication_s for part in phases)
+    spent = sum(part.time.steps * part.time.step_s for part in phases)
+    sent = sum(part.time.steps * part.time.communication_s for part in phases)
     return [
         f"`{found.run.recipe}`", str(found.machine.gpus), f"{found.parameters.trained / 1e6:,.0f} M",
         phases[0].fit.engine, ", ".join(f"{part.fit.accumulation} × {part.fit.micro:,}" for part in phases),
         ", ".join(f"{part.fit.usage.total / 1e9:.0f}" for part in phases),
-        ", ".join(f"{part.step_s:.2f}" for part in phases), f"{sent / spent:.0%}", f"{found.days:,.1f}",
+        ", ".join(f"{part.time.step_s:.2f}" for part in phases), f"{sent / spent:.0%}", f"{found.days:,.1f}",
         f"{found.gpu_hours:,.0f}", "–" if price is None else f"{found.gpu_hours * price:,.0f}",
         f"{found.checkpoint_bytes / 1e9:.1f}",
     ]  # fmt: skip

@@ -1,0 +1,53 @@
+"""One optimizer step: the passes of its micro-batches, the agreement of all ranks, the update.
+
+The training loop, the benchmarks and tools/gpu_report.py take this step, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clips.data.loader import Batch
+from clips.training.engine import Agreed, Engine
+from clips.training.grad_cache import forward_passes
+from clips.weights.checkpoint import Checkpoint
+
+
+class Verdict(NamedTuple):
+    """What happens to a step after the ranks have agreed."""
+
+    leave_out: bool = False
+    """The gradients are dropped; weights and optimizer state stay as they are."""
+    back_to: Checkpoint | None = None
+    """The checkpoint that the run goes back to."""
+
+
+def optimizer_step(
+    engine: Engine,
+    batches: Iterable[Batch],
+    *,
+    watch: Callable[[Batch, dict[str, Tensor]], None] = lambda batch, parts: None,
+    asked: Callable[[], tuple[int, bool]] = lambda: (0, False),
+    judge: Callable[[Agreed], Verdict] = lambda agreed: Verdict(),
+) -> tuple[Agreed, Verdict]:
+    """Take one step on `batches`, this rank's micro-batches (run.train.accumulation of them). Collective.
+
+    `watch` sees each micro-batch and its detached losses after its backward pass. `asked` returns the arguments `stop`
+    and `unsaved` of `Engine.agree`. `judge` decides between the agreement and the update; it may raise.
+    """
+    losses: list[Tensor] = []
+    for batch, loss, parts in forward_passes(engine, batches):
+        losses.append(parts["loss"])
+        engine.backward(loss)
+        watch(batch, parts)
+        if len(losses) < engine.accumulation:
+            engine.step()
+    agreed = engine.agree(torch.stack(losses).mean(), *asked())
+    verdict = judge(agreed)
+    engine.step(leave_out=verdict.leave_out)
+    engine.limit_logit_scale()
+    return agreed, verdict
