@@ -196,8 +196,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    if request.node.get_closest_marker("cold"):
-        monkeypatch.setenv(warm.COLD, "1")
+    for mark, name in (("cold", warm.COLD), ("draws", warm.DRAWS)):
+        if request.node.get_closest_marker(mark):
+            monkeypatch.setenv(name, "1")
 
 
 @pytest.fixture(scope="session")

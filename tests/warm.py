@@ -3,13 +3,15 @@
 Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the tests start several hundred processes.
 With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
 of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
-The processes that it starts are forked as well. Two things differ: the parent is the forking process, and all forks
-share one seed of `hash`. Mark a test `cold` if these matter to it. CLIPS_TESTS_COLD=1 makes all tests cold.
+The processes that it starts are forked as well. Three things differ: the parent is the forking process, all forks share
+one seed of `hash`, and charts are one empty pixel, for drawing would take four fifths of a tiny run. Mark a test `cold`
+if the first two matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes all tests cold.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import ctypes
 import functools
@@ -32,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "CLIPS_TESTS_WARM"
 """Environment variable: the socket of the forking process."""
 COLD = "CLIPS_TESTS_COLD"
+DRAWS = "CLIPS_TESTS_DRAW"
 LOG = "CLIPS_TESTS_LOG"
 """A file for the processor seconds of each fork, with its test and its first words."""
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "PYTHON")
@@ -40,6 +43,9 @@ PROGRAMS = ("deepspeed", "torchrun")
 MODULES = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 SPACE = 1 << 15
 """Bytes for the arguments, and for the environment, that /proc shows of a forked process."""
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+)
 MORE = (
     *("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch._dynamo"),
     *("torch.utils.tensorboard", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "sklearn.linear_model"),
@@ -93,7 +99,7 @@ class Popen(subprocess.Popen):
             )  # fmt: skip
         request = {
             "words": words,
-            "env": wanted | {ADDRESS: start()},
+            "env": wanted | {name: os.environ[name] for name in (ADDRESS, DRAWS) if name in os.environ},
             "cwd": os.fspath(cwd or os.getcwd()),
             "session": bool(start_new_session),
             "group": os.getpgrp(),
@@ -182,6 +188,8 @@ def import_everything() -> None:
     for name in MORE:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # transformers builds it at the first model that it loads
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("vit")
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy all pages
 
@@ -267,6 +275,25 @@ def become(asked: dict[str, Any]) -> None:
     sys.argv = rest if first == "-m" else [first, *rest]
     own = asked["cwd"] if first == "-m" else os.path.dirname(os.path.abspath(first))
     sys.path = [own, *filter(None, asked["env"].get("PYTHONPATH", "").split(":")), *sys.path]
+    if DRAWS not in os.environ:
+        draw_nothing()
+
+
+def draw_nothing() -> None:
+    """Replace each chart of a report by one pixel."""
+    from clips.common import page
+
+    def themed(draw: object, alt: str) -> page.Picture:
+        return page.Picture(page.data_uri(PIXEL), page.data_uri(PIXEL), alt)
+
+    real, page.png = page.themed, lambda plot: PIXEL
+    for module in list(sys.modules.values()):
+        if getattr(module, "themed", None) is real:
+            module.themed = themed
+    for name in ("clips.evaluation.report", "mllm.training.log"):
+        module = sys.modules[name]
+        for plot in [it for it in vars(module) if it.endswith("_plot") and it != "save_plot"]:
+            setattr(module, plot, lambda *_, **__: None)
 
 
 def show(words: list[str], field: int) -> None:

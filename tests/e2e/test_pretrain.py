@@ -100,6 +100,8 @@ def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> 
             assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=5e-3), (name, key)
 
 
+@pytest.mark.cold
+@pytest.mark.draws
 def test_the_bare_command_on_the_demo_data(tmp_path: Path) -> None:
     """`deepspeed scripts/pretrain_clips.py`, with the demo data built where it is missing."""
     launcher = Path(sys.executable).with_name("deepspeed")
