@@ -4,8 +4,8 @@
 
     model = CLIPS.from_pretrained("runs/demo")
 
-Each name is imported at its first use, so `import clips` costs nothing. `mllm` takes only these names and
-`clips.common` from this package (a test).
+Each name is imported at its first use, so `import clips` costs nothing. `mllm` takes only these names,
+`clips.common` and `clips.lab` from this package (a test).
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read off its text
-    from clips.config import DataConfig, Fields, RunConfig, difference, parse_fields
+    from clips.config import DataConfig, Fields, RunConfig, parse_fields
     from clips.data.ahead import WholeFiles
     from clips.data.built import built_as, ensure_built
     from clips.data.check import script_of

@@ -12,12 +12,11 @@ import pytest
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.files import sha256, write_json
-from mllm.compare.cells import Cell, cells_of, encoder_names
-from mllm.compare.collect import REPORT, collect, keep_encoders
+from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_names
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, evaluation_settings
-from mllm.compare.fix import fix
-from mllm.compare.plan import PLAN, asked_questions, stored_questions
+from mllm.compare.figures import REPORT, collect, keep_encoders
+from mllm.compare.plan import asked_questions, fix_plan, stored_questions
 from mllm.data.questions import of_set
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.training.prepare import encoder_of
@@ -65,19 +64,19 @@ def place(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def comparison_of(output: Path, **options: object) -> Comparison:
     settings = {"encoders": ENCODERS, "seeds": 3, "output": output / "out", "train_flags": FLAGS, "device": "cpu"}
-    settings |= {"question_file": Path("question.jsonl"), "question_images": Path("images")}
+    settings |= {"questions": Path("question.jsonl"), "image_folder": Path("images")}
     return Comparison(**settings | options)
 
 
 def finish(comparison: Comparison) -> Comparison:
     """Fix it, and write every cell; an encoder's models are right as often as SKILL says."""
-    fix(comparison)
+    fix_plan(comparison)
     for cell in cells_of(comparison):
         write_cell(comparison, cell, SKILL[cell.encoder])
     return comparison
 
 
-def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
+def write_cell(comparison: Comparison, cell: EncoderCell, skill: float) -> None:
     """A finished cell; a question is answered right with chance `skill`."""
     config = {}
     for number, stage in STAGES.items():
@@ -112,10 +111,10 @@ def write_cell(comparison: Comparison, cell: Cell, skill: float) -> None:
     write_json(cell.figures, {"scorer": scorer_version(), "sets": sets} | figures)
 
 
-def collected(comparison: Comparison, measured: Mapping[Cell, Any], command: Sequence[str]) -> dict[str, Any]:
+def collected(comparison: Comparison, measured: Mapping[EncoderCell, Any], command: Sequence[str]) -> dict[str, Any]:
     """The content of report.json, by the plan that was fixed or is asked for now."""
     keep_encoders(comparison.output, measured)
-    return collect(comparison, fix(comparison), command)
+    return collect(comparison, fix_plan(comparison), command)
 
 
 def reported(comparison: Comparison) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""lmms-eval on a cell's model: whether it can run at all, its command for a task, and what it left.
+"""lmms-eval on a cell's model: whether it can run, its command for a task, and its scores.
 
-It exits with 0 whatever happens, and one task that fails takes those of the same call with it. So each task is a call
-and a folder of its own, `CELL/benchmarks/TASK/`, and is done once its scores are there:
+lmms-eval exits with 0 whatever happens, and a task that fails ends the other tasks of the same call. So each task is a
+call with a folder of its own, `CELL/benchmarks/TASK/`, and is done once its scores are there:
 
-    lmms_eval.log    MODEL/DATE_results.json    MODEL/DATE_samples_TASK.jsonl
+    log.txt    MODEL/DATE_results.json    MODEL/DATE_samples_TASK.jsonl
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clips.common.errors import UserError
+from clips.lab.grid import Step
 from mllm.compare.comparison import Comparison
 
 MODEL = "llava_hf"
 """What lmms-eval calls a stock LLaVA model of transformers."""
 NO_ANSWER = " in generating"
-"""What it logs where `generate` raised: it takes an empty answer for it and scores that."""
+"""What lmms-eval logs if `generate` raised. It scores an empty answer then."""
 PROBE = f"""
 import sys
 from lmms_eval.models import get_model
@@ -33,11 +34,11 @@ unknown = [task for task in tasks if not manager.match_tasks([task])]
 if unknown:
     sys.exit("it has no task " + ", ".join(unknown))
 """
-"""Everything that a run of it needs before the model and the data are there; the last line says what is wrong."""
+"""Everything that lmms-eval needs before the model and the data are there; the last line says what is wrong."""
 
 
 def check_benchmarks(comparison: Comparison) -> None:
-    """Raise UserError where lmms-eval cannot be imported with all that its model needs, or does not know a task."""
+    """Raise UserError if lmms-eval cannot be imported with all that its model needs, or does not know a task."""
     probe = [sys.executable, "-c", PROBE, str(comparison.include_path or ""), *comparison.benchmarks]
     found = subprocess.run(probe, capture_output=True, text=True)
     if found.returncode != 0:
@@ -49,52 +50,45 @@ def check_benchmarks(comparison: Comparison) -> None:
         )
 
 
-def benchmark_command(comparison: Comparison, cell: Path, task: str) -> list[str]:
-    """lmms-eval on the saved model, which is a stock transformers one, in the precision of the cell's own answers."""
-    from clips.common.runtime import choose_device  # with them comes torch, see mllm/compare/comparison.py
+def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
+    """lmms-eval on the saved model, which is a stock transformers model, in the precision of the cell's answers."""
+    from clips.common.runtime import choose_device  # imports torch
     from mllm.evaluation.evaluate import answer_dtype
 
     device = choose_device(comparison.device)
     dtype = str(answer_dtype("auto", device)).removeprefix("torch.")
     command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
-    # Its own default for device_map, "", is an error in transformers.
+    # lmms-eval's own default for device_map, "", is an error in transformers.
     command += ["--model_args", f"pretrained={cell / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
     command += ["--include_path", str(comparison.include_path)] if comparison.include_path else []
-    return [*command, "--output_path", str(benchmark_folder(cell, task)), "--log_samples"]
+    folder = benchmark_folder(cell, task)
+    command += ["--output_path", str(folder), "--log_samples"]
+    return Step(task, tuple(command), lambda: bool(benchmark_results(cell, [task])), folder=folder, may_fail=True)
 
 
 def benchmark_folder(cell: Path, task: str) -> Path:
     return cell / "benchmarks" / task
 
 
-def benchmark_log(cell: Path, task: str) -> Path:
-    return benchmark_folder(cell, task) / "lmms_eval.log"
-
-
-def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
-    """`TASK/METRIC` → value of the tasks asked for that are done; a group's members each stand for themselves."""
-    return {name: value for task in tasks for name, value in _scores(cell, task).items()}
-
-
 def newest_results(cell: Path, task: str) -> Path | None:
-    """The file of scores of the newest call for `task`; None where there is none."""
+    """The scores of the newest call for `task`; None if there are none."""
     return max(benchmark_folder(cell, task).glob("*/*_results.json"), default=None)  # named by their date
 
 
-def missing_benchmarks(comparison: Comparison, cell: Path) -> list[str]:
-    """The tasks asked for that have no scores yet."""
-    return [task for task in comparison.benchmarks if not _scores(cell, task)]
+def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
+    """`TASK/METRIC` → value of the tasks that are done; the members of a group each have a value.
 
-
-def _scores(cell: Path, task: str) -> dict[str, float]:
-    """What the newest call for `task` measured; empty where there was none, it failed, or answers are missing."""
-    file, log = newest_results(cell, task), benchmark_log(cell, task)
-    if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
-        return {}
-    scores = {}
-    for name, values in json.loads(file.read_text())["results"].items():
-        for key, value in values.items():
-            metric, _, filtered = key.partition(",")  # "exact_match,none": the metric and its filter
-            if isinstance(value, (int, float)) and math.isfinite(value) and "_stderr" not in metric:
-                scores[f"{name}/{metric}" + (f" ({filtered})" if filtered not in ("", "none") else "")] = float(value)
+    A task is not done if its newest call failed, or if answers are missing.
+    """
+    scores: dict[str, float] = {}
+    for task in tasks:
+        file, log = newest_results(cell, task), benchmark_folder(cell, task) / "log.txt"
+        if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
+            continue
+        for name, values in json.loads(file.read_text())["results"].items():
+            for key, value in values.items():
+                metric, _, filtered = key.partition(",")  # "exact_match,none": the metric and its filter
+                if isinstance(value, (int, float)) and math.isfinite(value) and "_stderr" not in metric:
+                    suffix = f" ({filtered})" if filtered not in ("", "none") else ""
+                    scores[f"{name}/{metric}{suffix}"] = float(value)
     return scores

@@ -1,25 +1,46 @@
-"""The processes that a comparison starts: their command lines, and the configurations that these come to."""
+"""The cells for the engine: command lines of each encoder and each cell, and the settings that they come to."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from clips.common.files import read_json_records
-from mllm.compare.cells import RECIPES, Cell, PretrainedEncoder
-from mllm.compare.comparison import QUICK_PRETRAINING, Comparison, budget_share, question_limit
+from clips.common.files import read_json, read_json_records, sha256
+from clips.common.progress import Progress, read_progress, training_progress
+from clips.common.rundir import METRICS, UNSEEN, refuse
+from clips.lab.grid import RECORD, Cell, Step
+from clips.lab.pretraining import pretraining_cell
+from mllm.compare.benchmarks import benchmark_step
+from mllm.compare.cells import PLAN, RECIPES, EncoderCell, PretrainedEncoder
+from mllm.compare.comparison import (
+    QUICK_PRETRAINING,
+    Comparison,
+    asks_questions,
+    budget_share,
+    evaluation_settings,
+    question_files,
+    question_limit,
+)
+from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.arguments import TrainArguments, parse_train_arguments
-from mllm.training.prepare import data_of
+from mllm.training.prepare import data_of, encoder_of
 from mllm.training.stages import STAGES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+PER_S = {"align": 4.2, "instruct": 1.45, "evaluation": 6.3}
+"""Assumed samples and questions per second of one core on the demo."""
+PRETRAINING_PER_S = {"clips": 140.0, "clip": 240.0, "caption": 260.0, "caption+web": 160.0}
+OVERHEAD_S = 45.0
+"""Of a cell: starts of processes, features of the pictures, evaluation, exports."""
 
 
-# ---------------------------------------------------------------------------------------------- both stages of a cell
-def train_flags(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
+# ------------------------------------------------------------------------------------------- both stages of a cell
+def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[str]:
     """The flags of train_llava.py for one stage of a cell."""
     flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
     flags += ["--output_dir", str(cell.directory), "--device", comparison.device, *comparison.train_flags]
@@ -35,19 +56,12 @@ def train_flags(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
     return flags
 
 
-def train_arguments(comparison: Comparison, cell: Cell, stage: int) -> TrainArguments:
-    """The same as the run itself will read them; raises UserError for flags that it would refuse."""
+def train_arguments(comparison: Comparison, cell: EncoderCell, stage: int) -> TrainArguments:
+    """The arguments as the run itself will read them; raises UserError for flags that it would refuse."""
     return parse_train_arguments(train_flags(comparison, cell, stage)).resolve(comparison.gpus)
 
 
-def train_command(comparison: Comparison, cell: Cell, stage: int) -> list[str]:
-    launcher = [sys.executable]
-    if comparison.gpus > 1:
-        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
-    return [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, stage)]
-
-
-def stage_samples(comparison: Comparison, cell: Cell, stage: int) -> int:
+def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
     """Samples that one stage of a cell sees."""
     arguments = train_arguments(comparison, cell, stage)
     if arguments.max_steps > 0:
@@ -60,41 +74,119 @@ def dataset_size(arguments: TrainArguments) -> int:
     return len(read_json_records(data_of(arguments)[0]))
 
 
-# ---------------------------------------------------------------------------------------------- its answers
-def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
+# ------------------------------------------------------------------------------------------- cells for the engine
+def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
+    """Each cell with its steps: both stages, the answers, the benchmarks."""
+    samples = {stage.name: stage_samples(comparison, cells[0], number) for number, stage in STAGES.items()}
+    seconds = OVERHEAD_S + sum(samples[name] / PER_S[name] for name in samples)
+    limit = question_limit(comparison)
+    counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
+    seconds += sum(min(count, limit or count) for count in counts) / PER_S["evaluation"]
+    return [_lab_cell(comparison, cell, samples, seconds) for cell in cells]
+
+
+def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int], seconds: float) -> Cell:
+    launcher = [sys.executable]
+    if comparison.gpus > 1:
+        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
+
+    def stage_step(number: int, name: str) -> Step:
+        def progress() -> Progress | None:
+            return training_progress(cell.directory / METRICS, samples[name], stage=name)
+
+        command = [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, number)]
+        return Step(name, tuple(command), (cell.directory / name / "done.json").is_file, progress)
+
+    steps = [stage_step(number, stage.name) for number, stage in STAGES.items()]
+    if asks_questions(comparison):
+        asked = _evaluation_command(comparison, cell)
+        steps.append(Step("evaluation", asked, cell.figures.is_file, lambda: read_progress(cell.evaluation / PROGRESS)))
+    steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
+    plan = comparison.output / PLAN
+    record = {
+        "encoder": cell.encoder,
+        "vision": cell.vision,
+        "pretraining_seed": cell.pretraining_seed,
+        "seed": cell.seed,
+        "evaluation": evaluation_settings(comparison),
+        "plan": sha256(plan) if plan.is_file() else None,
+    }
+
+    def result() -> str:
+        figures = read_json(cell.figures)
+        overall = figures.get(UNSEEN, figures).get("exact_match", {}).get("overall")
+        return f", {overall['accuracy']:.1%} right" if overall else ""
+
+    def check() -> None:
+        check_cell(comparison, cell)
+
+    return Cell(
+        cell.encoder, cell.run, cell.directory, tuple(steps), check, seconds, kind="cell", record=record, result=result
+    )
+
+
+def _evaluation_command(comparison: Comparison, cell: EncoderCell) -> tuple[str, ...]:
     command = [sys.executable, str(SCRIPTS / "evaluate_llava.py"), "--model", str(cell.directory / "model")]
     command += ["--output", str(cell.evaluation), "--device", comparison.device]
-    command += ["--questions", str(comparison.question_file)] if comparison.question_file else []
-    command += ["--image-folder", str(comparison.question_images)] if comparison.question_images else []
+    command += ["--questions", str(comparison.questions)] if comparison.questions else []
+    command += ["--image-folder", str(comparison.image_folder)] if comparison.image_folder else []
     limit = question_limit(comparison)
-    return command + (["--limit", str(limit)] if limit else [])
+    return (*command, *(["--limit", str(limit)] if limit else []))
 
 
-# ---------------------------------------------------------------------------------------------- the encoders
-def pretrain_command(comparison: Comparison, encoder: PretrainedEncoder) -> list[str]:
-    command = [sys.executable, str(SCRIPTS / "pretrain_clips.py"), "--recipe", RECIPES[encoder.kind]]
-    command += ["--name", encoder.name, "--output-dir", str(encoder.directory.parent), "--seed", str(encoder.seed)]
-    command += ["--device", comparison.device]
+def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
+    """Raise UserError naming a cell whose directory holds other settings or another encoder than those asked for."""
+    there, changes = cell.read("config.json"), []
+    for number, stage in STAGES.items():
+        if stage.name in there:
+            before: dict[str, Any] = dict(there[stage.name]["trains"])
+            fingerprint = before.pop("vision_fingerprint", None)
+            before.pop("packed", None)  # how its batches are computed; no flag sets it
+            arguments = train_arguments(comparison, cell, number)
+            now = json.loads(json.dumps(arguments.what_trains()))
+            # The weights say which encoder it is; its path may be written in several ways.
+            names = sorted(n for n in (before | now).keys() - {"vision_tower"} if before.get(n) != now.get(n))
+            changes += [f"{stage.name}.{name}: {before.get(name)} there, {now.get(name)} asked" for name in names]
+            if not names and fingerprint != encoder_of(arguments).fingerprint:
+                changes.append(f"{cell.vision} holds other weights than those it was trained on")
+    mend = "Give the comparison another --output, or remove"
+    refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
+    before = cell.read(RECORD).get("evaluation", {}) if cell.evaluation.is_dir() else {}
+    asked = evaluation_settings(comparison) if before else {}
+    names = [name for name in before | asked if before.get(name) != asked.get(name)]
+    changes = [f"{name}: {before.get(name)} there, {asked.get(name)} asked" for name in names]
+    refuse(changes, f"cell {cell.name} was asked otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
+
+
+# ------------------------------------------------------------------------------------------- the encoders
+def pretrain_flags(comparison: Comparison, encoder: PretrainedEncoder) -> list[str]:
+    flags = ["--recipe", RECIPES[encoder.kind], "--name", encoder.directory.name, "--seed", str(encoder.seed)]
+    flags += ["--output-dir", str(encoder.directory.parent), "--device", comparison.device]
     if comparison.quick:
-        command += ["--samples", str(round(QUICK_PRETRAINING * _config_of(command).samples))]
-    return [*command, *comparison.pretrain_flags]
+        flags += ["--samples", str(round(QUICK_PRETRAINING * _config_of(flags).samples))]
+    return [*flags, *comparison.pretrain_flags]
 
 
 def pretrain_config(comparison: Comparison, encoder: PretrainedEncoder) -> RunConfig:
-    """What `pretrain_command` makes of its flags; raises UserError for what it would refuse."""
-    return _config_of(pretrain_command(comparison, encoder))
+    """The configuration that `pretrain_flags` come to; raises UserError for flags that would be refused."""
+    return _config_of(pretrain_flags(comparison, encoder))
 
 
-def _config_of(command: list[str]) -> RunConfig:
-    _, _, *flags = command
+def _config_of(flags: list[str]) -> RunConfig:
     return config_from_flags(pretraining_parser().parse_args(flags))
+
+
+def encoder_cell(comparison: Comparison, encoder: PretrainedEncoder) -> Cell:
+    """The pretraining run of an encoder, for the engine."""
+    flags, rate = pretrain_flags(comparison, encoder), PRETRAINING_PER_S[encoder.kind]
+    return pretraining_cell(encoder.directory, flags, f"{encoder.kind}, pretraining", encoder.seed, rate=rate)
 
 
 def retrieval_command(comparison: Comparison, split: Path, run: Path) -> list[str]:
     """Retrieval of a pretraining run's encoder on the Karpathy file `split`."""
     command = [sys.executable, str(SCRIPTS / "evaluate_clips.py"), "--model", str(run), "--device", comparison.device]
     command += ["--karpathy", str(split), "--image-root", str(comparison.image_root or split.parent)]
-    return [*command, "--out", str(retrieval_figures(split, run))]
+    return [*command, "--output", str(retrieval_figures(split, run))]
 
 
 def retrieval_figures(split: Path, run: Path) -> Path:

@@ -1,6 +1,6 @@
-"""What a comparison was asked for, and what follows from it: its data, its budget, its questions.
+"""What a comparison of encoders asks for, flag by flag, and what follows: its data, its budget, its questions.
 
-What only a comparison that trains needs is imported where it is used: one that is verified waits for no torch.
+Imports that need torch are inside the functions that train: verifying needs no torch.
 """
 
 from __future__ import annotations
@@ -8,101 +8,118 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from clips.common.files import sha256
+from clips.common.flags import Parser, add_options, from_flags, given, option
 from mllm.training.stages import STAGES
 
 DEMO_SHARE, QUICK_SHARE = 0.3, 0.1
-"""Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all of them."""
+"""Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
-"""Share of the samples that the encoders which are pretrained here see with --quick."""
+"""Share of the samples of an encoder that is pretrained here, with --quick."""
 SEEDS, QUICK_LLAVA_SEEDS = 5, 3
-"""Pretraining seeds, where --seeds does not say; LLaVA runs on the one pretraining seed of --quick."""
 DEMO_LIMIT, QUICK_LIMIT = 400, 200
-"""Questions of each file, where --limit does not say: the demo's, and with --quick. Of other files all."""
+"""Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
 DRAWN = "evenly over kinds and answers"
-"""How a limit leaves questions; cells whose questions were chosen otherwise are asked again."""
+"""How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, text.split(","))))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(shlex.split(text))
+
+
+def _option(kind: Any, default: Any, text: str) -> Any:
+    """A flag with one word, which `kind` reads."""
+    return option(default, text, type=kind, nargs=None, action="store")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was asked for, flag by flag (scripts/compare_encoders.py); equal ones give equal cells."""
+    """The flags of scripts/compare_encoders.py; equal comparisons have equal cells."""
 
-    encoders: tuple[str, ...]
-    seeds: int = SEEDS
-    """Pretraining seeds."""
-    llava_seeds: int | None = None
-    """LLaVA runs of each encoder, on its pretraining seeds in turn; None: as `llava_runs` says."""
-    output: Path = Path("runs/compare")
-    jobs: int = 1
-    quick: bool = False
-    budget: float | None = None
-    """Share of each stage's samples that a cell trains; None: as DEMO_SHARE and QUICK_SHARE say."""
-    train_flags: tuple[str, ...] = ()
-    pretrain_flags: tuple[str, ...] = ()
-    device: str = "auto"
-    gpus: int = 1
-    question_file: Path | None = None
-    question_images: Path | None = None
-    limit: int | None = None
-    benchmarks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    """Folder of further tasks for lmms-eval."""
-    karpathy: Path | None = None
-    image_root: Path | None = None
-    decides: str | None = None
-    """The figure that the comparison is made for; None: `accuracy`, or `cider_d` where no question has an answer."""
-
-
-def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
-    """Whether the flags fit each other is asked by mllm/compare/checks.py."""
-    from clips.common.runtime import choose_device
-
-    on_gpu = choose_device(flags.device).type == "cuda"
-    both = not on_gpu and (os.cpu_count() or 1) >= 2
-    return Comparison(
-        encoders=tuple(filter(None, flags.encoders.split(","))),
-        seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
-        llava_seeds=QUICK_LLAVA_SEEDS if flags.quick and flags.llava_seeds is None else flags.llava_seeds,
-        output=Path(flags.output),
-        jobs=flags.jobs or (2 if both else 1),
-        quick=flags.quick,
-        budget=flags.budget,
-        train_flags=tuple(shlex.split(flags.train_flags)),
-        pretrain_flags=tuple(shlex.split(flags.pretrain_flags)),
-        device=flags.device,
-        gpus=flags.gpus,
-        question_file=Path(flags.question_file) if flags.question_file else None,
-        question_images=Path(flags.question_images) if flags.question_images else None,
-        limit=flags.limit,
-        benchmarks=tuple(dict.fromkeys(filter(None, flags.benchmarks.split(",")))),
-        include_path=Path(flags.include_path) if flags.include_path else None,
-        karpathy=Path(flags.karpathy) if flags.karpathy else None,
-        image_root=Path(flags.image_root) if flags.image_root else None,
-        decides=flags.decides,
+    encoders: tuple[str, ...] = _option(
+        lambda text: tuple(filter(None, text.split(","))),
+        ("clips", "clip", "random", "blind"),
+        "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, clips:DIR "
+        "takes a run or export, in which {seed} stands for the pretraining seed (default: clips,clip,random,blind)",
+    )
+    seeds: int = option(
+        SEEDS, f"pretraining seeds: encoders of each kind that is trained here (default: {SEEDS}, --quick: 1)"
+    )
+    llava_seeds: int | None = option(
+        None,
+        "LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, to tell both "
+        f"kinds of seed apart; --quick: {QUICK_LLAVA_SEEDS}; as many as --seeds if no encoder is trained here)",
+    )
+    output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
+    jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
+    quick: bool = option(False, "less of everything, in about half an hour; the report says so")
+    budget: float | None = option(
+        None, "share of each stage's samples that a cell trains (default: 0.3 on the demo, --quick: 0.1, else 1)"
+    )
+    train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
+    pretrain_flags: tuple[str, ...] = _option(
+        _words, (), "further flags of pretrain_clips.py for all encoders that are trained here, in one string"
+    )
+    device: str = option("auto", "auto, cpu or cuda")
+    gpus: int = option(1, "GPUs of each cell (deepspeed launcher)")
+    questions: Path | None = option(None, "your own questions with answers (default: the demo's)")
+    image_folder: Path | None = option(None, "folder or tar of the pictures of --questions")
+    limit: int | None = option(
+        None,
+        "only so many questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's, "
+        "--quick: 200, else all)",
+    )
+    benchmarks: tuple[str, ...] = _option(
+        _names, (), "tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme"
+    )
+    include_path: Path | None = option(None, "folder with further tasks of lmms-eval, in its YAML format")
+    karpathy: Path | None = option(None, "Karpathy split file of COCO or Flickr30K: also measure retrieval on it")
+    image_root: Path | None = option(None, "folder of its images (default: that of the file)")
+    decides: str | None = option(
+        None,
+        "the figure that the comparison is made for, fixed before the first cell: accuracy/KIND, cider_d (default: "
+        "accuracy, of all questions)",
+        metavar="FIGURE",
     )
 
 
-# ---------------------------------------------------------------------------------------------- what follows from it
-def given_fields(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
-    """Names of the values that `words` give, apart from defaults."""
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
-    return {name for name, value in vars(parser.parse_args(words, unset)).items() if value is not None}
+def flags_of(parser: Parser) -> None:
+    """Add the flags of a comparison to `parser`."""
+    add_options(parser, Comparison)
+    parser.set_defaults(seeds=None, jobs=None)  # they depend on other flags and on the machine
 
 
+def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
+    """The comparison that `flags` ask for; mllm/compare/checks.py asks whether they fit each other."""
+    from clips.common.runtime import choose_device
+
+    one_at_a_time = choose_device(flags.device).type == "cuda" or (os.cpu_count() or 1) < 2
+    return from_flags(
+        Comparison,
+        flags,
+        seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
+        llava_seeds=QUICK_LLAVA_SEEDS if flags.quick and flags.llava_seeds is None else flags.llava_seeds,
+        jobs=(1 if one_at_a_time else 2) if flags.jobs is None else flags.jobs,
+    )
+
+
+# ------------------------------------------------------------------------------------------- what follows
 @lru_cache
 def given_for_training(train_flags: tuple[str, ...]) -> set[str]:
     """Names of the fields that `train_flags` give, for either stage and in any spelling."""
-    from mllm.training.arguments import flags_of_stage
-    from mllm.training.arguments import parser as training_parser
+    from mllm.training.arguments import flags_of_stage, parser
 
     words = [flags_of_stage(list(train_flags), stage.name) for stage in STAGES.values()]
-    return set().union(*(given_fields(training_parser(), stage_words) for stage_words in words))
+    return set().union(*(given(parser(), stage_words) for stage_words in words))
 
 
 def is_demo(comparison: Comparison) -> bool:
@@ -111,8 +128,8 @@ def is_demo(comparison: Comparison) -> bool:
 
 
 def asks_questions(comparison: Comparison) -> bool:
-    """Whether the cells answer questions (not only benchmarks)."""
-    return is_demo(comparison) or comparison.question_file is not None
+    """Whether the cells answer questions, and not only benchmarks."""
+    return is_demo(comparison) or comparison.questions is not None
 
 
 def budget_share(comparison: Comparison) -> float:
@@ -123,19 +140,21 @@ def budget_share(comparison: Comparison) -> float:
 
 def question_limit(comparison: Comparison) -> int | None:
     """Questions of each file that every cell is asked; None: all."""
-    own = comparison.question_file is not None or not is_demo(comparison)
+    own = comparison.questions is not None or not is_demo(comparison)
     return comparison.limit or (QUICK_LIMIT if comparison.quick else None if own else DEMO_LIMIT)
 
 
 def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:
-    """What the answers to each file are called → the file, and the folder of pictures that they are about.
+    """Name of the answers → question file, and the folder of the pictures. Builds the demo if it is missing.
 
-    Builds the demo where it is missing.
+    No files if there are benchmarks alone.
     """
     from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_llava_demo
 
-    if comparison.question_file is not None:
-        return {comparison.question_file.stem: comparison.question_file}, comparison.question_images
+    if not asks_questions(comparison):
+        return {}, None
+    if comparison.questions is not None:
+        return {comparison.questions.stem: comparison.questions}, comparison.image_folder
     demo = ensure_llava_demo(DEMO_DIR)
     return demo_questions(demo), demo / IMAGES
 
@@ -146,10 +165,11 @@ def evaluation_settings(comparison: Comparison) -> dict[str, Any]:
     from mllm.evaluation.evaluate import answer_dtype
 
     dtype = answer_dtype("auto", choose_device(comparison.device))
-    content: dict[str, Any] = {}
-    if comparison.question_file is not None:
-        content = {"sha256": sha256(comparison.question_file)}
-    questions = comparison.question_file.name if comparison.question_file else "the demo's"
-    limit = question_limit(comparison)
-    content |= {"drawn": DRAWN} if limit is not None else {}
-    return {"questions": questions, "limit": limit, "dtype": str(dtype).removeprefix("torch.")} | content
+    questions, limit = comparison.questions, question_limit(comparison)
+    return {
+        "questions": questions.name if questions else "the demo's",
+        "limit": limit,
+        "dtype": str(dtype).removeprefix("torch."),
+        **({"sha256": sha256(questions)} if questions else {}),
+        **({"drawn": DRAWN} if limit is not None else {}),
+    }

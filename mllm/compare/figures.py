@@ -1,4 +1,7 @@
-"""From the answers and benchmarks of a comparison's cells to what each encoder's models can do, and how they differ.
+"""What a comparison's cells left as figures: what each encoder's models can do, how they differ, and report.json.
+
+Everything but when, where and by which command comes from the files in the comparison's directory, without a model and
+without torch: verify.py computes it again from the same files elsewhere.
 
 Scores are fractions. Shapes: R runs of an encoder · S of them that are independent · I items.
 """
@@ -6,27 +9,32 @@ Scores are fractions. Shapes: R runs of an encoder · S of them that are indepen
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from clips.common.errors import UserError
-from clips.common.rundir import UNSEEN
-from mllm.compare.benchmarks import benchmark_results
-from mllm.compare.cells import Cell, cells_of, encoder_groups, encoder_names
+from clips.common.files import read_json, sha256, write_json
+from clips.common.rundir import METRICS, UNSEEN
+from clips.lab.grid import COST, RECORD, what_was_fixed
+from clips.lab.stats import Spread, independent_runs, interval, labels, over_groups, over_runs, spread
+from mllm.compare.benchmarks import benchmark_results, newest_results
+from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import stored_questions
-from mllm.compare.statistics import holm, independent_runs, interval, labels, mcnemar, over_groups
-from mllm.compare.variance import Spread, spread
-from mllm.data.questions import UNSEEN_ANSWERS, read_questions
+from mllm.compare.plan import COLUMNS, stored_questions
+from mllm.data.questions import read_questions
 from mllm.evaluation.cider import cider
-from mllm.evaluation.scores import exactness
+from mllm.evaluation.scores import exactness, scorer_version
+from mllm.training.stages import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
 """What all cells' lines of answers must have in common."""
@@ -34,11 +42,17 @@ EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
 POINTS = (0.01, 0.02, 0.05)
 """Differences for which the report says how many seeds and pictures they need."""
-SEEN = "seen"
-COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
-"""File of answers to the demo's questions → what sort of pictures it is about; any other file is a sort of its own."""
 NEEDS_PICTURE = "needs_picture"
 """The metric over the questions of the deciding column that blind models do not answer."""
+REPORT, ENCODERS = "report.json", "encoders.json"
+"""ENCODERS: cell → the figures of its encoder alone, and what its pretraining saw."""
+RECORDS = (
+    *(RECORD, "config.json", "env.json", COST, "evaluation/figures.json"),
+    *(f"{stage.name}/done.json" for stage in STAGES.values()),
+)
+"""What a cell leaves beside its answers and its model."""
+Lines = dict[EncoderCell, list[dict[str, Any]]]
+"""Each cell's answers, all question files together."""
 
 
 @dataclass
@@ -52,20 +66,172 @@ class ItemScores:
     column: str
     """Of the set of questions."""
     kind: str | None = None
-    """The kind of question, where the metric is about one kind only."""
+    """The kind of question, if the metric is about one kind only."""
 
 
-# ---------------------------------------------------------------------------------------------- downstream
-def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
-    """Each cell's answers, all question files together; UserError naming a cell that was asked something else."""
-    answers: dict[Cell, list[dict[str, Any]]] = {}
+# ------------------------------------------------------------------------------------------- report.json
+def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[str, Any]]]) -> None:
+    """Write OUTPUT/encoders.json; `measured` are the encoders' own figures (mllm/compare/probe.py)."""
+    records = {cell.name: {"figures": own, "pretraining": _pretraining(cell)} for cell, own in measured.items()}
+    write_json(output / ENCODERS, records)
+
+
+def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
+    """The content of report.json, by the plan that the comparison has now (mllm/compare/plan.py)."""
+    environment = cells_of(comparison)[0].read("env.json")
+    return {
+        "command": shlex.join(["python", *command]),
+        "time": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "environment": environment | {"cores": os.cpu_count(), "jobs": comparison.jobs},
+    } | computed(comparison, plan)
+
+
+def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What report.json says by the files of the comparison."""
+    every, names = cells_of(comparison), encoder_names(comparison)
+    alone = read_json(comparison.output / ENCODERS)
+    report: dict[str, Any] = {
+        "plan": plan,
+        "fixed": what_was_fixed(comparison.output / PLAN, plan),
+        "scorer": scorer_version(),
+        "settings": _settings(comparison, plan),
+        "encoders": {},
+        "differences": [],
+        "cells": [_cell_record(comparison, cell) for cell in every],
+        "examples": [],
+        "files": {name: sha256(comparison.output / name) for name in stored_files(comparison)},
+    }
+    summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
+    if plan["questions"]:
+        answers = read_answers(comparison)
+        scores = item_scores(comparison, answers)
+        report["settings"]["columns"] = columns_of(answers)
+        summary, report["differences"] = compare_scores(comparison, scores)
+        report["loose_answers"] = loose_answers(comparison, answers)
+        if (overall := scores.get("accuracy")) is not None:
+            report["blind_questions"] = blind_questions(comparison, answers, overall)
+        report["examples"] = pick_examples(comparison, answers)
+    benchmarks: dict[str, dict[str, Any]] = {}
+    if comparison.benchmarks:
+        benchmarks, report["benchmark_differences"] = compare_benchmarks(comparison)
+    for encoder in names:
+        cells = [cell for cell in every if cell.encoder == encoder]
+        own = [alone[cell.name] for cell in cells]
+        groups = independent_runs(encoder_groups(comparison, encoder))
+        report["encoders"][encoder] = {
+            "kind": cells[0].kind,
+            "metrics": summary[encoder],
+            "benchmarks": benchmarks.get(encoder, {}),
+            "intrinsic": _intrinsic([record["figures"] for record in own], groups),
+            "described": cells[0].read("config.json")["instruct"]["facts"]["vision encoder"],
+            "pretraining": [record["pretraining"] for record in own if record["pretraining"]],
+            "cost": _cost(cells),
+        }
+    return report
+
+
+def stored_files(comparison: Comparison) -> list[str]:
+    """The files that the report rests on, as paths below the comparison's directory, sorted."""
+    output, questions = comparison.output, stored_questions(comparison.output)
+    files = [output / PLAN, output / ENCODERS, *questions.values()]
+    for cell in cells_of(comparison):
+        files += [cell.directory / name for name in RECORDS]
+        files += [cell.evaluation / f"{name}.jsonl" for name in questions]
+        files += [found for task in comparison.benchmarks if (found := newest_results(cell.directory, task))]
+    return sorted(path.relative_to(output).as_posix() for path in files if path.is_file())
+
+
+def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The figures that an encoder has with every seed, over seeds."""
+    return {
+        name: over_seeds([figures[name]["value"] for figures in by_seed], groups)
+        | {"chance": first["chance"], "items": first["items"], "test_set": first.get("test_set")}
+        for name, first in by_seed[0].items()
+        if all(name in figures for figures in by_seed)
+    }
+
+
+def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
+    cells = cells_of(comparison)
+    cell, stages = cells[0], {}
+    config = cell.read("config.json")
+    for stage in STAGES.values():
+        trains, done = config[stage.name]["trains"], cell.read(f"{stage.name}/done.json")
+        stages[stage.name] = {
+            "samples": done["samples"],
+            "steps": done["steps"],
+            "batch_size": trains["batch_size"],
+            "learning_rate": trains["learning_rate"],
+            "trains": config[stage.name]["freeze"],
+            "projector": plan["budget"]["projector"][stage.name],
+        }
+    return {
+        "encoders": list(comparison.encoders),
+        "seeds": comparison.seeds,
+        "llava_seeds": llava_runs(comparison),
+        "columns": [],
+        "quick": comparison.quick,
+        "budget_share": plan["budget"]["share"],
+        "distinct_encoders": {
+            name: len({cell.fingerprint() for cell in cells if cell.encoder == name})
+            for name in encoder_names(comparison)
+        },
+        "is_demo": plan["is_demo"],
+        "train_flags": list(comparison.train_flags),
+        "language_model": config["instruct"]["facts"]["language model"],
+        "stages": stages,
+        "evaluation": cell.read(RECORD)["evaluation"],
+        "benchmarks": list(comparison.benchmarks),
+    }
+
+
+def _cell_record(comparison: Comparison, cell: EncoderCell) -> dict[str, Any]:
+    return {
+        "encoder": cell.encoder,
+        "pretraining_seed": cell.pretraining_seed,
+        "seed": cell.seed,
+        "run": cell.run,
+        "vision": cell.read(RECORD)["vision"],
+        "directory": cell.directory.relative_to(comparison.output).as_posix(),
+        "config": cell.read("config.json"),
+        "figures": read_json(cell.figures),
+        "benchmarks": benchmark_results(cell.directory, comparison.benchmarks),
+        "cost": cell.read(COST),
+    }
+
+
+def _pretraining(cell: EncoderCell) -> dict[str, Any] | None:
+    """What a run of clips/ behind this cell's encoder saw; None for an encoder from elsewhere."""
+    run = cell.pretraining_run
+    if run is None or not (run / "config.json").is_file() or not (run / METRICS).is_file():
+        return None
+    config = read_json(run / "config.json")
+    return {"run": str(run), "recipe": config["recipe"], "seed": config["train"]["seed"]} | samples_seen(run)
+
+
+def _cost(cells: list[EncoderCell]) -> dict[str, float]:
+    """Means over the cells: wall-clock seconds of each part, training speed, the largest memory."""
+    costs = [cell.read(COST) for cell in cells]
+    parts = {part: mean(found.get(part, 0.0) for found in costs) for part in costs[0]}
+    cost = parts | {"seconds": sum(parts.values())}
+    for stage in STAGES.values():
+        done = [cell.read(f"{stage.name}/done.json") for cell in cells]
+        cost[f"{stage.name}_samples_per_s"] = mean(row["samples_per_s"] for row in done)
+        cost["peak_memory_gb"] = max(cost.get("peak_memory_gb", 0.0), *(row["peak_memory_gb"] for row in done))
+    return cost
+
+
+# ------------------------------------------------------------------------------------------- right answers
+def read_answers(comparison: Comparison) -> Lines:
+    """Each cell's answers; UserError naming a cell that was asked something else."""
+    answers: Lines = {}
     cells = cells_of(comparison)
     for cell in cells:
         files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
         answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_bytes().splitlines()]
-        asked = [{key: line.get(key) for key in ASKED} for line in answers[cell]]
         first = cells[0]
-        if asked != [{key: line.get(key) for key in ASKED} for line in answers[first]]:
+        asked, wanted = ([{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, first))
+        if asked != wanted:
             raise UserError(
                 f"cell {cell.name} answered other questions than {first.name}: remove {cell.evaluation} and run "
                 "the comparison again"
@@ -73,18 +239,21 @@ def read_answers(comparison: Comparison) -> dict[Cell, list[dict[str, Any]]]:
     return answers
 
 
-def columns_of(answers: dict[Cell, list[dict[str, Any]]]) -> list[str]:
-    """The sorts of pictures that were asked about, the deciding one first: those of unseen artists, where there are."""
-    first = next(iter(answers.values()))
-    found = dict.fromkeys(COLUMNS.get(line["file"], line["file"]) for line in first)
+def column_of(line: Mapping[str, Any]) -> str:
+    return COLUMNS.get(line["file"], line["file"])
+
+
+def columns_of(answers: Lines) -> list[str]:
+    """The sorts of pictures that were asked about. Those of unseen artists, which decide, come first."""
+    found = dict.fromkeys(map(column_of, next(iter(answers.values()))))
     return sorted(found, key=lambda column: column != UNSEEN)
 
 
-def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, ItemScores]:
-    """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` where there are references.
+def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]:
+    """`accuracy`, `accuracy/KIND` of each kind of question, and `cider_d` of questions with references.
 
-    Of another column than the deciding one a metric's name ends with @COLUMN. `needs_picture` is the accuracy over
-    the deciding column without the questions that blind models answer, for all others than these.
+    The name of a metric of another column than the deciding one ends with @COLUMN. `needs_picture` is the accuracy over
+    the deciding column without the questions that blind models answer, for all other encoders.
     """
     columns = columns_of(answers)
     deciding, found = columns[0], {}
@@ -102,25 +271,22 @@ def item_scores(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]
     return found
 
 
-def _scores_of_column(
-    comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]], column: str
-) -> dict[str, ItemScores]:
-    cells = cells_of(comparison)
-    first = answers[cells[0]]
+def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> dict[str, ItemScores]:
+    first = next(iter(answers.values()))
     clusters = [line.get("image") or f"question {line['question_id']}" for line in first]
     found: dict[str, ItemScores] = {}
 
-    def add(name: str, items: list[int], scores: Mapping[Cell, Sequence[float]], kind: str | None = None) -> None:
+    def add(name: str, items: list[int], scores: Mapping[EncoderCell, Iterable[float]], kind: str | None) -> None:
         by_encoder = defaultdict(list)
-        for cell in cells:
-            by_encoder[cell.encoder].append([float(value) for value in scores[cell]])
+        for cell, values in scores.items():
+            by_encoder[cell.encoder].append([float(value) for value in values])
         arrays = {encoder: np.array(rows) for encoder, rows in by_encoder.items()}
         found[name] = ItemScores([clusters[i] for i in items], arrays, column, kind)
 
-    of_column = [i for i, line in enumerate(first) if COLUMNS.get(line["file"], line["file"]) == column]
+    of_column = [i for i, line in enumerate(first) if column_of(line) == column]
     scored = [i for i in of_column if "correct" in first[i]]
     kinds = list(dict.fromkeys(first[i]["kind"] for i in scored))
-    groups = [("accuracy", None, scored)] if scored else []
+    groups: list[tuple[str, str | None, list[int]]] = [("accuracy", None, scored)] if scored else []
     if len(kinds) > 1:
         groups += [(f"accuracy/{kind}", kind, [i for i in scored if first[i]["kind"] == kind]) for kind in kinds]
     for name, kind, items in groups:
@@ -135,7 +301,7 @@ def _scores_of_column(
     if described:
         texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
         each = {cell: cider([lines[i]["text"] for i in described], texts)[1] for cell, lines in answers.items()}
-        add("cider_d", described, each)
+        add("cider_d", described, each, None)
     return found
 
 
@@ -152,34 +318,22 @@ def compare_scores(
         for encoder, scores in metric.by_encoder.items():
             groups = independent_runs(encoder_groups(comparison, encoder))
             estimate = interval(over_groups(scores, groups), clusters)
-            figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": [estimate.low, estimate.high]} | about
+            figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": estimate.ci95} | about
             split = _spread(comparison, scores, clusters, encoder)
             summary[encoder][name] = figure | {"variance": split.shares() if split else {}}
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
             groups = independent_runs(encoder_groups(comparison, a, b))
-            estimate, split = (
-                interval(over_groups(between, groups), clusters),
-                _spread(comparison, between, clusters, a, b),
-            )
+            estimate = interval(over_groups(between, groups), clusters)
+            split = _spread(comparison, between, clusters, a, b)
             row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
-            row |= {"mean": estimate.mean, "ci95": [estimate.low, estimate.high], "verdict": estimate.verdict}
-            row |= {"seeds": len(set(groups.tolist())), "runs": len(groups), "p_mcnemar": None, "p_holm": None}
+            row |= {"mean": estimate.mean, "ci95": estimate.ci95, "verdict": estimate.verdict}
+            row |= {"seeds": len(set(groups.tolist())), "runs": len(groups)}
             row |= {"variance": split.shares() if split else {}}
             row |= {"items_needed": split.items_needed(abs(estimate.mean)) if split else None}
             if not name.startswith("cider_d"):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
-                test = mcnemar(metric.by_encoder[a], metric.by_encoder[b])
-                row |= {"p_mcnemar": test.p, "p_holm": test.p, "wins": test.wins, "losses": test.losses}
             differences.append(row)
-    # The kinds of one pair and column are one family; accuracy is one of its own.
-    families: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in differences:
-        if row["kind"] is not None:
-            families[row["a"], row["b"], row["column"]].append(row)
-    for family in families.values():
-        for row, p in zip(family, holm([row["p_mcnemar"] for row in family]), strict=True):
-            row["p_holm"] = p
     return summary, differences
 
 
@@ -196,76 +350,8 @@ def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
     return {"mean": mean(each), "sd": stdev(each) if len(each) > 1 else None, "by_seed": list(values)}
 
 
-# ---------------------------------------------------------------------------------------------- questions and answers
-def _blind(comparison: Comparison) -> set[str]:
-    return {cell.encoder for cell in cells_of(comparison) if cell.kind == "blind"}
-
-
-def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
-    """[I]: whether blind models answer an item right in more than half of their runs."""
-    runs = [overall.by_encoder[name] for name in sorted(_blind(comparison))]
-    return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
-
-
-def blind_questions(
-    comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]], overall: ItemScores
-) -> dict[str, Any]:
-    """Of the deciding column: how many questions of each kind, and with which answers, blind models answer; their ids.
-
-    `overall` is `accuracy` of `item_scores`. Empty where no blind models were compared.
-    """
-    deciding = overall.column
-    if not _blind(comparison):
-        return {}
-    marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
-    lines = [line for line in first if COLUMNS.get(line["file"], line["file"]) == deciding and "correct" in line]
-    solved = [line for line, is_solved in zip(lines, marked, strict=True) if is_solved]
-    kinds: dict[str, Any] = {}
-    for kind in dict.fromkeys(line["kind"] for line in lines):
-        expected = Counter(line["expected"] for line in solved if line["kind"] == kind)
-        questions = sum(line["kind"] == kind for line in lines)
-        kinds[kind] = {"solved": expected.total(), "questions": questions, "answers": dict(expected.most_common())}
-    return {"questions": len(lines), "solved": [line["question_id"] for line in solved], "kinds": kinds}
-
-
-def loose_answers(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Encoder → how often, over all runs, an answer is right only when read loosely (scores.exactness), examples."""
-    found: dict[str, Any] = {}
-    for encoder in encoder_names(comparison):
-        lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]
-        scored = [line for line in lines if "correct" in line]
-        by_way: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for line in scored:
-            by_way[exactness(line["text"], line["expected"])].append(line)
-        found[encoder] = {"answers": len(scored)}
-        for way in ("normalised", "prefix"):
-            shown = Counter((line["text"], line["expected"]) for line in by_way[way]).most_common(EXAMPLES)
-            examples = [{"text": text, "expected": expected, "times": times} for (text, expected), times in shown]
-            found[encoder][way] = {"count": len(by_way[way]), "examples": examples}
-    return found
-
-
-def pick_examples(comparison: Comparison, answers: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Questions that one of the first two encoders got right and the other did not, drawn at random, seed 0.
-
-    As many of each way as there are, up to `EXAMPLES`: the examples show how models differ, not how often.
-    """
-    a, b = encoder_names(comparison)[:2]
-    cells = [cell for cell in cells_of(comparison) if cell.seed == 0]
-    first, second = (next(cell for cell in cells if cell.encoder == encoder) for encoder in (a, b))
-    order = np.random.default_rng(0).permutation(len(answers[first]))
-    shown, left = [], {True: EXAMPLES, False: EXAMPLES}
-    for i in order:
-        x, y = answers[first][i], answers[second][i]
-        if "correct" in x and x["correct"] != y["correct"] and left[x["correct"]]:
-            left[x["correct"]] -= 1
-            example = {"image": x.get("image"), "question": x["prompt"], "truth": x["expected"], "kind": x["kind"]}
-            shown.append(example | {"answers": {a: x["text"], b: y["text"]}, "right": a if x["correct"] else b})
-    return sorted(shown, key=lambda example: example["right"] != a)
-
-
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """As `compare_scores`, of what lmms-eval measured. Its items are not here: intervals are over seeds only."""
+    """`compare_scores` of what lmms-eval measured. Its items are not here, so intervals are over seeds only."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
     encoders = encoder_names(comparison)
     for cell in cells_of(comparison):
@@ -281,10 +367,72 @@ def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]
         groups = independent_runs(encoder_groups(comparison, a, b))
         for name in names:
             runs = np.array([x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)])
-            between = over_groups(runs, groups)
-            row = {"a": a, "b": b, "metric": name, "mean": float(between.mean()), "ci95": None, "seeds": len(between)}
-            if len(between) > 1:
-                found = stats.ttest_1samp(between, 0.0).confidence_interval()
-                row["ci95"] = [float(found.low), float(found.high)]
-            differences.append(row)
+            found = over_runs(over_groups(runs, groups))
+            differences.append(
+                {"a": a, "b": b, "metric": name, "mean": found.mean, "ci95": found.ci95, "seeds": int(groups.max()) + 1}
+            )
     return summary, differences
+
+
+# ------------------------------------------------------------------------------------------- questions and answers
+def _blind(comparison: Comparison) -> set[str]:
+    return {cell.encoder for cell in cells_of(comparison) if cell.kind == "blind"}
+
+
+def solved_blind(comparison: Comparison, overall: ItemScores) -> np.ndarray:
+    """[I]: whether blind models answer an item right in more than half of their runs."""
+    runs = [overall.by_encoder[name] for name in sorted(_blind(comparison))]
+    return np.concatenate(runs).mean(0) > 0.5 if runs else np.zeros(len(overall.clusters), dtype=bool)
+
+
+def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores) -> dict[str, Any]:
+    """Questions of the deciding column that blind models answer: of each kind how many, their answers; their ids.
+
+    `overall` is `accuracy` of `item_scores`. Empty if no blind models were compared.
+    """
+    if not _blind(comparison):
+        return {}
+    marked, first = solved_blind(comparison, overall), next(iter(answers.values()))
+    lines = [line for line in first if column_of(line) == overall.column and "correct" in line]
+    solved = [line for line, is_solved in zip(lines, marked, strict=True) if is_solved]
+    kinds: dict[str, Any] = {}
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        expected = Counter(line["expected"] for line in solved if line["kind"] == kind)
+        questions = sum(line["kind"] == kind for line in lines)
+        kinds[kind] = {"solved": expected.total(), "questions": questions, "answers": dict(expected.most_common())}
+    return {"questions": len(lines), "solved": [line["question_id"] for line in solved], "kinds": kinds}
+
+
+def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:
+    """Encoder → how often, over all runs, an answer is right only if read loosely (scores.exactness), examples."""
+    found: dict[str, Any] = {}
+    for encoder in encoder_names(comparison):
+        lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]
+        scored = [line for line in lines if "correct" in line]
+        by_way: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for line in scored:
+            by_way[exactness(line["text"], line["expected"])].append(line)
+        found[encoder] = {"answers": len(scored)}
+        for way in ("normalised", "prefix"):
+            shown = Counter((line["text"], line["expected"]) for line in by_way[way]).most_common(EXAMPLES)
+            examples = [{"text": text, "expected": expected, "times": times} for (text, expected), times in shown]
+            found[encoder][way] = {"count": len(by_way[way]), "examples": examples}
+    return found
+
+
+def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]]:
+    """Questions that one of the first two encoders got right and the other did not, drawn at random, seed 0.
+
+    As many of each way as there are, up to `EXAMPLES`: the examples show how models differ, not how often.
+    """
+    a, b = encoder_names(comparison)[:2]
+    first, second = (next(c for c in answers if c.encoder == encoder and c.seed == 0) for encoder in (a, b))
+    order = np.random.default_rng(0).permutation(len(answers[first]))
+    shown, left = [], {True: EXAMPLES, False: EXAMPLES}
+    for i in order:
+        x, y = answers[first][i], answers[second][i]
+        if "correct" in x and x["correct"] != y["correct"] and left[x["correct"]]:
+            left[x["correct"]] -= 1
+            example = {"image": x.get("image"), "question": x["prompt"], "truth": x["expected"], "kind": x["kind"]}
+            shown.append(example | {"answers": {a: x["text"], b: y["text"]}, "right": a if x["correct"] else b})
+    return sorted(shown, key=lambda example: example["right"] != a)

@@ -1,7 +1,7 @@
-"""What a comparison is fixed to before its first cell, in OUTPUT/compare.json, and whether it was kept to.
+"""What a comparison is fixed to before its first cell, in OUTPUT/compare.json.
 
     format       1
-    comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, and how fast)
+    comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, nor how fast)
     decides      the figure that the comparison is made for, as `accuracy` or `accuracy/KIND`, of the deciding column
     is_demo      whether the cells train on the demo's data
     budget       the share of each stage's samples, the samples, and how each stage's projector starts
@@ -9,31 +9,107 @@
     scorer       which scorer (`mllm.evaluation.scores.scorer_version`)
     cells_begun  cells that had begun when this was written: 0, or nothing was fixed before
 
-OUTPUT/questions/NAME.jsonl is a copy of the file that is answered in CELL/evaluation/NAME.jsonl: so that a finished
-comparison answers for itself.
+OUTPUT/questions/NAME.jsonl is a copy of the file that CELL/evaluation/NAME.jsonl answers, so that a finished comparison
+can be verified alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.files import read_json, sha256
-from mllm.compare.comparison import Comparison, question_limit
-from mllm.data.questions import Question, draw_evenly, read_questions
+from clips.common.files import replacing, sha256
+from clips.common.rundir import UNSEEN
+from clips.lab.grid import RECORD, fix
+from mllm.compare.cells import PLAN, cells_of
+from mllm.compare.comparison import Comparison, budget_share, is_demo, question_files, question_limit
+from mllm.data.questions import UNSEEN_ANSWERS, Question, draw_evenly, read_questions
+from mllm.evaluation.scores import scorer_version
+from mllm.training.stages import STAGES
 
-PLAN, QUESTIONS = "compare.json", "questions"
+if TYPE_CHECKING:
+    from mllm.training.arguments import TrainArguments
+
+QUESTIONS = "questions"
 FORMAT = 1
 NOT_FIXED = {
-    *("output", "jobs", "device", "question_file", "question_images", "include_path", "karpathy", "image_root"),
-    "decides",
+    *("output", "jobs", "device", "questions", "image_folder", "include_path", "karpathy", "image_root", "decides")
 }
-"""Fields of `Comparison` that say where and how fast; which questions, and what decides, a plan says in its own way."""
+"""Fields of `Comparison` that say where and how fast. The plan itself says which questions, and what decides."""
+SEEN = "seen"
+COLUMNS = {"answers": SEEN, "descriptions": SEEN, UNSEEN_ANSWERS: UNSEEN}
+"""File of answers to the demo's questions → the sort of its pictures. Any other file is a sort of its own."""
+
+
+def fix_plan(comparison: Comparison) -> dict[str, Any]:
+    """Write compare.json, unless a cell has begun by the plan that is there, and copy the question files.
+
+    Returns the plan as it is asked for now.
+    """
+    plan, output = plan_of(comparison), comparison.output
+    with replacing(output / QUESTIONS) as copies:
+        for name, path in question_files(comparison)[0].items():
+            shutil.copyfile(path, copies / f"{name}.{'jsonl' if path.suffix == '.jsonl' else 'json'}")
+    begun = len(list((output / "cells").glob(f"*/{RECORD}")))  # also of encoders and seeds that are not asked for now
+    fix(output / PLAN, plan, begun)
+    return plan
+
+
+def plan_of(comparison: Comparison) -> dict[str, Any]:
+    """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
+    from mllm.compare.commands import stage_samples, train_arguments  # imports torch
+
+    cell, (files, _) = cells_of(comparison)[0], question_files(comparison)
+    asked = {name: asked_questions(comparison, path) for name, path in files.items()}
+    columns = {name: COLUMNS.get(name, name) for name in files}
+    first = UNSEEN if UNSEEN in columns.values() else next(iter(columns.values()), None)
+    deciding_questions = [q for name, of_file in asked.items() if columns[name] == first for q in of_file]
+    stages = {stage.name: number for number, stage in STAGES.items()}
+    return {
+        "format": FORMAT,
+        "comparison": fixed_flags(comparison),
+        "decides": deciding(comparison, deciding_questions),
+        "is_demo": is_demo(comparison),
+        "budget": {
+            "share": budget_share(comparison),
+            "samples": {name: stage_samples(comparison, cell, number) for name, number in stages.items()},
+            "projector": {name: _projector(train_arguments(comparison, cell, n)) for name, n in stages.items()},
+        },
+        "questions": {
+            name: {
+                "file": path.name,
+                "column": columns[name],
+                "sha256": sha256(path),
+                "questions": len(read_questions(path)),
+                "asked": len(asked[name]),
+                "kinds": kinds_of(asked[name]),
+            }
+            for name, path in files.items()
+        },
+        "scorer": scorer_version(),
+    }
+
+
+def _projector(arguments: TrainArguments) -> str:
+    """Which projector, and how it starts: the same in every cell."""
+    from mllm.compare.commands import dataset_size  # imports torch
+    from mllm.training.prepare import START_IMAGES
+
+    if arguments.pretrain_mm_mlp_adapter is not None:
+        start = f"from {arguments.pretrain_mm_mlp_adapter}"
+    elif arguments.stage == 2:
+        start = "from stage 1"
+    elif arguments.mm_projector_init == "captions":
+        count = min(dataset_size(arguments), START_IMAGES)
+        start = f"fitted in closed form to the captions of {count:,} samples"
+    else:
+        start = "random"
+    return f"{arguments.mm_projector_type}, {start}"
 
 
 def fixed_flags(comparison: Comparison) -> dict[str, Any]:
@@ -42,7 +118,7 @@ def fixed_flags(comparison: Comparison) -> dict[str, Any]:
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
-    """The comparison that `plan` is of, with what it left in `output`; UserError for flags of another version."""
+    """The comparison of `plan`, with what it left in `output`; UserError for flags of another version."""
     flags, hints = plan.get("comparison"), get_type_hints(Comparison)
     known = hints.keys() - NOT_FIXED
     if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() != known:
@@ -62,7 +138,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def stored_questions(output: Path) -> dict[str, Path]:
-    """What the answers to each file are called → the copy of the file, in the order in which they are compared."""
+    """Name of the answers → copy of the question file, in the order in which they are compared."""
     return {path.stem: path for path in sorted((output / QUESTIONS).glob("*"))}
 
 
@@ -77,7 +153,7 @@ def kinds_of(questions: Iterable[Question]) -> dict[str, int]:
 
 
 def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | None:
-    """What the comparison is made for; None where nothing is asked. UserError for a figure that will not be there."""
+    """The figure that decides; None if nothing is asked. UserError for a figure that the questions do not give."""
     questions = list(questions)
     kinds = list(kinds_of(questions))
     figures = ["accuracy"] * bool(kinds) + [f"accuracy/{kind}" for kind in kinds if len(kinds) > 1]
@@ -85,21 +161,3 @@ def deciding(comparison: Comparison, questions: Iterable[Question]) -> str | Non
     if comparison.decides is not None and comparison.decides not in figures:
         raise UserError(f"--decides {comparison.decides}: these questions give {', '.join(figures) or 'no figure'}")
     return comparison.decides or next(iter(figures), None)
-
-
-# ---------------------------------------------------------------------------------------------- what was kept
-def read_plan(output: Path) -> dict[str, Any]:
-    return read_json(output / PLAN)
-
-
-def what_was_fixed(output: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether `plan`, by which the figures were made, is that of OUTPUT/compare.json; `differs` says in what it is not.
-
-    `sha256` is that of the file, which each cell noted when it began.
-    """
-    before = read_plan(output)
-    begun = before.pop("cells_begun", None)
-    differs = rundir.difference(before, plan)
-    if begun != 0:
-        differs.append(f"{PLAN} was written when {begun} cell(s) had begun already")
-    return {"sha256": sha256(output / PLAN), "kept": not differs, "differs": differs}

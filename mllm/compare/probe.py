@@ -24,7 +24,7 @@ from clips import (
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_json
 from clips.common.rundir import read_evaluations
-from mllm.compare.cells import Cell, cells_of, vision_fingerprint
+from mllm.compare.cells import EncoderCell, cells_of
 from mllm.compare.commands import train_arguments
 from mllm.compare.comparison import Comparison, is_demo
 from mllm.encoders.encoder import VisionEncoder
@@ -36,11 +36,11 @@ PROBE = "probe_tokens_top1"
 """Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
 
 
-def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell, dict[str, dict[str, Any]]]:
+def measure_encoders(comparison: Comparison, device: torch.device) -> dict[EncoderCell, dict[str, dict[str, Any]]]:
     """Cell → figure → value, chance and items (and, of another test set than the run's own, its name).
 
-    The linear probe is measured here, on the demo, in the same way for every encoder; retrieval and zero-shot are what
-    the encoder's own run directory holds (evaluation*.json), which random, blind and foreign encoders have not.
+    The linear probe is measured here, on the demo, in the same way for every encoder. Retrieval and zero-shot come from
+    the encoder's own run directory (evaluation*.json). Random, blind and foreign encoders have none.
     """
     measured, on_demo = {}, is_demo(comparison)
     train, tests = [], {}
@@ -57,7 +57,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Cell,
                 other = {"test_set": found["test_set"]}
                 figures |= {f"{found['test_set']}: {figure}": f | other for figure, f in found["figures"].items()}
         if on_demo:
-            path = comparison.output / "probes" / f"{vision_fingerprint(cell)[:32]}.json"
+            path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
                 encoder = encoder_of(train_arguments(comparison, cell, 2))

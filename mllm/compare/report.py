@@ -1,72 +1,171 @@
-"""The report of a comparison: report.json, report.md, and report.html, one page that needs no network.
-
-Everything stands in report.json (mllm/compare/collect.py); the two others are readings of it. Differences are shown
-in percentage points, and are a win or a loss only where their interval leaves zero out.
-"""
+"""The page of a comparison of encoders, from the content of report.json (mllm/compare/figures.py)."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from clips.common.errors import reporting
-from clips.common.escape import for_plot
-from clips.common.files import write_atomically, write_json
-from clips.common.page import Table, data_uri, render, themed
+from clips.common.escape import clip, for_plot
+from clips.common.page import Table, data_uri
 from clips.common.plots import SERIES, Theme, pretty
 from clips.common.rundir import UNSEEN, deciding_name
-from mllm.compare.collect import REPORT
-from mllm.compare.evidence import evidence
+from clips.lab.report import (
+    SIGNS,
+    Bars,
+    Block,
+    Bullets,
+    Card,
+    Cards,
+    Charts,
+    Code,
+    Folded,
+    Forest,
+    Page,
+    Paragraph,
+    Section,
+    Tile,
+    described,
+    plain_axes,
+)
+from clips.lab.stats import ANSWERS, TOGETHER, turned
 from mllm.compare.probe import PROBE
 from mllm.compare.words import (
-    counts_right_answers,
     difference_text,
     headline,
     interval_text,
     metric_name,
-    overall_rows,
-    pair_name,
     percent_text,
-    value_text,
 )
 from mllm.data.images import ImageStore
 
-SIGNS = {"win": "▲ win", "tie": "= tie", "loss": "▼ loss"}
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
 INTRINSIC = (*(f"{UNSEEN}/{name}" for name in OWN), *OWN)
 """Figures of the encoder itself that are set against the accuracy downstream."""
 THUMBNAIL = 160
-Report = dict[str, Any]
+FLOORS = {
+    "blind": "blind gives the same tokens for every picture. What it gets right, the questions alone give away.",
+    "random": "random is the architecture of the CLIPS encoder, untrained, another encoder for each seed.",
+}
+STATISTICS = (
+    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean. Seeds and pictures are crossed "
+    "random effects. Both models are paired by question and by seed. LLaVA runs of one pretraining seed are averaged, "
+    "and questions about one picture go together. Student's t allows for how badly few seeds tell their spread. The "
+    "intervals speak of other questions and other training runs. They alone decide win, tie or loss, and they are not "
+    "corrected for their number. “Needed” is the number of questions with which the interval finds a difference of the "
+    "size seen in four of five comparisons; – if more questions alone are not enough."
+)
+INTRINSIC_NOTE = (
+    "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
+    "sees, the same way for all encoders. Retrieval (one sentence an image; parts: several captions) and zero-shot are "
+    f"of the pretraining run and need a text tower. “{UNSEEN}”: the same scenes by an artist that no training saw."
+)
+VARIANCE_NOTE = (
+    "Where a figure's uncertainty comes from: its standard error in points, and the part of its variance that each "
+    "source gives, in percent, at today's numbers of seeds and pictures. “Single answers” is what a seed does to one "
+    "picture or question. Few seeds tell a spread badly: five to a factor between 0.6 and 2.9. Seeds whose effects "
+    "cannot be told apart share a column."
+)
+NEEDED_NOTE = (
+    "How many of each show a difference of 1, 2 or 5 points over all questions in four of five comparisons: of one "
+    "source alone, and of seeds and pictures together, both grown by one factor. More pictures bring as many questions "
+    "each as now. – if one source alone is not enough."
+)
+BLIND_NOTE = (
+    "Questions that blind models answer right in more than half of their runs. “Not answered blind” leaves them out. "
+    "Few possible answers may leave out a whole answer, as all yes of yes/no: then look at the kind by itself."
+)
+LOOSE_NOTE = (
+    "An answer is right if it is the expected one but for case, articles and the last full stop. Normalised: right "
+    "only so. Prefix: wrong, but it begins with the expected words. If either is frequent, the scorer decides too."
+)
+Report = Mapping[str, Any]
+Row = dict[str, Any]
 
 
-def write_report(report: Report, output: Path, image_folder: Path | None) -> Path:
-    """Write the three files into `output`, the examples' pictures taken from `image_folder`; returns the page.
+def page(report: Report, image_folder: Path | None) -> Page:
+    """The whole page; the pictures of its examples come from `image_folder`."""
+    settings, overall = report["settings"], _overall(report)
+    note = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
+    note += f" · {report['time']}" + (" · quick budget" if settings["quick"] else "")
+    made = _decided(report, overall) if report["differences"] else []
+    made += [
+        *_evidence(report, overall),
+        *_benchmarks(report),
+        *_encoders(report),
+        *_examples(report, image_folder),
+        Section("Controls", [Bullets(controls(report))]),
+        Section("What is not shown", [Bullets(not_shown(report))]),
+        Section("Cost", [_cost_table(report)], "Wall-clock seconds of each cell, on the cores that it shared."),
+        Section("Environment", _environment(report), described(report["environment"])),
+    ]
+    return Page("What the encoder is worth", note, made, _tiles(report) if overall else [])
 
-    Raises CommandError where that fails.
-    """
-    page = output / "report.html"
-    with reporting(f"the report in {output} cannot be written; every cell is finished"):
-        write_json(output / REPORT, report)
-        write_atomically(output / "report.md", markdown(report))
-        store = ImageStore(image_folder) if image_folder else None
-        write_atomically(page, render("mllm.compare", "report.html.j2", **_shown(report, store)))
-    return page
+
+def _overall(report: Report) -> list[Row]:
+    """Differences over all questions of the deciding column."""
+    return [row for row in report["differences"] if row["metric"] == "accuracy"]
 
 
-# ---------------------------------------------------------------------------------------------- words and numbers
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+def _pair(row: Row) -> str:
+    return f"{row['a']} − {row['b']}"
 
 
-def sentence(row: dict[str, Any]) -> str:
+def _counts_right_answers(metric: str) -> bool:
+    """Whether right answers of the deciding column are what a metric counts."""
+    return "@" not in metric and not metric.startswith("cider_d")
+
+
+# ------------------------------------------------------------------------------------------- what was found
+def _tiles(report: Report) -> list[Tile]:
+    tiles = []
+    for name, encoder in report["encoders"].items():
+        figure = encoder["metrics"]["accuracy"]
+        seeds = len(figure["by_seed"])
+        note = f"± {100 * figure['sd']:.1f} over {seeds} seeds" if figure["sd"] is not None else "one seed"
+        tiles.append(Tile(f"{name}: right answers", [(f"{100 * figure['mean']:.1f} %", "")], note))
+    return tiles
+
+
+def _decided(report: Report, overall: list[Row]) -> list[Section]:
+    """Findings, right answers, differences, kinds of question."""
+    deciding = [row for row in report["differences"] if row["metric"] == report["plan"]["decides"]]
+    found: list[Block] = [Bullets([sentence(row) for row in deciding], "big"), Bullets(floors(report))]
+    differences: list[Block] = []
+    if overall:
+        differences.append(Forest([(_pair(row), row) for row in overall], 100))
+    differences.append(Folded("How the intervals are made", [Paragraph(STATISTICS)]))
+    pairs: dict[str, list[Row]] = {}
+    for row in report["differences"]:
+        pairs.setdefault(_pair(row), []).append(row)
+    for i, (name, rows) in enumerate(pairs.items()):
+        kinds = [(metric_name(row["metric"]), row) for row in rows if row["metric"].startswith("accuracy/")]
+        blocks: list[Block] = [Forest(kinds, 100)] if kinds else []
+        differences.append(Folded(name, [*blocks, differences_table(rows)], is_open=i == 0))
+    decides = "95 % intervals over other questions and other training runs; they alone decide win, tie or loss."
+    sections = [
+        Section("What was found", found, not_shown(report)[0] if report["settings"]["is_demo"] else ""),
+        Section(
+            "Answers",
+            [Table(*headline(report))],
+            "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds.",
+        ),
+        Section("Differences, points", differences, decides),
+    ]
+    if overall:
+        sections.append(Section("Kinds of question, % right", [_kinds(report)], "Mean over seeds."))
+    return sections
+
+
+def sentence(row: Row) -> str:
     """A difference in right answers, of all questions or of a kind, or in CIDEr-D, in words."""
-    a, b, size = row["a"], row["b"], difference_text(row["metric"], abs(row["mean"])).removeprefix("+")
+    a, b = row["a"], row["b"]
+    size = difference_text(row | {"mean": abs(row["mean"]), "ci95": None}).removeprefix("+")
     is_accuracy = not row["metric"].startswith("cider_d")
     points = f"{size} {'points' if is_accuracy else 'CIDEr-D'} {interval_text(row)}"
     if row["verdict"] == "tie":
@@ -80,23 +179,195 @@ def sentence(row: dict[str, Any]) -> str:
 
 
 def floors(report: Report) -> list[str]:
-    """What the floors say: who does not stand above `blind`."""
-    encoders = [name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"]
+    """Which encoders are not above `blind`."""
+    blind = {name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"}
     below = []
-    for row in report["differences"]:
-        if row["metric"] == "accuracy" and {row["a"], row["b"]} & set(encoders):
-            other, verdict = (row["a"], row["verdict"]) if row["b"] in encoders else (row["b"], _turned(row["verdict"]))
-            if verdict != "win" and other not in encoders:
+    for row in _overall(report):
+        if len({row["a"], row["b"]} & blind) == 1:
+            other, said = (row["a"], row["verdict"]) if row["b"] in blind else (row["b"], turned(row["verdict"]))
+            if said != "win":
                 below.append(f"{other} does not beat blind beyond the interval: no use of its pictures was shown.")
     return below
 
 
-def _turned(verdict: str) -> str:
-    return {"win": "loss", "loss": "win", "tie": "tie"}[verdict]
+def differences_table(rows: list[Row]) -> Table:
+    lines = []
+    for row in rows:
+        numbers = [difference_text(row), SIGNS[row["verdict"]], f"{row['items']:,}"]
+        lines.append([metric_name(row["metric"]), *numbers, _count(row["items_needed"] or None)])
+    return Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)
 
 
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def _kinds(report: Report) -> Bars:
+    """Bars of every encoder for each kind of question."""
+    encoders = report["encoders"]
+    first = next(iter(encoders.values()))["metrics"]
+    groups = []
+    for metric in (name for name in first if name.startswith("accuracy") and _counts_right_answers(name)):
+        bars = [
+            (name, 100 * encoder["metrics"][metric]["mean"], SERIES[i % len(SERIES)])
+            for i, (name, encoder) in enumerate(encoders.items())
+        ]
+        groups.append((metric_name(metric), f"({first[metric]['items']:,})", bars))
+    return Bars(groups)
+
+
+# ------------------------------------------------------------------------------------------- how far to trust it
+def _evidence(report: Report, overall: list[Row]) -> list[Section]:
+    parts = [
+        ("Where the uncertainty comes from", VARIANCE_NOTE, _variance_table(report, overall)),
+        ("How many are needed", NEEDED_NOTE, _needed_table(overall)),
+        ("Questions that need no picture", BLIND_NOTE, _blind_table(report)),
+        ("Answers that are nearly right", LOOSE_NOTE, _loose_table(report)),
+    ]
+    return [Section(title, [Folded("Numbers", [table])], note) for title, note, table in parts if table.rows]
+
+
+def _in_order(sources: Iterable[str]) -> list[str]:
+    """Names of sources of variance: seeds before pictures before single answers, coarse before fine."""
+
+    def place(name: str) -> tuple[bool, bool, bool, bool]:
+        return name == ANSWERS, "seed" not in name, " and " in name, name in ("LLaVA seed", "question")
+
+    return sorted(set(sources), key=place)
+
+
+def _variance_table(report: Report, overall: list[Row]) -> Table:
+    """Of every encoder's figures in the deciding column, and of every difference over all questions."""
+    figures = [
+        (f"{name}: {metric_name(metric)}", figure["variance"])
+        for name, encoder in report["encoders"].items()
+        for metric, figure in encoder["metrics"].items()
+        if _counts_right_answers(metric)
+    ]
+    figures += [(_pair(row), row["variance"]) for row in overall]
+    sources = _in_order(name for _, variance in figures for name in variance)
+    rows = []
+    for name, variance in figures:
+        if (total := sum(variance.values())) > 0:
+            shares = [f"{100 * variance[source] / total:.0f}" if source in variance else "–" for source in sources]
+            rows.append([name, f"{100 * total**0.5:.2f}", *shares])
+    return Table(["", "standard error", *sources], rows)
+
+
+def _needed_table(overall: list[Row]) -> Table:
+    every = [(_pair(row), points, found) for row in overall for points, found in row["needed"].items()]
+    levels = _in_order(name for _, _, found in every for name in found if not name.endswith(TOGETHER))
+    lines = []
+    for name, points, found in every:
+        both = [_count(number) for level, number in found.items() if level.endswith(TOGETHER)]
+        lines.append([name, points, *(_count(found.get(level)) for level in levels), " × ".join(both) or "–"])
+    return Table(["", "points", *(f"{level}s" for level in levels), "seeds × pictures together"], lines)
+
+
+def _blind_table(report: Report) -> Table:
+    rows = []
+    for kind, found in report.get("blind_questions", {}).get("kinds", {}).items():
+        shown = [f"{answer} ({times})" for answer, times in list(found["answers"].items())[:5]]
+        more = ", …" if len(found["answers"]) > 5 else ""
+        rows.append([kind, f"{found['solved']:,} of {found['questions']:,}", ", ".join(shown) + more or "–"])
+    return Table(["kind", "answered blind", "their answers"], rows)
+
+
+def _loose_table(report: Report) -> Table:
+    rows = []
+    for name, found in report.get("loose_answers", {}).items():
+        for way in ("normalised", "prefix"):
+            examples = [f"{e['text']} ({e['expected']}) × {e['times']}" for e in found[way]["examples"]]
+            if examples:
+                of_all = f"{found[way]['count']:,} of {found['answers']:,}"
+                rows.append([f"{name}, {way}", of_all, "; ".join(clip(example, 80) for example in examples)])
+    return Table(["", "answers", "most frequent: said (expected) × times"], rows)
+
+
+# ------------------------------------------------------------------------------------------- benchmarks, the encoders
+def _benchmarks(report: Report) -> list[Section]:
+    encoders, differences = report["encoders"], []
+    names = list(next(iter(encoders.values()))["benchmarks"])
+    if not names:
+        return []
+    for row in report["benchmark_differences"]:
+        ends = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
+        differences.append([f"{_pair(row)}: {row['metric']}", f"{row['mean']:+.4g}", ends])
+    rows = []
+    for name in names:
+        figures = [encoder["benchmarks"][name] for encoder in encoders.values()]
+        spreads = ["" if f["sd"] is None else f" ± {f['sd']:.2g}" for f in figures]
+        rows.append([name, *(f"{f['mean']:.4g}{spread}" for f, spread in zip(figures, spreads, strict=True))])
+    folded = Folded("Differences", [Table(["", "mean", "95 % interval"], differences)])
+    note = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
+    return [Section("Benchmarks", [Table(["lmms-eval", *encoders], rows), folded], note)]
+
+
+def _encoders(report: Report) -> list[Section]:
+    """Figures of the encoders themselves, alone and against the right answers."""
+    encoders = report["encoders"]
+    every = list(dict.fromkeys(name for encoder in encoders.values() for name in encoder["intrinsic"]))
+    names = [name for name in INTRINSIC if name in every]
+    names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
+    if not names:
+        return []
+    chance = [next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names]
+    rows = [[name, *(percent_text(e["intrinsic"].get(figure)) for figure in names)] for name, e in encoders.items()]
+    rows.append(["chance", *(f"{value:.1f}" for value in chance)])
+    drawn = [name for name in (deciding_name(own, every) for own in OWN[:3]) if _overall(report) and name in every]
+    plots = [(partial(scatter_plot, report, name), f"{own_name(name)} against right answers") for name in drawn]
+    table = Table(["encoder", *map(own_name, names)], rows)
+    return [Section("The encoders themselves", [table, Charts(plots)], INTRINSIC_NOTE)]
+
+
+def own_name(name: str) -> str:
+    """A figure of the encoder itself in words."""
+    test_set, _, figure = name.rpartition("/")
+    return ("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else "")
+
+
+def scatter_plot(report: Report, figure: str, theme: Theme) -> Plot:
+    """Right answers of each cell against a figure of its encoder: does a better encoder give a better model?"""
+    plot = Plot(figsize=(4, 3.1), dpi=130, facecolor=theme.paper, layout="constrained")
+    axes = plain_axes(plot, theme)
+    axes.set_title("right answers, %", loc="left", fontsize=9.5, color=theme.ink)
+    axes.set_xlabel(f"{own_name(figure)}, %", fontsize=9.5, color=theme.ink)
+    axes.margins(0.12)
+    for i, (name, encoder) in enumerate(report["encoders"].items()):
+        if figure in encoder["intrinsic"]:
+            right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
+            own, colour = encoder["intrinsic"][figure]["by_seed"], SERIES[i % len(SERIES)]
+            axes.scatter(own, right, s=36, color=colour, label=for_plot(name, 60))
+    plot.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink, handletextpad=0)
+    return plot
+
+
+def _examples(report: Report, image_folder: Path | None) -> list[Section]:
+    store = ImageStore(image_folder) if image_folder else None
+    cards = []
+    for example in report["examples"]:
+        texts: list[tuple[str, str, bool | None]] = [
+            (name, answer, name == example["right"]) for name, answer in example["answers"].items()
+        ]
+        picture = _thumbnail(store, example["image"]) if store and example["image"] else None
+        cards.append(Card(picture, example["question"], [*texts, ("truth", example["truth"], None)]))
+    note = (
+        "Seed 0, drawn at random among the questions that one of the first two encoders' models got right and the "
+        "other did not. As many of each way as there are: they say how the models differ, not how often."
+    )
+    return [Section("Where two models differ", [Cards(cards)], note)] if cards else []
+
+
+def _thumbnail(store: ImageStore, name: str) -> str:
+    image, out = store.load(name), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(out, "PNG")
+    return data_uri(out.getvalue())
+
+
+# ------------------------------------------------------------------------------------------- controls and limits
 def controls(report: Report) -> list[str]:
-    settings = report["settings"]
+    settings, encoders = report["settings"], report["encoders"]
     trains = "; ".join(
         f"{name}: {stage['samples']:,} samples in batches of {stage['batch_size']}, "
         + ", ".join(f"{part} {how}" for part, how in stage["trains"].items())
@@ -105,52 +376,43 @@ def controls(report: Report) -> list[str]:
     points = [
         f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
         "steps, rates, start of the adapters and way that the projector starts "
-        f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features, "
-        "and the same at every budget). Not equal: the encoder alone.",
+        f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features). Only the encoder "
+        "differs.",
         f"Stages: {trains}.",
-        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed; the same questions, paired by item. "
-        f"Encoders that are trained anew have {settings['seeds']} pretraining seed(s), which the runs take in turn; no "
-        "two of these encoders share a LLaVA seed.",
+        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed and by question. Encoders that are "
+        f"trained anew have {settings['seeds']} pretraining seed(s), which the runs take in turn; no two of these "
+        "encoders share a LLaVA seed.",
     ]
     if len(settings["columns"]) > 1:
         points.append(
             f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
             f"{settings['columns'][0]} decides; figures of the others are named after them."
         )
-    points += [f"{name}: {encoder['described']}." for name, encoder in report["encoders"].items()]
-    kinds = {encoder["kind"] for encoder in report["encoders"].values()}
+    points += [f"{name}: {encoder['described']}." for name, encoder in encoders.items()]
+    kinds = {encoder["kind"] for encoder in encoders.values()}
     points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
-    points += _fixed(report)
-    seen = [_pretraining(name, encoder["pretraining"]) for name, encoder in report["encoders"].items()]
-    return points + [f"Pretrained with this project: {'; '.join(filter(None, seen))}."] * any(seen)
+    points.append(_fixed(report))
+    seen = [
+        f"{name}: {runs[0]['samples']:,} samples in {runs[0]['steps']:,} steps, {len({r['run'] for r in runs})} run(s)"
+        for name, encoder in encoders.items()
+        if (runs := encoder["pretraining"])
+    ]
+    return points + [f"Pretrained with this project: {'; '.join(seen)}."] * bool(seen)
 
 
-def _fixed(report: Report) -> list[str]:
-    """What was decided before the first cell, and whether it was kept to."""
+def _fixed(report: Report) -> str:
+    """What was decided before the first cell, and whether the comparison was kept to it."""
     fixed, decides = report["fixed"], report["plan"]["decides"]
     what = f"Decided by: {metric_name(decides)}. " if decides else ""
     if fixed["kept"]:
-        return [f"{what}This, encoders, budget, questions and seeds were fixed before the first cell, and kept to: "
-                f"compare.json, SHA-256 {fixed['sha256']}."]  # fmt: skip
+        what += "This, encoders, budget, questions and seeds were fixed before the first cell, and kept to: "
+        return f"{what}compare.json, SHA-256 {fixed['sha256']}."
     differs = "; ".join(fixed["differs"])
-    return [f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}."]
-
-
-FLOORS = {
-    "blind": "blind gives the same tokens for every picture; what it gets right, the questions alone give away.",
-    "random": "random is the architecture of the CLIPS encoder, untrained, another one for each seed.",
-}
-
-
-def _pretraining(name: str, runs: list[dict[str, Any]]) -> str:
-    if not runs:
-        return ""
-    different = len({run["run"] for run in runs})
-    return f"{name}: {runs[0]['samples']:,} samples in {runs[0]['steps']:,} steps, {different} run(s)"
+    return f"{what}What was fixed in compare.json (SHA-256 {fixed['sha256']}) was not kept to: {differs}."
 
 
 def not_shown(report: Report) -> list[str]:
-    settings = report["settings"]
+    settings, encoders = report["settings"], report["encoders"]
     points = []
     if settings["is_demo"]:
         points.append(
@@ -160,42 +422,32 @@ def not_shown(report: Report) -> list[str]:
         if UNSEEN not in settings["columns"]:
             points.append(
                 "The test of unseen artists is missing: the drawings of several could not be fetched. Every drawing "
-                "asked about was trained on: encoders may be told apart by what they remember, not by what they see."
+                "asked about was trained on, so memory of drawings may tell encoders apart."
             )
-        points.append(
-            "The stages' rates and the start of the projector were tuned on the demo with a CLIPS encoder: what suits "
-            "another one better was not looked for."
-        )
+        points.append("The stages' rates and the start of the projector were tuned with a CLIPS encoder only.")
     if settings["budget_share"] < 1:
         points.append(
             f"Each stage saw {settings['budget_share']:.0%} of the samples that train_llava.sh gives it"
             + (" (--quick)" if settings["quick"] else "")
-            + ": models trained to the end are better, and their differences may be others."
+            + ": models trained to the end are better, and may differ otherwise."
         )
     few = [
         name
         for name, count in settings["distinct_encoders"].items()
-        if count == 1 and settings["llava_seeds"] > 1 and report["encoders"][name]["kind"] not in FLOORS
+        if count == 1 and settings["llava_seeds"] > 1 and encoders[name]["kind"] not in FLOORS
     ]
     if few:
         points.append(
             f"All runs of {', '.join(few)} stand on one encoder each: intervals hold for these encoders, not for the "
             "methods that made them (--seeds, or {seed} in a path)."
         )
-    seen = {run["samples"] for encoder in report["encoders"].values() for run in encoder["pretraining"]}
-    if len(seen) > 1:
-        points.append(
-            "The encoders pretrained with this project saw different numbers of samples: what differs between them is "
-            "not their method alone."
-        )
+    if len({run["samples"] for encoder in encoders.values() for run in encoder["pretraining"]}) > 1:
+        points.append("The encoders pretrained here saw different numbers of samples, so not only the method differs.")
     fewest = min((row["seeds"] for row in report["differences"]), default=settings["llava_seeds"])
     if fewest == 1:
         points.append("One seed: the interval says nothing about other training runs.")
     elif fewest < 4:
-        points.append(
-            f"{fewest} independent seeds tell their own spread badly. The interval allows for it by being wide, so "
-            "that a difference that is there is often missed."
-        )
+        points.append(f"{fewest} independent seeds tell their spread badly: intervals are wide and miss differences.")
     points.append(
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
         "what it could learn in training is not measured."
@@ -203,242 +455,18 @@ def not_shown(report: Report) -> list[str]:
     return points
 
 
-STATISTICS = (
-    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean with seeds and pictures as crossed "
-    "random effects, both models paired by question and by seed: LLaVA runs of one pretraining seed are averaged, "
-    "questions about one picture go together, and Student's t allows for how badly few seeds tell their spread. They "
-    "speak of other questions and other training runs, and alone decide win, tie or loss; they are not corrected for "
-    "their number. McNemar's exact test speaks of other questions to these very models (an item counts for the model "
-    "that is right in more runs, and questions about one picture as independent); Holm's correction is over the kinds "
-    "of one pair. “Needed” is the number of questions with which the interval would find a difference of the size seen "
-    "with power 0.8; – where more questions alone would not do."
-)
-INTRINSIC_NOTE = (
-    "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
-    "sees and is measured the same way for all; retrieval (one sentence an image; parts: several captions) and "
-    "zero-shot come from the pretraining run and need a text tower, which random and blind have not."
-)
-UNSEEN_NOTE = f"“{UNSEEN}”: the same scenes by an artist that no training saw."
-
-
-def differences_table(rows: list[dict[str, Any]], first: Callable[[dict[str, Any]], str]) -> Table:
-    head = ["", "difference", "95 % interval", "verdict", "McNemar p", "Holm p", "questions", "needed"]
-    lines = []
-    for row in rows:
-        numbers = [difference_text(row["metric"], row["mean"]), interval_text(row), SIGNS[row["verdict"]]]
-        numbers += [_p(row["p_mcnemar"]), _p(row["p_holm"]), f"{row['items']:,}"]
-        lines.append([first(row), *numbers, f"{row['items_needed']:,}" if row["items_needed"] else "–"])
-    return Table(head, lines)
-
-
-def _measured(report: Report) -> list[str]:
-    """The figures of the encoders themselves."""
-    return list(dict.fromkeys(name for encoder in report["encoders"].values() for name in encoder["intrinsic"]))
-
-
-def intrinsic_note(report: Report) -> str:
-    has_unseen = any(name.startswith(f"{UNSEEN}/") for name in _measured(report))
-    return f"{INTRINSIC_NOTE} {UNSEEN_NOTE}" if has_unseen else INTRINSIC_NOTE
-
-
-def intrinsic_table(report: Report) -> Table | None:
-    encoders, every = report["encoders"], _measured(report)
-    names = [name for name in INTRINSIC if name in every]
-    names += [name for name in every if ": " in name and name.endswith("_r1")]  # other test sets, e.g. COCO
-    chance = {n: next(e["intrinsic"][n]["chance"] for e in encoders.values() if n in e["intrinsic"]) for n in names}
-    rows = [
-        [name, *(percent_text(encoder["intrinsic"].get(figure)) for figure in names)]
-        for name, encoder in encoders.items()
-    ]
-    rows.append(["chance", *(f"{chance[name]:.1f}" for name in names)])
-    return Table(["encoder", *map(intrinsic_name, names)], rows) if names else None
-
-
-def intrinsic_name(name: str) -> str:
-    test_set, _, figure = name.rpartition("/")
-    return ("linear probe" if figure == PROBE else pretty(figure)) + (f", {test_set}" if test_set else "")
-
-
-def cost_table(report: Report) -> Table:
-    known = ("align", "instruct", "evaluation", "benchmarks")
-    parts = [part for part in known if any(part in cell["cost"] for cell in report["cells"])]
-    rows, every = [], [sum(cell["cost"].values()) for cell in report["cells"]]
-    for cell, together in zip(report["cells"], every, strict=True):
-        seconds = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]
+def _cost_table(report: Report) -> Table:
+    cells = report["cells"]
+    parts = list(dict.fromkeys(part for cell in cells for part in cell["cost"]))
+    rows, every = [], [sum(cell["cost"].values()) for cell in cells]
+    for cell, together in zip(cells, every, strict=True):
+        seconds: Sequence[str] = [f"{cell['cost'].get(part, 0):.0f}" for part in parts]
         rows.append([f"{cell['encoder']}, {cell['run']}", *seconds, f"{together:.0f}"])
     rows.append(["all cells", *("" for _ in parts), f"{sum(every):.0f}"])
     return Table(["seconds", *parts, "together"], rows)
 
 
-def benchmarks_table(report: Report) -> Table | None:
-    encoders = report["encoders"]
-    names = list(next(iter(encoders.values()))["benchmarks"])
-    rows = [[n, *(f"{_raw(e['benchmarks'][n])}" for e in encoders.values())] for n in names]
-    return Table(["lmms-eval", *encoders], rows) if names else None
-
-
-def _raw(figure: dict[str, Any]) -> str:
-    return f"{figure['mean']:.4g}" + (f" ± {figure['sd']:.2g}" if figure["sd"] is not None else "")
-
-
-def _pairs(report: Report) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in report["differences"]:
-        pairs.setdefault((row["a"], row["b"]), []).append(row)
-    return pairs
-
-
-def _summary(report: Report) -> str:
-    settings = report["settings"]
-    line = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
-    return f"{line} · {report['time']}" + (" · quick budget" if settings["quick"] else "")
-
-
-def _environment(report: Report) -> str:
-    found = report["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())
-    return (
-        f"{found.get('cores', '?')} cores ({found.get('device', '?')}), {found.get('jobs', '?')} cells at a time, "
-        f"{found.get('platform', '')}, Python {found.get('python', '')}; {packages}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------- what is shown
-def markdown(report: Report) -> str:
-    """The report as text; examples' pictures are in the page only."""
-    return render("mllm.compare", "report.md.j2", **_both(report))
-
-
-def _both(report: Report) -> dict[str, Any]:
-    """What the page and the Markdown have in common; every word that depends on the figures."""
-    overall = overall_rows(report)
-    deciding = [row for row in report["differences"] if row["metric"] == report["plan"]["decides"]]
-    return {
-        "title": "What the encoder is worth",
-        "note": _summary(report),
-        "findings": [sentence(row) for row in deciding],
-        "floors": floors(report) if overall else [],
-        "headline": Table(*headline(report)) if report["differences"] else None,
-        "statistics": STATISTICS,
-        "pairs": [
-            {"name": f"{a} − {b}", "table": differences_table(rows, _metric), "rows": rows}
-            for (a, b), rows in _pairs(report).items()
-        ],
-        "parts": evidence(report),
-        "benchmarks": benchmarks_table(report),
-        "intrinsic": intrinsic_table(report),
-        "intrinsic_note": intrinsic_note(report),
-        "controls": controls(report),
-        "not_shown": not_shown(report),
-        "cost": cost_table(report),
-        "environment": _environment(report),
-        "command": report["command"],
-    }
-
-
-def _shown(report: Report, store: ImageStore | None) -> dict[str, Any]:
-    """What templates/report.html.j2 shows."""
-    shown, overall = _both(report), overall_rows(report)
-    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(report["encoders"])}
-    measured = _measured(report)
-    for pair in shown["pairs"]:
-        pair["forest"] = _forest([row for row in pair["rows"] if row["metric"].startswith("accuracy/")], _metric)
-    return shown | {
-        "demo_note": shown["not_shown"][0] if report["settings"]["is_demo"] else "",
-        "tiles": _tiles(report) if overall else [],
-        "forest": _forest(overall, pair_name),
-        "tests": differences_table(overall, pair_name),
-        "kinds": _kinds(report, colours) if overall else [],
-        "benchmark_differences": _benchmark_differences(report.get("benchmark_differences", [])),
-        "plots": [
-            themed(partial(scatter_plot, report, colours, name), f"{intrinsic_name(name)} against right answers")
-            for name in (deciding_name(own, measured) for own in OWN[:3])
-            if overall and name in measured
-        ],
-        "examples": [
-            example | {"picture": _thumbnail(store, example["image"]) if store and example["image"] else None}
-            for example in report["examples"]
-        ],
-        "configuration": json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2),
-    }
-
-
-def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """(value, label, note) of each encoder."""
-    tiles = []
-    for name, encoder in report["encoders"].items():
-        figure = encoder["metrics"]["accuracy"]
-        seeds = len(figure["by_seed"])
-        note = f"± {100 * figure['sd']:.1f} over {seeds} seeds" if figure["sd"] is not None else "one seed"
-        tiles.append((f"{100 * figure['mean']:.1f} %", f"{name}: right answers", note))
-    return tiles
-
-
-def _metric(row: dict[str, Any]) -> str:
-    return metric_name(row["metric"])
-
-
-def _forest(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, Any] | None:
-    """A line for each difference, interval and mean against zero on one scale: places in percent of the width."""
-    if not rows:
-        return None
-    reach = max(abs(end) for row in rows for end in row["ci95"]) * 1.05 or 1.0
-
-    def place(value: float) -> float:
-        return 50 + 50 * value / reach
-
-    lines = []
-    for row in rows:
-        low, high = map(place, row["ci95"])
-        numbers = f"{difference_text(row['metric'], row['mean'])} {interval_text(row)} {SIGNS[row['verdict']]}"
-        places = {"low": f"{low:.2f}", "width": f"{high - low:.2f}", "mean": f"{place(row['mean']):.2f}"}
-        lines.append({"name": name(row), "verdict": row["verdict"], "numbers": numbers} | places)
-    return {"lines": lines, "reach": f"{100 * reach:.0f}"}
-
-
-def _kinds(report: Report, colours: dict[str, str]) -> list[dict[str, Any]]:
-    """Bars of every encoder for each kind of question."""
-    encoders = report["encoders"]
-    first = next(iter(encoders.values()))["metrics"]
-    blocks = []
-    for metric in (name for name in first if name.startswith("accuracy") and counts_right_answers(name)):
-        means = {name: encoder["metrics"][metric]["mean"] for name, encoder in encoders.items()}
-        bars = [(name, f"{100 * mean:.1f}", colours[name], value_text(metric, mean)) for name, mean in means.items()]
-        blocks.append({"name": metric_name(metric), "questions": f"{first[metric]['items']:,}", "bars": bars})
-    return blocks
-
-
-def _benchmark_differences(rows: list[dict[str, Any]]) -> Table:
-    table = []
-    for row in rows:
-        interval = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
-        table.append([f"{pair_name(row)}: {row['metric']}", f"{row['mean']:+.4g}", interval])
-    return Table(["", "mean", "95 % interval"], table)
-
-
-def scatter_plot(report: Report, colours: dict[str, str], figure: str, theme: Theme) -> Plot:
-    """Right answers of each cell against a figure of its encoder: does a better encoder give a better model?"""
-    plot = Plot(figsize=(4, 3.1), dpi=130, facecolor=theme.paper, layout="constrained")
-    axes = plot.add_subplot(facecolor=theme.paper)
-    axes.set_title("right answers, %", loc="left", fontsize=9.5, color=theme.ink)
-    axes.set_xlabel(f"{intrinsic_name(figure)}, %", fontsize=9.5, color=theme.ink)
-    axes.grid(color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
-    axes.spines[:].set_visible(False)
-    axes.margins(0.12)
-    for name, encoder in report["encoders"].items():
-        if figure in encoder["intrinsic"]:
-            right = [100 * value for value in encoder["metrics"]["accuracy"]["by_seed"]]
-            axes.scatter(
-                encoder["intrinsic"][figure]["by_seed"], right, s=36, color=colours[name], label=for_plot(name, 60)
-            )
-    plot.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink, handletextpad=0)
-    return plot
-
-
-def _thumbnail(store: ImageStore, name: str) -> str:
-    image, out = store.load(name), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(out, "PNG")
-    return data_uri(out.getvalue())
+def _environment(report: Report) -> list[Block]:
+    settings = json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2)
+    folded = Folded("Settings and the configuration of every cell", [Code(settings)])
+    return [Code(report["command"], wraps=True), folded]

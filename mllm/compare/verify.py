@@ -1,22 +1,24 @@
 """Computes a finished comparison's figures again from its raw answers, and says which differ from report.json.
 
-Of an output directory or of an archive (mllm/compare/archive.py), on any machine: no model, no picture, no GPU, no
-network and no torch. What a file says is taken for what anybody could have written there.
+    report.json  compare.json  encoders.json  questions/NAME.jsonl
+    cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
+                 evaluation/NAME.jsonl evaluation/figures.json benchmarks/TASK/MODEL/DATE_results.json
 
-Computed again: every answer's score against the question file, each cell's figures, all means, intervals, differences
-and tests. Taken as recorded, since they need weights and pictures: the encoders' own figures (probe, retrieval,
-zero-shot), the scores of lmms-eval, times and memory; of these the means over seeds are computed again.
+An output directory or an archive of these files verifies on any machine: no model, no picture, no network, no torch.
+
+Computed again: every answer's score against the question file, each cell's figures, all means, intervals and
+differences. Taken as recorded, since they need weights and pictures: the encoders' own figures (probe, retrieval,
+zero-shot), the scores of lmms-eval, times and memory; their means over seeds are computed again.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +26,32 @@ from rich.console import Console
 
 from clips.common.errors import CommandError, UserError, in_one_line
 from clips.common.escape import for_rich
-from clips.common.files import differing, read_json, sha256
+from clips.common.files import read_json, sha256
 from clips.common.page import print_table
 from clips.common.paths import is_plain
-from mllm.compare.archive import ENDING, MOST_BYTES, pack, unpack
-from mllm.compare.cells import Cell, cells_of
-from mllm.compare.collect import ENCODERS, REPORT, computed, stored_files
+from clips.lab import archive
+from clips.lab.archive import ENDING, MOST_BYTES, differences
+from clips.lab.grid import RECORD
+from mllm.compare.cells import PLAN, EncoderCell, cells_of
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import PLAN, asked_questions, comparison_of, stored_questions
+from mllm.compare.figures import REPORT, computed, stored_files
+from mllm.compare.plan import asked_questions, comparison_of, stored_questions
 from mllm.compare.words import headline
 from mllm.data.questions import Question, of_set
 from mllm.evaluation.scores import is_right, score, scorer_version
 
+_NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
+MEMBER = re.compile(
+    rf"(?:report|compare|encoders)\.json|questions/{_NAME}\.jsonl?|cells/{_NAME}/(?:(?:cell|config|env|cost)\.json"
+    rf"|(?:align|instruct)/done\.json|evaluation/{_NAME}\.jsonl?|benchmarks/{_NAME}/{_NAME}/{_NAME}_results\.json)"
+)
 AS_RECORDED = ("command", "time", "environment")
 """Parts of report.json that no file says again."""
-TOLERANCE = 1e-6
-"""Relative and absolute: sums of the same numbers may end in other digits on another machine."""
-MOST_ENCODERS, MOST_SEEDS, MOST_QUESTIONS, MOST_CHARACTERS = 50, 100, 20_000, 20_000
-"""Of a comparison; the last one is of one answer."""
-MOST_JSON = 30_000_000
-"""Bytes of one file."""
+MOST_ENCODERS, MOST_SEEDS = 50, 100
 OTHER_SHAPE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What code raises that reads JSON of another shape than it expects."""
-NAMED, NAMED_EACH = 30, 4
-"""Differences that are printed, in all and of one part of the report."""
+NAMED = 30
+"""Differences that are printed."""
 
 
 @dataclass
@@ -55,14 +59,14 @@ class Verification:
     report: dict[str, Any]
     differs: list[str] = field(default_factory=list)
     """What is not as report.json says, one line each; empty: the comparison is verified."""
-    notes: list[str] = field(default_factory=list)
-    """What the reader should know all the same."""
+    kept: str = ""
+    """Whether the comparison was kept to its plan, in words."""
     answers: int = 0
     """Scored anew."""
 
 
 def verify(output: Path) -> Verification:
-    """Check the comparison in `output`. Raises UserError where there is none, or one that cannot be read at all."""
+    """Check the comparison in `output`. Raises UserError if there is none, or one that cannot be read at all."""
     try:
         return _verify(output)
     except OTHER_SHAPE as error:
@@ -72,19 +76,16 @@ def verify(output: Path) -> Verification:
 
 
 def _verify(output: Path) -> Verification:
-    _check_json(output / REPORT)
+    if not (output / REPORT).is_file():
+        raise UserError(f"there is no {output / REPORT}: give the directory or the archive of a finished comparison")
     report = read_json(output / REPORT)
     if "plan" not in report:
         raise UserError(f"{output} holds no {REPORT} of a finished comparison that says what it was fixed to")
     comparison = _bounded(comparison_of(report["plan"], output))
-    names = dict.fromkeys([PLAN, ENCODERS, *stored_files(comparison)])
-    for name in names:
-        _check_json(output / name)
-    if sum((output / name).stat().st_size for name in names) > MOST_BYTES:
+    if sum((output / name).stat().st_size for name in stored_files(comparison)) > MOST_BYTES:
         raise UserError(f"{output} holds more than {MOST_BYTES:,} bytes")
     found, cells = Verification(report), cells_of(comparison)
-    found.differs += _cells_there(output, cells)
-    found.differs += _questions(output, report["plan"])
+    found.differs += [*_cells_there(output, cells), *_questions(output, report["plan"])]
     if not found.differs:
         asked = {name: asked_questions(comparison, path) for name, path in stored_questions(output).items()}
         for cell in cells:
@@ -98,36 +99,23 @@ def _verify(output: Path) -> Verification:
             found.differs.append(f"the figures cannot be computed again: {in_one_line(error)}")
         else:
             found.differs += _report(report, again)
-    found.notes += _notes(report)
+    fixed = report["fixed"]
+    state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
+    found.kept = f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
     return found
-
-
-# ---------------------------------------------------------------------------------------------- what is there
-def _check_json(path: Path) -> None:
-    """UserError unless `path` is a file of bounded size whose JSON can be parsed."""
-    if not path.is_file():
-        raise UserError(f"there is no {path}: give the directory or the archive of a finished comparison")
-    if path.stat().st_size > MOST_JSON:
-        raise UserError(f"{path} has more than {MOST_JSON:,} bytes")
-    text = path.read_bytes()
-    try:
-        for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, or no JSON: {str(error)[:200]}") from None
 
 
 def _bounded(comparison: Comparison) -> Comparison:
     """`comparison`, if it asks for no more than a machine can compute."""
-    counts = [value for name, value in vars(comparison).items() if "seed" in name and isinstance(value, int)]
-    if len(comparison.encoders) > MOST_ENCODERS or max(counts) > MOST_SEEDS:
+    seeds = max(comparison.seeds, comparison.llava_seeds or 0)
+    if len(comparison.encoders) > MOST_ENCODERS or seeds > MOST_SEEDS:
         raise UserError(f"{comparison.output}: more than {MOST_ENCODERS} encoders or {MOST_SEEDS} seeds")
     if outside := [task for task in comparison.benchmarks if not is_plain(task)]:
         raise UserError(f"{comparison.output}: benchmark {outside[0]!r} leads out of a cell")
     return comparison
 
 
-def _cells_there(output: Path, cells: list[Cell]) -> Iterator[str]:
+def _cells_there(output: Path, cells: list[EncoderCell]) -> Iterator[str]:
     wanted = {cell.name for cell in cells}
     there = {path.name for path in (output / "cells").glob("*") if path.is_dir()}
     yield from (f"cell {name} is missing" for name in sorted(wanted - there))
@@ -142,17 +130,14 @@ def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
             yield f"question file {name} is none of this comparison's"
         elif sha256(path) != wanted[name]["sha256"]:
             yield f"question file {name} was changed: its SHA-256 is not the one in the plan"
-    if sum(entry["asked"] for entry in wanted.values()) > MOST_QUESTIONS:
-        raise UserError(f"{output}: more than {MOST_QUESTIONS:,} questions")
 
 
-# ---------------------------------------------------------------------------------------------- one cell
-def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]]) -> Iterator[str]:
+def _cell(comparison: Comparison, cell: EncoderCell, asked: Mapping[str, list[Question]]) -> Iterator[str]:
     """What is wrong with a cell's record, its answers and its own figures."""
-    record = read_json(cell.directory / "cell.json")
+    record = cell.read(RECORD)
     for name in ("encoder", "pretraining_seed", "seed"):
         if record.get(name) != getattr(cell, name):
-            yield f"its {name} is {record.get(name)!r} in cell.json, and by the plan {getattr(cell, name)!r}"
+            yield f"its {name} is {record.get(name)!r} in {RECORD}, and by the plan {getattr(cell, name)!r}"
     if record.get("plan") != sha256(comparison.output / PLAN):
         yield f"it began by another {PLAN} than this one, or by none"
     if not asked:
@@ -166,40 +151,34 @@ def _cell(comparison: Comparison, cell: Cell, asked: Mapping[str, list[Question]
         yield f"its answers were scored by another version of the scorer ({str(recorded.get('scorer'))[:12]})"
     sets = recorded.get("sets", {})
     for name in sorted(asked, key=lambda name: list(sets).index(name) if name in sets else len(sets)):  # as it did
-        questions, said = asked[name], sets.get(name, {})
-        path = cell.evaluation / f"{name}.jsonl"
+        questions, path = asked[name], cell.evaluation / f"{name}.jsonl"
         if not path.is_file():
             yield f"its answers {name} are missing"
             continue
-        if said.get("answers", {}).get("sha256") != sha256(path):
+        if sets.get(name, {}).get("answers", {}).get("sha256") != sha256(path):
             yield f"its answers {name} are not those that it gave: their SHA-256 is another one"
         lines = [json.loads(line) for line in path.read_bytes().splitlines()]
         if len(lines) != len(questions):
             yield f"it has {len(lines)} answers {name} to {len(questions)} questions"
             continue
         yield from _answers(name, questions, lines)
-        again |= of_set(name, score(questions, [str(line["text"])[:MOST_CHARACTERS] for line in lines]))
-    yield from (f"figures: {text}" for text in _differences({key: recorded.get(key) for key in again}, again))
+        again |= of_set(name, score(questions, [str(line["text"]) for line in lines]))
+    yield from (f"figures: {text}" for text in differences({key: recorded.get(key) for key in again}, again))
 
 
 def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) -> Iterator[str]:
     for question, line in zip(questions, lines, strict=True):
-        where = f"answer to {name}, question {question.id}"
-        text = line["text"]
-        if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
-            yield f"{where}: no text of at most {MOST_CHARACTERS:,} characters"
-            continue
         about = {"question_id": question.id, "prompt": question.text, "image": question.image}
         if question.answer is not None:
-            about |= {"kind": question.kind, "expected": question.answer, "correct": is_right(text, question.answer)}
+            right = is_right(str(line["text"]), question.answer)
+            about |= {"kind": question.kind, "expected": question.answer, "correct": right}
         yield from (
-            f"{where}: {key} is {line.get(key)!r}, and by the question file {value!r}"
+            f"answer to {name}, question {question.id}: {key} is {line.get(key)!r}, and by the question file {value!r}"
             for key, value in about.items()
             if line.get(key) != value
         )
 
 
-# ---------------------------------------------------------------------------------------------- the report
 def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(report.keys() - again.keys() - set(AS_RECORDED)):
         yield f"{REPORT} holds {name!r}, which is computed by nothing here"
@@ -208,38 +187,10 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
     yield from (f"{name} was removed after the report" for name in sorted(before.keys() - now.keys()))
     yield from (f"{name} was changed after the report" for name in now if before.get(name, now[name]) != now[name])
     for name, value in again.items():
-        found = [] if name == "files" else list(_differences(report.get(name), value, name))
-        yield from found[:NAMED_EACH]
-        if len(found) > NAMED_EACH:
-            yield f"{name}: {len(found) - NAMED_EACH:,} more that differ"
+        yield from () if name == "files" else differences(report.get(name), value, name)
 
 
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    for place, a, b in differing(there, here, _alike, path):
-        yield f"{place}: {_short(a)} as recorded, {_short(b)} computed again"
-
-
-def _alike(there: Any, here: Any) -> bool:
-    if isinstance(there, float) and isinstance(here, (int, float)) and not isinstance(here, bool):
-        return math.isclose(there, here, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (there != there and here != here)
-    return type(there) is type(here) and there == here
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _notes(report: Mapping[str, Any]) -> Iterator[str]:
-    fixed = report["fixed"]
-    state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
-    yield f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
-    packages = report.get("environment", {}).get("packages", {})
-    if "numpy" in packages and packages["numpy"] != version("numpy"):
-        yield f"examples and calibration were drawn with numpy {packages['numpy']}, here with {version('numpy')}"
-
-
-# ---------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------------------------------------- the commands
 @contextmanager
 def opened(place: Path) -> Iterator[Path]:
     """The directory of a comparison: `place` itself, or where the archive `place` is unpacked for the time being."""
@@ -247,7 +198,7 @@ def opened(place: Path) -> Iterator[Path]:
         yield place
         return
     with tempfile.TemporaryDirectory() as directory:
-        unpack(place, Path(directory))
+        archive.unpack(place, Path(directory), MEMBER)
         yield Path(directory)
 
 
@@ -259,7 +210,7 @@ def verified(output: Path, called: Path) -> Verification:
         raise UserError(str(error).replace(str(output), str(called))) from None
     if found.differs:
         more = len(found.differs) - NAMED
-        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({note})" for note in found.notes]
+        lines = found.differs[:NAMED] + [f"and {more:,} more"] * (more > 0) + [f"({found.kept})"]
         raise CommandError(f"{called} is not what its report says:\n  " + "\n  ".join(lines))
     return found
 
@@ -269,23 +220,29 @@ def verify_from_flags(place: str) -> None:
     path = Path(place)
     with opened(path) as output:
         found = verified(output, path)
-    report, console = found.report, Console(emoji=False)
-    print_table("mean ± standard deviation over seeds", *headline(report))
+    print_table("mean ± standard deviation over seeds", *headline(found.report))
+    cells = len(found.report["cells"])
     lines = [
-        f"verified: {len(report['cells'])} cells, {found.answers:,} answers scored anew, every figure as in {REPORT}",
-        *found.notes,
+        f"verified: {cells} cells, {found.answers:,} answers scored anew, every figure as in {REPORT}",
+        found.kept,
         "taken as recorded: the encoders' own figures, scores of lmms-eval, times and memory of each cell",
         *([] if path.is_dir() else [f"SHA-256 of {place}: {sha256(path)}"]),
     ]
     for line in lines:
-        console.print(for_rich(line), highlight=False, soft_wrap=True)
+        Console(emoji=False).print(for_rich(line), highlight=False, soft_wrap=True)
+
+
+def pack(output: Path, packed: Path) -> str:
+    """Write the comparison in `output` to the archive `packed`; returns the archive's SHA-256."""
+    comparison = comparison_of(read_json(output / REPORT)["plan"], output)
+    return archive.pack(output, [REPORT, *stored_files(comparison)], packed, MEMBER)
 
 
 def pack_from_flags(directory: str) -> None:
     """What `compare_encoders.py --pack DIR` does: DIR.tar.xz, of a comparison that verifies."""
     output = Path(directory)
-    archive = output.parent / f"{output.resolve().name}{ENDING}"
+    packed = output.parent / f"{output.resolve().name}{ENDING}"
     verified(output, output)
-    digest = pack(output, archive)
-    shown = f"{archive}: {archive.stat().st_size:,} bytes, SHA-256 {digest}"
+    digest = pack(output, packed)
+    shown = f"{packed}: {packed.stat().st_size:,} bytes, SHA-256 {digest}"
     Console(emoji=False).print(for_rich(shown), highlight=False, soft_wrap=True)

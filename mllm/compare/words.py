@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from clips.lab.stats import show_difference, show_interval
 from mllm.compare.figures import NEEDS_PICTURE
 
 METRICS = {"accuracy": "all questions", NEEDS_PICTURE: "not answered blind", "cider_d": "CIDEr-D"}
@@ -15,50 +17,41 @@ def metric_name(metric: str) -> str:
     return f"{name}, {column}" if at else name
 
 
-def counts_right_answers(metric: str) -> bool:
-    """Whether right answers of the deciding column are what a metric counts."""
-    return "@" not in metric and not metric.startswith("cider_d")
+def how_shown(metric: str) -> dict[str, Any]:
+    """Scale and digits for the functions of clips.lab.stats: percent of right answers, or CIDEr-D."""
+    return {"digits": 2, "scale": 1} if metric.startswith("cider_d") else {"digits": 1, "scale": 100}
 
 
-def pair_name(row: dict[str, Any]) -> str:
-    """Of a difference."""
-    return f"{row['a']} − {row['b']}"
+def difference_text(row: dict[str, Any]) -> str:
+    return show_difference(row, **how_shown(row["metric"]))
 
 
-def overall_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Differences over all questions of the deciding column."""
-    return [row for row in report["differences"] if row["metric"] == "accuracy"]
+def interval_text(row: dict[str, Any]) -> str:
+    return show_interval(row["ci95"], **how_shown(row["metric"]))
 
 
 def value_text(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric.startswith("cider_d") else f"{100 * value:.1f}"
-
-
-def difference_text(metric: str, value: float) -> str:
-    return (f"{value:+.2f}" if metric.startswith("cider_d") else f"{100 * value:+.1f}").replace("-", "−")
+    how = how_shown(metric)
+    return f"{how['scale'] * value:.{how['digits']}f}"
 
 
 def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
-    """A figure of right answers or CIDEr-D; – where an encoder has none."""
+    """A figure of right answers or CIDEr-D; – if an encoder has none."""
     if figure is None:
         return "–"
     spread = f" ± {value_text(metric, figure['sd'])}" if figure["sd"] is not None else ""
     return value_text(metric, figure["mean"]) + spread
 
 
-def interval_text(row: dict[str, Any]) -> str:
-    return f"[{', '.join(difference_text(row['metric'], end) for end in row['ci95'])}]"
-
-
 def percent_text(figure: dict[str, Any] | None) -> str:
-    """A figure of the encoder alone, which is in percent already; – where it has none."""
+    """A figure of the encoder alone, which is in percent already; – if it has none."""
     if figure is None:
         return "–"
     # One encoder that serves all seeds has no spread.
     return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] else "")
 
 
-def headline(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of right answers: encoders × metrics."""
     metrics = list(dict.fromkeys(name for encoder in report["encoders"].values() for name in encoder["metrics"]))
     rows = [

@@ -82,7 +82,7 @@ def open_questions(
         if store is None:
             raise UserError(
                 f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
-                "of compare_encoders.py: --question-images)"
+                "also of compare_encoders.py)"
             )
         problem = store.problem(question.image)
         if problem:

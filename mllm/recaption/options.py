@@ -36,7 +36,7 @@ class Options:
     """Every process of one folder has the same options. Raises UserError if a value is out of range."""
 
     data: str = option("", "pairs: a folder, pattern or URL of tar shards, or tables (default: the demo's)")
-    output: Path = option(DEFAULT, "folder for the shards with long captions")  # noqa: RUF009
+    output: Path = option(DEFAULT, "folder for the shards with long captions")
     captioner: str = option(
         "",
         "llava:DIR, hf:ID_OR_DIR, endpoint:URL[,URL] or clips:RUN (default: the newest llava and the newest clips of "

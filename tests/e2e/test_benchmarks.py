@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from conftest import random_model, script_parser, tiny_run
 from PIL import Image
+from rich.console import Console
 from tiny_mllm import pictures
 from tiny_web import write_export, write_llava
 
-from clips.common.errors import CommandError, UserError
-from clips.common.jobs import Commands
+from clips.common.errors import UserError
 from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.evaluate import evaluate_from_flags
+from clips.lab.run import Runner, failed_steps
 from clips.weights.open_clip import write_open_clip
-from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks, missing_benchmarks
-from mllm.compare.cells import Cell
+from mllm.compare.benchmarks import benchmark_folder, benchmark_results, check_benchmarks
+from mllm.compare.cells import PLAN, EncoderCell
+from mllm.compare.commands import lab_cells
 from mllm.compare.comparison import Comparison
-from mllm.compare.plan import PLAN
-from mllm.compare.run import name_failed_benchmarks, run_cell
 from mllm.evaluation.evaluate import evaluate_from_flags as answer_from_flags
 
 BENCH = Path(f"{sys.prefix}-bench") / "bin" / "python"
@@ -180,7 +180,7 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(sys, "executable", str(BENCH))
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)  # fp32 on every machine
     write_export(tmp_path / "clips")
-    cell = Cell("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "cells" / "clips-seed0")
+    cell = EncoderCell("clips", "clips", str(tmp_path / "clips"), 0, 0, tmp_path / "cells" / "clips-seed0")
     write_llava(cell.directory, tmp_path / "clips", initializer_range=0.1)
     for stage in ("align", "instruct"):
         (cell.directory / stage).mkdir()
@@ -204,16 +204,20 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         (tmp_path / "tasks" / f"{name}.yaml").write_text(task)
 
     comparison = Comparison(
-        encoders=("clips", "blind"), seeds=1, output=tmp_path, device="cpu", train_flags=("--data_path", "mine.json"),
+        encoders=("clips", "blind"), seeds=1, output=tmp_path, device="cpu",
+        train_flags=("--data_path", str(tmp_path / "mine.json")),
         benchmarks=("questions", "later"), include_path=tmp_path / "tasks",
     )  # fmt: skip
     check_benchmarks(comparison)
     (tmp_path / PLAN).write_text("{}")  # the cell notes which plan it was run under
-    run_cell(comparison, cell, Commands(1), lambda run, doing: None)
+    (tmp_path / "mine.json").write_text("[{}]")
+    (planned,) = lab_cells(comparison, [cell])
+    runner = Runner([planned], 1, Console(quiet=True))
+    runner.run([planned])
     assert list(benchmark_results(cell.directory, comparison.benchmarks)) == ["questions/exact_match"]
-    with pytest.raises(CommandError, match=r"later: see .*benchmarks/later/lmms_eval\.log"):
-        name_failed_benchmarks(comparison, [cell])
-    assert "later.jsonl" in (benchmark_folder(cell.directory, "later") / "lmms_eval.log").read_text()
+    ((name, log),) = failed_steps([planned])
+    assert (name, log) == ("later", benchmark_folder(cell.directory, "later") / "log.txt")
+    assert "later.jsonl" in log.read_text()
 
     (samples,) = benchmark_folder(cell.directory, "questions").glob("*/*_samples_questions.jsonl")
     theirs = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
@@ -233,11 +237,10 @@ def test_lmms_eval_on_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
     (tmp_path / "later.jsonl").write_text(lines)
     before = samples.stat().st_mtime_ns
-    run_cell(comparison, cell, Commands(1), lambda run, doing: None)
-    assert missing_benchmarks(comparison, cell.directory) == []
-    name_failed_benchmarks(comparison, [cell])
+    runner.run([planned])
+    assert failed_steps([planned]) == []
     assert samples.stat().st_mtime_ns == before
-    assert json.loads((cell.directory / "cost.json").read_text())["benchmarks"] > 0
+    assert json.loads((cell.directory / "cost.json").read_text())["later"] > 0
 
 
 def test_a_task_that_lmms_eval_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def run(place: Path, *flags: str, cwd: Path | None = None, timeout: int = 550) -
 
 FLAGS = (
     *("--seeds", "1", "--output", "out"),
-    *("--encoders", "clips:runs/clips-demo,blind", "--question-file", "question.jsonl", "--question-images", "images"),
+    *("--encoders", "clips:runs/clips-demo,blind", "--questions", "question.jsonl", "--image-folder", "images"),
     "--train-flags=--model_name_or_path llm --image_folder images --align.data_path data.json --learning_rate 5e-3 "
     "--instruct.data_path data.json --batch_size 4 --num_train_epochs 20 --logging_steps 20",
 )

@@ -23,9 +23,10 @@ from tiny_web import write_llava
 
 from clips.common.rundir import UNSEEN
 from clips.data.demo import MISSING
+from clips.lab.report import write_report
 from mllm.compare.comparison import Comparison
 from mllm.compare.probe import PROBE, measure_encoders
-from mllm.compare.report import write_report
+from mllm.compare.report import page as report_page
 from mllm.compare.verify import verify
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
@@ -100,7 +101,7 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
     intrinsic = report["encoders"]["clips"]["intrinsic"]
     assert {PROBE, "zero_shot_top1"} <= intrinsic.keys()
     assert {f"{UNSEEN}/{name}" in intrinsic for name in (PROBE, "zero_shot_top1")} == {several}
-    page = write_report(report, comparison.output, DEMO_DIR / IMAGES).read_text()
+    page = write_report(report, comparison.output, "report", lambda: report_page(report, DEMO_DIR / IMAGES)).read_text()
     assert ("test of unseen artists is missing" in page) == (not several)
     assert (UNSEEN in page.replace("test of unseen artists is missing", "")) == several
     blind = {name: figure["mean"] for name, figure in report["encoders"]["blind"]["metrics"].items()}

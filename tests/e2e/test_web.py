@@ -25,7 +25,7 @@ from PIL import Image
 from tiny_web import picture, write_export, write_llava
 
 from clips.common.runtime import unused_port
-from mllm.chat.screenshot import browser, find_browser, open_tab
+from tools.screenshot_web import browser, find_browser, open_tab
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

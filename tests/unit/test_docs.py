@@ -45,7 +45,7 @@ def commands(page: Path) -> list[str]:
 
 def inline_commands(page: Path) -> list[str]:
     """Whole commands in the text, as beside tables and under pictures; those with a … are no more than a hint."""
-    found = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) [^`]*scripts/[^`]+)`", prose(page.read_text()))
+    found = re.findall(rf"`((?:{'|'.join(LAUNCHERS)}) [^`]*(?:scripts|tools)/[^`]+)`", prose(page.read_text()))
     return [command for command in found if "…" not in command]
 
 
@@ -96,10 +96,10 @@ def check_python_script(path: Path, words: list[str]) -> None:
         assert config_from_flags(flags, {"model.vision": tower} if sized else None).samples > 0
         assert flags.ds_config is None or (ROOT / flags.ds_config).is_file()
     if path.name == "compare_encoders.py":
-        for name in flags.encoders.split(","):
+        for name in flags.encoders:
             parse_vision_name(name)
         for stage in ("1", "2"):
-            parse_train_arguments([*shlex.split(flags.train_flags), "--stage", stage, *BOTH])
+            parse_train_arguments([*flags.train_flags, "--stage", stage, *BOTH])
 
 
 def check_launcher(launcher: str, words: list[str]) -> None:
@@ -126,7 +126,7 @@ def check(command: str) -> None:
                 assert all((ROOT / word).exists() for word in words[3:] if word.startswith("tests/"))
             continue
         assert launcher in LAUNCHERS, f"{launcher} is no program that these pages use"
-        script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+        script = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "tools/")))
         path, rest = ROOT / words[script], words[script + 1 :]
         assert path.is_file(), f"{words[script]} is not in the repository"
         assert {"bash": ".sh", "sbatch": ".sbatch"}.get(launcher, ".py") == path.suffix
@@ -208,7 +208,7 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=at(page)) for page in PAGES])
 def test_paths_in_the_text_exist(page: Path) -> None:
-    named = re.findall(r"`((?:clips|mllm|scripts|tests|ds_configs|docs)/[\w./-]*)`", prose(page.read_text()))
+    named = re.findall(r"`((?:clips|mllm|scripts|tools|tests|ds_configs|docs)/[\w./-]*)`", prose(page.read_text()))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
 
@@ -275,7 +275,7 @@ def test_each_picture_is_small_and_says_how_it_is_made() -> None:
         assert file.stat().st_size < MAX_IMAGE_BYTES
     for page in PAGES:
         for file, text in images(page):
-            assert f"--out {at(file)}" in " ".join(re.findall(r"`([^`]+)`", text))
+            assert f"--output {at(file)}" in " ".join(re.findall(r"`([^`]+)`", text))
 
 
 def test_pictures_of_scenes_name_the_artists() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.common.plots import LIGHT
-from mllm.compare.pictures import results_plot, write_results
+from tools.make_pictures import results_plot, write_results
 
 STORED = ROOT / "docs" / "results" / "compare.json"
 
@@ -34,7 +34,7 @@ def test_bars_and_error_bars_are_the_figures() -> None:
     assert spreads == {round(200 * m["sd"], 4) for m in shown}
     told = next(row for row in report["differences"] if row["metric"] == "accuracy")
     points, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (told["mean"], *told["ci95"]))
-    assert f"{points} points [{low}, {high}]" in axes.get_title(loc="left")
+    assert f"{points} [{low}, {high}]" in axes.get_title(loc="left")
 
 
 def test_the_picture_fits_a_page(tmp_path: Path) -> None:

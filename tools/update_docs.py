@@ -1,4 +1,5 @@
-"""Figures in the pages of the documentation, written there by a command from files under docs/results/, never typed.
+#!/usr/bin/env python
+"""Write the figures of README.md and docs/*.md from the files in docs/results/, or take such a file from an archive.
 
 A block of a page is a comment that holds its text with places for figures, and the text with the figures:
 
@@ -13,33 +14,36 @@ A block of a page is a comment that holds its text with places for figures, and 
 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py without what is long in it, taken
 from an archive that was verified. `{WHO: FIGURE}` is a mean with its standard deviation over seeds, `{WHO − WHOM:
-FIGURE}` a difference with its interval, bold where that leaves zero out; `{… @NAME}` takes another file. The file may
-also be the comparison.json of scripts/compare_pretraining.py, or the claims.json of scripts/reproduce_claims.py without
-the runs' configurations (WHO is a variant, `{WHO − WHOM: verdict}` what was decided).
+FIGURE}` a difference with its interval, bold if that leaves zero out; `{… @NAME}` takes another file. The file may also
+be the comparison.json of scripts/compare_pretraining.py, or a claims.json without the runs' configurations (WHO is a
+variant, `{WHO − WHOM: verdict}` what was decided).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import read_json, sha256, write_atomically, write_json
+from clips.common.flags import Parser
+from clips.lab.stats import show_difference, show_mean
+from clips.lab.stats import verdict as verdict_of
 from mllm.compare.verify import opened, verified
 from mllm.compare.words import difference_text, mean_and_sd, percent_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LONG = ("cells", "examples", "files")
 """Parts of report.json that stay in the archive."""
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
-"""What of a figure and of a difference is taken from it."""
+"""Fields of a figure and of a difference that are taken from report.json."""
 BLOCK = re.compile(r"^(<!-- figures: ([\w-]+)\n(.*?\n)-->\n)(.*?)(^<!-- /figures -->)$", re.DOTALL | re.MULTILINE)
 PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
-"""An encoder may be called by its path, in which {seed} stands for the pretraining seed."""
+"""An encoder may be called by its path, in which {seed} replaces the pretraining seed."""
 
 
 def take(source: Path, name: str, root: Path = ROOT) -> Path:
@@ -52,13 +56,10 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     if source.suffix == ".json":
         content = read_json(source)
         if not content.keys() & {"groups", "claims"}:
-            raise UserError(
-                f"{source} is neither comparison.json of compare_pretraining.py nor claims.json of "
-                "reproduce_claims.py: give one of them, or an archive"
-            )
+            raise UserError(f"{source} is neither comparison.json nor claims.json: give one of them, or an archive")
         for variant in content.get("variants", {}).values():
             for run in variant["runs"]:
-                del run["config"]  # what is not the recipe's stands in the command
+                run.pop("config", None)  # what is not the recipe's is in the command
     else:
         with opened(source) as output:
             report = verified(output, source).report
@@ -74,6 +75,10 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     return target
 
 
+def _short(figure: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figure.items() if key in SHORT}
+
+
 def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
     """Write the figures into every block of README.md and docs/*.md; returns the pages whose blocks were others.
 
@@ -85,27 +90,12 @@ def update_pages(*, check: bool, root: Path = ROOT) -> list[Path]:
         starts = len(re.findall("^<!-- figures:", before, re.MULTILINE))
         after, blocks = BLOCK.subn(partial(_filled, page=page, root=root), before)
         if blocks != starts:
-            raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as mllm/compare/pages.py says")
+            raise UserError(f"{page}: {starts} blocks of figures begin, {blocks} are as tools/update_docs.py says")
         if after != before:
             changed.append(page)
             if not check:
                 write_atomically(page, after)
     return changed
-
-
-def update_from_flags(source: str | None, name: str, *, check: bool) -> None:
-    """What scripts/update_docs.py does; CommandError where `check` finds figures that are not those of the files."""
-    if source is not None:
-        print(f"written to {take(Path(source), name)}")
-    changed = [str(page.relative_to(ROOT)) for page in update_pages(check=check)]
-    if check and changed:
-        pages = ", ".join(changed)
-        raise CommandError(f"not the figures of docs/results: {pages}; `python scripts/update_docs.py` mends it")
-    print(f"changed: {', '.join(changed) or 'nothing'}")
-
-
-def _short(figure: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in figure.items() if key in SHORT}
 
 
 def _filled(block: re.Match[str], page: Path, root: Path) -> str:
@@ -115,58 +105,71 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         who, name, other = place.groups()
         file = root / "docs" / "results" / f"{other or default}.json"
         content = read_json(file)
+        show = _pretraining if "groups" in content else _claims if "claims" in content else _comparison
         try:
-            if "groups" in content:
-                return _pretraining(content, who, name)
-            return _claims(content, who, name) if "claims" in content else _comparison(content, who, name)
+            return show(content, *who.partition(" − ")[::2], name)
         except (KeyError, IndexError, TypeError, StopIteration) as error:
             raise UserError(f"{page}: {place[0]} is not in {file} ({error!r})") from None
 
     return head + PLACE.sub(figure, text) + end
 
 
-def _comparison(report: Mapping[str, Any], who: str, name: str) -> str:
-    first, _, other = who.partition(" − ")
+def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) -> str:
     if other:
-        rows = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}
-        return _difference(rows[first, other, name], lambda value: difference_text(name, value))
+        row = {(row["a"], row["b"], row["metric"]): row for row in report["differences"]}[first, other, name]
+        return _decided(row, difference_text(row))
     encoder = report["encoders"][first]
     is_own = name not in encoder["metrics"]
     return percent_text(encoder["intrinsic"].get(name)) if is_own else mean_and_sd(name, encoder["metrics"][name])
 
 
-def _pretraining(content: Mapping[str, Any], who: str, name: str) -> str:
+def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
     """Of comparison.json: groups with a row of figures for each seed, and CLIPS minus each other group."""
-    first, _, other = who.partition(" − ")
     if other:
-        return _difference(content["clips_minus"][other][name], _points)
-    return _over_seeds([row[name] for row in content["groups"][first]])
+        row = content["clips_minus"][other][name]
+        return _decided(row, show_difference(row))
+    return show_mean([row[name] for row in content["groups"][first]])
 
 
-def _claims(content: Mapping[str, Any], who: str, name: str) -> str:
+def _claims(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
     """Of claims.json: variants with their runs' figures, and the comparisons that the claims make."""
-    first, _, other = who.partition(" − ")
     if not other:
-        return _over_seeds([run["figures"][name] for run in content["variants"][first]["runs"]])
+        return show_mean([run["figures"][name] for run in content["variants"][first]["runs"]])
     contrasts = [contrast for claim in content["claims"].values() for contrast in claim.get("contrasts", ())]
     contrast = next(found for found in contrasts if (found["a"], found["b"]) == (first, other))
     if name == "verdict":
         text = contrast[name].removesuffix(" here")
         return text if text.startswith("not") else f"**{text}**"
-    return _difference(contrast.get("figures", {contrast["metric"]: contrast})[name], _points)
+    row = contrast.get("figures", {contrast["metric"]: contrast})[name]
+    return _decided(row, show_difference(row))
 
 
-def _points(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+def _decided(row: Mapping[str, Any], text: str) -> str:
+    return text if verdict_of(row["ci95"]) == "tie" else f"**{text}**"
 
 
-def _over_seeds(values: list[float]) -> str:
-    return percent_text({"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None})
+def parser() -> Parser:
+    p = Parser((__doc__ or "").partition("\n")[0])
+    p.add_argument(
+        "--take",
+        metavar="FILE",
+        help="first write docs/results/NAME.json from this archive of compare_encoders.py --pack, which is verified, "
+        "from a comparison.json of compare_pretraining.py or from a claims.json",
+    )
+    p.add_argument("--name", default="compare", help="which file of docs/results to write")
+    p.add_argument("--check", action="store_true", help="write no page; end with 1 if its figures are others")
+    return p
 
 
-def _difference(row: Mapping[str, Any], number: Callable[[float], str]) -> str:
-    if row["ci95"] is None:
-        return number(row["mean"])
-    low, high = row["ci95"]
-    text = f"{number(row['mean'])} [{number(low)}, {number(high)}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+def main() -> None:
+    flags = parser().parse_args()
+    if flags.take is not None:
+        print(f"written to {take(Path(flags.take), flags.name)}")
+    changed = ", ".join(str(page.relative_to(ROOT)) for page in update_pages(check=flags.check))
+    if flags.check and changed:
+        raise CommandError(f"not the figures of docs/results: {changed}; `python tools/update_docs.py` mends it")
+    print(f"changed: {changed or 'nothing'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,14 +1,18 @@
-"""A picture of the web page, made by a real browser: what the README shows."""
+#!/usr/bin/env python
+"""Take a picture of the web page with an answered example, as the README shows it (needs Chromium and playwright)."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, run_command
+from clips.common.flags import Parser
 from clips.common.runtime import unused_port
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ def find_browser() -> str | None:
 
 @contextmanager
 def browser(*options: str) -> Iterator[Browser]:
-    """A headless Chromium; UserError where it or the package that drives it is missing."""
+    """A headless Chromium; UserError if Chromium or the package that drives it is missing."""
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -49,33 +53,32 @@ def open_tab(page: Page, url: str, tab: str) -> None:
     page.locator(".box textarea:visible, .encoder:visible").first.wait_for()
 
 
-def take_screenshot(
-    out: Path, model_names: Sequence[str], *, tab: str, example: int, width: int, height: int, dark: bool, device: str
-) -> None:
-    """Serve the page, ask the demo's example number `example` (from 0) in `tab` of TABS, write what is then seen.
+def take_screenshot(flags: argparse.Namespace) -> None:
+    """Serve the page, ask an example in a tab, and write what is then seen.
 
-    UserError for a tab that is not there and without examples (no demo questions).
+    UserError without examples (no demo questions), and for an output that is not .png.
     """
+    out, tab = flags.output, flags.tab
     if out.suffix != ".png":
-        raise UserError(f"--out {out}: name it .png")
+        raise UserError(f"--output {out}: name it .png")
     from mllm.chat.web import launch
 
     port = unused_port()
-    served = launch(model_names, port=port, device=device, block=False)
+    served = launch(flags.model, port=port, device=flags.device, block=False)
     try:
         with browser() as opened:
             page = opened.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme="dark" if dark else "light",
+                viewport={"width": flags.width, "height": flags.height},
+                color_scheme="dark" if flags.dark else "light",
                 device_scale_factor=2,
             )
             page.set_default_timeout(PATIENCE_MS)
             open_tab(page, f"http://127.0.0.1:{port}", tab)
             panel = page.get_by_role("tabpanel").filter(visible=True)
             examples = panel.locator(".gallery-item" if tab == "encoder" else ".example")
-            if not 0 <= example < examples.count():
-                raise UserError(f"--example {example}: the page has {examples.count()} (the demo questions make them)")
-            examples.nth(example).click()
+            if not 0 <= flags.example < examples.count():
+                raise UserError(f"--example {flags.example}: the page has {examples.count()} (of the demo questions)")
+            examples.nth(flags.example).click()
             for remark in panel.locator(".block.remark").all():
                 remark.get_by_text("similarity" if tab == "encoder" else "tokens").wait_for()
             page.wait_for_timeout(1000)  # for animations, and pictures to be drawn
@@ -83,4 +86,21 @@ def take_screenshot(
             page.screenshot(path=out, animations="disabled")
     finally:
         served.close(verbose=False)
-    print(f"{out}: the tab “{TABS[tab]}” at {width} × {height}, {'dark' if dark else 'light'}")
+    print(f"{out}: the tab “{TABS[tab]}”")
+
+
+def parser() -> Parser:
+    p = Parser(__doc__)
+    p.add_argument("--output", type=Path, default=Path("runs/web.png"), help="the PNG to write")
+    p.add_argument("--model", action="append", default=[], help="as in chat.py; repeatable")
+    p.add_argument("--tab", choices=tuple(TABS), default="chat", help="which tab")
+    p.add_argument("--example", type=int, default=0, help="which of the page's examples is asked, from 0")
+    p.add_argument("--width", type=int, default=1280, help="of the window, CSS pixels; 390 is a phone")
+    p.add_argument("--height", type=int, default=860, help="of the window, CSS pixels")
+    p.add_argument("--dark", action="store_true", help="in dark mode")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: take_screenshot(parser().parse_args())))

@@ -1,45 +1,38 @@
-"""A finished comparison as one file that verifies elsewhere: what the report rests on, and the report.
+"""A finished study as one file: the raw answers that its figures rest on, and its report.
 
-    report.json  compare.json  encoders.json  questions/NAME.jsonl
-    cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
-                 evaluation/NAME.jsonl evaluation/figures.json benchmarks/TASK/MODEL/DATE_results.json
-
-A tar in xz, sorted and without times or owners, so that the same comparison gives the same bytes. One that is unpacked
-was sent by a stranger: how much it may hold is bounded before it is held, and nothing but the files above is taken.
+A tar in xz, sorted and without times or owners, so that equal studies give equal bytes. What `unpack` writes is
+bounded, and it takes only files whose names match a pattern.
 """
 
 from __future__ import annotations
 
+import json
 import lzma
+import math
 import re
 import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from clips import read_members
 from clips.common.errors import UserError
-from clips.common.files import placing, read_json, sha256
-from mllm.compare.collect import REPORT, stored_files
-from mllm.compare.plan import comparison_of
+from clips.common.files import differing, placing, sha256
+from clips.data.tar import read_members
 
 ENDING = ".tar.xz"
 MOST_PACKED, MOST_BYTES, MOST_MEMORY = 50_000_000, 200_000_000, 100_000_000
 """Bytes of an archive, of what it unpacks to, and of memory that its decoder may ask for (xz -6 needs 9 MB)."""
 MOST_MEMBERS = 20_000
-_NAME = r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]{1,200}"
-MEMBER = re.compile(
-    rf"(?:report|compare|encoders)\.json|questions/{_NAME}\.jsonl?|cells/{_NAME}/(?:(?:cell|config|env|cost)\.json"
-    rf"|(?:align|instruct)/done\.json|evaluation/{_NAME}\.jsonl?|benchmarks/{_NAME}/{_NAME}/{_NAME}_results\.json)"
-)
+TOLERANCE = 1e-6
+"""Relative and absolute: sums of the same numbers may end in other digits on another machine."""
 
 
-def pack(output: Path, archive: Path) -> str:
-    """Write the comparison in `output` to `archive`; returns the archive's SHA-256.
+def pack(output: Path, names: Sequence[str], archive: Path, allowed: re.Pattern[str]) -> str:
+    """Write the files `names` of `output` to `archive`; returns the archive's SHA-256.
 
-    Raises UserError for what could not be unpacked again.
+    Raises UserError for what could not be unpacked again: a name that `allowed` does not match, too many bytes.
     """
-    comparison = comparison_of(read_json(output / REPORT)["plan"], output)
-    names = sorted([REPORT, *stored_files(comparison)])
-    if strange := [name for name in names if not MEMBER.fullmatch(name)]:
+    if strange := [name for name in names if not allowed.fullmatch(name)]:
         raise UserError(f"{output}: {strange[0]} has a name that an archive cannot hold")
     total = sum((output / name).stat().st_size for name in names)
     if total > MOST_BYTES or len(names) > MOST_MEMBERS:
@@ -49,7 +42,7 @@ def pack(output: Path, archive: Path) -> str:
         lzma.open(file, "wb", preset=6) as packed,
         tarfile.open(fileobj=packed, mode="w|") as tar,
     ):
-        for name in names:
+        for name in sorted(names):
             member = tarfile.TarInfo(name)  # mode 644, no owner, 1 January 1970
             member.size = (output / name).stat().st_size
             with (output / name).open("rb") as content:
@@ -57,11 +50,11 @@ def pack(output: Path, archive: Path) -> str:
     return sha256(archive)
 
 
-def unpack(archive: Path, directory: Path) -> None:
+def unpack(archive: Path, directory: Path, allowed: re.Pattern[str]) -> None:
     """Write the files of `archive` below `directory`, which must be empty.
 
-    Raises UserError, naming what is wrong, for anything that `pack` does not write: links, other names, a name twice,
-    a damaged or cut file, more bytes or members than the limits above.
+    Raises UserError for a damaged file, links, a name twice or one that `allowed` does not match, and for more bytes or
+    members than the limits above.
     """
     if not archive.is_file():
         raise UserError(f"there is no archive {archive}")
@@ -70,10 +63,10 @@ def unpack(archive: Path, directory: Path) -> None:
     plain = directory / "archive.tar"
     _decompress(archive, plain)
     members, problems = read_members(str(plain))  # refuses links and names that climb out
-    problems += [f"{name!r} is no file of a comparison" for name in members if not MEMBER.fullmatch(name)]
+    problems += [f"{name!r} is no file of such a study" for name in members if not allowed.fullmatch(name)]
     problems += [f"it has more than {MOST_MEMBERS:,} files"] if len(members) > MOST_MEMBERS else []
     if problems:
-        raise UserError(f"{archive} is no archive of a comparison: {problems[0]}")
+        raise UserError(f"{archive} cannot be unpacked: {problems[0]}")
     with plain.open("rb") as tar:
         for name, (offset, size) in members.items():
             path = directory / name
@@ -98,5 +91,16 @@ def _decompress(archive: Path, plain: Path) -> None:
             if written > MOST_BYTES:
                 raise UserError(f"{archive} unpacks to more than {MOST_BYTES:,} bytes")
             out.write(found)
-        if decoder.unused_data or packed.read(1):
-            raise UserError(f"{archive} has something behind its end")
+
+
+# ------------------------------------------------------------------------------------------- verify
+def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    """Where two values of JSON differ, a line each; numbers within `TOLERANCE` are equal."""
+    for place, a, b in differing(there, here, _alike, path):
+        yield f"{place}: {json.dumps(a)[:80]} as recorded, {json.dumps(b)[:80]} computed again"
+
+
+def _alike(there: Any, here: Any) -> bool:
+    if isinstance(there, float) and isinstance(here, (int, float)) and not isinstance(here, bool):
+        return math.isclose(there, here, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (there != there and here != here)
+    return type(there) is type(here) and there == here

@@ -1,0 +1,388 @@
+"""Intervals, components of variance and needed numbers against simulations, definitions and closed forms."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from clips.lab.stats import (
+    ANSWERS,
+    TOGETHER,
+    Spread,
+    components,
+    difference,
+    distinct_levels,
+    independent_runs,
+    interval,
+    labels,
+    over_groups,
+    over_runs,
+    shared_runs,
+    show_difference,
+    show_mean,
+    spread,
+    turned,
+    verdict,
+    welch,
+)
+
+PICTURES, QUESTIONS, SEEDS = 120, 3, 3
+CLUSTERS = labels([picture for picture in range(PICTURES) for _ in range(QUESTIONS)])
+
+
+def answers(
+    rng: np.random.Generator,
+    difficulty: np.ndarray,
+    *,
+    skill: float = 0.0,
+    seed_spread: float = 0.0,
+    seeds: int = SEEDS,
+):
+    """Right or wrong [S, I] of one model: pictures and questions of different difficulty, runs of different luck."""
+    run = rng.normal(0, seed_spread, (seeds, 1))
+    return (rng.random((seeds, len(difficulty))) < np.clip(difficulty + skill + run, 0, 1)).astype(float)
+
+
+def difficulties(rng: np.random.Generator, pictures: int = PICTURES) -> np.ndarray:
+    picture = np.repeat(rng.normal(0, 1, pictures), QUESTIONS)
+    return 0.2 + 0.6 * stats.norm.cdf(picture + rng.normal(0, 1, len(picture)))
+
+
+def verdicts(tries: int, *, gap: float, seed_spread: float, seeds: int = SEEDS, pictures: int = PICTURES) -> list[str]:
+    rng = np.random.default_rng(7)
+    clusters = np.repeat(np.arange(pictures), QUESTIONS)
+    found = []
+    for _ in range(tries):
+        difficulty = difficulties(rng, pictures)
+        a = answers(rng, difficulty, skill=gap, seed_spread=seed_spread, seeds=seeds)
+        b = answers(rng, difficulty, seed_spread=seed_spread, seeds=seeds)
+        found.append(interval(a - b, clusters).verdict)
+    return found
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_spread", [0.0, 0.025, 0.06])
+def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: float) -> None:
+    """Right and wrong answers; seeds that make no difference, some, and most of it. Two seeds: less."""
+    found = verdicts(1500, gap=0.0, seed_spread=seed_spread, seeds=seeds)
+    assert (0.02 if seeds == 2 else 0.03) <= 1 - found.count("tie") / len(found) <= 0.07
+    wins, losses = found.count("win"), found.count("loss")
+    assert abs(wins - losses) <= 4 * np.sqrt(wins + losses + 1)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("pictures_share", [0.0, 0.1, 0.3, 1.0, 10.0])
+def test_models_that_differ_by_picture_alone_tie_as_often(seeds: int, pictures_share: float) -> None:
+    """Known variances: of seeds, of pictures (`pictures_share` of it in the mean), of single answers."""
+    rng, pictures = np.random.default_rng(11), 150
+    clusters = np.arange(pictures)
+    seed_deviation = 0.02
+    picture_deviation = np.sqrt(pictures_share * seed_deviation**2 / seeds * pictures)
+    tries, false = 3000, 0
+    for _ in range(tries):
+        difference = rng.normal(0, seed_deviation, (seeds, 1)) + rng.normal(0, picture_deviation, pictures)
+        false += interval(difference + rng.normal(0, 0.1, (seeds, pictures)), clusters).verdict != "tie"
+    assert 0.03 <= false / tries <= 0.07
+
+
+def test_a_known_gap_is_found_and_its_size_is_right() -> None:
+    assert verdicts(200, gap=0.15, seed_spread=0.01).count("win") >= 180
+    rng = np.random.default_rng(0)
+    difficulty = difficulties(rng)
+    estimate = interval(answers(rng, difficulty, skill=0.12) - answers(rng, difficulty), CLUSTERS)
+    assert estimate.low < 0.12 < estimate.high
+    assert estimate.low < estimate.mean < estimate.high
+
+
+def test_swapped_models_give_the_mirrored_interval() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.integers(-1, 2, (SEEDS, len(CLUSTERS))).astype(float)
+    there, back = interval(scores, CLUSTERS), interval(-scores, CLUSTERS)
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+
+
+def test_with_one_seed_and_single_items_it_is_the_ordinary_interval_of_a_mean() -> None:
+    scores = np.random.default_rng(2).normal(0.3, 1.0, (1, 400))
+    estimate = interval(scores, np.arange(400))
+    expected = stats.t.interval(0.95, 399, scores.mean(), stats.sem(scores[0]))
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
+
+
+def test_where_pictures_have_nothing_in_common_it_is_the_t_interval_of_the_seeds() -> None:
+    scores = np.array([[0.1], [0.2], [0.6]]) + np.zeros((3, 50))
+    estimate = interval(scores, np.arange(50))
+    expected = stats.t.interval(0.95, 2, 0.3, stats.sem([0.1, 0.2, 0.6]))
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
+
+
+def test_repeating_questions_about_the_same_pictures_buys_nothing() -> None:
+    """Ten copies of every question: items in name only. Without clusters the interval would shrink by √10."""
+    scores = np.random.default_rng(3).normal(0, 1, (3, 100))
+    once = interval(scores, np.arange(100))
+    copies = interval(np.repeat(scores, 10, axis=1), np.repeat(np.arange(100), 10))
+    assert copies.high - copies.low == pytest.approx(once.high - once.low)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    agree = np.full((3, 400), 0.1)
+    disagree = agree + np.array([[-0.1], [0.0], [0.1]])
+    assert interval(agree, np.arange(400)).verdict == "win"
+    assert interval(disagree, np.arange(400)).verdict == "tie"
+
+
+def test_runs_that_share_an_encoder_are_averaged_before_they_speak_of_other_runs() -> None:
+    """Six runs on two encoders that differ much: as six independent ones they would seem to know the mean."""
+    pretraining = np.array([0, 1, 0, 1, 0, 1])
+    scores = np.where(pretraining == 0, 0.05, 0.25)[:, None] + np.random.default_rng(0).normal(0, 0.05, (6, 200))
+    means = over_groups(scores, pretraining)
+    assert np.allclose(means, [scores[::2].mean(0), scores[1::2].mean(0)])
+    assert interval(scores, np.arange(200)).verdict == "win"
+    assert interval(means, np.arange(200)).verdict == "tie"
+
+
+def test_which_runs_are_independent_of_each_other() -> None:
+    nested, own, one = np.array([0, 1, 2, 0]), np.arange(4), np.zeros(4, int)
+    assert shared_runs([nested, own]).tolist() == nested.tolist()  # two runs on one of the encoders are not independent
+    assert shared_runs([one, nested]).tolist() == nested.tolist()
+    assert shared_runs([one, own]).tolist() == own.tolist()
+    assert independent_runs(shared_runs([one, one])).tolist() == own.tolist()
+    assert independent_runs(nested).tolist() == nested.tolist()
+
+
+def test_the_verdict_goes_by_the_interval() -> None:
+    assert [verdict(ends) for ends in ([-0.01, 1.0], [0.001, 0.02], [-0.02, -0.001], [0.0, 1.0], None)] == [
+        "tie", "win", "loss", "tie", "tie"
+    ]  # fmt: skip
+    assert verdict([float("nan")] * 2) == "tie"
+    assert [turned(said) for said in ("win", "tie", "loss")] == ["loss", "tie", "win"]
+
+
+def test_groups_of_runs_have_welch_s_interval() -> None:
+    """Against its formula; groups without any spread have no interval."""
+    a, b = [70.0, 74.0, 71.0], [30.0, 31.0, 35.0]
+    found = welch(a, b)
+    variances = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 3
+    freedom = sum(variances) ** 2 / sum(v**2 / 2 for v in variances)
+    reach = stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5
+    assert (found.low, found.high) == pytest.approx((found.mean - reach, found.mean + reach))
+    assert found.verdict == "win"
+    row = difference([{"x": value} for value in a], [{"x": value} for value in b], "x")
+    assert row == {"mean": found.mean, "ci95": found.ci95}
+    assert welch([1.0, 1.0], [0.0, 0.0]).ci95 is None
+    assert welch([1.0, 1.0], [0.0, 0.5]).ci95 is not None
+
+
+def test_paired_runs_have_student_s_interval() -> None:
+    values = np.array([0.1, 0.09, 0.08])
+    found = over_runs(values)
+    assert found.ci95 == pytest.approx(stats.t.interval(0.95, 2, values.mean(), stats.sem(values)))
+    assert over_runs(values[:1]).ci95 is None
+
+
+def test_a_difference_is_shown_one_way() -> None:
+    row = {"mean": -0.0512, "ci95": [-0.0701, 0.01]}
+    assert show_difference(row, scale=100) == "−5.1 [−7.0, +1.0]"
+    assert show_difference({"mean": 0.5, "ci95": None}, digits=2) == "+0.50"
+    assert show_mean([1.0, 2.0]) == "1.5 ± 0.7"
+    assert show_mean([1.0]) == "1.0"
+
+
+# ------------------------------------------------------------------------------------------- the A/A test
+def stored_runs(seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers [R, I] of one encoder's runs, whose luck differs, to two questions a picture; and the pictures."""
+    rng, pictures = np.random.default_rng(0), 80
+    ease = np.repeat(rng.normal(0, 0.12, pictures), 2) + rng.normal(0, 0.12, 2 * pictures)
+    luck = rng.normal(0, 0.04, (seeds, 1))
+    return (rng.random((seeds, 2 * pictures)) < np.clip(0.6 + luck + ease, 0.02, 0.98)) * 1.0, np.arange(160) // 2
+
+
+@pytest.mark.parametrize("is_crossed", [True, False])
+def test_an_encoder_differs_from_itself_in_5_of_100_pairs_of_groups_of_its_seeds(is_crossed: bool) -> None:
+    """Disjoint groups of seeds, half of the pictures. An interval that counts every answer for itself is found out."""
+    scores, clusters = stored_runs(24)
+    rng, false, tries = np.random.default_rng(0), 0, 400
+    for _ in range(tries):
+        order, chosen = rng.permutation(24), np.isin(clusters, rng.permutation(80)[:40])
+        between = scores[:, chosen][order[:12]] - scores[:, chosen][order[12:]]
+        if is_crossed:
+            false += interval(between, labels(clusters[chosen].tolist())).verdict != "tie"
+        else:
+            false += abs(between.mean()) > 1.96 * between.std() / between.size**0.5
+    assert (0.03 <= false / tries <= 0.07) if is_crossed else false / tries > 0.07
+
+
+# ------------------------------------------------------------------------------------------- components of variance
+def runs_and_items(pretraining: int, llava: int, pictures: int, questions: int):
+    """Groups of every level, balanced: ([pretraining, run], [picture, question])."""
+    runs, items = np.arange(pretraining * llava), np.arange(pictures * questions)
+    return [runs % pretraining, runs], [items // questions, items]
+
+
+def drawn(rng: np.random.Generator, runs, items, deviations: np.ndarray) -> np.ndarray:
+    """[R, I] with effects of known standard deviations [1 + levels of runs, 1 + levels of items]."""
+    total = np.zeros((len(runs[-1]), len(items[-1])))
+    for (a, row), (b, column) in product(
+        enumerate([np.zeros_like(runs[0]), *runs]), enumerate([np.zeros_like(items[0]), *items])
+    ):
+        total += deviations[a, b] * rng.standard_normal((row.max() + 1, column.max() + 1))[np.ix_(row, column)]
+    return total
+
+
+def slow_components(scores: np.ndarray, runs, items) -> np.ndarray:
+    """Every pair of scores by itself, sorted by how many levels of runs and of items it shares."""
+    shape = len(runs) + 1, len(items) + 1
+    squares, counts = np.zeros(shape), np.zeros(shape)
+    places = list(np.ndindex(scores.shape))
+    for (r, i), (s, j) in product(places, places):
+        shared = sum(level[r] == level[s] for level in runs), sum(level[i] == level[j] for level in items)
+        squares[shared] += (scores[r, i] - scores[s, j]) ** 2 / 2
+        counts[shared] += 1
+    covariance = squares[0, 0] / counts[0, 0] - squares / counts
+    found = np.zeros(shape)
+    for a, b in np.ndindex(shape):
+        found[a, b] = covariance[a, b] - found[: a + 1, : b + 1].sum()
+    return found
+
+
+@pytest.mark.parametrize("is_balanced", [True, False])
+def test_components_are_those_of_all_pairs_of_scores(is_balanced: bool) -> None:
+    rng = np.random.default_rng(0)
+    runs, items = runs_and_items(3, 2, 5, 2)
+    if not is_balanced:
+        runs = [np.array([0, 1, 2, 0]), np.arange(4)]
+        items = [np.array([0, 0, 0, 1, 2, 2, 3]), np.arange(7)]
+    scores = rng.integers(0, 2, (len(runs[0]), len(items[0]))).astype(float)
+    assert np.allclose(components(scores, runs, items), slow_components(scores, runs, items))
+
+
+def test_of_equal_numbers_they_are_those_of_the_analysis_of_variance() -> None:
+    """Two crossed factors, one score each: mean squares and their expectations (any textbook)."""
+    scores = np.random.default_rng(1).normal(0, 1, (4, 30)) + np.arange(4)[:, None]
+    seeds, pictures = scores.shape
+    centred = scores - scores.mean()
+    ms_seeds = pictures * (centred.mean(1) ** 2).sum() / (seeds - 1)
+    ms_pictures = seeds * (centred.mean(0) ** 2).sum() / (pictures - 1)
+    rest = centred - centred.mean(0) - centred.mean(1)[:, None]
+    ms_rest = (rest**2).sum() / (seeds - 1) / (pictures - 1)
+    expected = [[0, (ms_pictures - ms_rest) / seeds], [(ms_seeds - ms_rest) / pictures, ms_rest]]
+    assert np.allclose(components(scores, [np.arange(seeds)], [np.arange(pictures)]), expected)
+
+
+def test_known_effects_are_found_without_bias() -> None:
+    deviations = np.array([[0, 0.3, 0.4], [0.2, 0.1, 0.1], [0.1, 0.1, 0.5]])
+    rng = np.random.default_rng(2)
+    runs, items = [np.array([0, 1, 2, 3, 0, 1]), np.arange(6)], [np.arange(80) // 2, np.arange(80)]
+    found = np.mean([components(drawn(rng, runs, items, deviations), runs, items) for _ in range(600)], axis=0)
+    assert found == pytest.approx(deviations**2, abs=0.006)
+
+
+def test_levels_that_cannot_be_told_apart_become_one() -> None:
+    runs, pictures = np.arange(3), np.array([0, 0, 1, 1])
+    named = distinct_levels([("pretraining seed", runs), ("LLaVA seed", runs)])
+    assert [name for name, _ in named] == ["pretraining seed and LLaVA seed"]
+    assert [name for name, _ in distinct_levels([("pretraining seed", 0 * runs), ("LLaVA seed", runs)])] == [
+        "LLaVA seed"
+    ]
+    one = spread(np.eye(4)[:1], [("pretraining seed", np.zeros(1, int)), ("LLaVA seed", np.zeros(1, int))],
+                 [("picture", pictures), ("question", np.arange(4))])  # fmt: skip
+    assert one.runs == ()
+    assert set(one.shares()) == {"picture", "question"}
+
+
+def split_of(scores: np.ndarray, runs, items):
+    return spread(scores, [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])],
+                  [("picture", items[0]), ("question", items[1])])  # fmt: skip
+
+
+def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
+    runs, items = runs_and_items(5, 2, 100, 2)
+    scores = drawn(np.random.default_rng(3), runs, items, np.array([[0, 0.3, 0.4], [0.1, 0.2, 0.2], [0.1, 0.2, 0.5]]))
+    found = split_of(scores, runs, items)
+    assert set(found.shares()) == {"pretraining seed", "LLaVA seed", "picture", "question", ANSWERS}
+    assert (found.variances > 0)[1:].all()
+    rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)])
+    estimate = interval(rows, items[0])
+    # Power 0.8 needs t and its quantile of 0.8 on top of a standard error that both have in common.
+    assert found.detectable() > estimate.high - estimate.mean
+    assert sum(found.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
+
+
+def test_of_unequal_numbers_they_add_up_too() -> None:
+    """Six runs on five encoders, averaged by encoder: on average over many draws."""
+    rng, runs, items = np.random.default_rng(9), [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(80)] * 2
+    levels = [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])]
+    added, expected = [], []
+    for _ in range(300):
+        scores = drawn(rng, runs, items[:1], np.array([[0, 0.5], [0.1, 0.1], [0.2, 0.3]]))
+        added.append(sum(spread(scores, levels, [("picture", items[0]), ("question", items[1])]).shares().values()))
+        expected.append(_variance(np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)]), items[0]))
+    assert np.mean(added) == pytest.approx(np.mean(expected), rel=0.03)
+
+
+def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:
+    """Of the mean, for equal clusters: between rows, and between pictures without what single answers add."""
+    pictures = np.stack([np.bincount(clusters, row) / np.bincount(clusters) for row in rows])
+    rest = pictures - pictures.mean(0) - pictures.mean(1)[:, None] + pictures.mean()
+    count = pictures.shape[1]
+    luck = (rest**2).sum() / (len(rows) - 1) / (count - 1) / len(rows) / count
+    return pictures.mean(1).var(ddof=1) / len(rows) + pictures.mean(0).var(ddof=1) / count - luck
+
+
+def test_items_needed_is_the_closed_form_of_a_paired_comparison() -> None:
+    """One run, one question per picture: n = (z_0.975 + z_0.8)² (p10 + p01 − δ²) / δ²."""
+    difference = np.array([[1.0] * 120 + [-1.0] * 80 + [0.0] * 800])
+    question = np.arange(1000)
+    found = spread(difference, [("LLaVA seed", np.zeros(1, int))], [("picture", question), ("question", question)])
+    delta = 0.04
+    expected = (1.959964 + 0.841621) ** 2 * (0.2 - delta**2) / delta**2
+    assert found.items_needed(delta) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("level", ["pretraining seed", "picture", "both"])
+def test_with_as_many_as_needed_a_difference_is_found_in_four_of_five_tries(level: str) -> None:
+    deviations = np.array([[0, 0.25, 0.3], [0.02, 0.05, 0.05], [0.02, 0.05, 0.4]])
+    rng, gap = np.random.default_rng(4), 0.06
+    levels = ("pretraining seed", "LLaVA seed"), ("picture", "question")
+    found = Spread(*levels, deviations**2, (1.0, 4.0, 8.0), (1.0, 250.0, 500.0))
+    needed = found.needed(gap)
+    seeds = needed["pretraining seed" + TOGETHER * (level == "both")] if level != "picture" else 4
+    pictures = needed["picture" + TOGETHER * (level == "both")] if level != "pretraining seed" else 250
+    assert seeds is not None
+    assert pictures is not None
+    runs, items = runs_and_items(seeds, 2, pictures, 2)
+    wins, tries = 0, 300
+    for _ in range(tries):
+        scores = gap + drawn(rng, runs, items, deviations)
+        rows = np.stack([scores[runs[0] == seed].mean(0) for seed in range(seeds)])
+        wins += interval(rows, items[0]).verdict == "win"
+    assert 0.72 <= wins / tries <= 0.9
+
+
+def test_no_number_of_pictures_mends_seeds_that_disagree() -> None:
+    runs, items = runs_and_items(3, 1, 250, 2)
+    scores = np.random.default_rng(0).normal(0, 0.1, (3, 500)) + np.array([[-0.3], [0.05], [0.4]])
+    found = split_of(scores, runs, items)
+    assert found.needed(0.05)["picture"] is None
+    assert found.items_needed(0.05) is None
+    assert found.items_needed(0.0) is None
+    seeds = found.needed(0.05)["pretraining seed and LLaVA seed"]
+    assert seeds is not None
+    assert seeds > 100
+
+
+def test_estimates_below_zero_are_taken_from_the_others_not_forgotten() -> None:
+    """Two runs on one of five encoders that happen to differ: what all seeds add stays what their means say."""
+    rng = np.random.default_rng(8)
+    runs, items = [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(200) // 2, np.arange(200)]
+    luck = np.array([0.1, 0.0, 0.0, 0.0, 0.0, -0.1])[:, None]
+    scores = luck + rng.normal(0, 0.05, (6, 200))
+    raw = components(scores, runs, items)
+    assert raw[1, 0] < 0 < raw[2, 0]
+    found = split_of(scores, runs, items)
+    assert (found.variances >= 0).all()
+    assert found.variances[1, 0] == 0
+    parts = raw / np.outer(found.run_counts, found.item_counts)
+    assert found.shares()["LLaVA seed"] == pytest.approx(max(0.0, parts[1:, 0].sum()), abs=1e-12)
