@@ -1,4 +1,4 @@
-"""A small OpenAI-style server that misbehaves as it is told: for tests of whoever asks servers."""
+"""A small OpenAI-style server that misbehaves on demand, for tests of the endpoint captioner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Deed = tuple[str, Any]
-"""What the server does with a request: its name in `_Handler.do_POST`, and what that takes."""
+"""A method of `_Handler` without its underscore, and its argument."""
 
 
 def echo(number: int, body: dict) -> Deed:
@@ -96,11 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 9, "completion_tokens": 7}
         self._send(200, json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode())
 
-    def _cut_off(self, text: str) -> None:
-        self._say(text, "length")
-
-    def _filtered(self, text: Any) -> None:
-        self._say(text, "content_filter")
+    def _ended(self, what: tuple[str, str]) -> None:
+        self._say(*what)
 
     def _status(self, status: int) -> None:
         self._send(status, b'{"error": {"message": "no"}}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from mllm.chat.model import ChatModel, Sampling
 SHORT = Sampling(max_new_tokens=8)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("chat")
+def write_place(root: Path) -> None:
+    """`runs/llava/model` on the encoder `runs/clips-demo`, and six pictures in `images`."""
     write_run(root / "runs" / "clips-demo")
     write_llava(root, context=512)
     pictures(root / "images", 6)
-    return root
+
+
+@pytest.fixture(scope="session")
+def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("tiny-chat", write_place)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import dataclasses
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 from tiny_mllm import clips_model, write_llava, write_run
@@ -40,12 +41,9 @@ def write_models(root: Path, context: int = 4096) -> None:
     write_llava(root, context=context)
 
 
-def models(factory: pytest.TempPathFactory) -> Path:
-    """The folder of `write_models` with a long context, written once for all tests of this process."""
-    root = factory.getbasetemp() / "tiny-serve"
-    if not root.exists():
-        write_models(root, context=32_768)
-    return root
+def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The folder of `write_models` with a long context, written once per session."""
+    return made_once("tiny-serve", partial(write_models, context=32_768))
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 28)) -> bytes:

@@ -16,11 +16,9 @@ import base64
 import contextlib
 import email.utils
 import io
-import itertools
 import json
 import os
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +31,7 @@ from anyio.from_thread import start_blocking_portal
 
 from clips import BrokenSample, decode_image
 from clips.common.errors import CommandError, UserError, first_line
-from clips.common.escape import clip, for_terminal, one_line
+from clips.common.escape import clip, one_line
 from mllm.chat.limits import KEPT_PIXELS
 from mllm.recaption.asking import RETRY_TEMPERATURE, Prompt, hint_of, temperature_of, without_control_tokens
 from mllm.recaption.captioner import Pair, Written
@@ -302,24 +300,18 @@ class EndpointCaptioner:
             await server.client.aclose()
 
     async def _first_model(self) -> str:
-        """The first model that a server names; asks again until `patience` is over."""
-        for tries in itertools.count(1):
-            for server in self.servers:
-                try:
-                    found = await self._request(server, "GET", "/models", None, min(self.timeout, 30.0))
-                    if isinstance(name := found["data"][0]["id"], str) and 0 < len(name) < 500:
-                        return name
-                    server.last_error = "it names no model"
-                except (_Failed, KeyError, IndexError, TypeError) as error:
-                    server.last_error = str(error) if isinstance(error, _Failed) else "it names no model"
-            if time.monotonic() - self._answered > self.patience:
-                raise UserError(
-                    f"no server tells its models ({self._errors()}). Is one running? endpoint:URL#MODEL names one"
-                )
-            if tries == 1:
-                print(f"waiting for a server: {for_terminal(self._errors())}", file=sys.stderr, flush=True)
-            await anyio.sleep(_jittered(_pause(tries)))
-        raise AssertionError("unreachable")
+        """The first model that a server names."""
+        for server in self.servers:
+            try:
+                found = await self._request(server, "GET", "/models", None, min(self.timeout, 30.0))
+                if isinstance(name := found["data"][0]["id"], str) and 0 < len(name) < 500:
+                    return name
+                server.last_error = "it names no model"
+            except (_Failed, KeyError, IndexError, TypeError) as error:
+                server.last_error = str(error) if isinstance(error, _Failed) else "it names no model"
+        raise UserError(
+            f"no server tells its models ({self._errors()}). Is one running? endpoint:URL#MODEL names one, and waits"
+        )
 
     # -------------------------------------------------------------------------------------- requests
     async def _ask(self, server: Server, body: bytes) -> Written:

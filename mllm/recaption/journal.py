@@ -6,6 +6,7 @@ full disk cut off does not count; its call is made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -32,15 +33,17 @@ class Journal:
 
     def __init__(self, folder: Path, owner: str, made_of: str) -> None:
         """`folder`: the shard's own. `made_of`: the state of its data; calls made of another state do not count."""
-        self.path = folder / f"{owner}{SUFFIX}"
-        self._made_of = made_of
+        state = hashlib.sha256(made_of.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        self.path = folder / f"{owner}.{state}{SUFFIX}"
         self._calls: dict[tuple[int, int], list[Outcome]] = {}
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            self._read(path)
+        for path in sorted(folder.glob(f"*.{state}{SUFFIX}")):
+            for line in path.read_bytes().splitlines():
+                if (record := parse_line(line)) is not None:
+                    outcomes = [_from_json(outcome) for outcome in record["outcomes"]]
+                    self._calls.setdefault((record["attempt"], record["call"]), outcomes)
 
     def __enter__(self) -> Journal:
         self._file = open(self.path, "ab")
-        self._append({"made_of": self._made_of})
         fsync(self.path.parent)
         return self
 
@@ -56,26 +59,11 @@ class Journal:
     def add(self, attempt: int, call: int, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Store the results of a call. Returns them as `found` returns them after a restart."""
         stored = [_as_json(outcome) for outcome in outcomes]
-        self._append({"attempt": attempt, "call": call, "outcomes": stored})
-        return [_from_json(outcome) for outcome in stored]
-
-    def _append(self, record: dict[str, Any]) -> None:
+        record = {"attempt": attempt, "call": call, "outcomes": stored}
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def _read(self, path: Path) -> None:
-        counts = False
-        with path.open("rb") as file:
-            for line in file:
-                record = parse_line(line) if line.endswith(b"\n") else None
-                if record is None:
-                    continue
-                if "made_of" in record:
-                    counts = record["made_of"] == self._made_of
-                elif counts:
-                    key = record["attempt"], record["call"]
-                    self._calls.setdefault(key, [_from_json(outcome) for outcome in record["outcomes"]])
+        return [_from_json(outcome) for outcome in stored]
 
 
 def _as_json(outcome: Outcome) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +23,8 @@ PAIRS = [Pair(str(i), png(COLOURS[i % 4], (20 + i, 20)), f"a picture of {COLOURS
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models(tmp_path_factory)
+def place(made_once: Callable[..., Path]) -> Path:
+    return models(made_once)
 
 
 @contextlib.contextmanager

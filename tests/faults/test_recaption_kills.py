@@ -17,11 +17,11 @@ import pytest
 from launched import python, run, started, wait_for
 from pairs import outcome, write_pairs
 from processes import wait_until_gone
-from tiny_mllm import write_llava, write_run
+from tiny_chat import place  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow
 SHARDS, EACH = 5, 24
-KILLS = 6
+KILLS = 4
 
 
 def calls(out: Path) -> int:
@@ -111,19 +111,15 @@ def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     return one[page] == other[page].replace(b"/whole", b"/out")
 
 
-def test_a_real_model_under_two_commands_of_which_one_is_killed(tmp_path: Path) -> None:
-    """A tiny random LLaVA: what it writes is refused, tried again with its random numbers, and kept."""
-    write_run(tmp_path / "runs/clips-demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        write_llava(tmp_path, context=512)
+def test_a_real_model_under_two_commands_of_which_one_is_killed(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A tiny random LLaVA: its captions are refused, tried again with its random numbers, and kept."""
     (tmp_path / "prompt.txt").write_text("Say it: {web}")
     data = write_pairs(tmp_path / "pairs", 3, 24, broken=(3,))
 
     def command(out: Path) -> list[str]:
         return python(
             "scripts/recaption.py", "--data", data, "--output", out,
-            *("--captioner", f"llava:{tmp_path}/runs/llava/model"),
+            *("--captioner", f"llava:{place}/runs/llava/model"),
             *("--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu"),
             *("--words", "0", "400", "--script", "any", "--on-bad", "keep"),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +25,8 @@ DEFECT = Path(__file__).parents[1] / "serve_defect.py"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models(tmp_path_factory)
+def place(made_once: Callable[..., Path]) -> Path:
+    return models(made_once)
 
 
 @pytest.fixture(scope="module")

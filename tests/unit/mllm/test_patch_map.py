@@ -80,14 +80,8 @@ def test_zero_shot_is_clip_s(encoder: CLIPS) -> None:
     assert set(odds) == set(LABELS)
     assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
     assert list(odds.values()) == sorted(odds.values(), reverse=True)
-    names = torch.stack(
-        [
-            F.normalize(
-                text_features(encoder, [template.format(label) for template in encoder.templates]).mean(0), dim=0
-            )
-            for label in LABELS
-        ]
-    )
+    prompts = [[template.format(label) for template in encoder.templates] for label in LABELS]
+    names = F.normalize(torch.stack([text_features(encoder, texts).mean(0) for texts in prompts]), dim=1)
     scale = encoder.model.logit_scale.detach().exp().clamp(max=100)
     expected = (scale * names @ image_feature(encoder, image)).softmax(0)
     assert [odds[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-4)
@@ -100,10 +94,7 @@ def test_labels_are_cleaned_and_bounded(encoder: CLIPS) -> None:
             zero_shot(encoder, picture(), wrong)
     with pytest.raises(UserError, match="type a word"):
         patch_map(encoder, picture(), "  ")
-
-
-def test_very_long_texts_and_odd_images_are_answered(encoder: CLIPS) -> None:
-    match = patch_map(encoder, picture(1, 300), "cat " * 5000, LABELS)
+    match = patch_map(encoder, picture(1, 300), "cat " * 5000, LABELS)  # a long text, a narrow image
     assert np.isfinite(match.patches).all()
     assert overlay(picture(1, 300), match.patches).size == (2, 512)
 
@@ -119,8 +110,3 @@ def test_overlay_tints_the_best_patch_only() -> None:
     assert np.ptp(others[100, 100]) == 0  # grey
     assert (others == others[0, 0]).all()
     assert np.ptp(np.asarray(overlay(image, np.zeros((4, 4))))) == 0
-
-
-def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no trained model"):
-        CLIPS.from_pretrained(tmp_path, device="cpu")
