@@ -89,10 +89,9 @@ def encode_images(
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
 
-    `image_size`: the resolution to work at, the one that the tower is set to by default. `sharded`: each rank encodes
-    some of the batches, and batches are those of a single rank, so every figure is the same; collective. With a
-    `tokenizer` the captioner, if there is one, predicts the long captions in the same pass. An image is read once and
-    goes through the tower once.
+    `image_size`: default the tower's. `sharded`: each rank encodes some of the batches, which are those of a single
+    rank, so every figure is the same; collective. With a `tokenizer` the captioner, if there is one, predicts the long
+    captions in the same pass: an image is read once and goes through the tower once.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))

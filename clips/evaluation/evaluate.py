@@ -49,13 +49,12 @@ def measure(
     batch_size: int,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … where labels are, and
+    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … with labels, and
     `caption_token_top1`, the share of `caption_tokens` that the captioner predicts.
 
-    Where only some images carry a label, these are for classification and the others for retrieval (the demo).
-    Without `classes` the labels themselves are the classes, in open_clip's general templates. `sharded`: the ranks
-    share the texts, and rank 0 alone computes figures, the others return none; collective. Neither retrieval nor
-    classification of a model without a space that images and texts share.
+    If only some images have a label, these are for classification and the others for retrieval (the demo). Without
+    `classes` the labels are the classes, in open_clip's general templates. A model without a shared space has neither
+    retrieval nor classification. `sharded`: the ranks share the texts, and only rank 0 returns figures; collective.
     """
     figures: dict[str, Figure] = {}
     here = not sharded or dist.get_rank() == 0
@@ -106,14 +105,12 @@ def evaluate(
 ) -> dict[str, Figure]:
     """Measure `model` on a split of its run's data (names as in `measure`); "test" means all its test sets.
 
-    The figures of the first test set have those plain names, those of a further one are called NAME/FIGURE. During
-    training at most `eval.max_images` images are used; `full` uses all and adds `caption_token_top1` where there
-    is a captioner and `linear_probe_top1` where the training data has labels. Without a shared space the former is
-    measured during training too: there is nothing else. `out` receives the figures with their items and chance levels,
-    and which `checkpoint` of the run the weights are (`clips.common.rundir.weights_of`). The weights must be whole on
-    this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are. `sharded`: the
-    ranks share the work, rank 0 has the figures, the others none; collective, and not with `full`, whose probe is one
-    rank's.
+    Figures of the first test set have plain names, those of a further set are called NAME/FIGURE. During training at
+    most `eval.max_images` images are used. `full` uses all and adds `caption_token_top1` if there is a captioner and
+    `linear_probe_top1` if the training data has labels. Without a shared space `caption_token_top1` is always measured.
+    `out` receives the figures and which `checkpoint` the weights are (`clips.common.rundir.weights_of`). The weights
+    must be whole on this process (ZeRO-3: gather them first). The model's mode, resolution and device stay as they are.
+    `sharded`: the ranks share the work, and only rank 0 returns figures; collective, and not with `full`.
     """
     if full and sharded:
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")

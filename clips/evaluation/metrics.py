@@ -77,11 +77,10 @@ def retrieval_metrics(
 ) -> dict[str, Figure]:
     """Recall at 1, 5, 10 both ways: `i2t_r1` … `t2i_r10`. Features [I, E] and [T, E] are L2-normalised.
 
-    Text t belongs to image `text_to_image[t]`; every image needs at least one. An identical string counts as the
-    same caption: image → text is a hit if any of the image's captions, or an equal string, is among the first k;
-    text → image if the image is the caption's own or has an equal caption.
-    Where images share a caption there is also `i2t_r1_strict` …, as published figures count (clip_benchmark): of the
-    equal strings only the image's own is right, although equal texts cannot be told apart.
+    Text t belongs to image `text_to_image[t]`; every image needs at least one. Equal strings count as the same caption:
+    image → text is a hit if any of the image's captions, or an equal string, is among the first k; text → image if the
+    image is the caption's own or has an equal caption. If images share a caption there is also `i2t_r1_strict` …, as
+    clip_benchmark counts: only the image's own text is right.
     """
     for name, features in (("image", image_features), ("text", text_features)):
         if not torch.isfinite(features).all():

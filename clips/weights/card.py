@@ -1,6 +1,6 @@
-"""Model cards of exports: what the weights are, what reads them, and only figures that were measured on them.
+"""Model cards of exports: a README.md with the hub's header, from templates/card.md.j2.
 
-Each is a README.md with the Hugging Face hub's header, from templates/card.md.j2. It names no place of this machine.
+A card shows only figures that were measured on these weights, and names no place of this machine.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ def write_cards(
     evaluations: Iterable[dict[str, Any]],
     samples: int | None,
 ) -> None:
-    """A README.md for each format that is below `directory`.
+    """Write a README.md for each format below `directory`.
 
-    `name` is what the model is called. `evaluations` are what `clips.evaluation.figures.write_figures` wrote; those
-    of other weights than `model`'s, or at another resolution, are left out. `samples`: how many the weights have seen,
-    None where that is not known.
+    `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
+    other weights or of another resolution are left out. `samples`: how many the weights have seen; None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size

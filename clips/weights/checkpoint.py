@@ -1,12 +1,9 @@
-"""A run's checkpoints, written whole or not at all, hashed, and never silently started over. Only this file writes one.
+"""A run's checkpoints: written whole or not at all, hashed, and never silently started over.
 
-`checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json`
-with the SHA-256 of each. It is written under a hidden temporary name, flushed to disk and renamed, and then
-`LATEST` is replaced: a crash at any moment leaves the older checkpoints and a directory that is ignored.
-Nothing in a checkpoint is code, and tensors are stored whole and by name, so a run may resume on another
-number of ranks or another ZeRO stage.
-
-The training waits for the copy to host memory only: a `Writer` does the rest in a thread.
+`checkpoints/step-N/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `MANIFEST.json` with the
+SHA-256 of each. A crash at any moment leaves the older checkpoints and a directory that is ignored. A checkpoint holds
+no code, and tensors are whole and by name, so a run may resume on another number of ranks or in another ZeRO stage.
+Training waits for the copy to host memory only: a `Writer` does the rest in a thread.
 """
 
 from __future__ import annotations
@@ -100,9 +97,9 @@ def save(
 
 
 class Writer:
-    """Writes checkpoints beside the training, at most one at a time. Rank 0 gives it work; elsewhere it has none.
+    """Writes checkpoints beside the training, at most one at a time, on rank 0.
 
-    Use as a context: however it is left, what has begun is written first.
+    Use it as a context: on exit the write that has begun is finished.
     """
 
     def __init__(self, run_dir: Path, keep: int, keep_every: int = 0) -> None:
@@ -111,7 +108,7 @@ class Writer:
         self._writing: tuple[int, Future[Path]] | None = None
 
     def begin(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: TrainState) -> None:
-        """Begin to write; the tensors must be nobody else's, `state` is copied. Only after `wait`."""
+        """Begin to write; no one else may change the tensors, `state` is copied. Call only after `wait`."""
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
         snapshot = copy.deepcopy(state)
@@ -154,7 +151,7 @@ def is_one(path: Path) -> bool:
 
 
 def run_of(path: Path) -> Path:
-    """The run directory of a checkpoint, also of one that was put aside."""
+    """The run directory of a checkpoint, also of a checkpoint that was put aside."""
     folder = next((parent for parent in path.resolve().parents if parent.name == "checkpoints"), path.resolve())
     return folder.parent
 
@@ -181,10 +178,10 @@ def rewind(run_dir: Path, to: Checkpoint) -> Path | None:
 
 
 def latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match their hashes; None where none was ever finished.
+    """The newest checkpoint whose files match their hashes; None if none was ever finished.
 
-    A damaged one is named in a warning and the one before it is used. Raises NoCheckpointError when there
-    are checkpoints but none is good: a run never starts again from zero in silence.
+    A damaged checkpoint is named in a warning and the one before it is used. Raises NoCheckpointError if there are
+    checkpoints but none is usable: a run never starts again from zero in silence.
     """
     parent = run_dir / "checkpoints"
     if not parent.is_dir():

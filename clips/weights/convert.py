@@ -1,7 +1,7 @@
 """A model from one format into another, written only once its features are shown to be equal.
 
-The model is read as every other command reads it, written beside its target, opened there by the library that the
-format is for, and compared on random images and real captions. Only then does it take its place.
+The model is written beside its target and opened there by the library of the format. Only when random images and real
+captions have equal features does it take its place.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def convert_from_flags(flags: argparse.Namespace) -> None:
 def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> Differences:
     """Write the model `source` to the directory `target` in the format `to`, if it is the same there.
 
-    `check_only` writes nothing. Raises UserError where `target` exists, where the format has no place for the model,
-    and where a feature differs by more than LIMIT.
+    `check_only` writes nothing. Raises UserError if `target` exists, if the format has no place for the model, and if a
+    feature differs by more than LIMIT.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")

@@ -4,10 +4,8 @@
 `export/open_clip`  `open_clip.create_model_and_transforms("local-dir:…")`, stock open_clip ≥ 3.3: both towers.
 `export/hf_vit`     the image tower as the transformers class that computes it, its image processor and projection.
 
-Each has a model card, README.md (clips/weights/card.py).
-Each one is loaded back with the stock library and compared with the trained weights in fp32 before it counts. A model
-that open_clip has no classes for is exported without that format (`open_clip_lacks`).
-How names and layouts correspond is in clips/weights/open_clip.py and hf_vit.py.
+Each is loaded back with the stock library and compared with the trained weights in fp32 before it counts. A model that
+open_clip has no classes for is exported without that format (`open_clip_lacks`).
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ FORMATS = ("native", "open_clip", "hf_vit")
 
 
 class ExportError(Exception):
-    """An export does not give the trained model's features: a defect of this project, never of the user."""
+    """An export does not give the trained model's features: a defect of this project, not of the user."""
 
 
 def export_all(
@@ -62,13 +60,12 @@ def export_all(
     samples: int | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Write and check the formats under `directory`; returns each one's largest feature difference.
+    """Write and check the formats under `directory`; returns each format's largest feature difference.
 
-    `image_size` (default: the configured one) is the resolution the exports are for; fixed positions are recomputed
-    for it, learned ones resampled. `sample_images` [B, 3, S, S] are normalised and of that size. The old export, if
-    any, is replaced only once the new one is complete and right. `evaluations` and `samples` are for the model cards,
-    see `write_cards`. `checkpoint` says which one of a run the weights are (`clips.common.rundir.weights_of`); that is
-    written beside the formats, as checkpoint.json. Raises ExportError when a format differs.
+    Fixed positions are recomputed for `image_size` (default: the configured size), learned positions are resampled.
+    `sample_images` [B, 3, S, S] are normalised and of that size. An old export is replaced only when the new one is
+    complete and right. `evaluations` and `samples` are for the model cards, see `write_cards`. `checkpoint` is written
+    as checkpoint.json (`clips.common.rundir.weights_of`). Raises ExportError when a format differs.
     """
     size = image_size or run.model.vision.image_size
     vision = dataclasses.replace(run.model.vision, image_size=size)

@@ -1,8 +1,7 @@
-"""The weights that a run begins with (`--init-from`): which parts they bring, with which architecture, and what is new.
+"""The weights that a run begins with (`--init-from`): the parts that they bring, and the parts that are new.
 
-Weights alone are taken: no optimizer state, no step. A part that the file holds brings its architecture, the text tower
-its tokenizer too; the recipe gives all others. The run directory keeps that as init_from.json, so that going on with a
-run never reads the file again.
+Weights alone are taken: no optimizer state, no step. A part in the file brings its architecture, and the text tower its
+tokenizer too; the recipe gives all others. init_from.json in the run directory keeps this for resuming.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class InitialWeights:
 def read_initial(name: str) -> InitialWeights:
     """The weights in a run, an export, an open_clip or official checkpoint, a model of transformers or of timm.
 
-    A directory, or an id of the hub; `timm:NAME` is the hub's timm/NAME. Raises UserError where it is none of these.
+    `name` is a directory or a hub id; `timm:NAME` is the hub's timm/NAME. Raises UserError for anything else.
     """
     if name.startswith("timm:"):
         place = name.removeprefix("timm:")
@@ -135,7 +134,7 @@ def _at(run: RunConfig, path: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- into the model
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """Where each part of a run's model came from; for people, and as init_from.json for going on with the run."""
+    """The origin of each part of a run's model; for people, and as init_from.json for resuming."""
 
     source: str
     kind: str
@@ -183,9 +182,9 @@ PARTS = {
 
 
 def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
-    """Put the weights into `model`, whose other parts stay as they are.
+    """Put the weights into `model`; its other parts stay as they are.
 
-    Raises UserError listing the tensors that are missing, have no place, or have another shape.
+    Raises UserError listing the tensors that are missing, unknown, or of another shape.
     """
     vision, there = model.config.vision, initial.architecture["model.vision"]["image_size"]
     tensors, left_over, notes = dict(initial.tensors), dict(initial.left_over), list(initial.notes)

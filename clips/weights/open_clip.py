@@ -1,7 +1,7 @@
 """Both towers under the names of open_clip, both ways: any CLIP of plain transformers that it has a class for.
 
-open_clip's and CLIP's patch convolutions have no bias. Ours, if there is one (`vision.patch_bias`), is added to the
-positions of the patch tokens, which is the same sum. Padding: see clips/model/text.py and `open_clip_config`.
+open_clip's patch convolution has no bias. Ours, if there is one (`vision.patch_bias`), is added to the positions of the
+patch tokens, which is the same sum. For padding see clips/model/text.py and `open_clip_config`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def logit_scale_parameter(model: CLIPSModel) -> Tensor:
 
 
 def open_clip_lacks(config: ModelConfig) -> str | None:
-    """Why no class of open_clip computes this model; None where one does."""
+    """Why no class of open_clip computes this model; None if one does."""
     vision, text = config.vision, config.text
     if not config.embed_dim:
         return "a model of open_clip has features of texts, and this one was trained without a contrastive loss"
@@ -181,14 +181,15 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
 
 
 def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
-    """Read a checkpoint in open_clip's format (config, weights and, if it needs them, tokenizer files in `directory`).
+    """Read a checkpoint in open_clip's format: config, weights and, if it needs them, tokenizer files.
 
-    Works for the exports written here, for the checkpoints of CLIPS and OpenVision as their authors publish them, and
-    for every other model of open_clip whose towers are plain transformers; anything else is refused with a UserError
-    that names the field, or the weights that are missing or too many. There is no captioner in such a file.
-    Positions that are one of the fixed sin-cos tables plus a constant are taken as that table and a patch bias. The
-    mean and deviation that its pictures are normalised with go into the patch convolution, since here they are
-    ImageNet's. Tokenizer files may be missing where the configuration names BERT's, or none: CLIP's.
+    Works for exports of this project, for the checkpoints of CLIPS and OpenVision as their authors publish them, and
+    for every other model of open_clip whose towers are plain transformers. There is no captioner in such a file.
+    Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. The mean and deviation
+    of its pictures go into the patch convolution. Tokenizer files may be missing if the configuration names BERT's, or
+    none: CLIP's.
+
+    Raises UserError naming a field that no tower here has, and weights that are missing or too many.
     """
     directory = Path(directory)
     config = read_open_clip_config(directory)

@@ -1,6 +1,6 @@
-"""A model directory onto the Hugging Face hub: whole, with its card, and nothing of this machine or of a run in it.
+"""Upload a model directory to the Hugging Face hub: whole, with its card, and nothing of this machine or of a run.
 
-Takes what is written here: export/native, export/open_clip, export/hf_vit, a LLaVA run's model.
+A model directory is export/native, export/open_clip, export/hf_vit or a LLaVA run's model.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _matches(file: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _published(directory: Path, file: str, repo: str) -> str | None:
-    """The text of `file` as it is to be published where that differs from what is here, else None."""
+    """The text of `file` as it is published if that differs from the text here, else None."""
     if file not in ("README.md", *CONFIGS):
         return None
     text = (directory / file).read_text(encoding="utf-8")
