@@ -39,36 +39,28 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
 
-directory, picture, output = sys.argv[1:]
-model, info = LlavaForConditionalGeneration.from_pretrained(directory, output_loading_info=True)
-assert not any(info.values()), info
-assert type(model) is LlavaForConditionalGeneration
-processor = AutoProcessor.from_pretrained(directory)
-image = Image.open(picture).convert("RGB")
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=image, text=prompt, return_tensors="pt")
-with torch.no_grad():
-    logits = model.eval()(**inputs).logits
-    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-
-messages[0]["content"][0] = {"type": "image", "image": image}
-chat = pipeline("image-text-to-text", model=directory)
-answer = chat(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
-own = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-batch = processor(images=[[image], [image]], text=[prompt, "Longer words before. " + prompt], padding=True,
-                  return_tensors="pt")
-torch.save({"prompt": prompt, "input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"],
-            "logits": logits, "answer": answer, "own": own, "batch_mask": batch["attention_mask"],
-            "modules": [name for name in sys.modules if name.startswith(("clips.", "mllm."))]}, output)
+for name in sys.argv[1:]:
+    model, info = LlavaForConditionalGeneration.from_pretrained(f"{name}/model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model) is LlavaForConditionalGeneration
+    processor = AutoProcessor.from_pretrained(f"{name}/model")
+    image = Image.open("images/0.png").convert("RGB")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    messages[0]["content"][0] = {"type": "image", "image": image}
+    chat = pipeline("image-text-to-text", model=f"{name}/model")
+    answer = chat(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    own = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    batch = processor(images=[[image], [image]], text=[prompt, "Longer words before. " + prompt], padding=True,
+                      return_tensors="pt")
+    torch.save({"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"], "logits": logits,
+                "answer": answer, "own": own, "batch_mask": batch["attention_mask"],
+                "modules": [name for name in sys.modules if name.startswith(("clips.", "mllm."))]}, f"{name}/out.pt")
 """
-
-
-def run_stock(directory, picture, folder):
-    command = [sys.executable, "-I", "-c", STOCK, str(directory), str(picture), str(folder / "out.pt")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "out.pt", weights_only=True)
 
 
 def siglip_directory(directory):
@@ -90,39 +82,57 @@ VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_model_is_stock(tmp_path, variant):
+def build(place, variant):
+    """(encoder, language model, LLaVA model, projector's kind) of a variant, saved as `place`/VARIANT/model."""
     kind, options, projector, tie = VARIANTS[variant]
+    tower = place / variant / "tower"
     if kind == "siglip":
-        siglip_directory(tmp_path / "tower")
-        name = f"hf:{tmp_path / 'tower'}"
+        siglip_directory(tower)
+        name = f"hf:{tower}"
     else:
-        write_run(tmp_path / "tower", pre_norm=kind == "pre_norm", cls=kind != "without_cls")
-        name = f"{'blind' if kind == 'blind' else 'clips'}:{tmp_path / 'tower'}"
+        write_run(tower, pre_norm=kind == "pre_norm", cls=kind != "without_cls")
+        name = f"{'blind' if kind == 'blind' else 'clips'}:{tower}"
     vision = load_vision(name, **options)
-    llm = load_llm(str(write_llm(tmp_path / "llm", tie=tie)))
+    llm = load_llm(str(write_llm(place / variant / "llm", tie=tie)))
     model, processor = build_model(vision, llm, projector=projector, seed=3)
     card = {"Vision encoder": vision.describe(), "Language model": llm.source, "Stage 1": HOSTILE["markdown"]}
-    save_model(model, processor, tmp_path / "model", vision=vision, card=card)
-    (picture,) = pictures(tmp_path / "images", 1)
+    save_model(model, processor, place / variant / "model", vision=vision, card=card)
+    return vision, llm, model, projector
 
-    stock = run_stock(tmp_path / "model", tmp_path / "images" / picture, tmp_path)
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of all variants, and what was saved; one process has opened each with the stock libraries."""
+    place = tmp_path_factory.mktemp("saved")
+    built = {variant: build(place, variant) for variant in VARIANTS}
+    pictures(place / "images", 1)
+    command = [sys.executable, "-I", "-c", STOCK, *VARIANTS]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return place, built
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_model_is_stock(saved, variant):
+    place, built = saved
+    vision, llm, model, projector = built[variant]
+    stock = torch.load(place / variant / "out.pt", weights_only=True)
     assert stock["modules"] == []
     assert stock["answer"] == stock["own"]
     assert stock["input_ids"][0].tolist().count(llm.image_token_id) == vision.num_tokens
     assert stock["batch_mask"][0, 0] == 0  # padded on the left
     assert stock["batch_mask"][:, -1].all()
-    image = Image.open(tmp_path / "images" / picture).convert("RGB")
+    image = Image.open(place / "images" / "0.png").convert("RGB")
     assert torch.equal(stock["pixel_values"], vision.image_processor(images=image, return_tensors="pt")["pixel_values"])
     with torch.no_grad():
         expected = model(input_ids=stock["input_ids"], pixel_values=stock["pixel_values"]).logits
     assert torch.equal(stock["logits"], expected)
     assert expected.std() > 0.1
 
-    directory = tmp_path / "model"
+    directory = place / variant / "model"
     assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
     for path in [*directory.glob("*.json"), directory / "chat_template.jinja"]:
-        assert str(tmp_path) not in path.read_text(), path
+        assert str(place) not in path.read_text(), path
     shown = MarkdownIt("commonmark").enable("table").render((directory / "README.md").read_text("utf-8"))
     assert f"<td>{html.escape(HOSTILE['markdown'], quote=False)}</td>" in shown
     assert vision_facts(directory) == vision.facts
