@@ -60,63 +60,50 @@ def test_every_test_set_has_a_table(tmp_path: Path) -> None:
     assert "by an artist that no training saw" in unseen
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("kind", HEADERS)
-def test_the_code_of_a_card_runs_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, pre_norm: bool
-) -> None:
-    run = tokenizer_run(pre_norm=pre_norm)
-    model = random_model(run)
-    card = export(tmp_path / "runs/mine/export", run, model)[kind]
-    monkeypatch.chdir(tmp_path / "runs/mine/export" / kind)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    picture.save("picture.png")
-    (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
-    names: dict[str, object] = {}
-    exec(block, names)
-    if kind == "hf_vit":  # the same feature as the encoder's own
-        own = model.encode_image(torch.as_tensor(names["inputs"]["pixel_values"]))
-        assert torch.allclose(names["feature"], own, atol=1e-5)
-    else:
-        shown = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
-        assert len(shown) == 2
-        assert (sum(shown) == pytest.approx(1, abs=1e-3)) == (kind == "open_clip")
-
-
-@pytest.mark.parametrize("kind", ["native", "hf_vit"])
-@pytest.mark.parametrize("objective", ["caption", "caption+web"])
-def test_the_card_of_a_model_without_text_features_promises_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, kind: str
-) -> None:
-    run = generative(tokenizer_run(), objective)
-    model, place = random_model(run), tmp_path / "runs/mine/export"
+@pytest.fixture(scope="module", params=["ViT", "pre_norm", "caption", "caption+web"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CLIPSModel, Path]:
+    """A kind of model, the model, and the directory of its exports."""
+    run = tokenizer_run(pre_norm=request.param == "pre_norm")
+    if request.param.startswith("caption"):
+        run = generative(run, request.param)
+    model, place = random_model(run), tmp_path_factory.mktemp("runs") / "mine" / "export"
     export_all(model, run, TOKENIZER, place, torch.randn(2, 3, 32, 32), ["a cat", "two dogs"])
-    assert sorted(path.name for path in place.iterdir() if path.is_dir()) == ["hf_vit", "native"]
-    card = (place / kind / "README.md").read_text(encoding="utf-8")
-    assert "learned from captions alone" in card
-    assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
-    assert ("text 32" in card) == (objective == "caption+web")
-    monkeypatch.chdir(place / kind)
-    Image.new("RGB", (32, 32), "red").save("picture.png")
-    (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
-    names: dict[str, object] = {}
-    exec(block, names)
-    if kind == "hf_vit":
-        own = model.encode_image(torch.as_tensor(names["inputs"]["pixel_values"]))
-        assert torch.allclose(names["feature"], own, atol=1e-5)
+    return request.param, model, place
 
 
-def test_headers_are_the_hub_s(tmp_path: Path) -> None:
-    run = tokenizer_run()
-    for kind, card in export(tmp_path / "mine" / "export", run, random_model(run)).items():
+def test_the_code_of_a_card_runs_beside_it(
+    exported: tuple[str, CLIPSModel, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model without text features has no open_clip export, and its cards promise no text features."""
+    name, model, place = exported
+    has_texts = not name.startswith("caption")
+    kinds = sorted(path.name for path in place.iterdir() if path.is_dir())
+    assert kinds == sorted(HEADERS if has_texts else ["hf_vit", "native"])
+    for kind in kinds:
+        card = (place / kind / "README.md").read_text(encoding="utf-8")
         data = ModelCard(card).data
         assert data.library_name == HEADERS[kind]["library_name"]
-        assert data.pipeline_tag == HEADERS[kind]["pipeline_tag"]
+        assert data.pipeline_tag == (HEADERS[kind]["pipeline_tag"] if has_texts else "image-feature-extraction")
         assert "clips" in data.tags
         assert data.license is None  # whoever publishes the weights states it
         assert card.splitlines()[0] == "---"
         assert "\n# mine\n" in card
-        assert str(tmp_path) not in card
+        assert str(place) not in card
+        assert ("learned from captions alone" in card) != has_texts
+        assert ("text 32" in card) == (name != "caption")
+        monkeypatch.chdir(place / kind)
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        picture.save("picture.png")
+        (block,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+        names: dict[str, object] = {}
+        exec(block, names)
+        shown = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+        if kind == "hf_vit":  # the same feature as the encoder's own
+            own = model.encode_image(torch.as_tensor(names["inputs"]["pixel_values"]))
+            assert torch.allclose(names["feature"], own, atol=1e-5)
+        elif has_texts:
+            assert len(shown) == 2
+            assert (sum(shown) == pytest.approx(1, abs=1e-3)) == (kind == "open_clip")
 
 
 def test_a_card_shows_figures_of_these_weights_only(tmp_path: Path) -> None:
