@@ -23,10 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clips.common.errors import UserError, first_line
+from clips.common.files import read_json
 
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+MODEL_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)  # fmt: skip
+"""Where a model directory has its weights; the first that is there counts."""
 SHOWN = 5
 """Names listed in an error message before "and N more"."""
 
@@ -56,8 +61,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = {str(name).removeprefix("module."): value for name, value in content.items()}
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise UserError(f"{path} holds no weights: {_listed(wrong)} are not tensors")
+        raise UserError(f"{path} holds no weights: {listed(wrong)} are not tensors")
     return tensors
+
+
+def read_model(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory: one file, or several with an index; safetensors first.
+
+    Raises UserError if there are none, and for a damaged or missing file.
+    """
+    for name in MODEL_WEIGHTS:
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return read_weights(path)
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in read_weights(directory / shard).items()}
+    raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
 
 
 def read_torch(path: Path, *, mapped: bool = False) -> Any:
@@ -132,15 +153,16 @@ def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     if missing := [name for name in own if name not in tensors]:
-        problems.append(f"missing in the file: {_listed(missing)}")
+        problems.append(f"missing in the file: {listed(missing)}")
     if unknown := [name for name in tensors if name not in own]:
-        problems.append(f"unknown to the model: {_listed(unknown)}")
+        problems.append(f"unknown to the model: {listed(unknown)}")
     if problems:
         lines = "\n  ".join(problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []))
         raise UserError(f"the weights of {source} do not fit the model:\n  {lines}")
     module.load_state_dict(dict(tensors))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first `SHOWN` names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

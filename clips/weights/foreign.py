@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from clips.common.tensors import read_metadata, read_weights
+from clips.common.tensors import read_metadata, read_model, read_weights
 from clips.config import Activation, ImagePool, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT, VISION_LAYOUTS
@@ -95,7 +95,7 @@ def read_transformers(directory: Path) -> Foreign:
         text = _text_config(whole.text_config) if kind == "clip" else None
     except NotPlain as reason:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
-    source = Source(read_directory(directory), directory)
+    source = Source(read_model(directory), directory)
     layouts = [VISION_LAYOUTS[kind]]
     unbiased = () if getattr(whole, "qkv_bias", True) else ("attn.qkv",)
     tensors, notes = _image_tower(source, Parts(vision, layouts[0], unbiased), _normalised(directory, kind))
@@ -146,7 +146,7 @@ def read_timm(directory: Path) -> Foreign:
         require("norm" in parts.layout.modules, "it has no LayerNorm after its blocks")
     except NotPlain as reason:
         raise UserError(f"{directory}: {reason}, which no tower here has") from None
-    source = Source(read_directory(directory), directory)
+    source = Source(read_model(directory), directory)
     tensors, notes = _image_tower(source, parts, (stock.pretrained_cfg["mean"], stock.pretrained_cfg["std"]))
     left_over = source.left_over([parts.layout], {})
     return Foreign(kind="timm", vision=parts.config, tensors=tensors, left_over=left_over, notes=notes)
@@ -159,14 +159,6 @@ def _image_tower(source: Source, parts: Parts, there: Normalisation) -> tuple[di
         mean = ", ".join(f"{value:.3g}" for value in there[0])
         notes.append(f"pictures' mean ({mean}) and deviation folded into the patch convolution")
     return {f"visual.{name}": tensor for name, tensor in tensors.items()}, notes
-
-
-def read_directory(directory: Path) -> dict[str, Tensor]:
-    """All weights of a model's directory, in one file or several: safetensors, else torch files without code."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # open_clip's may lie beside them
-        if files := sorted(directory.glob(pattern)):
-            return {name: tensor for path in files for name, tensor in read_weights(path).items()}
-    raise UserError(f"{directory} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
 
 # --------------------------------------------------------------------------------------------------------- settings

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.tensors import assign_weights, read_weights, write_weights
+from clips.common.tensors import assign_weights, listed, read_weights, write_weights
 from clips.config import Activation, ModelConfig, PositionTable, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -28,7 +28,6 @@ from clips.model.vision import sincos_positions
 from clips.weights.foreign import NORMALISED, fold_normalisation
 from clips.weights.hf_vit import positions_with_bias
 from clips.weights.layouts import OPEN_CLIP_TEXT, OPEN_CLIP_VISION
-from clips.weights.plain_vit import listed
 
 STOCK_EPS = 1e-5
 """LayerNorm's eps where open_clip's configuration names none."""

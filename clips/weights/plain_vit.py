@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from clips.common.errors import UserError
+from clips.common.tensors import listed
 from clips.config import Activation, VisionConfig
 from clips.model.vision import VisionTower
 from clips.weights.layouts import LINEARS, OPEN_CLIP_VISION, TIMM, Layout
-
-SHOWN = 8
-"""Names listed in an error message before "and N more"."""
 
 
 class NotPlain(Exception):
@@ -226,9 +224,3 @@ def require(condition: bool, reason: str) -> None:
     """Raise NotPlain with `reason` unless `condition` holds."""
     if not condition:
         raise NotPlain(reason)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first `SHOWN` names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -32,7 +32,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.stock import REPORTED, check_complete, loading
-from clips.common.tensors import read_weights
+from clips.common.tensors import MODEL_WEIGHTS, read_model, read_weights
 from mllm.encoders.encoder import SelectFeature, select_features
 from mllm.model.projector import ACTIVATION
 
@@ -54,7 +54,6 @@ KEPT_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 """Small files that LLaVA reads beside config.json and the weights."""
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 EXPRESSIBLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mm_projector_type": ("linear", tuple(ACTIVATION)),
     "mm_vision_select_feature": ("patch", tuple(SELECT_FEATURE)),
@@ -198,7 +197,7 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     if whole and base is not None:
         raise UserError(f"{directory} is a whole model: leave out --base")
     if not whole and not extra.is_file():
-        raise UserError(f"{directory} holds no weights: expected one of {', '.join(WEIGHTS)}, or {extra.name}")
+        raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}, or {extra.name}")
     if not whole and base is None:
         what = "LoRA adapters" if lora else "a projector only"
         recorded = read_json(directory / "adapter_config.json").get("base_model_name_or_path") if lora else None
@@ -210,7 +209,7 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     place = directory if base is None else resolve(base, "base model")
     original = OriginalLlava(
         config=config,
-        tensors=read_tensors(place),
+        tensors=read_model(place),
         files=kept_files(place),
         source=str(directory),
     )
@@ -226,28 +225,12 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
 
 
 def _is_whole(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in WEIGHTS)
+    return any((directory / name).is_file() for name in MODEL_WEIGHTS)
 
 
 def kept_files(directory: Path) -> dict[str, bytes]:
     """Those of KEPT_FILES that are in `directory`."""
     return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory: one file or several with an index, safetensors first.
-
-    Raises UserError if there are none, and for a damaged or missing file.
-    """
-    for name in WEIGHTS:
-        path = directory / name
-        if not path.is_file():
-            continue
-        if path.suffix != ".json":
-            return read_weights(path)
-        shards = sorted(set(read_json(path)["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in read_weights(directory / shard).items()}
-    raise UserError(f"{directory} holds no weights: expected one of {', '.join(WEIGHTS)}")
 
 
 def _llava_name(name: str) -> str:

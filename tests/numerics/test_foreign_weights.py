@@ -213,13 +213,6 @@ def test_what_no_tower_here_has_is_refused(model: Any, said: str, tmp_path: Path
         read_initial(str(tmp_path))
 
 
-def test_a_timm_model_that_is_more_than_a_plain_vit_is_refused(tmp_path: Path) -> None:
-    arguments = {**VIT, "reg_tokens": 2}
-    save_for_hf(timm.create_model("vit_base_patch16_224", **arguments), tmp_path, model_args=arguments)
-    with pytest.raises(UserError, match="register tokens"):
-        read_initial(f"timm:{tmp_path}")
-
-
 def test_other_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained model"):
         read_initial(str(tmp_path))

@@ -379,21 +379,6 @@ def test_hf_refusals(tmp_path):
     assert not marker.exists()
 
 
-def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_it(tmp_path):
-    """Many models on the hub carry `auto_map` from before transformers took their kind in."""
-    hf_directory(tmp_path / "plain", "clip")
-    shutil.copytree(tmp_path / "plain", tmp_path / "code")
-    marker = tmp_path / "was_run"
-    (tmp_path / "code" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    code = {"config.json": ("AutoConfig", "AutoModel"), "preprocessor_config.json": ("AutoImageProcessor",)}
-    for file, names in code.items():
-        content = json.loads((tmp_path / "code" / file).read_text())
-        content["auto_map"] = dict.fromkeys(names, "evil.Evil")
-        (tmp_path / "code" / file).write_text(json.dumps(content))
-    assert load_vision(f"hf:{tmp_path / 'code'}").fingerprint == load_vision(f"hf:{tmp_path / 'plain'}").fingerprint
-    assert not marker.exists()
-
-
 def test_unknown_names_and_layers(runs, tmp_path):
     with pytest.raises(
         UserError, match=r"'dino' is not known; known are: clips, clip, caption, caption\+web, random, blind, open"
