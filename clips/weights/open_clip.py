@@ -39,15 +39,27 @@ CLIPA_CONTEXT = 32
 """Slots of CLIPA's text towers, by which alone their configurations differ from those of CLIPS."""
 BERT_NAMES = ("bert-base-uncased", "google-bert/bert-base-uncased")
 """Values of `hf_tokenizer_name` that mean this project's BERT tokenizer."""
+VISION_FIELDS = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0}
+TEXT_FIELDS = {"width": 512, "heads": 8, "layers": 12, "vocab_size": 49_408, "mlp_ratio": 4.0}
+"""Fields of the same name and meaning in both configurations → open_clip's default."""
 READ = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "custom_text", "quick_gelu"},
     "vision_cfg": {
-        *("width", "layers", "head_width", "mlp_ratio", "image_size", "patch_size", "no_ln_pre", "pos_embed_type"),
-        *("pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
+        *VISION_FIELDS,
+        *("head_width", "no_ln_pre", "pos_embed_type", "pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
     },
     "text_cfg": {
-        *("width", "layers", "heads", "mlp_ratio", "context_length", "vocab_size", "embed_cls", "no_causal_mask"),
-        *("pool_type", "norm_kwargs", "act_kwargs", "pad_id", "eos_id"),
+        *TEXT_FIELDS,
+        *(
+            "context_length",
+            "embed_cls",
+            "no_causal_mask",
+            "pool_type",
+            "norm_kwargs",
+            "act_kwargs",
+            "pad_id",
+            "eos_id",
+        ),
         *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     },
 }
@@ -109,12 +121,8 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
             "embed_dim": config.embed_dim,
             "custom_text": True,
             "vision_cfg": {
-                "image_size": vision.image_size,
-                "patch_size": vision.patch_size,
-                "width": vision.width,
-                "layers": vision.layers,
+                **{name: getattr(vision, name) for name in VISION_FIELDS},
                 "head_width": vision.width // vision.heads,
-                "mlp_ratio": vision.mlp_ratio,
                 "pos_embed_type": "learnable" if vision.pos_embed == "learned" else "sin_cos_2d",
                 "no_ln_pre": not vision.pre_norm,
                 "final_ln_after_pool": True,
@@ -122,13 +130,9 @@ def open_clip_config(config: ModelConfig, tokenizer: CaptionTokenizer) -> dict[s
                 "norm_kwargs": {"eps": vision.norm_eps},
             },
             "text_cfg": {
+                **{name: getattr(text, name) for name in TEXT_FIELDS},
                 "context_length": text.context_length,
-                "vocab_size": text.vocab_size,
                 "hf_tokenizer_name": "local",
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-                "mlp_ratio": text.mlp_ratio,
                 "pad_id": tokenizer.pad_id,
                 "eos_id": tokenizer.eos_id,
                 "no_causal_mask": not text.causal,
@@ -338,22 +342,17 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
     _require(image_pool in ("tok", "avg"), "vision_cfg", "pool_type", image_pool)
     after_pool = bool(vision.get("final_ln_after_pool"))  # for one token it is the same
     _require(after_pool or image_pool == "tok", "vision_cfg", "final_ln_after_pool", after_pool)
-    size, layers = vision.get("image_size", 224), vision.get("layers", 12)
-    _require(isinstance(size, int), "vision_cfg", "image_size", size)
-    _require(isinstance(layers, int), "vision_cfg", "layers", layers)
-    width = vision.get("width", 768)
+    for name in ("image_size", "layers"):
+        _require(isinstance(vision.get(name, 1), int), "vision_cfg", name, vision.get(name))
     # Files converted from the JAX original of CLIPS leave eps and the kind of GELU at open_clip's defaults, although
     # theirs are 1e-6 and, in text, tanh: that moves features by about 1e-3.
     eps = LAYER_NORM_EPS if is_clips else STOCK_EPS
     quick = bool(stock.get("quick_gelu"))
+    of_vision = _same_fields(vision, VISION_FIELDS)
     return ModelConfig(
         vision=VisionConfig(
-            width=width,
-            layers=layers,
-            heads=width // vision.get("head_width", 64),
-            image_size=size,
-            patch_size=vision.get("patch_size", 16),
-            mlp_ratio=float(vision.get("mlp_ratio", 4.0)),
+            **of_vision,
+            heads=of_vision["width"] // vision.get("head_width", 64),
             pre_norm=not vision.get("no_ln_pre", False),
             pos_embed="sincos" if vision.get("pos_embed_type") == "sin_cos_2d" else "learned",
             patch_bias=False,
@@ -362,12 +361,8 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
             norm_eps=_norm_eps("vision_cfg", vision, eps),
         ),
         text=TextConfig(
-            width=text.get("width", 512),
-            layers=text.get("layers", 12),
-            heads=text.get("heads", 8),
+            **_same_fields(text, TEXT_FIELDS),
             context_length=text.get("context_length", 77) + has_cls_emb,
-            vocab_size=text.get("vocab_size", 49_408),
-            mlp_ratio=float(text.get("mlp_ratio", 4.0)),
             pad_mask=has_cls_emb,
             activation=_activation("text_cfg", text, quick, "gelu_tanh" if is_clips else "gelu"),
             causal=not text.get("no_causal_mask", False),
@@ -377,6 +372,10 @@ def _model_config(stock: Mapping[str, Any]) -> ModelConfig:
         captioner=None,
         embed_dim=stock["embed_dim"],
     )
+
+
+def _same_fields(fields: Mapping[str, Any], defaults: Mapping[str, float]) -> dict[str, Any]:
+    return {name: type(default)(fields.get(name, default)) for name, default in defaults.items()}
 
 
 def _activation(part: str, fields: Mapping[str, Any], quick: bool, default: Activation) -> Activation:
