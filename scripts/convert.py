@@ -34,9 +34,7 @@ def parser() -> Parser:
         "down for it (default: a copy of its own)",
     )
     llava.add_argument(
-        "--conv-mode",
-        default="auto",
-        help="conversation format to save with it; auto is its tokenizer's, else v1",
+        "--conv-mode", default="auto", help="conversation format to save with it; auto is its tokenizer's, else v1"
     )
     return p
 

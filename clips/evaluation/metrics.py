@@ -57,10 +57,7 @@ def _hits(scores: Tensor, positive: Tensor, ks: Sequence[int]) -> tuple[Tensor, 
     tied, right = near.sum(1) - near_right, positive.sum(1)
     counts = (better.cpu(), tied.cpu(), near_right.cpu())
     chance = (torch.zeros(len(scores)), (scores.shape[1] - right).cpu(), right.cpu())
-    return (
-        torch.stack([expected_hits(*counts, k) for k in ks]),
-        torch.stack([expected_hits(*chance, k) for k in ks]),
-    )
+    return (torch.stack([expected_hits(*counts, k) for k in ks]), torch.stack([expected_hits(*chance, k) for k in ks]))
 
 
 def _figures(names: Sequence[str], hits: list[tuple[Tensor, Tensor]]) -> dict[str, Figure]:

@@ -19,12 +19,7 @@ SPLITS = {_WORD + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORD + r"\p{N}" + _REST: 
 
 
 def write_vocabulary(
-    writer: GGUFWriter,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: Format,
-    *,
-    rows: int,
-    end_ids: Sequence[int],
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, chosen: Format, *, rows: int, end_ids: Sequence[int]
 ) -> None:
     """Write `tokenizer` for a model with `rows` word embeddings that stops at `end_ids`.
 

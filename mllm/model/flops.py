@@ -70,10 +70,7 @@ class LlavaFlops:
         """FLOPs of forward and backward pass by part: vision_tower, projector, language_model, head."""
         samples, length = shape.samples, shape.length
         return self.parts(
-            pictures=shape.pictures,
-            positions=samples * length,
-            pairs=samples * length**2,
-            predicted=shape.predicted,
+            pictures=shape.pictures, positions=samples * length, pairs=samples * length**2, predicted=shape.predicted
         )
 
     def parts(self, *, pictures: int, positions: int, pairs: int, predicted: int) -> dict[str, int]:

@@ -207,12 +207,7 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
             + (f" (its configuration says {recorded})" if recorded else "")
         )
     place = directory if base is None else resolve(base, "base model")
-    original = OriginalLlava(
-        config=config,
-        tensors=read_model(place),
-        files=kept_files(place),
-        source=str(directory),
-    )
+    original = OriginalLlava(config=config, tensors=read_model(place), files=kept_files(place), source=str(directory))
     _check_expressible(original)
     if not whole:
         added = {_llava_name(name): tensor for name, tensor in read_weights(extra).items()}

@@ -69,11 +69,9 @@ def scenes(count: int, seed: int) -> list[tuple[Image.Image, str, str]]:
         array = (array + 12 * torch.randn(SIDE, SIDE, 3, generator=g)).clamp(0, 255).byte()
         which = int(torch.randint(3, (1,), generator=g))
         question = ("What is on the left?", "What is on the right?", "What is in the picture?")[which]
-        answer = (
-            f"A {names[left]} cat.",
-            f"A {names[right]} dog.",
-            f"A {names[left]} cat and a {names[right]} dog.",
-        )[which]
+        answer = (f"A {names[left]} cat.", f"A {names[right]} dog.", f"A {names[left]} cat and a {names[right]} dog.")[
+            which
+        ]
         found.append((Image.fromarray(array.numpy()), question, answer))
     return found
 

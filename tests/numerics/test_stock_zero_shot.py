@@ -87,10 +87,7 @@ def compare(
     assert len(set(captions)) == len(captions) == 100
     stock_similarity = features[rows] @ stock.encode_text(stock_tokenizer(captions), True).T
     similarity = images.features[rows] @ encode_texts(model, tokenizer, captions, batch_size=64).T
-    for name, found, own in [
-        ("i2t", stock_similarity, similarity),
-        ("t2i", stock_similarity.T, similarity.T),
-    ]:
+    for name, found, own in [("i2t", stock_similarity, similarity), ("t2i", stock_similarity.T, similarity.T)]:
         ranks = [(scores > scores.diagonal()[:, None]).sum(1) for scores in (found, own)]
         assert torch.equal(*ranks)
         assert len(set(ranks[0].tolist())) > 10

@@ -12,13 +12,7 @@ from PIL import Image
 
 from clips.common.errors import NotFiniteError, UserError
 from clips.data.sample import BrokenSample
-from clips.evaluation.metrics import (
-    expected_hits,
-    linear_probe,
-    retrieval_metrics,
-    token_accuracy,
-    zero_shot_metrics,
-)
+from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
 from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, load_classes
 
 

@@ -39,12 +39,7 @@ def test_parameter_counts_of_the_presets(name: str) -> None:
     vision = 3 * patch * patch * vw + vw + vw + vl * block_parameters(vw) + 2 * vw + vw * embed
     text = VOCAB * tw + CONTEXT * tw + tl * block_parameters(tw) + 2 * tw + tw * embed
     captioner = vw * tw + tw * tw + QUERIES * tw + tl * block_parameters(tw) + 2 * tw + tw * VOCAB + VOCAB
-    assert counts == {
-        "vision": vision,
-        "text": text,
-        "captioner": captioner,
-        "total": vision + text + captioner + 1,
-    }
+    assert counts == {"vision": vision, "text": text, "captioner": captioner, "total": vision + text + captioner + 1}
 
 
 def test_sincos_positions_are_those_of_open_clip() -> None:
