@@ -72,7 +72,9 @@ def run_config(tokenizer, kind, pad_mask, pre_norm, **vision):
     run = tiny_run(pad_mask=pad_mask)
     text = replace(run.model.text, width=24, context_length=20, vocab_size=tokenizer.vocab_size)
     vision = replace(run.model.vision, image_size=48, pre_norm=pre_norm, **vision)
-    return replace(run, model=replace(run.model, vision=vision, text=text, embed_dim=20), captions=CaptionsConfig(kind))
+    return replace(
+        run, model=replace(run.model, vision=vision, text=text, embed_dim=20), captions=CaptionsConfig(tokenizer=kind)
+    )
 
 
 def build(kind, pad_mask=False, pre_norm=False, **vision):
