@@ -87,8 +87,6 @@ Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
 OnSpike = Literal["continue", "skip", "rewind"]
 LrScaling = Literal["linear", "sqrt", "none"]
-REMOVED = (("train", "on_failed_save"),)
-"""Fields that saved runs may still hold; nothing depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -600,11 +598,7 @@ class RunConfig:
     def load(path: Path) -> RunConfig:
         """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
         try:
-            tree = json.loads(Path(path).read_text())
-            for part, name in REMOVED:
-                if isinstance(tree, dict) and isinstance(tree.get(part), dict):
-                    tree[part].pop(name, None)
-            return from_dict(RunConfig, tree)
+            return from_dict(RunConfig, json.loads(Path(path).read_text()))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 

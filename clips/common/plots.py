@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Plot
-from matplotlib.ticker import FuncFormatter
+from typing import TYPE_CHECKING, Any
 
 from clips.common.errors import UserError
+
+if TYPE_CHECKING:  # each chart imports matplotlib: a training, which draws none, has 25 MB less
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Plot
 
 FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
@@ -41,6 +41,8 @@ class Panel:
 
 def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
     """One panel against samples seen."""
+    from matplotlib.ticker import FuncFormatter
+
     axes.set_facecolor(theme.paper)
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=theme.ink, fontweight="bold")
     axes.grid(color=theme.grid, linewidth=0.8)
@@ -73,11 +75,13 @@ def check_format(out: Path) -> None:
 
 def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     """Up to three panels in a row."""
+    from matplotlib.figure import Figure
+
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     panel_width, panel_height = 3.7, 2.7
     width, height = panel_width * columns, panel_height * rows
-    plot = Plot(figsize=(width, height), dpi=130, facecolor=theme.paper)
+    plot = Figure(figsize=(width, height), dpi=130, facecolor=theme.paper)
     # Room in inches for titles and ticks. matplotlib's own layouts would draw every chart twice to measure it, two
     # fifths of the time that a short run's report takes.
     left, right, top, bottom = 0.7, 0.15, 0.35, 0.3

@@ -31,6 +31,8 @@ PACKAGES = (
 KEEP_FREED = ((-1, 2**31 - 1), (-3, 2**30))
 """Options of glibc's mallopt and their values in bytes: M_TRIM_THRESHOLD, how much free memory at the heap's top stays;
 M_MMAP_THRESHOLD, from which size on a block is a mapping of its own, which ends when it is freed."""
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""Variables of oneDNN and of torch's layer on it → how many compiled kernels each keeps (by default 1,024)."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -77,6 +79,7 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the process group of `deepspeed` or torchrun; a plain `python script.py` becomes a group of one."""
     if device.type == "cpu":
         keep_freed_memory()
+        bound_kernel_caches()
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed when it is imported
     if "RANK" not in os.environ:
         tasks = {name: os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")}
@@ -134,6 +137,16 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in KEEP_FREED)
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep fewer compiled kernels; for the beginning of a CPU's process, before its first matrix product.
+
+    Texts have other lengths in every step, and each length compiles kernels anew. A step of the demo uses about 75
+    kernels. By default 1,024 are kept, twice, which is hundreds of MB that no later step uses.
+    """
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def _check_restarts() -> None:

@@ -19,7 +19,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -36,10 +36,14 @@ from clips.data.remote import read_range, remote_facts
 from clips.data.sample import BrokenSample, RawSample, StoredSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
-from clips.data.table import SUFFIXES, Table
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
 
+if TYPE_CHECKING:
+    pass
+
 log = logging.getLogger("clips.data")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Endings of tables' names."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open, about as many as one group of the order touches."""
 PROBED_SAMPLES = 32
@@ -64,7 +68,7 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
             f"where there are none, {WRITE_LONG}"
         )
     files = expand(spec)
-    tables = [file for file in files if file.endswith(SUFFIXES)]
+    tables = [file for file in files if file.endswith(TABLES)]
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
     return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
@@ -73,7 +77,9 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 def index_data(spec: str, workers: int) -> None:
     """scripts/index_data.py: make the indexes of `spec` in `workers` processes and print what the data holds."""
     files = expand(spec)
-    if any(file.endswith(SUFFIXES) for file in files):
+    if any(file.endswith(TABLES) for file in files):
+        from clips.data.table import Table
+
         rows = sum(len(Table(file)) for file in files)
         print(f"{len(files):,} tables, {rows:,} rows")
         return
@@ -97,8 +103,8 @@ def expand(spec: str) -> list[str]:
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
     for file in files:
-        if not file.endswith((".tar", *SUFFIXES)):
-            raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(SUFFIXES)}")
+        if not file.endswith((".tar", *TABLES)):
+            raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(TABLES)}")
     return files
 
 
@@ -110,12 +116,12 @@ def _match(pattern: str) -> list[str]:
         found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     elif os.path.isdir(pattern):
         names = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if name[0] != "."]
-        kinds = ([name for name in names if name.endswith(suffix)] for suffix in (".tar", *SUFFIXES))
+        kinds = ([name for name in names if name.endswith(suffix)] for suffix in (".tar", *TABLES))
         found = next(filter(None, kinds), [])
     else:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not found:
-        raise UserError(f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(SUFFIXES)}")
+        raise UserError(f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(TABLES)}")
     return found
 
 
@@ -398,6 +404,8 @@ class TableSource(Source):
     """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
 
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
+        from clips.data.table import Table  # imports pyarrow, which tar shards do not need
+
         self.tables, self.need_long = [Table(file) for file in files], need_long
         self.roots = [image_root or posixpath.dirname(table.url) or "." for table in self.tables]
         self._copies: Callable[[str], BinaryIO | None] | None = None

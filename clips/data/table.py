@@ -23,7 +23,6 @@ from clips.common.errors import UserError
 from clips.data.sidecar import open_binary, sidecar
 
 log = logging.getLogger("clips.data")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 ROWS_PER_BATCH = 512
 
 

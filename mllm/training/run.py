@@ -27,7 +27,7 @@ from clips.common.escape import for_rich
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
-from clips.common.runtime import choose_device, environment, init_distributed, shutdown
+from clips.common.runtime import bound_kernel_caches, choose_device, environment, init_distributed, shutdown
 from clips.common.signals import stopped_by
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
@@ -113,6 +113,7 @@ def join(arguments: TrainArguments, world_size: int) -> Process:
     deepspeed = deepspeed_config(arguments, world_size)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed, which accelerate imports
+        bound_kernel_caches()
     if world_size > 1 or deepspeed:
         init_distributed(device)  # before TrainingArguments: they would choose another backend
     is_main = not dist.is_initialized() or dist.get_rank() == 0

@@ -15,11 +15,9 @@ import torch
 from conftest import ROOT, run_python
 
 from clips.common.errors import CommandError, UserError
-from clips.common.plots import LIGHT
 from clips.data.demo import ensure_demo
 from clips.model.clips import CLIPSModel
 from clips.studies import program
-from clips.studies.pictures import merged, profile_plot, write_profile
 from clips.studies.program import THEIRS, Turn
 from clips.training.cli import config_from_flags, parser
 
@@ -179,34 +177,6 @@ def test_the_parts_make_up_the_step(tmp_path: Path) -> None:
     assert sent[1] > 2 * sent[0]  # the gradients of two ranks beside one rank's agreement with itself
 
 
-def test_the_parts_are_drawn_with_both_ways_as_one_bar(tmp_path: Path) -> None:
-    rows = [
-        {"setting": "a", "part": "data wait", "ms": 1.0, "share_%": 10.0},
-        {"setting": "a", "part": "image tower, forward", "ms": 3.0, "share_%": 30.0, "of_peak_%": 40.0},
-        {"setting": "a", "part": "image tower, backward", "ms": 6.0, "share_%": 60.0, "of_peak_%": 10.0},
-        {"setting": "a", "part": "whole step", "ms": 10.0, "share_%": 100.0, "of_peak_%": 18.0},
-    ]
-    wait, tower, whole = merged([{"of_peak_%": 0.0, **row} for row in rows])
-    assert (wait["ms"], wait["of_peak_%"]) == ([1.0, 0.0], 0.0)
-    assert (tower["ms"], tower["share_%"], tower["of_peak_%"]) == ([3.0, 6.0], 90.0, pytest.approx(20.0))
-    assert whole["of_peak_%"] == pytest.approx(18.0)
-    report = tmp_path / "profile.json"
-    report.write_text(json.dumps({"machine": {"device": "cpu, 1 threads"}, "rows": rows}))
-    picture = write_profile(report, tmp_path / "made" / "profile.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    (axes,) = profile_plot({"a": [wait, tower, whole]}, "cpu", LIGHT).axes
-    assert [bar.get_width() for bar in axes.patches] == [1.0, 3.0, 0.0, 6.0]
-    assert [text.get_text() for text in axes.texts] == ["10 %", "90 %, 20 % of peak"]
-
-
-@pytest.mark.parametrize(("content", "name"), [("{", "a.png"), ('{"rows": [{}]}', "a.png"), ("[]", "a.jpg")])
-def test_what_is_no_profile_is_not_drawn(tmp_path: Path, content: str, name: str) -> None:
-    report = tmp_path / "profile.json"
-    report.write_text(content)
-    with pytest.raises(UserError, match=r"not written by|name it \.png or \.svg"):
-        write_profile(report, tmp_path / name)
-
-
 FAULTS = """
 import resource, torch
 from clips.common.runtime import keep_freed_memory
@@ -231,32 +201,76 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(tmp_path: Path) -> 
 
 BITS = """
 import hashlib, torch
+from dataclasses import replace
+from conftest import load_script
 from clips.common.runtime import init_distributed
-from clips.studies.accumulation import a_run, an_engine, random_batches, step_of
+from clips.data.tokenizer import build_tokenizer
+from clips.recipes import recipe
+from clips.studies.benchmark import clips_engine
+from clips.training.prepare import fullest_shape
+from clips.training.step import optimizer_step
 CPU = torch.device("cpu")
 init_distributed(CPU)
-run = a_run(CPU, 1, 64, "micro")
+run = recipe("demo").override(["train.precision=bf16"])
 torch.manual_seed(0)
-batches, engine = random_batches(run, 1, 64), an_engine(run, CPU)
-step = step_of(engine, batches)
-for _ in range(3):
-    step()
+random_batch = load_script("tools/gpu_report.py").random_batch
+batches = [random_batch(run, replace(fullest_shape(run, run.phases[0], 16, 1), texts=(n, n))) for n in (20, 30, 20)]
+engine = clips_engine(run, build_tokenizer("wordpiece", ["a cat"] * 8, vocab_size=run.model.text.vocab_size), CPU)
+for batch in batches:
+    optimizer_step(engine, [batch])
 digest = hashlib.sha256()
 for _, weights in sorted(engine.state.gather_weights().items()):
     digest.update(weights.numpy().tobytes())
 print(digest.hexdigest())
 """
+AS_BEFORE = {
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024",
+    "LRU_CACHE_CAPACITY": "1024",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+}
 
 
 @pytest.mark.slow
-def test_memory_that_is_kept_changes_no_bit(tmp_path: Path) -> None:
-    """Three steps of the demo's model, in memory of glibc's own ways and in memory that was used before."""
+def test_memory_that_is_kept_and_kernels_that_are_not_change_no_bit(tmp_path: Path) -> None:
+    """Three steps of the demo's model: with the settings of a CPU's process, and with glibc's and oneDNN's own."""
     (tmp_path / "bits.py").write_text(BITS)
-    found = [run_python(tmp_path / "bits.py", env=env) for env in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"})]
+    found = [run_python(tmp_path / "bits.py", env=env) for env in ({"PYTHONPATH": AS_BEFORE["PYTHONPATH"]}, AS_BEFORE)]
     assert all(done.returncode == 0 for done in found), found[0].stderr[-3000:] + found[1].stderr[-3000:]
     kept, asked = (done.stdout.splitlines()[-1] for done in found)
     assert len(kept) == 64
     assert kept == asked
+
+
+KERNELS = """
+import sys, torch
+from clips.common.runtime import bound_kernel_caches, keep_freed_memory
+keep_freed_memory()
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+layer = torch.nn.Linear(128, 512)
+for turn in range(500):
+    if turn == 200:
+        before = open("/proc/self/status").read()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(300 + turn, 128)).float().sum().backward()
+    layer.weight.grad = None
+after = open("/proc/self/status").read()
+print(*(int(text.partition("VmRSS:")[2].split()[0]) // 1000 for text in (before, after)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bf16 is emulated here")
+def test_products_of_many_sizes_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """300 batches of other lengths: what oneDNN keeps of them without a bound is hundreds of MB."""
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    grown = {}
+    for how in ("bounded", "unbounded"):
+        before, after = map(int, run_python(tmp_path / "kernels.py", how).stdout.split())
+        grown[how] = after - before
+    assert grown["bounded"] < 20
+    assert grown["unbounded"] > 100
 
 
 def test_progress_of_both_logs_is_found() -> None:
