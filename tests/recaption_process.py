@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -14,9 +13,7 @@ from clips.common.errors import run_command
 
 
 def make_captioner(spec: str, *_: Any, **__: Any) -> Known:
-    """`known:SECONDS` of each call; `known:crash` is a process that ends."""
-    if spec == "known:crash":
-        os._exit(9)
+    """`known:SECONDS` of each call."""
     return Known(seconds=float(spec.partition(":")[2]))
 
 

@@ -25,7 +25,7 @@ def place(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[Running]:
-    with started(place, "--max-new-tokens", "30000") as running:
+    with started(place, "--max-new-tokens", "400") as running:
         yield running
 
 

@@ -94,15 +94,6 @@ def test_workers_and_parents_are_killed_under_two_commands(tmp_path: Path) -> No
     assert not (out / "locks").exists()
 
 
-def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path) -> None:
-    data = write_pairs(tmp_path / "pairs", 2, 4)
-    flags = ("--data", data, "--output", tmp_path / "out", "--captioner", "known:crash", "--jobs", "2")
-    done = run(python("tests/recaption_process.py", *flags))
-    assert done.code == 1, done.text
-    assert done.text.count("ended with exit code 9") == 2 * 3
-    assert "3 times in a row each process ended without a call of its captioner" in done.text
-
-
 def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     """But for the folder's own name on the page."""
     page = "report/index.html"

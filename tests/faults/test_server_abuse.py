@@ -31,7 +31,7 @@ def place(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[Running]:
-    with started(place, "--allow-image-urls", "--max-new-tokens", "30000", script=DEFECT) as running:
+    with started(place, "--allow-image-urls", "--max-new-tokens", "400", script=DEFECT) as running:
         yield running
 
 

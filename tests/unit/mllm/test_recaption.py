@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -477,3 +478,20 @@ def test_a_shard_that_another_process_holds_is_waited_for(
     caption(data, tmp_path / "out")
     assert seen == [["00001.tar"]]
     assert len(list(trained_on(tmp_path / "out"))) == 8
+
+
+def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        exitcode = 9
+
+        def start(self) -> None:
+            started.append(self)
+
+    started: list[Ended] = []
+    monkeypatch.setattr(process, "get_context", lambda _: SimpleNamespace(Process=lambda **_: Ended()))
+    monkeypatch.setattr(process, "LOOK", 0)
+    options = Options(write_pairs(tmp_path / "pairs", 2, 4), tmp_path / "out", "known:0", Prompt())
+    shown = io.StringIO()
+    with pytest.raises(CommandError, match="3 times in a row each process ended without a call of its captioner"):
+        recaption(options, 2, Console(emoji=False, file=shown))
+    assert len(started) == shown.getvalue().count("ended with exit code 9") == 2 * 3
