@@ -10,7 +10,7 @@ from clips.common.flags import Parser
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("train", "profile", "program", "to-quality"), help="what to measure")
+    p.add_argument("what", choices=("train", "profile", "program"), help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
     p.add_argument("--demo-dir", default="data/demo", help="the demo data")
@@ -28,43 +28,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--their-python", default=sys.executable, help="program: the Python with open_clip's trainer (default: this)"
     )
-    p.add_argument(
-        "--variant",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("NAME", "RECIPE FIELD=VALUE"),
-        help="to-quality: what is measured, fields as in --set; again for each variant, none: CLIPS and CLIP, each "
-        "with Muon and AdamW",
-    )
-    p.add_argument("--figures", nargs="+", default=["sentence_i2t_r1", "sentence_t2i_r1"], help="to-quality: of what")
-    p.add_argument("--threshold", type=float, default=50.0, help="to-quality: what all figures must reach, in percent")
-    p.add_argument("--seeds", type=int, default=3, help="to-quality: runs of each variant")
-    p.add_argument("--every", type=int, default=2560, help="to-quality: samples between two validations")
-    p.add_argument(
-        "--rates",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        help="to-quality: multiples of the learning rates, of which each variant gets its best, by seed 0",
-    )
-    p.add_argument("--average", type=int, default=0, help="to-quality: measure the mean of so many checkpoints too")
-    p.add_argument("--output", default="runs/to_quality", help="to-quality: where the runs are written")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.studies.benchmark import benchmark, benchmark_programs, benchmark_to_quality
+    from clips.studies.benchmark import benchmark, benchmark_programs
 
     common = {name: getattr(flags, name) for name in ("device", "demo_dir", "out")}
     common["as_json"] = flags.json
     if flags.what == "program":
         common |= {"repeats": flags.repeats, "their_python": flags.their_python}
         benchmark_programs(flags.size, flags.objective, flags.captions, **common)
-    elif flags.what == "to-quality":
-        common |= {name: getattr(flags, name) for name in ("output", "seeds", "every", "rates", "average")}
-        benchmark_to_quality(flags.variant, flags.figures, flags.threshold, **common)
     else:
         benchmark(flags.what, repeats=flags.repeats, **common)
 

@@ -100,7 +100,7 @@ def parser() -> Parser:
 def main() -> None:
     flags = parser().parse_args()
 
-    from clips.studies.caption_report import write_chart
+    from clips.studies.variants_page import write_chart
 
     report = flags.report or REPORTS[flags.what]
     out = flags.output or report.with_name(f"{flags.what}.png")

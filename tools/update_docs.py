@@ -15,8 +15,8 @@ A block of a page is a comment that holds its text with places for figures, and 
 `compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py without what is long in it, taken
 from an archive that was verified. `{WHO: FIGURE}` is a mean with its standard deviation over seeds, `{WHO − WHOM:
 FIGURE}` a difference with its interval, bold if that leaves zero out; `{… @NAME}` takes another file. The file may also
-be the comparison.json of scripts/compare_pretraining.py, or a claims.json without the runs' configurations (WHO is a
-variant, `{WHO − WHOM: verdict}` what was decided).
+be the result of a study of scripts/compare_pretraining.py or scripts/compare_captions.py, without the runs'
+configurations (WHO is a variant, `{WHO − WHOM: verdict}` what was decided).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from mllm.compare.verify import opened, verified
 from mllm.compare.words import difference_text, mean_and_sd, percent_text
 
 ROOT = Path(__file__).resolve().parents[1]
+VERDICTS = {"win": "**reproduced**", "loss": "**contradicted**", "tie": "not reproduced"}
+"""A verdict on a claim, as a page shows it."""
 LONG = ("cells", "examples", "files")
 """Parts of report.json that stay in the archive."""
 SHORT = ("a", "b", "metric", "mean", "sd", "by_seed", "ci95", "verdict", "seeds", "items")
@@ -55,8 +57,10 @@ def take(source: Path, name: str, root: Path = ROOT) -> Path:
     target = root / "docs" / "results" / f"{name}.json"
     if source.suffix == ".json":
         content = read_json(source)
-        if not content.keys() & {"groups", "claims"}:
-            raise UserError(f"{source} is neither comparison.json nor claims.json: give one of them, or an archive")
+        if not {"questions", "variants"} <= content.keys():
+            raise UserError(
+                f"{source} is no result of compare_pretraining.py or compare_captions.py: give one, or an archive"
+            )
         for variant in content.get("variants", {}).values():
             for run in variant["runs"]:
                 run.pop("config", None)  # what is not the recipe's is in the command
@@ -105,7 +109,7 @@ def _filled(block: re.Match[str], page: Path, root: Path) -> str:
         who, name, other = place.groups()
         file = root / "docs" / "results" / f"{other or default}.json"
         content = read_json(file)
-        show = _pretraining if "groups" in content else _claims if "claims" in content else _comparison
+        show = _pretraining if "questions" in content else _comparison
         try:
             return show(content, *who.partition(" − ")[::2], name)
         except (KeyError, IndexError, TypeError, StopIteration) as error:
@@ -124,22 +128,13 @@ def _comparison(report: Mapping[str, Any], first: str, other: str, name: str) ->
 
 
 def _pretraining(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
-    """Of comparison.json: groups with a row of figures for each seed, and CLIPS minus each other group."""
-    if other:
-        row = content["clips_minus"][other][name]
-        return _decided(row, show_difference(row))
-    return show_mean([row[name] for row in content["groups"][first]])
-
-
-def _claims(content: Mapping[str, Any], first: str, other: str, name: str) -> str:
-    """Of claims.json: variants with their runs' figures, and the comparisons that the claims make."""
+    """Of a study of pretraining: a variant's figure over its runs, or a comparison that a question makes."""
     if not other:
         return show_mean([run["figures"][name] for run in content["variants"][first]["runs"]])
-    contrasts = [contrast for claim in content["claims"].values() for contrast in claim.get("contrasts", ())]
+    contrasts = [contrast for question in content["questions"].values() for contrast in question.get("contrasts", ())]
     contrast = next(found for found in contrasts if (found["a"], found["b"]) == (first, other))
     if name == "verdict":
-        text = contrast[name].removesuffix(" here")
-        return text if text.startswith("not") else f"**{text}**"
+        return VERDICTS[contrast[name]]
     row = contrast.get("figures", {contrast["metric"]: contrast})[name]
     return _decided(row, show_difference(row))
 
@@ -154,7 +149,7 @@ def parser() -> Parser:
         "--take",
         metavar="FILE",
         help="first write docs/results/NAME.json from this archive of compare_encoders.py --pack, which is verified, "
-        "from a comparison.json of compare_pretraining.py or from a claims.json",
+        "or from the result of a study of compare_pretraining.py or compare_captions.py",
     )
     p.add_argument("--name", default="compare", help="which file of docs/results to write")
     p.add_argument("--check", action="store_true", help="write no page; end with 1 if its figures are others")

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,6 @@ from clips.recipes import recipe
 from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
 from clips.studies.program import Captions, Objective, coca_config, compare_programs
 from clips.studies.step_parts import WARM, part_rows
-from clips.studies.to_quality import Target, leaderboard, read_variants, table_rows, to_quality
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.meter import Meter
 from clips.training.prepare import compute_dtype
@@ -87,25 +86,6 @@ def benchmark_programs(
     rows.append({"program": "ours / theirs", **found["ratios"]})
     asked = {"size": size, "objective": objective, "captions": captions}
     _report(f"program, {', '.join(asked.values())} captions,", asked | found, rows, on, out, as_json)
-    return found
-
-
-def benchmark_to_quality(
-    variants: Sequence[Sequence[str]], figures: Sequence[str], threshold: float, *,
-    output: str, seeds: int, every: int, rates: Sequence[float], average: int,
-    device: str, demo_dir: str, out: str | None, as_json: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Samples and seconds to a figure (clips/studies/to_quality.py); reported as above, with the leaderboard's rows."""
-    on = _device(device, {"seeds": seeds, "every": every})
-    target = Target(tuple(figures), threshold)
-    found = to_quality(
-        Path(output), read_variants(variants), target,
-        seeds=seeds, every=every, rates=rates, average=average, demo_dir=demo_dir, device=device,
-    )  # fmt: skip
-    rows, without = leaderboard(found)
-    _report("to-quality", found | {"leaderboard": rows}, table_rows(found), on, out, as_json)
-    if not as_json:
-        print("\n".join(["", *without, "", *rows]))
     return found
 
 

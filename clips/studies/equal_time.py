@@ -1,106 +1,89 @@
-"""CLIPS against the CLIP baseline on the demo, fairly: both tuned by the same search, equal samples and equal time.
+"""CLIPS against the CLIP baseline on the demo: the same search of learning rates, equal samples and equal time.
 
-1. Search: both recipes at half the samples with their learning rates × 0.25, 0.5, 1 and 2, one seed; the best by the
-   validation split's mean of sentence R@1 (both ways) and zero-shot accuracy is kept.
-2. Equal samples: both with their best rates, each seed.
-3. Equal time: the baseline again, for as many samples as it can see in the time that CLIPS took.
-
-Every run is an ordinary one of scripts/pretrain_clips.py under `output/`, so a comparison that is stopped goes on
-where it was. Figures are those of the test split.
+1. Search: both recipes at half the samples with their learning rates times 0.25, 0.5, 1 and 2, one seed. The best rate
+   by the validation split's mean of sentence R@1 (both directions) and zero-shot accuracy is kept.
+2. Equal samples: both recipes at their best rates, each seed.
+3. Equal time: the baseline again, for as many samples as it sees in the time that CLIPS took.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from clips.common.escape import for_rich
-from clips.common.files import write_json
 from clips.common.rundir import read_metrics
 from clips.lab.pretraining import PretrainingRun, read_figures, train, with_rates
-from clips.lab.stats import difference, show_difference
+from clips.lab.report import Page
+from clips.lab.run import Runner
+from clips.studies.variants import SECONDS, Question, Study, Variant, check_counts, terminal
+from clips.studies.variants_page import page
 
-SECONDS = "train_seconds"
-"""Of what `read_figures` reads the one that is no figure of the test split."""
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
+RECIPES = {"clips": "demo", "clip": "clip_baseline", "clip-equal-time": "clip_baseline"}
+LABELS = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
+SPEEDS = {"demo": 165.0, "clip_baseline": 240.0}
+"""Assumed samples per second of one core."""
+QUESTION = Question(
+    title="CLIPS against CLIP at equal samples and at equal time",
+    variants=tuple(RECIPES),
+    contrasts=(("clips", "clip"), ("clips", "clip-equal-time")),
+)
+LIMITS = "The drawings have generated captions, and the models are tiny. They are no evidence about natural images."
 
 
-def compare(output: Path, seeds: int, samples: int, jobs: int) -> None:
-    """Run what is missing of the comparison, `jobs` runs at a time, and write `comparison.json` and a table."""
-    console = Console(emoji=False, stderr=True)
-    recipes = {"CLIPS": "demo", "CLIP": "clip_baseline"}
-    search = {
-        (name, multiplier): tuned(name, f"search-{name}-x{multiplier:g}", multiplier, samples // 2, 0)
-        for name in recipes.values()
-        for multiplier in MULTIPLIERS
-    }
+def compare(output: Path, seeds: int, samples: int, jobs: int, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Run what is missing, `jobs` runs at a time, and write equal-time.json and equal-time.html into `output`."""
+    check_counts(seeds, jobs)
+    console, search = terminal(), search_runs(samples)
+    if dry_run:  # only the search finds the rates, and only the runs of equal samples find the samples of equal time
+        longer = int(samples * SPEEDS["clip_baseline"] / SPEEDS["demo"])
+        likely = equal_time_study(dict.fromkeys(SPEEDS, 1.0), seeds, samples, longer)
+        cells = [run.cell(output, f"{recipe} × {rate:g}", SPEEDS[recipe]) for (recipe, rate), run in search.items()]
+        Runner([*cells, *likely.cells(output)], jobs, console).print_plan(f"{likely.title}: runs in {output}")
+        return None
     directories = train(list(search.values()), output, jobs, console)
     scores = {key: validation_score(directories[run]) for key, run in search.items()}
-    best = {name: max(MULTIPLIERS, key=lambda multiplier: scores[name, multiplier]) for name in recipes.values()}
+    best = {recipe: max(MULTIPLIERS, key=lambda rate: scores[recipe, rate]) for recipe in SPEEDS}
     console.print(f"kept learning-rate multipliers: {best}")
-
-    def group(name: str, label: str, count: int) -> list[PretrainingRun]:
-        return [tuned(name, f"{label}-seed{seed}", best[name], count, seed) for seed in range(seeds)]
-
-    equal = {"CLIPS": group("demo", "clips", samples), "CLIP, equal samples": group("clip_baseline", "clip", samples)}
-    directories = train([run for runs in equal.values() for run in runs], output, jobs, console)
-    groups = {name: [read_figures(directories[run]) for run in runs] for name, runs in equal.items()}
-    seconds = {name: min(row["train_seconds"] for row in rows) for name, rows in groups.items()}
-    longer = int(samples * seconds["CLIPS"] / seconds["CLIP, equal samples"])
-    runs = group("clip_baseline", "clip-equal-time", longer)
-    directories = train(runs, output, jobs, console)
-    groups["CLIP, equal time"] = [read_figures(directories[run]) for run in runs]
-
-    differences = differences_from("CLIPS", groups)
-    result = {
-        "command": " ".join(sys.argv),
-        "samples": {"equal samples": samples, "equal time": longer},
-        "multipliers": best,
-        "groups": groups,
-        "clips_minus": differences,
+    equal = equal_time_study(best, seeds, samples, samples).runs
+    directories = train([*equal["clips"], *equal["clip"]], output, jobs, console)
+    seconds = {
+        RECIPES[name]: min(read_figures(directories[run])[SECONDS] for run in equal[name]) for name in ("clips", "clip")
     }
-    write_json(output / "comparison.json", result)
-    console.print(table_of_figures(groups, "CLIPS", differences))
-    console.print(f"written to {for_rich(str(output / 'comparison.json'))}")
+    longer = int(samples * seconds["demo"] / seconds["clip_baseline"])
+    more = {"multipliers": best, "equal_time_samples": longer}
+    return equal_time_study(best, seeds, samples, longer).carry_out(output, jobs, equal_time_page, more=more)
 
 
-def tuned(name: str, label: str, multiplier: float, samples: int, seed: int) -> PretrainingRun:
-    """Recipe `name` with its learning rates multiplied."""
-    return with_rates(PretrainingRun(name, label, samples, seed), multiplier)
+def search_runs(samples: int) -> dict[tuple[str, float], PretrainingRun]:
+    """The search: recipe and multiple of the learning rates → run."""
+    return {
+        (recipe, rate): with_rates(PretrainingRun(recipe, f"search-{recipe}-x{rate:g}", samples // 2, 0), rate)
+        for recipe in SPEEDS
+        for rate in MULTIPLIERS
+    }
+
+
+def equal_time_study(best: Mapping[str, float], seeds: int, samples: int, longer: int) -> Study:
+    """The runs that are compared. `best`: recipe → multiple of its learning rates; `longer`: samples of equal time."""
+    variants = {name: Variant(LABELS[name], recipe, rate=SPEEDS[recipe]) for name, recipe in RECIPES.items()}
+    counts = {"clips": samples, "clip": samples, "clip-equal-time": longer}
+    runs = {
+        name: [with_rates(v.run(name, seed, counts[name]), best[v.recipe]) for seed in range(seeds)]
+        for name, v in variants.items()
+    }
+    return Study("equal-time", "CLIPS against CLIP", variants, runs, {"equal": QUESTION})
 
 
 def validation_score(run: Path) -> float:
-    """Mean of the last validation figures that the search goes by."""
+    """Mean of the last validation figures that choose the rates."""
     last = read_metrics(run, "eval")[-1]
     return round(mean(last[key] for key in ("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1")), 2)
 
 
-def differences_from(first: str, groups: dict[str, list[dict]]) -> dict[str, dict]:
-    """Group → figure → `first` minus that group, with its interval; for every other group."""
-    return {
-        group: {name: difference(groups[first], rows, name) for name in rows[0] if name != SECONDS}
-        for group, rows in groups.items()
-        if group != first
-    }
-
-
-def table_of_figures(groups: dict[str, list[dict]], first: str, differences: dict[str, dict]) -> Table:
-    title = "test split, % (mean ± standard deviation over seeds); where there is one, the unseen artist decides"
-    out = Table(title=title, title_justify="left")
-    out.add_column("figure")
-    for group in groups:
-        out.add_column(group, justify="right")
-    for group in differences:
-        out.add_column(f"{first} − {group} [95 %]", justify="right")
-    for name in groups[first][0]:
-        columns = [[row[name] for row in rows] for rows in groups.values()]
-        row = [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{mean(c):.1f}" for c in columns]
-        for by_name in differences.values():
-            d = by_name.get(name)
-            row.append(show_difference(d) if d else "")
-        out.add_row(name, *row)
-    return out
+def equal_time_page(result: Mapping[str, Any]) -> Page:
+    note = f"{result['samples']:,} samples, for CLIP at equal time {result['equal_time_samples']:,}; "
+    note += f"{result['seeds']} seeds; learning rates times {result['multipliers']}"
+    return page(result, QUESTION.title, note, LIMITS)

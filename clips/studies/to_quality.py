@@ -1,17 +1,13 @@
 """Time to quality: how many samples and seconds a recipe, or a variant of it, needs to reach a target figure.
 
-A cell is an ordinary run of scripts/pretrain_clips.py under `output`/ that validates every few steps; one that is
-finished is never run again. It reaches the target at its first validation at which all of the target's figures are at
-least the threshold: on the validation split, whole as long as it has no more than `eval.max_images` pictures. Seconds
-are those of the training steps up to there, the wait for data included, validations and checkpoints not; beside them
-are the processor seconds of the training process, which a busy machine hardly changes, and what the validations took.
-A run goes on to its end, where its weights are measured on the test split. A seed that never gets there counts as
-infinitely late: it is told, and moves the median.
+Each run validates every few steps. It reaches the target at its first validation where all of the target's figures are
+at least the threshold, on the validation split. Seconds are those of the training steps until then, with the wait for
+data, without validations and checkpoints. Beside them are the processor seconds of the training process, which a busy
+machine hardly changes. A run goes on to its end, where its weights are measured on the test split. A seed that never
+reaches the target counts as infinitely late, and moves the median.
 
-With several multiples of the learning rates each variant first finds its own, by seed 0 over its whole budget: that
-which reaches the target after the fewest samples, or else the one that ends nearest to it. With `average` the mean of
-the weights of so many checkpoints, one at each validation, is measured too, after the run: in any ZeRO stage, since
-checkpoints are whole, and at no cost to the training.
+With several multiples of the learning rates each variant first finds its own by seed 0: the one that reaches the target
+after the fewest samples, or else ends nearest to it.
 """
 
 from __future__ import annotations
@@ -24,32 +20,29 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor
 
 from clips.common.errors import UserError
 from clips.common.escape import for_markdown
-from clips.common.files import read_json, write_json
-from clips.common.rundir import UNSEEN, checkpoints, read_metrics
-from clips.common.runtime import choose_device
+from clips.common.files import read_json
+from clips.common.page import Table, print_table
+from clips.common.rundir import UNSEEN, read_metrics
 from clips.config import RunConfig
 from clips.data.demo import VERSION
-from clips.evaluation.evaluate import evaluate
-from clips.lab.pretraining import PretrainingRun, train, with_rates
-from clips.studies.measuring import Row
-from clips.weights import checkpoint
-from clips.weights.load import load_model
+from clips.lab.pretraining import PretrainingRun, with_rates
+from clips.lab.report import Code, Page, Paragraph, Section, write_report
+from clips.lab.run import Runner
+from clips.studies.variants import Variant, terminal
 
 ENOUGH_SEEDS = 3
-"""Without as many, all of which get there, a variant has no row on the leaderboard."""
+"""A variant with fewer seeds, or with a seed that never reaches the target, has no row on the leaderboard."""
 COSTS = ("samples", "seconds", "cpu_seconds", "validation_seconds")
+NAME = "to-quality"
 
 
 @dataclass(frozen=True)
@@ -57,35 +50,26 @@ class Target:
     figures: tuple[str, ...]
     """Names as in metrics.jsonl."""
     threshold: float
-    """In percent; all of them must be at least that."""
+    """Percent; all of the figures must be at least that."""
 
     def score(self, figures: Mapping[str, Any]) -> float:
-        """The lowest of the target's figures; UserError where one was not measured."""
+        """The lowest of the target's figures; UserError for a figure that was not measured."""
         if unknown := [name for name in self.figures if name not in figures]:
             known = ", ".join(name for name in figures if name.endswith(("_r1", "_top1")))
             raise UserError(f"--figures {' '.join(unknown)}: not measured on the validation split; there are: {known}")
         return min(figures[name] for name in self.figures)
 
 
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    recipe: str
-    settings: tuple[str, ...] = ()
-    """As in `--set`."""
-
-
-VARIANTS = (
-    Variant("clips-muon", "demo"),
-    Variant("clips-adamw", "demo", ("optim.kind=adamw",)),
-    Variant("clip-muon", "clip_baseline"),
-    Variant("clip-adamw", "clip_baseline", ("optim.kind=adamw",)),
+VARIANTS = tuple(
+    Variant(f"{name}-{kind}", recipe, () if kind == "muon" else (f"optim.kind={kind}",))
+    for name, recipe in (("clips", "demo"), ("clip", "clip_baseline"))
+    for kind in ("muon", "adamw")
 )
-"""What is measured where no `--variant` is given: both objectives with both optimizers."""
+"""What is measured without `--variant`: both objectives with both optimizers."""
 
 
 def read_variants(entries: Sequence[Sequence[str]]) -> list[Variant]:
-    """`NAME RECIPE [FIELD=VALUE …]` each; VARIANTS where there are none. UserError for one that cannot be read."""
+    """`NAME RECIPE [FIELD=VALUE …]` each; VARIANTS if there are none. UserError for an entry that cannot be read."""
     if not entries:
         return list(VARIANTS)
     found = []
@@ -96,125 +80,114 @@ def read_variants(entries: Sequence[Sequence[str]]) -> list[Variant]:
                 "fields as in --set, such as: --variant short demo phases.0.samples=48000 phases.0.schedule=linear"
             )
         found.append(Variant(name, rest[0], tuple(rest[1:])))
-    if len({variant.name for variant in found}) < len(found):
-        raise UserError(f"--variant: a name is given twice: {', '.join(variant.name for variant in found)}")
+    names = [variant.label for variant in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--variant: a name is given twice: {', '.join(names)}")
     return found
 
 
-def to_quality(
-    output: Path,
-    variants: Sequence[Variant],
-    target: Target,
-    *,
-    seeds: int = 3,
-    every: int = 2_560,
-    rates: Sequence[float] = (1.0,),
-    average: int = 0,
-    demo_dir: str = "data/demo",
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Train what is missing, one run at a time, and return what was found: see `summary` of each variant.
-
-    `every`: samples between two validations. `rates`: multiples of the learning rates. `average`: see above; 0, none.
-    UserError for what cannot be measured so.
-    """
-    if average == 1 or average < 0:
-        raise UserError(f"--average {average}: give the number of checkpoints, at least 2, or 0 for none")
-    if not rates or any(not 0 < rate < math.inf for rate in rates):
-        raise UserError(f"--rates {' '.join(map(str, rates))}: multiples must be above 0")
-    study = _Study(output, target, every, average, demo_dir, device)
-    for variant in variants:
-        for rate in rates:
-            study.check(study.cell(variant, rate, 0))  # a setting that is refused is so before anything trains
-    output.mkdir(parents=True, exist_ok=True)
-    if len(rates) > 1:
-        study.measure([study.cell(variant, rate, 0) for variant in variants for rate in rates])
-    rows: dict[str, dict[str, Any]] = {}
-    for variant in variants:
-        tried = {rate: study.record(study.cell(variant, rate, 0)) for rate in rates} if len(rates) > 1 else {}
-        best = max(tried, key=lambda rate: merit(tried[rate]["weights"])) if tried else rates[0]
-        cells = [study.cell(variant, best, seed) for seed in range(seeds)]
-        study.measure(cells)
-        records = [study.record(cell) for cell in cells]
-        about = {
-            "recipe": variant.recipe,
-            "settings": list(variant.settings),
-            "rates": best,
-            "searched": {f"{rate:g}": found["weights"] for rate, found in tried.items()},
-        }
-        rows[variant.name] = about | summary([record["weights"] for record in records])
-        if average:
-            means = [record["mean"] for record in records]
-            rows[f"{variant.name}, mean of {average}"] = about | {"average": average} | summary(means)
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "target": asdict(target),
-        "every": every,
-        "seeds": seeds,
-        "variants": rows,
-    }
-
-
 @dataclass(frozen=True)
-class _Study:
-    """What all cells share."""
+class ToQuality:
+    """The study: runs of variants at multiples of their learning rates, all validated alike."""
 
     output: Path
+    variants: Sequence[Variant]
     target: Target
-    every: int
-    average: int
-    demo_dir: str
-    device: str
+    seeds: int = 3
+    every: int = 2_560
+    """Samples between two validations."""
+    rates: Sequence[float] = (1.0,)
+    """Multiples of the learning rates."""
+    data: str = "data/demo"
+    device: str = "auto"
 
-    def cell(self, variant: Variant, rate: float, seed: int) -> PretrainingRun:
-        """Averages need a checkpoint at each validation: those runs have names of their own."""
-        name = f"{variant.name}-x{rate:g}-seed{seed}"
-        settings = [f"train.eval_every={self.every}", f"data.demo_dir={json.dumps(self.demo_dir)}"]
-        if self.average:
-            name += "-kept"
-            settings += [f"train.checkpoint_every={self.every}", f"train.keep_every={self.every}"]
+    def __post_init__(self) -> None:
+        """Raise UserError for what cannot be measured, before anything trains."""
+        if self.seeds < 1 or self.every < 1:
+            raise UserError(f"--seeds {self.seeds} --every {self.every}: both must be at least 1")
+        if not self.rates or any(not 0 < rate < math.inf for rate in self.rates):
+            raise UserError(f"--rates {' '.join(map(str, self.rates))}: multiples must be above 0")
+        for variant in self.variants:
+            for rate in self.rates:
+                run = self.run_of(variant, rate, 0)
+                train = run.config().train
+                if (train.eval_every, train.seed) != (self.every, 0):
+                    changed = "its settings change the validations or the seed, which are the study's"
+                    raise UserError(f"{run.name}: {changed}")
+
+    def run_of(self, variant: Variant, rate: float, seed: int) -> PretrainingRun:
+        name = f"{variant.label}-x{rate:g}-seed{seed}"
+        settings = [f"train.eval_every={self.every}", f"data.demo_dir={json.dumps(self.data)}"]
         run = PretrainingRun(variant.recipe, name, None, seed, (*settings, *variant.settings), self.device)
         return with_rates(run, rate)
 
-    def check(self, cell: PretrainingRun) -> None:
-        """UserError unless `cell` is measured as all others are."""
-        config = cell.config().train
-        if (config.eval_every, config.seed) != (self.every, cell.seed):
-            raise UserError(f"{cell.name}: its settings change the validations or the seed, which are the study's")
+    def carry_out(self, *, dry_run: bool = False) -> dict[str, Any] | None:
+        """Train what is missing, one run at a time, and write to-quality.json and to-quality.html into `output`.
 
-    def measure(self, cells: Sequence[PretrainingRun]) -> None:
-        console = Console(emoji=False, stderr=True)
-        train(cells, self.output, 1, console, threads=torch.get_num_threads())
-        if self.average:
-            for cell in cells:
-                measure_averages(self.output / cell.name, self.average, self.device)
+        Returns the result: `variants` with the `summary` of each. A dry run prints the plan and returns None.
+        """
+        tried = [(v, rate, 0) for v in self.variants for rate in self.rates if len(self.rates) > 1]
+        likely = [(v, self.rates[0], seed) for v in self.variants for seed in range(self.seeds)]
+        self._runner(list(dict.fromkeys([*tried, *likely]))).print_plan(f"time to quality: runs in {self.output}")
+        if dry_run:
+            return None
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._train(tried)
+        rows: dict[str, dict[str, Any]] = {}
+        for variant in self.variants:
+            found = {rate: self.record(self.run_of(v, rate, 0)) for v, rate, _ in tried if v == variant}
+            best = max(found, key=lambda rate: merit(found[rate])) if found else self.rates[0]
+            self._train([(variant, best, seed) for seed in range(self.seeds)])
+            about = {
+                "recipe": variant.recipe,
+                "settings": list(variant.settings),
+                "rates": best,
+                "searched": {f"{rate:g}": record for rate, record in found.items()},
+            }
+            records = [self.record(self.run_of(variant, best, seed)) for seed in range(self.seeds)]
+            rows[variant.label] = about | summary(records)
+        result = {
+            "study": NAME,
+            "command": shlex.join(["python", *sys.argv]),
+            "target": asdict(self.target),
+            "every": self.every,
+            "seeds": self.seeds,
+            "variants": rows,
+        }
+        result["leaderboard"], result["no_row"] = leaderboard(result)
+        write_report(result, self.output, NAME, lambda: quality_page(result))
+        return result
+
+    def _runner(self, cells: Iterable[tuple[Variant, float, int]]) -> Runner:
+        named = [(f"{v.label} × {rate:g}", self.run_of(v, rate, seed)) for v, rate, seed in cells]
+        return Runner([run.cell(self.output, name) for name, run in named], 1, terminal(), torch.get_num_threads())
+
+    def _train(self, cells: Sequence[tuple[Variant, float, int]]) -> None:
+        runner = self._runner(cells)
+        with runner.live():
+            runner.run(runner.cells)
 
     def record(self, cell: PretrainingRun) -> dict[str, Any]:
-        """What the run's own weights reached ("weights") and, with `average`, their means ("mean")."""
+        """What the run reached, and on which data and machine."""
         run, config = self.output / cell.name, cell.config()
         test = {name: figure["value"] for name, figure in read_json(run / "evaluation.json")["figures"].items()}
-        found = {"weights": reached(run, read_metrics(run, "eval"), test, self.target)}
-        if self.average:
-            averaged = read_json(averages_file(run, self.average))
-            found["mean"] = reached(run, averaged["eval"], averaged["test"], self.target)
         precision = RunConfig.load(run / "config.json").train.precision  # what "auto" became
-        about = {
+        return {
             "seed": cell.seed,
             "data": f"demo {VERSION}" if config.data.train == "demo" else config.data.train,
             "machine": f"{read_json(run / 'env.json')['device']}, {precision}",
+            **reached(run, test, self.target),
         }
-        return {key: about | value for key, value in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- one run
-def reached(run: Path, evals: Sequence[Mapping[str, Any]], test: Mapping[str, float], target: Target) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------- one run
+def reached(run: Path, test: Mapping[str, float], target: Target) -> dict[str, Any]:
     """What it took until the target was reached, and what the run ended with.
 
-    `evals`: a line for each validation with its `step`, `samples` and figures, in order; `test`: the figures at the
-    end on the test split, and on artists never trained on (`UNSEEN`) where it has them. The COSTS are None where no
-    validation reaches the target.
+    `test`: the figures at the end on the test split, and on artists never trained on (`UNSEEN`). The COSTS are None if
+    no validation reaches the target.
     """
-    steps, validations = read_metrics(run, "train"), read_metrics(run, "eval")
+    steps, evals = read_metrics(run, "train"), read_metrics(run, "eval")
     first = next((line for line in evals if target.score(line) >= target.threshold), None)
     costs: dict[str, Any] = dict.fromkeys(COSTS)
     if first is not None:
@@ -222,11 +195,11 @@ def reached(run: Path, evals: Sequence[Mapping[str, Any]], test: Mapping[str, fl
             "samples": first["samples"],
             "seconds": seconds_until(steps, first["step"], "step_seconds"),
             "cpu_seconds": seconds_until(steps, first["step"], "step_cpu_seconds"),
-            "validation_seconds": sum(v["validation_seconds"] for v in validations if v["step"] <= first["step"]),
+            "validation_seconds": sum(v["validation_seconds"] for v in evals if v["step"] <= first["step"]),
         }
     return {
         **{key: value if value is None else round(value, 1) for key, value in costs.items()},
-        "samples_of_the_run": validations[-1]["samples"],
+        "samples_of_the_run": evals[-1]["samples"],
         "last": {name: evals[-1][name] for name in target.figures},
         "distance": max(0.0, target.threshold - target.score(evals[-1])),
         "test": {name: test.get(name) for name in target.figures},
@@ -235,10 +208,7 @@ def reached(run: Path, evals: Sequence[Mapping[str, Any]], test: Mapping[str, fl
 
 
 def seconds_until(lines: Sequence[Mapping[str, Any]], step: int, each: str) -> float:
-    """Of the first `step` steps; the field `each` of a line of metrics.jsonl is the mean of the steps since the last.
-
-    Between two lines every step counts alike.
-    """
+    """Seconds of the first `step` steps; `each` of a line of metrics.jsonl is the mean since the line before."""
     total, done = 0.0, 0
     for line in lines:
         until = min(line["step"], step)
@@ -247,53 +217,13 @@ def seconds_until(lines: Sequence[Mapping[str, Any]], step: int, each: str) -> f
 
 
 def merit(record: Mapping[str, Any]) -> tuple[float, float]:
-    """What a learning rate is chosen by: few samples to the target, and without it little distance at the end."""
+    """What chooses a learning rate: few samples to the target, then little distance at the end."""
     return -_or_never(record["samples"]), -record["distance"]
 
 
-# ------------------------------------------------------------------------------------------------------- averages
-def averages_file(run: Path, count: int) -> Path:
-    return run / f"averages-{count}.json"
-
-
-def measure_averages(run: Path, count: int, device: str = "auto") -> None:
-    """Validate the mean of each `count` checkpoints in a row, and test that of the last ones; once.
-
-    `averages_file` gets "eval", a line with the step and samples of the newest of them and the figures, and "test".
-    UserError for a run with fewer checkpoints.
-    """
-    out = averages_file(run, count)
-    if out.is_file():
-        return
-    paths = checkpoints(run)[::-1]
-    if len(paths) < count:
-        raise UserError(f"--average {count}: {run} has {len(paths)} checkpoints: average fewer, or validate more often")
-    loaded = load_model(paths[-1])
-    model, config = loaded.model.to(choose_device(device)), loaded.run
-    weights: deque[dict[str, Tensor]] = deque(maxlen=count)
-    lines = []
-    for path in paths:
-        found = checkpoint.load(path, "checkpoint")
-        weights.append(found.weights())
-        if len(weights) == count:
-            size = config.phases[min(found.state.phase, len(config.phases) - 1)].image_size
-            model.load_state_dict(mean_of(weights))
-            figures = evaluate(model, loaded.tokenizer, config, "val", image_size=size)
-            at = {"step": found.state.step, "samples": found.state.samples}
-            lines.append(at | {name: figure.value for name, figure in figures.items()})
-    figures = evaluate(model, loaded.tokenizer, config, "test", image_size=config.phases[-1].image_size)
-    write_json(out, {"eval": lines, "test": {name: figure.value for name, figure in figures.items()}})
-
-
-def mean_of(weights: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each parameter."""
-    held = list(weights)
-    return {name: torch.stack([one[name] for one in held]).mean(0) for name in held[0]}
-
-
-# ------------------------------------------------------------------------------------------------------- over seeds
+# ------------------------------------------------------------------------------------------- over seeds
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many seeds got there, and of each of COSTS "median", "lowest" and "highest": None stands for never."""
+    """How many seeds reached the target, and "median", "lowest" and "highest" of each of COSTS; None means never."""
     costs = {}
     for name in COSTS:
         values = [_or_never(record[name]) for record in records]
@@ -306,34 +236,13 @@ def _or_never(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def table_rows(found: Mapping[str, Any]) -> list[Row]:
-    """A row of each variant, for people."""
-    rows: list[Row] = []
-    for name, variant in found["variants"].items():
-        rows.append({
-            "variant": name,
-            "rates": f"× {variant['rates']:g}",
-            "reached": f"{variant['reached']} of {found['seeds']}",
-            "samples": spread(variant["samples"]),
-            "of": f"{variant['runs'][0]['samples_of_the_run']:,}",
-            "seconds": spread(variant["seconds"]),
-            "processor_s": spread(variant["cpu_seconds"]),
-            "validating_s": spread(variant["validation_seconds"]),
-            "last_validation": means(variant, "last"),
-            UNSEEN: means(variant, UNSEEN),
-            "test": means(variant, "test"),
-        })  # fmt: skip
-    return rows
-
-
 def spread(cost: Mapping[str, float | None]) -> str:
     """`48,640 [46,080–51,200]`, the median and the range over seeds."""
-    median, low, high = (_count(cost[key]) for key in ("median", "lowest", "highest"))
+    median, low, high = (
+        "not reached" if value is None else f"{value:,.0f}"
+        for value in (cost[key] for key in ("median", "lowest", "highest"))
+    )
     return median if low == high else f"{median} [{low}–{high}]"
-
-
-def _count(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:,.0f}"
 
 
 def means(variant: Mapping[str, Any], when: str) -> str:
@@ -342,7 +251,46 @@ def means(variant: Mapping[str, Any], when: str) -> str:
     return " / ".join("–" if None in values else f"{statistics.mean(values):.1f}" for values in columns)
 
 
-# ------------------------------------------------------------------------------------------------------- leaderboard
+HEAD = (
+    *("variant", "rates", "reached", "samples", "of", "seconds", "processor s", "validating s", "last validation"),
+    *("unseen artist", "test"),
+)
+
+
+def table_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row of each variant, with the columns of HEAD."""
+    return [
+        (
+            *(name, f"× {v['rates']:g}", f"{v['reached']} of {found['seeds']}", spread(v["samples"])),
+            f"{v['runs'][0]['samples_of_the_run']:,}",
+            *(spread(v[cost]) for cost in COSTS[1:]),
+            *(means(v, when) for when in ("last", UNSEEN, "test")),
+        )
+        for name, v in found["variants"].items()
+    ]
+
+
+def quality_page(result: Mapping[str, Any]) -> Page:
+    target = result["target"]
+    note = f"{', '.join(target['figures'])} ≥ {target['threshold']:g} on the validation split, {result['seeds']} seeds"
+    rows = Code("\n".join([*result["no_row"], *result["leaderboard"]]), wraps=True)
+    words = "Median [lowest–highest] over seeds. A seed that never reaches the target counts as infinitely late."
+    sections = [
+        Section("What it took", [Paragraph(words), Table(HEAD, table_rows(result))]),
+        Section("Rows for docs/leaderboard.md", [rows]),
+        Section("How it was run", [Paragraph(result["command"], "Command")]),
+    ]
+    return Page("Time to quality", note, sections)
+
+
+def print_result(result: Mapping[str, Any] | None) -> None:
+    """Print the table, and the rows of the leaderboard, on stdout; nothing for a dry run."""
+    if result is not None:
+        print_table("time to quality", HEAD, table_rows(result))
+        print("\n".join(["", *result["no_row"], "", *result["leaderboard"]]))
+
+
+# ------------------------------------------------------------------------------------------- leaderboard
 COLUMNS = (
     *("date", "change", "commit", "machine", "target", "samples", "seconds", "processor s"),
     *("unseen artist", "test"),
@@ -351,7 +299,7 @@ COLUMNS = (
 
 
 def leaderboard(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Rows for docs/leaderboard.md, ready to paste, and why the other variants have none."""
+    """Rows for docs/leaderboard.md, ready to paste, and why the other variants have no row."""
     rows, without = [], []
     for name, variant in found["variants"].items():
         if variant["reached"] < found["seeds"] or found["seeds"] < ENOUGH_SEEDS:
@@ -364,24 +312,18 @@ def leaderboard(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         data, machine = (
             for_markdown(" / ".join(sorted({run[key] for run in variant["runs"]}))) for key in ("data", "machine")
         )
-        cells = {
-            "date": datetime.date.today().isoformat(),
-            "change": for_markdown(change),
-            "commit": commit(),
-            "machine": machine,
-            "target": f"{data}: {', '.join(target['figures'])} ≥ {target['threshold']:g}",
-            "samples": spread(variant["samples"]),
-            "seconds": spread(variant["seconds"]),
-            "processor s": spread(variant["cpu_seconds"]),
-            "unseen artist": means(variant, UNSEEN),
-            "test": means(variant, "test"),
-        }
-        rows.append(f"| {' | '.join(cells[column] for column in COLUMNS)} |")
+        cells = (
+            *(datetime.date.today().isoformat(), for_markdown(change), commit(), machine),
+            f"{data}: {', '.join(target['figures'])} ≥ {target['threshold']:g}",
+            *(spread(variant[cost]) for cost in ("samples", "seconds", "cpu_seconds")),
+            *(means(variant, when) for when in (UNSEEN, "test")),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
     return rows, without
 
 
 def commit() -> str:
-    """Of this code, with `-dirty` where it was changed since; "unknown" outside a repository."""
+    """The commit of this code, with `-dirty` if it was changed since; "unknown" outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

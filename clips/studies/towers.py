@@ -1,51 +1,47 @@
-"""What a tower that everything serves costs: the demo with another image tower against the recipe's own.
+"""What an image tower that everything serves costs: the demo with another image tower against the recipe's own.
 
-The recipe, its learning rates and the number of samples stay the same, so a difference is the tower's under a recipe
-that was tuned for the other. Every run is an ordinary one of scripts/pretrain_clips.py under `output`/; what is
-finished is never run again.
+The recipe, its learning rates and the number of samples stay the same, so a difference is the tower's difference under
+a recipe that was tuned for the recipe's own tower.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.escape import for_rich
-from clips.common.files import write_json
-from clips.lab.pretraining import PretrainingRun, read_figures, train
+from clips.lab.report import Page
 from clips.recipes import TOWERS
-from clips.studies.equal_time import differences_from, table_of_figures
+from clips.studies.variants import Question, Study, Variant, check_counts
+from clips.studies.variants_page import page
+
+LIMITS = "The recipe and its rates were tuned for its own tower, and the models are tiny."
 
 
-def compare_towers(output: Path, tower: str, seeds: int, samples: int, jobs: int) -> None:
-    """Train what is missing, and write `towers.json` and a table. UserError for an unknown tower."""
-    if tower not in TOWERS or not TOWERS[tower]:
+def compare_towers(
+    output: Path, tower: str, seeds: int, samples: int, jobs: int, *, dry_run: bool = False
+) -> dict[str, Any] | None:
+    """Train what is missing, and write towers.json and towers.html. UserError for an unknown tower."""
+    check_counts(seeds, jobs)
+    return towers_study(tower, seeds, samples).carry_out(output, jobs, towers_page, dry_run=dry_run)
+
+
+def towers_study(tower: str, seeds: int, samples: int) -> Study:
+    """The demo recipe with `tower` and with its own tower."""
+    if not TOWERS.get(tower):
         raise UserError(f"--tower {tower!r}: choose one of: {', '.join(name for name in TOWERS if TOWERS[name])}")
-    if seeds < 2:
-        raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
-    output.mkdir(parents=True, exist_ok=True)
-    console = Console(emoji=False, stderr=True)
-    runs = {name: [tower_run(name, seed, samples) for seed in range(seeds)] for name in (tower, "clips")}
-    directories = train([run for group in runs.values() for run in group], output, jobs, console)
-    groups = {name: [read_figures(directories[run]) for run in group] for name, group in runs.items()}
-    differences = differences_from(tower, groups)
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "samples": samples,
-        "groups": groups,
-        f"{tower}_minus": differences,
+    settings = {
+        name: tuple(f"model.vision.{field}={json.dumps(value)}" for field, value in TOWERS[name].items())
+        for name in (tower, "clips")
     }
-    write_json(output / "towers.json", result)
-    console.print(table_of_figures(groups, tower, differences))
-    console.print(f"written to {for_rich(str(output / 'towers.json'))}")
+    variants = {name: Variant(f"tower {name}", "demo", own) for name, own in settings.items()}
+    runs = {name: [variant.run(name, seed, samples) for seed in range(seeds)] for name, variant in variants.items()}
+    question = Question(f"The tower {tower} against the recipe's own", (tower, "clips"), ((tower, "clips"),))
+    return Study("towers", "image towers", variants, runs, {"towers": question})
 
 
-def tower_run(tower: str, seed: int, samples: int) -> PretrainingRun:
-    """The demo recipe with the image tower `tower`."""
-    settings = tuple(f"model.vision.{field}={json.dumps(value)}" for field, value in TOWERS[tower].items())
-    return PretrainingRun("demo", f"{tower}-seed{seed}", samples, seed, settings)
+def towers_page(result: Mapping[str, Any]) -> Page:
+    note = f"{result['samples']:,} samples seen by every run, {result['seeds']} seeds"
+    return page(result, "Image towers", note, LIMITS)

@@ -1,27 +1,23 @@
 """The demo study's sets: pictures that no captioner's captions were trained on, captioned by what is trained here.
 
-The last shards of the demo's training pictures are captioned by the newest chatting model and by a CLIPS captioner that
-is trained on the shards before them. Their exact captions are the third set. Every step is a command of its own, so
-what is there already is not made again.
+The last shards of the demo's training pictures are captioned by the newest chatting model, and by a CLIPS captioner
+that is trained on the shards before them. The exact captions of the pictures are the third set.
 """
 
 from __future__ import annotations
 
-import math
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from clips import Fields, demo_split, ensure_any_demo, open_source
 from clips.common.errors import UserError
-from clips.common.escape import for_rich
-from clips.common.jobs import Commands
 from clips.common.rundir import is_finished
+from clips.lab.grid import Cell, Step
+from clips.lab.run import Runner
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.manifest import Folder
@@ -29,40 +25,18 @@ from mllm.recaption.options import DEMO
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CAPTIONER_SHARE = 1.5
-"""Samples that the CLIPS captioner sees, of those that each encoder does."""
+"""Samples that the CLIPS captioner sees, as a share of each encoder's samples."""
 CAPTIONER = ("model.captioner.inputs=tokens", "model.captioner.length=80", "model.text.context_length=80")
-"""It writes word by word, and the demo's captions fit."""
+"""The captioner writes word by word, and the demo's captions fit."""
 PROMPT = "prompt.txt"
 LONGEST = 96
 """Tokens of a caption of the demo."""
 CAPTIONER_RATE = 250
-"""Samples per second of the captioner's training; like the next two on two idle cores, to tell the time beforehand."""
-MLLM_SECONDS = 0.2
-"""A caption of the quickstart's model: SmolLM2-135M, 36 image tokens, some 35 tokens written, a few of them twice."""
-CLIPS_SECONDS = 0.01
-"""A caption of the CLIPS captioner."""
+"""Assumed samples per second of the captioner's training; like the next two, for two idle cores."""
+CAPTION_SECONDS = {"mllm": 0.2, "clips": 0.01}
+"""A caption of the quickstart's model (SmolLM2-135M, 36 image tokens), and of the CLIPS captioner."""
 START_SECONDS = 20
 """Of each command, beside its work."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of this project."""
-
-    name: str
-    """Of its log below the study's folder."""
-    script: str
-    flags: list[str]
-    work: str
-    seconds: float
-    """About; 0 where its work is there already."""
-
-    def run(self, log: Path) -> None:
-        """To its end, what it prints in `log`. CommandError where it fails."""
-        shown = for_rich(f"python scripts/{self.script} {shlex.join(self.flags)}")
-        _console().print(f"{shown} → {for_rich(str(log))}", highlight=False, soft_wrap=True)
-        commands, command = Commands(1), [sys.executable, str(SCRIPTS / self.script), *self.flags]
-        commands.map(lambda _: commands.run(command, log), [None])  # which passes a signal on
 
 
 @dataclass(frozen=True)
@@ -70,30 +44,21 @@ class Study:
     output: Path
     sets: dict[str, str]
     """Name → data of the sets "mllm", "clips" and "exact", once they are made."""
-    steps: list[Step]
+    cells: list[Cell]
+    """The commands that make the sets, in order."""
     notes: list[str]
-    """What is to be said of the sets."""
+    """Where the sets come from, in sentences."""
 
-    def show(self, runs: int, samples: int, seconds: float) -> None:
-        """Print the whole plan: the steps, and after them so many encoders in so many seconds."""
-        table = Table(title=for_rich(f"demo study in {self.output}"), title_justify="left")
-        for column in ("step", "command", "work"):
-            table.add_column(column, overflow="fold")
-        table.add_column("minutes", justify="right")
-        for step in self.steps:
-            table.add_row(step.name, f"scripts/{step.script}", step.work, f"{step.seconds / 60:.1f}")
-        trained = f"{runs} × {samples:,} samples"
-        table.add_row("encoders", "scripts/pretrain_clips.py", trained, f"{seconds / 60:.1f}")
-        total = seconds + sum(step.seconds for step in self.steps)
-        table.caption = f"about {math.ceil(total / 60)} minutes on two idle cores with the quickstart's model"
-        _console().print(table)
-
-    def make(self) -> None:
-        """Run each step to its end. CommandError where one fails."""
+    def make(self, *, dry_run: bool = False) -> None:
+        """Print the plan and run the commands that are missing, one after the other. CommandError if one fails."""
+        runner = Runner(self.cells, 1, Console(emoji=False, stderr=True))
+        runner.print_plan(f"demo study in {self.output}: the sets")
+        if dry_run:
+            return
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / PROMPT).write_text(SHOW[0], encoding="utf-8")  # what the demo's models were asked in training
-        for step in self.steps:
-            step.run(self.output / f"{step.name}.log")
+        with runner.live():
+            runner.run(self.cells)
 
 
 def plan_study(
@@ -101,16 +66,16 @@ def plan_study(
     *,
     samples: int,
     shards: int,
-    model_path: str | None = None,
+    model: str | None = None,
     demo_dir: Path = DEMO,
     settings: Sequence[str] = (),
 ) -> Study:
-    """Which commands make the sets of the last `shards` shards.
+    """The commands that make the sets of the last `shards` shards.
 
-    `samples` are those that each encoder sees, `settings` its `--set`; the captioner goes by both. UserError where
-    there is no model, or where the demo has no more shards.
+    `samples`: those of each encoder; `settings`: its `--set`. The captioner goes by both. UserError if there is no
+    model, or if the demo has no more shards.
     """
-    model = model_path or str(newest_model())
+    model = model or str(newest_model())
     ensure_any_demo(demo_dir)
     files = sorted(Path(demo_split(demo_dir, "train")).glob("*.tar"))
     if not 0 < shards < len(files):
@@ -119,30 +84,31 @@ def plan_study(
         )
     seen, captioned = (";".join(map(str, part)) for part in (files[:-shards], files[-shards:]))
     pictures, seen_samples = len(open_source(captioned, Fields(), need_long=True)), round(CAPTIONER_SHARE * samples)
-    flags = ["--name", "captioner", "--output-dir", str(output), "--data", seen, "--samples", str(seen_samples)]
+    run = output / "captioner"
+    flags = ["--name", run.name, "--output-dir", str(output), "--data", seen, "--samples", str(seen_samples)]
     flags += ["--set", *settings, *CAPTIONER, "train.eval_every=0", "train.checkpoint_every=0"]
-    seconds = 0.0 if is_finished(output / "captioner") else START_SECONDS + seen_samples / CAPTIONER_RATE
-    steps = [Step("captioner", "pretrain_clips.py", flags, f"{seen_samples:,} samples", seconds)]
+    step = Step("training", _command("pretrain_clips.py", flags), lambda: is_finished(run))
+    seconds, about = START_SECONDS + seen_samples / CAPTIONER_RATE, f"{seen_samples:,} samples"
+    cells = [Cell("captioner", "", run, (step,), seconds=seconds, about=about)]
     sets = {}
-    for name, captioner, each in (
-        ("mllm", f"llava:{model}", MLLM_SECONDS),
-        ("clips", f"clips:{output / 'captioner'}", CLIPS_SECONDS),
-    ):
-        sets[name] = str(output / "sets" / name)
+    for name, captioner in (("mllm", f"llava:{model}"), ("clips", f"clips:{run}")):
+        directory = output / "sets" / name
+        sets[name] = str(directory)
         # All pairs are kept, so that the sets have the same pictures, and bad captions do what harm they do.
         flags = ["--data", captioned, "--output", sets[name], "--captioner", captioner]
         flags += ["--prompt", str(output / PROMPT), "--on-bad", "keep", "--max-new-tokens", str(LONGEST)]
-        seconds = 0.0 if Folder(Path(sets[name])).report.is_file() else START_SECONDS + pictures * each
-        steps.append(Step(f"set-{name}", "recaption.py", flags, f"{pictures:,} captions", seconds))
+        step = Step("captioning", _command("recaption.py", flags), Folder(directory).report.is_file)
+        seconds, about = START_SECONDS + pictures * CAPTION_SECONDS[name], f"{pictures:,} captions"
+        cells.append(Cell(f"set {name}", "", directory, (step,), seconds=seconds, about=about))
     notes = [
-        f"mllm: {model}, asked “{SHOW[0]}” without the web caption. If it is the quickstart's, its language model was "
-        "trained on other pictures, but the encoder that it sees with on these too.",
+        f"mllm: {model}, asked “{SHOW[0]}” without the web caption. The quickstart's language model was trained on "
+        "other pictures, but its encoder on these too.",
         f"clips: the captioner of an encoder that was trained on the other {len(files) - shards} shards "
         f"({seen_samples:,} samples), given the web caption.",
         "exact: the demo's own captions, made from what is in the picture.",
     ]
-    return Study(output, sets | {"exact": captioned}, steps, notes)
+    return Study(output, sets | {"exact": captioned}, cells, notes)
 
 
-def _console() -> Console:
-    return Console(emoji=False, stderr=True)
+def _command(script: str, flags: Sequence[str]) -> tuple[str, ...]:
+    return (sys.executable, str(SCRIPTS / script), *flags)

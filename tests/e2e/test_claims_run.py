@@ -1,4 +1,4 @@
-"""scripts/reproduce_claims.py with real, tiny runs: stopped in the middle, gone on, and run again."""
+"""scripts/compare_pretraining.py with real, tiny runs: stopped in the middle, gone on, and run again."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT
+from lab_runs import run_main
 
+from clips.common.rundir import read_metrics
 from clips.data.demo import ensure_demo
 
 pytestmark = pytest.mark.slow
-SCRIPT = "scripts/reproduce_claims.py"
 
 
-def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that name small data; the validation split is also an artist never trained on."""
+    made = ensure_demo(tmp_path_factory.mktemp("data"), sizes={"train": 300, "val": 40, "test": 80})
+    settings = ["phases.*.batch_size=16", "data.workers=0", *(f"data.{s}={made / s}" for s in ("train", "val", "test"))]
+    return [*settings, f'data.further_tests=[{{"name": "unseen", "data": "{made / "val"}"}}]']
+
+
+def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(
+    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "claims"
-    data = ensure_demo(tmp_path / "data", sizes={"train": 300, "val": 40, "test": 80})
-    flags = ["--claims", "b,e", "--seeds", "2", "--samples", "64", "--output", output]
-    flags += ["--llava-report", tmp_path / "none.json", "--set", "phases.*.batch_size=16", "data.workers=0"]
-    flags += [f"data.{split}={data / split}" for split in ("train", "val", "test")]
+    flags = ["claims", "--claims", "b,e", "--seeds", "2", "--samples", "64", "--output", output]
+    flags += ["--llava-report", tmp_path / "none.json", "--set", *data]
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, flags)],
+        [sys.executable, "scripts/compare_pretraining.py", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
@@ -40,32 +49,26 @@ def test_a_stopped_grid_goes_on_and_finished_runs_are_never_run_again(tmp_path: 
     assert not (output / "claims.json").exists()
     before = {path: path.stat().st_mtime_ns for path in finished}
 
-    done = run_python(SCRIPT, *flags, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == before
-    assert "python scripts/compare_encoders.py" in done.stderr
     result = json.loads((output / "claims.json").read_text())
     runs = [run for variant in result["variants"].values() for run in variant["runs"]]
     assert {run["name"] for run in runs} == {f"{n}-seed{s}" for n in ("web", "sentence", "captioner") for s in (0, 1)}
     for run in runs:
-        assert run["config"]["train"]["seed"] == run["seed"]
-        assert run["config"]["phases"][0]["samples"] == 64
-        assert 0 <= run["figures"]["long_r1"] <= 100
-    tokens = {name: variant["text_tokens"] for name, variant in result["variants"].items()}
-    assert tokens["sentence"] == tokens["captioner"]  # the same pieces of the same captions
-    assert tokens["web"] == {"web": tokens["sentence"]["web"]}
-    assert tokens["web"]["web"] < tokens["sentence"]["sub"] < result["test_text_tokens"]["long"]
-    assert result["claims"]["e"]["verdict"] == "not run"
-    assert {"claims.html", "claims.md", "claim-b.png"} <= {path.name for path in output.iterdir()}
+        assert (run["config"]["train"]["seed"], run["config"]["phases"][0]["samples"]) == (run["seed"], 64)
+        assert 0 <= run["figures"]["unseen/long_r1"] <= 100
+    assert result["questions"]["e"]["verdict"] == "not run"
+    assert "python scripts/compare_encoders.py" in (output / "claims.html").read_text()
 
-    again = run_python(SCRIPT, *flags)
-    assert again.returncode == 0
-    assert "training" not in again.stderr
-    assert json.loads((output / "claims.json").read_text())["variants"] == result["variants"]
+    capsys.readouterr()
+    assert run_main(monkeypatch, "compare_pretraining", *flags) == 0
+    assert "0 of 6 to run" in capsys.readouterr().err
+    again = json.loads((output / "claims.json").read_text())
+    assert (again["variants"], again["seconds"]) == (result["variants"], result["seconds"])
 
-    other = run_python(SCRIPT, *flags, "--samples", "128")
-    assert other.returncode == 2
-    assert "phases.0.samples: 64 → 128" in other.stderr
+    assert run_main(monkeypatch, "compare_pretraining", *flags, "data.epoch=3") == 2
+    assert run_main(monkeypatch, "compare_pretraining", *flags[:5], "--samples", "128", *flags[7:]) == 2
+    assert "phases.0.samples: 64 → 128" in capsys.readouterr().err
 
 
 def wait_for(output: Path, process: subprocess.Popen) -> list[Path]:
@@ -76,3 +79,33 @@ def wait_for(output: Path, process: subprocess.Popen) -> list[Path]:
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.5)
     raise AssertionError("no run ended in 5 minutes")
+
+
+def test_time_to_quality_is_measured_once_and_read_for_any_target(
+    tmp_path: Path, data: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*data, "phases.0.samples=64", "phases.0.schedule=linear"]
+    flags = ["to-quality", "--variant", "tiny", "demo", *settings, "--seeds", "2", "--every", "32"]
+    flags += ["--figures", "part_t2i_r1", "--output", tmp_path]
+    assert run_main(monkeypatch, "compare_pretraining", *flags, "--threshold", "0", "--rates", "0.5", "1") == 0
+    tiny = json.loads((tmp_path / "to-quality.json").read_text())["variants"]["tiny"]
+    assert (set(tiny["searched"]), tiny["reached"]) == ({"0.5", "1"}, 2)
+    assert tiny["samples"] == {"median": 32, "lowest": 32, "highest": 32}
+    assert all(tiny[cost]["lowest"] > 0 for cost in ("seconds", "cpu_seconds", "validation_seconds"))
+    for run in tiny["runs"]:
+        assert run["samples_of_the_run"] == 64
+        assert all(run[tested]["part_t2i_r1"] is not None for tested in ("test", "unseen"))
+    run = tmp_path / f"tiny-x{tiny['rates']:g}-seed1"
+    assert [line["samples"] for line in read_metrics(run, "eval")] == [32, 64]
+    assert all(line["step_cpu_seconds"] > 0 for line in read_metrics(run, "train"))
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/evaluation.json")}
+    assert len(before) == 3, "two rates for seed 0, the better one for seed 1"
+    flags += ["--rates", f"{tiny['rates']:g}"]
+    capsys.readouterr()
+    assert run_main(monkeypatch, "compare_pretraining", *flags, "--threshold", "100") == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "tiny: no row, reached by 0 of 2 seeds" in capsys.readouterr().out
+    assert "not reached" in (tmp_path / "to-quality.html").read_text()
+    assert run_main(monkeypatch, "compare_pretraining", *flags, "--every", "48") == 2
+    assert "train.eval_every: 32 → 48" in capsys.readouterr().err

@@ -1,18 +1,18 @@
-"""Comparing sets of captions: how right they are, what the sets have in common, and what the report says."""
+"""Comparing sets of captions: how right they are, what the sets have in common, and what the page says."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
-import random
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT
+from lab_runs import run_main
 
 from clips.common.errors import UserError
 from clips.common.plots import LIGHT
@@ -20,13 +20,12 @@ from clips.config import Fields, NamedSet
 from clips.data.artists import OPENMOJI
 from clips.data.demo import CONCEPTS, NUMBERS, Description, Scene, split_scene, truth
 from clips.data.sources import open_source
+from clips.lab.report import as_html
 from clips.recipes import recipe
-from clips.studies.caption_report import _claim, write_chart, write_report
-from clips.studies.caption_sets import Common, collect, compare_sets, decides, measured, parse_sets, plan
 from clips.studies.caption_truth import Truth, is_scene, placements
-from clips.studies.claims import FIGURES, MEANS, VARIANTS
-from clips.studies.claims_report import NAMES, Chart, draw
-from clips.studies.reproduce import compared
+from clips.studies.captions import Common, captions_page, collect, compare_sets, conclusions, parse_sets, plan
+from clips.studies.variants import FIGURES, MEANS, Question, Study, decides, judge, measured
+from clips.studies.variants_page import NAMES, draw, write_chart
 
 # ------------------------------------------------------------------------------------------------------ the truth
 
@@ -163,10 +162,12 @@ def test_test_data_without_a_part_are_refused_before_anything_trains(tmp_path: P
     compare_sets(sets, tmp_path / "out", test_data=[str(test)], fields=["web=json:org_caption;alt"], **options)
 
 
-def test_flags_of_the_demo_study_are_refused_beside_given_sets() -> None:
-    done = run_python(ROOT / "scripts" / "compare_captions.py", "--sets", "a=a.tar,b=b.tar", "--shards", "2")
-    assert done.returncode == 2
-    assert "--shards and --model-path are of the demo study" in done.stderr
+@pytest.mark.parametrize("flag", [["--shards", "3"], ["--model", "m"]])
+def test_flags_of_the_demo_study_are_refused_beside_given_sets(
+    flag: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "compare_captions", "--sets", "a=a.tar,b=b.tar", *flag) == 2
+    assert "--shards and --model are of the demo study" in capsys.readouterr().err
 
 
 def test_the_names_of_sets() -> None:
@@ -178,20 +179,16 @@ def test_the_names_of_sets() -> None:
 
 def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> None:
     common = Common(tmp_path / "pairs.parquet", 10, {"a": 10, "b": 10}, {})
-    runs_of, variants = plan(
-        {"a": "x", "b": "y"},
-        common,
-        ["test/", "unseen=other/"],
-        tmp_path,
-        Fields(),
-        seeds=2,
-        samples=6400,
-        settings=["data.workers=0"],
-    )
-    assert {name: [run.name for run in runs] for name, runs in runs_of.items()} == {
+
+    def planned(setting: str) -> Study:
+        given = ({"a": "x", "b": "y"}, common, ["test/", "unseen=other/"], tmp_path, Fields())
+        return plan(*given, seeds=2, samples=6400, settings=[setting])
+
+    study = planned("data.workers=0")
+    assert {name: [run.name for run in runs] for name, runs in study.runs.items()} == {
         name: [f"{name}-seed0", f"{name}-seed1"] for name in ("a", "b", "web")
     }
-    a, b, web = (runs_of[name][1].config() for name in ("a", "b", "web"))
+    a, b, web = (study.runs[name][1].config() for name in ("a", "b", "web"))
     assert a.data.train == b.data.train == web.data.train == str(common.table)
     assert (a.data.fields.long, b.data.fields.long) == ("long_a;txt", "long_b;txt")
     assert a.task == b.task == recipe("demo").task
@@ -201,19 +198,11 @@ def test_every_run_sees_the_same_pairs_and_only_its_captions(tmp_path: Path) -> 
     assert a.model.captioner is not None
     assert web.task.synthetic_share == 0
     assert web.model.vision == a.model.vision
-    assert variants["a"].label == "a"
+    assert study.variants["a"].label == "a"
+    assert study.questions["captions"].contrasts == (("a", "b"), ("a", "web"), ("b", "web"))
     for setting in ("train.seed=7", "phases.0.samples=640"):
         with pytest.raises(UserError, match="--seeds and --samples"):
-            plan(
-                {"a": "x"},
-                common,
-                ["test/", "unseen=other/"],
-                tmp_path,
-                Fields(),
-                seeds=2,
-                samples=6400,
-                settings=[setting],
-            )
+            planned(setting)
 
 
 def test_the_figures_that_every_run_has(tmp_path: Path) -> None:
@@ -231,43 +220,41 @@ def test_the_figures_that_every_run_has(tmp_path: Path) -> None:
 
 def made_up(centres: dict[str, float], figures: tuple[str, ...], truths: dict[str, dict]) -> dict:
     """The content of captions.json with figures around the given values."""
-    rng = np.random.default_rng(0)
+    rng, order = np.random.default_rng(0), tuple(centres)
     rows = {
         name: [{f: centre + rng.normal(0, 0.3) for f in figures} | {"train_seconds": 60.0} for _ in range(3)]
         for name, centre in centres.items()
     }
-    deciding = decides(figures)
-    order = list(centres)
+    pairs = tuple((a, b) for i, a in enumerate(order) for b in order[i + 1 :])
     return {
         "command": "python scripts/compare_captions.py",
         "seconds": 1800,
         "samples": 32_000,
         "seeds": 3,
         "jobs": 2,
-        "deciding_figure": deciding,
+        "deciding_figure": decides(figures),
         "environment": {"cpus": 2},
-        "test_text_tokens": {"sentence": 22.0},
         "notes": ["hostile: <b>bold</b> | $x$"],
         "pictures": 4000,
         "sets": {name: {"data": f"runs/{name}", "samples": 4000} for name in order if name != "web"},
         "truth": truths,
+        "questions": {"captions": judge(Question("Sets", order, pairs), rows)},
         "variants": {
             name: {
-                "label": name, "recipe": "demo", "settings": ["a=1"], "text_tokens": {"web": 5.0, "sub": 13.0},
-                "runs": [{"figures": row, "config": {}} for row in rows[name]],
+                "label": name,
+                "recipe": "demo",
+                "settings": ["a=1"],
+                "runs": [{"figures": row} for row in rows[name]],
             }
             for name in order
         },
-        "contrasts": [
-            compared(a, b, rows, figures, deciding) for i, a in enumerate(order) for b in order[i + 1 :]
-        ],
-    }  # fmt: skip
+    }
 
 
 EVERY = (*MEANS, *FIGURES)
 
 
-def test_the_report_says_which_captions_help_and_what_is_wrong_with_those_that_do_not(tmp_path: Path) -> None:
+def test_the_report_says_which_captions_help_and_how_right_they_are() -> None:
     scene, description = split_scene("train", 0, seed=0)
     record = record_of(scene, description)
     good, bad = Truth(), Truth()
@@ -276,75 +263,56 @@ def test_the_report_says_which_captions_help_and_what_is_wrong_with_those_that_d
     bad.add(f"There are zero things at the top left: a {absent}.", record)
     truths = {"exact": good.shares(), "mllm": bad.shares(), "web": Truth().shares()}
     result = made_up({"mllm": 50.0, "exact": 60.0, "web": 50.1}, EVERY, truths)
-    random.Random(0).shuffle(result["contrasts"])
-    said = write_report(result, tmp_path)
-    mllm, exact = sorted(said, key=lambda line: "exact" in line)
+    mllm, exact = conclusions(result)
     assert mllm.startswith("The captions of mllm show no gain over web captions alone: ")
-    assert "Of what they say this is right: things 0 %" in mllm
+    assert "Right of what they say: things 0 %" in mllm
     assert exact.startswith("The captions of exact help over web captions alone: +")
     assert "things 100 %" in exact
-    page, text = (tmp_path / "captions.html").read_text(), (tmp_path / "captions.md").read_text()
-    for part in ("How often the captions are right", "4,000 pictures", "runs/exact"):
+    page = as_html(captions_page(result))
+    for part in ("How often the captions are right", "4,000 pictures", "runs/exact", exact):
         assert part in page
-        assert part in text
     assert "<b>bold</b>" not in page
-    assert (tmp_path / "captions.png").stat().st_size > 1000
 
 
-def test_artists_never_trained_on_decide_and_the_others_stand_beside_them(tmp_path: Path) -> None:
+def test_artists_never_trained_on_decide_and_the_others_stand_beside_them() -> None:
     unseen = tuple(f"unseen/{name}" for name in EVERY)
     assert decides((*unseen, *EVERY)) == "unseen/sentence_r1"
     result = made_up({"a": 60.0, "web": 50.0}, (*unseen, *EVERY), {})
-    for contrast in result["contrasts"]:  # the seen artists say the contrary
-        contrast["figures"]["sentence_r1"] = {"mean": -7.0, "ci95": [-8.0, -6.0]}
-    (said,) = write_report(result, tmp_path)
+    (contrast,) = result["questions"]["captions"]["contrasts"]
+    contrast["figures"]["sentence_r1"] = {"mean": -7.0, "ci95": [-8.0, -6.0]}  # the seen artists say the contrary
+    (said,) = conclusions(result)
     assert said.startswith("The captions of a help over web captions alone: +")
     assert "in retrieval R@1, test sentences (unseen artist), −7.0 [−8.0, −6.0] with seen artists." in said
-    for page in ("captions.html", "captions.md"):
-        text = (tmp_path / page).read_text()
-        assert "retrieval R@1, test sentences (unseen artist)" in text
-        assert text.count("−7.0 [−8.0, −6.0]") == 2, "in the sentence and in the table of what does not decide"
+    page = as_html(captions_page(result))
+    assert page.count("−7.0 [−8.0, −6.0]") == 2, "in the sentence and in the table of what does not decide"
+    assert "How often" not in page
 
 
 def test_the_chart_of_the_documentation_is_drawn_from_the_stored_figures(tmp_path: Path) -> None:
     """Small figures have an axis of their own, and the test set that decides is named."""
     stored = json.loads((ROOT / "docs/results/captions.json").read_text())
-    (axes,) = draw(Chart("", _claim(stored, stored["contrasts"]), stored["variants"]), LIGHT).axes
+    (axes,) = draw(stored["variants"], stored["deciding_figure"], LIGHT).axes
     assert axes.get_title() == "unseen artist"
     drawn = [bar.get_height() for bar in axes.patches]
-    means = [
-        sum(run["figures"]["unseen/sentence_r1"] for run in variant["runs"]) / 3
-        for variant in stored["variants"].values()
-    ]
-    assert drawn[: len(means)] == pytest.approx(means)
+    figures = [[run["figures"]["unseen/sentence_r1"] for run in v["runs"]] for v in stored["variants"].values()]
+    assert drawn[: len(figures)] == pytest.approx([sum(values) / 3 for values in figures])
     assert max(drawn) < axes.get_ylim()[1] < 30
     picture = write_chart(ROOT / "docs/results/captions.json", tmp_path / "made" / "captions.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("content", "name"), [("{", "a.png"), ('{"contrasts": []}', "a.png"), ("{}", "a.jpg")])
+@pytest.mark.parametrize(("content", "name"), [("{", "a.png"), ('{"questions": {}}', "a.png"), ("{}", "a.jpg")])
 def test_what_is_no_study_is_not_drawn(tmp_path: Path, content: str, name: str) -> None:
     (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(UserError, match=r"is no captions\.json|name it \.png or \.svg"):
+    with pytest.raises(UserError, match=r"is no result of a study|name it \.png or \.svg"):
         write_chart(tmp_path / "captions.json", tmp_path / name)
 
 
-def test_other_test_data_have_other_figures(tmp_path: Path) -> None:
-    figures = ("zero_shot_top1", "linear_probe_top1")
-    said = write_report(made_up({"a": 40.0, "web": 50.0}, figures, {}), tmp_path)
-    assert said[0].startswith("The captions of a do harm against web captions alone: −")
-    assert "in zero-shot accuracy." in said[0]
-    assert "How often" not in (tmp_path / "captions.md").read_text()
-
-
 @pytest.mark.parametrize("figure", sorted(NAMES))
-def test_any_figure_may_be_the_one_that_the_test_data_give(figure: str, tmp_path: Path) -> None:
+def test_any_figure_may_be_the_one_that_the_test_data_give(figure: str) -> None:
     assert decides([figure]) == figure
-    (said,) = write_report(made_up({"a": 60.0, "web": 50.0}, (figure,), {}), tmp_path)
+    result = made_up({"a": 40.0, "web": 50.0}, (figure,), {})
+    (said,) = conclusions(result)
+    assert said.startswith("The captions of a do harm against web captions alone: −")
     assert f" in {NAMES[figure]}." in said
-    assert NAMES[figure] in (tmp_path / "captions.html").read_text()
-
-
-def test_the_variants_are_the_claims_own() -> None:
-    assert VARIANTS["captioner"].recipe == "demo"
-    assert VARIANTS["web"].settings == ("task.synthetic_share=0",)
+    assert NAMES[figure] in as_html(captions_page(result))

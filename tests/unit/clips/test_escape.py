@@ -28,7 +28,7 @@ from clips.common.escape import (
     visible_pieces,
 )
 from clips.common.page import Table, png, render
-from clips.studies.claims_report import Paragraph, Section
+from clips.lab.report import Page, Paragraph, Section, Tile, as_html
 
 GFM = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 each = pytest.mark.parametrize("name", HOSTILE)
@@ -119,15 +119,12 @@ def test_a_terminal_shows_it_and_carries_nothing_out(name: str) -> None:
 
 def test_templates_escape_without_being_asked() -> None:
     text = "<i>{{ 7 * 7 }} *x*|\x1b\ud800"
-    shown = {"title": text, "note": text, "sections": [Section(text, [Paragraph(text), Table([text], [[text]])])]}
-    page = render("clips.studies", "claims.html.j2", tiles=[(text, [(text, "good")], text)], **shown)
+    section = Section(text, [Paragraph(text), Table([text], [[text]])], text)
+    page = as_html(Page(text, text, [section], [Tile(text, [(text, "good")], text)]))
     assert "<i>" not in page
-    assert page.count("&lt;i&gt;{{ 7 * 7 }} *x*|\ufffd\ufffd") == 10
-    markdown = GFM.render(render("clips.studies", "claims.md.j2", **shown))
-    assert "<i>" not in markdown
-    assert markdown.count("&lt;i&gt;{{ 7 * 7 }} *x*|\ufffd\ufffd") == 6
+    assert page.count("&lt;i&gt;{{ 7 * 7 }} *x*|\ufffd\ufffd") == 11
     with pytest.raises(UndefinedError, match="tiles"):
-        render("clips.studies", "claims.html.j2", **shown)
+        render("clips.lab", "report.html.j2", title=text, note=text, sections=[section])
 
 
 def test_the_cost_of_a_megabyte_is_bounded() -> None:

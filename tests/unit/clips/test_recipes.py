@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -15,7 +14,7 @@ from clips.config import PhaseConfig, Schedule
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
-from clips.studies.towers import compare_towers, tower_run
+from clips.studies.towers import towers_study
 from clips.training.loop import due, lr_factor, optimizer_steps
 from clips.weights.checkpoint import TrainState
 
@@ -241,9 +240,9 @@ def test_every_recipe_has_a_tower_that_others_run(name: str, tower: str, kind: s
 
 
 def test_the_study_of_towers_changes_nothing_else() -> None:
-    siglip, clips = (tower_run(tower, 0, 40_000).config() for tower in ("siglip", "clips"))
+    siglip, clips = (runs[0].config() for runs in towers_study("siglip", 3, 40_000).runs.values())
     assert siglip == with_tower(clips, "siglip") != clips
     with pytest.raises(UserError, match="choose one of: siglip, clip"):
-        compare_towers(Path("nowhere"), "clips", 3, 40_000, 1)
+        towers_study("clips", 3, 40_000)
     with pytest.raises(UserError, match="--tower 'resnet'"):
         with_tower(clips, "resnet")

@@ -1,4 +1,4 @@
-"""Time to quality: the crossing as it stands in a run's metrics, over seeds, and the leaderboard that it ends on."""
+"""Time to quality: the crossing as a run's metrics have it, over seeds, and the leaderboard that it ends on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from clips.studies import to_quality as study
 from clips.studies.to_quality import (
     COLUMNS,
     ENOUGH_SEEDS,
+    HEAD,
     VARIANTS,
     Target,
-    Variant,
+    ToQuality,
     leaderboard,
-    mean_of,
     merit,
     reached,
     read_variants,
@@ -32,6 +32,7 @@ from clips.studies.to_quality import (
     summary,
     table_rows,
 )
+from clips.studies.variants import Variant
 from clips.training import meter
 from clips.training.meter import Meter
 from clips.weights.checkpoint import TrainState
@@ -54,19 +55,18 @@ def lines_of(figures: list[tuple[float, float]]) -> tuple[list[dict[str, Any]], 
     return steps, evals
 
 
-def write_run(run: Path, figures: list[tuple[float, float]]) -> list[dict[str, Any]]:
+def write_run(run: Path, figures: list[tuple[float, float]]) -> None:
     steps, evals = lines_of(figures)
     run.mkdir()
     lines = [{"kind": "train", **line} for line in steps] + [{"kind": "eval", **line} for line in evals]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return evals
 
 
 def test_the_first_validation_at_which_all_figures_are_there(tmp_path: Path) -> None:
     """Also where a later one falls below again: the end stands beside it."""
-    evals = write_run(tmp_path / "run", [(10, 10), (96, 94.9), (95, 95), (99, 90), (97, 96)])
+    write_run(tmp_path / "run", [(10, 10), (96, 94.9), (95, 95), (99, 90), (97, 96)])
     test = {BOTH[0]: 93.0, BOTH[1]: 91.0, f"unseen/{BOTH[0]}": 71.0, "zero_shot_top1": 1.0}
-    found = reached(tmp_path / "run", evals, test, TARGET)
+    found = reached(tmp_path / "run", test, TARGET)
     assert (found["samples"], found["samples_of_the_run"]) == (48, 80)
     assert found["seconds"] == 4 * 1.0 + 2 * 3.0
     assert found["cpu_seconds"] == found["seconds"] / 2
@@ -78,17 +78,17 @@ def test_the_first_validation_at_which_all_figures_are_there(tmp_path: Path) -> 
 
 
 def test_a_target_that_is_not_reached_is_told_with_the_distance(tmp_path: Path) -> None:
-    evals = write_run(tmp_path / "run", [(99, 94), (94, 99), (99.0, 90.5)])
-    found = reached(tmp_path / "run", evals, {}, TARGET)
+    write_run(tmp_path / "run", [(99, 94), (94, 99), (99.0, 90.5)])
+    found = reached(tmp_path / "run", {}, TARGET)
     assert [found[name] for name in study.COSTS] == [None] * 4
     assert found["distance"] == pytest.approx(4.5)
     assert found["test"] == dict.fromkeys(BOTH)
 
 
 def test_a_figure_that_was_not_measured_is_refused_with_those_that_were(tmp_path: Path) -> None:
-    evals = write_run(tmp_path / "run", [(1, 2)])
+    write_run(tmp_path / "run", [(1, 2)])
     with pytest.raises(UserError, match=r"--figures web_r1: .*there are: sentence_i2t_r1, sentence_t2i_r1$"):
-        reached(tmp_path / "run", evals, {}, Target((BOTH[0], "web_r1"), 1.0))
+        reached(tmp_path / "run", {}, Target((BOTH[0], "web_r1"), 1.0))
 
 
 @pytest.mark.parametrize(("step", "seconds"), [(1, 1), (4, 4), (5, 7), (8, 16), (9, 16.5), (10, 17)])
@@ -108,14 +108,9 @@ def test_what_happens_aside_costs_no_processor_seconds(monkeypatch: pytest.Monke
     assert clock[0] - measuring.cpu_since == 5
 
 
-def test_the_mean_of_weights() -> None:
-    a, b = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(0.0)}, {"w": torch.tensor([3.0, 8.0]), "b": torch.ones(())}
-    assert {name: value.tolist() for name, value in mean_of([a, b]).items()} == {"w": [2.0, 5.0], "b": 0.5}
-
-
 # ------------------------------------------------------------------------------------------------------- variants
 def test_each_variant_trains_its_own_objective_and_optimizer() -> None:
-    runs = {variant.name: PretrainingRun(variant.recipe, "x", None, 0, variant.settings) for variant in VARIANTS}
+    runs = {variant.label: PretrainingRun(variant.recipe, "x", None, 0, variant.settings) for variant in VARIANTS}
     configs = {name: run.config() for name, run in runs.items()}
     assert {name: (run.task.objective, run.optim.kind) for name, run in configs.items()} == {
         f"{objective}-{kind}": (objective, kind) for objective in ("clips", "clip") for kind in ("muon", "adamw")
@@ -151,7 +146,7 @@ def test_variants_that_cannot_be_read(entries: list[list[str]], message: str) ->
         (Variant("a", "demo", ("phases.0.sample=8",)), {}, "no field 'sample'"),
         (Variant("a", "demo", ("train.eval_every=64",)), {}, "a-x1-seed0: its settings change the validations"),
         (Variant("a", "demo", ("train.seed=7",)), {}, "change the validations or the seed"),
-        (Variant("a", "demo"), {"average": 1}, "--average 1: give the number of checkpoints, at least 2"),
+        (Variant("a", "demo"), {"every": 0}, "--every 0: both must be at least 1"),
         (Variant("a", "demo"), {"rates": (1.0, 0.0)}, "--rates 1.0 0.0: multiples must be above 0"),
     ],
 )
@@ -159,7 +154,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_trains(
     tmp_path: Path, variant: Variant, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        study.to_quality(tmp_path / "out", [Variant("fine", "demo"), variant], TARGET, **options)
+        ToQuality(tmp_path / "out", [Variant("fine", "demo"), variant], TARGET, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -214,11 +209,12 @@ def found_of(**groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_the_table_drops_nobody() -> None:
-    rows = table_rows(found_of(fast=[record(100), record(120)], slow=[record(None, 5.0), record(None, 7.0)]))
+    found = found_of(fast=[record(100), record(120)], slow=[record(None, 5.0), record(None, 7.0)])
+    rows = [dict(zip(HEAD, row, strict=True)) for row in table_rows(found)]
     assert [(row["variant"], row["reached"], row["samples"]) for row in rows] == [
         ("fast", "2 of 2", "110 [100–120]"), ("slow", "0 of 2", "not reached")
     ]  # fmt: skip
-    assert [row["last_validation"] for row in rows] == ["95.0 / 95.0", "89.0 / 89.0"]
+    assert [row["last validation"] for row in rows] == ["95.0 / 95.0", "89.0 / 89.0"]
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard

@@ -10,8 +10,8 @@ from tiny_compare import comparison_of, finish, made, place, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import sha256
-from clips.studies.claims import REPRODUCED
-from clips.studies.reproduce import judge
+from clips.studies.claims import CLAIMS
+from clips.studies.variants import judge
 from mllm.compare.verify import pack
 from tools.update_docs import take, update_pages
 
@@ -23,7 +23,7 @@ PAGE = """# Page
 |---|---|---|---|
 | all | {blind: accuracy} | {clips: accuracy} | {clips − blind: accuracy} |
 | seen artists | | {clips: accuracy@seen} | |
-| probe, CLIP | {CLIP: zero_shot_top1 @pretraining} | | {CLIPS − CLIP: zero_shot_top1 @pretraining} |
+| probe, CLIP | {clip: zero_shot_top1 @pretraining} | | {clips − clip: zero_shot_top1 @pretraining} |
 | longer | | {clips:runs/longer-seed{seed}: accuracy} | |
 -->
 | typed | by | a | hand |
@@ -54,10 +54,14 @@ def write_results(root: Path) -> None:
         "differences": [{"a": "clips", "b": "blind", "metric": "accuracy", "mean": 0.3751, "ci95": [-0.01, 0.4]}],
     }
     (root / "docs" / "results" / "compare.json").write_text(json.dumps(compare))
-    pretraining = {
-        "groups": {"CLIPS": [{"zero_shot_top1": 90.0}], "CLIP": [{"zero_shot_top1": 70.0}, {"zero_shot_top1": 72.0}]},
-        "clips_minus": {"CLIP": {"zero_shot_top1": {"mean": 19.0, "ci95": [-30.04, -2.5]}}},
+    difference = {"mean": 19.0, "ci95": [-30.04, -2.5]}
+    contrast = {"a": "clips", "b": "clip", "metric": "zero_shot_top1", "verdict": "loss"}
+    contrast["figures"] = {"zero_shot_top1": difference}
+    rates = {"clips": (90.0,), "clip": (70.0, 72.0)}
+    variants = {
+        name: {"runs": [{"figures": {"zero_shot_top1": rate}} for rate in found]} for name, found in rates.items()
     }
+    pretraining = {"questions": {"equal": {"contrasts": [contrast]}}, "variants": variants}
     (root / "docs" / "results" / "pretraining.json").write_text(json.dumps(pretraining))
 
 
@@ -132,22 +136,23 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
         take(packed, "compare", root)
     assert json.loads(target.read_text()) == content
     (tmp_path / "mine.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is neither comparison\.json nor claims\.json"):
+    with pytest.raises(UserError, match=r"is no result of compare_pretraining"):
         take(tmp_path / "mine.json", "compare", root)
 
 
 def test_claims_are_taken_without_configurations_and_their_verdicts_stand_in_a_page(tmp_path: Path) -> None:
-    """From claims.json as scripts/reproduce_claims.py writes it; claim (e) has one figure, and no variants."""
+    """From claims.json as scripts/compare_pretraining.py writes it; claim (e) has one figure, and no variants."""
     values = {"web": (30.0, 31.0), "sentence": (70.0, 74.0), "captioner": (73.0, 71.0)}
     variants = {
         name: {"runs": [{"seed": i, "figures": {"unseen/sentence_r1": v, "sentence_r1": v + 5.0}, "config": {"a": 1}}
                         for i, v in enumerate(found)]}
         for name, found in values.items()
     }  # fmt: skip
-    llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 4.3, "ci95": [0.4, 8.2], "verdict": REPRODUCED}
-    claims = {"b": judge("b", variants), "e": {"contrasts": [llava]}, "f": {"verdict": "not run"}}
+    llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 4.3, "ci95": [0.4, 8.2], "verdict": "win"}
+    rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
+    claims = {"b": judge(CLAIMS["b"], rows), "e": {"contrasts": [llava]}, "f": {"verdict": "not run"}}
     source = tmp_path / "claims.json"
-    source.write_text(json.dumps({"variants": variants, "claims": claims}))
+    source.write_text(json.dumps({"variants": variants, "questions": claims}))
     root = root_with(
         tmp_path,
         "<!-- figures: claims\n| {sentence: unseen/sentence_r1} | {sentence − web: unseen/sentence_r1} | {sentence − "

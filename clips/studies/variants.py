@@ -1,0 +1,260 @@
+"""Studies of pretraining: variants of the recipes, trained with several seeds, and which variant is better.
+
+Every run is an ordinary run of scripts/pretrain_clips.py below the study's folder. A finished run is never repeated.
+A `Study` says which differences decide, before anything trains. The result of each study has one JSON layout:
+
+    variants    name → label, recipe, settings, and `runs` with their figures in percent
+    questions   key → title, variants, caution, verdict, and `contrasts`: a − b with a 95 % interval and a verdict
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from clips.common.errors import UserError
+from clips.common.escape import for_rich
+from clips.common.files import read_json
+from clips.common.rundir import by_test_set, deciding_name
+from clips.config import RunConfig
+from clips.evaluation.testsets import PROTOCOLS
+from clips.lab.grid import Cell
+from clips.lab.pretraining import SAMPLES_PER_S, PretrainingRun, read_figures
+from clips.lab.report import Page, write_report
+from clips.lab.run import Runner
+from clips.lab.stats import Verdict, difference, show_difference, verdict
+
+DECIDING = "sentence_r1"
+"""The figure that decides: retrieval with the test set's sentences, as in the paper's own tables. If the runs have a
+test set `unseen`, as on the demo, its figure decides (`clips.common.rundir.deciding_name`)."""
+MEANS = {f"{protocol}_r1": (f"{protocol}_i2t_r1", f"{protocol}_t2i_r1") for protocol in PROTOCOLS}
+"""R@1 of a protocol as the mean of both directions."""
+FIGURES = (*(name for both in MEANS.values() for name in both), "zero_shot_top1", "linear_probe_top1")
+SECONDS = "train_seconds"
+"""The one value of a run's figures that is not a figure of the test split."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    """As in `--set`."""
+    rate: float = SAMPLES_PER_S
+    """Assumed samples per second of one core."""
+
+    def run(self, name: str, seed: int, samples: int, settings: Sequence[str] = ()) -> PretrainingRun:
+        """The run NAME-seedN. The variant's settings come last, so that `settings` of all runs do not undo them."""
+        return PretrainingRun(self.recipe, f"{name}-seed{seed}", samples, seed, (*settings, *self.settings))
+
+
+@dataclass(frozen=True)
+class Question:
+    title: str
+    variants: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    """Pairs (a, b): is a better than b? Each pair is decided by itself."""
+    caution: str = ""
+    """What else could explain a difference."""
+    paper: str = ""
+    """What the paper says."""
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    """Of the result's files: NAME.json and NAME.html."""
+    title: str
+    variants: Mapping[str, Variant]
+    runs: Mapping[str, Sequence[PretrainingRun]]
+    """Name of a variant → its runs, one for each seed."""
+    questions: Mapping[str, Question]
+
+    def everything(self) -> list[PretrainingRun]:
+        return [run for runs in self.runs.values() for run in runs]
+
+    def cells(self, output: Path) -> list[Cell]:
+        """The runs as cells of the engine."""
+        cells = []
+        for name, runs in self.runs.items():
+            variant = self.variants[name]
+            for run in runs:
+                cell = run.cell(output, name, variant.rate)
+                cells.append(replace(cell, about=" ".join([f"{cell.about};", *variant.settings]).rstrip(";")))
+        return cells
+
+    def carry_out(
+        self,
+        output: Path,
+        jobs: int,
+        page: Callable[[dict[str, Any]], Page],
+        *,
+        dry_run: bool = False,
+        more: Mapping[str, Any] | None = None,
+        judged: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any] | None:
+        """Train what is missing, and write NAME.json and NAME.html into `output`; returns the result.
+
+        Args:
+            page: makes the page of the result.
+            dry_run: print the plan and return None.
+            more: further parts of the result.
+            judged: questions that are answered already, by their key.
+
+        Raises UserError for an `output` whose runs have other settings; CommandError when a run fails.
+        """
+        runner = Runner(self.cells(output), jobs, terminal())
+        for cell in runner.cells:
+            cell.check()
+        runner.print_plan(f"{self.title}: runs in {output}")
+        if dry_run:
+            return None
+        output.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        was_finished = all(cell.is_done() for cell in runner.cells)
+        with runner.live():
+            runner.run(runner.cells)
+        took = read_json(output / f"{self.name}.json").get("seconds") if was_finished else None
+        result = self.result(output) | {"jobs": jobs, "seconds": took or round(time.monotonic() - begin)}
+        result["questions"] |= judged or {}
+        result["questions"] = dict(sorted(result["questions"].items()))
+        result |= more or {}
+        write_report(result, output, self.name, lambda: page(result))
+        self._say(result, output)
+        return result
+
+    def result(self, output: Path) -> dict[str, Any]:
+        """Figures, differences and verdicts of the finished runs in `output`."""
+        runs = self.everything()
+        names = measured([output / run.name for run in runs]) if runs else []
+        variants = {name: self._record(name, output, names) for name in self.runs}
+        rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
+        return {
+            "study": self.name,
+            "command": shlex.join(["python", *sys.argv]),
+            "samples": runs[0].config().samples if runs else 0,
+            "seeds": max((len(of_variant) for of_variant in self.runs.values()), default=0),
+            "deciding_figure": decides(list(next(iter(rows.values()))[0])) if rows else DECIDING,
+            "environment": environment(output / runs[0].name) if runs else {},
+            "questions": {key: judge(question, rows) for key, question in self.questions.items()},
+            "variants": variants,
+        }
+
+    def _record(self, name: str, output: Path, figures: Sequence[str]) -> dict[str, Any]:
+        """A variant with its runs: configuration, command and figures (percent)."""
+        runs = [
+            {
+                "name": run.name,
+                "seed": run.seed,
+                "command": shlex.join(["python", *run.command(output)]),
+                "figures": run_figures(output / run.name, figures),
+                "config": RunConfig.load(output / run.name / "config.json").to_dict(),
+            }
+            for run in self.runs[name]
+        ]
+        return {**asdict(self.variants[name]), "runs": runs}
+
+    def _say(self, result: Mapping[str, Any], output: Path) -> None:
+        console = terminal()
+        for key, question in result["questions"].items():
+            console.print(f"[bold]({key}) {for_rich(question['title'])}[/]", highlight=False, soft_wrap=True)
+            for c in question.get("contrasts", ()):
+                text = f"  {c['a']} − {c['b']}: {show_difference(c)} {c['verdict']}"
+                console.print(for_rich(text), highlight=False, soft_wrap=True)
+        written = f"written to {output}/{self.name}.html and {self.name}.json"
+        console.print(for_rich(written), highlight=False, soft_wrap=True)
+
+
+def terminal() -> Console:
+    return Console(emoji=False, stderr=True)
+
+
+def check_counts(seeds: int, jobs: int) -> None:
+    """UserError for counts that a study cannot have."""
+    if seeds < 2:
+        raise UserError(f"--seeds {seeds}: an interval needs at least 2, and 3 to be of use")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1")
+
+
+def check_settings(runs: Sequence[PretrainingRun]) -> None:
+    """UserError for settings that a run refuses, or that change its seed or samples."""
+    for run in runs:
+        config = run.config()
+        if (config.train.seed, config.samples) != (run.seed, run.samples):
+            raise UserError("--set changes seed or samples of the runs: they are given by --seeds and --samples")
+
+
+# ------------------------------------------------------------------------------------------- figures and verdicts
+def measured(runs: Sequence[Path]) -> list[str]:
+    """The figures that the test set of every run gave. UserError if there are none."""
+    found = [read_json(run / "evaluation.json").get("figures", {}) for run in runs]
+    names = [name for name in FIGURES if all(name in figures for figures in found)]
+    if not names:
+        raise UserError(
+            "the test data give neither retrieval nor zero-shot figures: its samples need `captions` (a list) or a "
+            "`label` in their JSON member; name other test data (--test-data, or --set data.test=…)"
+        )
+    return names
+
+
+def run_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
+    """A run's figures, the means of both directions, and its training seconds."""
+    found = read_figures(run, names)
+    # Rounded: what floating point leaves over must not pass for a spread over seeds.
+    means = {
+        f"{test_set}/{name}" if test_set else name: round(mean(figures[way] for way in both), 6)
+        for test_set, figures in by_test_set(found, "").items()
+        for name, both in MEANS.items()
+        if set(both) <= set(figures)
+    }
+    return found | means
+
+
+def decides(figures: Sequence[str]) -> str:
+    """The figure that decides: `DECIDING`, else the first that was measured; on artists never trained on, if any."""
+    return deciding_name(next(name for name in (DECIDING, *MEANS, *FIGURES) if name in figures), figures)
+
+
+def judge(question: Question, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """A question with its contrasts and verdict; `rows`: variant → the figures of its runs."""
+    contrasts = [compared(a, b, rows) for a, b in question.contrasts]
+    return asdict(question) | {"contrasts": contrasts, "verdict": summary([c["verdict"] for c in contrasts])}
+
+
+def compared(a: str, b: str, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """a − b: the deciding figure's difference with its interval and verdict, and the difference in every figure."""
+    figures = [name for name in rows[a][0] if name != SECONDS]
+    deciding = decides(figures)
+    found = {figure: difference(rows[a], rows[b], figure) for figure in figures}
+    return {
+        **{"a": a, "b": b, "metric": deciding, **found[deciding]},
+        "verdict": verdict(found[deciding]["ci95"]),
+        "seeds": len(rows[a]),
+        "figures": found,
+    }
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """One line for several comparisons: "win", or "1 of 3 win, 2 of 3 tie"."""
+    counts = {said: verdicts.count(said) for said in ("win", "loss", "tie") if said in verdicts}
+    if len(counts) == 1:
+        return verdicts[0]
+    return ", ".join(f"{count} of {len(verdicts)} {said}" for said, count in counts.items())
+
+
+# ------------------------------------------------------------------------------------------- what the runs had
+def environment(run: Path) -> dict[str, Any]:
+    """What a run recorded of its machine and packages, and the processors of this machine."""
+    found = read_json(run / "env.json")
+    names = ("python", "platform", "device", "packages")
+    return {"cpus": os.cpu_count(), **{name: found[name] for name in names if name in found}}

@@ -1,0 +1,198 @@
+"""The page of a study of variants, made from the content of its JSON file alone."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure as Plot
+
+from clips.common.errors import UserError
+from clips.common.escape import for_plot
+from clips.common.page import Table, save_plot
+from clips.common.plots import LIGHT, SERIES, Theme, check_format
+from clips.common.rundir import UNSEEN, deciding_name
+from clips.lab.report import (
+    COLOURS,
+    Block,
+    Bullets,
+    Charts,
+    Forest,
+    Page,
+    Paragraph,
+    Section,
+    Tile,
+    described,
+    plain_axes,
+)
+from clips.lab.report import verdict_class as css_class
+from clips.lab.stats import Verdict, half_width, show_difference, show_mean
+from clips.studies.variants import SECONDS
+
+NAMES = {
+    "sentence_r1": "retrieval R@1, test sentences",
+    "long_r1": "retrieval R@1, full long captions",
+    "part_r1": "retrieval R@1, parts of the long caption",
+    "web_r1": "retrieval R@1, web captions",
+    "zero_shot_top1": "zero-shot accuracy",
+    "linear_probe_top1": "linear probe accuracy",
+}
+WAYS = {"i2t": "image → text", "t2i": "text → image"}
+BESIDE = ("long_r1", "web_r1", "zero_shot_top1", "linear_probe_top1")
+"""Figures that stand beside the deciding figure, after its value on the seen artists."""
+DRAWN = ("sentence_r1", "long_r1", "zero_shot_top1", "linear_probe_top1")
+Words = Mapping[Verdict, str]
+"""What the verdicts on a − b mean in a study."""
+BETTER: Words = {"win": "better", "loss": "worse", "tie": "not told apart"}
+
+
+def called(figure: str) -> str:
+    """A figure in words, with its test set if that is not the first."""
+    test_set, _, rest = figure.rpartition("/")
+    protocol, _, way = rest.removesuffix("_r1").partition("_")
+    words = f"{NAMES[f'{protocol}_r1']}, {WAYS[way]}" if way in WAYS else NAMES[rest]
+    return words + (f" ({test_set} artist)" if test_set == UNSEEN else f" ({test_set})" if test_set else "")
+
+
+def page(
+    result: Mapping[str, Any],
+    title: str,
+    note: str,
+    limits: str,
+    words: Words = BETTER,
+    findings: Sequence[str] = (),
+    more: Sequence[Section] = (),
+) -> Page:
+    """The whole page. `limits`: what the study does not show; `findings`: sentences; `more`: further sections."""
+    questions, variants = result["questions"], result["variants"]
+    tiles = [
+        Tile(f"({key}) {q['title']}", [(_short(q["verdict"], words), COLOURS.get(q["verdict"], "open"))])
+        for key, q in questions.items()
+    ]
+    count = sum(len(q.get("contrasts", ())) for q in questions.values())
+    decides = (
+        f"Fixed before anything was trained: the difference in {called(result['deciding_figure'])}, in percentage "
+        f"points, between two variants. “{words['win']}”: its 95 % interval is above 0. “{words['loss']}”: below 0. "
+        f"“{words['tie']}”: it covers 0, and nothing is shown. Intervals are Welch's over seeds. They speak of other "
+        f"seeds, not of other test pictures, and are not corrected for the number of comparisons ({count})."
+    )
+    parts = [
+        *([Section("Result", [Bullets(findings, "big")])] if findings else []),
+        Section("What decides", [Paragraph(decides), Paragraph(limits, "Limits")]),
+        *(Section(f"({key}) {q['title']}", _blocks(q, variants, words)) for key, q in questions.items()),
+        *more,
+    ]
+    return Page(title, note, [*parts, Section("How it was run", _how(result))], tiles)
+
+
+def _short(said: str, words: Words) -> str:
+    """A verdict, or a count of verdicts, in the words of the study."""
+    for kind, text in words.items():
+        said = said.replace(kind, text)
+    return said
+
+
+def _blocks(question: Mapping[str, Any], variants: Mapping[str, Any], words: Words) -> list[Block]:
+    blocks: list[Block] = [Paragraph(question["paper"], "The paper")] if question.get("paper") else []
+    blocks.append(Paragraph(f"{_short(question['verdict'], words)}.", "Verdict"))
+    if "missing" in question:
+        return [*blocks, Paragraph(f"To get there: {question['missing']}.")]
+    contrasts = question["contrasts"]
+    labels = {name: variants[name]["label"] for name in question.get("variants", ())}
+    pairs = {f"{labels.get(c['a'], c['a'])} − {labels.get(c['b'], c['b'])}": c for c in contrasts}
+    metric, there = contrasts[0]["metric"], contrasts[0].get("figures", {})
+    aside = dict.fromkeys(["sentence_r1", *(deciding_name(name, there) for name in BESIDE)])
+    beside = [name for name in aside if name in there and name != metric]
+    rows = [
+        (pair, show_difference(c), words[c["verdict"]], *(show_difference(c["figures"][name]) for name in beside))
+        for pair, c in pairs.items()
+    ]
+    head = ("comparison", called(metric) if there else metric, "verdict", *map(called, beside))
+    blocks += [Forest(intervals)] if (intervals := [(pair, c) for pair, c in pairs.items() if c["ci95"]]) else []
+    blocks.append(Table(head, rows, css_class({text: COLOURS[kind] for kind, text in words.items()})))
+    if not there:  # from the report of another study
+        return [*blocks, Paragraph(f"From {question['report']}, in percentage points.")]
+    blocks.append(Paragraph("Only the first figure decides. Differences in percentage points with 95 % intervals."))
+    shown = {name: variants[name] for name in labels}
+    blocks.append(Charts([(partial(draw, shown, metric), question["title"])], "plot"))
+    blocks.append(Paragraph("Bars: means over seeds. Whiskers: their 95 % t intervals, whose overlap decides nothing."))
+    blocks += [Paragraph(question["caution"], "With care")] if question.get("caution") else []
+    return [*blocks, Paragraph("Test split, percent, mean ± standard deviation over seeds:"), means(shown)]
+
+
+def means(variants: Mapping[str, Any]) -> Table:
+    """A row for each figure that the variants have, a column for each variant."""
+    there = next(iter(variants.values()))["runs"][0]["figures"]
+    named = [*NAMES, *(f"{name.removesuffix('_r1')}_{way}_r1" for name in ("sentence_r1", "long_r1") for way in WAYS)]
+    # The set that decides is first, then the first set, whose figures have plain names, then further sets.
+    sets = sorted({name.rpartition("/")[0] for name in there}, key=lambda name: (name != UNSEEN, name))
+    figures = {name: called(name) for test_set in sets for name in (f"{test_set}/{n}".lstrip("/") for n in named)}
+    figures[SECONDS] = "seconds of training, at the run's fastest rate"
+    rows = [
+        (words, *(show_mean([run["figures"][name] for run in variant["runs"]]) for variant in variants.values()))
+        for name, words in figures.items()
+        if name in there
+    ]
+    return Table(("", *(variant["label"] for variant in variants.values())), rows, css_class({}))
+
+
+def _how(result: Mapping[str, Any]) -> list[Block]:
+    rows = [
+        (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
+        for name, variant in result["variants"].items()
+    ]
+    took = f"{result['seconds'] / 60:.0f} minutes, {result['jobs']} runs at a time; finished runs are not repeated"
+    return [
+        Paragraph(f"{result['command']} ({took})", "Command"),
+        *([Table(("variant", "recipe", "settings", "runs"), rows, css_class({}))] if rows else []),
+        Paragraph(described(result["environment"]), "Environment"),
+        Paragraph("The JSON file beside this page holds each run's configuration, seed and command."),
+    ]
+
+
+def draw(variants: Mapping[str, Any], deciding: str, theme: Theme) -> Plot:
+    """Bars of the variants' figures, on the test set that decides; whiskers are 95 % t intervals over seeds."""
+    plot = Plot(figsize=(4.0, 3.5), dpi=200, facecolor=theme.paper, layout="constrained")
+    axes = plain_axes(plot, theme, grid="y")
+    runs = [[run["figures"] for run in variant["runs"]] for variant in variants.values()]
+    test_set, _, plain = deciding.rpartition("/")
+    shown = list(dict.fromkeys((plain, *DRAWN)))[: len(DRAWN)]
+    width = 0.8 / len(shown)
+    for number, (figure, colour) in enumerate(zip(shown, SERIES, strict=False)):
+        name = deciding_name(figure, runs[0][0])
+        if all(name in figures for of_variant in runs for figures in of_variant):
+            values = [[figures[name] for figures in of_variant] for of_variant in runs]
+            places = [i + width * (number - 1.5) for i in range(len(values))]
+            heights, whiskers = [mean(v) for v in values], [half_width(v) for v in values]
+            axes.bar(places, heights, width * 0.92, color=colour, label=NAMES[figure])
+            axes.errorbar(places, heights, whiskers, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
+    labels = [textwrap.fill(for_plot(variant["label"]), 13) for variant in variants.values()]
+    axes.set_xticks(range(len(labels)), labels)
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0, top if top < 50 else max(100, top))
+    if test_set == UNSEEN:
+        axes.set_title(f"{UNSEEN} artist", color=theme.ink, fontsize=9)
+    axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
+    plot.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False, labelcolor=theme.ink)
+    return plot
+
+
+def write_chart(report: Path, out: Path) -> Path:
+    """Draw the first question of `report`, a study's JSON, into `out`; returns `out`.
+
+    Raises UserError for a file that is not a study of variants, and for an `out` that is neither .png nor .svg.
+    """
+    check_format(out)
+    try:
+        result = json.loads(report.read_text(encoding="utf-8"))
+        question = next(iter(result["questions"].values()))
+        shown = {name: result["variants"][name] for name in question["variants"]}
+        plot = draw(shown, result["deciding_figure"], LIGHT)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise UserError(f"--report {report} is no result of a study of variants: {error!r}") from None
+    return save_plot(plot, out)

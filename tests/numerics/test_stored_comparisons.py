@@ -1,0 +1,140 @@
+"""Comparisons that commit 9c3575c made: today's engine gives every figure again, to the last digit.
+
+Layouts may differ, numbers may not. The stored files are described in tests/data/lab/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from lab_runs import stored, write_runs
+
+from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
+from clips.studies.equal_time import compare, equal_time_study, search_runs
+from clips.studies.to_quality import Target, ToQuality, read_variants
+from clips.studies.towers import compare_towers, towers_study
+from clips.studies.variants import judge
+
+VERDICTS = {"reproduced here": "win", "contradicted here": "loss", "not reproduced here": "tie"}
+
+
+def rows_of(variants: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    return {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
+
+
+def assert_contains(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Every entry of `old` is in `new`, equal."""
+    assert {name: new[name] for name in old} == old
+
+
+def assert_same_groups(result: Mapping[str, Any], old: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Figures of every run and their differences from the first group, as the old layout had them."""
+    new, first = rows_of(result["variants"]), next(iter(names))
+    (question,) = result["questions"].values()
+    (differences,) = (value for key, value in old.items() if key.endswith("_minus"))
+    for name, label in names.items():
+        for run, before in zip(new[name], old["groups"][label], strict=True):
+            assert_contains(run, before)
+    for contrast in question["contrasts"]:
+        assert contrast["a"] == first
+        assert_contains(contrast["figures"], differences[names[contrast["b"]]])
+    assert len(question["contrasts"]) == len(names) - 1
+
+
+def test_equal_time(tmp_path: Path) -> None:
+    kept = stored("equal_time")
+    asked, old = kept["asked"], kept["report"]
+    longer = old["samples"]["equal time"]
+    study = equal_time_study(old["multipliers"], **asked, longer=longer)
+    write_runs(tmp_path, [*search_runs(asked["samples"]).values(), *study.everything()], kept["runs"])
+    result = compare(tmp_path, jobs=1, **asked)
+    assert (result["multipliers"], result["equal_time_samples"]) == (old["multipliers"], longer)
+    names = {"clips": "CLIPS", "clip": "CLIP, equal samples", "clip-equal-time": "CLIP, equal time"}
+    assert_same_groups(result, old, names)
+
+
+def test_towers(tmp_path: Path) -> None:
+    kept = stored("towers")
+    write_runs(tmp_path, towers_study(**kept["asked"]).everything(), kept["runs"])
+    result = compare_towers(tmp_path, jobs=1, **kept["asked"])
+    assert_same_groups(result, kept["report"], {"siglip": "siglip", "clips": "clips"})
+
+
+def assert_same_contrasts(new: Sequence[Mapping[str, Any]], old: Sequence[Mapping[str, Any]]) -> None:
+    for ours, before in zip(new, old, strict=True):
+        if "verdict" in before:
+            assert ours["verdict"] == VERDICTS[before["verdict"]]
+        assert_contains(ours, {name: value for name, value in before.items() if name != "verdict"})
+
+
+def test_claims(tmp_path: Path) -> None:
+    kept = stored("claims")
+    old, asked = kept["report"], kept["asked"]
+    study = variant_study(
+        list(old["variants"]), asked["seeds"], asked["samples"], (), name="claims", title="", questions=CLAIMS
+    )
+    write_runs(tmp_path, study.everything(), kept["runs"])
+    before = old["claims"]["e"]["contrasts"][0]
+    llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 0.0432, "ci95": [0.0041, 0.0823]}
+    (tmp_path / "llava.json").write_text(json.dumps({"differences": [llava | {"seeds": 3, "items": 800}]}))
+    options = {name: asked[name] for name in ("seeds", "samples")}
+    result = reproduce(tmp_path, asked["claims"].split(","), jobs=1, llava_report=tmp_path / "llava.json", **options)
+    assert rows_of(result["variants"]) == rows_of(old["variants"])
+    assert result["deciding_figure"] == old["deciding_figure"]
+    for key, claim in old["claims"].items():
+        assert_same_contrasts(result["questions"][key]["contrasts"], claim["contrasts"])
+    assert before["mean"] == 4.32
+
+
+def test_captions() -> None:
+    """A real comparison of 3 sets: the one of docs/recaption.md."""
+    old = stored("captions")
+    question = replace(
+        CLAIMS["a"], variants=tuple(old["variants"]), contrasts=tuple((c["a"], c["b"]) for c in old["contrasts"])
+    )
+    found = judge(question, rows_of(old["variants"]))
+    assert_same_contrasts(found["contrasts"], old["contrasts"])
+    assert found["contrasts"][0]["metric"] == old["deciding_figure"]
+
+
+@pytest.mark.parametrize("name", ["claims", "captions"])
+def test_the_results_of_the_documentation_are_what_their_runs_give(name: str) -> None:
+    """Made by real trainings; their layout was converted once."""
+    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = rows_of(result["variants"])
+    for question in result["questions"].values():
+        if "variants" in question:
+            asked = replace(
+                CLAIMS["a"],
+                variants=tuple(question["variants"]),
+                contrasts=tuple((c["a"], c["b"]) for c in question["contrasts"]),
+            )
+            found = judge(asked, rows)
+            assert (found["contrasts"], found["verdict"]) == (question["contrasts"], question["verdict"])
+    assert name == "captions" or set(rows) == set(VARIANTS)
+
+
+def test_time_to_quality(tmp_path: Path) -> None:
+    kept = stored("to_quality")
+    asked, old = kept["asked"], kept["report"]
+    options = {name: asked[name] for name in ("seeds", "every", "rates")}
+    target = Target(tuple(asked["figures"]), asked["threshold"])
+    study = ToQuality(tmp_path, read_variants(asked["variants"]), target, **options)
+    # Those runs kept checkpoints for averages, which no command measures any more: their names had an ending.
+    made = {name.removesuffix("-kept"): run for name, run in kept["runs"].items()}
+    tried = [(v, rate, 0) for v in study.variants for rate in study.rates]
+    chosen = [(v, old["variants"][v.label]["rates"], seed) for v in study.variants for seed in range(study.seeds)]
+    write_runs(tmp_path, [study.run_of(*cell) for cell in (*tried, *chosen)], made)
+    result = study.carry_out()
+    for name, variant in result["variants"].items():
+        assert_contains(variant, old["variants"][name])
+    cells = {row.split("|")[2]: row.split("|")[5:] for row in result["leaderboard"]}
+    rows, _ = old["leaderboard"]
+    before = {row.split("|")[2]: row.split("|")[5:] for row in rows if "mean of 2" not in row}
+    assert cells == before
