@@ -14,17 +14,17 @@ from clips.common.flags import Parser
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("data", help="as for pretrain_clips.py: a folder, pattern or URL of tar shards")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read shards")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that read shards")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-    if flags.workers < 1:
-        raise UserError(f"--workers {flags.workers} must be at least 1")
+    if flags.jobs < 1:
+        raise UserError(f"--jobs {flags.jobs} must be at least 1")
     from clips.data.sources import index_data
 
-    index_data(flags.data, flags.workers)
+    index_data(flags.data, flags.jobs)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def _results(checker: Checker, chunks: Iterable[Sequence[int]], workers: int) ->
             except BrokenProcessPool:
                 raise CommandError(
                     f"a worker died at samples {chunk[0]:,} to {chunk[-1]:,} or a little later, most often because "
-                    f"memory ran out; use fewer than --workers {workers}"
+                    f"memory ran out; use fewer than --jobs {workers}"
                 ) from None
 
         for chunk in chunks:
@@ -279,14 +279,14 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     """scripts/check_data.py with --data or --mix. Raises UserError for flags that do not fit, and as check_triples."""
     if flags.data is not None and flags.mix:
         raise UserError("--data and --mix both say what is checked: give one of them")
-    for name, value in (("--samples", flags.samples), ("--workers", flags.workers)):
+    for name, value in (("--limit", flags.limit), ("--jobs", flags.jobs)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
     run = recipe(flags.recipe)
     train = {"train": "mix", "mix": parse_mix(flags.mix)} if flags.mix else {"train": flags.data, "mix": ()}
     fields = parse_fields(flags.fields or [], run.data.fields)
     run = replace(run, data=replace(run.data, **train, fields=fields, image_root=flags.image_root))
-    check_triples(run, flags.output, samples=flags.samples, workers=flags.workers, seed=flags.seed, as_json=flags.json)
+    check_triples(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed, as_json=flags.json)
 
 
 def check_triples(

@@ -208,12 +208,12 @@ def _shown(store: ImageStore | None, records: list[Record]) -> list[Shown]:
 
 
 def check_from_flags(flags: argparse.Namespace) -> None:
-    """scripts/check_data.py with --data-path. Raises as `check_data`."""
+    """scripts/check_data.py with --conversations. Raises as `check_data`."""
     store = ImageStore(flags.image_folder) if flags.image_folder else None
-    tokenizer = load_tokenizer(flags.model)
-    version = version_for(tokenizer, flags.version)
-    encoder = ConversationEncoder(tokenizer, version, flags.num_image_tokens, flags.model_max_length)
-    check_data(flags.data_path, encoder, store, flags.output, decode_limit=flags.decode_limit, as_json=flags.json)
+    tokenizer = load_tokenizer(flags.language_model)
+    version = version_for(tokenizer, flags.conv_mode)
+    encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
+    check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit, as_json=flags.json)
     if not flags.json:
         print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
 

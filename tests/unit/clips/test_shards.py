@@ -107,7 +107,7 @@ def test_a_source_reads_alike_with_and_without(tmp_path: Path, monkeypatch: pyte
 
 def test_the_command_makes_what_training_reads(tmp_path: Path) -> None:
     make(tmp_path / "data")
-    command = [sys.executable, ROOT / "scripts" / "index_data.py", tmp_path / "data", "--workers", "2"]
+    command = [sys.executable, ROOT / "scripts" / "index_data.py", tmp_path / "data", "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "6 shards, 21 samples" in done.stdout

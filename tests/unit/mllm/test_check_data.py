@@ -113,14 +113,14 @@ def test_script_exits_with_2(data, tmp_path):
     tokenizer = make_tokenizer("gpt2")
     tokenizer.chat_template = None  # "auto" is v1 then, as in training
     tokenizer.save_pretrained(tmp_path / "llm")
-    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--model", str(tmp_path / "llm")]
-    command += ["--image-folder", str(data / "images"), "--output", str(tmp_path / "out"), "--num-image-tokens", "4"]
-    bad = subprocess.run([*command, "--data-path", str(data / "data.json")], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--language-model", str(tmp_path / "llm")]
+    command += ["--image-folder", str(data / "images"), "--output", str(tmp_path / "out"), "--image-tokens", "4"]
+    bad = subprocess.run([*command, "--conversations", str(data / "data.json")], capture_output=True, text=True)
     assert bad.returncode == 2
     assert "would stop the training" in bad.stderr
     assert "Traceback" not in bad.stderr
     assert "format v1" in bad.stdout
-    good = subprocess.run([*command, "--data-path", str(data / "good.json")], capture_output=True, text=True)
+    good = subprocess.run([*command, "--conversations", str(data / "good.json")], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
 
 
