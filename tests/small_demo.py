@@ -29,6 +29,6 @@ def shrink(patch: pytest.MonkeyPatch, *, several: bool) -> None:
 
 
 if __name__ == "__main__":
-    shrink(pytest.MonkeyPatch(), several=sys.argv[1] == "several")
-    sys.argv = sys.argv[2:]
+    several, *sys.argv = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))  # deepspeed's
+    shrink(pytest.MonkeyPatch(), several=several == "several")
     runpy.run_path(str(Path(__file__).parent.parent / "scripts" / sys.argv[0]), run_name="__main__")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import ROOT, run_group
 from launched import (
+    ENV,
     SCRIPT,
     assert_finished,
     assert_refused,
@@ -25,6 +28,7 @@ from launched import (
     trace,
     write_shard,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 from clips.recipes import RECIPES
@@ -102,13 +106,16 @@ def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> 
 
 @pytest.mark.cold
 @pytest.mark.draws
-def test_the_bare_command_on_the_demo_data(tmp_path: Path) -> None:
-    """`deepspeed scripts/pretrain_clips.py`, with the demo data built where it is missing."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    done = run([str(launcher), SCRIPT, "--debug", "--output-dir", str(tmp_path)], timeout=300)
-    assert done.code == 0, done.text
-    assert_finished(tmp_path / "demo-debug")
-    found = json.loads((tmp_path / "demo-debug/evaluation.json").read_text())["figures"]
+def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path) -> None:
+    """`deepspeed scripts/pretrain_clips.py` and no flag that names data."""
+    small = (ROOT / "tests/small_demo.py", "one", "pretrain_clips.py", "--debug")
+    env = ENV | {"CLIPS_MLLM_CACHE": str(tmp_path / "cache")}
+    done = run_group(deepspeed(*small), cwd=tmp_path, env=env, stderr=subprocess.STDOUT, timeout=300)
+    assert done.returncode == 0, done.stdout
+    run_dir = tmp_path / "runs/demo-debug"
+    assert_finished(run_dir)
+    assert Image.open(run_dir / "report/curves.png").width > 100
+    found = json.loads((run_dir / "evaluation.json").read_text())["figures"]
     assert {"sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1"} <= found.keys()
 
 
@@ -152,8 +159,6 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
     }
     commands["ranks"] = deepspeed(SCRIPT, "--debug", "--output-dir", tmp_path / "out", *shards, "--batch-size", "7")
     cases["ranks"] = ([], ["batch_size 7 is not divisible by 2 ranks", "6 or 8"])
-    import torch
-
     if torch.cuda.is_available():
         del commands["no GPU"]
     for name, done in run_all(commands).items():
