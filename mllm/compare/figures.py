@@ -26,7 +26,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json, sha256, write_json
 from clips.common.rundir import METRICS, UNSEEN
 from clips.lab.grid import COST, RECORD, what_was_fixed
-from clips.lab.stats import Spread, independent_runs, interval, labels, over_groups, over_runs, spread
+from clips.lab.stats import Estimate, Spread, independent_runs, interval, labels, over_groups, over_runs, spread
 from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
@@ -116,8 +116,7 @@ def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
         benchmarks, report["benchmark_differences"] = compare_benchmarks(comparison)
     for encoder in names:
         cells = [cell for cell in every if cell.encoder == encoder]
-        own = [alone[cell.name] for cell in cells]
-        groups = independent_runs(encoder_groups(comparison, encoder))
+        own, groups = [alone[cell.name] for cell in cells], independent_runs(encoder_groups(comparison, encoder))
         report["encoders"][encoder] = {
             "kind": cells[0].kind,
             "metrics": summary[encoder],
@@ -306,42 +305,42 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
 
 
 def compare_scores(
-    comparison: Comparison, found: dict[str, ItemScores]
+    comparison: Comparison, scored: dict[str, ItemScores]
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(encoder → metric → figure, differences of every pair in every metric)."""
     names = encoder_names(comparison)
     summary: dict[str, dict[str, Any]] = {encoder: {} for encoder in names}
     differences = []
-    for name, metric in found.items():
+    for name, metric in scored.items():
         clusters, items = labels(metric.clusters), len(metric.clusters)
         about = {"items": items, "kind": metric.kind, "column": metric.column}
         for encoder, scores in metric.by_encoder.items():
-            groups = independent_runs(encoder_groups(comparison, encoder))
-            estimate = interval(over_groups(scores, groups), clusters)
-            figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": estimate.ci95} | about
-            split = _spread(comparison, scores, clusters, encoder)
+            groups, found, split = _estimated(comparison, scores, clusters, encoder)
+            figure = over_seeds(scores.mean(1).tolist(), groups) | {"ci95": found.ci95} | about
             summary[encoder][name] = figure | {"variance": split.shares() if split else {}}
         for a, b in combinations([encoder for encoder in names if encoder in metric.by_encoder], 2):
             between = metric.by_encoder[a] - metric.by_encoder[b]
-            groups = independent_runs(encoder_groups(comparison, a, b))
-            estimate = interval(over_groups(between, groups), clusters)
-            split = _spread(comparison, between, clusters, a, b)
+            groups, found, split = _estimated(comparison, between, clusters, a, b)
             row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
-            row |= {"mean": estimate.mean, "ci95": estimate.ci95, "verdict": estimate.verdict}
+            row |= {"mean": found.mean, "ci95": found.ci95, "verdict": found.verdict}
             row |= {"seeds": len(set(groups.tolist())), "runs": len(groups)}
             row |= {"variance": split.shares() if split else {}}
-            row |= {"items_needed": split.items_needed(abs(estimate.mean)) if split else None}
+            row |= {"items_needed": split.items_needed(abs(found.mean)) if split else None}
             if not name.startswith("cider_d"):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
             differences.append(row)
     return summary, differences
 
 
-def _spread(comparison: Comparison, scores: np.ndarray, clusters: np.ndarray, *encoders: str) -> Spread | None:
-    """How the variance of `scores` [R, I] of these encoders splits; None of a single item."""
-    runs, items = np.arange(len(scores)), np.arange(scores.shape[1])
-    seeds = (("pretraining seed", encoder_groups(comparison, *encoders)), ("LLaVA seed", runs))
-    return spread(scores, seeds, (("picture", clusters), ("question", items))) if len(items) > 1 else None
+def _estimated(
+    comparison: Comparison, scores: np.ndarray, clusters: np.ndarray, *encoders: str
+) -> tuple[np.ndarray, Estimate, Spread | None]:
+    """Groups of independent runs, the mean of `scores` [R, I], and how its variance splits (None of a single item)."""
+    shared, questions = encoder_groups(comparison, *encoders), np.arange(len(clusters))
+    groups = independent_runs(shared)
+    seeds = (("pretraining seed", shared), ("LLaVA seed", np.arange(len(scores))))
+    split = spread(scores, seeds, (("picture", clusters), ("question", questions))) if len(clusters) > 1 else None
+    return groups, interval(over_groups(scores, groups), clusters), split
 
 
 def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:

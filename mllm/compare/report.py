@@ -15,33 +15,11 @@ from clips.common.escape import clip, for_plot
 from clips.common.page import Table, data_uri
 from clips.common.plots import SERIES, Theme, pretty
 from clips.common.rundir import UNSEEN, deciding_name
-from clips.lab.report import (
-    SIGNS,
-    Bars,
-    Block,
-    Bullets,
-    Card,
-    Cards,
-    Charts,
-    Code,
-    Folded,
-    Forest,
-    Page,
-    Paragraph,
-    Section,
-    Tile,
-    described,
-    plain_axes,
-)
+from clips.lab import report as lab
+from clips.lab.report import Block, Bullets, Folded, Section
 from clips.lab.stats import ANSWERS, TOGETHER, turned
 from mllm.compare.probe import PROBE
-from mllm.compare.words import (
-    difference_text,
-    headline,
-    interval_text,
-    metric_name,
-    percent_text,
-)
+from mllm.compare.words import difference_text, headline, interval_text, metric_name, percent_text
 from mllm.data.images import ImageStore
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
@@ -53,12 +31,11 @@ FLOORS = {
     "random": "random is the architecture of the CLIPS encoder, untrained, another encoder for each seed.",
 }
 STATISTICS = (
-    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean. Seeds and pictures are crossed "
-    "random effects. Both models are paired by question and by seed. LLaVA runs of one pretraining seed are averaged, "
-    "and questions about one picture go together. Student's t allows for how badly few seeds tell their spread. The "
-    "intervals speak of other questions and other training runs. They alone decide win, tie or loss, and they are not "
-    "corrected for their number. “Needed” is the number of questions with which the interval finds a difference of the "
-    "size seen in four of five comparisons; – if more questions alone are not enough."
+    "± is the standard deviation over seeds. Brackets are 95 % intervals of a mean with seeds and pictures as crossed "
+    "random effects. Models are paired by question and by seed, runs of one pretraining seed are averaged, questions "
+    "about one picture go together, and Student's t allows for how badly few seeds tell their spread. The intervals "
+    "speak of other questions and other training runs, and are not corrected for their number. “Needed” is the number "
+    "of questions that show a difference of the size seen in four of five comparisons; – if no number does."
 )
 INTRINSIC_NOTE = (
     "Percent, mean ± standard deviation over seeds. The linear probe reads the mean of the tokens that the projector "
@@ -66,29 +43,31 @@ INTRINSIC_NOTE = (
     f"of the pretraining run and need a text tower. “{UNSEEN}”: the same scenes by an artist that no training saw."
 )
 VARIANCE_NOTE = (
-    "Where a figure's uncertainty comes from: its standard error in points, and the part of its variance that each "
-    "source gives, in percent, at today's numbers of seeds and pictures. “Single answers” is what a seed does to one "
-    "picture or question. Few seeds tell a spread badly: five to a factor between 0.6 and 2.9. Seeds whose effects "
-    "cannot be told apart share a column."
+    "The standard error of each figure in points, and the part of its variance that each source gives, in percent, at "
+    "today's numbers of seeds and pictures. “Single answers” is what a seed does to one picture or question. Seeds "
+    "whose effects cannot be told apart share a column. Five seeds tell a spread to a factor between 0.6 and 2.9."
 )
 NEEDED_NOTE = (
     "How many of each show a difference of 1, 2 or 5 points over all questions in four of five comparisons: of one "
-    "source alone, and of seeds and pictures together, both grown by one factor. More pictures bring as many questions "
-    "each as now. – if one source alone is not enough."
+    "source alone, or of seeds and pictures together, both grown by one factor. – if one source alone is not enough."
 )
 BLIND_NOTE = (
     "Questions that blind models answer right in more than half of their runs. “Not answered blind” leaves them out. "
-    "Few possible answers may leave out a whole answer, as all yes of yes/no: then look at the kind by itself."
+    "Models that always say yes mark every yes: then look at the kind by itself."
 )
 LOOSE_NOTE = (
-    "An answer is right if it is the expected one but for case, articles and the last full stop. Normalised: right "
-    "only so. Prefix: wrong, but it begins with the expected words. If either is frequent, the scorer decides too."
+    "Normalised: right, but only without case, articles and the last full stop. Prefix: wrong, but it begins with the "
+    "expected words. If either is frequent, the scorer decides too."
+)
+EXAMPLES_NOTE = (
+    "Seed 0, drawn at random among the questions that one of the first two encoders' models got right and the other did"
+    " not. As many of each way as there are: they say how the models differ, not how often."
 )
 Report = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-def page(report: Report, image_folder: Path | None) -> Page:
+def page(report: Report, image_folder: Path | None) -> lab.Page:
     """The whole page; the pictures of its examples come from `image_folder`."""
     settings, overall = report["settings"], _overall(report)
     note = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
@@ -102,9 +81,9 @@ def page(report: Report, image_folder: Path | None) -> Page:
         Section("Controls", [Bullets(controls(report))]),
         Section("What is not shown", [Bullets(not_shown(report))]),
         Section("Cost", [_cost_table(report)], "Wall-clock seconds of each cell, on the cores that it shared."),
-        Section("Environment", _environment(report), described(report["environment"])),
+        Section("Environment", _environment(report), lab.described(report["environment"])),
     ]
-    return Page("What the encoder is worth", note, made, _tiles(report) if overall else [])
+    return lab.Page("What the encoder is worth", note, made, _tiles(report) if overall else [])
 
 
 def _overall(report: Report) -> list[Row]:
@@ -122,13 +101,13 @@ def _counts_right_answers(metric: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- what was found
-def _tiles(report: Report) -> list[Tile]:
+def _tiles(report: Report) -> list[lab.Tile]:
     tiles = []
     for name, encoder in report["encoders"].items():
         figure = encoder["metrics"]["accuracy"]
         seeds = len(figure["by_seed"])
         note = f"± {100 * figure['sd']:.1f} over {seeds} seeds" if figure["sd"] is not None else "one seed"
-        tiles.append(Tile(f"{name}: right answers", [(f"{100 * figure['mean']:.1f} %", "")], note))
+        tiles.append(lab.Tile(f"{name}: right answers", [(f"{100 * figure['mean']:.1f} %", "")], note))
     return tiles
 
 
@@ -138,14 +117,14 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
     found: list[Block] = [Bullets([sentence(row) for row in deciding], "big"), Bullets(floors(report))]
     differences: list[Block] = []
     if overall:
-        differences.append(Forest([(_pair(row), row) for row in overall], 100))
-    differences.append(Folded("How the intervals are made", [Paragraph(STATISTICS)]))
+        differences.append(lab.Forest([(_pair(row), row) for row in overall], 100))
+    differences.append(Folded("How the intervals are made", [lab.Paragraph(STATISTICS)]))
     pairs: dict[str, list[Row]] = {}
     for row in report["differences"]:
         pairs.setdefault(_pair(row), []).append(row)
     for i, (name, rows) in enumerate(pairs.items()):
         kinds = [(metric_name(row["metric"]), row) for row in rows if row["metric"].startswith("accuracy/")]
-        blocks: list[Block] = [Forest(kinds, 100)] if kinds else []
+        blocks: list[Block] = [lab.Forest(kinds, 100)] if kinds else []
         differences.append(Folded(name, [*blocks, differences_table(rows)], is_open=i == 0))
     decides = "95 % intervals over other questions and other training runs; they alone decide win, tie or loss."
     sections = [
@@ -193,7 +172,7 @@ def floors(report: Report) -> list[str]:
 def differences_table(rows: list[Row]) -> Table:
     lines = []
     for row in rows:
-        numbers = [difference_text(row), SIGNS[row["verdict"]], f"{row['items']:,}"]
+        numbers = [difference_text(row), lab.SIGNS[row["verdict"]], f"{row['items']:,}"]
         lines.append([metric_name(row["metric"]), *numbers, _count(row["items_needed"] or None)])
     return Table(["", "difference [95 %]", "verdict", "questions", "needed"], lines)
 
@@ -202,7 +181,7 @@ def _count(number: int | None) -> str:
     return "–" if number is None else f"{number:,}"
 
 
-def _kinds(report: Report) -> Bars:
+def _kinds(report: Report) -> lab.Bars:
     """Bars of every encoder for each kind of question."""
     encoders = report["encoders"]
     first = next(iter(encoders.values()))["metrics"]
@@ -213,7 +192,7 @@ def _kinds(report: Report) -> Bars:
             for i, (name, encoder) in enumerate(encoders.items())
         ]
         groups.append((metric_name(metric), f"({first[metric]['items']:,})", bars))
-    return Bars(groups)
+    return lab.Bars(groups)
 
 
 # ------------------------------------------------------------------------------------------- how far to trust it
@@ -317,7 +296,7 @@ def _encoders(report: Report) -> list[Section]:
     drawn = [name for name in (deciding_name(own, every) for own in OWN[:3]) if _overall(report) and name in every]
     plots = [(partial(scatter_plot, report, name), f"{own_name(name)} against right answers") for name in drawn]
     table = Table(["encoder", *map(own_name, names)], rows)
-    return [Section("The encoders themselves", [table, Charts(plots)], INTRINSIC_NOTE)]
+    return [Section("The encoders themselves", [table, lab.Charts(plots)], INTRINSIC_NOTE)]
 
 
 def own_name(name: str) -> str:
@@ -329,7 +308,7 @@ def own_name(name: str) -> str:
 def scatter_plot(report: Report, figure: str, theme: Theme) -> Plot:
     """Right answers of each cell against a figure of its encoder: does a better encoder give a better model?"""
     plot = Plot(figsize=(4, 3.1), dpi=130, facecolor=theme.paper, layout="constrained")
-    axes = plain_axes(plot, theme)
+    axes = lab.plain_axes(plot, theme)
     axes.set_title("right answers, %", loc="left", fontsize=9.5, color=theme.ink)
     axes.set_xlabel(f"{own_name(figure)}, %", fontsize=9.5, color=theme.ink)
     axes.margins(0.12)
@@ -350,12 +329,8 @@ def _examples(report: Report, image_folder: Path | None) -> list[Section]:
             (name, answer, name == example["right"]) for name, answer in example["answers"].items()
         ]
         picture = _thumbnail(store, example["image"]) if store and example["image"] else None
-        cards.append(Card(picture, example["question"], [*texts, ("truth", example["truth"], None)]))
-    note = (
-        "Seed 0, drawn at random among the questions that one of the first two encoders' models got right and the "
-        "other did not. As many of each way as there are: they say how the models differ, not how often."
-    )
-    return [Section("Where two models differ", [Cards(cards)], note)] if cards else []
+        cards.append(lab.Card(picture, example["question"], [*texts, ("truth", example["truth"], None)]))
+    return [Section("Where two models differ", [lab.Cards(cards)], EXAMPLES_NOTE)] if cards else []
 
 
 def _thumbnail(store: ImageStore, name: str) -> str:
@@ -368,36 +343,30 @@ def _thumbnail(store: ImageStore, name: str) -> str:
 # ------------------------------------------------------------------------------------------- controls and limits
 def controls(report: Report) -> list[str]:
     settings, encoders = report["settings"], report["encoders"]
-    trains = "; ".join(
+    stages = [
         f"{name}: {stage['samples']:,} samples in batches of {stage['batch_size']}, "
         + ", ".join(f"{part} {how}" for part, how in stage["trains"].items())
         for name, stage in settings["stages"].items()
-    )
-    points = [
-        f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
-        "steps, rates, start of the adapters and way that the projector starts "
-        f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features). Only the encoder "
-        "differs.",
-        f"Stages: {trains}.",
-        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed and by question. Encoders that are "
-        f"trained anew have {settings['seeds']} pretraining seed(s), which the runs take in turn; no two of these "
-        "encoders share a LLaVA seed.",
     ]
-    if len(settings["columns"]) > 1:
-        points.append(
-            f"Questions are about several sorts of pictures ({', '.join(settings['columns'])}). "
-            f"{settings['columns'][0]} decides; figures of the others are named after them."
-        )
-    points += [f"{name}: {encoder['described']}." for name, encoder in encoders.items()]
-    kinds = {encoder["kind"] for encoder in encoders.values()}
-    points += [f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds]
-    points.append(_fixed(report))
     seen = [
         f"{name}: {runs[0]['samples']:,} samples in {runs[0]['steps']:,} steps, {len({r['run'] for r in runs})} run(s)"
         for name, encoder in encoders.items()
         if (runs := encoder["pretraining"])
     ]
-    return points + [f"Pretrained with this project: {'; '.join(seen)}."] * bool(seen)
+    kinds, columns = {encoder["kind"] for encoder in encoders.values()}, settings["columns"]
+    return [
+        f"Equal in every cell of a seed: language model ({settings['language_model']}), data, order of the samples, "
+        "steps, rates, start of the adapters and way that the projector starts "
+        f"({settings['stages']['align']['projector']}; a fit is to each encoder's own features).",
+        f"Stages: {'; '.join(stages)}.",
+        f"{settings['llava_seeds']} LLaVA runs of each encoder, paired by seed and by question. Encoders trained anew "
+        f"have {settings['seeds']} pretraining seed(s), which the runs take in turn; no two share a LLaVA seed.",
+        *[f"Sorts of pictures: {', '.join(columns)}. {columns[0]} decides." for _ in columns[1:2]],
+        *(f"{name}: {encoder['described']}." for name, encoder in encoders.items()),
+        *(f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds),
+        _fixed(report),
+        *[f"Pretrained with this project: {'; '.join(seen)}." for _ in seen[:1]],
+    ]
 
 
 def _fixed(report: Report) -> str:
@@ -413,46 +382,28 @@ def _fixed(report: Report) -> str:
 
 def not_shown(report: Report) -> list[str]:
     settings, encoders = report["settings"], report["encoders"]
-    points = []
-    if settings["is_demo"]:
-        points.append(
-            "The demo's pictures are drawings on painted grounds. These figures show that the path works and that the "
-            "measurement tells encoders apart; they are no evidence about photographs."
-        )
-        if UNSEEN not in settings["columns"]:
-            points.append(
-                "The test of unseen artists is missing: the drawings of several could not be fetched. Every drawing "
-                "asked about was trained on, so memory of drawings may tell encoders apart."
-            )
-        points.append("The stages' rates and the start of the projector were tuned with a CLIPS encoder only.")
-    if settings["budget_share"] < 1:
-        points.append(
-            f"Each stage saw {settings['budget_share']:.0%} of the samples that train_llava.sh gives it"
-            + (" (--quick)" if settings["quick"] else "")
-            + ": models trained to the end are better, and may differ otherwise."
-        )
-    few = [
-        name
-        for name, count in settings["distinct_encoders"].items()
-        if count == 1 and settings["llava_seeds"] > 1 and encoders[name]["kind"] not in FLOORS
-    ]
-    if few:
-        points.append(
-            f"All runs of {', '.join(few)} stand on one encoder each: intervals hold for these encoders, not for the "
-            "methods that made them (--seeds, or {seed} in a path)."
-        )
-    if len({run["samples"] for encoder in encoders.values() for run in encoder["pretraining"]}) > 1:
-        points.append("The encoders pretrained here saw different numbers of samples, so not only the method differs.")
+    is_demo, share, several = settings["is_demo"], settings["budget_share"], settings["llava_seeds"] > 1
+    distinct = settings["distinct_encoders"].items()
+    alone = [n for n, count in distinct if count == 1 and several and encoders[n]["kind"] not in FLOORS]
+    samples = {run["samples"] for encoder in encoders.values() for run in encoder["pretraining"]}
     fewest = min((row["seeds"] for row in report["differences"]), default=settings["llava_seeds"])
-    if fewest == 1:
-        points.append("One seed: the interval says nothing about other training runs.")
-    elif fewest < 4:
-        points.append(f"{fewest} independent seeds tell their spread badly: intervals are wide and miss differences.")
-    points.append(
+    points = {
+        "The demo's pictures are drawings on painted grounds. These figures show that the path works and that the "
+        "measurement tells encoders apart; they are no evidence about photographs.": is_demo,
+        "The test of unseen artists is missing: the drawings of several could not be fetched. Memory of drawings may "
+        "tell encoders apart.": is_demo and UNSEEN not in settings["columns"],
+        "The stages' rates and the start of the projector were tuned with a CLIPS encoder only.": is_demo,
+        f"Each stage saw {share:.0%} of the samples that train_llava.sh gives it{' (--quick)' * settings['quick']}: "
+        "models trained to the end are better, and may differ otherwise.": share < 1,
+        f"All runs of {', '.join(alone)} stand on one encoder each: intervals hold for these encoders, not for the "
+        "methods that made them (--seeds, or {seed} in a path).": alone,
+        "The encoders pretrained here saw different numbers of samples.": len(samples) > 1,
+        "One seed: the interval says nothing about other training runs.": fewest == 1,
+        f"{fewest} independent seeds tell their spread badly: intervals are wide and miss differences.": 1 < fewest < 4,
         "One language model, one projector, one budget, the same rates for all encoders. The encoder stays frozen: "
-        "what it could learn in training is not measured."
-    )
-    return points
+        "what it could learn in training is not measured.": True,
+    }
+    return [text for text, holds in points.items() if holds]
 
 
 def _cost_table(report: Report) -> Table:
@@ -468,5 +419,5 @@ def _cost_table(report: Report) -> Table:
 
 def _environment(report: Report) -> list[Block]:
     settings = json.dumps({"settings": report["settings"], "cells": report["cells"]}, indent=2)
-    folded = Folded("Settings and the configuration of every cell", [Code(settings)])
-    return [Code(report["command"], wraps=True), folded]
+    folded = Folded("Settings and the configuration of every cell", [lab.Code(settings)])
+    return [lab.Code(report["command"], wraps=True), folded]
