@@ -1,0 +1,221 @@
+"""The experiment engine: what is never run twice, failures, locks, the plan, the table and the page."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hostile import HOSTILE
+from rich.console import Console
+
+from clips.common.errors import CommandError, UserError
+from clips.common.escape import visible
+from clips.common.files import sha256
+from clips.common.jobs import Commands, locked
+from clips.common.page import Table
+from clips.common.progress import Progress
+from clips.lab.grid import Cell, Step, fix, what_was_fixed
+from clips.lab.pretraining import PretrainingRun
+from clips.lab.report import (
+    Bars,
+    Bullets,
+    Card,
+    Cards,
+    Code,
+    Folded,
+    Forest,
+    Page,
+    Paragraph,
+    Section,
+    Tile,
+    as_html,
+    verdict_class,
+    write_report,
+)
+from clips.lab.run import Runner, estimate, failed_steps
+
+QUIET = Console(quiet=True)
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+def cell(
+    directory: Path, *parts: str, code: str = "open({file!r}, 'w')", record: bool = True, may_fail: str = ""
+) -> Cell:
+    """A cell whose steps each leave a file of their name."""
+    steps = [
+        Step(
+            part,
+            python(code.format(file=str(directory / part))),
+            (directory / part).is_file,
+            folder=directory / "own" / part if part == may_fail else None,
+            may_fail=part == may_fail,
+        )
+        for part in parts
+    ]
+    return Cell("a", directory.name, directory, tuple(steps), seconds=60, record={"of": 1} if record else None)
+
+
+def test_a_finished_step_is_never_run_again_and_what_ran_is_noted(tmp_path: Path) -> None:
+    done, cut = cell(tmp_path / "done", "one"), cell(tmp_path / "cut", "one", "two")
+    for found in (done, cut):
+        found.directory.mkdir()
+        (found.directory / "one").write_text("as it was")
+    (cut.directory / "cell.json").write_text(json.dumps({"plan": "by which it began"}))
+    runner = Runner([done, cut], 2, QUIET)
+    runner.run(runner.cells)
+    assert (cut.directory / "two").is_file()
+    assert (cut.directory / "one").read_text() == "as it was"
+    record = json.loads((cut.directory / "cell.json").read_text())
+    assert (record["of"], record["plan"], [*record["commands"]]) == (1, "by which it began", ["two"])
+    assert [*json.loads((cut.directory / "cost.json").read_text())] == ["two"]
+    assert not (done.directory / "cell.json").exists()
+    before = cut.log.stat().st_mtime_ns
+    runner.run(runner.cells)
+    assert cut.log.stat().st_mtime_ns == before
+
+
+def test_a_cell_with_other_settings_is_refused_before_any_cell_runs(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise UserError("it holds other settings")
+
+    first = cell(tmp_path / "first", "one")
+    other = Cell("b", "seed 0", tmp_path / "other", (), check=refuse)
+    with pytest.raises(UserError, match="other settings"):
+        Runner([first, other], 1, QUIET).run([first, other])
+    assert not first.directory.exists()
+    with pytest.raises(UserError, match="sample"):  # of a pretraining run: settings that the command would refuse
+        PretrainingRun("demo", "a-seed0", 0, 0).cell(tmp_path)
+
+
+def test_a_step_that_may_fail_is_named_in_the_end_and_tried_again_in_an_empty_folder(tmp_path: Path) -> None:
+    found = cell(tmp_path / "c", "one", "two", code="raise SystemExit('all is lost')", may_fail="one")
+    runner = Runner([found], 1, QUIET)
+    with pytest.raises(CommandError, match=r"c ended with exit code 1.*\n  all is lost"):
+        runner.run([found])  # "two" ends the study, "one" has not
+    ((name, log),) = failed_steps([found])
+    assert (name, log.read_text().strip()) == ("one", "all is lost")
+    (log.parent / "left behind").write_text("")
+    good = cell(tmp_path / "c", "one", "two", may_fail="one")
+    runner = Runner([good], 1, QUIET)
+    runner.run([good])
+    assert failed_steps([good]) == []
+    assert [path.name for path in log.parent.iterdir()] == ["log.txt"]
+
+
+def test_the_estimate_is_of_finished_cells_of_the_kind_or_assumed(tmp_path: Path) -> None:
+    cells = [cell(tmp_path / str(i), "one") for i in range(4)]
+    assert estimate(cells, 1) == (240.0, "by assumed speeds of one core")
+    for i, seconds in enumerate((10.0, 30.0)):
+        cells[i].directory.mkdir()
+        (cells[i].directory / "one").write_text("")
+        (cells[i].directory / "cost.json").write_text(json.dumps({"one": seconds}))
+    assert estimate(cells, 1) == (40.0, "by the mean of 2 finished cells")
+    with (tmp_path / "printed").open("w") as file:
+        Runner(cells, 1, Console(file=file, width=120)).print_plan("a study", {"each": "60 samples"})
+    text = (tmp_path / "printed").read_text()
+    for part in ("2 of 4 to run, 1 at a time", "60 samples", "about 1 min, by the mean", "done", "waits"):
+        assert part in text
+
+
+def test_the_table_shows_how_far_a_step_is_but_not_of_a_killed_process(tmp_path: Path) -> None:
+    now = time.time()
+    records = [Progress(20, 50, 120.0, now - 60), Progress(25, 50, 60.0, now + 60)]
+    step = Step("training", ("",), lambda: False, progress=lambda: records[0])
+    found = Cell("a", "seed 0", tmp_path / "a", (step,))
+    with (tmp_path / "table").open("w") as file:
+        console = Console(file=file, width=100, force_terminal=True)
+        runner = Runner([found], 1, console)
+        runner._say(found, "training", step)
+        console.print(runner)
+        del records[0]
+        console.print(runner)
+    text = (tmp_path / "table").read_text()
+    assert "40 %" not in text
+    assert "50 %, 1.0 min left" in text
+
+
+def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -> None:
+    commands = Commands(1)
+    with locked(tmp_path / "cell", commands) as lock:
+        child = subprocess.Popen(python("input()"), stdin=subprocess.PIPE, pass_fds=[lock])
+    got = threading.Event()
+
+    def wait() -> None:
+        with locked(tmp_path / "cell", commands):
+            got.set()
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    assert not got.wait(1.5)
+    child.communicate(b"\n")
+    assert got.wait(60)
+    waiter.join()
+
+
+def test_after_a_failure_beside_a_longer_cell_nothing_more_begins() -> None:
+    failed, begun = threading.Event(), []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            failed.set()
+            raise CommandError("all is lost")
+        assert failed.wait(60)
+        time.sleep(0.5)
+
+    with pytest.raises(CommandError, match="all is lost"):
+        Commands(2).map(work, list(range(8)))
+    assert set(begun) <= {0, 1, 2}
+
+
+def test_a_plan_stays_from_the_first_cell_on(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    fix(path, {"decides": "a"}, begun=0)
+    fix(path, {"decides": "b"}, begun=0)  # nothing has begun: a mind may be changed
+    fix(path, {"decides": "c"}, begun=1)
+    assert what_was_fixed(path, {"decides": "b"}) == {"sha256": sha256(path), "kept": True, "differs": []}
+    assert what_was_fixed(path, {"decides": "c"})["differs"] == ['decides: "b" → "c"']
+    path.unlink()
+    fix(path, {"decides": "c"}, begun=2)
+    assert what_was_fixed(path, {"decides": "c"})["differs"] == [
+        "plan.json was written when 2 cell(s) had begun already"
+    ]
+
+
+def test_every_block_shows_texts_as_texts_on_one_offline_page(tmp_path: Path) -> None:
+    for text in HOSTILE.values():
+        blocks = [
+            Paragraph(text, text),
+            Bullets([text]),
+            Code(text),
+            Table([text, ""], [[text, "reproduced"]], verdict_class({"reproduced": "good"})),
+            Forest([(text, {"mean": -0.02, "ci95": [-0.03, -0.01]})], scale=100),
+            Bars([(text, text, [(text, 33.3, "#fff")])]),
+            Cards([Card(None, text, [(text, text, True), (text, text, None)])]),
+            Folded(text, [Paragraph(text)]),
+        ]
+        page = as_html(Page(text, text, [Section(text, blocks, text)], [Tile(text, [(text, "good")], text)]))
+        assert not re.search(r"<(?:script|a|em|img)\b|@import|url\(", page)
+        assert html.unescape(page).count(visible(text)) >= 15
+        assert "−2.0 [−3.0, −1.0] ▼ loss" in page
+        assert 'class="wrap verdict good"' in page
+
+
+def test_a_page_that_fails_leaves_the_json_and_can_be_made_again(tmp_path: Path) -> None:
+    page = Page("title", "", [])
+    (tmp_path / "study.html").mkdir()
+    with pytest.raises(CommandError, match=r"every finished cell stays.*IsADirectoryError.*writes it again"):
+        write_report({"a": 1}, tmp_path, "study", lambda: page)
+    assert json.loads((tmp_path / "study.json").read_text()) == {"a": 1}
+    (tmp_path / "study.html").rmdir()
+    assert write_report({"a": 1}, tmp_path, "study", lambda: page).is_file()
