@@ -9,7 +9,7 @@ from clips.common.peaks import stated_peak
 
 PER_MACHINE = 8
 USABLE = 0.9
-"""Share of a card's memory that a plan fills: the rest is the CUDA context, NCCL's buffers and the allocator's gaps."""
+"""Share of a card's memory that a plan fills; the rest is for CUDA's context, NCCL's buffers and allocator gaps."""
 BUS = 0.7
 """Share of a stated bandwidth that a collective reaches."""
 
@@ -19,12 +19,12 @@ class Card:
     """One kind of GPU, PER_MACHINE of them in a machine."""
 
     name: str
-    """As clips/common/peaks.py knows it."""
+    """Its name in clips/common/peaks.py."""
     memory_gb: float
     link_gb_s: float
     """To the other GPUs of its machine, each way."""
     network_gb_s: float
-    """Of a whole machine to the others, each way: the usual network beside this GPU."""
+    """From a machine to the others, each way, for the usual network of this GPU."""
 
     @property
     def peak(self) -> float:
@@ -42,14 +42,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for."""
+    """The machine that a run is planned for."""
 
     card: Card
     gpus: int
     mfu: float
     """Share of the peak that is reached."""
     price: float | None = None
-    """Of one GPU hour."""
+    """Price of a GPU hour."""
 
     def __str__(self) -> str:
         return f"{self.gpus} × {self.card.name} of {self.card.memory_gb:g} GB"
@@ -60,9 +60,9 @@ class Machine:
         return self.card.peak * self.mfu
 
     def collective_seconds(self, moved: float) -> float:
-        """Of a ring over all GPUs in which each one sends `moved` bytes (an all-reduce of n bytes: 2 n)."""
+        """Seconds of a ring over all GPUs in which each sends `moved` bytes (2 n for an all-reduce of n bytes)."""
         card = self.card
-        # Over several machines each GPU's ring crosses the network through its own adapter, so all of them add up.
+        # Over several machines each GPU's ring crosses the network through its own adapter, so adapters add up.
         bus = card.link_gb_s if self.gpus <= PER_MACHINE else min(card.link_gb_s, card.network_gb_s)
         return moved * (self.gpus - 1) / self.gpus / (BUS * bus * 1e9)
 
@@ -79,7 +79,7 @@ class Machine:
         ]
 
     def cost(self, hours: float) -> str:
-        """ ", N at PRICE a GPU hour", or nothing where no price is given."""
+        """ ", N at PRICE a GPU hour"; empty without a price."""
         return "" if self.price is None else f", {hours * self.price:,.0f} at {self.price:g} a GPU hour"
 
 
@@ -123,7 +123,7 @@ CARDS = {
 
 
 def card(kind: str) -> Card:
-    """UserError with the known kinds for any other."""
+    """The card of `--kind`. Raises UserError with the known kinds."""
     if kind not in CARDS:
         raise UserError(f"--kind {kind!r} is not known; choose one of: {', '.join(CARDS)}")
     return CARDS[kind]

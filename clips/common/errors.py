@@ -16,7 +16,7 @@ from clips.common.escape import for_terminal
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
-"""Characters of an error that are printed; it may list keys and reasons from data."""
+"""Characters of an error that are printed; an error may list keys and reasons from data."""
 
 
 class CommandError(Exception):
@@ -32,13 +32,13 @@ class UserError(CommandError):
 
 
 class NotFiniteError(CommandError):
-    """The loss or a gradient became NaN or infinite; no weight was touched."""
+    """The loss or a gradient became NaN or infinite; no weight was changed."""
 
     exit_code = 3
 
 
 class DivergedError(CommandError):
-    """Loss or gradient norm spikes again and again, whatever is left out."""
+    """Loss or gradient norm spikes again and again, although updates are left out."""
 
     exit_code = 3
 
@@ -50,7 +50,7 @@ class BrokenDataError(CommandError):
 
 
 class NoCheckpointError(CommandError):
-    """Checkpoints exist but none of them is usable; never a silent restart from zero."""
+    """Checkpoints exist but none is usable; a run never restarts from zero silently."""
 
     exit_code = 5
 
@@ -64,12 +64,12 @@ class Stopped(CommandError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first; some say pages."""
+    """The first line of another library's error; some errors have pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def in_one_line(error: BaseException) -> str:
-    """`ValueError: …, at report.py:44` (this project's last line): for a message in the place of a traceback."""
+    """`ValueError: …, at report.py:44` (this project's last line), for a message instead of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     *_, last = [frame for frame in frames if frame.filename.startswith(PACKAGES)] or frames
     what = " ".join(str(error).split())
@@ -78,9 +78,9 @@ def in_one_line(error: BaseException) -> str:
 
 @contextmanager
 def reporting(failed: str) -> Iterator[None]:
-    """Where writing a report is all that is left of a command: any failure inside ends it with one line.
+    """Turn any failure inside into a CommandError of one line, for a report at the end of a command.
 
-    `failed` says what is missing and what is there all the same. Raises CommandError.
+    `failed` says what is missing and what is there.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def reporting(failed: str) -> Iterator[None]:
 
 @contextmanager
 def never_in_the_way(failed: str) -> Iterator[None]:
-    """Where a report or plot is not worth the run: any failure inside is one line on stderr, and all goes on."""
+    """Turn any failure inside into one line on stderr, for a report or plot that must not end the run."""
     try:
         yield
     except Exception as error:
@@ -101,7 +101,7 @@ def never_in_the_way(failed: str) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run `main` and return its exit code; a `CommandError` is printed as one message."""
+    """Run `main` and return its exit code; print a `CommandError` as one message."""
     try:
         main()
     except CommandError as error:

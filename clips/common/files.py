@@ -1,4 +1,4 @@
-"""Files that a crash cannot leave half written: atomic replacement, locks, directories sealed by their hashes."""
+"""Files that a crash cannot leave half written: atomic replacement, locks, sealed directories; JSON files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T | None:
-    """What `verified` makes of the first candidate that it does not refuse with ValueError; the others are named."""
+    """`verified` of the first candidate without a ValueError; a warning names the refused candidates before it."""
     for path in candidates:
         try:
             return verified(path)
@@ -34,14 +34,14 @@ def first_usable(candidates: Iterable[Path], verified: Callable[[Path], T]) -> T
 
 
 def seal(directory: Path) -> None:
-    """Write MANIFEST.json, the SHA-256 of every file below `directory`; before that a checkpoint does not count."""
+    """Write MANIFEST.json, the SHA-256 of every file in `directory`; a checkpoint without it does not count."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != MANIFEST]
     digests = {str(path.relative_to(directory)): sha256(path) for path in files}
     write_json(directory / MANIFEST, digests)
 
 
 def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
-    """`directory`, if its files are what was sealed, `required` among them; ValueError says what is wrong otherwise."""
+    """`directory`. Raises ValueError unless its files are as sealed, and `required` files are among them."""
     try:
         digests = json.loads((directory / MANIFEST).read_text())
         for name in dict.fromkeys([*required, *digests]):
@@ -129,7 +129,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no file. UserError for a file that holds anything else."""
+    """The object in `path`; empty if the file is missing. Raises UserError for any other content."""
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_records(path: Path) -> list[Any]:
-    """The raw records of a .json list or a .jsonl file; UserError where it is neither."""
+    """The raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -164,8 +164,8 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The first `most` bytes of a file; OSError also for what is no file: reading a pipe would wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening one would wait already
+    """The first `most` bytes of a file. Raises OSError also for a pipe, whose reading would wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -173,10 +173,9 @@ def read_regular(path: str | Path, most: int) -> bytes:
 
 
 def lock(path: Path, *, wait: bool) -> IO[str]:
-    """Hold the lock file `path` until what is returned is closed, at the latest until this process ends.
+    """Hold the lock file `path` until the returned file is closed, at the latest until this process ends.
 
-    The system lets go when the last process that has it open ends, so a kill leaves no lock behind. Raises
-    BlockingIOError where another process holds it and `wait` is off.
+    A kill leaves no lock behind. Raises BlockingIOError if another process holds the lock and `wait` is off.
     """
     file = open(path, "a")  # noqa: SIM115 - held until the caller closes it
     try:
@@ -196,13 +195,13 @@ def sha256(path: Path) -> str:
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of files of one directory, in whatever order they come."""
+    """SHA-256 over the names and contents of files of one directory, in any order."""
     lines = "".join(f"{path.name} {sha256(path)}\n" for path in sorted(set(files)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Have what was written to a file, or which names are in a directory, on the disk itself."""
+    """Write a file's content, or a directory's names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

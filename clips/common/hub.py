@@ -1,4 +1,4 @@
-"""A model directory by name: one on disk, or one of the Hugging Face hub, fetched or already in its cache."""
+"""A model directory by name, on the disk or on the Hugging Face hub (fetched, or in its cache); files of packages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clips.common.files import digest_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "non_lora_trainables.bin")
-"""What a model directory holds beside its weights: configurations, tokenizer files, what LLaVA puts beside adapters."""
+"""Files beside the weights: configurations, tokenizer files, and LLaVA's file beside adapters."""
 NATIVE_TOKENIZER = "tokenizer/*.json"
-"""Where native exports keep theirs; nothing else that is large is fetched from below a model's top directory."""
+"""Tokenizer files of native exports; nothing else is fetched from a model's subdirectories."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OPEN_CLIP_WEIGHTS = ("open_clip*.safetensors", "open_clip*.bin")
-"""Beside which the same directory may hold the model in transformers' format."""
+"""The same directory may also hold the model in transformers' format."""
 ANY_WEIGHTS = (*OPEN_CLIP_WEIGHTS, *WEIGHT_FILES)
 
 
@@ -32,16 +32,15 @@ def packaged_file(package: str, name: str) -> Path | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `resolve` would look for `name` on the hub: it has the form of an id and no directory is called so."""
+    """Whether `resolve` looks for `name` on the hub: it has the form of an id, and no directory has this name."""
     return not Path(name).expanduser().is_dir() and HUB_ID.fullmatch(name) is not None
 
 
 def resolve(name: str, what: str, weights: Sequence[str] = WEIGHT_FILES) -> Path:
-    """The local directory of `name` (a directory, or a hub id that is downloaded or already in the hub's cache).
+    """The local directory of `name`: a directory, or a hub id, which is downloaded unless it is in the hub's cache.
 
-    `what` says what is looked for, in error messages. Of the patterns `weights` the first that matches a file on the
-    hub is fetched, so safetensors stand before torch files, which are read without running pickled code. Raises
-    UserError when nothing is found and when the hub cannot be reached.
+    `what` names the model in error messages. The first of the patterns `weights` that matches a file on the hub is
+    fetched. Raises UserError if nothing is found or the hub cannot be reached.
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Commands run beside each other as processes, and the lock that keeps two from sharing a directory."""
+"""Runs commands as parallel processes; a lock keeps two programs out of one directory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ R = TypeVar("R")
 
 @contextmanager
 def locked(directory: Path, commands: Commands) -> Iterator[int]:
-    """Hold `directory` for this process and for children that get the yielded descriptor; waits for another holder.
+    """Hold `directory` for this process and for children that get the yielded descriptor; wait for another holder.
 
-    A child that outlives a killed parent keeps it, so that a second run never trains beside it.
+    A child that outlives a killed parent keeps the lock, so a second run never trains beside it.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = None
@@ -31,25 +31,25 @@ def locked(directory: Path, commands: Commands) -> Iterator[int]:
         try:
             file = lock(directory.parent / f".{directory.name}.lock", wait=False)
         except BlockingIOError:
-            if commands.stopping.wait(1):  # asked again and again, so that a signal ends the waiting too
+            if commands.stopping.wait(1):  # a signal ends the waiting too
                 raise CommandError("stopped") from None
     with file:
         yield file.fileno()
 
 
 class Commands:
-    """Commands beside each other, each with its own threads and with what it prints in a file."""
+    """Parallel commands, each with its own threads and its output in a file."""
 
     def __init__(self, jobs: int, threads: int | None = None) -> None:
-        """`threads` of each command; by default its share of the cores."""
+        """`threads` of each command; default: its share of the cores."""
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
     def run(self, command: Sequence[str], log: Path, **popen: Any) -> None:
-        """Run one to its end and append its output to `log`. Raises CommandError with the log's end if it fails.
+        """Run a command and append its output to `log`; `popen` goes to `subprocess.Popen`.
 
-        `popen` are further arguments of `subprocess.Popen`.
+        Raises CommandError with the log's end if the command fails.
         """
         if self.stopping.is_set():
             raise CommandError("stopped")
@@ -66,9 +66,9 @@ class Commands:
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`function` of each item, `jobs` at a time. After an error no further one begins, those that run end first.
+        """`function` of each item, `jobs` at a time. After an error no item begins, and running items end first.
 
-        SIGTERM and Ctrl-C are passed on to the commands that run (which save first) and raise Stopped.
+        SIGTERM and Ctrl-C are passed on to the running commands, which save first, and raise Stopped.
         """
 
         def stop(number: int, frame: object) -> None:

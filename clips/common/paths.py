@@ -1,4 +1,4 @@
-"""Where files may stand: the folder for what is computed once, and paths from strangers kept below a root."""
+"""The folder for cached results, and paths from strangers that must stay below a root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
 
 
 def cache_root() -> Path:
-    """Folder for what is computed once and may be deleted: indexes of read-only data, features, converted models.
+    """Folder of cached results that may be deleted: indexes of read-only data, features, converted models.
 
     `$CLIPS_MLLM_CACHE`, else `$XDG_CACHE_HOME/clips-mllm`, else `~/.cache/clips-mllm`.
     """
@@ -24,7 +24,7 @@ def is_remote(url: str) -> bool:
 
 
 def can_encode(name: str) -> bool:
-    """Whether `name` can be a file's name here: not one with half a character (a lone surrogate) in it."""
+    """Whether `name` can be a file's name: it has no lone surrogate."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -33,15 +33,14 @@ def can_encode(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` is a relative path that goes down only, by its text: the check for what is no file yet."""
+    """Whether the text `name` is a relative path that only goes down."""
     return not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
 
 
 def inside(root: str | Path, name: str) -> str:
-    """The path of `name` below `root` (a folder or an fsspec URL); ValueError where it leads out of it.
+    """The path of `name` below `root` (a folder or an fsspec URL), without links. Raises ValueError if it leads out.
 
-    Links are followed, and what is opened is the path without links that was checked. An absolute `name` counts
-    where it is below `root`.
+    An absolute `name` is allowed if it is below `root`.
     """
     root = str(root)
     if is_remote(root):

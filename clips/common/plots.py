@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # each chart imports matplotlib: a training, which draws none
 
 FORMATS = (".png", ".svg")
 MAX_POINTS = 1500
-"""Points drawn of one curve."""
+"""Points drawn of a curve."""
 SERIES = ("#2f6fde", "#e0702f", "#1f9d7a", "#b04bc4", "#7d8590", "#c4423f")
-"""Colours that stand on white and on near-black alike."""
+"""Colours that are readable on white and on near-black."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
 
 
 def check_format(out: Path) -> None:
-    """UserError unless `out` is a file name that a plot can be saved under."""
+    """Raise UserError unless `out` names a .png or .svg file."""
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out}: name it {' or '.join(FORMATS)}")
 
@@ -82,8 +82,7 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     panel_width, panel_height = 3.7, 2.7
     width, height = panel_width * columns, panel_height * rows
     plot = Figure(figsize=(width, height), dpi=130, facecolor=theme.paper)
-    # Room in inches for titles and ticks. matplotlib's own layouts would draw every chart twice to measure it, two
-    # fifths of the time that a short run's report takes.
+    # Room in inches for titles and ticks. matplotlib's own layouts draw every chart twice, to measure it.
     left, right, top, bottom = 0.7, 0.15, 0.35, 0.3
     plot.subplots_adjust(
         left=left / width,

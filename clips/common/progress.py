@@ -20,11 +20,11 @@ TAIL = 1 << 16
 class Progress:
     done: int
     planned: int
-    """Both in what the run counts: samples or questions."""
+    """Both in the run's unit: samples or questions."""
     seconds_left: float | None
-    """None as long as no speed is known."""
+    """None until the speed is known."""
     time: float
-    """When it was so, in seconds since the epoch."""
+    """Time of this state, in seconds since the epoch."""
 
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", {self.seconds_left / 60:.1f} min left"
@@ -32,9 +32,9 @@ class Progress:
 
 
 def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
-    """The newest record of a .jsonl file that has these `fields`; None where there is no file, or none in its tail.
+    """The newest record of a .jsonl file with these `fields`; None if there is none in the file's tail.
 
-    Lines that are no record are passed over: the last one may be cut by a crash, or half written at this moment.
+    Lines that are no record are skipped: a crash may have cut the last line, or it is half written.
     """
     if not path.is_file():
         return None
@@ -49,17 +49,17 @@ def last_record(path: Path, **fields: Any) -> dict[str, Any] | None:
 
 
 def training_progress(metrics: Path, planned: int, **fields: Any) -> Progress | None:
-    """Progress of a training that is to see `planned` samples; `fields` as in `last_record`. None before its first."""
+    """Progress of a training of `planned` samples; `fields` as in `last_record`. None before its first record."""
     record = last_record(metrics, kind="train", **fields)
     if record is None:
         return None
-    done = min(record["samples"], planned)  # the last step's batch may reach beyond the planned samples
+    done = min(record["samples"], planned)  # the last batch may reach beyond the planned samples
     left = (planned - done) / record["samples_per_s"] if record["samples_per_s"] > 0 else None
     return Progress(done, planned, left, record["time"])
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What `ProgressFile` last wrote; None where nothing is in progress."""
+    """The last state that `ProgressFile` wrote; None if nothing is in progress."""
     try:
         return Progress(**json.loads(path.read_text()))
     except FileNotFoundError:
@@ -67,7 +67,7 @@ def read_progress(path: Path) -> Progress | None:
 
 
 class ProgressFile:
-    """Keeps `path` at how far a loop is, written at most once a second; inside a `with`, at whose end it is removed."""
+    """Writes a loop's progress to `path` at most once a second; the end of the `with` block removes `path`."""
 
     def __init__(self, path: Path, planned: int) -> None:
         self.path, self.planned = path, planned

@@ -1,15 +1,15 @@
-"""What a run directory holds, for both halves: which configuration, whose lock, which metrics, finished or not.
+"""A run directory of either half: its configuration, lock, metrics, and whether it is finished.
 
     runs/NAME/config.json     alone rebuilds the run; a run with another one does not go on here
-    runs/NAME/env.json        what else would explain a difference between two runs (clips/common/runtime.py)
-    runs/NAME/init_from.json  of a run that began with given weights: whose, and which parts came from them
-    runs/NAME/metrics.jsonl   a line for each log step and evaluation; the last one may be cut short by a kill
+    runs/NAME/env.json        machine and packages (clips/common/runtime.py)
+    runs/NAME/init_from.json  source of the initial weights, and the parts that came from it
+    runs/NAME/metrics.jsonl   a line for each log step and evaluation; a kill may cut the last line
     runs/NAME/checkpoints/    step-N, each sealed by MANIFEST.json (clips/weights/checkpoint.py)
     runs/NAME/export/, report/, evaluation*.json
-                              what was made of the weights of one checkpoint, which each of them names
-    runs/NAME/.lock           held by the process that trains here; says which one, on which host
+                              made of the weights of one checkpoint, which each of them names
+    runs/NAME/.lock           held by the process that trains here; names the process and its host
 
-Imports nothing heavy: a plan or a progress bar that asks about fifty runs waits for no torch and no matplotlib.
+Imports nothing heavy: a plan or a progress bar asks about fifty runs.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
 REPORT = "report/index.html"
 UNSEEN = "unseen"
-"""The name of the test set that decides, where a run has one of that name: on the demo, an artist never trained on."""
+"""The test set that decides, if a run has it: on the demo, an artist never trained on."""
 MADE_OF = "checkpoint.json"
-"""In export/ and report/: what `weights_of` says of the checkpoint that they were made of."""
+"""In export/ and report/: `weights_of` of their checkpoint."""
 
 
 # ------------------------------------------------------------------------------------------- what is of which weights
@@ -44,21 +44,21 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def surplus(found: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
-    """Which of a run's `checkpoints` need not stay: not of the newest `keep`, nor kept by `keep_every`.
+    """The checkpoints of a run that need not stay: neither among the newest `keep`, nor kept by `keep_every`.
 
-    That keeps the first one at or past each multiple of so many samples; 0 = none.
+    `keep_every` keeps the first checkpoint at or past each multiple of so many samples; 0: none.
     """
     first: dict[int, Path] = {}
-    for path in found if keep_every else []:  # newest first, so that the oldest of each stretch is what remains
+    for path in found if keep_every else []:  # newest first, so that the oldest of each stretch remains
         first[(weights_of(path)["samples"] or 0) // keep_every] = path
     first.pop(0, None)
     return [path for path in found[keep:] if path not in first.values()]
 
 
 def weights_of(checkpoint: Path) -> dict[str, Any]:
-    """Which weights a checkpoint holds: `step`, `samples` and `sha256` of model.safetensors, as its own files say.
+    """`step`, `samples` and `sha256` of a checkpoint's model.safetensors, as its own files say; nothing is hashed.
 
-    Nothing is hashed. The two are None where the files that tell them are damaged.
+    `samples` and `sha256` are None if their files are damaged.
     """
     found = {"step": int(checkpoint.name[5:]), "samples": None, "sha256": None}
     for key, file, name in (("samples", "state.json", "samples"), ("sha256", MANIFEST, "model.safetensors")):
@@ -68,7 +68,7 @@ def weights_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def newest_weights(run_dir: Path) -> dict[str, Any] | None:
-    """`weights_of` the newest checkpoint; None where there is none."""
+    """`weights_of` the newest checkpoint; None if there is none."""
     return next(map(weights_of, checkpoints(run_dir)), None)
 
 
@@ -79,7 +79,7 @@ def is_current(directory: Path) -> bool:
 
 
 def check_current(export: Path) -> Path:
-    """`export`, the export/ of a run; UserError where the run has trained on since it was written."""
+    """`export`, the export/ of a run. Raises UserError if the run has trained on since."""
     if not is_current(export):
         newest, step = newest_weights(export.parent) or {}, read_json(export / MADE_OF).get("step")
         raise UserError(
@@ -91,10 +91,7 @@ def check_current(export: Path) -> Path:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the newest weights of a pretraining run are measured and exported.
-
-    Its report is for people, and can be made again.
-    """
+    """Whether the newest weights of a pretraining run are measured and exported; the report does not matter."""
     export, evaluation = run_dir / "export", read_json(run_dir / "evaluation.json")
     return export.is_dir() and is_current(export) and _is_of(evaluation, newest_weights(run_dir))
 
@@ -105,9 +102,9 @@ def _is_of(evaluation: Mapping[str, Any], newest: Mapping[str, Any] | None) -> b
 
 
 def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
-    """What was measured here: name of the evaluation*.json, "evaluation" for the run's own test set → its content.
+    """Stem of evaluation*.json ("evaluation" for the run's own test set) → its content.
 
-    What was measured of other weights than a run's newest is left out.
+    Evaluations of other weights than the run's newest are left out.
     """
     newest = newest_weights(directory)
     found = {path.stem: read_json(path) for path in sorted(directory.glob("evaluation*.json"))}
@@ -115,7 +112,7 @@ def read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]:
-    """Figures of several test sets, called NAME/FIGURE, as set → figure; plain names are those of the set `first`."""
+    """Figures called NAME/FIGURE as test set → figure; plain names belong to the set `first`."""
     found: dict[str, dict[str, T]] = {}
     for name, figure in figures.items():
         test_set, has_set, rest = name.rpartition("/")
@@ -124,12 +121,12 @@ def by_test_set(figures: Mapping[str, T], first: str) -> dict[str, dict[str, T]]
 
 
 def deciding_name(figure: str, figures: Iterable[str]) -> str:
-    """What a figure is called on the test set that decides, if it is among `figures`; else its plain name."""
+    """A figure's name on the test set that decides, if it is among `figures`; else its plain name."""
     return f"{UNSEEN}/{figure}" if f"{UNSEEN}/{figure}" in figures else figure
 
 
 def has_report(run_dir: Path) -> bool:
-    """Whether there is a report, of the newest weights."""
+    """Whether there is a report of the newest weights."""
     return (run_dir / REPORT).is_file() and is_current((run_dir / REPORT).parent)
 
 
@@ -141,13 +138,13 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def refuse(changes: Sequence[str], what: str, mend: str) -> None:
-    """Raise UserError listing `changes` where there are any; `what` holds them, `mend` is what to do."""
+    """Raise UserError if there are `changes`; `what` introduces them, `mend` says what to do."""
     if changes:
         raise UserError(f"{what}:\n  " + "\n  ".join(changes) + f"\n{mend}")
 
 
 def began_with(run_dir: Path) -> dict[str, Any] | None:
-    """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None where there is none."""
+    """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None if it is missing."""
     record = run_dir / INIT_FROM
     return json.loads(record.read_text()) if record.is_file() and (run_dir / "config.json").is_file() else None
 
@@ -157,9 +154,9 @@ _held: dict[Path, IO[str]] = {}
 
 
 def hold(run_dir: Path) -> None:
-    """Keep other processes from training in `run_dir` until this one ends; UserError where one does already.
+    """Keep other processes from training in `run_dir` until this one ends. Raises UserError if one does already.
 
-    The lock file says which one, for it may be on another host, or have outlived its launcher.
+    The lock file names the process: it may be on another host, or have outlived its launcher.
     """
     place = run_dir.resolve()
     if place in _held:
@@ -174,13 +171,13 @@ def hold(run_dir: Path) -> None:
     file.truncate(0)
     json.dump({"host": platform.node(), "pid": os.getpid(), "launchers": launchers()}, file)
     file.flush()
-    # A data worker outlives a killed rank by some seconds: it must not keep the rank that is started anew from the run.
+    # A data worker outlives a killed rank by some seconds; it must not block the restarted rank.
     os.register_at_fork(after_in_child=file.close)
     _held[place] = file
 
 
 def _holder(run_dir: Path) -> str:
-    """Who holds the lock, as a part of a sentence; empty where it has not written that yet."""
+    """The lock's holder, as a part of a sentence; empty if it is not written yet."""
     found = parse_line((run_dir / ".lock").read_bytes())
     if found is None:
         return ""
@@ -194,9 +191,9 @@ def _holder(run_dir: Path) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); one that a kill cut short is passed over.
+    """The lines of metrics.jsonl (of one `kind`: "train", "eval"); a line that a kill cut is skipped.
 
-    Raises UserError where there is no such file.
+    Raises UserError if the file is missing.
     """
     path = run_dir / METRICS
     if not path.is_file():
@@ -206,9 +203,9 @@ def read_metrics(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave in a .jsonl file the lines that are `wanted` and whole: what a killed run wrote after its checkpoint goes.
+    """Keep only the `wanted` whole lines of a .jsonl file, if there is one.
 
-    So no step stands twice when the run goes on from there. A missing file stays missing.
+    Lines after the checkpoint that a killed run goes on from are removed, so that no step is there twice.
     """
     if path.exists():
         lines = path.read_bytes().splitlines()
@@ -217,13 +214,13 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def is_at_most(line: dict[str, Any], step: int) -> bool:
-    """Whether a line of metrics.jsonl is of `step` or an earlier one; what says no step is of none."""
+    """Whether a line of metrics.jsonl is of `step` or an earlier step; a line without a step is not."""
     found = line.get("step")
     return isinstance(found, int) and found <= step
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
-    """A line of a .jsonl file; None where it is no whole record: cut by a crash, or half written at this moment."""
+    """A line of a .jsonl file; None if it is no whole record: cut by a crash, or half written."""
     try:
         line = json.loads(text)
     except ValueError:

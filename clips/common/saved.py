@@ -1,4 +1,4 @@
-"""The checkpoints in a run directory of either half: which there are, whether they are whole, which need not stay."""
+"""The checkpoints in a run directory of either half: list, verify and prune them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LLAVA = re.compile(r"checkpoint-\d+")
 
 @dataclass(frozen=True)
 class Group:
-    """Checkpoints that follow each other: a pretraining run's, one stage's of a LLaVA run, or put aside together."""
+    """Consecutive checkpoints: of a pretraining run, of one stage of a LLaVA run, or put aside together."""
 
     directory: Path
     found: list[Path]
     """Newest first, at least one."""
     counts: bool
-    """Whether a run goes on from the newest of them; not where a rewind has put them aside."""
+    """Whether a run goes on from the newest; False if a rewind has put them aside."""
 
     @property
     def is_llava(self) -> bool:
@@ -37,7 +37,7 @@ class Group:
 
 
 def groups(place: Path) -> list[Group]:
-    """What a run directory, or a checkpoint alone, holds. UserError where that is nothing."""
+    """The checkpoints of a run directory, or one checkpoint. Raises UserError if there is none."""
     if (place / MANIFEST).is_file():
         return [Group(place.parent, [place], counts=False)]
     aside = sorted((place / "checkpoints").glob("aside-*"))
@@ -58,7 +58,7 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint by its hashes; None where nothing is."""
+    """What is wrong with a checkpoint by its hashes, or None."""
     try:
         check_seal(checkpoint)
     except ValueError as fault:
@@ -67,7 +67,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def list_saved(place: Path, *, verify: bool = False) -> None:
-    """Print what is saved; `verify` reads and hashes every file, and raises CommandError where one is damaged."""
+    """Print a table of the checkpoints; `verify` hashes every file and raises CommandError if one is damaged."""
     damaged = []
     table = Table(title=for_rich(str(place)), title_justify="left")
     for name in ("checkpoint", "step", "samples", "MB", "age", "verified" if verify else "sealed", ""):
@@ -105,9 +105,9 @@ def _age(seconds: float) -> str:
 
 
 def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> None:
-    """Delete what is neither of the newest `keep` nor kept by `keep_every` (samples); what was put aside stays.
+    """Delete the `surplus` checkpoints; those that were put aside stay.
 
-    UserError where the run is training, CommandError where none of those that would stay is whole: then none goes.
+    Raises UserError if the run is training, and CommandError if no checkpoint that would stay is whole.
     """
     if keep < 1 or keep_every < 0:
         raise UserError(
@@ -131,14 +131,14 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
 
 
 def _delete(paths: Sequence[Path], *, dry_run: bool) -> None:
-    for path in reversed(paths):  # the oldest first: what a crash leaves is a run with fewer of them
+    for path in reversed(paths):  # oldest first, so that a crash leaves the newer ones
         print(f"{'would delete' if dry_run else 'deleted'} {path}", flush=True)
         if not dry_run:
             shutil.rmtree(path)
 
 
 def check_exportable(place: Path) -> None:
-    """UserError for what is no checkpoint, or run, of an encoder."""
+    """Raise UserError unless `place` is a checkpoint or run of an encoder."""
     if any(group.is_llava for group in groups(place)):
         raise UserError(
             f"{place} is of the LLaVA half, whose checkpoints hold the trained parts only: the same train_llava.sh "

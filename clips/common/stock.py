@@ -1,4 +1,4 @@
-"""Models through transformers' own loaders: without noise, without code that comes with them, with clear errors."""
+"""Models through transformers' loaders: without noise, without the model's own code, with clear errors."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from clips.common.hub import WEIGHT_FILES
 from clips.common.tensors import unpickling_reason
 
 BAR_FROM = 2 * 2**30
-"""Bytes of weights that take long enough to read or write for a progress bar."""
+"""Bytes of weights from which a progress bar is shown."""
 NO_CODE = {"trust_remote_code": False}
-"""For every loader of transformers that may read `auto_map`: where it knows the kind of model itself it uses its own
-class, else it refuses. Left unsaid, it would ask at the terminal and run the model's code on a "y"."""
+"""For every loader that may read `auto_map`: transformers uses its own class, or refuses. Without this option it asks
+at the terminal and runs the model's code on a "y"."""
 
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""For loaders whose report `check_complete` reads: of weights that do not fit, they would raise without the shapes."""
+"""For loaders whose report `check_complete` reads; otherwise they raise an error without shapes for unfit weights."""
 
 
 @contextmanager
 def loading(what: str, directory: Path | str) -> Iterator[None]:
-    """Turns what a stock loader raises for a damaged or unfit model into a UserError that names the place.
+    """Turn a stock loader's error for a damaged or unfit model into a UserError that names the place.
 
-    Its own reports are off meanwhile, and its progress bars where `directory` is one whose weights are soon read.
+    The loader's own reports are off, and its progress bars if the weights in `directory` are small.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report on missing weights; `check_complete` decides what matters
@@ -54,10 +54,7 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
 
 @contextmanager
 def progress_bars(size: int | None) -> Iterator[None]:
-    """No progress bars of transformers while it reads or writes `size` bytes of weights, if those are below BAR_FROM.
-
-    With None, a size that is not known (a download, for example), bars are left as they are.
-    """
+    """Hide transformers' progress bars if `size` bytes of weights are below BAR_FROM; None changes nothing."""
     hidden = size is not None and size < BAR_FROM and logging.is_progress_bar_enabled()
     if hidden:
         logging.disable_progress_bar()
@@ -78,10 +75,7 @@ def _weight_bytes(place: Path) -> int | None:
 
 
 def check_complete(info: dict[str, Any], what: str, directory: Path | str, allowed: tuple[str, ...] = ()) -> None:
-    """Raise UserError when `from_pretrained(…, **REPORTED)` left weights at random values.
-
-    `allowed` are prefixes of parameters that nothing here uses.
-    """
+    """Raise UserError if `from_pretrained(…, **REPORTED)` left weights random, except prefixes in `allowed`."""
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(allowed))
     if missing or info["mismatched_keys"]:
         shapes = [

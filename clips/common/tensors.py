@@ -1,8 +1,7 @@
 """Weights in files: safetensors, or torch files without pickled code; and their hash.
 
-This is the only file that opens a weight file to read it (apart from transformers' own loaders), so
-these two rules hold everywhere: nothing in a weight file is ever executed (`weights_only=True`),
-and weights that do not fit the model are refused by name, with both shapes.
+Only this file reads weight files (apart from transformers' loaders). So two rules hold everywhere: nothing in a weight
+file is executed (`weights_only=True`), and unfit weights are refused by name, with both shapes.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ SHOWN = 5
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read name → tensor (on the CPU) from a .safetensors file or a torch file.
 
-    Raises UserError when the file is missing, damaged, holds pickled code, or holds no weights.
+    Raises UserError if the file is missing, damaged, holds pickled code, or holds no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,10 +81,9 @@ def read_model(directory: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path, *, mapped: bool = False) -> Any:
-    """What a torch file holds: tensors, plain values, instances of the classes that `only_data` lets in.
+    """The content of a torch file: tensors, plain values, instances of the classes of `only_data`.
 
-    `mapped` leaves the tensors' values on the disk, if the file's format allows. UserError for a file that is damaged
-    or holds anything else.
+    `mapped` leaves tensors on the disk if the format allows. Raises UserError if the file is damaged or holds more.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
@@ -99,16 +97,16 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
 
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
-    """What torch found; the rest of its message tells the reader how to run the code."""
+    """torch's finding, without the part of its message that says how to run the code."""
     found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|operand) \S+", str(error))
     return found[0] if found else first_line(error)
 
 
 @contextmanager
 def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
-    """Inside, no `torch.load` of this process runs what a file says, not even one of another library's.
+    """Inside, no `torch.load` of this process runs code from a file, not even in another library.
 
-    `classes` may be in the files too: as an instance, by its attributes.
+    Files may hold instances of `classes`, built from their attributes.
     """
     before = {name: os.environ.pop(name, None) for name in (FORCE, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")}
     os.environ[FORCE] = "1"  # torch's own switch, stronger than the `weights_only=False` that DeepSpeed passes
@@ -121,7 +119,7 @@ def only_data(classes: Sequence[type] = ()) -> Iterator[None]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file that `read_weights` reads says beside its tensors."""
+    """The metadata of a .safetensors file."""
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 
@@ -133,7 +131,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) ->
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
-    """A SHA-256 object of hashlib over names, types, shapes and values: what comes from weights is known by it."""
+    """hashlib's SHA-256 object over names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -142,10 +140,7 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `module`; every name and shape must fit, else UserError says which do not.
-
-    `source` is where the weights come from, for the message.
-    """
+    """Copy `tensors` into `module`. Raises UserError naming `source` if names or shapes do not fit."""
     own = module.state_dict()
     problems = [
         f"{name}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(own[name].shape)}"

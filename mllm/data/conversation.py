@@ -5,11 +5,10 @@ A format is a handful of literal strings around the texts of the turns:
     first  question  middle  answer  end  next  question  middle  answer  end …
     ────── masked ─────────  ─ trained ─  ────── masked ────────  ─ trained ─
 
-Every segment is tokenised on its own, so a label never depends on finding a string in a rendered conversation
-(LLaVA's "tokenization mismatch"). Texts are tokenised with special-token parsing off: control tokens and images
-enter only where a format or a sample puts them, and a typed `<image>` or `<|im_end|>` stays text. Texts are stripped,
-as the saved chat template strips them; then a segment boundary is also a boundary of the tokenizer's own
-pre-tokenisation and the ids equal those of the whole rendering.
+Every segment is tokenised by itself, so a label never depends on finding a string in a rendered conversation (LLaVA's
+"tokenization mismatch"). Texts are tokenised without special tokens: a typed `<image>` or `<|im_end|>` stays text, and
+only a format or a sample adds control tokens and images. Texts are stripped as in the saved chat template. A segment
+boundary is then a boundary of the tokenizer's pre-tokenisation, and the ids equal those of the whole rendering.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 
 @dataclass(frozen=True)
 class Encoded:
-    """`input_ids` and `labels` of one sample, equally long; `truncated` says that something was cut."""
+    """`input_ids` and `labels` of one sample, equally long; `truncated`: whether something was cut."""
 
     input_ids: list[int]
     labels: list[int]
@@ -43,16 +42,16 @@ class Encoded:
 
 
 class _Text(str):
-    """A text of the sample: tokenised without looking for control tokens."""
+    """A text of the sample, tokenised without control tokens."""
 
 
 @dataclass(frozen=True)
 class _Image:
-    """Stands for one image among the parts of a text."""
+    """One image among the parts of a text."""
 
 
 Segment = tuple["str | _Text | _Image", bool]
-"""A piece of a conversation (plain `str`: a literal of the format), and whether it is trained."""
+"""A piece of a conversation (a plain `str` is a literal of the format), and whether it is trained."""
 
 
 class ConversationEncoder:
@@ -87,8 +86,7 @@ class ConversationEncoder:
         self._pattern = control_pattern(tokenizer)
         self._at_start = _text_tokenizer(tokenizer, prefix_space=True)
         self._inside = _text_tokenizer(tokenizer, prefix_space=False)
-        # SentencePiece kinds put a space before a text: some before each one that follows a control token, some only
-        # before the very first one.
+        # SentencePiece kinds add a space before each text after a control token, or only before the first text.
         probe = tokenizer(f"{IMAGE_TOKEN}a", add_special_tokens=False)["input_ids"][1:]
         self._after_control = self._at_start if probe == self._at_start("a") else self._inside
         self._start, self._after_image = self._at_start, self._after_control
@@ -102,8 +100,8 @@ class ConversationEncoder:
     def encode(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> Encoded:
         """One training sample; the loss is on every answer and its end token.
 
-        Raises UserError naming `sample` for bad turns, for another number of placeholders than `images`, and where
-        nothing would be trained.
+        Raises UserError naming `sample` for bad turns, if placeholders and `images` differ in number, and if nothing
+        would be trained.
         """
         ids, trained = self._ids(self._segments(turns, images, sample), sample)
         truncated = False
@@ -128,12 +126,12 @@ class ConversationEncoder:
         return Encoded(ids, labels, truncated)
 
     def check(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> None:
-        """Raise what `encode` would raise for the turns and placeholders, without tokenising."""
+        """Raise the errors of `encode` about turns and placeholders, without tokenising."""
         if not any(trained for _, trained in self._segments(turns, images, sample)):
             raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: int, sample: str = "prompt") -> list[int]:
-        """Ids up to the place where the next answer starts: a prefix of what `encode` builds. Not truncated."""
+        """Ids up to the start of the next answer, a prefix of the ids of `encode`. Not truncated."""
         segments = self._segments(turns, images, sample)
         if not turns or ROLES[turns[-1]["from"]] != "human":
             raise UserError(f"{sample}: the last turn of a prompt must be the human's")
@@ -196,7 +194,7 @@ class ConversationEncoder:
 
     @functools.cached_property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: control tokens, for `plain` all that the vocabulary has ending in its newline."""
+        """Tokens that end an answer: control tokens; for `plain` all tokens that end in its newline."""
         ends = {piece for piece in self._literal(self.format.end) if isinstance(piece, int)}
         if not ends:
             texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
@@ -217,9 +215,9 @@ class ConversationEncoder:
 def answering_encoder(tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int) -> ConversationEncoder:
     """The encoder of a finished model's prompts, for evaluation, chat and server alike.
 
-    `conv_mode` "auto" is the format that the model was trained with, see `mllm.data.formats`. Where nothing says it and
-    no format renders as the chat template does, the one with the same headers of turns counts, and stderr says so;
-    UserError where there is none.
+    `conv_mode` "auto" is the model's trained format, see `mllm.data.formats`. If the model does not name it and no
+    format renders as its chat template, the format with the same headers of turns is used, with a note on stderr.
+    Raises UserError if there is none.
     """
     try:
         return ConversationEncoder(tokenizer, conv_mode, num_image_tokens)
@@ -236,7 +234,7 @@ def answering_encoder(tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_im
 
 
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, *, prefix_space: bool) -> Any:
-    """A function text → ids that knows no special tokens; `prefix_space=False`: and adds no space in front."""
+    """A function text → ids without special tokens; with `prefix_space=False` it adds no space in front."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     if not prefix_space:
         for part in ("normalizer", "pre_tokenizer"):
@@ -278,7 +276,7 @@ def _is_content(turn: dict[str, Any]) -> bool:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether `text` is Unicode: JSON can spell one half of a surrogate pair ("\\ud83d"), which no encoding can."""
+    """Whether `text` has no lone surrogate, which JSON can spell ("\\ud83d") but no encoding can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -290,7 +288,7 @@ PLAIN_ROLES = [["human", "gpt"], ["human"]]
 
 
 def check_turns(turns: Sequence[dict[str, Any]], sample: str) -> list[tuple[str, Any]]:
-    """(role, value) of each turn: [system] human gpt human gpt …, as LLaVA without an answer that starts the sample.
+    """(role, value) of each turn: [system] human gpt human gpt …; as in LLaVA a leading answer is dropped.
 
     Raises UserError naming `sample` and the turn.
     """
@@ -326,8 +324,8 @@ _EDGE = re.compile(rf"\A(?:{IMAGE_TOKEN}\s*)+|(?:\s*{IMAGE_TOKEN})+\Z")
 def place_images(turns: list[tuple[str, Any]], images: int, sample: str) -> list[list[str | _Image]]:
     """Each turn's value as stripped text parts and images.
 
-    The `<image>` of human turns are as many as the sample has images. Where they are more, those at the start or the
-    end of a text are the placeholders and the others are typed text. Any other count raises UserError naming `sample`.
+    Human turns have as many `<image>` as the sample has images. If they have more, those at the start or the end of a
+    text are placeholders, and the others are typed text. Any other count raises UserError naming `sample`.
     """
     human = [value for role, value in turns if role == "human"]
     texts = [value.strip() for value in human if isinstance(value, str)]

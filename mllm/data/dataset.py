@@ -1,9 +1,9 @@
 """LLaVA data: JSON or JSONL records beside a folder (or a tar) of pictures, in a deterministic order.
 
-The dataset gives token ids, labels and the *names* of the pictures; what a name becomes (pixels, or rows of a feature
-cache) is the business of the `load_images` that the collator is given.
+The dataset gives token ids, labels and the names of the pictures. The collator's `load_images` turns names into pixels
+or rows of a feature cache.
 
-Shapes: B samples of a batch · L longest of them · N pictures of the batch, in the order of their placeholders.
+Shapes: B samples of a batch · L longest sample · N pictures of the batch, in the order of their placeholders.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BadSample(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a LLaVA file: picture names relative to the image folder, and its turns as they stand there."""
+    """One sample of a LLaVA file: picture names relative to the image folder, and its unchanged turns."""
 
     index: int
     id: str
@@ -58,12 +58,12 @@ class Record:
 
     @property
     def name(self) -> str:
-        """How messages call the sample."""
+        """The sample's name in messages."""
         return f"sample {self.index} (id {self.id})"
 
 
 def parse_record(raw: Any, index: int) -> Record:
-    """Check one raw record's fields (its turns are checked by the encoder); UserError with its index and id."""
+    """Check a raw record's fields; the encoder checks its turns. Raises UserError with its index and id."""
     sample_id = sample_id_of(raw, index)
     where = f"sample {index} (id {sample_id})"
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
@@ -79,16 +79,15 @@ def parse_record(raw: Any, index: int) -> Record:
 
 
 def sample_id_of(raw: Any, index: int) -> str:
-    """The id of a raw record, fit for a message; its index where it has none."""
+    """The id of a raw record for a message, or its index."""
     return str(raw.get("id", index)).encode("utf-8", "backslashreplace").decode() if isinstance(raw, dict) else "?"
 
 
 class RecordReader:
-    """Raw records → records that can be trained on: what training and its pre-flight both let through.
+    """Raw records → records that can be trained on, for training and its pre-flight.
 
-    Checks fields, turns, placeholders against images, files that exist (each picture once), and a question that alone
-    fills the context. Only the few samples that may do so are tokenised. `store` may be None for a set without
-    pictures.
+    Checks fields, turns, placeholders, missing files, and a question that alone fills the context; only samples that
+    may do so are tokenised. `store` may be None for a set without pictures.
     """
 
     def __init__(self, encoder: ConversationEncoder, store: ImageStore | None) -> None:
@@ -122,10 +121,7 @@ class RecordReader:
         return self._missing[name]
 
     def _may_lose_its_answers(self, record: Record) -> bool:
-        """Whether what stands before the first answer could fill the context.
-
-        A token is hardly ever less than a byte, so the few long ones are found without tokenising all.
-        """
+        """Whether the text before the first answer could fill the context, since a token has at least a byte."""
         if self.encoder.max_length is None:
             return False
         before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
@@ -136,9 +132,8 @@ class RecordReader:
 class LlavaDataset(Dataset):
     """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
 
-    Construction checks every record (see `RecordReader`). Where some cannot be trained on, `on_bad_sample` "error"
-    raises UserError that names the first ten and says how many they are; "skip" leaves them out, and keeps them in
-    `skipped`. UserError too where none is left.
+    Construction checks every record (see `RecordReader`). For bad samples, `on_bad_sample` "error" raises UserError
+    with the first ten and their number; "skip" moves them to `skipped`. Raises UserError if no sample is left.
     """
 
     def __init__(
@@ -198,7 +193,7 @@ def _told(problems: list[Problem], data_path: Path, *, all_bad: bool) -> str:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """int64 [B, L]: rows padded with `value`, on the right for training, on the `left` for generation."""
+    """int64 [B, L]: rows padded with `value` on the right, or on the `left` for generation."""
     padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
     for target, row in zip(padded, rows, strict=True):
         target[len(target) - len(row) if left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
@@ -209,7 +204,7 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
 class Collator:
     """Samples → `input_ids`, `labels`, `attention_mask` [B, L], and `image_key` as `load_images(names)` gives it.
 
-    A batch without pictures has no `image_key`; the model's side makes that safe under ZeRO-3.
+    A batch without pictures has no `image_key`; the model makes that safe under ZeRO-3.
     """
 
     pad_id: int

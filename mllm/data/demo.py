@@ -7,9 +7,9 @@
     question_unseen.jsonl  the same questions about the same scenes, drawn by an artist that no training shows
     description.jsonl held-out pictures to describe, with `references`
 
-A thing stands once in a scene, at one of five places. Layouts of the test pictures occur in no training picture
-(`clips.data.demo.split_of`). An identity is answered with its
-article ("A fox"): behind a space the name of nearly every thing is one token of common vocabularies.
+A thing is in a scene once, at one of five places. Layouts of the test pictures occur in no training picture
+(`clips.data.demo.split_of`). An answer about identity has an article ("A fox"): after a space most names are one token
+of common vocabularies.
 """
 
 from __future__ import annotations
@@ -46,19 +46,13 @@ from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
 VERSION = 4
-"""Raise it when texts or files change: older folders are then built anew."""
-ALIGN, INSTRUCT, QUESTIONS, UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = (
-    "align.json",
-    "instruct.json",
-    "question.jsonl",
-    "question_unseen.jsonl",
-    "description.jsonl",
-    "images",
-)
+"""Raise it if texts or files change: older folders are then built anew."""
+ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
+UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
 CAPTION_SHARE = 0.25
-"""Share of the instruction samples that ask for a short caption: it names everything in fewest tokens."""
+"""Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
 TURNS = (5, 7)
-"""Questions of one conversation: between these."""
+"""Fewest and most questions of a conversation."""
 DESCRIBED_SHARE = 0.15
 """Share of the conversations that end with a long description."""
 SHOW = (
@@ -157,7 +151,7 @@ def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
-    """As many yes as no for every form. Where it can, a "no" names something that is in the picture elsewhere."""
+    """Every form has as many yes as no. If possible, a "no" names a thing that is elsewhere in the picture."""
     yes = rng.random() < 0.5
     thing, place = about
     form = rng.choice((IS_THERE, IS_AT, IS_BACKGROUND))
@@ -182,10 +176,10 @@ def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
-    """A short caption, or different questions of all kinds, places and yes/no most often, in random order.
+    """A short caption, or questions of all kinds in random order, about places and yes/no most often.
 
-    What stands in the conversation need not be read in the picture. So captions stand alone, and no thing is asked
-    for by its place and by its name in one conversation.
+    The conversation must not give answers away. So a caption is alone, and no conversation asks for a thing by its
+    place and by its name.
     """
     if rng.random() < CAPTION_SHARE:
         return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
@@ -232,7 +226,7 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
 
 
 def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random) -> dict[str, Any]:
-    """A LLaVA record; the placeholder stands before or behind the first question, as in LLaVA's own data."""
+    """A LLaVA record; the placeholder is before or after the first question, as in LLaVA's data."""
     turns = [
         {"from": role, "value": value} for pair in asked for role, value in zip(("human", "gpt"), pair, strict=True)
     ]
@@ -244,7 +238,7 @@ def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random
 
 
 def eval_questions(scenes: list[DemoScene], per_kind: int, seed: int) -> list[dict[str, Any]]:
-    """`per_kind` different questions of each kind, answers as evenly spread as the pictures allow (yes/no: exactly)."""
+    """`per_kind` different questions of each kind, with answers as evenly spread as the pictures allow."""
     questions = []
     for kind, ask in KINDS.items():
         rng = random.Random(f"{seed}/questions/{kind}")
@@ -274,12 +268,11 @@ def ensure_llava_demo(
     per_kind: int = len(CONCEPTS),
     seed: int = 0,
 ) -> Path:
-    """Write the files named above into `directory` unless the same are there; returns the directory.
+    """Write the files above into `directory` as `ensure_built`, unless the same are there; returns the directory.
 
-    Built as `ensure_built` does. `align` and `instruct` count pictures of the demo's training split (different ones),
-    `text_only` samples without one, `per_kind` test questions: by default each name is the answer to one. Builds the
-    demo scenes in `demo_dir` if there are none of this version. Raises UserError when there are too few, or when the
-    folder holds something else.
+    `align` and `instruct` count different pictures of the demo's training split, `text_only` samples without a picture,
+    `per_kind` test questions of each kind (default: each name is the answer once). Builds missing demo scenes in
+    `demo_dir`. Raises UserError if there are too few scenes, or if the folder holds something else.
     """
     demo_dir = Path(demo_dir)
     ensure_any_demo(demo_dir)
@@ -290,7 +283,7 @@ def ensure_llava_demo(
 
 
 def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Every file named at the top into `work`."""
+    """Write every file named at the top into `work`."""
     (work / IMAGES).mkdir()
     align, instruct, seed = wanted["align"], wanted["instruct"], wanted["seed"]
     train = _write_images(demo_dir, "train", align + instruct, work / IMAGES)
@@ -332,7 +325,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
 
 
 def demo_questions(directory: Path) -> dict[str, Path]:
-    """What the answers to each file of held-out questions are called → the file, of those that are in `directory`."""
+    """Name of the answers → file of held-out questions, for the files in `directory`."""
     files = {"answers": QUESTIONS, "descriptions": DESCRIPTIONS, UNSEEN_ANSWERS: UNSEEN_QUESTIONS}
     return {name: directory / file for name, file in files.items() if (directory / file).is_file()}
 

@@ -1,7 +1,7 @@
 """Conversation formats: LLaVA's plain, v1 and llama_3, ChatML, and the tokenizer's own, as Jinja templates.
 
-A model keeps the format that it was trained with beside its tokenizer, as data (`save_format`). `auto` reads that, and
-where there is none finds the format by rendering.
+A model keeps its trained format as data beside its tokenizer (`save_format`). `auto` reads that, or finds the format by
+rendering.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ SAVED = "conversation_format"
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """The literal strings of a conversation; control tokens are written as the tokenizer spells them."""
+    """The literal strings of a conversation; control tokens have the tokenizer's spelling."""
 
     name: str
     first: str
     """Before the first question, default system text included."""
     system: tuple[str, str] | None
-    """Replaces `first` around a system text that the sample brings; None where the format has no system role."""
+    """Replaces `first` around the sample's own system text; None if the format has no system role."""
     middle: str
     end: str
-    """Ends an answer and is trained: one control token (`plain`: a newline)."""
+    """Ends an answer, trained: one control token, for `plain` a newline."""
     next: str
     tail: str = ""
     """Follows the last `end` in a rendered conversation; not part of a training sample."""
     lead: str = ""
-    """Starts each question and each answer, inside the text's own segment (`v1`: the space after the colon)."""
+    """Starts each question and answer, inside the text's segment (`v1`: the space after the colon)."""
     keeps_question: bool = True
-    """False for `plain`: of the question only the images stay."""
+    """False for `plain`, which keeps only the images of a question."""
     bos: str = ""
-    """What the tokenizer put in front of every text; `first` and `system` start with it."""
+    """The bos that the tokenizer adds to every text; `first` and `system` start with it."""
     prefix_space: bool = False
     """Whether the first text, and a text right after an image, start with one more space, as in LLaVA: LLaVA tokenises
     the texts between images one by one, and SentencePiece puts a space before each. False if the tokenizer adds that
@@ -132,7 +132,7 @@ def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is SentencePiece's, and puts its space before a rendering, not after control tokens."""
+    """Whether a SentencePiece tokenizer adds its space before a rendering, and not after control tokens."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -170,9 +170,9 @@ def _chatml(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
-    """What the model was saved with; else the named format that renders as its chat template, else that one's pieces.
+    """The saved format; else the named format that renders as the chat template; else the template's own pieces.
 
-    Formats that render alike have the same ids, so it does not matter which of them is found first.
+    Formats that render alike have the same ids, so the first of them will do.
     """
     saved = saved_format(tokenizer)
     if saved is not None:
@@ -237,11 +237,11 @@ LLAVA_NAMES = {
     "qwen_1_5": "chatml",
     "qwen_2": "chatml",
 }
-"""LLaVA's and LLaVA-NeXT's other names of formats, and what they are called here."""
+"""LLaVA's and LLaVA-NeXT's names of formats → the names here."""
 
 
 def format_name(name: str) -> str:
-    """The key of FORMATS that `name` stands for; UserError where there is none."""
+    """The key of FORMATS for `name`. Raises UserError for an unknown name."""
     found = LLAVA_NAMES.get(name, name)
     if found not in FORMATS:
         known = ", ".join([*FORMATS, *LLAVA_NAMES])
@@ -250,7 +250,7 @@ def format_name(name: str) -> str:
 
 
 def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
-    """The pieces of format `name` for `tokenizer`; UserError for an unknown name or missing control tokens."""
+    """Format `name` for `tokenizer`. Raises UserError for an unknown name or missing control tokens."""
     name = format_name(name)
     saved = saved_format(tokenizer)
     if saved is not None and saved.name == name:
@@ -263,7 +263,7 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
             f"conversation format {name} needs the special tokens {', '.join(missing)}, which this tokenizer does not "
             "have: choose --version auto or v1"
         )
-    # What the tokenizer puts in front of every text (a bos) belongs to the pieces, so that ids and template agree.
+    # The tokenizer's bos becomes a part of the pieces, so that ids and template agree.
     bos = _leading_bos(tokenizer)
     if bos and not chosen.first.startswith(bos):
         system = chosen.system and (bos + chosen.system[0], chosen.system[1])
@@ -272,10 +272,10 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """The one named format whose headers of turns are those of the tokenizer's chat template, or None.
+    """The only named format with the headers of turns of the tokenizer's chat template, or None.
 
-    White space, the end-of-sequence token and what stands before the first question are not compared: LLaVA-1.5's
-    template on the hub has v1's headers, but neither its system text nor its end of an answer.
+    White space, the end token and the text before the first question are not compared: LLaVA-1.5's template on the hub
+    has v1's headers, but neither its system text nor its end of an answer.
     """
     own = _headers(tokenizer, tokenizer.chat_template)
     if own is None:
@@ -285,7 +285,7 @@ def closest_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
 
 
 def _expressible(tokenizer: PreTrainedTokenizerBase) -> list[Format]:
-    """The named formats of a talk whose control tokens the tokenizer has."""
+    """The named formats whose control tokens the tokenizer has."""
     found = []
     for name in ("v1", "llama_3", "chatml"):
         try:
@@ -302,7 +302,7 @@ _TALK = [
 
 
 def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str | None] | None:
-    """Prompts and whole talks, with and without a system text (None where the template refuses one), less the bos."""
+    """Prompts and talks without the bos, with and without a system text (None if the template refuses it)."""
     bos = _leading_bos(tokenizer)
     talks = [(_TALK[start:stop], stop % 2 == 0) for start in (1, 0) for stop in (2, 3, 4, 5)]
     texts = [_render(tokenizer, template, talk, generate) for talk, generate in talks]
@@ -310,7 +310,7 @@ def _renderings(tokenizer: PreTrainedTokenizerBase, template: str | None) -> lis
 
 
 def _headers(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str] | None:
-    """What stands after the first question, the first answer and the second question, eos and white space removed."""
+    """The texts after the first question, the first answer and the second question, without eos and white space."""
     text = _render(tokenizer, template, _TALK[1:4], generate=True)
     if text is None:
         return None
@@ -321,7 +321,7 @@ def _headers(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[s
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str | None, talk: list[dict[str, str]], generate: bool
 ) -> str | None:
-    """`talk` with all its texts in order, or None; some templates take texts only as lists of parts."""
+    """The rendered `talk` with all its texts in order, or None; some templates take only lists of parts."""
     if not template:
         return None
     listed: list[Any] = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in talk]
@@ -339,12 +339,12 @@ def _render(
 
 # ---------------------------------------------------------------------------------------------- kept with a model
 def save_format(tokenizer: PreTrainedTokenizerBase, chosen: Format) -> None:
-    """Keep `chosen` with the tokenizer: it is saved and loaded with it, and `get_format("auto", …)` gives it back."""
+    """Keep `chosen` with the tokenizer, which saves and loads it; `get_format("auto", …)` returns it."""
     tokenizer.init_kwargs[SAVED] = asdict(chosen)
 
 
 def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
-    """What `save_format` kept; UserError where tokenizer_config.json holds something else."""
+    """The format of `save_format`, or None. Raises UserError if tokenizer_config.json holds something else."""
     saved = tokenizer.init_kwargs.get(SAVED)
     if saved is None:
         return None
@@ -366,10 +366,9 @@ def saved_format(tokenizer: PreTrainedTokenizerBase) -> Format | None:
 
 
 def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stop the tokenizer from adding a bos, for a chat template that writes it.
+    """Stop the tokenizer from adding a bos, for a chat template that writes one; `processor(text=rendered)` had two.
 
-    Else `processor(text=rendered)` has two. A template without it would not do: `tokenizer.apply_chat_template`, and
-    servers with it, never let the tokenizer add one.
+    The template must write it, since `tokenizer.apply_chat_template` never lets the tokenizer add one.
     """
     if not _adds_bos(tokenizer):
         return
@@ -381,7 +380,7 @@ def leave_bos_to_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def backend_with_bos(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's backend that adds the bos again, for programs that do not write it themselves."""
+    """A copy of the tokenizer's backend that adds the bos again, for programs that do not write it."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bos = _leading_bos(tokenizer)
     if bos and not _adds_bos(tokenizer):
@@ -406,7 +405,7 @@ def _without_token(part: dict[str, Any], token: str) -> dict[str, Any]:
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The bos that belongs before every conversation: what the tokenizer adds, or added when the model was saved."""
+    """The bos before every conversation, which the tokenizer adds, or added when the model was saved."""
     saved = saved_format(tokenizer)
     if saved is not None:
         return saved.bos

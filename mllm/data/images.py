@@ -20,9 +20,7 @@ log = logging.getLogger("mllm.data")
 
 
 class ImageStore:
-    """Pictures by name, from a folder or an uncompressed tar; each process opens the tar for itself.
-
-    They are handed out as they are; their shape is the business of the encoder's image processor.
+    """Pictures by name, from a folder or an uncompressed tar; each process opens the tar itself.
 
     Args:
         location: the image folder or tar file.
@@ -45,7 +43,7 @@ class ImageStore:
         return self.__dict__ | {"_file": None}
 
     def _place(self, name: str) -> str | tuple[int, int]:
-        """The file of picture `name`, or (offset, size) of its member; BrokenSample where there is none."""
+        """The file of picture `name`, or (offset, size) of its member. Raises BrokenSample if it is missing."""
         if self._members is not None:
             if name not in self._members:
                 raise BrokenSample(name, f"image {name!r} is not in {self.location}")
@@ -60,7 +58,7 @@ class ImageStore:
         return path
 
     def problem(self, name: str) -> str | None:
-        """Why picture `name` cannot be read, or None; opens nothing."""
+        """Why picture `name` cannot be read, or None; opens no file."""
         try:
             self._place(name)
         except BrokenSample as broken:
@@ -68,7 +66,7 @@ class ImageStore:
         return None
 
     def read(self, name: str) -> bytes:
-        """The encoded picture; BrokenSample where there is none."""
+        """The encoded picture. Raises BrokenSample if it is missing."""
         place = self._place(name)
         if isinstance(place, str):
             return read_regular(place, MAX_BYTES + 1)
@@ -79,14 +77,14 @@ class ImageStore:
         return self._file[1].read(size)
 
     def load(self, name: str) -> Image.Image:
-        """The picture as RGB; BrokenSample where it cannot be decoded."""
+        """The picture as RGB. Raises BrokenSample if it cannot be decoded."""
         return decode_image(self.read(name), name)
 
 
 def pixel_loader(
     store: ImageStore, preprocess: Callable[[Image.Image], torch.Tensor]
 ) -> Callable[[list[str]], torch.Tensor]:
-    """A `load_images` that decodes: names → float [N, 3, H, W]. UserError naming a picture that is broken."""
+    """A `load_images` that decodes: names → float [N, 3, H, W]. Raises UserError naming a broken picture."""
 
     def load(names: list[str]) -> torch.Tensor:
         try:

@@ -1,4 +1,4 @@
-"""LLaVA's question files, with the kinds and answers that this project adds."""
+"""LLaVA's question files, with this project's kinds and answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from mllm.data.images import ImageStore
 
 UNSEEN_ANSWERS = "answers_unseen"
-"""What the answers to the demo's questions about the unseen artist are called."""
+"""The name of the answers to the demo's questions about the unseen artist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One line of a question file; `answer` and `references` are there where it can be scored."""
+    """One line of a question file; `answer` or `references` if it can be scored."""
 
     id: Any
     text: str
@@ -32,7 +32,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with `kind`, `answer` or `references` where known.
+    """LLaVA's question.jsonl (`question_id`, `text`, `image`), with optional `kind`, `answer` and `references`.
 
     Raises UserError naming the record and the field.
     """
@@ -62,18 +62,15 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def of_set(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the set of answers `name` as figures.json has them: the unseen artist's stand by themselves."""
+    """The figures of the set of answers `name` as in figures.json: the unseen artist's are a part of their own."""
     return {UNSEEN: figures} if name == UNSEEN_ANSWERS else figures
 
 
 def open_questions(
     path: Path, image_folder: Path | str | None, limit: int | None
 ) -> tuple[list[Question], ImageStore | None]:
-    """`limit` questions of a file, drawn evenly, and their pictures.
-
-    Raises UserError naming a question whose picture is not there.
-    """
-    from mllm.data.images import ImageStore  # with it comes torch, which reading questions alone does without
+    """`limit` questions of a file, drawn evenly, and their pictures. Raises UserError for a missing picture."""
+    from mllm.data.images import ImageStore  # it imports torch, which reading questions alone does not need
 
     questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
@@ -91,9 +88,9 @@ def open_questions(
 
 
 def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> list[Question]:
-    """The part `chunk_idx` of `num_chunks`, split as LLaVA's get_chunk does; UserError for one that is not there.
+    """The part `chunk_idx` of `num_chunks`, split as LLaVA's get_chunk: all chunks but the last have one size.
 
-    All have the size of the first, except for the last, which is smaller; few questions make fewer chunks.
+    Raises UserError for a chunk that does not exist or is empty.
     """
     if num_chunks < 1:
         raise UserError(f"--num-chunks must be at least 1, found {num_chunks}")
@@ -110,11 +107,10 @@ def take_chunk(questions: list[Question], num_chunks: int, chunk_idx: int) -> li
 
 
 def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> list[Question]:
-    """`limit` of them, drawn evenly over kinds and, within a kind, over answers; in the order of the file.
+    """`limit` questions, drawn evenly over kinds and, within a kind, over answers, in the order of the file.
 
-    Counts of two kinds, or of two answers of one kind, differ by one at most, until one has no more. A smaller limit
-    draws a part of what a larger one draws. Every n-th line would not do: files are sorted by kind and their answers
-    often take turns, so that a stride meets the same few answers again and again.
+    Counts of kinds, and of answers of a kind, differ by at most one while questions are left. A smaller limit draws a
+    subset. Files are sorted by kind and answers often alternate, so every n-th line would meet few answers.
     """
     if limit is None or limit >= len(questions):
         return questions
@@ -127,7 +123,7 @@ def draw_evenly(questions: list[Question], limit: int | None, seed: int = 0) -> 
 
 
 def _in_turn(piles: list[list[int]], rng: random.Random) -> list[int]:
-    """Round by round one of each pile that has any left, in a new random order every time."""
+    """Round by round one item of each pile, in a new random order each round."""
     order = []
     for depth in range(max(map(len, piles))):
         left = [pile[depth] for pile in piles if depth < len(pile)]

@@ -9,11 +9,11 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler[int]):
-    """The order of an epoch, a pure function of (seed, epoch); the same for any number of ranks at one global batch.
+    """The order of an epoch: a pure function of (seed, epoch) and the global batch, not of the number of ranks.
 
-    With `group_by_modality_length` as LLaVA: every global batch (`batch_size` × `chunks`) holds one modality and
-    similar lengths, is dealt into `chunks` micro-batches of nearly equal token sums, and the global batches are
-    shuffled; what is left over of the two modalities comes last.
+    With `group_by_modality_length`, as in LLaVA, a global batch (`batch_size` × `chunks`) holds one modality and
+    similar lengths. It is dealt into `chunks` micro-batches of similar token sums. Global batches are shuffled;
+    leftovers of the two modalities come last.
 
     Args:
         lengths: `LlavaDataset.modality_lengths`.
