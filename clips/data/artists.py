@@ -48,9 +48,9 @@ class Artist:
     licence: str
     licence_url: str
     source: str
-    version: str = ""
-    """Version of the npm package; it, `package` and `sha512` are empty for a Python package."""
     package: str = ""
+    """The npm package; it, `version` and `sha512` are empty for a Python package."""
+    version: str = ""
     sha512: str = ""
     """SHA-512 of the tarball in base64, as in npm's lock files."""
 
@@ -61,48 +61,48 @@ class Artist:
         return _folder() / f"{name}-{self.version}.tgz"
 
 
-CC_BY, CC_BY_SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommons.org/licenses/by-sa/4.0/"
-NOTO_LICENCE = "https://github.com/googlefonts/noto-emoji/blob/main/svg/LICENSE"
+CC_BY = ("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/")
+CC_BY_SA = ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/")
+NOTO = ("Apache 2.0", "https://github.com/googlefonts/noto-emoji/blob/main/svg/LICENSE")
+FXEMOJI = ("Apache 2.0", "https://mozilla.github.io/fxemoji/LICENSE.md")
+FLUENT = ("MIT", "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE")
 OPENMOJI = "openmoji"
 ARTISTS: dict[str, Artist] = {
-    OPENMOJI: Artist(
-        "OpenMoji", "OpenMoji, the open-source emoji and icon project (HfG Schwäbisch Gmünd)", "CC BY-SA 4.0", CC_BY_SA,
-        "https://github.com/hfg-gmuend/openmoji",
-    ),
+    OPENMOJI: Artist("OpenMoji", "OpenMoji, the open-source emoji and icon project (HfG Schwäbisch Gmünd)", *CC_BY_SA,
+                     "https://github.com/hfg-gmuend/openmoji"),
     "noto": Artist(
-        "Noto Emoji", "Google Inc", "Apache 2.0", NOTO_LICENCE, "https://github.com/googlefonts/noto-emoji", "1.2.9",
-        "@iconify-json/noto",
+        "Noto Emoji", "Google Inc", *NOTO,
+        "https://github.com/googlefonts/noto-emoji", "@iconify-json/noto", "1.2.9",
         "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
     ),
     "noto-v1": Artist(
-        "Noto Emoji (first edition)", "Google Inc", "Apache 2.0", NOTO_LICENCE,
-        "https://github.com/googlefonts/noto-emoji", "1.2.5", "@iconify-json/noto-v1",
+        "Noto Emoji (first edition)", "Google Inc", *NOTO,
+        "https://github.com/googlefonts/noto-emoji", "@iconify-json/noto-v1", "1.2.5",
         "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
     ),
     "emojione": Artist(
-        "EmojiOne (second edition)", "Emoji One", "CC BY 4.0", CC_BY, "https://github.com/EmojiTwo/emojitwo", "1.2.3",
-        "@iconify-json/emojione",
+        "EmojiOne (second edition)", "Emoji One", *CC_BY,
+        "https://github.com/EmojiTwo/emojitwo", "@iconify-json/emojione", "1.2.3",
         "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
     ),
     "emojione-v1": Artist(
-        "EmojiOne (first edition)", "Emoji One", "CC BY-SA 4.0", CC_BY_SA,
-        "https://github.com/joypixels/emojione-legacy", "1.2.3", "@iconify-json/emojione-v1",
+        "EmojiOne (first edition)", "Emoji One", *CC_BY_SA,
+        "https://github.com/joypixels/emojione-legacy", "@iconify-json/emojione-v1", "1.2.3",
         "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
     ),
     "fxemoji": Artist(
-        "Firefox OS Emoji", "Mozilla", "Apache 2.0", "https://mozilla.github.io/fxemoji/LICENSE.md",
-        "https://github.com/mozilla/fxemoji", "1.2.2", "@iconify-json/fxemoji",
+        "Firefox OS Emoji", "Mozilla", *FXEMOJI,
+        "https://github.com/mozilla/fxemoji", "@iconify-json/fxemoji", "1.2.2",
         "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
     ),
     "fluent-emoji-flat": Artist(
-        "Fluent Emoji Flat", "Microsoft Corporation", "MIT",
-        "https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE", "https://github.com/microsoft/fluentui-emoji",
-        "1.2.6", "@iconify-json/fluent-emoji-flat",
+        "Fluent Emoji Flat", "Microsoft Corporation", *FLUENT,
+        "https://github.com/microsoft/fluentui-emoji", "@iconify-json/fluent-emoji-flat", "1.2.6",
         "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
     ),
     "twemoji": Artist(
-        "Twemoji", "Twitter, Inc and other contributors", "CC BY 4.0", CC_BY, "https://github.com/jdecked/twemoji",
-        "1.2.5", "@iconify-json/twemoji",
+        "Twemoji", "Twitter, Inc and other contributors", *CC_BY,
+        "https://github.com/jdecked/twemoji", "@iconify-json/twemoji", "1.2.5",
         "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
     ),
 }  # fmt: skip

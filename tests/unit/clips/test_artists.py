@@ -19,7 +19,7 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from clips.config import DataConfig, Fields
 from clips.data import artists
-from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, attribution, drawings, fetch_sets
+from clips.data.artists import ARTISTS, OPENMOJI, SIDE, Artist, drawings, fetch_sets
 from clips.data.demo import CONCEPTS, HANDS, MISSING, TRAINING, demo_split, ensure_demo
 from clips.data.sources import open_source
 from clips.data.splits import deciding_set, held_out_sets
@@ -48,7 +48,7 @@ def package(icons: dict[str, object]) -> bytes:
 def pin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Artist:
     """A set "mine" whose package is `content`."""
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
-    mine = Artist("Mine", "me", "MIT", "licence", "source", "1.0.0", "@me/mine", digest)
+    mine = Artist("Mine", "me", "MIT", "licence", "source", "@me/mine", "1.0.0", digest)
     monkeypatch.setitem(ARTISTS, "mine", mine)
     return mine
 
@@ -142,20 +142,20 @@ def test_npm_that_cannot_fetch_says_why(
     assert not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind
 
 
-def test_a_drawing_without_bounds_is_none() -> None:
-    icons = {"icons": {"dog-face": {"body": "x" * (artists.MAX_BODY + 1)}}}
-    assert artists._iconify_svg(icons, "dog_face") is None
-
-
 def test_names_and_aliases_of_the_sets() -> None:
     icons = {
         "left": 1,
         "width": 8,
         "height": 9,
-        "icons": {"dogface": {"body": "<a/>"}, "woman-s-boot": {"body": "<b/>", "width": 4}},
+        "icons": {
+            "dogface": {"body": "<a/>"},
+            "woman-s-boot": {"body": "<b/>", "width": 4},
+            "large": {"body": "x" * (artists.MAX_BODY + 1)},
+        },
         "aliases": {"cat-face": {"parent": "dogface"}, "nothing": {"parent": "gone"}},
     }
-    for called, shown in (("dog_face", "<a/>"), ("cat_face", "<a/>"), ("woman’s_boot", None), ("nothing", None)):
+    for called, shown in (("dog_face", "<a/>"), ("cat_face", "<a/>"), ("woman’s_boot", None), ("nothing", None),
+                           ("large", None)):  # fmt: skip
         found = artists._iconify_svg(icons, called)
         assert (found is None) == (shown is None), called
         if found is not None and shown is not None:
@@ -203,8 +203,3 @@ def test_the_npm_of_the_python_package_is_the_second_choice(monkeypatch: pytest.
     monkeypatch.undo()
     if found := shutil.which("npm"):
         assert artists._npm() == [found]
-
-
-def test_attribution_needs_no_fetching() -> None:
-    assert "Apache 2.0" in attribution(["noto"])
-    assert attribution(["noto", OPENMOJI]).count("\n") == 3

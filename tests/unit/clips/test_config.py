@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,8 @@ from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
 from clips.config import (
     OptimConfig,
-    PhaseConfig,
     RunConfig,
     TaskConfig,
-    TextConfig,
-    VisionConfig,
     difference,
     from_dict,
 )
@@ -42,14 +39,6 @@ def test_config_json_alone_rebuilds_every_recipe(name: str, debug: bool, tmp_pat
     assert (loaded.model.captioner is None) == (name == "clip_baseline")
 
 
-def test_frozen_and_keyword_only() -> None:
-    run = tiny_run()
-    with pytest.raises(FrozenInstanceError):
-        run.recipe = "other"
-    with pytest.raises(TypeError):
-        OptimConfig("adamw")
-
-
 def test_samples_and_steps_count_whole_batches() -> None:
     run = tiny_run()
     a = replace(run.phases[0], samples=100, batch_size=8)  # 12 steps, 4 samples left over
@@ -67,6 +56,7 @@ def test_samples_and_steps_count_whole_batches() -> None:
         ("phases.3.lr=1", r"'3' is not an index below 1"),
         ("phases.x.lr=1", r"'x' is not an index"),
         ("train.seed.deep=1", "no field 'deep'; known here: none"),
+        ("task.caption_weight=true", "caption_weight must be float, found True"),
         ("train.seed=one", r"config\.train\.seed must be int, found 'one'"),
         ("train.seed=1.5", r"config\.train\.seed must be int"),
         ("train.seed=true", r"config\.train\.seed must be int, found True"),
@@ -107,17 +97,6 @@ def test_muon_with_clipping_is_refused() -> None:
         OptimConfig(kind="muon", clip_grad=1.0)
     with pytest.raises(UserError, match="clip_grad"):
         tiny_run().override(["optim.kind=muon", "optim.clip_grad=1"])
-
-
-def test_direct_construction_is_validated_too() -> None:
-    for wrong in (
-        lambda: VisionConfig(width=30, layers=1, heads=2),  # not divisible by 4
-        lambda: TextConfig(width=32, layers=1, heads=3),
-        lambda: TaskConfig(objective="both"),
-        lambda: PhaseConfig(name="p", samples=8, batch_size=8, lr=1.0, image_size=32, schedule="none"),
-    ):
-        with pytest.raises(UserError):
-            wrong()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +144,7 @@ def test_override_sets_one_field_and_leaves_the_rest() -> None:
         "phases.1.lr: 0.01 → 3.0",
         "train.seed: 0 → 5",
     ]
-    assert isinstance(changed.phases[1].lr, float)
+    assert isinstance(changed.phases[1].lr, float), "an integer is a float there"
     assert run == replace(tiny_run(), phases=tiny_run().phases * 2)  # the old one is untouched
 
 
@@ -193,13 +172,6 @@ def test_from_dict_names_unknown_and_missing_fields() -> None:
     with pytest.raises(UserError, match=r"config\.model lacks the fields: embed_dim"):
         from_dict(RunConfig, tree | {"model": without})
     assert from_dict(RunConfig, {k: v for k, v in tree.items() if k != "train"}).train.seed == 0  # has a default
-
-
-def test_integers_are_taken_for_floats_but_not_booleans() -> None:
-    tree = tiny_run().to_dict()
-    assert from_dict(RunConfig, tree | {"task": {"caption_weight": 2}}).task.caption_weight == 2.0
-    with pytest.raises(UserError, match="caption_weight must be float, found True"):
-        from_dict(RunConfig, tree | {"task": {"caption_weight": True}})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"recipe": 3}', "\x00"])
