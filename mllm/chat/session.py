@@ -112,7 +112,7 @@ class ChatSession:
         self._prefix.forget()
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write the talk to `path` (.json or .md) and its pictures beside it, see `save_transcript`."""
+        """Write the talk to `path` (.json) and its pictures beside it, see `save_transcript`."""
         return save_transcript(path, self.turns, self.images, system=self.system, model=self.model.name)
 
     def _answer(

@@ -169,7 +169,7 @@ class Talk:
         print("system text: " + (self.session.system or "the usual one"))
 
     def do_save(self, rest: str) -> None:
-        """FILE.json|FILE.md  write the talk and its pictures"""
+        """FILE.json  write the talk and its pictures"""
         print("written: " + ", ".join(map(str, self.session.save(os.path.expanduser(rest)))))
 
     def do_help(self, rest: str) -> None:

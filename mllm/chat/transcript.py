@@ -1,4 +1,4 @@
-"""A talk as a list of turns, and as a file: LLaVA's JSON (training data) or Markdown, with pictures beside it."""
+"""A talk as a list of turns, and as a file: LLaVA's JSON, which is training data, with pictures beside it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,18 @@ def count_images(turn: Turn) -> int:
 def save_transcript(
     path: Path | str, turns: Sequence[Turn], images: Sequence[Picture], *, system: str | None, model: str
 ) -> list[Path]:
-    """Write the talk in the format of `path`'s suffix, and its pictures as PNGs beside it; returns the files.
+    """Write the talk as LLaVA's JSON, and its pictures as PNGs beside it; returns the files.
 
-    A text with a typed `<image>` is written as a list of parts, so it stays text. Raises UserError for another suffix
-    and for a place that cannot be written.
+    A text with a typed `<image>` is written as a list of parts, so it stays text. Raises UserError if `path` does not
+    end in .json or cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".json", ".md"):
-        raise UserError(f"{path}: name it .json (LLaVA's format) or .md (Markdown)")
+    if path.suffix != ".json":
+        raise UserError(f"{path}: name it .json (LLaVA's format)")
     names = [f"{path.stem}_{number}.png" for number in range(len(images))]
-    as_text = _llava if path.suffix == ".json" else _markdown
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(as_text(turns, names, path.stem, system, model), encoding="utf-8")
+        path.write_text(_llava(turns, names, path.stem, system, model), encoding="utf-8")
         for name, image in zip(names, images, strict=True):
             decoded(image).save(path.with_name(name))
     except OSError as error:
@@ -65,12 +64,3 @@ def _llava(turns: Sequence[Turn], names: list[str], title: str, system: str | No
         said.append({"from": turn["from"], "value": value})
     record = {"id": title, "image": names, "conversations": said, "model": model}
     return json.dumps([record], indent=2, ensure_ascii=False) + "\n"
-
-
-def _markdown(turns: Sequence[Turn], names: list[str], title: str, system: str | None, model: str) -> str:
-    lines, left = [f"# {title}", f"Model: {model}"], iter(names)
-    lines += [f"**System:** {system}"] if system else []
-    for turn in turns:
-        lines += [f"![]({next(left)})" for _ in range(count_images(turn))]
-        lines.append(f"**{'You' if turn['from'] == 'human' else 'Model'}:** {turn_text(turn)}")
-    return "\n\n".join(lines) + "\n"

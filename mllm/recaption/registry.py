@@ -60,12 +60,6 @@ def make_captioner(
         from mllm.recaption.clips_captioner import ClipsCaptioner
 
         return ClipsCaptioner(argument, device=device, batch_size=batch_size)
-    if kind == "hf":
-        from mllm.recaption.hf import TransformersCaptioner
+    from mllm.recaption.local import LocalCaptioner
 
-        return TransformersCaptioner(
-            argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
-    from mllm.recaption.llava import LlavaCaptioner
-
-    return LlavaCaptioner(argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return LocalCaptioner(kind, argument, prompt, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
