@@ -28,10 +28,9 @@ REPORTS = {
 
 
 def write_results(report: Path, out: Path) -> Path:
-    """Draw `report`, a report.json of scripts/compare_encoders.py or a subset of it, into `out`; returns `out`.
+    """Draw `report`, a report.json of scripts/compare_encoders.py or docs/results/compare.json, into `out`.
 
-    Read are `encoders.NAME.metrics.accuracy[/KIND]` (`mean` and `sd` as fractions) and `differences`. Raises UserError
-    for another file, a report without answered questions, and an `out` that is neither .png nor .svg.
+    Raises UserError for another file, a report without answered questions, and an `out` that is neither .png nor .svg.
     """
     check_format(out)
     try:

@@ -134,38 +134,36 @@ def labels(names: Sequence[Hashable]) -> np.ndarray:
 
 
 def shared_runs(by_encoder: Sequence[np.ndarray]) -> np.ndarray:
-    """[R] groups of runs that share an encoder, for several encoders at once, given those of each.
+    """[R] groups of runs that share an encoder, for several encoders at once, given the groups of each.
 
-    The coarsest that tell runs apart at all: a run's own encoder beside one that several runs share does not make
-    these independent, and an encoder that all runs share is not among what differs.
+    The result is the coarsest grouping that tells runs apart. Runs that share one of the encoders are not independent,
+    even if each has another encoder of its own. An encoder that all runs share does not count.
     """
     telling = [groups for groups in by_encoder if groups.max() > 0]
     return min(telling, key=lambda groups: int(groups.max())) if telling else np.zeros_like(by_encoder[0])
 
 
 def independent_runs(shared: np.ndarray) -> np.ndarray:
-    """[R] groups to average before their spread can speak of other runs (`over_groups`).
+    """[R] groups to average (`over_groups`), so that their spread speaks of other runs.
 
-    Where one encoder served all runs they are these themselves, and what is said holds for this encoder.
+    If all runs share their encoder, each run is a group, and the result holds for this encoder only.
     """
     return shared if shared.max() > 0 else np.arange(len(shared))
 
 
 def over_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[R, …] → [S, …]: the mean of the runs of each group (numbers from 0, each there)."""
+    """[R, …] → [S, …]: the mean of the runs of each group; `groups` holds every number from 0."""
     return np.stack([scores[groups == group].mean(0) for group in range(groups.max() + 1)])
 
 
 def interval(scores: np.ndarray, clusters: np.ndarray) -> Estimate:
     """Mean of `scores` [S, I] (for two models: the differences), with its interval; `clusters`: [I] from `labels`.
 
-    Seeds and pictures are crossed random effects: every run answers every question. The variance of the mean is the
-    spread between the runs' means, which contains the luck of single answers, and what pictures have in common over
-    all runs: their spread, less the share of that luck in it. Student's t (`reach_in_errors`) allows for how badly so
-    few seeds tell their spread. A bootstrap over three seeds has only ten different samples and would not. How often
-    the interval errs is simulated in tests/unit/clips/test_stats.py.
-
-    With one seed the interval says nothing about other training runs.
+    Seeds and pictures are crossed random effects: every run answers every question. The variance of the mean has two
+    parts. The spread between the runs' means contains the luck of single answers. The spread of the pictures counts
+    without its share of that luck. Student's t (`reach_in_errors`) allows for how badly few seeds tell their spread. A
+    bootstrap does not: three seeds have ten different samples. tests/unit/clips/test_stats.py simulates how often the
+    interval errs. With one seed the interval says nothing about other training runs.
     """
     scores = np.asarray(scores, dtype=float)
     seeds, items = scores.shape
@@ -195,11 +193,11 @@ def reach_in_errors(
 ) -> float:
     """Half of an interval in standard errors, for a variance that is `runs` + `pictures`.
 
-    `runs` is known from so many seeds, `pictures` from so many clusters (as by `freedom` degrees, where that is less).
-    Two approximations to the sum of a Student's t for each part err in opposite directions where seeds make most of
-    it: with three seeds Satterthwaite's degrees of freedom (1946) let pass up to 7.8 % false findings, Cochran's mean
-    of both quantiles, weighted by the parts (1964), as few as 2.9 %. Halfway between them it is 3.8 to 6.1 %. With two
-    seeds Satterthwaite's lets pass 13 %, so it is Cochran's alone there: 2.2 to 5.9 %.
+    `runs` is estimated from `seeds`, `pictures` from `clusters` (or with `freedom` degrees of freedom). The sum of a
+    Student's t for each part has two approximations, which err in opposite directions if seeds make most of the
+    variance. With three seeds Satterthwaite's degrees of freedom (1946) pass up to 7.8 % false findings. Cochran's mean
+    of both quantiles, weighted by the parts (1964), passes 2.9 % at least. Halfway between them it is 3.8 to 6.1 %.
+    With two seeds Satterthwaite's passes 13 %, so Cochran's is used alone: 2.2 to 5.9 %.
     """
     variance, tail, last = runs + pictures, (1 + level) / 2, max(1.0, clusters - 1)
     if variance <= 0:
@@ -216,30 +214,34 @@ def reach_in_errors(
 # ------------------------------------------------------------------------------------------- where the spread is from
 @dataclass(frozen=True)
 class Spread:
-    """Variances of the effects behind one figure, and how many of each level it is the mean of."""
+    """Variances of the effects behind one figure, and the number of groups of each level that the figure averages.
+
+    Runs and items are crossed. Each has levels within each other: LLaVA seeds within pretraining seeds, questions
+    within pictures. Every level has an effect, and so has every pair of a level of runs with a level of items.
+    """
 
     runs: tuple[str, ...]
     """Names of the levels, coarse to fine; empty with one run."""
     items: tuple[str, ...]
     variances: np.ndarray
-    """[1 + A, 1 + B]: of the effect of a level of runs with a level of items, 0 being neither."""
+    """[1 + A, 1 + B]: of the effect of a level of runs with a level of items; index 0 is no level."""
     run_counts: tuple[float, ...]
-    """[1 + A]: groups of each level, after a 1; fewer than there are where they are of unequal weight."""
+    """[1 + A]: 1, then the groups of each level; groups of unequal weight count as fewer."""
     item_counts: tuple[float, ...]
 
     def shares(self) -> dict[str, float]:
-        """Source → what it adds to the variance of the mean."""
+        """Source → its part of the variance of the mean."""
         parts = self._parts()
         named = {name: float(parts[1 + a, 0]) for a, name in enumerate(self.runs)}
         named |= {name: float(parts[0, 1 + b]) for b, name in enumerate(self.items)}
         return named | ({ANSWERS: float(parts[1:, 1:].sum())} if self.runs else {})
 
     def _parts(self) -> np.ndarray:
-        """[1 + A, 1 + B]: what each effect adds to the variance of the mean."""
+        """[1 + A, 1 + B]: the part of each effect in the variance of the mean."""
         return self.variances / np.outer(self.run_counts, self.item_counts)
 
     def detectable(self) -> float:
-        """The smallest difference that the interval of such a mean tells from none with power 0.8."""
+        """The smallest difference that the interval of such a mean tells from zero with power 0.8."""
         parts = self._parts()
         runs, pictures = float(parts[1:].sum()), float(parts[0].sum())
         seeds = self.run_counts[1] if self.runs else 1.0
@@ -249,10 +251,10 @@ class Spread:
         return (of_interval + of_power) * (runs + pictures) ** 0.5
 
     def needed(self, difference: float) -> dict[str, int | None]:
-        """Level → how many of it show `difference`, all else as it is; None where it alone cannot.
+        """Level → how many groups of it show `difference`, all else as it is; None if no number does.
 
-        Coarse levels take their finer ones along: more pictures, each with as many questions as now. What ends with
-        `TOGETHER` is needed of the coarsest seeds and of the pictures if both grow by the same factor.
+        A coarse level brings its finer levels along: more pictures with as many questions each as now. Names that end
+        with `TOGETHER`: the coarsest seeds and the pictures, if both grow by the same factor.
         """
         found: dict[str, int | None] = {}
         if self.runs:
@@ -268,14 +270,14 @@ class Spread:
         return found
 
     def items_needed(self, difference: float) -> int | None:
-        """Questions that show `difference` with the same seeds; None where no number is enough."""
+        """Questions that show `difference` with the same seeds; None if no number does."""
         pictures = self._least(difference, 2, lambda n: self._sized(pictures=n))
         return None if pictures is None else math.ceil(pictures * self.item_counts[-1] / self.item_counts[1])
 
     def _sized(
         self, *, seeds: float | None = None, within: float | None = None, pictures: float | None = None
     ) -> Spread:
-        """The same effects, of a larger or smaller comparison; `within`: runs of each of the coarsest seeds."""
+        """The effects in a comparison of another size; `within`: runs of each of the coarsest seeds."""
         runs, items = np.array(self.run_counts), np.array(self.item_counts)
         if seeds is not None:
             runs[1:] *= seeds / runs[1]
@@ -287,7 +289,7 @@ class Spread:
 
     @staticmethod
     def _least(difference: float, fewest: int, sized: Callable[[int], Spread]) -> int | None:
-        """The smallest count with which `difference` can be seen; None beyond `MOST`, and if there is none to see."""
+        """The smallest count that shows `difference`; None beyond `MOST`, and for a difference of zero."""
         if difference == 0:
             return None
         few, many = fewest - 1, fewest
@@ -304,8 +306,7 @@ class Spread:
 def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) -> Spread:
     """The variance of `scores` [R, I], split by levels of runs and of items, each coarse to fine.
 
-    The last level of each must tell every run or item apart; of the others those are left that say something
-    (`distinct_levels`).
+    The last level of each must tell every run or item apart. Levels that repeat another are merged (`distinct_levels`).
     """
     run_levels, item_levels = distinct_levels(runs), distinct_levels(items)
     run_groups, item_groups = [g for _, g in run_levels], [g for _, g in item_levels]
@@ -322,22 +323,22 @@ def spread(scores: np.ndarray, runs: Sequence[Level], items: Sequence[Level]) ->
 
 
 def _counts(weights: np.ndarray, levels: Sequence[np.ndarray]) -> tuple[float, ...]:
-    """1 and, of each level, as how many equal groups its groups count in a mean with these weights."""
+    """1, then for each level the number of equal groups that have the same weight in a mean."""
     shares = [np.bincount(groups, weights) / weights.sum() for groups in levels]
     return (1.0, *(1 / float((share**2).sum()) for share in shares))
 
 
 def _without_negatives(parts: np.ndarray) -> np.ndarray:
-    """Estimates below zero as zero, the others made smaller by as much, so that their sum stays (zero at least).
+    """Set estimates below zero to zero, and reduce the others so that the sum stays (at least zero).
 
-    The sum, as of both kinds of seed, is known better than how it splits: two runs on one encoder split it badly.
+    The sum, for example over both kinds of seed, is known better than its split.
     """
     kept = np.maximum(parts, 0.0)
     return kept * max(0.0, float(parts.sum())) / kept.sum() if kept.any() else kept
 
 
 def distinct_levels(levels: Sequence[Level]) -> list[Level]:
-    """Without those of one group, and as one where two have the same groups."""
+    """Drop levels with a single group, and merge levels with the same groups."""
     kept: list[Level] = []
     for name, groups in levels:
         if groups.max() == 0:
@@ -352,9 +353,9 @@ def distinct_levels(levels: Sequence[Level]) -> list[Level]:
 def components(scores: np.ndarray, runs: Sequence[np.ndarray], items: Sequence[np.ndarray]) -> np.ndarray:
     """[1 + A, 1 + B] variances of the effects of every level of runs with every level of items; [0, 0] is zero.
 
-    Half the mean squared difference of two scores is the variance of the effects that they do not share (Koch 1968):
-    pairs are sorted by the finest level of runs and of items that they share, and the means subtracted from each
-    other. Without bias for any numbers, and the estimates of the analysis of variance where these are equal.
+    Half the mean squared difference of two scores is the variance of the effects that they do not share (Koch 1968).
+    Pairs are sorted by the finest level of runs and of items that they share; the means are subtracted from each other.
+    The estimates have no bias. For equal numbers they are the estimates of the analysis of variance.
     """
     scores = np.asarray(scores, dtype=float)
     shape = len(runs) + 2, len(items) + 2  # one more than there are levels: nothing is shared beyond the finest
