@@ -145,6 +145,11 @@ def splits(folder: Path) -> tuple[str, ...]:
     return ("--data", f"{folder}/train", "--val-data", held_out, "--test-data", held_out)
 
 
+def endless(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
+    """The run OUT/r with more steps than any test waits for."""
+    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
+
+
 # What a run leaves
 
 
@@ -159,6 +164,24 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 def state(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip() / "state.json").read_text())
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that the run has logged; 0 before the first."""
+    return found[-1]["step"] if (found := lines(run_dir)) else 0
+
+
+def assert_saved_at_the_end(run_dir: Path) -> None:
+    assert (run_dir / "LATEST").read_text().strip() == f"step-{last_step(run_dir):08d}"
+
+
+def assert_same_training(run_dir: Path, other: Path, checkpoint: str) -> None:
+    """Equal loss traces and evaluations, and an equal checkpoint, bit for bit."""
+    for kind in ("train", "eval"):
+        assert trace(run_dir, kind) == trace(other, kind)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [folder / "checkpoints" / checkpoint / name for folder in (run_dir, other)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def assert_finished(

@@ -11,7 +11,6 @@ from pathlib import Path
 import bomb
 import pytest
 import torch
-from launched import small_data
 from safetensors.torch import load_file
 from tiny_llava import ALIGN, INSTRUCT, START, TRAIN, WORKER, command, launch, losses, results, run, write_place
 from tiny_original import write_base, write_lora, write_tower
@@ -155,10 +154,29 @@ def adapter_with_a_pickle(root: Path, mark: Path) -> Path:
     return lora
 
 
-def filled(word: str, made: dict[str, Callable[[], Path]]) -> str:
-    """A word of a command in which a name stands for what is made for it."""
-    prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
-    return f"{prefix}{made[name]()}" if name in made else word
+Refused = Callable[[str, dict[str, Callable[[], Path]]], str]
+
+
+@pytest.fixture
+def refused(place: Path, shards: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """refused(route, made) → what the command of the route says, which must refuse.
+
+    A word of the command that is a key of `made` stands for the path that the function makes.
+    """
+    (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
+
+    def said_of(route: str, made: dict[str, Callable[[], Path]]) -> str:
+        script, *words = ROUTES[route]
+        filled: list[str] = []
+        for word in words:
+            prefix, name = ("hf:", word[3:]) if word.startswith("hf:") else ("", word)
+            filled += shards if word == "DATA" else [f"{prefix}{made[name]()}" if name in made else word]
+        code, said = command(place, monkeypatch, script, *filled)
+        assert code == 2, said
+        assert "Traceback" not in said
+        return said
+
+    return said_of
 
 
 ROUTES = {
@@ -179,7 +197,7 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_row_23_a_pickle_on_every_route(
-    route: str, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "weights.bin"
     bomb.plant(file, mark)
@@ -190,18 +208,11 @@ def test_row_23_a_pickle_on_every_route(
     made["NATIVE"] = lambda: native_with_a_pickle(models, tmp_path / "native", mark)
     made["LORA"] = lambda: adapter_with_a_pickle(tmp_path, mark)
     made["BASE"], made["TOWER"] = (lambda: tmp_path / "base"), (lambda: tmp_path / "tower")
-    script, *words = ROUTES[route]
-    own = small_data(tmp_path / "data") if "DATA" in words else ()
-    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
-    (place / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
-    where = models if script in ("chat.py", "serve.py") else place
-    code, said = command(where, monkeypatch, script, *words)
-    assert code == 2, said
+    said = refused(route, made)
     assert str(tmp_path) in said
     assert route == "resume" or "pickled code" in said or "is damaged" in said  # --resume takes directories alone
-    assert "Traceback" not in said
     assert "weights_only" not in said  # torch's own message says how to run the code
-    assert not (where / "out").exists()
+    assert not (place / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- remote code
@@ -222,31 +233,20 @@ def with_code(directory: Path, target: Path, mark: Path, kind: str) -> Path:
     return target
 
 
-REMOTE = {
-    "language model": ("train_llava.py", *ALIGN, "--model_name_or_path", "LLM", "--output_dir", "runs/x"),
-    "vision tower": ("train_llava.py", *ALIGN, "--vision_tower", "hf:VIT", "--output_dir", "runs/x"),
-    "chat": ("chat.py", "--device", "cpu", "--model", "LLAVA", "--prompt", "Hello"),
-    "serve": ("serve.py", "--device", "cpu", "--port", "0", "--model", "LLAVA"),
-    "init from": ("pretrain_clips.py", "--debug", "--device", "cpu", "DATA", "--init-from", "VIT"),
-    "convert": ("convert.py", "VIT", "out"),
-}
+REMOTE = ("language model", "vision tower", "chat", "serve", "init from", "convert")
 
 
 @pytest.mark.parametrize("route", REMOTE)
 def test_row_24_a_model_that_asks_for_its_own_code(
-    route: str, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    route: str, refused: Refused, place: Path, models: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks at a terminal, where it is let
-    script, *words = REMOTE[route]
-    own = small_data(tmp_path / "data") if "DATA" in words else ()
     sources = {
         "LLM": place / "llm",
         "VIT": place / "runs/clips-demo/export/hf_vit",
         "LLAVA": models / "runs/llava/model",
     }
-    made = {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
-    words = [text for word in words for text in (own if word == "DATA" else [filled(word, made)])]
-    code, said = command(models if script in ("chat.py", "serve.py") else place, monkeypatch, script, *words)
-    assert code == 2, said
-    assert "Traceback" not in said
+    refused(
+        route, {name: partial(with_code, source, tmp_path / name, mark, "foreign") for name, source in sources.items()}
+    )
     assert not mark.exists()

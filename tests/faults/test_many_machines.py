@@ -18,7 +18,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, run, started, torchrun, trace, wait_for
+from launched import (
+    SCRIPT,
+    assert_same_training,
+    assert_saved_at_the_end,
+    deepspeed,
+    endless,
+    last_step,
+    run,
+    started,
+    torchrun,
+    trace,
+    wait_for,
+)
 from processes import rank, wait_until_gone
 
 from clips.common.runtime import unused_port
@@ -43,13 +55,9 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_the_same(run_dir: Path, whole: Path) -> None:
-    """The loss trace, and the last checkpoint's weights and optimizer state, bit for bit."""
+    """Each step once, and the training of `whole`."""
     assert [line["step"] for line in trace(run_dir)] == list(range(1, STEPS + 1))
-    assert trace(run_dir) == trace(whole)
-    assert trace(run_dir, "eval") == trace(whole, "eval")
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [place / "checkpoints" / f"step-{STEPS:08d}" / name for place in (run_dir, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert_same_training(run_dir, whole, f"step-{STEPS:08d}")
 
 
 # ------------------------------------------------------------------------------------------- deepspeed --hostfile
@@ -139,7 +147,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back(
     run_dir, log = tmp_path / "r", tmp_path / "log"
     command = hosts.command(SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path)
     with started(command, log) as process:
-        wait_for(lambda: lines(run_dir) and lines(run_dir)[-1]["step"] >= 18, process, log)
+        wait_for(lambda: last_step(run_dir) >= 18, process, log)
         hosts.kill("host-a")
         assert process.wait(60) != 0, log.read_text()
         wait_until_gone(tmp_path)
@@ -157,13 +165,12 @@ def test_ctrl_c_of_the_one_command_saves_though_it_cuts_the_connections_first(
     hosts: Hosts, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    more = [word.replace(str(8 * STEPS), "400000") for word in FLAGS]
-    with started(hosts.command(SCRIPT, *more, *shards, "--output-dir", tmp_path), log) as process:
-        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+    with started(hosts.command(*endless(tmp_path, shards)), log) as process:
+        wait_for(lambda: last_step(run_dir) >= 3, process, log)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) != 0
         wait_until_gone(tmp_path)
-    assert (run_dir / "LATEST").read_text().strip() == f"step-{lines(run_dir)[-1]['step']:08d}"
+    assert_saved_at_the_end(run_dir)
 
 
 # ------------------------------------------------------------------------------------------------- torchrun
@@ -178,7 +185,7 @@ def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
     words = torchrun(*meet, "--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path, per_host=1)
     command = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *words]
     with started(command, tmp_path / "a") as one, started(command, tmp_path / "b") as other:
-        wait_for(lambda: lines(run_dir) and lines(run_dir)[-1]["step"] >= 8, one, tmp_path / "a")
+        wait_for(lambda: last_step(run_dir) >= 8, one, tmp_path / "a")
         rank(tmp_path, 0).send_signal(signal.SIGKILL)
         assert one.wait(120) == other.wait(120) == 0, (tmp_path / "a").read_text() + (tmp_path / "b").read_text()
     said = (tmp_path / "a").read_text() + (tmp_path / "b").read_text()

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch
 from launched import (
-    SCRIPT,
     deepspeed,
+    endless,
     lines,
     pictures,
     python,
@@ -39,15 +39,22 @@ FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2"
 """What lets the debug twin learn its 64 samples within 40 steps."""
 
 
-def command(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
-    """More steps than any test waits for."""
-    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
-
-
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     """Flags of `torchrun` for 60 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
     words = ("--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "480", *FAST, *flags)
     return ["tests/faulty_run.py", fault, rank, *words]
+
+
+def ended(words: list[str], out: Path, fault: Callable[[], object] | None = None, seconds: float = 60) -> str:
+    """What a run of two ranks said that must fail: after `fault` in one of its first steps, or by itself."""
+    log = out / "log"
+    with started(words, log) as process:
+        if fault is not None:
+            wait_for(lambda: len(lines(out / "r")) >= 3, process, log)
+            fault()
+        assert process.wait(seconds) != 0
+        wait_until_gone(out)
+    return log.read_text()
 
 
 def weights(run_dir: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
@@ -92,26 +99,16 @@ def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
 def test_row_10_a_killed_rank_ends_the_others(
     launch: Callable[..., list[str]], shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    with started(launch(*command(tmp_path, shards)), log) as process:
-        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        rank(tmp_path, 1).send_signal(signal.SIGKILL)
-        assert process.wait(60) != 0
-        wait_until_gone(tmp_path)
-    assert "rank 0: a collective of step" in log.read_text()
-    assert "No sign of life from rank 1" in log.read_text()
+    said = ended(launch(*endless(tmp_path, shards)), tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGKILL))
+    assert "rank 0: a collective of step" in said
+    assert "No sign of life from rank 1" in said
 
 
 def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    with started(deepspeed(*command(tmp_path, shards, "--timeout-minutes", "0.3")), log) as process:
-        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        rank(tmp_path, 1).send_signal(signal.SIGSTOP)
-        assert process.wait(150) != 0
-        wait_until_gone(tmp_path)
-    said = log.read_text()
+    words = deepspeed(*endless(tmp_path, shards, "--timeout-minutes", "0.3"))
+    said = ended(words, tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGSTOP), seconds=150)
     assert "No sign of life from rank 1" in said
     assert "failed at clips/" in said
     assert "18000ms" in said
@@ -120,12 +117,8 @@ def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
 def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
     """What a run of two ranks, the second with `data` of its own, says before it ends, which it must."""
     own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {data})'
-    log = tmp_path / "log"
-    words = torchrun("--no-python", "bash", "-c", own, *python(*command(tmp_path, shards)))
-    with started(words, log) as process:
-        assert process.wait(120) != 0
-        wait_until_gone(tmp_path)
-    return log.read_text()
+    words = torchrun("--no-python", "bash", "-c", own, *python(*endless(tmp_path, shards)))
+    return ended(words, tmp_path, seconds=120)
 
 
 def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -141,11 +134,8 @@ def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[s
 def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    with started(deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1")), log) as process:
-        assert process.wait(120) != 0
-        wait_until_gone(tmp_path)
-    said = log.read_text()
+    words = deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1"))
+    said = ended(words, tmp_path, seconds=120)
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
     assert "a defect that" in said
     assert "in raising" in said, "the place in the worker"
@@ -163,14 +153,14 @@ def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str,
 
 
 def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[str, ...], tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with started(deepspeed(*command(tmp_path, shards, "--set", "data.workers=1")), log) as process:
-        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
-        worker = max(rank(tmp_path, 1).children(), key=psutil.Process.create_time)
-        os.kill(worker.pid, signal.SIGKILL)
-        assert process.wait(60) != 0
-        wait_until_gone(tmp_path)
-    assert f"(pid(s) {worker.pid})" in log.read_text()
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(max(rank(tmp_path, 1).children(), key=psutil.Process.create_time).pid)
+        os.kill(killed[0], signal.SIGKILL)
+
+    said = ended(deepspeed(*endless(tmp_path, shards, "--set", "data.workers=1")), tmp_path, kill)
+    assert f"(pid(s) {killed[0]})" in said
 
 
 # What the watchdog does
@@ -189,16 +179,13 @@ def skipped(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     return out / "r"
 
 
-def test_a_spike_is_recorded_with_the_samples_of_every_rank(skipped: Path) -> None:
+def test_a_spike_is_recorded_and_skip_leaves_its_step_out(skipped: Path) -> None:
     (spike,) = lines(skipped, "spikes.jsonl")
     assert (spike["step"], spike["action"]) == (41, "skip")
     assert spike["loss"] == pytest.approx(losses(skipped)[41], rel=1e-6)
     assert spike["loss"] > 2 * spike["usual_loss"]
     assert [len(keys) for keys in spike["keys"]] == [4, 4]
-    assert len({key for keys in spike["keys"] for key in keys}) == 8
-
-
-def test_skip_leaves_the_step_out(skipped: Path) -> None:
+    assert len({key for keys in spike["keys"] for key in keys}) == 8, "the samples of every rank"
     for name in ("model", "optimizer"):
         assert equal(weights(skipped, 41, name), weights(skipped, 40, name))
         assert not equal(weights(skipped, 42, name), weights(skipped, 41, name))

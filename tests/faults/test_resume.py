@@ -15,9 +15,12 @@ from launched import (
     Done,
     assert_finished,
     assert_refused,
+    assert_same_training,
     checkpoints,
     deepspeed,
+    endless,
     flip_bit,
+    last_step,
     lines,
     python,
     run,
@@ -52,7 +55,7 @@ def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
     """The same run, killed in the middle of its second phase, a few steps after a checkpoint."""
     out = tmp_path_factory.mktemp("killed")
     with started(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), out / "log") as process:
-        wait_for(lambda: lines(out / "r") and lines(out / "r")[-1]["step"] >= 32, process, out / "log")
+        wait_for(lambda: last_step(out / "r") >= 32, process, out / "log")
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     found = state(out / "r")
@@ -107,10 +110,7 @@ def test_a_run_contrasted_over_whole_batches_resumes_bit_for_bit(shards: tuple[s
     done = run(python(SCRIPT, *flags, *settings, "--output-dir", out))
     assert done.code == 0, done.text
     assert f"{kept.name} (" in done.text, "goes on from the middle"
-    assert trace(out / "r") == trace(tmp_path / "whole/r")
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [folder / "r/checkpoints" / later[-1].name / name for folder in (out, tmp_path / "whole")]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert_same_training(out / "r", tmp_path / "whole/r", later[-1].name)
 
 
 def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(
@@ -172,16 +172,15 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
 def test_row_03_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], tmp_path: Path) -> None:
     """SIGTERM, then Ctrl-C on what goes on from there; a worker process gets the signals too."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000", "--set")
-    command = python(SCRIPT, *flags, "data.workers=1")
+    command = python(*endless(tmp_path, shards, "--set", "data.workers=1"))
     step = 0
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with started(command, log) as process:
-            wait_for(lambda s=step: lines(run_dir) and lines(run_dir)[-1]["step"] >= s + 3, process, log)
+            wait_for(lambda s=step: last_step(run_dir) >= s + 3, process, log)
             os.killpg(process.pid, number)
             assert process.wait(60) == code, log.read_text()
         assert_refused(Done(code, log.read_text()), code, "a checkpoint was saved", signal.Signals(number).name)
-        assert state(run_dir)["step"] == lines(run_dir)[-1]["step"] > step, "the step was ended, and saved"
+        assert state(run_dir)["step"] == last_step(run_dir) > step, "the step was ended, and saved"
         step = state(run_dir)["step"]
     assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
 
@@ -190,15 +189,14 @@ def test_row_03_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], t
 def test_row_03_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The launcher sends SIGTERM after the Ctrl-C that its children have got already: they must still save."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    flags = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000")
-    with started(deepspeed(SCRIPT, *flags, "--set", "data.workers=1"), log) as process:
-        wait_for(lambda: len(lines(run_dir)) >= 3, process, log)
+    with started(deepspeed(*endless(tmp_path, shards, "--set", "data.workers=1")), log) as process:
+        wait_for(lambda: last_step(run_dir) >= 3, process, log)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) != 0
         end = time.monotonic() + 20
         while not (run_dir / "LATEST").exists() and time.monotonic() < end:  # the launcher does not wait for its own
             time.sleep(0.1)
-    assert state(run_dir)["step"] == lines(run_dir)[-1]["step"]
+    assert state(run_dir)["step"] == last_step(run_dir)
 
 
 def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
@@ -220,17 +218,9 @@ def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
 def assert_same(out: Path, whole: Path) -> None:
     """The run in `out` is finished, and all that it leaves is that of the run that nobody disturbed."""
     assert_finished(out / "r")
-    assert trace(out / "r") == trace(whole / "r")
-    assert trace(out / "r", "eval") == trace(whole / "r", "eval")
+    assert_same_training(out / "r", whole / "r", f"step-{LAST_STEP:08d}")
     assert checkpoints(out / "r") == checkpoints(whole / "r")
-    assert not unfinished(out)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [folder / "r/checkpoints" / f"step-{LAST_STEP:08d}" / name for folder in (out, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes(), name
-
-
-def unfinished(out: Path) -> list[Path]:
-    return list((out / "r/checkpoints").glob("*.partial"))
+    assert not list((out / "r/checkpoints").glob(".*"))
 
 
 def test_row_02_killed_in_the_middle_of_saves(
@@ -248,7 +238,7 @@ def test_row_02_killed_in_the_middle_of_saves(
             )
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        half = unfinished(out)
+        half = list((out / "r/checkpoints").glob(".*.tmp"))
         if half:
             break
     assert half, "no kill found its moment"
@@ -276,7 +266,7 @@ def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
     out, log = tmp_path / "changing", tmp_path / "log"
     for launch, until in ((torchrun, 20), (python, 45)):
         with started(launch(*words, out), log) as process:
-            wait_for(lambda s=until: lines(out / "r") and lines(out / "r")[-1]["step"] >= s, process, log)
+            wait_for(lambda s=until: last_step(out / "r") >= s, process, log)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         wait_until_gone(out)

@@ -12,23 +12,22 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launched import ENV, SCRIPT, deepspeed, lines, python, run, started, torchrun, wait_for
+from launched import (
+    ENV,
+    SCRIPT,
+    assert_saved_at_the_end,
+    deepspeed,
+    endless,
+    last_step,
+    python,
+    run,
+    started,
+    torchrun,
+    wait_for,
+)
 from processes import of_run, rank, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.cold]
-
-
-def command(out: Path, shards: tuple[str, ...]) -> list[str]:
-    """More steps than any test waits for."""
-    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000"]
-
-
-def steps(run_dir: Path) -> int:
-    return lines(run_dir)[-1]["step"] if lines(run_dir) else 0
-
-
-def assert_saved_at_the_end(run_dir: Path) -> None:
-    assert (run_dir / "LATEST").read_text().strip() == f"step-{steps(run_dir):08d}"
 
 
 @pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
@@ -40,16 +39,16 @@ def test_ranks_without_their_launcher_save_and_end(
     It was started in the background by a shell that has ended, which is nobody's wish to stop.
     """
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    words = launch(*command(tmp_path, shards))
+    words = launch(*endless(tmp_path, shards))
     with log.open("wb") as out:  # the shell ends at once
         subprocess.run(
             ["bash", "-c", 'nohup "$@" &', "-", *words], cwd=ROOT, env=ENV, stdout=out, stderr=out, check=True
         )
     try:
-        wait_for(lambda: steps(run_dir) >= 5, None, log)
+        wait_for(lambda: last_step(run_dir) >= 5, None, log)
         above = rank(tmp_path, 0).parents()[generation - 1]
         if launch is deepspeed:
-            again = run(python(*command(tmp_path, shards)))
+            again = run(python(*endless(tmp_path, shards)))
             assert again.code == 2
             assert f"process {rank(tmp_path, 0).pid} under launcher " in again.text
             assert f"{above.pid} on host {platform.node()}" in again.text
@@ -66,8 +65,8 @@ def test_a_scheduler_s_signal_to_one_rank_saves_and_has_an_exit_code_of_its_own(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    with started(deepspeed(*command(tmp_path, shards)), log) as process:
-        wait_for(lambda: steps(tmp_path / "r") >= 3, process, log)
+    with started(deepspeed(*endless(tmp_path, shards)), log) as process:
+        wait_for(lambda: last_step(tmp_path / "r") >= 3, process, log)
         rank(tmp_path, 1).send_signal(signal.SIGUSR1)
         assert process.wait(60) == 128 + signal.SIGUSR1
         wait_until_gone(tmp_path)
@@ -109,8 +108,8 @@ def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
     path = f"{programs}:{os.path.dirname(shutil.which('torchrun') or python()[0])}:{os.environ['PATH']}"
     env = ["env", f"PATH={path}", *(f"{key}={value}" for key, value in job.items())]
     batch = [*env, "bash", "scripts/slurm/train.sbatch"]
-    with started([*batch, *command(tmp_path, shards)], tmp_path / "log") as process:
-        wait_for(lambda: steps(tmp_path / "r") >= 3, process, tmp_path / "log")
+    with started([*batch, *endless(tmp_path, shards)], tmp_path / "log") as process:
+        wait_for(lambda: last_step(tmp_path / "r") >= 3, process, tmp_path / "log")
         process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as `--signal=B:USR1@120` asks
         assert process.wait(90) != 0
         wait_until_gone(tmp_path)
