@@ -162,8 +162,13 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
+def latest(run_dir: Path) -> Path:
+    """The newest checkpoint."""
+    return run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip()
+
+
 def state(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip() / "state.json").read_text())
+    return json.loads((latest(run_dir) / "state.json").read_text())
 
 
 def last_step(run_dir: Path) -> int:
@@ -172,7 +177,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def assert_saved_at_the_end(run_dir: Path) -> None:
-    assert (run_dir / "LATEST").read_text().strip() == f"step-{last_step(run_dir):08d}"
+    assert latest(run_dir).name == f"step-{last_step(run_dir):08d}"
 
 
 def assert_same_training(run_dir: Path, other: Path, checkpoint: str) -> None:
@@ -199,7 +204,8 @@ def assert_finished(
         assert all(0 <= figure["value"] <= 100 for figure in found.values())
 
 
-def assert_refused(done: Done, code: int, *words: str) -> None:
+def assert_said(done: Done, code: int, *words: str) -> None:
+    """The command ended with `code`, without a traceback, and said the words."""
     assert done.code == code, done.text
     assert "Traceback" not in done.text
     for word in words:

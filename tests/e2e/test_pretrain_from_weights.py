@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from launched import SCRIPT, deepspeed, lines, python, run, run_all, small_data
+from launched import SCRIPT, deepspeed, latest, lines, python, run, run_all, state
 
 from clips.common.tensors import read_weights
 from clips.config import RunConfig
@@ -25,43 +25,34 @@ STEPS = 4
 FLAGS = ("--debug", "--samples", str(8 * STEPS), "--set", "train.precision=fp32", "train.checkpoint_every=16")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    return small_data(tmp_path_factory.mktemp("shards"))
-
-
-def checkpoint(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / (run_dir / "LATEST").read_text().strip()
-
-
 @pytest.mark.parametrize(
     ("launcher", "tokenizer", "ds_config"), [(deepspeed, None, "zero2"), (python, "json", "zero3")]
 )
 def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_its_files(
-    launcher: Any, tokenizer: str | None, ds_config: str, data: tuple[str, ...], tmp_path: Path
+    launcher: Any, tokenizer: str | None, ds_config: str, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Two ranks under the deepspeed launcher, or one; then the last checkpoint and the official files are gone."""
     official, run_dir = tmp_path / "official", tmp_path / "r"
     write_official(official, tokenizer=tokenizer)
     initial = read_initial(str(official))
     flags = (*FLAGS, "train.freeze=vision", "--init-from", str(official), "--ds-config", f"ds_configs/{ds_config}.json")
-    command = launcher(SCRIPT, "--name", "r", "--output-dir", tmp_path, *data, *flags)
+    command = launcher(SCRIPT, "--name", "r", "--output-dir", tmp_path, *shards, *flags)
     done = run(command)
     assert done.code == 0, done.text
     for shown in (f"begins with {official}", "from the file", "differs from demo", "vision, but for its projection"):
         assert done.text.count(shown) == 1, (shown, done.text)
     record = json.loads((run_dir / "init_from.json").read_text())
     assert (record["source"], record["sha256"]) == (str(official), initial.sha256)
-    assert json.loads((checkpoint(run_dir) / "state.json").read_text())["began_with"] == initial.sha256
+    assert state(run_dir)["began_with"] == initial.sha256
     assert RunConfig.load(run_dir / "config.json").train.init_from == str(official)
 
-    whole = read_weights(checkpoint(run_dir) / "model.safetensors")
+    whole = read_weights(latest(run_dir) / "model.safetensors")
     frozen = {name for name in whole if name.startswith("visual.")} - {"visual.proj.weight"}
     assert {name for name, value in initial.tensors.items() if torch.equal(whole[name], value)} == frozen
     losses = [line["loss"] for line in lines(run_dir) if line["kind"] == "train"]
     assert len(losses) == STEPS
 
-    shutil.rmtree(checkpoint(run_dir))
+    shutil.rmtree(latest(run_dir))
     shutil.rmtree(run_dir / "export")
     shutil.rmtree(official)
     done = run(command)
@@ -69,14 +60,14 @@ def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_i
     assert "goes on from" in done.text
     assert "begins with" not in done.text
     assert [line["loss"] for line in lines(run_dir) if line["kind"] == "train"] == losses
-    again = read_weights(checkpoint(run_dir) / "model.safetensors")
+    again = read_weights(latest(run_dir) / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
-    assert json.loads((checkpoint(run_dir) / "state.json").read_text())["began_with"] == initial.sha256
+    assert state(run_dir)["began_with"] == initial.sha256
 
 
-def test_what_is_refused(data: tuple[str, ...], tmp_path: Path) -> None:
+def test_what_is_refused(shards: tuple[str, ...], tmp_path: Path) -> None:
     write_official(tmp_path / "official")
-    flags = (SCRIPT, *FLAGS, *data, "--output-dir", str(tmp_path))
+    flags = (SCRIPT, *FLAGS, *shards, "--output-dir", str(tmp_path))
     begins = ("--init-from", str(tmp_path / "official"))
     commands = {
         "width": python(*flags, "--set", "model.vision.width=64", *begins),
@@ -92,10 +83,10 @@ def test_what_is_refused(data: tuple[str, ...], tmp_path: Path) -> None:
     assert not (tmp_path / "dry").exists()
 
 
-def test_an_official_checkpoint_is_evaluated_exported_and_converted(data: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_official_checkpoint_is_evaluated_exported_and_converted(shards: tuple[str, ...], tmp_path: Path) -> None:
     official = tmp_path / "official"
     write_official(official)
-    held_out = data[data.index("--test-data") + 1]
+    held_out = shards[shards.index("--test-data") + 1]
     evaluate = ("scripts/evaluate_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "f.json")
     export = ("scripts/export_clips.py", "--model", official, "--data", held_out, "--output", tmp_path / "export")
     commands = {

@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from launched import SCRIPT, Done, lines, pictures, python, recap, run, run_all, write_shard
+from launched import SCRIPT, assert_said, lines, pictures, python, recap, run, run_all, write_shard
 
 pytestmark = pytest.mark.slow
 PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(300)]
@@ -17,13 +17,6 @@ PAIRS = [(picture, recap(web, long)) for picture, web, long in pictures(300)]
 
 def train(out: Path, name: str, data: Path | str, *flags: str) -> list[str]:
     return python(SCRIPT, "--debug", "--data", data, "--output-dir", out, "--name", name, *flags)
-
-
-def assert_ended(done: Done, code: int, *words: str) -> None:
-    assert done.code == code, done.text
-    assert "Traceback" not in done.text
-    for word in words:
-        assert word in done.text, f"{word!r} is not in:\n{done.text}"
 
 
 def append(shard: Path, name: str, data: bytes = b"", **fields: object) -> None:
@@ -53,7 +46,7 @@ def test_row_17_damaged_shards_are_named_and_their_good_samples_used(tmp_path: P
     write_shard(data / "incomplete.tar", incomplete)
     append(write_shard(data / "twice.tar", PAIRS[120:160]), "00003.txt", b"another caption")
     done = run(train(tmp_path, "r", data))
-    assert_ended(
+    assert_said(
         done, 0,
         "damaged.tar: damaged at byte", "after member 00020.txt",
         "cut.tar: member 00030.txt is cut off",
@@ -77,7 +70,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
     write_shard(tmp_path / "data/0.tar", samples)
     check = ("scripts/check_data.py", "--data", tmp_path / "data", "--output", tmp_path / "check")
     done = run_all({"run": train(tmp_path, "r", tmp_path / "data", "--samples", "300"), "check": python(*check)})
-    assert_ended(done["run"], 0)
+    assert_said(done["run"], 0)
     skipped = lines(tmp_path / "r", "skipped.jsonl")
     reasons = {int(line["key"].rpartition("#")[2]): line["reason"] for line in skipped}
     assert reasons.keys() == bad.keys()
@@ -85,7 +78,7 @@ def test_row_18_bad_records_are_skipped_counted_and_listed_before_a_run(tmp_path
         assert reasons[place].startswith(reason)
     assert len(skipped) == [line for line in lines(tmp_path / "r") if line["kind"] == "train"][-1]["skipped"]
 
-    assert_ended(done["check"], 4, "6 of 300 samples are broken, 2.0%", "data.max_broken_share = 1.0%")
+    assert_said(done["check"], 4, "6 of 300 samples are broken, 2.0%", "data.max_broken_share = 1.0%")
     found = json.loads((tmp_path / "check/summary.json").read_text())
     assert found["broken"] == 6
     assert found["reasons"]["web caption is empty"] == 2
@@ -124,5 +117,5 @@ def test_row_19_paths_that_climb_out_are_refused(tmp_path: Path) -> None:
         "dots": "leads out of", "root": "leads out of", "link": "leads out of",
     }  # fmt: skip
     for name, done in run_all(commands).items():
-        assert_ended(done, 2, said[name])
+        assert_said(done, 2, said[name])
         assert not lines(tmp_path / "runs" / name), "nothing was trained on"

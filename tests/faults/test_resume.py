@@ -14,7 +14,7 @@ from launched import (
     SCRIPT,
     Done,
     assert_finished,
-    assert_refused,
+    assert_said,
     assert_same_training,
     checkpoints,
     deepspeed,
@@ -138,7 +138,7 @@ def test_row_06_never_from_zero_when_no_checkpoint_is_good(
         flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
     before = (out / "r/metrics.jsonl").read_bytes()
     done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
-    assert_refused(done, 5, "no usable checkpoint", "another --name")
+    assert_said(done, 5, "no usable checkpoint", "another --name")
     assert (out / "r/metrics.jsonl").read_bytes() == before
 
 
@@ -158,12 +158,12 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
         "allowed": python(*flags, "--set", "train.keep_checkpoints=1", "--allow-config-change", "--dry-run"),
     }
     found = {name: run(command) for name, command in commands.items()}  # one after another: they share a directory
-    assert_refused(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
+    assert_said(found["refused"], 2, "train.seed: 0 → 5", "phases.0.lr:", "→ 0.25", "--allow-config-change")
     assert "data.train" not in found["refused"].text, "only what differs is shown"
-    assert_refused(found["never"], 2, "holds a run already", "--name")
-    assert_refused(found["pickle"], 2, "--resume", "model.pt")
-    assert_refused(found["optimizer"], 2, "optim.kind cannot change within a run")
-    assert_refused(found["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
+    assert_said(found["never"], 2, "holds a run already", "--name")
+    assert_said(found["pickle"], 2, "--resume", "model.pt")
+    assert_said(found["optimizer"], 2, "optim.kind cannot change within a run")
+    assert_said(found["width"], 2, "do not fit the model", "(32, 32)", "(16, 32)")
     assert found["allowed"].code == 0, found["allowed"].text
     assert "goes on from" in found["allowed"].text
     assert json.loads((out / "r/config.json").read_text())["train"]["seed"] == 0
@@ -179,7 +179,7 @@ def test_row_03_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], t
             wait_for(lambda s=step: last_step(run_dir) >= s + 3, process, log)
             os.killpg(process.pid, number)
             assert process.wait(60) == code, log.read_text()
-        assert_refused(Done(code, log.read_text()), code, "a checkpoint was saved", signal.Signals(number).name)
+        assert_said(Done(code, log.read_text()), code, "a checkpoint was saved", signal.Signals(number).name)
         assert state(run_dir)["step"] == last_step(run_dir) > step, "the step was ended, and saved"
         step = state(run_dir)["step"]
     assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
@@ -208,7 +208,7 @@ def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     next_save = state(out / "r")["step"] + 5
     command = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out)
     done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
-    assert_refused(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
+    assert_said(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
     assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
     steps = [line["step"] for line in trace(out / "r")]
     assert steps == list(range(1, len(steps) + 1))
