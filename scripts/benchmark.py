@@ -13,8 +13,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", choices=("train", "profile", "program"), help="what to measure")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
-    p.add_argument("--demo-dir", default="data/demo", help="the demo data")
-    p.add_argument("--out", help="JSON file for the figures")
+    p.add_argument("--data", default="data/demo", help="folder of the demo data")
+    p.add_argument("--output", help="JSON file for the figures")
     p.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
     p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
     p.add_argument("--size", choices=("demo", "s16", "b16"), default="demo", help="program: towers and batch")
@@ -35,8 +35,7 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.studies.benchmark import benchmark, benchmark_programs
 
-    common = {name: getattr(flags, name) for name in ("device", "demo_dir", "out")}
-    common["as_json"] = flags.json
+    common = {"device": flags.device, "demo_dir": flags.data, "out": flags.output, "as_json": flags.json}
     if flags.what == "program":
         common |= {"repeats": flags.repeats, "their_python": flags.their_python}
         benchmark_programs(flags.size, flags.objective, flags.captions, **common)

@@ -249,7 +249,7 @@ def debug_run(made_once: Callable[[str, Callable[[Path], object]], Path], shards
 
     def train(folder: Path) -> None:
         done = run_python(
-            "scripts/pretrain_clips.py", "--debug", "--output-dir", folder, "--name", "r", *shards,
+            "scripts/pretrain_clips.py", "--debug", "--output", folder, "--name", "r", *shards,
             "--set", "train.precision=fp32",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

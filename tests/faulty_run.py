@@ -80,7 +80,7 @@ def main() -> None:
         elif flags.fault == "slow":
             loop.make_loader = late
         elif flags.fault == "record":
-            file = Path(flags.output_dir) / flags.name / "keys.jsonl"
+            file = Path(flags.output) / flags.name / "keys.jsonl"
             grad_cache.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
             grad_cache.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))

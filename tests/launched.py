@@ -147,7 +147,7 @@ def splits(folder: Path) -> tuple[str, ...]:
 
 def endless(out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     """The run OUT/r with more steps than any test waits for."""
-    return [SCRIPT, "--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "400000", *flags]
+    return [SCRIPT, "--debug", "--name", "r", "--output", str(out), *shards, "--samples", "400000", *flags]
 
 
 # What a run leaves

@@ -70,7 +70,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
 def check_format(out: Path) -> None:
     """Raise UserError unless `out` names a .png or .svg file."""
     if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: name it {' or '.join(FORMATS)}")
+        raise UserError(f"--output {out}: name it {' or '.join(FORMATS)}")
 
 
 def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:

@@ -86,7 +86,7 @@ class PretrainingRun:
     def command(self, output: Path) -> list[str]:
         """The command that trains the run in `output`/`name`. The run evaluates and saves at its end only."""
         return [
-            *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output-dir", str(output)),
+            *("scripts/pretrain_clips.py", "--recipe", self.recipe, "--name", self.name, "--output", str(output)),
             *(() if self.samples is None else ("--samples", str(self.samples))),
             *("--seed", str(self.seed), "--device", self.device),
             *("--set", "train.eval_every=0", "train.checkpoint_every=0", *self.settings),

@@ -172,7 +172,7 @@ def our_flags(size: str, objective: Objective, device: torch.device, train: Path
         settings += ["task.objective=clip", "task.synthetic_share=0", "model.captioner=null"]
     return [
         *("--recipe", baseline if objective == "clip" else clips, "--data", str(train), *fields),
-        *("--output-dir", str(output), "--batch-size", str(batch), "--samples", str(batch * steps)),
+        *("--output", str(output), "--batch-size", str(batch), "--samples", str(batch * steps)),
         *("--device", device.type, "--set", *settings),
     ]
 

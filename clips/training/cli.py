@@ -12,24 +12,25 @@ from typing import Any
 
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
+from clips.common.flags import Parser
 from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
 from clips.recipes import debug_twin, recipe, with_tower
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
+def parser() -> Parser:
+    p = Parser(
+        "Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
         "triples with --data."
     )
-    p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py (default: demo)")
+    p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py")
     p.add_argument(
         "--tower",
         default="clips",
         help="shape of the image tower: clips (the recipe's own), siglip (no CLS, tanh-GELU: what vLLM, SGLang and "
-        "llama.cpp run as SigLIP) or clip (a LayerNorm before the blocks, as in CLIP) (default: clips)",
+        "llama.cpp run as SigLIP) or clip (a LayerNorm before the blocks, as in CLIP)",
     )
-    p.add_argument("--name", help="run directory under --output-dir (default: the recipe's name)")
-    p.add_argument("--output-dir", default="runs", help="where runs are written (default: runs)")
+    p.add_argument("--name", help="run directory under --output (default: the recipe's name)")
+    p.add_argument("--output", default="runs", help="where runs are written")
     p.add_argument(
         "--data",
         help="training data: a folder, pattern or URL of tar shards, or a .csv/.jsonl/.parquet table "
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME=SHARE:DATA",
-        help="several sets in place of --data, each seen as often as its share says (default: none)",
+        help="several sets in place of --data, each seen as often as its share says",
     )
     p.add_argument("--val-data", help="validation data, evaluated during training (default: the demo's, or none)")
     p.add_argument(
@@ -79,32 +80,26 @@ def parser() -> argparse.ArgumentParser:
         help="when a step's loss or gradient norm stands far above the recent ones: continue (it is only recorded), "
         "skip its update, or rewind to the last checkpoint and leave it out (default: the recipe's, continue)",
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
-    p.add_argument(
-        "--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs (default: 30)"
-    )
+    p.add_argument("--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs")
     p.add_argument(
         "--resume",
         default="auto",
-        help="auto (go on where the run stopped), never, or a checkpoint directory (default: auto)",
+        help="auto (go on where the run stopped), never, or a checkpoint directory",
     )
-    p.add_argument(
-        "--allow-config-change", action="store_true", help="go on although the configuration differs (default: no)"
-    )
+    p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="FIELD=VALUE",
-        help="any other field of clips/config.py, e.g. optim.kind=muon (default: none)",
+        help="any other field of clips/config.py, e.g. optim.kind=muon",
     )
-    p.add_argument(
-        "--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data (default: no)"
-    )
-    p.add_argument("--dry-run", action="store_true", help="print the plan and stop (default: no)")
+    p.add_argument("--debug", action="store_true", help="the recipe's tiny twin: three steps on the demo data")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.add_argument(
         "--profile",
         type=int,
@@ -112,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
     )
-    p.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (default: no)")
+    p.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
 
@@ -151,7 +146,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
 
 
 def _run_dir(flags: argparse.Namespace) -> Path:
-    return Path(flags.output_dir) / (flags.name or (f"{flags.recipe}-debug" if flags.debug else flags.recipe))
+    return Path(flags.output) / (flags.name or (f"{flags.recipe}-debug" if flags.debug else flags.recipe))
 
 
 def _recorded(flags: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def open_run_dir(run: RunConfig, options: Options) -> checkpoint.Checkpoint | No
             (options.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=options.run_dir).close()
         except OSError as error:
-            raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output-dir") from None
+            raise UserError(f"cannot write to {options.run_dir}: {error}; choose another --output") from None
         if dist.get_rank() == 0:
             rundir.hold(options.run_dir)
             checkpoint.remove_leftovers(options.run_dir)

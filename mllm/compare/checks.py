@@ -45,7 +45,7 @@ def check_request(comparison: Comparison) -> None:
     pretraining = given(pretraining_parser(), comparison.pretrain_flags)
     for option, found, own in (
         ("--train-flags", training, ("stage", "seed", "vision_tower", "output_dir", "device")),
-        ("--pretrain-flags", pretraining, ("recipe", "seed", "name", "output", "output_dir", "device")),
+        ("--pretrain-flags", pretraining, ("recipe", "seed", "name", "output", "device")),
     ):
         if taken := [name for name in own if name in found]:
             raise UserError(f"{option}: --{taken[0]} is what the comparison itself sets; leave it out")

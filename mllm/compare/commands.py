@@ -161,7 +161,7 @@ def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
 # ------------------------------------------------------------------------------------------- the encoders
 def pretrain_flags(comparison: Comparison, encoder: PretrainedEncoder) -> list[str]:
     flags = ["--recipe", RECIPES[encoder.kind], "--name", encoder.directory.name, "--seed", str(encoder.seed)]
-    flags += ["--output-dir", str(encoder.directory.parent), "--device", comparison.device]
+    flags += ["--output", str(encoder.directory.parent), "--device", comparison.device]
     if comparison.quick:
         flags += ["--samples", str(round(QUICK_PRETRAINING * _config_of(flags).samples))]
     return [*flags, *comparison.pretrain_flags]

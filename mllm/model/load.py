@@ -74,5 +74,5 @@ def newest_model(runs: Path = Path("runs")) -> Path:
     """The model directory written last under `runs`; UserError if there is none."""
     found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
     if not found:
-        raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model-path")
+        raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model")
     return max(found)[1]

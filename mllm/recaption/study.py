@@ -85,7 +85,7 @@ def plan_study(
     seen, captioned = (";".join(map(str, part)) for part in (files[:-shards], files[-shards:]))
     pictures, seen_samples = len(open_source(captioned, Fields(), need_long=True)), round(CAPTIONER_SHARE * samples)
     run = output / "captioner"
-    flags = ["--name", run.name, "--output-dir", str(output), "--data", seen, "--samples", str(seen_samples)]
+    flags = ["--name", run.name, "--output", str(output), "--data", seen, "--samples", str(seen_samples)]
     flags += ["--set", *settings, *CAPTIONER, "train.eval_every=0", "train.checkpoint_every=0"]
     step = Step("training", _command("pretrain_clips.py", flags), lambda: is_finished(run))
     seconds, about = START_SECONDS + seen_samples / CAPTIONER_RATE, f"{seen_samples:,} samples"

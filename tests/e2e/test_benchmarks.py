@@ -103,7 +103,7 @@ def test_retrieval_is_clip_benchmark_s(export: Path, tmp_path: Path) -> None:
     ours, theirs = {}, {}
     for name in SETS:
         out = tmp_path / name / "ours.json"
-        flags = ["--model", str(export), "--karpathy", str(tmp_path / name / "karpathy.json"), "--out", str(out)]
+        flags = ["--model", str(export), "--karpathy", str(tmp_path / name / "karpathy.json"), "--output", str(out)]
         evaluate_from_flags(script_parser("evaluate_clips").parse_args([*flags, "--device", "cpu"]))
         figures = json.loads(out.read_text())["figures"]
         ours[name] = {figure.removeprefix("sentence_"): found["value"] for figure, found in figures.items()}
@@ -144,7 +144,7 @@ def test_classification_is_clip_benchmark_s(export: Path, tmp_path: Path) -> Non
     run_bench("theirs.py", cwd=tmp_path)
 
     out, data, classes = (str(tmp_path / name) for name in ("ours.json", "data", "classes.json"))
-    flags = ["--model", str(export), "--data", data, "--classes", classes, "--out", out, "--device", "cpu"]
+    flags = ["--model", str(export), "--data", data, "--classes", classes, "--output", out, "--device", "cpu"]
     evaluate_from_flags(script_parser("evaluate_clips").parse_args(flags))
     figure = json.loads(Path(out).read_text())["figures"]["zero_shot_top1"]
     accuracy = json.loads((tmp_path / "theirs.json").read_text())

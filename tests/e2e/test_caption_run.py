@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 def runs(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
     """The folder of two runs that drop patches of the tower besides, on one rank, and with ZeRO-2 on two."""
     folder = tmp_path_factory.mktemp("captions")
-    flags = (SCRIPT, "--recipe", "caption", "--debug", "--output-dir", folder, *shards, "--set", "train.precision=fp32")
+    flags = (SCRIPT, "--recipe", "caption", "--debug", "--output", folder, *shards, "--set", "train.precision=fp32")
     flags += ("model.vision.patch_size=5", "model.vision.patch_dropout=0.5")
     zero2 = ("--name", "two", "--ds-config", ROOT / "ds_configs" / "zero2.json")
     done = run_all({"one": python(*flags, "--name", "one"), "two": torchrun(*flags[:1], *zero2, *flags[1:])})

@@ -48,7 +48,7 @@ def same_weights(one: Path, other: Path, step: int) -> bool:
 def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output directory of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
-    done = run(python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", out))
+    done = run(python(SCRIPT, *EVERY_STEP, *shards, "--output", out))
     assert done.code == 0, done.text
     return out
 
@@ -70,7 +70,7 @@ def test_killed_and_stopped_between_checkpoint_and_validation(
 ) -> None:
     """With each step saved and validated, a kill hits one of the two; a stop saves, and leaves its validation owed."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    command = python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", tmp_path)
+    command = python(SCRIPT, *EVERY_STEP, *shards, "--output", tmp_path)
     for number, after, code in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 6, 143)):
         with started(command, log) as process:
             wait_for(lambda s=after: lines(run_dir) and lines(run_dir)[-1]["step"] >= s, process, log)
@@ -88,9 +88,7 @@ def test_killed_and_stopped_between_checkpoint_and_validation(
 def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
     run_dir = out / "r"
-    done = run(
-        python(SCRIPT, *EVERY_STEP, *shards, "--output-dir", out, "--resume", run_dir / "checkpoints/step-00000008")
-    )
+    done = run(python(SCRIPT, *EVERY_STEP, *shards, "--output", out, "--resume", run_dir / "checkpoints/step-00000008"))
     assert done.code == 0, done.text
     (aside,) = (run_dir / "checkpoints").glob("aside-*")
     assert f"newer checkpoints than step-00000008 are put aside: {aside}" in done.text
@@ -102,9 +100,7 @@ def test_a_rewind_puts_aside_and_ends_as_before(whole: Path, shards: tuple[str, 
 
 def test_a_branch_of_another_run(whole: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
     flags = [word if word != "r" else "branch" for word in EVERY_STEP]
-    command = python(
-        SCRIPT, *flags, *shards, "--output-dir", tmp_path, "--resume", whole / "r/checkpoints/step-00000008"
-    )
+    command = python(SCRIPT, *flags, *shards, "--output", tmp_path, "--resume", whole / "r/checkpoints/step-00000008")
     done = run([*command, "--seed", "3"])
     assert done.code == 2, done.text
     assert "is of a run with another configuration:\n  train.seed: 0 → 3" in done.text
@@ -125,7 +121,7 @@ def test_a_run_that_went_on_after_its_end_is_finished_anew(
     out = shutil.copytree(whole, tmp_path / "out")
     run_dir, log = out / "r", tmp_path / "log"
     flags = [word if word != str(8 * STEPS) else str(8 * STEPS + 40) for word in EVERY_STEP]
-    command = python(SCRIPT, *flags, *shards, "--output-dir", out, "--allow-config-change")
+    command = python(SCRIPT, *flags, *shards, "--output", out, "--allow-config-change")
     last = run_dir / "checkpoints" / f"step-{STEPS + 5:08d}"
     with started(command, log) as process:
         wait_for(last.is_dir, process, log)
@@ -191,7 +187,7 @@ def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
 ) -> None:
     """The other rank leaves; rank 0 then stands still for longer than ranks wait for each other, and finishes."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    words = ("--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--timeout-minutes", "0.2")
+    words = ("--debug", "--name", "r", "--output", tmp_path, *shards, "--timeout-minutes", "0.2")
     with started(launch(SCRIPT, *words), log) as process:
         launcher = psutil.Process(process.pid)
         wait_for(lambda: checkpoints(run_dir) and rank(launcher, 1) is None, process, log)
@@ -209,7 +205,7 @@ def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
 
 def test_a_disk_that_fills_up_ends_all_ranks(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The system refuses files above 1 MiB; the write beside the training fails, and both ranks hear of it."""
-    words = ("--recipe", "s16", "--debug", "--name", "r", "--output-dir", tmp_path, *shards, "--samples", "400000")
+    words = ("--recipe", "s16", "--debug", "--name", "r", "--output", tmp_path, *shards, "--samples", "400000")
     command = torchrun(SCRIPT, *words, "--set", "train.checkpoint_every=8")
     done: Done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command], timeout=120)
     assert done.code == 1, done.text

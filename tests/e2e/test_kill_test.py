@@ -163,7 +163,7 @@ def test_a_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None:
     count, seed = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "3740"))
     flags = ["--recipe", "s16", "--debug", "--samples", str(SAMPLES), *small_data(tmp_path / "data")]
     # Each step has a line of its own: a stop between two lines, as a lost launcher's, would write one more.
-    flags += ["--output-dir", str(tmp_path), "--set", "train.precision=fp32", "train.checkpoint_every=160"]
+    flags += ["--output", str(tmp_path), "--set", "train.precision=fp32", "train.checkpoint_every=160"]
     flags += ["train.log_every=1", f"train.eval_every={EVAL_EVERY}", "--name"]
     peaceful, killed = tmp_path / "in-peace", tmp_path / "killed"
     assert list(train_under([], peaceful, [*flags, peaceful.name], seed)) == []

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ("--debug", "--output-dir", tmp_path, *shards, "--profile", "1")
+    flags = ("--debug", "--output", tmp_path, *shards, "--profile", "1")
     for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in RECIPES}).items():
         assert done.code == 0, done.text
         run_dir = tmp_path / f"{name}-debug"
@@ -60,7 +60,7 @@ def test_launchers_and_zero_3_agree(shards: tuple[str, ...], tmp_path: Path) -> 
 
     def flags(name: str) -> tuple[str, ...]:
         precise = ("--set", "train.precision=fp32")
-        return (SCRIPT, "--debug", "--output-dir", str(tmp_path), "--name", name, *shards, *precise)
+        return (SCRIPT, "--debug", "--output", str(tmp_path), "--name", name, *shards, *precise)
 
     commands = {
         "one": python(*flags("one")),
@@ -97,7 +97,7 @@ def test_the_bare_command_builds_the_demo_data_and_draws_a_report(tmp_path: Path
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = (SCRIPT, "--debug", "--dry-run", "--output-dir", tmp_path / "out", *shards)
+    flags = (SCRIPT, "--debug", "--dry-run", "--output", tmp_path / "out", *shards)
     whole = ("--set", "train.accumulation=2", "train.contrastive=global")
     found = run_all({"plain": python(*flags), "whole": python(*flags, *whole)})
     assert found["plain"].code == found["whole"].code == 0, found
@@ -119,7 +119,7 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
     data = shards[1]
     cases: dict[str, tuple[list[str], list[str]]] = {
-        "unwritable": ([*shards, "--output-dir", f"{tmp_path}/file/runs"], ["cannot write to", "--output-dir"]),
+        "unwritable": ([*shards, "--output", f"{tmp_path}/file/runs"], ["cannot write to", "--output"]),
         "missing": (["--data", f"{tmp_path}/nowhere/*.tar"], ["no data at", "nowhere"]),
         "empty folder": (["--data", f"{tmp_path}/empty"], ["no data at", "empty"]),
         "empty shard": (["--data", f"{tmp_path}/hollow"], ["hold no samples"]),
@@ -131,10 +131,10 @@ def test_the_users_mistakes_are_named(shards: tuple[str, ...], tmp_path: Path) -
         "engine settings": ([*shards, "--ds-config", f"{tmp_path}/ds.json"], ["train_batch_size", "batch_size"]),
     }
     commands = {
-        name: python(SCRIPT, "--debug", "--output-dir", tmp_path / "out", "--name", name.replace(" ", "-"), *flags)
+        name: python(SCRIPT, "--debug", "--output", tmp_path / "out", "--name", name.replace(" ", "-"), *flags)
         for name, (flags, _) in cases.items()
     }
-    commands["ranks"] = deepspeed(SCRIPT, "--debug", "--output-dir", tmp_path / "out", *shards, "--batch-size", "7")
+    commands["ranks"] = deepspeed(SCRIPT, "--debug", "--output", tmp_path / "out", *shards, "--batch-size", "7")
     cases["ranks"] = ([], ["batch_size 7 is not divisible by 2 ranks", "6 or 8"])
     if torch.cuda.is_available():
         del commands["no GPU"]
@@ -177,7 +177,7 @@ def test_a_users_own_pictures_as_shards_and_as_a_table(tmp_path: Path) -> None:
     def train(kind: str) -> list[str]:
         splits = ("--data", data[kind], "--val-data", data[kind], "--test-data", data[kind])
         size = ("--samples", "100", "--batch-size", "10")
-        return python(SCRIPT, "--name", kind, "--output-dir", tmp_path / "runs", *splits, *fields[kind], *size)
+        return python(SCRIPT, "--name", kind, "--output", tmp_path / "runs", *splits, *fields[kind], *size)
 
     def measure(kind: str) -> list[str]:
         model = ("--model", tmp_path / "runs" / kind, "--data", data[kind], *fields[kind])

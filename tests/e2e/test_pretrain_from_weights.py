@@ -36,7 +36,7 @@ def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_i
     write_official(official, tokenizer=tokenizer)
     initial = read_initial(str(official))
     flags = (*FLAGS, "train.freeze=vision", "--init-from", str(official), "--ds-config", f"ds_configs/{ds_config}.json")
-    command = launcher(SCRIPT, "--name", "r", "--output-dir", tmp_path, *shards, *flags)
+    command = launcher(SCRIPT, "--name", "r", "--output", tmp_path, *shards, *flags)
     done = run(command)
     assert done.code == 0, done.text
     for shown in (f"begins with {official}", "from the file", "differs from demo", "vision, but for its projection"):
@@ -67,7 +67,7 @@ def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_i
 
 def test_what_is_refused(shards: tuple[str, ...], tmp_path: Path) -> None:
     write_official(tmp_path / "official")
-    flags = (SCRIPT, *FLAGS, *shards, "--output-dir", str(tmp_path))
+    flags = (SCRIPT, *FLAGS, *shards, "--output", str(tmp_path))
     begins = ("--init-from", str(tmp_path / "official"))
     commands = {
         "width": python(*flags, "--set", "model.vision.width=64", *begins),

@@ -28,7 +28,7 @@ def test_pairs_are_recaptioned_and_trained_on(tmp_path: Path) -> None:
     done = run(python(*words, "--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "16", *anything))
     assert done.code == 0, done.text
     (command,) = re.findall(r"^\s*python (scripts/pretrain_clips\.py .*)$", done.text, flags=re.MULTILINE)
-    sets = ("--val-data", tmp_path / "recap", "--test-data", tmp_path / "recap", "--output-dir", tmp_path / "runs")
+    sets = ("--val-data", tmp_path / "recap", "--test-data", tmp_path / "recap", "--output", tmp_path / "runs")
     small = ("--debug", "--samples", "16", "--set", "data.workers=0")
     trained = run(python(*shlex.split(command), *small, *sets))
     assert trained.code == 0, trained.text

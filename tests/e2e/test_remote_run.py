@@ -19,7 +19,7 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(tmp_path: Path) -> None
 
     def train(name: str, data: str) -> list[str]:
         settings = ("--set", "train.precision=fp32", "train.log_every=1", "data.workers=2")
-        size = ("--samples", "96", "--output-dir", tmp_path / "runs", "--name", name)
+        size = ("--samples", "96", "--output", tmp_path / "runs", "--name", name)
         own = f"CLIPS_MLLM_CACHE={tmp_path / 'cache'}"
         return ["env", own, *python(SCRIPT, "--debug", "--data", data, *size, *settings)]
 

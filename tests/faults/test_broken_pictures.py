@@ -23,7 +23,7 @@ def good(count: int) -> Samples:
 
 def train(out: Path, name: str, data: Path, *flags: str) -> list[str]:
     fixed = ("--set", "train.precision=fp32", "train.log_every=1")
-    return python(SCRIPT, "--debug", "--data", data, "--output-dir", out, "--name", name, *flags, *fixed)
+    return python(SCRIPT, "--debug", "--data", data, "--output", out, "--name", name, *flags, *fixed)
 
 
 def test_row_14_broken_pictures_are_skipped_counted_and_replaced_alike(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ needs_hosts = pytest.mark.skipif(not (SSHD and shutil.which("pdsh")), reason="ne
 def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of two ranks on one host that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    done = run(torchrun(SCRIPT, *FLAGS, *shards, "--output-dir", out))
+    done = run(torchrun(SCRIPT, *FLAGS, *shards, "--output", out))
     assert done.code == 0, done.text
     return out / "r"
 
@@ -145,7 +145,7 @@ def test_a_host_that_dies_ends_the_run_which_goes_on_when_it_is_back(
 ) -> None:
     """It is that of rank 0, which also holds the ranks' meeting place and the run's lock."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    command = hosts.command(SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path)
+    command = hosts.command(SCRIPT, *FLAGS, *shards, "--output", tmp_path)
     with started(command, log) as process:
         wait_for(lambda: last_step(run_dir) >= 18, process, log)
         hosts.kill("host-a")
@@ -182,7 +182,7 @@ def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
     """Two launchers that meet at one address, as on two hosts; the one of rank 0 has to get the run's lock again."""
     run_dir = tmp_path / "r"
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{unused_port()}", "--rdzv-id=test")
-    words = torchrun(*meet, "--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output-dir", tmp_path, per_host=1)
+    words = torchrun(*meet, "--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output", tmp_path, per_host=1)
     command = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *words]
     with started(command, tmp_path / "a") as one, started(command, tmp_path / "b") as other:
         wait_for(lambda: last_step(run_dir) >= 8, one, tmp_path / "a")

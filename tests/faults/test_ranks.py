@@ -42,7 +42,7 @@ FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2"
 
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
     """Flags of `torchrun` for 60 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
-    words = ("--debug", "--name", "r", "--output-dir", str(out), *shards, "--samples", "480", *FAST, *flags)
+    words = ("--debug", "--name", "r", "--output", str(out), *shards, "--samples", "480", *FAST, *flags)
     return ["tests/faulty_run.py", fault, rank, *words]
 
 

@@ -45,7 +45,7 @@ THREE_PHASES = (
 def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output directory of an uninterrupted run of three phases."""
     out = tmp_path_factory.mktemp("whole")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
     assert done.code == 0, done.text
     return out
 
@@ -54,7 +54,7 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, killed in the middle of its second phase, a few steps after a checkpoint."""
     out = tmp_path_factory.mktemp("killed")
-    with started(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), out / "log") as process:
+    with started(python(SCRIPT, *THREE_PHASES, *shards, "--output", out), out / "log") as process:
         wait_for(lambda: last_step(out / "r") >= 32, process, out / "log")
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -78,7 +78,7 @@ def times(run_dir: Path) -> dict[Path, int]:
 
 def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -> None:
     before = times(whole / "r")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", whole))
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", whole))
     assert done.code == 0, done.text
     assert "Next:" in done.text
     assert "phase" not in done.text
@@ -89,7 +89,7 @@ def test_row_01_killed_in_a_step_and_resumed_equals_uninterrupted_bit_for_bit(
     whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = shutil.copytree(killed, tmp_path / "out")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
     assert done.code == 0, done.text
     assert "goes on from" in done.text
     assert_same(out, whole)
@@ -100,14 +100,14 @@ def test_a_run_contrasted_over_whole_batches_resumes_bit_for_bit(shards: tuple[s
     flags = ("--recipe", "s16", "--debug", "--name", "r", "--samples", "32", *shards, "--set", "train.precision=fp32")
     settings = ("train.accumulation=2", "train.contrastive=global", "train.checkpoint_every=16", "train.log_every=1")
     settings = (*settings, "train.keep_checkpoints=99")
-    done = run(python(SCRIPT, *flags, *settings, "--output-dir", tmp_path / "whole"))
+    done = run(python(SCRIPT, *flags, *settings, "--output", tmp_path / "whole"))
     assert done.code == 0, done.text
     out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
     kept, *later = sorted((out / "r/checkpoints").glob("step-*"))[2:]
     for path in later:
         shutil.rmtree(path)
     (out / "r/LATEST").write_text(kept.name)
-    done = run(python(SCRIPT, *flags, *settings, "--output-dir", out))
+    done = run(python(SCRIPT, *flags, *settings, "--output", out))
     assert done.code == 0, done.text
     assert f"{kept.name} (" in done.text, "goes on from the middle"
     assert_same_training(out / "r", tmp_path / "whole/r", later[-1].name)
@@ -119,7 +119,7 @@ def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_t
     out = shutil.copytree(killed, tmp_path / "out")
     *_, previous, newest = checkpoints(out / "r")
     flip_bit(out / "r/checkpoints" / newest / "model.safetensors")
-    done = run(torchrun(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    done = run(torchrun(SCRIPT, *THREE_PHASES, *shards, "--output", out))
     assert done.code == 0, done.text
     assert f"{newest} is not usable (model.safetensors does not match" in done.text
     assert f"{previous} (" in done.text
@@ -137,7 +137,7 @@ def test_row_06_never_from_zero_when_no_checkpoint_is_good(
     for name in checkpoints(out / "r"):
         flip_bit(out / "r/checkpoints" / name / "optimizer.safetensors")
     before = (out / "r/metrics.jsonl").read_bytes()
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out))
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
     assert_said(done, 5, "no usable checkpoint", "another --name")
     assert (out / "r/metrics.jsonl").read_bytes() == before
 
@@ -146,7 +146,7 @@ def test_row_07_another_configuration_is_refused_or_allowed_by_a_flag(
     killed: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = shutil.copytree(killed, tmp_path / "out")
-    flags = (SCRIPT, *THREE_PHASES, *shards, "--output-dir", str(out))
+    flags = (SCRIPT, *THREE_PHASES, *shards, "--output", str(out))
     pickle = tmp_path / "model.pt"
     pickle.write_bytes(b"\x80\x04.")
     commands = {
@@ -206,7 +206,7 @@ def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     out = shutil.copytree(killed, tmp_path / "out")
     before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
     next_save = state(out / "r")["step"] + 5
-    command = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out)
+    command = python(SCRIPT, *THREE_PHASES, *shards, "--output", out)
     done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
     assert_said(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
     assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
@@ -228,7 +228,7 @@ def test_row_02_killed_in_the_middle_of_saves(
 ) -> None:
     """Killed while a checkpoint is written, beside the training: the one before it is used, and no trace is left."""
     out = shutil.copytree(killed, tmp_path / "out")
-    command, half = python(SCRIPT, *THREE_PHASES, *shards, "--output-dir", out), []
+    command, half = python(SCRIPT, *THREE_PHASES, *shards, "--output", out), []
     for _ in range(5):  # a save takes some hundredths of a second: the kill may come too late
         before = state(out / "r")["step"]
         with started(command, out / "log") as process:
@@ -260,7 +260,7 @@ def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     """One rank to the end, and 2 → 1 → 2 ranks under kills: every position of the run has the same sample's key."""
-    words = ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output-dir")
+    words = ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output")
     alone = run(python(*words, tmp_path / "alone"))
     assert alone.code == 0, alone.text
     out, log = tmp_path / "changing", tmp_path / "log"

@@ -22,7 +22,19 @@ from mllm.encoders.registry import parse_vision_name
 from mllm.training.arguments import parse_train_arguments
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"source", "mkdir", "tar", "sha256sum", "ruff", "tensorboard", "pre-commit", "pip", "llama-server", "vllm"}
+OTHERS = {
+    "source",
+    "mkdir",
+    "tar",
+    "sha256sum",
+    "ruff",
+    "tensorboard",
+    "pre-commit",
+    "pip",
+    "llama-server",
+    "vllm",
+    "coverage",
+}
 """First words of commands that are not this project's."""
 LAUNCHERS = {"python", "deepspeed", "torchrun", "srun", "bash", "sbatch"}
 MAX_README_LINES = 140

@@ -40,7 +40,7 @@ def test_a_step_reads_what_ranks_agree_on_and_nothing_else(kind: str) -> None:
 
 @pytest.mark.slow
 def test_between_two_logs_each_step_reads_once(shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ["--debug", *shards, "--output-dir", tmp_path, "--device", "cpu", "--samples", "96"]
+    flags = ["--debug", *shards, "--output", tmp_path, "--device", "cpu", "--samples", "96"]
     flags += ["--set", "train.log_every=5", "data.workers=0"]
     done = run_python(WORKER, "loop", tmp_path / "reads.json", *flags, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
