@@ -270,7 +270,7 @@ def captions_page(result: Mapping[str, Any]) -> Page:
     if result["truth"]:
         rows = [
             (words, *("" if shares[name] is None else f"{shares[name]:.1f}" for shares in result["truth"].values()))
-            for name, words in SHARES.items()
+            for name, (words, *_) in SHARES.items()
         ]
         words = (
             "The demo knows what is in its pictures. Percent, counted in the words of the demo's own texts; other "

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from lab_runs import stored, write_runs
+from lab_runs import STORED, stored, write_runs
 
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.to_quality import Target, ToQuality, read_variants
 from clips.studies.towers import compare_towers, towers_study
 from clips.studies.variants import judge
+from mllm.compare.figures import computed
+from mllm.compare.plan import comparison_of
+from mllm.compare.verify import opened
 
 VERDICTS = {"reproduced here": "win", "contradicted here": "loss", "not reproduced here": "tie"}
 
@@ -118,6 +121,19 @@ def test_the_results_of_the_documentation_are_what_their_runs_give(name: str) ->
             found = judge(asked, rows)
             assert (found["contrasts"], found["verdict"]) == (question["contrasts"], question["verdict"])
     assert name == "captions" or set(rows) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", ["made-up", "real"])
+def test_encoders(name: str) -> None:
+    """Seeds and pictures are crossed; every figure, interval and verdict is computed again from the raw answers."""
+    with opened(STORED / "encoders" / f"{name}.tar.xz") as output:
+        old = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        again = json.loads(json.dumps(computed(comparison_of(old["plan"], output), old["plan"])))
+    # McNemar's test and the A/A calibration beside the interval left: the interval alone decides.
+    gone = {"wins", "losses", "p_mcnemar", "p_holm"}
+    old["differences"] = [{key: row[key] for key in row.keys() - gone} for row in old["differences"]]
+    for part in old.keys() - {"command", "time", "environment", "calibration"}:
+        assert again[part] == old[part], part
 
 
 def test_time_to_quality(tmp_path: Path) -> None:

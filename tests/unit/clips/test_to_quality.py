@@ -244,23 +244,19 @@ def check_row(line: str) -> datetime.date:
 
 
 def test_a_row_is_printed_for_what_every_seed_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = study.commit
     monkeypatch.setattr(study, "commit", lambda: "f04440a")
     good, bad = [record(n) for n in (100, 120, 140)], [record(100), record(120), record(None)]
     rows, without = leaderboard(found_of(good=good, bad=bad))
     assert len(rows) == 1
     assert check_row(rows[0]) == datetime.date.today()
     assert "good: demo phases.0.schedule=linear" in rows[0]
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", commit())
+    with pytest.raises(AssertionError, match="a commit without changes: f04440a-dirty"):
+        check_row(rows[0].replace(" f04440a ", " f04440a-dirty "))
     assert without == ["bad: no row, reached by 2 of 3 seeds; a row needs 3 or more and all of them"]
     few = leaderboard(found_of(few=good[: ENOUGH_SEEDS - 1]))
     assert few == ([], ["few: no row, reached by 2 of 2 seeds; a row needs 3 or more and all of them"])
-
-
-def test_a_row_says_that_the_code_was_changed() -> None:
-    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", study.commit())
-    row, _ = leaderboard(found_of(good=[record(n) for n in (100, 120, 140)]))
-    changed = row[0].replace(f" {study.commit()} ", " f04440a-dirty ")
-    with pytest.raises(AssertionError, match="a commit without changes: f04440a-dirty"):
-        check_row(changed)
 
 
 def test_every_row_of_the_page_says_what_it_must_and_stands_in_order() -> None:
