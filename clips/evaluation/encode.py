@@ -70,7 +70,7 @@ class _Encoded(NamedTuple):
     towers: list[tuple[Tensor, Tensor]]
     """`features` and `pooled`; none where every image of the batch is broken."""
     caption_tokens: list[tuple[Tensor, Tensor]]
-    """Predicted and true; none where no caption is predicted."""
+    """Predicted and true; empty if no caption is predicted."""
     found: list[tuple[Item, int]]
     skipped: list[str]
 
@@ -167,7 +167,7 @@ def encode_texts(
 ) -> Tensor:
     """L2-normalised features [T, E] on the CPU; equal strings are encoded once, similar lengths together.
 
-    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError where the model
+    `sharded`: as in `encode_images`; every rank passes the same texts and gets all features. UserError if the model
     has no features of texts.
     """
     if not model.config.embed_dim:

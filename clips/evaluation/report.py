@@ -34,7 +34,7 @@ class RunRecord:
     missing: str
     """A test that could not be made, in words."""
     weights: dict[str, Any] | None
-    """Step and SHA-256 of the weights (`clips.common.rundir.weights_of`); None where no checkpoint is left."""
+    """Step and SHA-256 of the weights (`clips.common.rundir.weights_of`); None if no checkpoint is left."""
 
 
 def read_run(run_dir: Path) -> RunRecord:

@@ -139,7 +139,7 @@ def _read_inside(root: Path, name: str) -> bytes:
 def open_test_set(
     data: DataConfig, split: str, splitter: SentenceSplitter = "smart"
 ) -> tuple[SourceSet, Classes | None]:
-    """A split of a run's data as a test set, and its classes where it names any (the demo does)."""
+    """A split of a run's data as a test set, and its classes if it names any (the demo does)."""
     items = SourceSet(open_split(data, split, need_long=False), splitter)
     demo = split_spec(data, split) == demo_split(data.demo_dir, split)
     return items, load_classes(Path(data.demo_dir) / "concepts.json") if demo else None

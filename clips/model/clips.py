@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many tokens of a batch are computed, which depends on its words: known where the batch is on the host."""
+    """How many tokens of a batch are computed, which depends on its words; known while the batch is on the host."""
 
     texts: list[int]
     """Tokens of each text."""

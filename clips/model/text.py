@@ -81,7 +81,7 @@ class TextTower(nn.Module):
     def forward(self, *texts: Tensor, counts: Sequence[int] | None = None) -> list[TextStates]:
         """ids [B, L] of each text of a batch, of any lengths, in one pass.
 
-        `counts`: how many slots of each are `computed`, where that is known: without it a GPU is waited for.
+        `counts`: how many slots of each are `computed`, if known: without them the host waits for the GPU.
         """
         for ids in texts:
             L, context = ids.shape[1], self.config.context_length

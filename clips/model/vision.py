@@ -37,7 +37,7 @@ def sincos_positions(width: int, grid: int, table: PositionTable = "sincos") -> 
 def resample_positions(table: Tensor, grid: int, prefix_tokens: int) -> Tensor:
     """A learned table [C + N0, D] for grid × grid patches, [C + grid², D]; the CLS row is untouched.
 
-    Bicubic with antialiasing, as open_clip and timm resample; the table itself where it has that size already.
+    Bicubic with antialiasing, as open_clip and timm resample; the table itself if it has that size already.
     """
     cls, patches = table[:prefix_tokens], table[prefix_tokens:]
     side = math.isqrt(len(patches))

@@ -75,7 +75,7 @@ def save(
 ) -> Path:
     """Write a checkpoint, make it the latest, and delete the older ones that are `surplus`. Rank 0 only.
 
-    Raises OSError (disk full, say) with the older checkpoints and LATEST untouched.
+    Raises OSError (for example: disk full) with the older checkpoints and LATEST untouched.
     """
     parent = run_dir / "checkpoints"
     final = parent / f"step-{state.step:08d}"

@@ -45,9 +45,9 @@ class LoadedModel:
     home: Path
     """The directory for results: `path`; the run of a checkpoint; runs/OWNER--NAME for a model of the hub."""
     samples: int | None = None
-    """How many training samples the weights have seen, where that is known."""
+    """How many training samples the weights have seen, if known."""
     checkpoint: dict[str, Any] | None = None
-    """Which checkpoint of a run the weights are (`clips.common.rundir.weights_of`), where that is known."""
+    """Which checkpoint of a run the weights are (`clips.common.rundir.weights_of`), if known."""
     is_checkpoint: bool = False
     """Whether `path` is a checkpoint rather than a run, an export or another model."""
 
@@ -77,7 +77,7 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
 
 
 Loaded = tuple[CLIPSModel, RunConfig, CaptionTokenizer, dict[str, Any] | None]
-"""Model, configuration, tokenizer, and which checkpoint the weights are, where that is known."""
+"""Model, configuration, tokenizer, and which checkpoint the weights are, if known."""
 
 
 def _load(path: Path) -> Loaded:

@@ -81,7 +81,7 @@ def check_target(repo: str) -> None:
 
 
 def model_files(directory: Path) -> list[str]:
-    """The files of the model in `directory`, relative; UserError where it is not one, or not a whole one."""
+    """The files of the model in `directory`, relative; UserError if it is no model or no whole model."""
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}")
     inner = [path for path in ("export/open_clip", "open_clip", "model") if (directory / path).is_dir()]

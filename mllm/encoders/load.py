@@ -1,4 +1,4 @@
-"""How each kind of vision encoder is loaded as a stock transformers model, where the mapping is exact."""
+"""How each kind of vision encoder is loaded as a stock transformers model; only exact mappings are allowed."""
 
 from __future__ import annotations
 

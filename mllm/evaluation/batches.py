@@ -43,8 +43,7 @@ def generate_inputs(
 ) -> dict[str, Any]:
     """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
 
-    `pixels` [U, 3, S, S] are the batch's distinct pictures, None where it has none, and row i shows the one of number
-    `owners[i]`.
+    `pixels` [U, 3, S, S] are the batch's distinct pictures, None if it has none; row i shows picture `owners[i]`.
     """
     device, distinct = model.device, 1 if pixels is None else len(pixels)
     shared = _shared_length(rows, model.config.image_token_id) if distinct < len(rows) else 0

@@ -108,7 +108,7 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, An
 
 
 def answer_line(question: Question, answer: str, model_name: str) -> str:
-    """LLaVA's answer format, JSON in a line, with `kind`, `expected` and `correct` where the answer is known."""
+    """LLaVA's answer format, JSON in a line, with `kind`, `expected` and `correct` if the answer is known."""
     line = {"question_id": question.id, "prompt": question.text, "text": answer}
     line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model_name, "metadata": {}}
     if question.image is not None:

@@ -32,7 +32,7 @@ BICUBIC = 3
 
 
 def pictures_first(chosen: Format) -> str:
-    """The start of a chat template that puts a message's pictures first, each on a line of its own, as in training.
+    """The start of a chat template that puts a message's pictures first, each on its own line, as in training.
 
     llama.cpp writes a mark (`<__media__>`, in the server `<__media_RANDOM__>`) where the message has its picture.
     """

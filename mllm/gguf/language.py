@@ -98,7 +98,7 @@ def language_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str
 
 
 def gguf_name(names: TensorNameMap, key: str) -> str:
-    """`key` under GGUF's name; UserError where the map has none."""
+    """`key` under GGUF's name; UserError if the map has none."""
     found = names.get_name(key, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise UserError(f"weight {key} has no place in llama.cpp's graph of this model, so it cannot be exported")

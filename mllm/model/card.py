@@ -23,9 +23,9 @@ SHOWN = ("dtype", "exact_match", "cider")
 
 
 def add_evaluation(directory: Path, test_set: str, figures: Mapping[str, Any]) -> bool:
-    """Have the card of the model in `directory` show `figures`, measured on `test_set`; whether it does.
+    """Have the card of the model in `directory` show `figures`, measured on `test_set`; returns whether it does.
 
-    It does not where the weights there are no longer those that were measured, or another program saved them.
+    It does not if the weights have changed since they were measured, or if another program saved them.
     `figures` are what mllm/evaluation/evaluate.py writes to figures.json.
     """
     card, weights = directory / "README.md", figures["weights"]

@@ -127,7 +127,7 @@ def convert_llava(
         conv_mode: conversation format to save with the model; "auto" is its tokenizer's, or "v1" where that has none.
         check_only: write nothing.
 
-    Raises UserError for what the other side cannot hold, where the two sides differ, and where `target` exists.
+    Raises UserError for what the other side cannot hold, if the two sides differ, and if `target` exists.
     """
     if target.exists():
         raise UserError(f"{target} exists; convert.py overwrites nothing: name another directory, or remove it")
@@ -167,7 +167,7 @@ def logit_difference(
 ) -> float:
     """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
 
-    On random pixels and a real question; `tower` is the original's vision tower. UserError where it is more than
+    On random pixels and a real question; `tower` is the original's vision tower. UserError if it is more than
     rounding.
     """
     encoder = answering_encoder(processor.tokenizer, "auto", model.config.image_seq_length)

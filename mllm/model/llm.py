@@ -110,7 +110,7 @@ def find_llm(name: str) -> tuple[Path, str]:
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, as its files say it and as it can be passed on.
 
-    Raises UserError where it cannot be read, and where it needs a package that is not installed.
+    Raises UserError if it cannot be read, or needs a package that is not installed.
     """
     if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
         _check_sentencepiece(directory / "tokenizer.model")
@@ -141,7 +141,7 @@ def _check_sentencepiece(path: Path) -> None:
 
 
 def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
-    """The format that `version` is for a language model: "auto" is "v1" where the tokenizer has no chat template."""
+    """The format that `version` is for a language model: "auto" is "v1" if the tokenizer has no chat template."""
     return "v1" if version == "auto" and not tokenizer.chat_template and not saved_format(tokenizer) else version
 
 
@@ -176,7 +176,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _forget_sampling(config: GenerationConfig) -> None:
-    """Unset what only sampling reads where a model does not sample: transformers refuses to save both together.
+    """Unset the settings of sampling if a model does not sample: transformers refuses to save both together.
 
     Vicuna 1.5 comes so (temperature and top_p, no do_sample); it would be noticed after the last step.
     """

@@ -65,7 +65,7 @@ def vision_facts(directory: Path) -> dict[str, Any] | None:
 
 
 def model_name(directory: str) -> str:
-    """How a model is called: its run's name where it is a run's `model` directory, else its own."""
+    """A model's name: its run's name for a run's `model` directory, else its own."""
     path = Path(directory)
     return path.resolve().parent.name if path.name == "model" else path.name
 

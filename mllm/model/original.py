@@ -92,7 +92,7 @@ class OriginalLlava:
         raise UserError(f"{self.source}/config.json: {', '.join(classes) or found} is not one of {known}")
 
     def field(self, name: str) -> Any:
-        """A field of EXPRESSIBLE, or LLaVA's default where the configuration leaves it out."""
+        """A field of EXPRESSIBLE, or LLaVA's default if it is missing."""
         value = self.config.get(name)
         return EXPRESSIBLE[name][0] if value is None else value
 

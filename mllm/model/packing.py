@@ -38,8 +38,7 @@ def can_pack(config: PreTrainedConfig) -> bool:
 def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
     """P, a scalar: the positions that all samples of a batch [B, L] begin with, none of them learned or of an image.
 
-    Each sample keeps a position of its own behind them, and that one is not learned either: what is predicted for it
-    is predicted at the last shared position.
+    Each sample keeps a position of its own behind them. It is not learned either: its prediction is shared.
     """
     if len(input_ids) == 1:
         return torch.zeros((), dtype=torch.long, device=input_ids.device)

@@ -173,7 +173,7 @@ def _distance_from_mean(x: Tensor) -> Tensor:
 def _two_signed_directions(x: Tensor, hidden: int, seed: int, unused: int) -> tuple[Tensor, Tensor]:
     """Weight [hidden, W] and bias [hidden] whose outputs come in pairs ±z, each of unit variance over `x`.
 
-    The last `unused` of them, and one more where that leaves an odd number, are zero.
+    The last `unused` of them are zero, and one more if that leaves an odd number.
     """
     pairs = (hidden - unused) // 2
     mean = x.mean(dim=0)

@@ -23,7 +23,7 @@ def quantize(
     """Replace every linear layer in `model` by one of 4 bits (by default as QLoRA) or 8 bits, in place.
 
     `quant_type` ("nf4" or "fp4") and `double_quant` (the scales are quantised too) are those of 4 bits. Raises
-    UserError where bitsandbytes is not installed, and where its weights are not close to the original ones.
+    UserError if bitsandbytes is not installed, or its weights are not close to the original weights.
     """
     try:
         import bitsandbytes as bnb

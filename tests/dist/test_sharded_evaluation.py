@@ -52,9 +52,9 @@ def with_data(folder: Path) -> RunConfig:
     return replace(run, data=data, eval=EvalConfig(batch_size=4, max_images=50))
 
 
-@pytest.mark.parametrize(("ranks", "objective"), [(2, "clips"), (3, "clips"), (3, "caption+web")])
-def test_the_figures_are_a_single_rank_s(ranks: int, objective: str, tmp_path: Path) -> None:
-    run = with_data(tmp_path)
+@pytest.mark.parametrize("objective", ["clips", "caption+web"])
+def test_the_figures_are_a_single_rank_s(objective: str, tmp_path: Path) -> None:
+    ranks, run = 3, with_data(tmp_path)
     run = run if objective == "clips" else generative(run, objective)
     texts = open_split(run.data, "val", need_long=False).captions()
     tokenizer = build_tokenizer("wordpiece", texts, vocab_size=64)
