@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from clips.studies.pictures import merged, profile_plot, write_profile
 from conftest import ROOT, run_python
 
 from clips.common.errors import CommandError, UserError
