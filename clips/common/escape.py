@@ -75,9 +75,3 @@ def for_markdown(text: str, limit: int | None = None) -> str:
     """One line of Markdown, also in a table's cell or a heading, that reads as `text`."""
     line = one_line(text if limit is None else clip(text, limit)).strip()
     return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(lambda found: "\\" + found[0], line))
-
-
-def code_block(text: str) -> str:
-    """A fenced block of Markdown that holds `text` as it is."""
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{fence}\n{visible(text)}\n{fence}"

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from rich import console
 from rich import table as rich_table
 
-from clips.common.escape import clip, code_block, for_markdown, for_rich, visible
+from clips.common.escape import clip, for_markdown, for_rich, visible
 
 if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a terminal may
     from matplotlib.figure import Figure as Plot
@@ -74,7 +74,7 @@ def _environment(package: str, escape: Callable[[Any], Any]) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"clip": clip, "code_block": lambda text: Markup(code_block(text)), "data_uri": data_uri}
+    environment.filters |= {"clip": clip, "data_uri": data_uri}
     return environment
 
 

@@ -68,22 +68,6 @@ class SampleOrder:
         members, start = self._group(epoch, offset)
         return int(members[offset - start])
 
-    def offsets(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """The offsets of the samples `indices` in `epoch`, int64 [len(indices)]: the inverse of `index`."""
-        order, first, group_starts = self._epoch(epoch)
-        place_of_piece = np.empty_like(order)
-        place_of_piece[order] = np.arange(len(order))
-        pieces = np.searchsorted(self._starts, indices, side="right") - 1
-        groups = np.searchsorted(first, place_of_piece[pieces], side="right") - 1
-        found = np.empty(len(indices), dtype=np.int64)
-        for group in np.unique(groups):
-            members = self._members(epoch, int(group))
-            by_index = np.argsort(members)
-            ours = groups == group
-            place = by_index[np.searchsorted(members, indices[ours], sorter=by_index)]
-            found[ours] = group_starts[group] + place
-        return found
-
     def shards(self, position: int) -> tuple[list[int], list[int]]:
         """(shards of the group of the run's `position`-th sample, shards of the next group)."""
         epoch, offset = self.locate(position)
@@ -91,10 +75,6 @@ class SampleOrder:
         after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
         now, then = (np.unique(self._shards[self._pieces(*place)]) for place in ((epoch, group), after))
         return now.tolist(), then.tolist()
-
-    def held(self, epoch: int, offset: int) -> int:
-        """Samples in the group at `offset` of `epoch`."""
-        return len(self._group(epoch, offset)[0])
 
     def _group(self, epoch: int, offset: int) -> tuple[np.ndarray, int]:
         """The shuffled sample indices of the group that holds `offset`, and the group's first offset."""

@@ -18,7 +18,6 @@ from rich.table import Table as RichTable
 from clips.common.escape import (
     LONGEST,
     clip,
-    code_block,
     for_markdown,
     for_plot,
     for_rich,
@@ -94,12 +93,6 @@ def test_markdown_reads_as_the_text(name: str) -> None:
 @pytest.mark.parametrize("text", ["+1.2 [+0.3, +2.1]", "< 0.0001", "hf:google/vit_base", "1.5", "–", "a − b (3 seeds)"])
 def test_markdown_leaves_alone_what_does_not_act(text: str) -> None:
     assert for_markdown(text) == text
-
-
-def test_a_code_block_holds_whatever_is_in_it() -> None:
-    for text in ("python x.py --flag '```' ````", "a\n```\n# b", "<b>"):
-        (block,) = [token for token in GFM.parse(code_block(text)) if token.type == "fence"]
-        assert block.content == text + "\n"
 
 
 @each
