@@ -13,7 +13,9 @@ from mllm.training.log import write_curves
 def test_curves_that_cannot_be_written_cost_nothing_and_can_be_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [{"stage": stage, "samples": 4 * i, "loss": 1.0} for stage in ("align", "instruct") for i in range(3)]
+    lines = [
+        {"stage": stage, "samples": 4 * i, "loss": 1.0, "mfu": 0.1} for stage in ("align", "instruct") for i in range(3)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "curves.png").mkdir()
     write_curves(tmp_path)
