@@ -19,16 +19,6 @@ from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
-FIGURES = (
-    "sentence_i2t_r1",
-    "sentence_t2i_r1",
-    "part_i2t_r1",
-    "part_t2i_r1",
-    "web_i2t_r1",
-    "web_t2i_r1",
-    "zero_shot_top1",
-    "linear_probe_top1",
-)
 RATES = ("lr", "muon_lr")
 """Fields of a phase that a multiple of the learning rates multiplies."""
 SAMPLES_PER_S, OVERHEAD_S = 160.0, 45.0
@@ -134,8 +124,8 @@ def train(
     return {run: output / run.name for run in runs}
 
 
-def read_figures(run: Path, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """A run's test figures in percent, and `train_seconds`: its training steps on an otherwise idle machine.
+def read_figures(run: Path, names: Sequence[str]) -> dict[str, float]:
+    """The test figures `names` of a run in percent, and `train_seconds`: its steps on an otherwise idle machine.
 
     Figures of further test sets are called SET/FIGURE. The set that decides (`UNSEEN`) comes first.
     """

@@ -50,7 +50,8 @@ def compare(output: Path, seeds: int, samples: int, jobs: int, *, dry_run: bool 
     equal = equal_time_study(best, seeds, samples, samples).runs
     directories = train([*equal["clips"], *equal["clip"]], output, jobs, console)
     seconds = {
-        RECIPES[name]: min(read_figures(directories[run])[SECONDS] for run in equal[name]) for name in ("clips", "clip")
+        RECIPES[name]: min(read_figures(directories[run], ())[SECONDS] for run in equal[name])
+        for name in ("clips", "clip")
     }
     longer = int(samples * seconds["demo"] / seconds["clip_baseline"])
     more = {"multipliers": best, "equal_time_samples": longer}
