@@ -296,3 +296,17 @@ def test_pictures_of_scenes_name_the_artists() -> None:
             if "screenshot_web.py" in text:
                 assert "OpenMoji" in text
                 assert "CC BY-SA 4.0" in text
+
+
+# ------------------------------------------------------------------------------------------------------ faults
+
+
+def test_all_28_rows_of_the_faults_are_tests_and_listed() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\|(.*)\|$", (ROOT / "docs" / "faults.md").read_text(), flags=re.MULTILINE)
+    listed = {int(number): set(re.findall(r"`(test_row_\w+)`", tests)) for number, tests in rows}
+    found: dict[int, set[str]] = {}
+    for file in (ROOT / "tests" / "faults").glob("test_*.py"):
+        for name, number in re.findall(r"^def (test_row_(\d+)_\w+)\(", file.read_text(), re.MULTILINE):
+            found.setdefault(int(number), set()).add(name)
+    assert sorted(listed) == list(range(1, 29))
+    assert listed == found
