@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "CLIPS_TESTS_WARM"
 """Environment variable: the socket of the forking process."""
+AS_PYTHON = "python"
 COLD = "CLIPS_TESTS_COLD"
 DRAWS = "CLIPS_TESTS_DRAW"
 LOG = "CLIPS_TESTS_LOG"
@@ -146,6 +147,14 @@ class Popen(subprocess.Popen):
 
 UNFINISHED: set[Popen] = set()
 """Kept, for the forking process ends what nobody waits for any more."""
+
+
+def program(folder: Path) -> Path:
+    """Write a program for shell scripts that takes the place of python."""
+    path = folder / "warm-python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {AS_PYTHON} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def address_of(env: dict[str, str]) -> str | None:
@@ -305,6 +314,9 @@ def show(words: list[str], field: int) -> None:
 
 
 def main() -> None:
+    if sys.argv[1] == AS_PYTHON:
+        code = Popen([sys.executable, *sys.argv[2:]]).wait()
+        sys.exit(code if code >= 0 else 128 - code)
     listener = socket.socket(fileno=int(sys.argv[1]))
     sys.path = [path for path in sys.path if path not in (str(ROOT), str(Path(__file__).parent))]
     sys.path.insert(0, str(ROOT))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, run_group
 from tiny_mllm import pictures, write_llm, write_run
 
@@ -36,7 +37,11 @@ torch.save({"answer": answer, "logits": logits, "norm": sum(p.double().norm() fo
 
 
 def command(place: Path, *words: str, script: str = "train_llava.sh") -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CLIPS_MLLM_CACHE": str(place / "cache")}
+    env = os.environ | {
+        "PYTHON": str(warm.program(place)),
+        "OMP_NUM_THREADS": "1",
+        "CLIPS_MLLM_CACHE": str(place / "cache"),
+    }
     start = ["bash"] if script.endswith(".sh") else [sys.executable]
     return run_group([*start, str(ROOT / "scripts" / script), *words], cwd=place, env=env, timeout=400)
 
