@@ -15,10 +15,7 @@ from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import LIGHT, SERIES, Theme, check_format
 from clips.lab.report import plain_axes
-from clips.lab.stats import show_difference
 
-GROUP = 0.8
-"""Width of the bars of a kind of question; the distance of two kinds is 1."""
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
 REPORTS = {
@@ -34,64 +31,42 @@ def write_results(report: Path, out: Path) -> Path:
     """
     check_format(out)
     try:
-        content = json.loads(report.read_text(encoding="utf-8"))
-        encoders = {name: encoder["metrics"] for name, encoder in content["encoders"].items()}
-        differences = content["differences"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--report {report} is no report.json of scripts/compare_encoders.py: {error!r}") from None
-    if not encoders or any(ALL not in metrics for metrics in encoders.values()):
-        raise UserError(f"--report {report} has no right answers to draw: its models answered no questions")
-    return save_plot(results_plot(encoders, differences, LIGHT), out)
+        encoders = json.loads(report.read_text(encoding="utf-8"))["encoders"]
+        plot = results_plot({name: encoder["metrics"] for name, encoder in encoders.items()}, LIGHT)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"--report {report} holds no right answers of scripts/compare_encoders.py: {error!r}") from None
+    return save_plot(plot, out)
 
 
-def results_plot(encoders: dict[str, dict[str, Any]], differences: list[dict[str, Any]], theme: Theme) -> Plot:
+def results_plot(encoders: dict[str, dict[str, Any]], theme: Theme) -> Plot:
     """Bars of the mean over seeds and lines of ± the standard deviation (none with one seed), in percent.
 
-    `encoders`: name → metric → figure. The title has the first difference over all questions.
+    `encoders`: name → metric → figure.
     """
-    metrics = [name for name in next(iter(encoders.values())) if name.startswith(ALL) and "@" not in name]
-    metrics.sort(key=lambda name: name == ALL)  # all questions at the right end
+    first = next(iter(encoders.values()))
+    metrics = [*(name for name in first if name.startswith(f"{ALL}/") and "@" not in name), ALL]
     plot = Plot(figsize=(8, 3.6), dpi=150, facecolor=theme.paper, layout="constrained")
     axes = plain_axes(plot, theme, grid="y")
-    bar = GROUP / len(encoders)
+    bar = 0.8 / len(encoders)
     for i, (name, figures) in enumerate(encoders.items()):
         places = [place + bar * (i - (len(encoders) - 1) / 2) for place in range(len(metrics))]
         means = [100 * figures[metric]["mean"] for metric in metrics]
         spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
         axes.bar(places, means, bar * 0.92, label=name, color=SERIES[i % len(SERIES)])
         axes.errorbar(places, means, spreads, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
-    counts = [next(iter(encoders.values()))[metric].get("items") for metric in metrics]
     kinds = [metric.partition("/")[2] or "all questions" for metric in metrics]
-    labels = [kind if count is None else f"{kind}\n({count:,})" for kind, count in zip(kinds, counts, strict=True)]
+    labels = [f"{kind}\n({first[metric]['items']:,})" for kind, metric in zip(kinds, metrics, strict=True)]
     axes.set_xticks(range(len(metrics)), labels)
     axes.set_ylim(0, 108)
-    axes.set_yticks(range(0, 101, 25))
-    title = "Right answers, %: mean over seeds ± standard deviation"
-    overall = [row for row in differences if row["metric"] == ALL]
-    for row in overall[:1]:
-        title += f"\n{row['a']} − {row['b']}, all questions, points: {show_difference(row, scale=100)}"
-    axes.set_title(title, loc="left", fontsize=10.5, color=theme.ink)
-    plot.legend(
-        loc="outside lower center", ncols=len(encoders), fontsize=9.5, frameon=False, labelcolor=theme.ink,
-        handlelength=1.2,
-    )  # fmt: skip
+    axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=theme.ink)
+    plot.legend(loc="outside lower center", ncols=len(encoders), fontsize=9.5, frameon=False, labelcolor=theme.ink)
     return plot
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument(
-        "what",
-        choices=tuple(REPORTS),
-        help="results: right answers by kind of question, for each encoder; captions: what encoders learned from each "
-        "set",
-    )
-    p.add_argument(
-        "--report",
-        type=Path,
-        help="the figures to draw: report.json of compare_encoders.py or captions.json of compare_captions.py "
-        "(default: that of the usual run)",
-    )
+    p.add_argument("what", choices=tuple(REPORTS), help="right answers of each encoder, or what each set taught")
+    p.add_argument("--report", type=Path, help="report.json or captions.json to draw (default: of the usual run)")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: beside the figures)")
     return p
 

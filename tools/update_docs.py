@@ -12,11 +12,10 @@ A block of a page is a comment that holds its text with places for figures, and 
     …
     <!-- /figures -->
 
-`compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py without what is long in it, taken
-from an archive that was verified. `{WHO: FIGURE}` is a mean with its standard deviation over seeds, `{WHO − WHOM:
-FIGURE}` a difference with its interval, bold if that leaves zero out; `{… @NAME}` takes another file. The file may also
-be the result of a study of scripts/compare_pretraining.py or scripts/compare_captions.py, without the runs'
-configurations (WHO is a variant, `{WHO − WHOM: verdict}` what was decided).
+`compare` is docs/results/compare.json: a report.json of scripts/compare_encoders.py, or the result of
+scripts/compare_pretraining.py or scripts/compare_captions.py, without what is long in it. `{WHO: FIGURE}` is a mean
+with its standard deviation over seeds, `{WHO − WHOM: FIGURE}` a difference with its interval, bold if that leaves zero
+out. `{… @NAME}` takes another file. `{WHO − WHOM: verdict}` is what a study of pretraining decided.
 """
 
 from __future__ import annotations
@@ -51,17 +50,14 @@ PLACE = re.compile(r"\{((?:[^{}\n]|\{seed\})+): ([^{}\n:]+?)(?: @([\w-]+))?\}")
 def take(source: Path, name: str, root: Path = ROOT) -> Path:
     """Write docs/results/NAME.json from an archive (or output directory), which is verified, or from another study.
 
-    Raises CommandError or UserError for what does not verify, and for a file that is neither an archive, nor a
-    comparison.json or claims.json.
+    Raises CommandError or UserError for what does not verify, and for a file of another kind.
     """
     target = root / "docs" / "results" / f"{name}.json"
     if source.suffix == ".json":
         content = read_json(source)
         if not {"questions", "variants"} <= content.keys():
-            raise UserError(
-                f"{source} is no result of compare_pretraining.py or compare_captions.py: give one, or an archive"
-            )
-        for variant in content.get("variants", {}).values():
+            raise UserError(f"{source} is no result of compare_pretraining.py or compare_captions.py, and no archive")
+        for variant in content["variants"].values():
             for run in variant["runs"]:
                 run.pop("config", None)  # what is not the recipe's is in the command
     else:
@@ -145,12 +141,10 @@ def _decided(row: Mapping[str, Any], text: str) -> str:
 
 def parser() -> Parser:
     p = Parser((__doc__ or "").partition("\n")[0])
-    p.add_argument(
-        "--take",
-        metavar="FILE",
-        help="first write docs/results/NAME.json from this archive of compare_encoders.py --pack, which is verified, "
-        "or from the result of a study of compare_pretraining.py or compare_captions.py",
+    what = (
+        "of compare_encoders.py --pack, which is verified, or result of compare_pretraining.py or compare_captions.py"
     )
+    p.add_argument("--take", metavar="FILE", help=f"first write docs/results/NAME.json from this archive {what}")
     p.add_argument("--name", default="compare", help="which file of docs/results to write")
     p.add_argument("--check", action="store_true", help="write no page; end with 1 if its figures are others")
     return p

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,18 +70,15 @@ class Forest:
     """100 for fractions: the page shows points."""
     kind: ClassVar[str] = "forest"
 
+    @property
     def reach(self) -> float:
         """Half of the axis, in units of the rows."""
         return max(abs(end) for _, row in self.rows for end in row["ci95"]) * 1.05 or 1.0
 
-    def shown_reach(self) -> str:
-        return f"{self.scale * self.reach():.0f}"
-
     def lines(self) -> Iterable[dict[str, str]]:
         """Places in percent of the axis."""
-        reach = self.reach()
         for name, row in self.rows:
-            low, high, middle = (50 + 50 * value / reach for value in (*row["ci95"], row["mean"]))
+            low, high, middle = (50 + 50 * value / self.reach for value in (*row["ci95"], row["mean"]))
             said = verdict(row["ci95"])
             places = {"low": f"{low:.2f}", "width": f"{high - low:.2f}", "mean": f"{middle:.2f}"}
             numbers = f"{show_difference(row, scale=self.scale)} {SIGNS[said]}"
@@ -174,12 +170,12 @@ COLOURS = {"win": "good", "loss": "bad", "tie": "open"}
 
 def verdict_class(words: Mapping[str, str]) -> Callable[[int, str], str]:
     """CSS classes for a table with verdicts: words may wrap, figures may not. `words`: text of a cell → its class."""
-    return partial(_verdict_class, words)
 
+    def css_class(column: int, text: str) -> str:
+        kind = "" if "±" in text or "[" in text else "wrap"
+        return f"{kind} verdict {words[text]}" if text in words else kind
 
-def _verdict_class(words: Mapping[str, str], column: int, text: str) -> str:
-    kind = "" if "±" in text or "[" in text else "wrap"
-    return f"{kind} verdict {words[text]}" if text in words else kind
+    return css_class
 
 
 def plain_axes(plot: Plot, theme: Theme, *, grid: str = "both") -> Axes:

@@ -68,12 +68,11 @@ class Runner:
         """Print which cells are missing, how long they take, and further `facts`, a line each."""
         self.console.print(f"[bold]{for_rich(title)}[/]", highlight=False, soft_wrap=True)
         self.console.print(self)
-        todo = [cell for cell in self.cells if not cell.is_done()]
+        todo = sum(not cell.is_done() for cell in self.cells)
         seconds, source = estimate(self.cells, self.jobs)
-        abouts = {cell.variant: cell.about for cell in self.cells if cell.about}
         lines = {
-            **abouts,
-            "cells": f"{len(todo)} of {len(self.cells)} to run, {self.jobs} at a time",
+            **{cell.variant: cell.about for cell in self.cells if cell.about},
+            "cells": f"{todo} of {len(self.cells)} to run, {self.jobs} at a time",
             **(facts or {}),
             "time": f"about {math.ceil(seconds / 60)} min, {source}",
         }
@@ -148,12 +147,8 @@ def estimate(cells: Sequence[Cell], jobs: int) -> tuple[float, str]:
 
 def failed_steps(cells: Sequence[Cell]) -> list[tuple[str, Path]]:
     """Name and log of each step that may fail and is not done."""
-    return [
-        (step.name, step.log or cell.log)
-        for cell in cells
-        for step in cell.steps
-        if step.may_fail and not step.is_done()
-    ]
+    steps = [(cell, step) for cell in cells for step in cell.steps if step.may_fail]
+    return [(step.name, step.log or cell.log) for cell, step in steps if not step.is_done()]
 
 
 def _note(cell: Cell, step: Step) -> None:

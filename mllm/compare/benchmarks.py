@@ -44,9 +44,8 @@ def check_benchmarks(comparison: Comparison) -> None:
     if found.returncode != 0:
         *_, reason = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
         raise UserError(
-            f"--benchmarks: lmms-eval cannot run here: {reason}. It needs the packages of this project's extra bench "
-            "(pip install -e '.[bench]') in the Python that runs this command; `python -m lmms_eval --tasks list` "
-            "lists its tasks, --include-path adds a folder of your own"
+            f"--benchmarks: lmms-eval cannot run here: {reason}. It needs `pip install -e '.[bench]'` in this Python; "
+            "`python -m lmms_eval --tasks list` lists its tasks, --include-path adds a folder of your own"
         )
 
 

@@ -158,13 +158,12 @@ def pretrained_directory(comparison: Comparison, kind: str, seed: int) -> Path:
 
 def encoders_to_pretrain(comparison: Comparison) -> list[PretrainedEncoder]:
     """Every encoder that the cells need from here, whether or not it is there already."""
-    needed = {cell.argument for cell in cells_of(comparison)}
-    encoders = [
-        PretrainedEncoder(kind, seed, pretrained_directory(comparison, kind, seed))
-        for kind in RECIPES
-        for seed in range(comparison.seeds)
-    ]
-    return [encoder for encoder in encoders if str(encoder.directory) in needed]
+    needed, encoders = {cell.argument for cell in cells_of(comparison)}, []
+    for kind in RECIPES:
+        for seed in range(comparison.seeds):
+            directory = pretrained_directory(comparison, kind, seed)
+            encoders += [PretrainedEncoder(kind, seed, directory)] * (str(directory) in needed)
+    return encoders
 
 
 def samples_seen(run: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from clips import parser as pretraining_parser
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.flags import given
+from clips.common.rundir import difference, refuse
 from clips.lab.grid import Cell
 from mllm.compare.benchmarks import check_benchmarks
 from mllm.compare.cells import LLAVA_STEP, RECIPES, WITH_TEXTS, EncoderCell, PretrainedEncoder, samples_seen, slug
@@ -22,41 +23,49 @@ from mllm.encoders.registry import parse_vision_name
 from mllm.training.prepare import encoder_of
 from mllm.training.stages import STAGES
 
+TRAINING_OWN = ("stage", "seed", "vision_tower", "output_dir", "device")
+PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
+"""Flags of the two scripts that the comparison itself sets."""
+
 
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
-    seeds, llava_seeds = comparison.seeds, comparison.llava_seeds
-    if seeds < 1 or comparison.jobs < 1 or comparison.gpus < 1:
-        raise UserError("--seeds, --jobs and --gpus must be at least 1")
-    if comparison.budget is not None and not 0 < comparison.budget <= 1:
-        raise UserError(f"--budget {comparison.budget:g} must be above 0 and at most 1")
-    if seeds > LLAVA_STEP:
-        raise UserError(f"--seeds {seeds} must be at most {LLAVA_STEP}")
-    if llava_seeds is not None and llava_seeds < seeds:
-        raise UserError(f"--llava-seeds {llava_seeds} must be at least --seeds {seeds}: each encoder is used")
-    names = [slug(encoder) for encoder in comparison.encoders]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--encoders {','.join(comparison.encoders)}: give at least two different ones")
-    if comparison.jobs > 1 and comparison.gpus > 1:
-        raise UserError(
-            f"--jobs {comparison.jobs} with --gpus {comparison.gpus}: the cells would share GPUs; choose one of them"
-        )
-    training = given_for_training(comparison.train_flags)
-    pretraining = given(pretraining_parser(), comparison.pretrain_flags)
-    for option, found, own in (
-        ("--train-flags", training, ("stage", "seed", "vision_tower", "output_dir", "device")),
-        ("--pretrain-flags", pretraining, ("recipe", "seed", "name", "output", "device")),
-    ):
-        if taken := [name for name in own if name in found]:
-            raise UserError(f"{option}: --{taken[0]} is what the comparison itself sets; leave it out")
-    kinds = {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
-    if comparison.karpathy is not None and not kinds & set(WITH_TEXTS):
-        raise UserError("--karpathy measures encoders with a text tower that were trained here: name clips or clip")
-    if comparison.questions is None and not is_demo(comparison) and not comparison.benchmarks:
-        raise UserError(
+    c, kinds = comparison, {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
+    names = {slug(encoder) for encoder in c.encoders}
+    mistakes = [
+        (min(c.seeds, c.jobs, c.gpus) < 1, "--seeds, --jobs and --gpus must be at least 1"),
+        (not 0 < (1 if c.budget is None else c.budget) <= 1, f"--budget {c.budget} must be above 0 and at most 1"),
+        (c.seeds > LLAVA_STEP, f"--seeds {c.seeds} must be at most {LLAVA_STEP}"),
+        (
+            (c.llava_seeds or c.seeds) < c.seeds,
+            f"--llava-seeds {c.llava_seeds} must be at least --seeds {c.seeds}: each encoder is used",
+        ),
+        (len(names) < max(2, len(c.encoders)), f"--encoders {','.join(c.encoders)}: give at least two different ones"),
+        (
+            min(c.jobs, c.gpus) > 1,
+            f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them",
+        ),
+        *(
+            (name in found, f"{option}: --{name} is what the comparison itself sets; leave it out")
+            for option, found, own in (
+                ("--train-flags", given_for_training(c.train_flags), TRAINING_OWN),
+                ("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags), PRETRAINING_OWN),
+            )
+            for name in own
+        ),
+        (
+            c.karpathy is not None and not kinds & set(WITH_TEXTS),
+            "--karpathy measures encoders with a text tower that were trained here: name clips or clip",
+        ),
+        (
+            c.questions is None and not is_demo(c) and not c.benchmarks,
             "the models are trained on other data than the demo's, so the demo's questions say nothing about them: "
-            "give --questions (and --image-folder), or --benchmarks"
-        )
+            "give --questions (and --image-folder), or --benchmarks",
+        ),
+    ]
+    for is_wrong, message in mistakes:
+        if is_wrong:
+            raise UserError(message)
 
 
 def check_inputs(comparison: Comparison, encoders: Sequence[PretrainedEncoder], cells: Sequence[Cell]) -> None:
@@ -86,18 +95,12 @@ def load_encoders(comparison: Comparison, encoders: Sequence[PretrainedEncoder],
 
 def check_same_samples(encoders: Sequence[PretrainedEncoder]) -> None:
     """UserError unless all encoders of a seed saw the same samples in as many steps of the same batches."""
-    of_seed: dict[int, dict[str, Path]] = {}
-    for encoder in encoders:
-        of_seed.setdefault(encoder.seed, {})[encoder.kind] = encoder.directory
-    for directories in of_seed.values():
-        first, *others = (directories[kind] for kind in RECIPES if kind in directories)
-        ours = _what_was_seen(first)
-        for other in others:
-            theirs = _what_was_seen(other)
-            changes = [f"{name}: {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
-            if changes:
-                lines = "\n  ".join(changes)
-                raise UserError(f"{other} is no fair baseline of {first}, they saw different things:\n  {lines}")
+    firsts: dict[int, Path] = {}
+    for encoder in sorted(encoders, key=lambda encoder: [*RECIPES].index(encoder.kind)):
+        run = encoder.directory
+        first = firsts.setdefault(encoder.seed, run)
+        changes = difference(_what_was_seen(first), _what_was_seen(run))
+        refuse(changes, f"{run} is no fair baseline of {first}, they saw different things", "Give another --output")
 
 
 def _what_was_seen(run: Path) -> dict[str, Any]:

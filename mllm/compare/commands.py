@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json, read_json_records, sha256
-from clips.common.progress import Progress, read_progress, training_progress
-from clips.common.rundir import METRICS, UNSEEN, refuse
+from clips.common.progress import read_progress, training_progress
+from clips.common.rundir import METRICS, UNSEEN, difference, refuse
 from clips.lab.grid import RECORD, Cell, Step
 from clips.lab.pretraining import pretraining_cell
 from mllm.compare.benchmarks import benchmark_step
@@ -90,39 +90,28 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
     if comparison.gpus > 1:
         launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(comparison.gpus)]
 
-    def stage_step(number: int, name: str) -> Step:
-        def progress() -> Progress | None:
-            return training_progress(cell.directory / METRICS, samples[name], stage=name)
-
+    steps = []
+    for number, stage in STAGES.items():
         command = [*launcher, str(SCRIPTS / "train_llava.py"), *train_flags(comparison, cell, number)]
-        return Step(name, tuple(command), (cell.directory / name / "done.json").is_file, progress)
-
-    steps = [stage_step(number, stage.name) for number, stage in STAGES.items()]
+        progress = partial(training_progress, cell.directory / METRICS, samples[stage.name], stage=stage.name)
+        done = cell.directory / stage.name / "done.json"
+        steps.append(Step(stage.name, tuple(command), done.is_file, progress))
     if asks_questions(comparison):
         asked = _evaluation_command(comparison, cell)
         steps.append(Step("evaluation", asked, cell.figures.is_file, lambda: read_progress(cell.evaluation / PROGRESS)))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
     plan = comparison.output / PLAN
-    record = {
-        "encoder": cell.encoder,
-        "vision": cell.vision,
-        "pretraining_seed": cell.pretraining_seed,
-        "seed": cell.seed,
-        "evaluation": evaluation_settings(comparison),
-        "plan": sha256(plan) if plan.is_file() else None,
-    }
+    record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
+    record |= {"evaluation": evaluation_settings(comparison), "plan": sha256(plan) if plan.is_file() else None}
 
     def result() -> str:
         figures = read_json(cell.figures)
         overall = figures.get(UNSEEN, figures).get("exact_match", {}).get("overall")
         return f", {overall['accuracy']:.1%} right" if overall else ""
 
-    def check() -> None:
-        check_cell(comparison, cell)
-
-    return Cell(
-        cell.encoder, cell.run, cell.directory, tuple(steps), check, seconds, kind="cell", record=record, result=result
-    )
+    check = partial(check_cell, comparison, cell)
+    about = (cell.encoder, cell.run, cell.directory, tuple(steps), check, seconds)
+    return Cell(*about, kind="cell", record=record, result=result)
 
 
 def _evaluation_command(comparison: Comparison, cell: EncoderCell) -> tuple[str, ...]:
@@ -139,22 +128,19 @@ def check_cell(comparison: Comparison, cell: EncoderCell) -> None:
     there, changes = cell.read("config.json"), []
     for number, stage in STAGES.items():
         if stage.name in there:
-            before: dict[str, Any] = dict(there[stage.name]["trains"])
+            arguments, before = train_arguments(comparison, cell, number), dict(there[stage.name]["trains"])
+            now = json.loads(json.dumps(arguments.what_trains()))
             fingerprint = before.pop("vision_fingerprint", None)
             before.pop("packed", None)  # how its batches are computed; no flag sets it
-            arguments = train_arguments(comparison, cell, number)
-            now = json.loads(json.dumps(arguments.what_trains()))
-            # The weights say which encoder it is; its path may be written in several ways.
-            names = sorted(n for n in (before | now).keys() - {"vision_tower"} if before.get(n) != now.get(n))
-            changes += [f"{stage.name}.{name}: {before.get(name)} there, {now.get(name)} asked" for name in names]
-            if not names and fingerprint != encoder_of(arguments).fingerprint:
-                changes.append(f"{cell.vision} holds other weights than those it was trained on")
+            before["vision_tower"] = now["vision_tower"]  # its path may be written in several ways, its weights may not
+            found = [f"{stage.name}.{line}" for line in difference(before, now)]
+            if not found and fingerprint != encoder_of(arguments).fingerprint:
+                found = [f"{cell.vision} holds other weights than those it was trained on"]
+            changes += found
     mend = "Give the comparison another --output, or remove"
     refuse(changes, f"cell {cell.name} ({cell.directory}) holds other settings", f"{mend} {cell.directory}")
-    before = cell.read(RECORD).get("evaluation", {}) if cell.evaluation.is_dir() else {}
-    asked = evaluation_settings(comparison) if before else {}
-    names = [name for name in before | asked if before.get(name) != asked.get(name)]
-    changes = [f"{name}: {before.get(name)} there, {asked.get(name)} asked" for name in names]
+    asked = cell.read(RECORD).get("evaluation") if cell.evaluation.is_dir() else None
+    changes = difference(asked, evaluation_settings(comparison)) if asked else []
     refuse(changes, f"cell {cell.name} was asked otherwise: {cell.evaluation}", f"{mend} {cell.evaluation}")
 
 

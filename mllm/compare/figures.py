@@ -13,7 +13,7 @@ import os
 import shlex
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -33,13 +33,14 @@ from mllm.compare.comparison import Comparison
 from mllm.compare.plan import COLUMNS, stored_questions
 from mllm.data.questions import read_questions
 from mllm.evaluation.cider import cider
-from mllm.evaluation.scores import exactness, scorer_version
+from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
 
 ASKED = ("question_id", "prompt", "image", "kind", "expected")
 """What all cells' lines of answers must have in common."""
 EXAMPLES = 6
 """Questions shown for each of the two ways in which a pair of models can differ."""
+LOOSE_WAYS: tuple[Exactness, ...] = ("normalised", "prefix")
 POINTS = (0.01, 0.02, 0.05)
 """Differences for which the report says how many seeds and pictures they need."""
 NEEDS_PICTURE = "needs_picture"
@@ -79,11 +80,9 @@ def keep_encoders(output: Path, measured: Mapping[EncoderCell, dict[str, dict[st
 def collect(comparison: Comparison, plan: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """The content of report.json, by the plan that the comparison has now (mllm/compare/plan.py)."""
     environment = cells_of(comparison)[0].read("env.json")
-    return {
-        "command": shlex.join(["python", *command]),
-        "time": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "environment": environment | {"cores": os.cpu_count(), "jobs": comparison.jobs},
-    } | computed(comparison, plan)
+    environment |= {"cores": os.cpu_count(), "jobs": comparison.jobs}
+    about = {"command": shlex.join(["python", *command]), "time": time.strftime("%Y-%m-%d %H:%M %Z")}
+    return about | {"environment": environment} | computed(comparison, plan)
 
 
 def computed(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,16 +150,13 @@ def _intrinsic(by_seed: list[dict[str, dict[str, Any]]], groups: np.ndarray) -> 
 
 
 def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]:
-    cells = cells_of(comparison)
-    cell, stages = cells[0], {}
-    config = cell.read("config.json")
+    cells, stages = cells_of(comparison), {}
+    cell, config = cells[0], cells[0].read("config.json")
     for stage in STAGES.values():
         trains, done = config[stage.name]["trains"], cell.read(f"{stage.name}/done.json")
         stages[stage.name] = {
-            "samples": done["samples"],
-            "steps": done["steps"],
-            "batch_size": trains["batch_size"],
-            "learning_rate": trains["learning_rate"],
+            **{name: done[name] for name in ("samples", "steps")},
+            **{name: trains[name] for name in ("batch_size", "learning_rate")},
             "trains": config[stage.name]["freeze"],
             "projector": plan["budget"]["projector"][stage.name],
         }
@@ -186,10 +182,7 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
 
 def _cell_record(comparison: Comparison, cell: EncoderCell) -> dict[str, Any]:
     return {
-        "encoder": cell.encoder,
-        "pretraining_seed": cell.pretraining_seed,
-        "seed": cell.seed,
-        "run": cell.run,
+        **{name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed", "run")},
         "vision": cell.read(RECORD)["vision"],
         "directory": cell.directory.relative_to(comparison.output).as_posix(),
         "config": cell.read("config.json"),
@@ -224,11 +217,10 @@ def _cost(cells: list[EncoderCell]) -> dict[str, float]:
 def read_answers(comparison: Comparison) -> Lines:
     """Each cell's answers; UserError naming a cell that was asked something else."""
     answers: Lines = {}
-    cells = cells_of(comparison)
+    first, *_ = cells = cells_of(comparison)
     for cell in cells:
         files = [cell.evaluation / f"{name}.jsonl" for name in stored_questions(comparison.output)]
         answers[cell] = [json.loads(line) | {"file": f.stem} for f in files for line in f.read_bytes().splitlines()]
-        first = cells[0]
         asked, wanted = ([{key: line.get(key) for key in ASKED} for line in answers[c]] for c in (cell, first))
         if asked != wanted:
             raise UserError(
@@ -254,14 +246,11 @@ def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]
     The name of a metric of another column than the deciding one ends with @COLUMN. `needs_picture` is the accuracy over
     the deciding column without the questions that blind models answer, for all other encoders.
     """
-    columns = columns_of(answers)
-    deciding, found = columns[0], {}
-    for column in columns:
-        suffix = "" if column == deciding else f"@{column}"
-        for name, metric in _scores_of_column(comparison, answers, column).items():
-            found[name + suffix] = metric
-    overall = found.get("accuracy")
-    if overall is not None:
+    deciding, *others = columns_of(answers)
+    found = _scores_of_column(comparison, answers, deciding)
+    for column in others:
+        found |= {f"{name}@{column}": m for name, m in _scores_of_column(comparison, answers, column).items()}
+    if (overall := found.get("accuracy")) is not None:
         left, blind = ~solved_blind(comparison, overall), _blind(comparison)
         if left.any() and not left.all():
             clusters = [cluster for cluster, is_left in zip(overall.clusters, left, strict=True) if is_left]
@@ -272,35 +261,34 @@ def item_scores(comparison: Comparison, answers: Lines) -> dict[str, ItemScores]
 
 def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> dict[str, ItemScores]:
     first = next(iter(answers.values()))
-    clusters = [line.get("image") or f"question {line['question_id']}" for line in first]
-    found: dict[str, ItemScores] = {}
-
-    def add(name: str, items: list[int], scores: Mapping[EncoderCell, Iterable[float]], kind: str | None) -> None:
-        by_encoder = defaultdict(list)
-        for cell, values in scores.items():
-            by_encoder[cell.encoder].append([float(value) for value in values])
-        arrays = {encoder: np.array(rows) for encoder, rows in by_encoder.items()}
-        found[name] = ItemScores([clusters[i] for i in items], arrays, column, kind)
-
     of_column = [i for i, line in enumerate(first) if column_of(line) == column]
+
+    def scores(
+        items: list[int], values: Callable[[list[dict[str, Any]]], Iterable[Any]], kind: str | None
+    ) -> ItemScores:
+        rows = defaultdict(list)
+        for cell, lines in answers.items():
+            rows[cell.encoder].append([float(value) for value in values([lines[i] for i in items])])
+        clusters = [first[i].get("image") or f"question {first[i]['question_id']}" for i in items]
+        return ItemScores(clusters, {encoder: np.array(of_runs) for encoder, of_runs in rows.items()}, column, kind)
+
     scored = [i for i in of_column if "correct" in first[i]]
     kinds = list(dict.fromkeys(first[i]["kind"] for i in scored))
     groups: list[tuple[str, str | None, list[int]]] = [("accuracy", None, scored)] if scored else []
     if len(kinds) > 1:
         groups += [(f"accuracy/{kind}", kind, [i for i in scored if first[i]["kind"] == kind]) for kind in kinds]
-    for name, kind, items in groups:
-        add(name, items, {cell: [lines[i]["correct"] for i in items] for cell, lines in answers.items()}, kind)
+    found = {name: scores(items, lambda lines: [x["correct"] for x in lines], kind) for name, kind, items in groups}
     references = {
         (file, question.id): question.references
         for file, path in stored_questions(comparison.output).items()
         for question in read_questions(path)
         if question.references
     }
-    described = [i for i in of_column if (first[i]["file"], first[i]["question_id"]) in references]
+    texts = {i: references.get((first[i]["file"], first[i]["question_id"])) for i in of_column}
+    described = {i: of_item for i, of_item in texts.items() if of_item}
     if described:
-        texts = [references[first[i]["file"], first[i]["question_id"]] for i in described]
-        each = {cell: cider([lines[i]["text"] for i in described], texts)[1] for cell, lines in answers.items()}
-        add("cider_d", described, each, None)
+        wanted = list(described.values())
+        found["cider_d"] = scores([*described], lambda lines: cider([x["text"] for x in lines], wanted)[1], None)
     return found
 
 
@@ -323,9 +311,9 @@ def compare_scores(
             groups, found, split = _estimated(comparison, between, clusters, a, b)
             row: dict[str, Any] = {"a": a, "b": b, "metric": name} | about
             row |= {"mean": found.mean, "ci95": found.ci95, "verdict": found.verdict}
-            row |= {"seeds": len(set(groups.tolist())), "runs": len(groups)}
+            row |= {"seeds": int(groups.max()) + 1, "runs": len(groups)}
             row |= {"variance": split.shares() if split else {}}
-            row |= {"items_needed": split.items_needed(abs(found.mean)) if split else None}
+            row["items_needed"] = split.items_needed(abs(found.mean)) if split else None
             if not name.startswith("cider_d"):
                 row["needed"] = {f"{100 * points:g}": split.needed(points) for points in POINTS} if split else {}
             differences.append(row)
@@ -403,19 +391,12 @@ def blind_questions(comparison: Comparison, answers: Lines, overall: ItemScores)
 
 
 def loose_answers(comparison: Comparison, answers: Lines) -> dict[str, Any]:
-    """Encoder → how often, over all runs, an answer is right only if read loosely (scores.exactness), examples."""
+    """Encoder → how many answers of all its runs are right only if read loosely (scores.exactness)."""
     found: dict[str, Any] = {}
     for encoder in encoder_names(comparison):
         lines = [line for cell, of_cell in answers.items() if cell.encoder == encoder for line in of_cell]
-        scored = [line for line in lines if "correct" in line]
-        by_way: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for line in scored:
-            by_way[exactness(line["text"], line["expected"])].append(line)
-        found[encoder] = {"answers": len(scored)}
-        for way in ("normalised", "prefix"):
-            shown = Counter((line["text"], line["expected"]) for line in by_way[way]).most_common(EXAMPLES)
-            examples = [{"text": text, "expected": expected, "times": times} for (text, expected), times in shown]
-            found[encoder][way] = {"count": len(by_way[way]), "examples": examples}
+        how = Counter(exactness(line["text"], line["expected"]) for line in lines if "correct" in line)
+        found[encoder] = {"answers": how.total()} | {way: {"count": how[way]} for way in LOOSE_WAYS}
     return found
 
 

@@ -31,6 +31,8 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 from mllm.training.prepare import encoder_of
 
+Labelled = list[tuple[bytes, str]]
+"""Encoded images and their classes."""
 DEMO = DataConfig(train="demo")
 PROBE = "probe_tokens_top1"
 """Linear probe on the mean of the tokens that the projector sees, the same way for every encoder."""
@@ -49,8 +51,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
     for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
         figures: dict[str, dict[str, Any]] = {}
-        run = cell.pretraining_run
-        for name, found in read_evaluations(run).items() if run else ():
+        for name, found in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
             if name == "evaluation":
                 figures |= found["figures"]
             else:
@@ -60,16 +61,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
             path = comparison.output / "probes" / f"{cell.fingerprint()[:32]}.json"
             probes = read_json(path)
             if not tests.keys() <= probes.keys():
-                encoder = encoder_of(train_arguments(comparison, cell, 2))
-                probed = probe_images(_image_set(encoder, train, device))
-                for name, labelled in tests.items():
-                    figure = probed(_image_set(encoder, labelled, device))
-                    if figure is None:
-                        raise UserError(
-                            "the labelled scenes of the demo that can be read are of fewer than two classes, which "
-                            "leaves a linear probe nothing to separate: build the demo data again"
-                        )
-                    probes[name] = asdict(figure)
+                probes = _probe(encoder_of(train_arguments(comparison, cell, 2)), train, tests, device)
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, probes)
             figures |= {name: probes[name] for name in tests}
@@ -77,7 +69,16 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
     return measured
 
 
-def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
+def _probe(encoder: VisionEncoder, train: Labelled, tests: dict[str, Labelled], device: torch.device) -> dict[str, Any]:
+    """Name of the test set's figure → the figure of one encoder."""
+    probed = probe_images(_image_set(encoder, train, device))
+    figures = {name: probed(_image_set(encoder, labelled, device)) for name, labelled in tests.items()}
+    if None in figures.values():
+        raise UserError("the readable scenes of the demo are of fewer than two classes: build the demo data again")
+    return {name: asdict(figure) for name, figure in figures.items() if figure}
+
+
+def _labelled(split: str, limit: int | None) -> Labelled:
     """Encoded image and class of the demo's labelled scenes, among the first `limit` of a fixed shuffle."""
     items, _ = open_test_set(DEMO, split)
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
@@ -86,7 +87,7 @@ def _labelled(split: str, limit: int | None) -> list[tuple[bytes, str]]:
 
 
 @torch.inference_mode()
-def _image_set(encoder: VisionEncoder, labelled: list[tuple[bytes, str]], device: torch.device) -> ImageSet:
+def _image_set(encoder: VisionEncoder, labelled: Labelled, device: torch.device) -> ImageSet:
     model: Any = encoder.model  # the `to` of transformers is typed as a function of the model
     model.to(device)
     pooled, skipped = [], []

@@ -1,17 +1,11 @@
 """What an encoder is worth: the same LLaVA-style model on each encoder, several seeds, the same questions.
 
-1. Missing encoders of RECIPES are pretrained, on the same data for the same samples and steps.
-2. A cell is one encoder, one pretraining seed and one LLaVA seed: stage 1, stage 2 and the evaluation, as ordinary
-   runs of the scripts. Cells of one LLaVA seed share the start of the adapters, the order of the samples and every
-   other setting. The projector starts in the same way.
-3. mllm/compare/figures.py and probe.py make figures of what the cells left, and report.py the page.
+Missing encoders of RECIPES are pretrained. Then each cell trains both stages and answers the questions, as runs of the
+scripts. docs/design.md walks through a cell.
 
     OUTPUT/encoders/clips-seed0/    a pretraining run       OUTPUT/cells/random-seed2/    a cell: mllm/training/run.py
     OUTPUT/cells/random-seed2.log   what it printed         OUTPUT/report.{json,html}
     OUTPUT/compare.json             what was fixed before the first cell, and OUTPUT/questions/: mllm/compare/plan.py
-
-clips/lab/run.py runs the cells: a finished cell is never run again, a cell that was cut goes on from its last
-checkpoint, and a cell with other settings is refused.
 """
 
 from __future__ import annotations
@@ -75,25 +69,16 @@ def compare(
         runner.run(pretraining)
         check_same_samples(encoders)
         runner.run(planned)
-    split = comparison.karpathy
-    if split is not None:
-        with_texts = [cell for cell in cells if cell.kind in WITH_TEXTS]
-        runs = sorted({run for cell in with_texts if (run := cell.pretraining_run) is not None})
-        for run in [run for run in runs if not retrieval_figures(split, run).is_file()]:
-            runner.commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
+    if (split := comparison.karpathy) is not None:
+        for run in sorted({run for cell in cells if cell.kind in WITH_TEXTS and (run := cell.pretraining_run)}):
+            if not retrieval_figures(split, run).is_file():
+                runner.commands.run(retrieval_command(comparison, split, run), comparison.output / f"{run.name}.log")
     keep_encoders(comparison.output, measure_encoders(comparison, choose_device(comparison.device)))
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
-    output = for_rich(str(comparison.output))
-    console.print(
-        f"\n[bold]{output}[/bold] holds the comparison:\n"
-        f"  page        {for_rich(str(written))}\n"
-        f"  figures     {output}/report.json\n"
-        f"  cells       {output}/cells/  (each a run directory with its model)\n"
-        f"Next:\n  python scripts/chat.py --model {for_rich(str(cells[0].directory))}/model",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
+    told += f"  python scripts/chat.py --model {cells[0].directory}/model"
+    console.print(for_rich(told), highlight=False, soft_wrap=True)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:
         raise CommandError(

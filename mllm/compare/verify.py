@@ -4,11 +4,9 @@
     cells/NAME/  cell.json config.json env.json cost.json align/done.json instruct/done.json
                  evaluation/NAME.jsonl evaluation/figures.json benchmarks/TASK/MODEL/DATE_results.json
 
-An output directory or an archive of these files verifies on any machine: no model, no picture, no network, no torch.
-
-Computed again: every answer's score against the question file, each cell's figures, all means, intervals and
-differences. Taken as recorded, since they need weights and pictures: the encoders' own figures (probe, retrieval,
-zero-shot), the scores of lmms-eval, times and memory; their means over seeds are computed again.
+An output directory or an archive of these files verifies on any machine, without model, pictures, network or torch.
+Every answer is scored anew; each cell's figures, all means, intervals and differences are computed again. Taken as
+recorded: the encoders' own figures (probe, retrieval, zero-shot), the scores of lmms-eval, times and memory.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +68,8 @@ def verify(output: Path) -> Verification:
     try:
         return _verify(output)
     except OTHER_SHAPE as error:
-        raise UserError(
-            f"{output} cannot be verified, its files are not what a comparison writes: {in_one_line(error)}"
-        ) from error
+        what = "cannot be verified, its files are not what a comparison writes"
+        raise UserError(f"{output} {what}: {in_one_line(error)}") from error
 
 
 def _verify(output: Path) -> Verification:
@@ -84,21 +81,24 @@ def _verify(output: Path) -> Verification:
     comparison = _bounded(comparison_of(report["plan"], output))
     if sum((output / name).stat().st_size for name in stored_files(comparison)) > MOST_BYTES:
         raise UserError(f"{output} holds more than {MOST_BYTES:,} bytes")
-    found, cells = Verification(report), cells_of(comparison)
-    found.differs += [*_cells_there(output, cells), *_questions(output, report["plan"])]
+    found, cells, files = Verification(report), cells_of(comparison), stored_questions(output)
+    there = [path.name for path in (output / "cells").glob("*") if path.is_dir()]
+    found.differs += _other("cell", there, [cell.name for cell in cells])
+    found.differs += _other("question file", files, report["plan"]["questions"])
+    for name, asks in report["plan"]["questions"].items():
+        if name in files and sha256(files[name]) != asks["sha256"]:
+            found.differs.append(f"question file {name} was changed: its SHA-256 is not the one in the plan")
     if not found.differs:
-        asked = {name: asked_questions(comparison, path) for name, path in stored_questions(output).items()}
+        asked = {name: asked_questions(comparison, path) for name, path in files.items()}
         for cell in cells:
             found.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, asked)]
             found.answers += sum(map(len, asked.values()))
         try:
-            again = json.loads(json.dumps(computed(comparison, report["plan"])))
+            found.differs += _report(report, json.loads(json.dumps(computed(comparison, report["plan"]))))
         except UserError as error:  # such as cells that were asked different things
             found.differs.append(str(error))
         except OTHER_SHAPE as error:
             found.differs.append(f"the figures cannot be computed again: {in_one_line(error)}")
-        else:
-            found.differs += _report(report, again)
     fixed = report["fixed"]
     state = "kept" if fixed["kept"] else "not kept, as the report says: " + "; ".join(map(str, fixed["differs"]))
     found.kept = f"what was fixed before ({PLAN}, SHA-256 {fixed['sha256']}): {state}"
@@ -115,55 +115,32 @@ def _bounded(comparison: Comparison) -> Comparison:
     return comparison
 
 
-def _cells_there(output: Path, cells: list[EncoderCell]) -> Iterator[str]:
-    wanted = {cell.name for cell in cells}
-    there = {path.name for path in (output / "cells").glob("*") if path.is_dir()}
-    yield from (f"cell {name} is missing" for name in sorted(wanted - there))
-    yield from (f"cell {name} is none of this comparison's" for name in sorted(there - wanted))
-
-
-def _questions(output: Path, plan: Mapping[str, Any]) -> Iterator[str]:
-    files, wanted = stored_questions(output), plan["questions"]
-    yield from (f"question file {name} is missing" for name in wanted if name not in files)
-    for name, path in files.items():
-        if name not in wanted:
-            yield f"question file {name} is none of this comparison's"
-        elif sha256(path) != wanted[name]["sha256"]:
-            yield f"question file {name} was changed: its SHA-256 is not the one in the plan"
+def _other(kind: str, there: Collection[str], wanted: Collection[str]) -> Iterator[str]:
+    """Names that are missing, and names that are no part of the comparison."""
+    yield from (f"{kind} {name} is missing" for name in wanted if name not in there)
+    yield from (f"{kind} {name} is none of this comparison's" for name in there if name not in wanted)
 
 
 def _cell(comparison: Comparison, cell: EncoderCell, asked: Mapping[str, list[Question]]) -> Iterator[str]:
     """What is wrong with a cell's record, its answers and its own figures."""
     record = cell.read(RECORD)
-    for name in ("encoder", "pretraining_seed", "seed"):
-        if record.get(name) != getattr(cell, name):
-            yield f"its {name} is {record.get(name)!r} in {RECORD}, and by the plan {getattr(cell, name)!r}"
-    if record.get("plan") != sha256(comparison.output / PLAN):
-        yield f"it began by another {PLAN} than this one, or by none"
+    wanted: dict[str, Any] = {name: getattr(cell, name) for name in ("encoder", "pretraining_seed", "seed")}
+    wanted["plan"] = sha256(comparison.output / PLAN)
+    yield from differences({name: record.get(name) for name in wanted}, wanted, RECORD)
     if not asked:
         return
-    if not cell.figures.is_file():
-        yield "its figures are missing"
-        return
-    recorded = read_json(cell.figures)
-    again: dict[str, Any] = {}
-    if recorded.get("scorer") != scorer_version():
-        yield f"its answers were scored by another version of the scorer ({str(recorded.get('scorer'))[:12]})"
-    sets = recorded.get("sets", {})
-    for name in sorted(asked, key=lambda name: list(sets).index(name) if name in sets else len(sets)):  # as it did
-        questions, path = asked[name], cell.evaluation / f"{name}.jsonl"
-        if not path.is_file():
-            yield f"its answers {name} are missing"
+    recorded = cell.read("evaluation/figures.json")
+    again: dict[str, Any] = {"scorer": scorer_version()}
+    sets = list(recorded.get("sets", {}))
+    for name in sorted(asked, key=lambda name: sets.index(name) if name in sets else len(sets)):  # as it did
+        path = cell.evaluation / f"{name}.jsonl"
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        if len(lines) != len(asked[name]):
+            yield f"it has {len(lines)} answers {name} to {len(asked[name])} questions"
             continue
-        if sets.get(name, {}).get("answers", {}).get("sha256") != sha256(path):
-            yield f"its answers {name} are not those that it gave: their SHA-256 is another one"
-        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-        if len(lines) != len(questions):
-            yield f"it has {len(lines)} answers {name} to {len(questions)} questions"
-            continue
-        yield from _answers(name, questions, lines)
-        again |= of_set(name, score(questions, [str(line["text"]) for line in lines]))
-    yield from (f"figures: {text}" for text in differences({key: recorded.get(key) for key in again}, again))
+        yield from _answers(name, asked[name], lines)
+        again |= of_set(name, score(asked[name], [str(line["text"]) for line in lines]))
+    yield from differences({key: recorded.get(key) for key in again}, again, "figures.json")
 
 
 def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) -> Iterator[str]:
@@ -172,10 +149,8 @@ def _answers(name: str, questions: list[Question], lines: list[dict[str, Any]]) 
         if question.answer is not None:
             right = is_right(str(line["text"]), question.answer)
             about |= {"kind": question.kind, "expected": question.answer, "correct": right}
-        yield from (
-            f"answer to {name}, question {question.id}: {key} is {line.get(key)!r}, and by the question file {value!r}"
-            for key, value in about.items()
-            if line.get(key) != value
+        yield from differences(
+            {key: line.get(key) for key in about}, about, f"answer to {name}, question {question.id}"
         )
 
 
@@ -183,9 +158,8 @@ def _report(report: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[str
     for name in sorted(report.keys() - again.keys() - set(AS_RECORDED)):
         yield f"{REPORT} holds {name!r}, which is computed by nothing here"
     before, now = report.get("files", {}), again["files"]
-    yield from (f"{name} was added after the report" for name in sorted(now.keys() - before.keys()))
-    yield from (f"{name} was removed after the report" for name in sorted(before.keys() - now.keys()))
-    yield from (f"{name} was changed after the report" for name in now if before.get(name, now[name]) != now[name])
+    names = sorted(before.keys() | now.keys())
+    yield from (f"{name} was changed after the report" for name in names if before.get(name) != now.get(name))
     for name, value in again.items():
         yield from () if name == "files" else differences(report.get(name), value, name)
 

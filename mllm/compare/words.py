@@ -17,30 +17,26 @@ def metric_name(metric: str) -> str:
     return f"{name}, {column}" if at else name
 
 
-def how_shown(metric: str) -> dict[str, Any]:
-    """Scale and digits for the functions of clips.lab.stats: percent of right answers, or CIDEr-D."""
-    return {"digits": 2, "scale": 1} if metric.startswith("cider_d") else {"digits": 1, "scale": 100}
+def _digits_and_scale(metric: str) -> tuple[int, int]:
+    """Right answers are shown in percent, CIDEr-D as it is."""
+    return (2, 1) if metric.startswith("cider_d") else (1, 100)
 
 
 def difference_text(row: dict[str, Any]) -> str:
-    return show_difference(row, **how_shown(row["metric"]))
+    return show_difference(row, *_digits_and_scale(row["metric"]))
 
 
 def interval_text(row: dict[str, Any]) -> str:
-    return show_interval(row["ci95"], **how_shown(row["metric"]))
-
-
-def value_text(metric: str, value: float) -> str:
-    how = how_shown(metric)
-    return f"{how['scale'] * value:.{how['digits']}f}"
+    return show_interval(row["ci95"], *_digits_and_scale(row["metric"]))
 
 
 def mean_and_sd(metric: str, figure: dict[str, Any] | None) -> str:
     """A figure of right answers or CIDEr-D; – if an encoder has none."""
+    digits, scale = _digits_and_scale(metric)
     if figure is None:
         return "–"
-    spread = f" ± {value_text(metric, figure['sd'])}" if figure["sd"] is not None else ""
-    return value_text(metric, figure["mean"]) + spread
+    spread = f" ± {scale * figure['sd']:.{digits}f}" if figure["sd"] is not None else ""
+    return f"{scale * figure['mean']:.{digits}f}{spread}"
 
 
 def percent_text(figure: dict[str, Any] | None) -> str:
@@ -53,9 +49,7 @@ def percent_text(figure: dict[str, Any] | None) -> str:
 
 def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of right answers: encoders × metrics."""
-    metrics = list(dict.fromkeys(name for encoder in report["encoders"].values() for name in encoder["metrics"]))
-    rows = [
-        [name, *(mean_and_sd(metric, encoder["metrics"].get(metric)) for metric in metrics)]
-        for name, encoder in report["encoders"].items()
-    ]
+    encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
+    metrics = list(dict.fromkeys(name for figures in encoders.values() for name in figures))
+    rows = [[name, *(mean_and_sd(m, figures.get(m)) for m in metrics)] for name, figures in encoders.items()]
     return ["encoder", *map(metric_name, metrics)], rows

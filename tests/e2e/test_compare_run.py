@@ -109,7 +109,7 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     other = run(place, *FLAGS, "--limit", "3")
     assert other.returncode == 2
     assert "cell clips-runs-clips-demo-seed0" in other.stderr
-    assert "limit: None there, 3 asked" in other.stderr
+    assert "limit: null → 3" in other.stderr
 
     assert report["fixed"]["kept"]
     figures = json.loads((done[0] / "evaluation" / "figures.json").read_text())
@@ -133,7 +133,7 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     changed = run(place, "--verify", "out")
     assert changed.returncode == 1
     assert "cell blind-seed0: answer to question, question" in changed.stderr
-    assert "correct is True, and by the question file False" in changed.stderr
+    assert "correct: true as recorded, false computed again" in changed.stderr
     answers.write_text(text)
 
     ours, theirs = (json.loads((cell / "config.json").read_text()) for cell in done)
