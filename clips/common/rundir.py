@@ -91,9 +91,10 @@ def check_current(export: Path) -> Path:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the newest weights of a pretraining run are measured and exported; the report does not matter."""
+    """Whether the newest weights of a pretraining run are exported, and measured if the run has test data."""
     export, evaluation = run_dir / "export", read_json(run_dir / "evaluation.json")
-    return export.is_dir() and is_current(export) and _is_of(evaluation, newest_weights(run_dir))
+    is_measured = not evaluation or _is_of(evaluation, newest_weights(run_dir))
+    return export.is_dir() and is_current(export) and is_measured
 
 
 def _is_of(evaluation: Mapping[str, Any], newest: Mapping[str, Any] | None) -> bool:

@@ -147,6 +147,8 @@ def test_what_was_made_of_older_weights_does_not_count(tmp_path: Path) -> None:
 
     write_json(tmp_path / "export" / rundir.MADE_OF, newer)  # exported by hand: measured it is not
     assert not rundir.is_finished(tmp_path)
+    (tmp_path / "evaluation.json").unlink()
+    assert rundir.is_finished(tmp_path), "a run without test data is never measured"
     write_json(tmp_path / "evaluation.json", {"test_set": "t", "checkpoint": newer})
     assert rundir.is_finished(tmp_path)
     assert not rundir.has_report(tmp_path)
