@@ -599,7 +599,7 @@ class RunConfig:
         """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
         try:
             return from_dict(RunConfig, json.loads(Path(path).read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 
     def override(self, assignments: list[str]) -> RunConfig:
@@ -654,14 +654,17 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
             from_dict(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(zip(item_types, value, strict=True))
         )
     if origin is Literal:
-        known = typing.get_args(cls)
-        _require(value in known, f"{where} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
+        _one_of(where, value, cls)
         return value
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         _require(isinstance(value, dict), f"{where} must be an object, found {value!r}")
         hints = typing.get_type_hints(cls)
         unknown = sorted(set(value) - set(hints))
-        _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}")
+        _require(
+            not unknown,
+            f"{where} has unknown fields: {', '.join(unknown)}; known: {', '.join(hints)}. If an earlier version wrote "
+            "it, delete this field from the file; otherwise mend its name",
+        )
         missing = [
             f.name
             for f in dataclasses.fields(cls)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from clips.common.errors import UserError
@@ -136,6 +137,10 @@ def _caption(run: RunConfig, objective: Objective, *, web: bool) -> RunConfig:
 def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     """The paper's three phases (docs/method.md, "Recipe"): `low` px, 224, `high`.
 
+    deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
+
+    L/14 adds `--ds-config ds_configs/zero1.json`, H/14 `--ds-config ds_configs/zero2.json`.
+
     Learning rates are the published rates per 256 samples times the batch. Augmentation, decay and the fresh optimizer
     of each phase are the reference code's. Unlike in the reference, text padding is masked: a text gives the same
     features at any padded length, so a batch is padded only to its own length (a quarter of the FLOPs of L/14 at
@@ -175,47 +180,15 @@ def _paper(name: str, preset: str, low: int, high: int) -> RunConfig:
     )
 
 
-def s16() -> RunConfig:
-    """ViT-S/16: 112 → 224 → 384 px.
-
-    deepspeed scripts/pretrain_clips.py --recipe s16 --data '/data/recap/*.tar'
-    """
-    return _paper("s16", "S/16", 112, 384)
-
-
-def b16() -> RunConfig:
-    """ViT-B/16: 112 → 224 → 384 px.
-
-    deepspeed scripts/pretrain_clips.py --recipe b16 --data '/data/recap/*.tar'
-    """
-    return _paper("b16", "B/16", 112, 384)
-
-
-def l14() -> RunConfig:
-    """ViT-L/14: 84 → 224 → 336 px.
-
-    deepspeed scripts/pretrain_clips.py --recipe l14 --data '/data/recap/*.tar' --ds-config ds_configs/zero1.json
-    """
-    return _paper("l14", "L/14", 84, 336)
-
-
-def h14() -> RunConfig:
-    """ViT-H/14: 84 → 224 → 336 px.
-
-    deepspeed scripts/pretrain_clips.py --recipe h14 --data '/data/recap/*.tar' --ds-config ds_configs/zero2.json
-    """
-    return _paper("h14", "H/14", 84, 336)
-
-
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "clip_baseline": clip_baseline,
     "caption": caption,
     "caption_web": caption_web,
-    "s16": s16,
-    "b16": b16,
-    "l14": l14,
-    "h14": h14,
+    "s16": partial(_paper, "s16", "S/16", 112, 384),
+    "b16": partial(_paper, "b16", "B/16", 112, 384),
+    "l14": partial(_paper, "l14", "L/14", 84, 336),
+    "h14": partial(_paper, "h14", "H/14", 84, 336),
 }
 
 

@@ -64,11 +64,11 @@ def for_terminal(text: str, limit: int = LONGEST) -> str:
     return visible(clip(text, limit))
 
 
-def for_rich(text: str, limit: int = LONGEST) -> str:
+def for_rich(text: str) -> str:
     """One line for rich's console and tables; `[bold]` is no markup."""
     from rich.markup import escape  # rich takes longer to import than a --help may
 
-    return escape(one_line(clip(text, limit)))
+    return escape(one_line(clip(text)))
 
 
 def for_markdown(text: str, limit: int | None = None) -> str:

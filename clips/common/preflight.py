@@ -59,7 +59,7 @@ class Preflight:
     repeated: Sequence[tuple[str, int, str]] = ()
     """(what repeats, how often, an example)."""
 
-    def publish(self, output: Path | str, *, as_json: bool = False, console: Console | None = None) -> None:
+    def publish(self, output: Path | str, *, as_json: bool = False) -> None:
         """Write summary.json and contact_sheet.html into `output`; print the table, or with `as_json` the summary."""
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Preflight:
         if as_json:
             print(json.dumps(self.summary))
             return
-        console = console or Console(emoji=False)
+        console = Console(emoji=False)
         table = Table(title=for_rich(self.title), show_header=False, title_justify="left")
         for name, text in self.rows:
             table.add_row(name, for_rich(text))

@@ -23,9 +23,8 @@ import torch.distributed as dist
 from clips.common.errors import UserError
 
 PACKAGES = (
-    *("torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch"),
-    *("numpy",),
-)
+    "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch", "numpy"
+)  # fmt: skip
 """Whose versions may explain a difference between two runs."""
 
 KEEP_FREED = ((-1, 2**31 - 1), (-3, 2**30))
@@ -103,20 +102,19 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
 
 
 def _settle() -> None:
-    """Wait until gloo's threads have let go of the last collective's tensors; for the end of the process.
+    """Wait at the process's end until gloo's threads have let go of the last collective's tensors.
 
-    They do so some time after the collective has returned, for which they need Python, and a thread that asks for it
-    while the interpreter ends aborts the process (torch 2.13, Python < 3.14; 2 of 100 processes on two busy cores):
-    exit code 134 of a run that did everything. Destroying the groups does not help where DeepSpeed holds them too.
+    A thread that asks for Python while the interpreter ends aborts the process with exit code 134 (torch 2.13, Python
+    < 3.14). Destroying the groups does not help, since DeepSpeed holds them too.
     """
     idle = 0
-    while idle < 2:  # once may be a thread that waits for Python, which it gets while this one sleeps
+    while idle < 2:  # a thread that waits for Python seems idle once
         time.sleep(0.002)
         idle = idle + 1 if all(state == "S" for state in _gloo_threads()) else 0
 
 
 def _gloo_threads() -> list[str]:
-    """The state of each, as in proc(5): S sleeps. None are seen where there is no /proc."""
+    """The state of each, as in proc(5): S sleeps. Empty without /proc."""
     states = []
     for task in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it has ended
@@ -127,11 +125,10 @@ def _gloo_threads() -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what this process frees for what it allocates next; whether it does.
+    """Let glibc keep freed memory for the next allocations; returns whether it does.
 
-    By default it gives tensors of megabytes back to the kernel as soon as they are freed, and each step then faults all
-    its pages in anew (`python scripts/benchmark.py profile`; docs/speed.md has what it costs). A user's own settings
-    of the allocator stand; elsewhere than on glibc nothing is done.
+    By default glibc gives freed tensors back to the kernel, and each step faults their pages in anew (docs/speed.md).
+    A user's own settings of the allocator win.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False
@@ -140,20 +137,18 @@ def keep_freed_memory() -> bool:
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN keep fewer compiled kernels; for the beginning of a CPU's process, before its first matrix product.
+    """Let oneDNN keep fewer compiled kernels; call it before the process's first matrix product.
 
-    Texts have other lengths in every step, and each length compiles kernels anew. A step of the demo uses 83
-    kernels, 39 of them of these lengths alone. By default 1,024 are kept, twice, which is hundreds of MB.
+    Each length of a text compiles kernels anew. By default 1,024 are kept, twice: hundreds of MB.
     """
     for name, capacity in KERNEL_CACHES.items():
         os.environ.setdefault(name, capacity)
 
 
 def _check_restarts() -> None:
-    """UserError where torchrun would start ranks again that then read the addresses of those before them.
+    """Raise UserError if torchrun would restart ranks with a store that holds the dead ranks' addresses.
 
-    Its own store, which the ranks share, outlives them, and nothing in it says of which start an address is: the
-    ranks connect to dead ones, and fail or hang (pytorch issue 135712; seen with torch 2.13, on one host too).
+    The restarted ranks would fail or hang (pytorch issue 135712).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         raise UserError(
@@ -179,7 +174,7 @@ def import_deepspeed() -> Any:
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """What else than the configuration would explain a difference between two runs: the content of env.json."""
+    """The content of env.json: what besides the configuration may explain a difference between two runs."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

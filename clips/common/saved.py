@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from clips.common import rundir
 from clips.common.errors import CommandError, UserError
-from clips.common.escape import for_rich
 from clips.common.files import MANIFEST, check_seal
+from clips.common.page import print_table
 
 LLAVA = re.compile(r"checkpoint-\d+")
 
@@ -68,25 +64,26 @@ def fault_of(checkpoint: Path) -> str | None:
 
 def list_saved(place: Path, *, verify: bool = False) -> None:
     """Print a table of the checkpoints; `verify` hashes every file and raises CommandError if one is damaged."""
-    damaged = []
-    table = Table(title=for_rich(str(place)), title_justify="left")
-    for name in ("checkpoint", "step", "samples", "MB", "age", "verified" if verify else "sealed", ""):
-        table.add_column(name, justify="right" if name in ("step", "samples", "MB", "age") else "left")
+    damaged, rows = [], []
     for group in groups(place):
         for path in group.found:
             fault = fault_of(path) if verify else None if (path / MANIFEST).is_file() else f"no {MANIFEST}"
             damaged += [f"{path}: {fault}"] if fault else []
             samples = None if group.is_llava else rundir.weights_of(path)["samples"]
-            table.add_row(
-                for_rich(str(path.relative_to(place)) if path != place else path.name),
-                f"{int(path.name.partition('-')[2]):,}",
-                "" if samples is None else f"{samples:,}",
-                f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6:,.1f}",
-                _age(time.time() - path.stat().st_mtime),
-                for_rich(fault) if fault else "yes",
-                _note(group, path),
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            rows.append(
+                (
+                    str(path.relative_to(place)) if path != place else path.name,
+                    f"{int(path.name.partition('-')[2]):,}",
+                    "" if samples is None else f"{samples:,}",
+                    f"{size / 1e6:,.1f}",
+                    _age(time.time() - path.stat().st_mtime),
+                    fault or "yes",
+                    _note(group, path),
+                )
             )
-    Console(emoji=False, width=None if sys.stdout.isatty() else 140).print(table)
+    head = ("checkpoint", "step", "samples", "MB", "age", "verified" if verify else "sealed", "")
+    print_table(str(place), head, rows)
     if verify and damaged:
         raise CommandError("damaged, and passed over when the run goes on:\n  " + "\n  ".join(damaged))
 
@@ -127,14 +124,10 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
             raise CommandError(
                 f"none of the checkpoints that would stay in {group.directory} is whole; nothing is deleted"
             )
-        _delete(goes, dry_run=dry_run)
-
-
-def _delete(paths: Sequence[Path], *, dry_run: bool) -> None:
-    for path in reversed(paths):  # oldest first, so that a crash leaves the newer ones
-        print(f"{'would delete' if dry_run else 'deleted'} {path}", flush=True)
-        if not dry_run:
-            shutil.rmtree(path)
+        for path in reversed(goes):  # oldest first, so that a crash leaves the newer ones
+            print(f"{'would delete' if dry_run else 'deleted'} {path}", flush=True)
+            if not dry_run:
+                shutil.rmtree(path)
 
 
 def check_exportable(place: Path) -> None:

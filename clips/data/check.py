@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
@@ -297,7 +296,6 @@ def check_triples(
     workers: int = 1,
     seed: int = 0,
     as_json: bool = False,
-    console: Console | None = None,
 ) -> dict[str, Any]:
     """Check `run.data.train` as `run` would read it, publish the report in `output`, and return its summary.
 
@@ -322,20 +320,16 @@ def check_triples(
             bar.update(part.checked)
     summary = _summary(run, source, found, kinds)
     report = _report(run, summary, found, _most_repeated(source, kinds), source)
-    report.publish(output, as_json=as_json, console=console)
-    _judge(run, summary, found, Path(output))
-    return summary
-
-
-def _judge(run: RunConfig, summary: Mapping[str, Any], found: Findings, output: Path) -> None:
+    report.publish(output, as_json=as_json)
     if found.refused:
         raise UserError("a training would stop at the first of these samples:\n  " + "\n  ".join(found.refused))
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
         raise BrokenDataError(
             f"{summary['broken']:,} of {summary['checked']:,} samples are broken, {share:.1%}: above "
-            f"data.max_broken_share = {limit:.1%} a training stops; {output / 'contact_sheet.html'} shows some"
+            f"data.max_broken_share = {limit:.1%} a training stops; {Path(output) / 'contact_sheet.html'} shows some"
         )
+    return summary
 
 
 def _summary(run: RunConfig, source: Source, found: Findings, kinds: Mapping[str, Distinct]) -> dict[str, Any]:
@@ -393,11 +387,11 @@ def _binned(edges: Sequence[float], counts: Mapping[int, int]) -> dict[str, int]
     return {name: counts.get(place, 0) for place, name in enumerate(names)}
 
 
-def _most_repeated(source: Source, kinds: Mapping[str, Distinct], most: int = 8) -> list[tuple[str, int, str]]:
+def _most_repeated(source: Source, kinds: Mapping[str, Distinct]) -> list[tuple[str, int, str]]:
     """(kind, times, text or key) of what repeats most often."""
     rows = []
     for kind in KINDS:
-        for digest, more in kinds[kind].again.most_common(most):
+        for digest, more in kinds[kind].again.most_common(8):
             index = kinds[kind].first[digest]
             try:
                 texts = dict(zip(("web", "long"), source.texts(index), strict=True))

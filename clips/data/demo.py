@@ -207,10 +207,8 @@ def draw_scene(rng: random.Random, concepts: Sequence[str], image_size: int = IM
     ground = _draw_ground(rng, background)
     while True:
         places = rng.sample(list(PLACES), len(concepts))
-        things = [
-            _draw_thing(rng, concept, place, len(concepts), image_size)
-            for concept, place in zip(concepts, places, strict=True)
-        ]
+        placed = zip(concepts, places, strict=True)
+        things = [_draw_thing(rng, concept, place, len(concepts), image_size) for concept, place in placed]
         if all(_overlap(a.box, b.box) <= MAX_OVERLAP for i, a in enumerate(things) for b in things[:i]):
             return Scene(tuple(things), background, ground, image_size)
 
@@ -536,10 +534,7 @@ def ensure_demo(
     """
     directory = Path(directory)
     by_many: dict[str, Any] = {"version": VERSION, "seed": seed, "image_size": image_size, "sizes": dict(sizes)}
-    by_one = by_many | {
-        "version": BY_ONE,
-        "sizes": {split: size for split, size in sizes.items() if split != UNSEEN},
-    }
+    by_one = by_many | {"version": BY_ONE, "sizes": {name: size for name, size in sizes.items() if name != UNSEEN}}
     if built_as(directory) in (by_many, *([] if again else [by_one])):
         return directory
     packages()  # a missing package is named before anything is fetched
@@ -551,14 +546,9 @@ def ensure_demo(
     return ensure_built(directory, wanted, partial(_write_all, wanted=wanted, hands=hands), what="demo data")
 
 
-def has_demo(directory: str | Path) -> bool:
-    """Whether `directory` holds demo data of this version, of any size and by any number of artists."""
-    return (built_as(Path(directory)) or {}).get("version") in (VERSION, BY_ONE)
-
-
 def ensure_any_demo(directory: str | Path) -> None:
-    """Build the demo data as `ensure_demo` does, unless `has_demo` finds some."""
-    if not has_demo(directory):
+    """Build the demo data as `ensure_demo` does, unless some of this version is there, of any size and artists."""
+    if (built_as(Path(directory)) or {}).get("version") not in (VERSION, BY_ONE):
         ensure_demo(directory)
 
 
@@ -606,15 +596,14 @@ def _write_notes(directory: Path, wanted: dict[str, Any], hands: Mapping[str, Se
     sizes = "\n".join(
         f"- {split}: {size:,} scenes, drawn by {', '.join(hands[split])}" for split, size in wanted["sizes"].items()
     )
-    (directory / "concepts.json").write_text(
-        json.dumps({"classes": list(CONCEPTS), "templates": PROMPTS}, indent=2) + "\n"
-    )
+    classes = {"classes": list(CONCEPTS), "templates": PROMPTS}
+    (directory / "concepts.json").write_text(json.dumps(classes, indent=2) + "\n")
     (directory / "ATTRIBUTION.md").write_text(
         f"# Attribution\n\n{attribution(artists)}\n\nThe pictures in this folder are scenes composed of these "
         "drawings, scaled, turned, mirrored, tinted and placed on painted grounds. Some of the drawings are under "
         "CC BY-SA 4.0, so the pictures are shared under that licence.\n"
     )
-    missing = f"{MISSING[0].upper()}{MISSING[1:]}.\n\n" if wanted["version"] != VERSION else ""
+    missing = f"{capital(MISSING)}.\n\n" if wanted["version"] != VERSION else ""
     (directory / "README.md").write_text(
         f"# Demo scenes\n\n{sizes}\n\n{missing}Tar shards of `png` (the picture, {wanted['image_size']} pixels), `txt` "
         "(the long caption) and `json` (`org_caption`, the noisy web caption; `objects`, `background`, `ground`, "

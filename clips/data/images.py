@@ -232,9 +232,9 @@ class Preprocess:
             image = image.convert("L").convert("RGB")
         return np.asarray(image)
 
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> torch.Tensor:
         """float32 [3, S, S], normalised with ImageNet's mean and standard deviation."""
-        return normalise(stacked([self.pixels(image, rng)]))[0]
+        return normalise(stacked([self.pixels(image)]))[0]
 
 
 def eval_transform(image_size: int) -> Preprocess:

@@ -65,8 +65,8 @@ class SampleOrder:
 
     def index(self, epoch: int, offset: int) -> int:
         """The sample index at `offset` (below the set's length) of `epoch`."""
-        members, start = self._group(epoch, offset)
-        return int(members[offset - start])
+        group = self._number(epoch, offset)
+        return int(self._members(epoch, group)[offset - int(self._epoch(epoch)[2][group])])
 
     def shards(self, position: int) -> tuple[list[int], list[int]]:
         """(shards of the group of the run's `position`-th sample, shards of the next group)."""
@@ -75,11 +75,6 @@ class SampleOrder:
         after = (epoch, group + 1) if group + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
         now, then = (np.unique(self._shards[self._pieces(*place)]) for place in ((epoch, group), after))
         return now.tolist(), then.tolist()
-
-    def _group(self, epoch: int, offset: int) -> tuple[np.ndarray, int]:
-        """The shuffled sample indices of the group that holds `offset`, and the group's first offset."""
-        group = self._number(epoch, offset)
-        return self._members(epoch, group), int(self._epoch(epoch)[2][group])
 
     def _number(self, epoch: int, offset: int) -> int:
         """Which of the epoch's groups holds `offset`."""

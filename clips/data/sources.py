@@ -19,7 +19,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -37,9 +37,6 @@ from clips.data.sample import BrokenSample, RawSample, StoredSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -77,9 +77,9 @@ class Table:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
         return self._reader
 
-    def _json_columns(self, first: int = 100) -> list[str]:
+    def _json_columns(self) -> list[str]:
         columns: dict[str, None] = {}
-        for i in range(min(first, self.rows)):
+        for i in range(min(100, self.rows)):
             try:
                 columns |= dict.fromkeys(self.row(i, ()))
             except (ValueError, RecursionError):

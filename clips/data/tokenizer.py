@@ -38,8 +38,6 @@ from clips.config import TextConfig, TokenizerKind
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
 # same default.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# --- cleaning ----------------------------------------------------------------------------------------------
-
 # Printable ASCII and the usual white space, without "&": neither ftfy nor HTML unescaping changes such text.
 _PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
@@ -55,8 +53,6 @@ def clean(text: str) -> str:
 
 _NO_WORD = re.compile(r"\S{101,}")
 """Words that WordPiece treats as unknown; the time of training on a word grows with its length squared."""
-
-# --- tokenizers --------------------------------------------------------------------------------------------
 _ROLES = ("pad", "bos", "eos", "cls", "unk")
 _BERT = {"pad": "[PAD]", "bos": "[unused0]", "eos": "[unused1]", "cls": "[CLS]", "unk": "[UNK]"}
 """The roles in BERT's vocabulary as CLIPS uses it: ids 0, 1, 2 and 101."""
@@ -86,8 +82,7 @@ class CaptionTokenizer:
             raise ValueError(f"{special['eos']!r} is both its eos and its padding")
         self.is_clip = (self.vocab_size, self.bos_id, self.eos_id) == (49_408, 49_406, 49_407)
         # CLIP's code lowers texts in Python, which knows more alphabets than `tokenizers`.
-        model = tokenizer.model
-        self._lower = isinstance(model, models.BPE) and model.end_of_word_suffix == _END_OF_WORD
+        self._lower = _has_clip_s_words(tokenizer)
 
     def __reduce__(self):
         return CaptionTokenizer, (self._tokenizer, self._special)
@@ -183,7 +178,7 @@ class CaptionTokenizer:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
             declared = {role: _content(config[f"{role}_token"]) for role in _ROLES if config.get(f"{role}_token")}
             is_bert = [tokenizer.token_to_id(_BERT[role]) for role in _ROLES[:4]] == [0, 1, 2, 101]
-            is_clip = isinstance(tokenizer.model, models.BPE) and tokenizer.model.end_of_word_suffix == _END_OF_WORD
+            is_clip = _has_clip_s_words(tokenizer)
             special = _BERT | declared if is_bert else declared | {"pad": _CLIP["pad"]} if is_clip else declared
             if undeclared := [role for role in _ROLES[:3] if role not in special]:
                 raise ValueError(f"no {', '.join(undeclared)} token is declared")
@@ -201,6 +196,10 @@ def _id_of(tokenizer: Tokenizer, token: str) -> int:
     if found is None:
         raise ValueError(f"the special token {token!r} is not in its vocabulary")
     return found
+
+
+def _has_clip_s_words(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer.model, models.BPE) and tokenizer.model.end_of_word_suffix == _END_OF_WORD
 
 
 def _content(token: str | dict[str, Any]) -> str:
@@ -225,7 +224,7 @@ def build_tokenizer(
       `open_clip.get_tokenizer("ViT-B-16")`, except that special tokens typed in a text are text here.
     """
     if kind == "bert":
-        return _bert()
+        return _finish(_bert_tokenizer(bert_vocabulary()), _BERT)
     if kind == "clip":
         return _clip()
     if texts is None:
@@ -274,10 +273,6 @@ def bert_vocabulary() -> Path:
     if sha256(path) != BERT_SHA256:
         raise UserError(f"{path} is not the vocabulary of {BERT_HUB} (by its SHA-256): remove it and try again")
     return path
-
-
-def _bert() -> CaptionTokenizer:
-    return _finish(_bert_tokenizer(bert_vocabulary()), _BERT)
 
 
 def _clip() -> CaptionTokenizer:

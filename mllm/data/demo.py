@@ -101,12 +101,13 @@ IS_BACKGROUND = ("Is the background {color}?", "Is the picture's background {col
 
 @dataclass(frozen=True)
 class DemoScene:
-    """One demo scene with its truth; `things` are (name, place) in reading order."""
+    """One demo scene with its truth; `things` are (name, place) in reading order, and `caption` names all of them."""
 
     name: str
     data: bytes
     things: tuple[tuple[str, str], ...]
     background: str
+    caption: str
     description: str
 
     @staticmethod
@@ -114,14 +115,8 @@ class DemoScene:
         things = sorted((list(PLACES).index(thing["place"]), thing["concept"]) for thing in sample.extra["objects"])
         placed = tuple((concept, list(PLACES)[place]) for place, concept in things)
         assert sample.long is not None  # `_write_pictures` opens the scenes with need_long
-        return DemoScene(name, sample.image, placed, sample.extra["background"], sample.long)
-
-    @property
-    def caption(self) -> str:
-        """One sentence with every thing and its place in reading order, and the background."""
-        placed = [f"a {thing} {at_place(place)}" for thing, place in self.things]
-        text = f"{listed(placed)} on a {self.background} background."
-        return text[0].upper() + text[1:]
+        extra = sample.extra
+        return DemoScene(name, sample.image, placed, extra["background"], extra["captions"][0], sample.long)
 
 
 Thing = tuple[str, str]
@@ -182,7 +177,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     place and by its name.
     """
     if rng.random() < CAPTION_SHARE:
-        return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
+        return align_record(scene, rng)
     asked: dict[str, str] = {}
     kinds = [*KINDS, "where", "yes_no"]
     rng.shuffle(kinds)

@@ -26,8 +26,6 @@ LLAMA_3_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-
-
 SAVED = "conversation_format"
 """Key of tokenizer_config.json; a stock transformers tokenizer carries it along unread."""
 
@@ -103,32 +101,51 @@ def _quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Format:
-    return Format(
-        name="plain",
-        first="",
-        system=None,
-        middle="",
-        end="\n",
-        next="",
-        keeps_question=False,
-        prefix_space=_spaces_first_text_only(tokenizer),
-    )
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-def _v1(tokenizer: PreTrainedTokenizerBase) -> Format:
-    if tokenizer.eos_token is None:
-        raise UserError("conversation format v1 ends answers with the tokenizer's eos token, and it has none")
-    return Format(
+_TO_SYSTEM, _TO_USER = f"<|begin_of_text|>{_header('system')}", f"<|eot_id|>{_header('user')}"
+_NAMED = (
+    Format(name="plain", first="", system=None, middle="", end="\n", next="", keeps_question=False),
+    Format(
         name="v1",
         first=f"{V1_SYSTEM} USER:",
         system=("", " USER:"),
         middle=" ASSISTANT:",
-        end=tokenizer.eos_token,
+        end="",
         next="USER:",
         lead=" ",
-        prefix_space=_spaces_first_text_only(tokenizer),
-    )
+    ),
+    Format(
+        name="llama_3",
+        first=_TO_SYSTEM + LLAMA_3_SYSTEM + _TO_USER,
+        system=(_TO_SYSTEM, _TO_USER),
+        middle=f"<|eot_id|>{_header('assistant')}",
+        end="<|eot_id|>",
+        next=_header("user"),
+    ),
+    Format(
+        name="chatml",
+        first="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        system=("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n"),
+        middle="<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        next="\n<|im_start|>user\n",
+        tail="\n",
+    ),
+)
+FORMATS: dict[str, Format | None] = {**{form.name: form for form in _NAMED}, "auto": None}
+"""Name → format; `v1` ends answers with the tokenizer's eos, `auto` is the tokenizer's own format."""
+
+
+def _fitted(form: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """`form` with what LLaVA's own two formats take from the tokenizer."""
+    if form.name == "v1" and tokenizer.eos_token is None:
+        raise UserError("conversation format v1 ends answers with the tokenizer's eos token, and it has none")
+    if form.name not in ("plain", "v1"):
+        return form
+    return replace(form, end=form.end or tokenizer.eos_token, prefix_space=_spaces_first_text_only(tokenizer))
 
 
 def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -139,34 +156,6 @@ def _spaces_first_text_only(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     before = [token for token in (tokenizer.bos_token, IMAGE_TOKEN) if token in control_tokens(tokenizer)]
     return bool(before) and all(ids(f"{token}a")[1:] != ids("a") == ids(f"{token} a")[1:] for token in before)
-
-
-def _llama_3(tokenizer: PreTrainedTokenizerBase) -> Format:
-    def header(role: str) -> str:
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-    before, after = f"<|begin_of_text|>{header('system')}", f"<|eot_id|>{header('user')}"
-    return Format(
-        name="llama_3",
-        first=before + LLAMA_3_SYSTEM + after,
-        system=(before, after),
-        middle=f"<|eot_id|>{header('assistant')}",
-        end="<|eot_id|>",
-        next=header("user"),
-    )
-
-
-def _chatml(tokenizer: PreTrainedTokenizerBase) -> Format:
-    before, after = "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n"
-    return Format(
-        name="chatml",
-        first=f"{before}You are a helpful assistant.{after}",
-        system=(before, after),
-        middle="<|im_end|>\n<|im_start|>assistant\n",
-        end="<|im_end|>",
-        next="\n<|im_start|>user\n",
-        tail="\n",
-    )
 
 
 def _auto(tokenizer: PreTrainedTokenizerBase) -> Format:
@@ -228,7 +217,6 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
     )
 
 
-FORMATS = {"plain": _plain, "v1": _v1, "llama_3": _llama_3, "chatml": _chatml, "auto": _auto}
 LLAVA_NAMES = {
     "llava_v1": "v1",
     "vicuna_v1": "v1",
@@ -255,7 +243,8 @@ def get_format(name: str, tokenizer: PreTrainedTokenizerBase) -> Format:
     saved = saved_format(tokenizer)
     if saved is not None and saved.name == name:
         return saved
-    chosen = FORMATS[name](tokenizer)
+    known = FORMATS[name]
+    chosen = _auto(tokenizer) if known is None else _fitted(known, tokenizer)
     literals = " ".join([chosen.first, chosen.middle, chosen.end, chosen.next])
     missing = sorted(set(re.findall(r"<\|\w+\|>", literals)) - set(control_tokens(tokenizer)))
     if missing:

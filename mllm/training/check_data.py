@@ -226,13 +226,11 @@ def check_data(
     *,
     decode_limit: int | None = None,
     as_json: bool = False,
-    console: Console | None = None,
 ) -> DataReport:
     """Inspect a data set, publish the report in `output`, and return it.
 
     Raises UserError (exit 2) at the end if something was found that would stop the training.
     """
-    console = console or Console(emoji=False)
     report, records = inspect_data(data_path, encoder, store, decode_limit=decode_limit)
     Preflight(
         title=str(data_path),
@@ -243,8 +241,9 @@ def check_data(
         problems=[one_line(clip(f"{problem.kind}: {problem.message}")) for problem in report.problems],
         bars={"tokens of a sample": report.histogram},
         good=_shown(store, records),
-    ).publish(output, as_json=as_json, console=console)
+    ).publish(output, as_json=as_json)
     if records and not as_json:
+        console = Console(emoji=False)
         console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
         console.print(render_example(encoder, max(records[:50], key=lambda record: min(len(record.turns), 6))))
     if report.problems:

@@ -24,27 +24,14 @@ def test_every_template_is_installed(tmp_path: Path) -> None:
         shutil.copytree(ROOT / part, tmp_path / "source" / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "source")
-    build = [
-        sys.executable,
-        "-c",
-        "from setuptools import setup; setup()",
-        "-q",
-        "build_py",
-        "--build-lib",
-        tmp_path / "lib",
-    ]
-    subprocess.run(build, cwd=tmp_path / "source", check=True, capture_output=True, timeout=300)
+    build = ["-c", "from setuptools import setup; setup()", "-q", "build_py", "--build-lib", tmp_path / "lib"]
+    subprocess.run([sys.executable, *build], cwd=tmp_path / "source", check=True, capture_output=True, timeout=300)
     templates = sorted((ROOT / "clips").rglob("templates/*")) + sorted((ROOT / "mllm").rglob("templates/*"))
     wanted = {f"{'.'.join(path.parts[len(ROOT.parts) : -2])}/{path.name}" for path in templates}
     assert len(wanted) >= 9
     packages = sorted({name.partition("/")[0] for name in wanted})
     found = subprocess.run(
-        [sys.executable, "-c", FIND, *packages],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        [sys.executable, "-c", FIND, *packages], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
+        check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert set(found.stdout.split()) == wanted

@@ -1,12 +1,19 @@
-"""One cache folder, and one check that a path from data stays below its root."""
+"""The ground floor's small helpers: the cache folder, paths below a root, this machine, a hash over files."""
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from clips.common.files import digest_of
+from clips.common.machine import this_machine
 from clips.common.paths import cache_root, inside, is_plain
+
+TELL = "from clips.common.machine import this_machine; print(this_machine())"
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,3 +72,24 @@ def test_below_a_url_only_the_text_is_known() -> None:
     for name in ("../b.png", "/b.png", "a/../../b.png", "http://other/b.png", "a\0"):
         with pytest.raises(ValueError, match="leads out of"):
             inside("s3://bucket/set", name)
+
+
+def test_processes_of_one_machine_agree_on_it() -> None:
+    done = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(this_machine())
+
+
+def test_a_digest_is_of_names_and_contents_whatever_the_order(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    for path in (a, b):
+        path.write_text(f"content of {path.name}")
+    whole = digest_of([a, b])
+    lines = "".join(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in (a, b))
+    assert whole == hashlib.sha256(lines.encode()).hexdigest(), "figures and manifests of older runs hold such digests"
+    assert whole == digest_of(iter([b, a, a]))
+    assert digest_of([]) != digest_of([a]) != whole
+    b.rename(c)
+    assert digest_of([a, c]) != whole
+    c.rename(b)
+    b.write_text("another")
+    assert digest_of([a, b]) != whole

@@ -34,30 +34,19 @@ def test_differences_are_told_by_path() -> None:
         rundir.refuse(["x: 1 → 2", "y: 1 → 2"], "it holds others", "mend it")
 
 
-def test_lines_that_are_cut_or_no_objects_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_are_cut_or_no_objects_are_passed_over_and_go(tmp_path: Path) -> None:
     lines = [{"kind": "train", "step": 1}, {"kind": "eval", "step": 1}, {"kind": "train", "step": 2}]
-    text = "\n".join(map(json.dumps, lines))
-    (tmp_path / "metrics.jsonl").write_text(f'{text}\n12\n\nnull\n{{"kind": "train", "st')
-    assert rundir.read_metrics(tmp_path) == lines
-    assert rundir.read_metrics(tmp_path, "train") == [lines[0], lines[2]]
-    with pytest.raises(UserError, match=r"other is not a run: it has no metrics\.jsonl"):
-        rundir.read_metrics(tmp_path / "other")
-
-
-def test_lines_behind_the_checkpoint_go(tmp_path: Path) -> None:
+    text = "\n".join(map(json.dumps, lines)).encode()
     path = tmp_path / "metrics.jsonl"
     rundir.keep_lines(path, lambda line: True)
     assert not path.exists()
-    path.write_text('{"step": 1}\n{"step":  2}\n{"step": 3}\n{"st')
-    rundir.keep_lines(path, lambda line: line["step"] < 3)
-    assert path.read_text() == '{"step": 1}\n{"step":  2}\n', "a line that stays keeps its bytes"
-
-
-def test_damaged_records_are_passed_over_and_go(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"step": 2}\n[3]\n{"step": "4"}\n{}\n{"step": 5}\n')
-    assert rundir.read_metrics(tmp_path) == [{"step": 1}, {"step": "4"}, {"step": 5}]
-    rundir.keep_lines(tmp_path / "metrics.jsonl", lambda line: rundir.is_at_most(line, 4))
-    assert rundir.read_metrics(tmp_path) == [{"step": 1}]
+    path.write_bytes(text + b'\n12\n\nnull\n\xff\xfe{"step": 2}\n{"step": "4"}\n{}\n{"kind": "train", "st')
+    assert rundir.read_metrics(tmp_path) == [*lines, {"step": "4"}]
+    assert rundir.read_metrics(tmp_path, "train") == [lines[0], lines[2]]
+    rundir.keep_lines(path, lambda line: rundir.is_at_most(line, 1))
+    assert path.read_bytes() == b"".join(line + b"\n" for line in text.splitlines()[:2]), "a line keeps its bytes"
+    with pytest.raises(UserError, match=r"other is not a run: it has no metrics\.jsonl"):
+        rundir.read_metrics(tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])

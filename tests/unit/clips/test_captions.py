@@ -61,9 +61,6 @@ def saved(tokenizers, tmp_path_factory) -> dict[str, Path]:
     return directories
 
 
-# --- sentences
-
-
 HARD = [
     ["It costs $3.50 today.", "That is cheap."],
     ["The price is $3.50.", "A dog costs 1,000.25 dollars."],
@@ -135,20 +132,9 @@ def test_reference_rule_is_the_slow_one(text):
     assert split_sentences(text, "reference") == pieces
 
 
-def test_reference_rule_breaks_where_the_paper_does():
-    assert split_sentences("It is $3.50. Is it? Yes!! ok", "reference") == ["It is $3", "50", "Is it? Yes", "ok"]
-    assert split_sentences("A dog | a cat . . ", "reference") == ["A dog", "a cat"]
-
-
-@pytest.mark.parametrize(
-    "piece",
-    ["J. ", ".", ". ", '."', "- ", "1. ", ".🐶 ", ". $", "a", "ca. | "],
-)
+@pytest.mark.parametrize("piece", ["J. ", ".", ". ", '."', "- ", "1. ", ".🐶 ", ". $", "a", "ca. | "])
 def test_hostile_text_is_split_in_linear_time(piece):
-    """A ratio of this process's own seconds: 8 where it is linear, 64 where it is quadratic.
-
-    Of the fastest tries of each length, on a machine that is disturbed of more of them.
-    """
+    """The ratio of the fastest tries is 8 where time is linear, 64 where it is quadratic."""
     fastest = {20_000: math.inf, 160_000: math.inf}
     for _ in range(20):
         for count, before in fastest.items():
@@ -158,9 +144,6 @@ def test_hostile_text_is_split_in_linear_time(piece):
         if fastest[160_000] < 32 * fastest[20_000]:
             return
     raise AssertionError(fastest)
-
-
-# --- sub-captions
 
 
 def is_subsequence(part: list[int], whole: list[int]) -> bool:
@@ -228,18 +211,12 @@ def test_a_share_of_the_sentences():
         CaptionsConfig(sentence_share=1.5)
 
 
-# --- cleaning
-
-
 @given(
     st.one_of(PROSE, st.text(st.characters(max_codepoint=127)), st.text(), st.text("&;ampltg#3x<> \r\n\x0b\x1f\x1b[m"))
 )
 @settings(max_examples=500, deadline=None)
 def test_clean_is_open_clips(text):
     assert clean(text) == get_clean_fn("whitespace")(text)
-
-
-# --- tokenizers
 
 
 def slow_row(tokenizer: CaptionTokenizer, ids: list[int], slots: int) -> list[int]:
@@ -357,22 +334,26 @@ def test_wordpiece_vocabulary():
     assert build_tokenizer("wordpiece", chinese, vocab_size=100).vocab_size <= 100
 
 
-def test_errors_name_the_mend(tmp_path):
+def test_errors_name_the_mend(saved, tmp_path):
     with pytest.raises(UserError, match="trained on captions"):
         build_tokenizer("wordpiece")
     with pytest.raises(UserError, match="at least 64"):
         build_tokenizer("wordpiece", ["a"], vocab_size=10)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         CaptionTokenizer.load(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
+    config = json.loads((saved["wordpiece"] / "tokenizer_config.json").read_text()) | {"cls_token": "[NOWHERE]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(saved["wordpiece"] / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match=r"'\[NOWHERE\]' is not in its vocabulary"):
+        CaptionTokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no usable tokenizer"):
         CaptionTokenizer.load(tmp_path)
 
 
-def test_special_tokens_that_the_vocabulary_lacks_are_refused(saved, tmp_path):
-    directory = shutil.copytree(saved["wordpiece"], tmp_path / "tokenizer")
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cls_token": "[NOWHERE]"}))
-    with pytest.raises(UserError, match=r"'\[NOWHERE\]' is not in its vocabulary"):
-        CaptionTokenizer.load(directory)
+def test_a_word_of_a_megabyte_costs_a_tokenizer_nothing():
+    texts = ["a red cat and two dogs"] * 3
+    begin = time.process_time()
+    with_giant = build_tokenizer("wordpiece", [*texts, "x" * 2**20, "ab" * 2**19], vocab_size=64)
+    assert time.process_time() - begin < 60  # it was minutes
+    assert with_giant.encode(["a red cat"]) == build_tokenizer("wordpiece", texts, vocab_size=64).encode(["a red cat"])

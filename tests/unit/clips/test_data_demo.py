@@ -123,7 +123,11 @@ def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "data.partial" / "train" / "00000.tar").write_bytes(b"half")
     ensure_demo(tmp_path / "data", sizes=SIZES)
     assert not (tmp_path / "data.partial").exists()
-    assert len(open_source(demo_split(tmp_path / "data", "train"), Fields(), need_long=True)) == 60
+    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
+    monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
+    assert (len(open_split(data, "train", need_long=True)), len(open_split(data, "test", need_long=True))) == (60, 20)
+    names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
+    assert (held_out_sets(data), deciding_set(data)) == (names, names[-1])
 
 
 def test_one_frame_builds_both_demos(tmp_path: Path) -> None:
@@ -184,20 +188,14 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ensure_demo(tmp_path / "data", sizes=SIZES)
 
 
-def test_open_split_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
-    assert len(open_split(data, "test", need_long=True)) == 20
-    names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
-    assert held_out_sets(data) == names
-    assert deciding_set(data) == names[-1]
-
-
 def test_test_layouts_never_occur_in_training() -> None:
     scenes = {
         split: [split_scene(split, i, 0)[0] for i in range(n)]
-        for split, n in (("train", 4000), ("val", 500), ("test", 500))
+        for split, n in (("train", 4000), ("val", 500), ("test", 1000))
     }
+    labels = Counter(scene.things[0].concept for scene in scenes["test"] if len(scene.things) == 1)
+    assert labels.keys() == CONCEPTS.keys(), "every concept is tested, equally often"
+    assert (min(labels.values()) >= 3, max(labels.values()) <= 4, len(CONCEPTS) >= 150) == (True, True, True)
     layouts, single = {}, {}
     for split, drawn in scenes.items():
         several = [scene for scene in drawn if len(scene.things) > 1]
@@ -218,15 +216,6 @@ def test_training_shows_every_thing_on_every_ground() -> None:
     assert len(ones) > 0.99 * len(CONCEPTS) * len(BACKGROUNDS)
     several = {(thing.concept, s.background) for s in scenes for thing in s.things}
     assert len(several) == len(CONCEPTS) * len(BACKGROUNDS)
-
-
-def test_every_concept_is_tested_equally_often() -> None:
-    scenes = [split_scene("test", i, 0)[0] for i in range(1000)]
-    labels = Counter(scene.things[0].concept for scene in scenes if len(scene.things) == 1)
-    assert labels.keys() == CONCEPTS.keys()
-    assert min(labels.values()) >= 3
-    assert max(labels.values()) <= 4
-    assert len(CONCEPTS) >= 150
 
 
 def test_the_unseen_artist_draws_the_test_scenes() -> None:

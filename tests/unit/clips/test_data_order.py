@@ -64,21 +64,6 @@ def test_a_billion_samples_stay_small_and_local() -> None:
     assert len({i // 10_000 for i in indices}) <= 32, "reading must stay within a few shards at a time"
 
 
-@pytest.mark.parametrize("count", [2_000_000, 100_001])
-def test_one_huge_shard_is_cut_into_pieces(count: int) -> None:
-    order = SampleOrder([count], 0)
-    sample = {order.index(1, i) for i in range(0, count, 997)}
-    assert len(sample) == len(range(0, count, 997))
-    assert max(sample) < count
-
-
-def test_it_travels_to_a_worker() -> None:
-    order = SampleOrder([10, 20], 3)
-    copy = pickle.loads(pickle.dumps(order))
-    assert [copy.index(2, i) for i in range(30)] == [order.index(2, i) for i in range(30)]
-
-
-# ------------------------------------------------------------------------------------------------- several sets
 SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=4).filter(lambda s: min(s) > 0.001 * sum(s))
 
 

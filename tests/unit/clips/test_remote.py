@@ -130,21 +130,15 @@ def test_one_that_goes_on_failing_ends_the_run_with_its_url(server, tokenizer, f
     assert ended.value.exit_code == 1
 
 
-def test_what_is_not_there_is_refused_at_once(server) -> None:
+def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_port: int) -> None:
     with pytest.raises(UserError, match=rf"{server.url}/none.tar cannot be read"):
         open_source(f"{server.url}/none.tar", Fields(), need_long=True)
     server.fault = lambda method, name, before: 403
     with pytest.raises(UserError, match="403"):
         open_source(spec(server), Fields(), need_long=True)
     assert sum(server.asked.values()) < 20, "nothing is tried again"
-
-
-def test_a_server_without_ranges_is_named(folder: Path) -> None:
-    with serving(folder, ranges=False) as server, pytest.raises(UserError, match="knows ranges"):
-        open_source(f"{server.url}/0.tar", Fields(), need_long=True).read(3)
-
-
-def test_a_server_that_is_not_there(unused_port: int) -> None:
+    with serving(folder, ranges=False) as without, pytest.raises(UserError, match="knows ranges"):
+        open_source(f"{without.url}/0.tar", Fields(), need_long=True).read(3)
     with pytest.raises(CommandError, match=rf"127.0.0.1:{unused_port}/0.tar cannot be read"):
         open_source(f"http://127.0.0.1:{unused_port}/0.tar", Fields(), need_long=True)
 

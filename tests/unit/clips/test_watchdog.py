@@ -6,15 +6,18 @@ import json
 import math
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clips.common.errors import DivergedError
+from clips.common.errors import CommandError, DivergedError
+from clips.recipes import recipe
 from clips.training import watchdog
 from clips.training.engine import Agreed
+from clips.training.log import RunLog
 from clips.weights.checkpoint import TrainState
 
 
@@ -112,3 +115,12 @@ def test_own_time_is_that_of_the_forward_passes_since_it_was_asked_last() -> Non
     assert len(own.marks) == 4
     assert own.seconds() > 0
     assert own.seconds() == 0
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    log = RunLog(recipe("demo"), tmp_path, start_step=0, wandb=False, active=True)
+    log.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - closed by the log
+    with pytest.raises(CommandError, match="record of step 3 cannot be written") as ended:
+        log.record("train", {"step": 3, "samples": 30, "loss": 1.0})
+    assert "No space left" in str(ended.value)
+    log.close()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import script_parser
 from PIL import Image
-from rich.console import Console
 from tiny_tokenizers import make_tokenizer
 
 from clips.common.errors import UserError
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
-from mllm.training.check_data import check_data, inspect_data, render_example
+from mllm.training.check_data import check_data, check_from_flags, inspect_data, render_example
 
 CONTEXT = 120
 
@@ -78,27 +74,21 @@ def test_everything_is_counted(data, encoder):
     assert report.trained_tokens == sum(y != IGNORE for e in encoded for y in e.labels)
     assert sum(report.histogram.values()) == 5
     assert report.histogram[f"over {CONTEXT}"] == 1
+    few, _ = inspect_data(data / "data.json", encoder, ImageStore(data / "images"), decode_limit=1)
+    assert (few.images_decoded, few.count("missing image")) == (1, 1)
 
 
-def test_check_writes_and_refuses(data, encoder, tmp_path):
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+def test_check_writes_and_refuses(data, encoder, tmp_path, capsys):
     with pytest.raises(UserError, match="6 problem"):
-        check_data(data / "data.json", encoder, ImageStore(data / "images"), tmp_path / "out", console=console)
-    printed = console.file.getvalue()
-    assert "sample 5 (id s5)" in printed
+        check_data(data / "data.json", encoder, ImageStore(data / "images"), tmp_path / "out")
+    assert "sample 5 (id s5)" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["problems"]) == 6
     page = (tmp_path / "out" / "contact_sheet.html").read_text()
     assert page.count("data:image/png") == 3
     assert "A dog." in page
-    report = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good", console=console)
+    report = check_data(data / "good.json", encoder, ImageStore(data / "images"), tmp_path / "good")
     assert report.problems == []
-
-
-def test_decode_limit_still_finds_missing_images(data, encoder):
-    report, _ = inspect_data(data / "data.json", encoder, ImageStore(data / "images"), decode_limit=1)
-    assert report.images_decoded == 1
-    assert report.count("missing image") == 1
 
 
 def test_example_colours_exactly_the_trained_tokens(data, encoder):
@@ -109,19 +99,17 @@ def test_example_colours_exactly_the_trained_tokens(data, encoder):
     assert "[4 × <image>]" in text.plain
 
 
-def test_script_exits_with_2(data, tmp_path):
+def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     tokenizer = make_tokenizer("gpt2")
     tokenizer.chat_template = None  # "auto" is v1 then, as in training
     tokenizer.save_pretrained(tmp_path / "llm")
-    command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), "--language-model", str(tmp_path / "llm")]
-    command += ["--image-folder", str(data / "images"), "--output", str(tmp_path / "out"), "--image-tokens", "4"]
-    bad = subprocess.run([*command, "--conversations", str(data / "data.json")], capture_output=True, text=True)
-    assert bad.returncode == 2
-    assert "would stop the training" in bad.stderr
-    assert "Traceback" not in bad.stderr
-    assert "format v1" in bad.stdout
-    good = subprocess.run([*command, "--conversations", str(data / "good.json")], capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
+    flags = ["--language-model", str(tmp_path / "llm"), "--image-folder", str(data / "images"), "--image-tokens", "4"]
+    flags += ["--output", str(tmp_path / "out"), "--conversations"]
+    with pytest.raises(UserError, match="would stop the training"):
+        check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "data.json")]))
+    assert "format v1" in capsys.readouterr().out
+    check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
+    assert "nothing found that would stop a training" in capsys.readouterr().out
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):

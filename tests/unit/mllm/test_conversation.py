@@ -19,9 +19,7 @@ from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.formats import LLAMA_3_SYSTEM, V1_SYSTEM
 
 IMAGE_TOKENS = 3
-
-
-# --- the slow reference: what each format looks like, byte by byte, written out by hand -----------------------------
+ROLE = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def reference(
@@ -149,23 +147,9 @@ def llava(turns: list[tuple[str, str]], image: bool = True) -> list[dict[str, st
 
 
 ODD = [
-    "cat",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "é",
-    "…",
-    "'s",
-    "12",
-    "!?",
-    "<image>",
-    "<|im_end|>",
-    "</s>",
-    "<|eot_id|>",
-    "USER:",
+    "cat", " ", "  ", "\n", "\t", "é", "…", "'s", "12", "!?", "<image>", "<|im_end|>", "</s>", "<|eot_id|>", "USER:",
     "猫",
-]
+]  # fmt: skip
 odd_text = st.lists(st.sampled_from(ODD), max_size=8).map("".join)
 # A typed <image> at the edge of a question would be a placeholder: words stand around it.
 odd_question = st.one_of(st.just(""), odd_text.map(lambda text: f" a{text}b \n"))
@@ -199,14 +183,8 @@ def test_prompt_is_a_prefix_of_training(version, kind):
 
 def make_processor(tokenizer, template: str) -> LlavaProcessor:
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=16,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        chat_template=template,
-    )
+    options = {"patch_size": 16, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    return LlavaProcessor(images, tokenizer, **options, chat_template=template)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,10 +207,8 @@ def test_saved_processor_gives_the_same_prompt(version, kind, tmp_path):
         chat = [{"role": "user", "content": content}]
         if version != "plain":
             turns += [{"from": "gpt", "value": "A cat."}, {"from": "human", "value": "Where?\nSay it."}]
-            chat += [{"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Where?\nSay it."}]
-        if version != "plain":
             turns = [{"from": "system", "value": "Be brief."}, *turns]
-            chat = [{"role": "system", "content": "Be brief."}, *chat]
+            chat = [{"role": ROLE[turn["from"]], "content": turn["value"]} for turn in turns]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         ids = processor(images=[picture], text=text, add_special_tokens=False)["input_ids"][0]
         assert encoder.prompt(turns, 1) == list(ids)
@@ -387,19 +363,16 @@ def test_real_smollm2():
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     for version in ("auto", "chatml", "v1"):
-        _check_smollm2(tokenizer, version)
-
-
-def _check_smollm2(tokenizer, version: str) -> None:
-    encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
-    turns = llava([("What is at the top left?", "A red fox."), ("And <|im_end|> 12?", ""), ("Why?", " It's 3. ")])
-    encoded = encoder.encode(turns, 1, "sample")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answers = [label for label in encoded.labels if label != IGNORE]
-    assert answers.count(end) == 3
-    assert [part.strip() for part in tokenizer.decode(answers).split("<|im_end|>")] == ["A red fox.", "", "It's 3.", ""]
-    processor = make_processor(tokenizer, encoder.format.chat_template())
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is at the top left?"}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    ids = processor(images=[Image.new("RGB", (32, 32))], text=text, add_special_tokens=False)["input_ids"][0]
-    assert encoder.prompt(turns[:1], 1) == list(ids)
+        encoder = ConversationEncoder(tokenizer, version, num_image_tokens=4)
+        turns = llava([("What is at the top left?", "A red fox."), ("And <|im_end|> 12?", ""), ("Why?", " It's 3. ")])
+        encoded = encoder.encode(turns, 1, "sample")
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        answers = [label for label in encoded.labels if label != IGNORE]
+        assert answers.count(end) == 3
+        said = [part.strip() for part in tokenizer.decode(answers).split("<|im_end|>")]
+        assert said == ["A red fox.", "", "It's 3.", ""]
+        processor = make_processor(tokenizer, encoder.format.chat_template())
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is at the top left?"}]}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        ids = processor(images=[Image.new("RGB", (32, 32))], text=text, add_special_tokens=False)["input_ids"][0]
+        assert encoder.prompt(turns[:1], 1) == list(ids)

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from clips.data.built import STAMP, built_as
-from clips.data.demo import NUMBERS, PLACES, ensure_demo, has_demo
+from clips.data.demo import NUMBERS, PLACES, VERSION, ensure_demo
 from clips.data.sample import BrokenSample
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import Collator, LlavaDataset, pad_rows, parse_record
+from mllm.data.dataset import Collator, LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
@@ -82,12 +82,9 @@ def test_dataset_reads_both_formats_and_multi_image(suffix, tmp_path, folder, en
         ("text", "'conversations'"),
         ({"id": "x"}, "'conversations'"),
         (record("../secret.png"), "leaves the image folder"),
-        (record("/etc/passwd"), "leaves the image folder"),
-        (record("sub/0.png") | {"image": [1]}, "'image' must be"),
+        (record("sub/0.png") | {"image": [1], "id": 7}, "'image' must be"),
         (record("sub/9.png"), "'sub/9.png' is not in"),
-        (record("sub"), "'sub' is not in"),
         (record("sub/0.png") | {"image": ["sub/0.png", "sub/1.png"]}, "2 image.s. but 1 <image>"),
-        (record(None) | {"conversations": []}, "not empty"),
     ],
 )
 def test_a_bad_record_names_index_and_id(bad, message, tmp_path, folder, encoder):
@@ -225,9 +222,6 @@ def test_truncated_samples_are_counted_across_workers(tmp_path, encoder):
     assert dataset.truncated == 2
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
-
-
 def lengths(count: int = 403) -> list[int]:
     rng = np.random.default_rng(0)
     return [int(n) * (1 if rng.random() < 0.7 else -1) for n in rng.integers(1, 500, count)]
@@ -271,9 +265,6 @@ def test_global_batches_do_not_depend_on_ranks():
     a, b = np.array(sampler(chunks=4, batch_size=2)), np.array(sampler(chunks=2, batch_size=4))
     for start in range(0, 392, 8):
         assert sorted(a[start : start + 8]) == sorted(b[start : start + 8])
-
-
-# --- the demo data ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -388,10 +379,7 @@ def test_demo_loads_as_any_llava_data(demo, encoder):
     assert encoder.tokenizer.decode([y for y in align[0]["labels"] if y != IGNORE]).startswith("A ")
     instruct = LlavaDataset(directory / "instruct.json", encoder, store)
     assert sum(length < 0 for length in instruct.modality_lengths) == 10
-    assert store.load(instruct.records[0].images[0] if instruct.records[0].images else "train-000000.png").size == (
-        64,
-        64,
-    )
+    assert store.load("train-000000.png").size == (64, 64)
     turns = [len(r.turns) // 2 for r in instruct.records if r.images]
     assert 0.12 < np.mean(np.array(turns) == 1) < 0.4, "short captions stand alone"
     assert 4 <= np.mean([n for n in turns if n > 1]) <= 6
@@ -423,9 +411,5 @@ def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
     sizes = {"train": 8, "val": 1, "test": 8, UNSEEN: 8}
     monkeypatch.setattr(ensure_demo, "__kwdefaults__", ensure_demo.__kwdefaults__ | {"sizes": sizes})
     ensure_llava_demo(tmp_path / "llava", scenes, align=4, instruct=4, text_only=0, per_kind=2)
-    assert has_demo(scenes)
+    assert str(built_as(scenes)["version"]).startswith(str(VERSION))
     assert built_as(tmp_path / "llava")["scenes"] == built_as(scenes)
-
-
-def test_parse_record_reads_numbers_as_ids():
-    assert parse_record({"id": 7, "conversations": []}, 3).name == "sample 3 (id 7)"

@@ -54,15 +54,6 @@ def test_kinds_and_answers_are_balanced_at_every_limit(counts: dict[str, int]) -
                 assert_even(answers, Counter(q.answer for q in questions if q.kind == kind))
 
 
-@pytest.mark.parametrize("limit", [100, 400, 500])
-def test_no_constant_answer_gains_by_a_limit(limit: int) -> None:
-    """Every second question of the demo had only “No”, every fifth one place, every 2.5th two of the five places."""
-    drawn = draw_evenly(questions_of(dict.fromkeys(ANSWERS, 200)), limit)
-    for kind, answers in ANSWERS.items():
-        said = Counter(question.answer for question in drawn if question.kind == kind)
-        assert max(said.values()) <= said.total() / min(len(answers), said.total()) + 1
-
-
 def test_the_draw_is_one_of_its_seed() -> None:
     questions = questions_of(dict.fromkeys(ANSWERS, 40))
     ids = [[q.id for q in draw_evenly(questions, 50, seed)] for seed in (0, 0, 1)]
