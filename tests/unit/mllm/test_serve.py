@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import select
 import socket
 import threading
@@ -17,10 +16,10 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from conftest import script_parser
 from openai import OpenAI
 from PIL import Image
+from serve_process import ask, client_of, figure, get, post, served, wait_until
 from tiny_serve import (
     BAD,
     BLUE,
@@ -39,7 +38,7 @@ from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import bind_port, create_app, embed, serve_from_flags, server_config
+from mllm.serve.app import bind_port, embed, serve_from_flags
 from mllm.serve.queue import RequestQueue
 from mllm.serve.schemas import UNSUPPORTED
 
@@ -59,23 +58,6 @@ def encoder(place: Path) -> CLIPS:
     return CLIPS.from_pretrained(place / "runs" / "clips-demo", device="cpu")
 
 
-@contextlib.contextmanager
-def served(chat: ChatModel, encoder: CLIPS | str, limits: Limits, **options: object) -> Iterator[str]:
-    """The server's address while it runs in a thread."""
-    bound = bind_port("127.0.0.1", 0)
-    app = create_app(chat, encoder, limits, **options)
-    server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-    assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def address(chat: ChatModel, encoder: CLIPS) -> Iterator[str]:
     limits = Limits(new_tokens=30_000, body_bytes=2 * 2**20, fetch_seconds=2, waiting=40, inputs=30)
@@ -86,33 +68,6 @@ def address(chat: ChatModel, encoder: CLIPS) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str) -> OpenAI:
     return client_of(address)
-
-
-def client_of(address: str) -> OpenAI:
-    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def ask(client: OpenAI, *messages: dict, **options: object) -> openai.types.chat.ChatCompletion:
-    return client.chat.completions.create(model="llava", messages=list(messages), **{"max_tokens": 8} | options)
-
-
-def post(address: str, body: object, path: str = "/v1/chat/completions", **options: object) -> httpx2.Response:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-    return httpx2.post(address + path, content=data, headers=headers, timeout=60, trust_env=False, **options)
-
-
-def figure(address: str, name: str) -> float:
-    """One figure of /metrics, for example `clips_requests_running`."""
-    lines = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------------------------- answers
@@ -188,11 +143,8 @@ def test_typed_placeholders_are_text(client: OpenAI) -> None:
     )
     assert seen.choices[0].message.content
     assert ask(client, {"role": "system", "content": "<image>"}, user("Hello")).choices[0].message.content
-
-
-def test_unknown_and_neutral_fields_are_ignored(client: OpenAI) -> None:
     extra = {"user": "me", "metadata": {"a": "b"}, "whatever": [1], "n": 1, "tools": [], "logprobs": False}
-    assert ask(client, user("Hello"), extra_body=extra).choices[0].message.content
+    assert ask(client, user("Hello"), extra_body=extra).usage.prompt_tokens == plain  # unknown and neutral fields
 
 
 # ---------------------------------------------------------------------------------------------- embeddings
@@ -279,62 +231,21 @@ def test_other_paths_and_methods(address: str) -> None:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     response = post(address, CHAT | {"model": "gpt-5"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-
-
-def test_another_content_type_gets_415(address: str) -> None:
-    """What a foreign web page can send without asking."""
-    assert post(address, CHAT, headers={"Content-Type": "text/plain"}).status_code == 415
-    assert post(address, CHAT, headers={"Content-Type": "application/json; charset=utf-8"}).status_code == 200
+    for name in UNSUPPORTED:
+        response = post(address, CHAT | {name: "something"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    # A foreign web page can send this type without asking.
+    assert post(address, CHAT, Content_Type="text/plain").status_code == 415
+    assert post(address, CHAT, Content_Type="application/json; charset=utf-8").status_code == 200
 
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_huge_upload_gets_413(address: str, declared: bool) -> None:
     size = 2 * 2**20 + 1
     body = b" " * size if declared else (b" " * 100_000 for _ in range(size // 100_000 + 1))
-    headers = {"Content-Type": "application/json"}
-    response = httpx2.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60, trust_env=False)
+    response = post(address, body)
     assert response.status_code == 413
     assert "above this server's limit" in response.json()["error"]["message"]
-
-
-def test_a_defect_gives_no_trace(chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the middle of a stream."""
-
-    def broken(self: ChatSession, *_: object) -> Iterator[str]:
-        yield "Well"
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr(ChatSession, "answer", broken)
-    with served(chat, encoder, Limits()) as address:
-        response = post(address, CHAT)
-        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
-        assert "secret" not in response.text
-        client = client_of(address)
-        with pytest.raises(openai.APIError, match="the server failed"):
-            list(ask(client, user("Hello"), stream=True))
-        monkeypatch.undo()
-        assert post(address, CHAT).status_code == 200
-
-
-def test_every_unsupported_field_is_refused(address: str) -> None:
-    for name in UNSUPPORTED:
-        response = post(address, CHAT | {name: "something"})
-        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
-
-
-# ---------------------------------------------------------------------------------------------- the key
-
-
-def test_the_key(chat: ChatModel, encoder: CLIPS) -> None:
-    with served(chat, encoder, Limits(), api_key="s3cret-ü") as address:
-        for path in ("/v1/models", "/metrics", "/v1/unknown"):
-            assert httpx2.get(address + path, timeout=60, trust_env=False).status_code == 401
-        assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
-        for key in ("", "Bearer", "Bearer s3cret", "Bearer s3cret-ü ü", "Basic s3cret-ü"):
-            response = post(address, CHAT, headers={"Authorization": key.encode()})
-            assert response.status_code == 401
-            assert response.json()["error"]["code"] == "invalid_api_key"
-        assert post(address, CHAT, headers={"Authorization": "Bearer s3cret-ü".encode()}).status_code == 200
 
 
 # ---------------------------------------------------------------------------------------------- many, and leaving
@@ -381,7 +292,7 @@ def test_a_full_queue_gets_429(chat: ChatModel, encoder: CLIPS) -> None:
                 assert response.status_code == 429
                 assert response.headers["retry-after"] == "2"
                 assert response.json()["error"]["type"] == "rate_limit_error"
-            assert httpx2.get(f"{address}/health", timeout=60, trust_env=False).status_code == 200
+            assert get(f"{address}/health").status_code == 200
         waiting.join(20)
         assert results[0].choices[0].message.content
         assert post(address, CHAT).status_code == 200
@@ -402,26 +313,17 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
     assert ask(client, user("Hello")).choices[0].message.content
 
 
-def test_an_answer_ends_with_its_time(chat: ChatModel, encoder: CLIPS) -> None:
-    with served(chat, encoder, Limits(new_tokens=30_000, seconds=1)) as address:
-        client = client_of(address)
-        done = ask(client, user(LONG), max_tokens=30_000)
-        assert done.choices[0].finish_reason == "length"
-        assert 0 < done.usage.completion_tokens < 30_000
-
-
-def test_a_body_that_does_not_arrive_ends_with_its_time(chat: ChatModel, encoder: CLIPS) -> None:
+def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel, encoder: CLIPS) -> None:
     def dripping() -> Iterator[bytes]:
         yield b"{"
         time.sleep(2)
         yield b"}"
 
-    with served(chat, encoder, Limits(body_seconds=1)) as address:
-        headers = {"Content-Type": "application/json"}
-        response = httpx2.post(
-            f"{address}/v1/embeddings", content=dripping(), headers=headers, timeout=60, trust_env=False
-        )
-        assert response.status_code == 408
+    with served(chat, encoder, Limits(new_tokens=30_000, seconds=1, body_seconds=1)) as address:
+        done = ask(client_of(address), user(LONG), max_tokens=30_000)
+        assert done.choices[0].finish_reason == "length"
+        assert 0 < done.usage.completion_tokens < 30_000
+        assert post(address, dripping(), "/v1/embeddings").status_code == 408
 
 
 def raw(address: str, data: bytes, source: str = "127.0.0.1") -> socket.socket:
@@ -490,8 +392,8 @@ def test_metrics(client: OpenAI, address: str) -> None:
     assert figure(address, 'clips_tokens_total{kind="completion"}') == before["completion"] + 5
     assert figure(address, 'clips_requests_total{route="/v1/chat/completions",status="200"}') >= 1
     assert figure(address, "clips_first_token_seconds_count") >= 1
-    httpx2.get(f"{address}/some/{'x' * 50}", timeout=60, trust_env=False)
-    text = httpx2.get(f"{address}/metrics", timeout=60, trust_env=False).text
+    get(f"{address}/some/{'x' * 50}")
+    text = get(f"{address}/metrics").text
     assert 'clips_requests_total{route="other",status="404"}' in text  # strangers cannot add series
     assert "/some/" not in text
 
