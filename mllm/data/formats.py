@@ -178,9 +178,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
             "the tokenizer has no chat template: choose --version (evaluation, chat and server: --conv-mode) v1, "
             "llama_3 or chatml"
         )
-    system, *texts = [f"sentinel{i}text" for i in range(5)]
-    roles = ["user", "assistant", "user", "assistant"]
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    turns = _TALK[1:]
 
     def cut(messages: list[dict[str, str]], generate: bool = False) -> list[str]:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
@@ -193,7 +191,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
     except (TemplateError, ValueError) as error:
         raise UserError(f"the tokenizer's chat template cannot be cut into turns ({error}): choose --version") from None
     try:
-        system_pieces = cut([{"role": "system", "content": system}, *turns])
+        system_pieces = cut(_TALK)
         fits = len(system_pieces) == 6 and system_pieces[2:] == [middle, between, second_middle, closing]
     except (TemplateError, ValueError):
         fits = False

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import signal
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import recap, write_shard
 from PIL import Image
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
@@ -42,14 +41,8 @@ def picture(i: int) -> bytes:
 
 
 def write_set(path: Path, broken: set[int] = frozenset()) -> Source:
-    with tarfile.open(path, "w") as tar:
-        for i in range(COUNT):
-            image = picture(i)[:60] if i in broken else picture(i)
-            record = json.dumps({"org_caption": WEB[i], "index": i}).encode()
-            for extension, data in (("png", image), ("json", record), ("txt", LONG[i].encode())):
-                info = tarfile.TarInfo(f"{i:03d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    images = [picture(i)[:60] if i in broken else picture(i) for i in range(COUNT)]
+    write_shard(path, [(image, recap(WEB[i], LONG[i])) for i, image in enumerate(images)])
     return open_source(str(path), Fields(), need_long=True)
 
 
