@@ -1,4 +1,4 @@
-"""Which requests a server on this machine answers: by a name of this machine, and from no other site's page.
+"""A server on this machine answers requests by a name of this machine, and none of another site's page.
 
 A page of another site can make its reader's browser send requests here. By DNS rebinding (the site's name resolves to
 this machine) the page can even read the answers; the browser then sends that name as `Host`. Starlette's

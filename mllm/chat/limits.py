@@ -133,7 +133,7 @@ async def _public_address(scheme: str, host: str, port: int | None) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public; an IPv4 address inside an IPv6 address counts as itself."""
+    """True for a public IP address; an IPv4 address inside an IPv6 address counts as itself."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         if ip in NAT64 or ip.teredo:

@@ -65,7 +65,7 @@ def zero_shot(encoder: CLIPS, image: Image.Image, labels: Sequence[str]) -> dict
 
 
 def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[str] = ()) -> PatchMap:
-    """Which patches of `image` match `text`, a name or a sentence (see the top of this file).
+    """The match of each patch of `image` with `text`, a name or a sentence (see the top of this file).
 
     The average of `labels` is subtracted, if there are any. Raises UserError for an empty text.
     """

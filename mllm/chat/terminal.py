@@ -219,7 +219,7 @@ def line_reader(talk: Talk) -> Callable[[], str]:
 
 
 def chat_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/chat.py does. Raises UserError for wrong flags."""
+    """The command scripts/chat.py. Raises UserError for wrong flags."""
     names = ("temperature", "top_p", "max_new_tokens", "seed")
     sampling = Sampling(stop=tuple(flags.stop or ()), **{name: getattr(flags, name) for name in names})
     if flags.web:

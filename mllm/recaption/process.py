@@ -76,7 +76,7 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
 
 
 def _made(worker: Worker, files: WholeFiles, shard: Shard, others: Iterable[Shard]) -> bool:
-    """Whether this process made the shard; False if another process makes it or has made it.
+    """Make the shard and return True; return False if another process makes it or has made it.
 
     Meanwhile a thread fetches the file of the first of the `others` that nobody has begun.
     """
@@ -126,7 +126,9 @@ def run_processes(options: Options, shards: Sequence[Shard], count: int, board: 
                         continue
                     del running[number]
                     if process.exitcode in (UserError.exit_code, BrokenDataError.exit_code):
-                        raise ProcessEnded(process.exitcode)
+                        ended = CommandError("a process cannot go on: the reason stands above")
+                        ended.exit_code = process.exitcode  # a restart would not mend it
+                        raise ended
                     if process.exitcode != 0:
                         failures[number] += 1
                         board.say(f"process {number} ended with exit code {process.exitcode}")
@@ -143,14 +145,6 @@ def run_processes(options: Options, shards: Sequence[Shard], count: int, board: 
             f"{FAILURES} times in a row each process ended without a call of its captioner: the reason stands above. "
             "The same command goes on"
         )
-
-
-class ProcessEnded(CommandError):
-    """A process of this command printed an error that a restart does not mend; its exit code is the command's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("a process cannot go on: the reason stands above")
-        self.exit_code = exit_code
 
 
 def _child(options: Options, shards: list[Shard], parent: int) -> None:

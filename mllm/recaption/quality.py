@@ -98,7 +98,7 @@ def _shares(caption: list[str], prompt: list[str]) -> bool:
 
 
 def loops(found: list[str]) -> bool:
-    """Whether the same words come again and again without others between."""
+    """True if the same words come again and again without others between."""
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers)) for word in found], dtype=np.int64)
     for period in range(1, min(LONGEST_PERIOD, len(ids) - 1) + 1):

@@ -35,7 +35,7 @@ ENOUGH = 100
 
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/recaption.py does. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
+    """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
     choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
     if not flags.data:

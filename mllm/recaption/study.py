@@ -36,7 +36,7 @@ CAPTIONER_RATE = 250
 CAPTION_SECONDS = {"mllm": 0.2, "clips": 0.01}
 """A caption of the quickstart's model (SmolLM2-135M, 36 image tokens), and of the CLIPS captioner."""
 START_SECONDS = 20
-"""Of each command, beside its work."""
+"""Start-up time of each command."""
 
 
 @dataclass(frozen=True)

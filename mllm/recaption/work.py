@@ -53,7 +53,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one pair; `reason` is empty if the pair is in the file."""
+    """The outcome of one pair; `reason` is empty if the pair is in the file."""
 
     row: int
     key: str
@@ -61,7 +61,7 @@ class Line:
     reason: str = ""
     error: Exception | None = None
     words: tuple[int, int] = (0, 0)
-    """Of the web caption and of the new one."""
+    """Words of the web caption and of the new caption."""
 
 
 class Worker:
@@ -241,7 +241,7 @@ class Worker:
     def _line(
         self, shard: Shard, index: int, sample: Read, made: Caption | Exception, is_dissimilar: bool
     ) -> tuple[Line, list[tuple[str, bytes]]]:
-        """What becomes of a pair, and its members of the file."""
+        """The outcome of a pair, and its members of the file."""
         row = index - shard.first
         caption = made if isinstance(made, Caption) else None
         if isinstance(sample, BrokenSample):
@@ -259,7 +259,7 @@ class Worker:
 
 
 def first_reason(made: Caption | Exception) -> str:
-    """Why an attempt is refused; empty for a good caption."""
+    """The reason why an attempt is refused; empty for a good caption."""
     if isinstance(made, Caption):
         return made.judged.reason
     return BROKEN if isinstance(made, BrokenSample) else NOT_CAPTIONED

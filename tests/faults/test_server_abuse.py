@@ -105,9 +105,8 @@ def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place
             with httpx2.Client(transport=transport, timeout=300) as client, contextlib.suppress(httpx2.TransportError):
                 response = client.post(f"{server.address}/v1/chat/completions", content=body, headers=headers)
                 if not seen:  # else the server has been ended below
-                    seen.append(
-                        (response.status_code, figure(server.address, "clips_requests_waiting"), server.peak_mb())
-                    )
+                    waiting = figure(server.address, "clips_requests_waiting")
+                    seen.append((response.status_code, waiting, server.peak_mb()))
                     server.process.kill()
 
         list(pool.map(one, range(33)))

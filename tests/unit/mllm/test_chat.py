@@ -143,7 +143,7 @@ def test_an_answer_is_bare_generate_s(model: ChatModel, images: list) -> None:
 
 
 def test_a_cache_that_cannot_be_cut_is_left(model: ChatModel, images: list) -> None:
-    """As of layers with a sliding window that has moved on."""
+    """Layers with a sliding window cannot be cut."""
     session = ChatSession(model)
     ask(session, "What is it?", images[:1], SHORT)
 

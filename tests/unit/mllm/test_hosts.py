@@ -1,4 +1,4 @@
-"""What the page lets in: names of this machine, its own pages, and uploads that there is room for."""
+"""The page answers names of this machine and its own pages, and bounds uploads."""
 
 from __future__ import annotations
 

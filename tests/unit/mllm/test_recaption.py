@@ -59,7 +59,7 @@ def manifests(out: Path) -> list[dict[str, Any]]:
 
 
 def trained_on(out: Path) -> Iterator[Any]:
-    """What pretraining reads of it, without a flag."""
+    """The samples that pretraining reads without a flag."""
     source = open_source(str(out), Fields(), need_long=True)
     return (source.read(index) for index in range(len(source)))
 
@@ -116,7 +116,7 @@ def test_what_stands_where_the_output_needs_its_place(tmp_path: Path, captioner:
 def test_without_data_it_captions_the_demos_pairs(
     tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of pretraining, beside which the conversations made of them may stand."""
+    """The pairs of pretraining's demo, also if the demo's conversations exist."""
     monkeypatch.chdir(tmp_path)
     ensure_demo("data/demo", sizes={"train": 12})
     Path("data/llava_demo").mkdir()
@@ -285,13 +285,8 @@ def test_samples_that_lack_a_member_are_told_and_keys_that_come_twice_are_one(tm
     picture = pictures(1)[0][0]
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
-        for name, data in (
-            ("x.png", picture),
-            ("x.txt", b"web 1"),
-            ("y.png", picture),
-            ("x.png", b"other"),
-            ("x.txt", b"2"),
-        ):
+        members = [("x.png", picture), ("x.txt", b"web 1"), ("y.png", picture), ("x.png", b"other"), ("x.txt", b"2")]
+        for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -302,7 +297,7 @@ def test_samples_that_lack_a_member_are_told_and_keys_that_come_twice_are_one(tm
 
 
 def test_the_worst_fits_can_be_left_out(tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an encoder of the tests that likes the pictures with small numbers."""
+    """The encoder of this test prefers pictures with small numbers."""
     import torch
 
     class Encoder:

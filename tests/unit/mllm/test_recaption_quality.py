@@ -1,4 +1,4 @@
-"""What is no caption, told by its text; and that captions which are some are left alone."""
+"""Bad captions are found by their text; good captions stay unchanged."""
 
 from __future__ import annotations
 

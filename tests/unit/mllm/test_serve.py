@@ -74,7 +74,7 @@ def client(address: str) -> OpenAI:
 
 
 def test_an_answer_is_the_chat_sessions(client: OpenAI, chat: ChatModel) -> None:
-    """With two pictures, a system text and an earlier turn: what `ChatSession` says to the same turns."""
+    """Two pictures, a system text and an earlier turn give the answer of `ChatSession`."""
     messages = [
         {"role": "system", "content": "Be brief."},
         user("What is it?", picture(RED)),
@@ -299,7 +299,7 @@ def test_a_full_queue_gets_429(chat: ChatModel, encoder: CLIPS) -> None:
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, address: str) -> None:
-    """Also one whose answer is not streamed, in the queue and in the making."""
+    """Streamed or not, in the queue or in the making."""
     impatient = client.with_options(timeout=0.7)
     with long_answer(client, address):
         for stream in (False, True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import zlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import tiny_chat
 from conftest import script_parser
 from PIL import Image
 from tiny_chat import SHORT
+from tiny_serve import png, png_header
 
 from clips.common.errors import UserError
 from clips.data.images import MAX_BYTES
@@ -74,16 +74,11 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
 
 
 def test_bad_pictures_are_one_line_each_and_the_talk_goes_on(talk: Talk, tmp_path: Path, capsys) -> None:
-    def png(width: int, height: int) -> bytes:
-        header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
-        return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
-
-    files = {"text.png": b"hello", "empty.png": b"", "huge.png": png(50_000, 50_000), "big.png": b"x" * (MAX_BYTES + 1)}
+    files = {"text.png": b"hello", "empty.png": b"", "cut.png": png()[:45], "huge.png": png_header(50_000, 50_000)}
+    files["big.png"] = b"x" * (MAX_BYTES + 1)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    Image.new("RGB", (50, 50)).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    for name in (*files, "cut.png", "missing.png", "."):
+    for name in (*files, "missing.png", "."):
         say(talk, f"/image {tmp_path / name}")
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1

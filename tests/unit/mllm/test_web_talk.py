@@ -1,4 +1,4 @@
-"""What stands behind the page, without a browser (tests/e2e/test_web.py has one): talks, model lines, examples."""
+"""The page's talks, model lines and examples, without a browser (tests/e2e/test_web.py has one)."""
 
 from __future__ import annotations
 
