@@ -241,17 +241,3 @@ def shards(made_once: Callable[[str, Callable[[Path], object]], Path]) -> tuple[
     from launched import small_data, splits  # which imports from here
 
     return splits(made_once("shards", small_data))
-
-
-@pytest.fixture(scope="session")
-def debug_run(made_once: Callable[[str, Callable[[Path], object]], Path], shards: tuple[str, ...]) -> Path:
-    """A finished run of the recipe `demo` with `--debug` on `shards`. Copy it before you change it."""
-
-    def train(folder: Path) -> None:
-        done = run_python(
-            "scripts/pretrain_clips.py", "--debug", "--output", folder, "--name", "r", *shards,
-            "--set", "train.precision=fp32",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-
-    return made_once("debug-run", train) / "r"
