@@ -27,12 +27,8 @@ def parser() -> Parser:
     p.add_argument(
         "--limit", type=int, help="so many questions of each file, drawn evenly over kinds and answers (default: all)"
     )
-    p.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="auto is bfloat16 if the device computes in bfloat16",
-    )
+    dtypes = ("auto", "float32", "bfloat16")
+    p.add_argument("--dtype", choices=dtypes, default="auto", help="auto is bfloat16 if the device computes in it")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return p
 

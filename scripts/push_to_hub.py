@@ -2,6 +2,7 @@
 """Upload a model directory written here (an export's format, a LLaVA run's model) to the Hugging Face hub."""
 
 import sys
+from pathlib import Path
 
 from clips.common.errors import run_command
 from clips.common.flags import Parser
@@ -9,7 +10,7 @@ from clips.common.flags import Parser
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("directory", help="such as runs/NAME/export/open_clip or runs/NAME/model")
+    p.add_argument("directory", type=Path, help="such as runs/NAME/export/open_clip or runs/NAME/model")
     p.add_argument("repo", help="OWNER/NAME on the hub; made if missing")
     p.add_argument("--private", action="store_true", help="make a new repository private")
     return p
@@ -17,9 +18,9 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.weights.push import push_from_flags
+    from clips.weights.push import push
 
-    push_from_flags(flags)
+    push(flags.directory, flags.repo, private=flags.private)
 
 
 if __name__ == "__main__":

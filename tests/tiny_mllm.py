@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import numpy as np
 import torch
 from conftest import tiny_run
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
+from tiny_tokenizers import CHATML, byte_level
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -22,6 +22,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
 )
 
@@ -33,13 +36,6 @@ from mllm.model.flops import LlavaFlops
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.training.log import Work
-
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ViT": {},
@@ -56,10 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def clips_model(*, seed: int = 0, **vision: Any) -> CLIPSModel:
-    """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed.
-
-    `vision`: fields of its image tower.
-    """
+    """A CLIPS model whose every tensor is random, so that no part can be left out unnoticed."""
     torch.manual_seed(seed)
     config = ModelConfig(
         vision=VisionConfig(width=32, layers=3, heads=4, image_size=32, patch_size=8, **vision),
@@ -83,18 +76,21 @@ def write_run(directory: Path, objective: str = "clips", *, seed: int = 0, **vis
     return model
 
 
+def write_siglip(directory: Path, look: Mapping[str, Any] | None = None, **options: object) -> str:
+    """A random SigLIP tower of 32 px with its image processor (`look`: its fields); returns the encoder's name."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = SiglipVisionConfig(**shape | {"image_size": 32, "patch_size": 8} | options)
+    SiglipVisionModel(config).save_pretrained(directory)
+    SiglipImageProcessor(size={"height": 32, "width": 32}, **(look or {})).save_pretrained(directory)
+    return f"hf:{directory}"
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE whose padding token is its end token, like SmolLM2's."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, show_progress=False, initial_alphabet=ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(["What is in the picture? A red cat and two dogs."] * 3, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_level(["What is in the picture? A red cat and two dogs."] * 3, 400, specials),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",

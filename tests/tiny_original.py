@@ -50,6 +50,8 @@ TEXT = {
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
 }
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+TOWER |= {"image_size": 32, "patch_size": 8}
 LORA_R, LORA_ALPHA = 4, 8
 
 
@@ -57,9 +59,7 @@ def write_tower(directory: Path) -> dict[str, Tensor]:
     """A CLIP vision tower as the hub has it; returns its tensors (fp32, whose values half precision holds)."""
     directory.mkdir(parents=True)
     torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
-    )
+    config = CLIPVisionConfig(**TOWER)
     tensors = {
         f"vision_model.{name}": (torch.randn(tensor.shape) * 0.2).half().float()
         for name, tensor in CLIPVisionModel(config).state_dict().items()
@@ -85,24 +85,19 @@ def write_base(directory: Path, cls: str = "LlavaLlamaForCausalLM", *, legacy: b
         named |= {"unk_token": "<unk>", "pad_token": "<unk>"}
         (directory / "tokenizer_config.json").write_text(json.dumps(named))
     torch.manual_seed(1)
-    vocab_size = len(AutoTokenizer.from_pretrained(directory))
-    tensors = model_cls(config_cls(**TEXT, vocab_size=vocab_size)).half().state_dict()
+    fields = TEXT | {"vocab_size": len(AutoTokenizer.from_pretrained(directory))}
+    tensors = model_cls(config_cls(**fields)).half().state_dict()
     torch.save(tensors, directory / "pytorch_model.bin")
-    fields = TEXT | {
-        "vocab_size": vocab_size,
-        "model_type": config_cls.model_type,
-        "architectures": [model_cls.__name__],
-    }
+    fields |= {"model_type": config_cls.model_type, "architectures": [model_cls.__name__]}
     (directory / "config.json").write_text(json.dumps(fields))
     return tensors
 
 
-def projector(kind: str, seed: int = 2) -> nn.Module:
+def projector(kind: str, seed: int = 2, sizes: tuple[int, int] = (32, 48)) -> nn.Module:
     """`build_vision_projector` of LLaVA, in half precision."""
     torch.manual_seed(seed)
-    if kind == "linear":
-        return nn.Linear(32, 48).half()
-    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 48)).half()
+    first = nn.Linear(*sizes)
+    return (first if kind == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(sizes[1], sizes[1]))).half()
 
 
 def llava_config(base: Path, tower: Path | str, cls: str, kind: str, **more: object) -> dict[str, object]:
@@ -112,22 +107,11 @@ def llava_config(base: Path, tower: Path | str, cls: str, kind: str, **more: obj
         "_name_or_path": str(base),
         "architectures": [cls],
         "model_type": CLASSES[cls][0],
-        "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": 32,
-        "mm_patch_merge_type": "flat",
-        "mm_projector_lr": None,
-        "mm_projector_type": kind,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": str(tower),
-        "tokenizer_model_max_length": 256,
-        "tokenizer_padding_side": "right",
-        "transformers_version": "4.37.2",
-        "tune_mm_mlp_adapter": False,
-        "use_mm_proj": True,
+        **{"freeze_mm_mlp_adapter": False, "tune_mm_mlp_adapter": False, "use_mm_proj": True, "mm_projector_lr": None},
+        **{"image_aspect_ratio": "pad", "mm_hidden_size": 32, "mm_patch_merge_type": "flat", "mm_projector_type": kind},
+        **{"mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_tower": str(tower)},
+        **{"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "transformers_version": "4.37.2"},
+        **{"tokenizer_model_max_length": 256, "tokenizer_padding_side": "right"},
         **more,
     }
 
@@ -167,9 +151,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 def write_tensors(directory: Path, tensors: dict[str, Tensor], *, shards: int, safe: bool) -> None:
     stem, ending = ("model", "safetensors") if safe else ("pytorch_model", "bin")
-    names = (
-        [f"{stem}-{i + 1:05}-of-{shards:05}.{ending}" for i in range(shards)] if shards > 1 else [f"{stem}.{ending}"]
-    )
+    parts = [f"-{i + 1:05}-of-{shards:05}" for i in range(shards)] if shards > 1 else [""]
+    names = [f"{stem}{part}.{ending}" for part in parts]
     weight_map = {name: names[i % shards] for i, name in enumerate(sorted(tensors))}
     for file in names:
         part = {name: tensors[name].contiguous() for name in tensors if weight_map[name] == file}
@@ -196,13 +179,16 @@ def write_projector_only(root: Path) -> Path:
     """mm_projector.bin and config.json, as LLaVA's stage 1 leaves them."""
     directory = root / "llava-pretrain-tiny"
     directory.mkdir()
-    torch.save(
-        {f"model.mm_projector.{n}": t for n, t in projector("mlp2x_gelu", 5).state_dict().items()},
-        directory / "mm_projector.bin",
-    )
+    trained = projector("mlp2x_gelu", 5).state_dict()
+    torch.save({f"model.mm_projector.{n}": t for n, t in trained.items()}, directory / "mm_projector.bin")
+    write_part_config(root, directory)
+    return directory
+
+
+def write_part_config(root: Path, directory: Path) -> None:
+    """config.json of a part, which names the language model's class as its own."""
     config = llava_config(root / "base", root / "tower", "LlavaLlamaForCausalLM", "mlp2x_gelu")
     (directory / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    return directory
 
 
 def write_lora(root: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -226,8 +212,7 @@ def write_lora(root: Path) -> tuple[Path, dict[str, Tensor]]:
     trained = projector("mlp2x_gelu", 7).state_dict()
     torch.save({f"base_model.model.model.mm_projector.{n}": t for n, t in trained.items()},
                directory / "non_lora_trainables.bin")  # fmt: skip
-    fields = llava_config(root / "base", root / "tower", "LlavaLlamaForCausalLM", "mlp2x_gelu")
-    (directory / "config.json").write_text(json.dumps(fields | {"architectures": ["LlamaForCausalLM"]}))
+    write_part_config(root, directory)
     return directory, merged | {f"model.mm_projector.{n}": t for n, t in trained.items()}
 
 
@@ -245,16 +230,7 @@ def llava_logits(
     language = model_cls(config_cls(**TEXT, vocab_size=config["vocab_size"])).eval()
     known = language.state_dict().keys()
     language.load_state_dict({n: t.float() for n, t in tensors.items() if n in known})
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=8,
-        )
-    ).eval()
+    vision = CLIPVisionModel(CLIPVisionConfig(**TOWER)).eval()
     own = vision.state_dict()
     vision.load_state_dict(own | {
         name: tower[f"vision_model.{name.removeprefix('vision_model.')}"].float()

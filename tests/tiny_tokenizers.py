@@ -32,19 +32,25 @@ CORPUS = [
 ] * 3
 
 
+def byte_level(texts: list[str], size: int, specials: list[str], regex: str | None = None) -> Tokenizer:
+    """Byte-level BPE of at most `size` tokens, trained on `texts` that `regex` cuts first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    if regex is not None:
+        split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=specials, show_progress=False, initial_alphabet=ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """Tiny BPE: `gpt2` and `llama3` are byte-level; the sentencepiece kinds put a space before texts and add a bos."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=CONTROL, show_progress=False, initial_alphabet=ByteLevel.alphabet()
-    )
     if kind in ("gpt2", "llama3"):
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        if kind == "llama3":
-            split = pre_tokenizers.Split(Regex(LLAMA_3_REGEX), behavior="isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, ByteLevel(False, use_regex=False)])
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(CORPUS, trainer)
+        tokenizer = byte_level(CORPUS, 700, CONTROL, LLAMA_3_REGEX if kind == "llama3" else None)
     else:
         specials = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256))]
         trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=specials, show_progress=False)

@@ -49,12 +49,11 @@ def measure(
     batch_size: int,
     sharded: bool = False,
 ) -> dict[str, Figure]:
-    """Everything that `images` allow: `PROTOCOL_i2t_r1` … for each protocol, `zero_shot_top1` … with labels, and
-    `caption_token_top1`, the share of `caption_tokens` that the captioner predicts.
+    """Everything that `images` allow: `PROTOCOL_i2t_r1` …, `zero_shot_top1` … with labels, and `caption_token_top1`.
 
     If only some images have a label, these are for classification and the others for retrieval (the demo). Without
-    `classes` the labels are the classes, in open_clip's general templates. A model without a shared space has neither
-    retrieval nor classification. `sharded`: the ranks share the texts, and only rank 0 returns figures; collective.
+    `classes` the labels are the classes, in open_clip's general templates. A model without a shared space has neither.
+    `sharded`: the ranks share the texts, and only rank 0 returns figures; collective.
     """
     figures: dict[str, Figure] = {}
     here = not sharded or dist.get_rank() == 0
@@ -175,9 +174,8 @@ def probe_images(train: ImageSet) -> Callable[[ImageSet], Figure | None]:
     """
     fit = labelled_rows(train)
     number = {name: i for i, name in enumerate(sorted(set(fit.values())))}
-    probe = (
-        linear_probe(train.pooled[list(fit)], [number[label] for label in fit.values()]) if len(number) > 1 else None
-    )
+    classes = [number[label] for label in fit.values()]
+    probe = linear_probe(train.pooled[list(fit)], classes) if len(number) > 1 else None
 
     def measured(test: ImageSet) -> Figure | None:
         check = {row: label for row, label in labelled_rows(test).items() if label in number}
@@ -201,11 +199,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
-    options: dict[str, Any] = {
-        "image_size": flags.image_size,
-        "batch_size": flags.batch_size or run.eval.batch_size,
-        "workers": run.data.workers,
-    }
+    batch_size = flags.batch_size or run.eval.batch_size
+    options: dict[str, Any] = {"image_size": flags.image_size, "batch_size": batch_size, "workers": run.data.workers}
     probe = None
     if flags.probe_train is not None:
         fitted = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))

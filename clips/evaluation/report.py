@@ -142,14 +142,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
 def _model_line(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
-    vision, text = config["model"]["vision"], config["model"]["text"]
+    model, vision, text = config["model"], config["model"]["vision"], config["model"]["text"]
+    has_text_tower = model.get("embed_dim") != 0 or (model.get("captioner") or {}).get("web", True)
     return (
         f"image tower {vision['width']}×{vision['layers']}, patch {vision['patch_size']} at {vision['image_size']} px, "
-        + ("no text tower" if _has_no_text_tower(config) else f"text tower {text['width']}×{text['layers']}")
+        + (f"text tower {text['width']}×{text['layers']}" if has_text_tower else "no text tower")
     )
-
-
-def _has_no_text_tower(config: Mapping[str, Any]) -> bool:
-    """As `ModelConfig.has_text_tower`, from config.json, in which older runs lack what came later."""
-    model = config["model"]
-    return model.get("embed_dim") == 0 and not (model.get("captioner") or {}).get("web", True)

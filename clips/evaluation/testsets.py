@@ -74,8 +74,6 @@ def _strings(value: Any) -> list[str]:
 class KarpathySet:
     """COCO or Flickr30K as in A. Karpathy's split files: the first five captions of each image of one split."""
 
-    captions_per_image = 5
-
     def __init__(self, path: Path, image_root: Path, split: str = "test") -> None:
         try:
             images = json.loads(Path(path).read_text())["images"]
@@ -83,7 +81,7 @@ class KarpathySet:
             self.entries = [
                 (
                     str(PurePosixPath(entry.get("filepath", "")) / entry["filename"]),
-                    [sentence["raw"] for sentence in entry["sentences"]][: self.captions_per_image],
+                    [sentence["raw"] for sentence in entry["sentences"]][:SENTENCES_PER_IMAGE],
                 )
                 for entry in images
                 if entry["split"] == split

@@ -112,10 +112,8 @@ class Writer:
         if self._writing is not None:
             raise RuntimeError("a checkpoint is being written still: wait for it first")
         snapshot = copy.deepcopy(state)
-        self._writing = (
-            state.step,
-            self._thread.submit(save, self.run_dir, weights, optimizer, snapshot, self.keep, self.keep_every),
-        )
+        future = self._thread.submit(save, self.run_dir, weights, optimizer, snapshot, self.keep, self.keep_every)
+        self._writing = (state.step, future)
 
     def has_failed(self) -> bool:
         """Whether the write has ended without a checkpoint; does not wait."""
@@ -128,7 +126,10 @@ class Writer:
         step, future = self._writing
         error = future.exception()
         self._writing = None
-        return None if error is None else _unwritten(self.run_dir, step, error)
+        if error is None:
+            return None
+        why = str(error) if isinstance(error, OSError) else in_one_line(error)
+        return f"the checkpoint of step {step} cannot be written to {self.run_dir}: {why}"
 
     def __enter__(self) -> Writer:
         return self
@@ -138,11 +139,6 @@ class Writer:
         self._thread.shutdown()
         if failure is not None:  # another error is what ends the run
             print(for_terminal(f"warning: {failure}"), file=sys.stderr, flush=True)
-
-
-def _unwritten(run_dir: Path, step: int, error: BaseException) -> str:
-    why = str(error) if isinstance(error, OSError) else in_one_line(error)
-    return f"the checkpoint of step {step} cannot be written to {run_dir}: {why}"
 
 
 def is_one(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""A model from one format into another, written only once its features are shown to be equal.
+"""A model from one format into another.
 
-The model is written beside its target and opened there by the library of the format. Only when random images and real
-captions have equal features does it take its place.
+The model is written beside its target and opened there by the library of the format. It takes its place once random
+images and real captions have equal features.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import VisionConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
 from clips.weights.export import Features, model_features, native_features, open_clip_features, write_native
 from clips.weights.hf_vit import hf_features, hf_tokens, write_hf_vit
@@ -74,8 +75,8 @@ def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> 
 def _to_native(source: str, directory: Path) -> Differences:
     loaded = load_model(source)
     write_native(loaded.model, loaded.run, loaded.tokenizer, directory)
-    images = _images(loaded.model.visual.config)
-    return _compared(_features(loaded, images), native_features(directory, images, list(TEXTS)))
+    images, wanted = _wanted(loaded)
+    return _compared(wanted, native_features(directory, images, list(TEXTS)))
 
 
 def _to_open_clip(source: str, directory: Path) -> Differences:
@@ -83,8 +84,8 @@ def _to_open_clip(source: str, directory: Path) -> Differences:
     if reason := open_clip_lacks(loaded.model.config):
         raise UserError(f"{source}: {reason}")
     write_open_clip(loaded.model, loaded.tokenizer, directory)
-    images = _images(loaded.model.visual.config)
-    return _compared(_features(loaded, images), open_clip_features(directory, images, list(TEXTS)))
+    images, wanted = _wanted(loaded)
+    return _compared(wanted, open_clip_features(directory, images, list(TEXTS)))
 
 
 def _to_official(source: str, directory: Path) -> Differences:
@@ -103,32 +104,26 @@ def _to_official(source: str, directory: Path) -> Differences:
     directory.mkdir()
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     torch.save({name.removeprefix("text."): tensor for name, tensor in weights.items()}, directory / OFFICIAL_WEIGHTS)
-    images = _images(loaded.model.visual.config)
-    wanted = _features(loaded, images)
+    images, wanted = _wanted(loaded)
     ids = loaded.tokenizer.for_tower(list(TEXTS), loaded.model.config.text)
     stock = _compared(wanted, open_clip_features(directory, images, ids))
-    model, tokenizer = import_open_clip(directory)
-    again = _compared(wanted, _features(LoadedModel(model, loaded.run, tokenizer, directory, directory), images))
+    again = _compared(wanted, _features(*import_open_clip(directory), images))
     return stock | {f"read back, {name}": difference for name, difference in again.items()}
 
 
 def _official_lacks(loaded: LoadedModel) -> str | None:
     text = loaded.model.config.text
-    if reason := open_clip_lacks(loaded.model.config):
-        return reason
+    tokenizers = (loaded.tokenizer, build_tokenizer("bert"))
+    mine, bert = ((t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size, t.encode(list(TEXTS))) for t in tokenizers)
     if text.pad_mask or text.causal or text.pool != "cls":
-        return "their text towers attend to everything, padding included, and read a CLS (pad_mask, causal, pool)"
-    if not _is_bert(loaded.tokenizer):
-        return "their tokenizer is BERT's (bert-base-uncased), this model has another"
-    if text.context_length == CLIPA_CONTEXT:
-        return f"a context of {CLIPA_CONTEXT} slots is taken for a CLIPA model's there"
-    return None
-
-
-def _is_bert(tokenizer: CaptionTokenizer) -> bool:
-    ours = build_tokenizer("bert")
-    roles = [(t.pad_id, t.bos_id, t.eos_id, t.cls_id, t.vocab_size) for t in (tokenizer, ours)]
-    return roles[0] == roles[1] and tokenizer.encode(list(TEXTS)) == ours.encode(list(TEXTS))
+        reason = "their text towers attend to everything, padding included, and read a CLS (pad_mask, causal, pool)"
+    elif mine != bert:
+        reason = "their tokenizer is BERT's (bert-base-uncased), this model has another"
+    elif text.context_length == CLIPA_CONTEXT:
+        reason = f"a context of {CLIPA_CONTEXT} slots is taken for a CLIPA model's there"
+    else:
+        reason = None
+    return open_clip_lacks(loaded.model.config) or reason
 
 
 @torch.no_grad()
@@ -166,12 +161,16 @@ def _images(vision: VisionConfig) -> Tensor:
     return torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+def _wanted(loaded: LoadedModel) -> tuple[Tensor, Features]:
+    """Images of the model's size, and its own features of them and of TEXTS."""
+    images = _images(loaded.model.visual.config)
+    loaded.model.visual.set_image_size(images.shape[-1])
+    return images, _features(loaded.model, loaded.tokenizer, images)
+
+
 @torch.no_grad()
-def _features(loaded: LoadedModel, images: Tensor) -> Features:
-    model = loaded.model
-    model.visual.set_image_size(images.shape[-1])
-    ids = loaded.tokenizer.for_tower(list(TEXTS), model.config.text)
-    return model_features(model, images, ids)
+def _features(model: CLIPSModel, tokenizer: CaptionTokenizer, images: Tensor) -> Features:
+    return model_features(model, images, tokenizer.for_tower(list(TEXTS), model.config.text))
 
 
 def _compared(wanted: Features, found: Features) -> Differences:

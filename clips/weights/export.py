@@ -11,6 +11,7 @@ open_clip has no classes for is exported without that format (`open_clip_lacks`)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,16 +103,14 @@ def check_exports(
     """Load the formats in `directory` and compare them with `trained` (fp32, CPU); see `export_all`."""
     ids = tokenizer.for_tower(texts, trained.config.text)
     wanted, tokens = model_features(trained, images, ids), trained.visual(images)[1]
-    pairs = {"native": list(zip(native_features(directory / "native", images, texts), wanted, strict=True))}
+    pairs = {"native": (native_features(directory / "native", images, texts), wanted)}
     if (directory / "open_clip").is_dir():
-        stock = open_clip_features(directory / "open_clip", images, texts)
-        pairs["open_clip"] = list(zip(stock, wanted, strict=True))
-    hf_tokens, hf_embedding = hf_features(directory / "hf_vit", images, trained.config.vision.pool)
-    pairs["hf_vit"] = [
-        (F.normalize(hf_tokens, dim=-1), F.normalize(tokens, dim=-1)),
-        (F.normalize(hf_embedding, dim=-1), wanted[0]),
-    ]
-    differences = {name: max((a - b).abs().max().item() for a, b in both) for name, both in pairs.items()}
+        pairs["open_clip"] = (open_clip_features(directory / "open_clip", images, texts), wanted)
+    hf = hf_features(directory / "hf_vit", images, trained.config.vision.pool)
+    pairs["hf_vit"] = (tuple(F.normalize(x, dim=-1) for x in hf), (F.normalize(tokens, dim=-1), wanted[0]))
+    differences = {
+        name: max((a - b).abs().max().item() for a, b in zip(*both, strict=True)) for name, both in pairs.items()
+    }
     for name, difference in differences.items():
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"export {name} differs from the trained model by {difference:.2e} (limit {TOLERANCE})")
@@ -165,16 +164,16 @@ SAMPLES_CHECKED = 8
 
 def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
     """The first few readable images of `source`, normalised [B, 3, S, S], and their web captions."""
-    transform, images, texts = eval_transform(image_size), [], []
+    transform = eval_transform(image_size)
+    images: list[Tensor] = []
+    texts: list[str] = []
     for index in range(len(source)):
-        try:
+        if len(images) == SAMPLES_CHECKED:
+            break
+        with contextlib.suppress(BrokenSample):
             sample = source.read(index)
             images.append(transform(decode_image(sample.image)))
-        except BrokenSample:
-            continue
-        texts.append(sample.web)
-        if len(images) == SAMPLES_CHECKED:
-            return torch.stack(images), texts
+            texts.append(sample.web)
     if not images:
         raise UserError("none of the images can be read on which the export would be checked")
     return torch.stack(images), texts
@@ -191,8 +190,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
     if flags.data is not None:
         source = open_source(flags.data, run.data.fields, image_root=run.data.image_root, need_long=False)
     else:
-        splits = ("test", "val", "train")
-        split = next((name for name in splits if split_spec(run.data, name)), splits[-1])
+        split = next((name for name in ("test", "val") if split_spec(run.data, name)), "train")
         source = open_split(run.data, split, need_long=False)
     images, texts = sample_inputs(source, size)
     out = Path(flags.output or loaded.home / (f"export-{loaded.path.name}" if loaded.is_checkpoint else "export"))

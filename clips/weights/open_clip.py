@@ -50,17 +50,8 @@ READ = {
     },
     "text_cfg": {
         *TEXT_FIELDS,
-        *(
-            "context_length",
-            "embed_cls",
-            "no_causal_mask",
-            "pool_type",
-            "norm_kwargs",
-            "act_kwargs",
-            "pad_id",
-            "eos_id",
-        ),
-        *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+        *("context_length", "embed_cls", "no_causal_mask", "pool_type", "norm_kwargs", "act_kwargs"),
+        *("pad_id", "eos_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     },
 }
 """The fields of open_clip's configuration that mean something here."""
@@ -184,15 +175,11 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
 
 
 def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
-    """Read a checkpoint in open_clip's format: config, weights and, if it needs them, tokenizer files.
+    """Read a checkpoint in open_clip's format: an export, an official checkpoint, any plain model of open_clip.
 
-    Works for exports of this project, for the checkpoints of CLIPS and OpenVision as their authors publish them, and
-    for every other model of open_clip whose towers are plain transformers. There is no captioner in such a file.
     Positions that are a fixed sin-cos table plus a constant become that table and a patch bias. The mean and deviation
     of its pictures go into the patch convolution. Tokenizer files may be missing if the configuration names BERT's, or
-    none: CLIP's.
-
-    Raises UserError naming a field that no tower here has, and weights that are missing or too many.
+    none: CLIP's. Raises UserError naming a field that no tower here has, and weights that are missing or too many.
     """
     directory = Path(directory)
     config = read_open_clip_config(directory)
@@ -266,8 +253,8 @@ def _fold_preprocessing(directory: Path, tensors: dict[str, Tensor], vision: Vis
     stock = json.loads((directory / "open_clip_config.json").read_text()).get("preprocess_cfg", {})
     mean, std = NORMALISED["clip"]  # open_clip's own default
     there = tuple(stock.get("mean") or mean), tuple(stock.get("std") or std)
-    tower = {name: tensors[f"visual.{name}"] for name in ("patch_embed.weight", "patch_embed.bias", "pos_embed")
-             if f"visual.{name}" in tensors}  # fmt: skip
+    names = ("patch_embed.weight", "patch_embed.bias", "pos_embed")
+    tower = {name: tensors[f"visual.{name}"] for name in names if f"visual.{name}" in tensors}
     if there != (tuple(IMAGENET_MEAN), tuple(IMAGENET_STD)) and vision.pos_embed != "learned":
         vision = dataclasses.replace(vision, patch_bias=True)  # a fixed table cannot take the constant
         tower.setdefault("patch_embed.bias", torch.zeros(vision.width))

@@ -5,7 +5,6 @@ A model directory is export/native, export/open_clip, export/hf_vit or a LLaVA r
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import tempfile
@@ -17,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError, UserError, first_line
 from clips.config import DataConfig
 
 CONFIGS = ("config.json", "open_clip_config.json")
@@ -39,9 +38,9 @@ def push(directory: Path, repo: str, *, private: bool = False) -> None:
     """Upload the model in `directory` as the repository `repo` ("owner/name") in one commit, and print its address.
 
     A missing repository is made; an existing repository keeps its visibility. Weight files of an earlier push are
-    removed, other files stay. The card's code and the tokenizer of an open_clip export then name the repository, and a
-    native export does not name the places of its data. Raises UserError if `directory` is no whole model or holds
-    private files, if there is no token, and if the hub refuses; CommandError if the hub cannot be reached.
+    removed, other files stay. Cards and configurations then name the repository and no place of this machine. Raises
+    UserError if `directory` is no whole model or holds private files, if there is no token, and if the hub refuses;
+    CommandError if the hub cannot be reached.
     """
     check_target(repo)
     files = model_files(directory)
@@ -121,15 +120,9 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
     if file == "open_clip_config.json":  # from the hub, open_clip takes the tokenizer from where this says
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
     elif isinstance(data := config.get("data"), dict):  # a run's configuration
-        demo = data.get("train") == "demo"
-        unpublished: dict[str, Any] = {
-            "val": None,
-            "test": None,
-            "further_tests": [],
-            "image_root": None,
-            "demo_dir": DataConfig.demo_dir,
-        }
-        config["data"] = data | unpublished | {"train": "demo" if demo else "not published"}
+        train = "demo" if data.get("train") == "demo" else "not published"
+        config["data"] = data | {"train": train, "val": None, "test": None, "further_tests": [], "image_root": None}
+        config["data"]["demo_dir"] = DataConfig.demo_dir
     return json.dumps(config, indent=2) + "\n"
 
 
@@ -167,16 +160,7 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
             delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.bin"],
         )  # fmt: skip
     except HfHubHTTPError as error:
-        raise UserError(f"the hub refuses {repo}: {_first_line(error)}. May the token write there?") from None
+        raise UserError(f"the hub refuses {repo}: {first_line(error)}. May the token write there?") from None
     except (HTTPError, OSError) as error:
-        raise CommandError(f"the hub cannot be reached, {repo} is not uploaded: {_first_line(error)}") from None
+        raise CommandError(f"the hub cannot be reached, {repo} is not uploaded: {first_line(error)}") from None
     return str(url)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def push_from_flags(flags: argparse.Namespace) -> None:
-    """What scripts/push_to_hub.py does."""
-    push(Path(flags.directory), flags.repo, private=flags.private)

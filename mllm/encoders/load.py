@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,40 +46,29 @@ TOLERANCE = 1e-3
 
 
 # ---------------------------------------------------------------------------------------------- the kinds
-@dataclass(frozen=True, kw_only=True)
-class VisionRequest:
-    """The argument of an encoder's name, the folder of runs, and the seed."""
-
-    argument: str
-    runs: Path
-    seed: int
-
-
 LoadedVision = tuple[PreTrainedModel, ImageProcessor, str]
 """Model, image processor, source."""
+Loader = Callable[[str, Path, int], LoadedVision]
+"""Of the argument of an encoder's name, the folder of runs, and the seed."""
 
 
-def trained_here(objective: str, recipe: str) -> Callable[[VisionRequest], LoadedVision]:
-    def load(request: VisionRequest) -> LoadedVision:
-        if not request.argument:
-            return _load_export(newest_export(request.runs, objective, recipe))
-        return _load_export(resolve(request.argument, "vision encoder", ANY_WEIGHTS))
+def trained_here(objective: str, recipe: str) -> Loader:
+    def load(argument: str, runs: Path, seed: int) -> LoadedVision:
+        if not argument:
+            return _load_export(newest_export(runs, objective, recipe))
+        return _load_export(resolve(argument, "vision encoder", ANY_WEIGHTS))
 
     return load
 
 
-def untrained(blind: bool) -> Callable[[VisionRequest], LoadedVision]:
-    def load(request: VisionRequest) -> LoadedVision:
-        model, processor, source = load_clips(request)
-        reinitialise(model, request.seed, blind=blind)
+def untrained(blind: bool) -> Loader:
+    def load(argument: str, runs: Path, seed: int) -> LoadedVision:
+        model, processor, source = load_clips(argument, runs, seed)
+        reinitialise(model, seed, blind=blind)
         what = "the same tokens for every image" if blind else "untrained"
-        return model, processor, f"the architecture of {source}, {what}, seed {request.seed}"
+        return model, processor, f"the architecture of {source}, {what}, seed {seed}"
 
     return load
-
-
-def load_open_clip(request: VisionRequest) -> LoadedVision:
-    return _load_open_clip(request.argument)
 
 
 def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
@@ -119,10 +107,9 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
     return model, processor, f"open_clip:{argument}"
 
 
-def load_timm(request: VisionRequest) -> LoadedVision:
+def _load_timm(name: str) -> LoadedVision:
     import timm
 
-    name = request.argument
     if name.startswith("local-dir:"):
         name = f"local-dir:{resolve(name.removeprefix('local-dir:'), 'vision encoder')}"
     elif not name.startswith("hf-hub:") and not timm.is_model(name.split(".")[0]):
@@ -139,21 +126,17 @@ def load_timm(request: VisionRequest) -> LoadedVision:
     return model, processor, f"timm:{name}"
 
 
-def load_hf(request: VisionRequest) -> LoadedVision:
-    return _load_transformers(resolve(request.argument, "vision encoder"))
-
-
 load_clips = trained_here("clips", "demo")
-LOADERS: dict[str, Callable[[VisionRequest], LoadedVision]] = {
+LOADERS: dict[str, Loader] = {
     "clips": load_clips,
     "clip": trained_here("clip", "clip_baseline"),
     "caption": trained_here("caption", "caption"),
     "caption+web": trained_here("caption+web", "caption_web"),
     "random": untrained(blind=False),
     "blind": untrained(blind=True),
-    "open_clip": load_open_clip,
-    "hf": load_hf,
-    "timm": load_timm,
+    "open_clip": lambda argument, *_: _load_open_clip(argument),
+    "hf": lambda argument, *_: _load_transformers(resolve(argument, "vision encoder")),
+    "timm": lambda argument, *_: _load_timm(argument),
 }
 """Kind of an encoder (mllm/encoders/registry.py) → its loader."""
 

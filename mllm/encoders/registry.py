@@ -9,9 +9,8 @@
     hf:ID|DIR       CLIP, SigLIP, ViT and DINOv2 of transformers; a bare ID (owner/name) or DIR is one too
     timm:NAME       plain vit_* models, or timm:local-dir:DIR
 
-Every encoder is a stock transformers model, so what is trained on it can be saved as a stock
-`LlavaForConditionalGeneration`. What does not fit there is refused here, before any training. Names are parsed
-without importing torch.
+Every encoder is a stock transformers model that a stock `LlavaForConditionalGeneration` can hold. Others are refused
+here, before any training. Names are parsed without importing torch.
 
 Shapes: B images · N image tokens · W width of a token.
 """
@@ -86,10 +85,10 @@ def load_vision(
     from transformers import LlavaImageProcessor
 
     from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
-    from mllm.encoders.load import LOADERS, VisionRequest
+    from mllm.encoders.load import LOADERS
 
     key, argument = parse_vision_name(name)
-    model, processor, source = LOADERS[key](VisionRequest(argument=argument, runs=Path(runs), seed=seed))
+    model, processor, source = LOADERS[key](argument, Path(runs), seed)
     if image_aspect_ratio == "pad":
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
         processor = LlavaImageProcessor(**settings, do_pad=True)

@@ -71,6 +71,9 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     arch = architecture(config.text_config)
     check_tower(config, images)
     chosen = answering_encoder(tokenizer, "auto", config.image_seq_length).format
+    generation: Any = model.generation_config
+    ends = generation.eos_token_id  # the language model's own end first
+    ends = ends if isinstance(ends, list) else [ends]
     title = model_name(name).replace("/", "-")
     output = output or (directory.parent if Path(name).is_dir() else Path()) / "gguf"
     output.mkdir(parents=True, exist_ok=True)
@@ -78,23 +81,14 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
 
     def write_language(writer: GGUFWriter) -> None:
         write_language_metadata(writer, config.text_config)
-        write_vocabulary(writer, tokenizer, chosen, rows=config.text_config.vocab_size, end_ids=_end_ids(model))
+        write_vocabulary(writer, tokenizer, chosen, rows=config.text_config.vocab_size, end_ids=ends)
         writer.add_chat_template(pictures_first(chosen) + chosen.chat_template())
 
-    def write_tower(writer: GGUFWriter) -> None:
-        write_tower_metadata(writer, config, images)
-
     write_file(files[0], arch, title, dtype, write_language, language_tensors(model))
-    write_file(files[1], "clip", title, dtype, write_tower, tower_tensors(model))
+    write_file(files[1], "clip", title, dtype, lambda w: write_tower_metadata(w, config, images), tower_tensors(model))
     (output / "README.md").write_text(_card(title, files, config, images, directory), encoding="utf-8")
     written = "\n".join(f"wrote {path}" for path in [*files, output / "README.md"])
     return f"{written}\nnext: llama-server -m {files[0]} --mmproj {files[1]}"
-
-
-def _end_ids(model: Any) -> list[int]:
-    """The tokens that end an answer, the language model's own end first."""
-    ends = model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
 
 
 def write_file(

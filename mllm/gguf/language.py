@@ -24,6 +24,7 @@ ARCHITECTURES = {
 }
 """transformers' `model_type` → the graph of llama.cpp that computes the same."""
 PREFIX = "model.language_model."
+ROPES = ("default", "linear", "llama3")
 
 
 def architecture(config: Any) -> str:
@@ -38,18 +39,19 @@ def architecture(config: Any) -> str:
     window = getattr(config, "sliding_window", None)
     if kind.startswith("qwen") and not config.use_sliding_window:
         window = None
-    reason = None
-    if config.hidden_act != "silu":
-        reason = f"hidden_act {config.hidden_act!r}: llama.cpp's {kind} graph has silu"
-    elif rope["rope_type"] not in ("default", "linear", "llama3"):
-        reason = f"rope_type {rope['rope_type']!r}: only default, linear and llama3 are written"
-    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
-        reason = "partial_rotary_factor: llama.cpp's graph rotates whole heads"
-    elif window is not None and window < config.max_position_embeddings:
-        reason = f"sliding_window {window}: llama.cpp's {kind} graph attends to everything"
-    if reason:
+    act, scaling = config.hidden_act, rope["rope_type"]
+    refused = {
+        f"hidden_act {act!r}: llama.cpp's {kind} graph has silu": act != "silu",
+        f"rope_type {scaling!r}: only default, linear and llama3 are written": scaling not in ROPES,
+        "partial_rotary_factor: llama.cpp's graph rotates whole heads": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        f"sliding_window {window}: llama.cpp's {kind} graph attends to everything": (
+            window is not None and window < config.max_position_embeddings
+        ),
+    }
+    if reasons := [reason for reason, holds in refused.items() if holds]:
         raise UserError(
-            f"language model {kind}, config.json, text_config: {reason}; train with another --model_name_or_path"
+            f"language model {kind}, config.json, text_config: {'; '.join(reasons)}; train with another "
+            "--model_name_or_path"
         )
     return MODEL_ARCH_NAMES[ARCHITECTURES[kind]]
 
@@ -91,10 +93,9 @@ def language_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str
             tensor_name = key
         else:
             continue
-        yield (
-            gguf_name(names, tensor_name),
-            _rotation_order(tensor, tensor_name, config) if (arch == MODEL_ARCH.LLAMA) else tensor,
-        )
+        if arch == MODEL_ARCH.LLAMA:
+            tensor = _rotation_order(tensor, tensor_name, config)
+        yield gguf_name(names, tensor_name), tensor
 
 
 def gguf_name(names: TensorNameMap, key: str) -> str:

@@ -50,28 +50,24 @@ def check_tower(config: Any, processor: Any) -> None:
             "if it stood in front (its issue 25814), so the language model would see other tokens than it was trained "
             f"with: {retrain}"
         )
-    if tower.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{own}: llama.cpp's LLaVA graph has no {tower.hidden_act!r} activation: {retrain}")
-    if config.vision_feature_select_strategy != "full":
-        raise UserError(
-            f"{own}: config.json, vision_feature_select_strategy 'default' drops the first patch of a tower without a "
-            "class token; llama.cpp keeps all: train with a tower that this project loads, which sets 'full'"
-        )
-    if layers != sorted(set(layers)) or layers[0] == 0:
-        raise UserError(
-            f"{own}: llama.cpp takes layers in ascending order from 1, this model has {layers}: train with "
-            "--mm_vision_select_layer -1"
-        )
-    if config.projector_hidden_act not in ("gelu", "linear"):
-        raise UserError(
-            f"config.json, projector_hidden_act {config.projector_hidden_act!r}: llama.cpp's LLaVA projector has a "
-            "GELU: train with --mm_projector_type mlp2x_gelu"
-        )
-    if picture_size(processor) != tower.image_size:
-        raise UserError(
-            f"pictures are prepared at {picture_size(processor)} px, the tower's positions are for {tower.image_size} "
-            "px: export the tower at that size (scripts/export_clips.py --image-size) and train on that"
-        )
+    size, act = picture_size(processor), config.projector_hidden_act
+    refused = {
+        f"{own}: llama.cpp's LLaVA graph has no {tower.hidden_act!r} activation: {retrain}": (
+            tower.hidden_act not in ACTIVATIONS
+        ),
+        f"{own}: config.json, vision_feature_select_strategy 'default' drops the first patch of a tower without a "
+        "class token; llama.cpp keeps all: train with a tower that this project loads, which sets 'full'": (
+            config.vision_feature_select_strategy != "full"
+        ),
+        f"{own}: llama.cpp takes layers in ascending order from 1, this model has {layers}: train with "
+        "--mm_vision_select_layer -1": layers != sorted(set(layers)) or layers[0] == 0,
+        f"config.json, projector_hidden_act {act!r}: llama.cpp's LLaVA projector has a GELU: train with "
+        "--mm_projector_type mlp2x_gelu": act not in ("gelu", "linear"),
+        f"pictures are prepared at {size} px, the tower's positions are for {tower.image_size} px: export the tower "
+        "at that size (scripts/export_clips.py --image-size) and train on that": size != tower.image_size,
+    }
+    if reason := next((reason for reason, holds in refused.items() if holds), None):
+        raise UserError(reason)
     pads(processor)
 
 

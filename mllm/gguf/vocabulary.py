@@ -50,25 +50,19 @@ def write_vocabulary(
         writer.add_add_space_prefix(False)
         writer.add_token_merges(merges)
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(rows)])
-    writer.add_token_types([_type(index, tokens, types) for index in range(rows)])
+    plain = {index: TokenType.NORMAL for index in tokens} | types
+    writer.add_token_types([plain.get(index, TokenType.UNUSED) for index in range(rows)])
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
+    for name in ("bos", "unk", "pad"):
+        if (special_id := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(special_id)
     if len(end_ids) > 3:
         raise UserError(f"generation_config.json, eos_token_id: GGUF holds three end tokens, found {list(end_ids)}")
     # "End of turn" and "end of message" are what GGUF calls a second and third token that ends an answer.
     ways = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
     for add, index in zip(ways, end_ids, strict=False):
         add(index)
-
-
-def _type(index: int, tokens: dict[int, str], types: dict[int, TokenType]) -> int:
-    return types.get(index, TokenType.NORMAL) if index in tokens else TokenType.UNUSED
 
 
 def _refusal(reason: str) -> UserError:

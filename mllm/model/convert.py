@@ -405,8 +405,8 @@ def write_original(
 ) -> None:
     """Write a checkpoint that the original LLaVA loads; it appears whole or not at all.
 
-    A tower without a name (no `mm_vision_tower`) goes to `vision_tower/` in it. LLaVA takes a path for that, so the
-    configuration has an absolute one: after moving the directory it must be changed there.
+    A tower without a name goes to `vision_tower/` in it. `mm_vision_tower` has its absolute path, which must be
+    changed after moving the directory.
     """
     with replacing(directory) as partial:
         with progress_bars(sum(tensor.nbytes for tensor in original.tensors.values())):

@@ -43,11 +43,8 @@ class LlavaFlops:
     def __init__(
         self, model: LlavaForConditionalGeneration, *, image_size: int, image_tokens: int, features: bool
     ) -> None:
-        tower, projector, language_model = (
-            model.model.vision_tower,
-            model.model.multi_modal_projector,
-            model.model.language_model,
-        )
+        inner: Any = model.model
+        tower, projector, language_model = inner.vision_tower, inner.multi_modal_projector, inner.language_model
         self.picture = {
             "vision_tower": 0 if features else _tower(tower, model.config.vision_feature_layer, image_size),
             "projector": image_tokens * _chain(projector, any(p.requires_grad for p in tower.parameters())),

@@ -153,11 +153,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     learn to stop. New rows start at the mean of the old ones.
     """
     wanted = [IMAGE_TOKEN]
-    if tokenizer.pad_token is None or tokenizer.pad_token in (
-        tokenizer.eos_token,
-        tokenizer.bos_token,
-        tokenizer.unk_token,
-    ):
+    if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
         wanted.append(PAD_TOKEN)
     old_length = len(tokenizer)
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in wanted], special_tokens=True)

@@ -26,11 +26,9 @@ CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 def load_llava(
     name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A stock LLaVA model by directory or hub id, in eval mode; bf16 on a GPU and fp32 on a CPU unless `dtype` says.
+    """A stock LLaVA model by directory or hub id, in eval mode; UserError for what cannot be loaded.
 
-    `dtype` "auto" is that of the files.
-
-    Raises UserError for what cannot be loaded.
+    `dtype` "auto" is that of the files; None is bf16 on a GPU and fp32 on a CPU.
     """
     directory = resolve(name, "model")
     refuse_original(directory, "model")

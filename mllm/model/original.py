@@ -120,7 +120,23 @@ class OriginalLlava:
 
         Raises UserError for missing, unknown and misshapen weights.
         """
-        return _language_model(self.text_config, self.tensors, self.source)
+        others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the last is unused where patches stay flat
+        own = {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if not name.startswith(others) and not name.endswith("rotary_emb.inv_freq")
+        }
+        config, words = self.text_config, own.get("model.embed_tokens.weight")
+        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        dtype = None if words is None else words.dtype
+        with loading("LLaVA checkpoint", self.source):
+            # With its loading info it returns a pair, which its annotation does not say.
+            model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, **REPORTED)
+        check_complete(info, "LLaVA checkpoint", self.source)
+        if info["unexpected_keys"]:
+            unknown = ", ".join(sorted(info["unexpected_keys"])[:5])
+            raise UserError(f"{self.source}: these weights are of no part of a LLaVA model: {unknown}")
+        return model
 
     def generation_config(self) -> GenerationConfig:
         """generation_config.json, or what config.json says of generation; no `max_length`, which LLaVA never uses."""
@@ -210,7 +226,8 @@ def read_original(directory: Path, base: str | None = None) -> OriginalLlava:
     original = OriginalLlava(config=config, tensors=read_model(place), files=kept_files(place), source=str(directory))
     _check_expressible(original)
     if not whole:
-        added = {_llava_name(name): tensor for name, tensor in read_weights(extra).items()}
+        added = {n.removeprefix("base_model.model."): tensor for n, tensor in read_weights(extra).items()}  # PEFT's
+        added = {f"model.{n}" if n.startswith("mm_projector.") else n: tensor for n, tensor in added.items()}
         original = replace(original, tensors=original.tensors | added)
     if lora:
         original = replace(original, tensors=original.tensors | _merged(original, directory))
@@ -228,12 +245,6 @@ def kept_files(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in KEPT_FILES if (directory / name).is_file()}
 
 
-def _llava_name(name: str) -> str:
-    """A name in non_lora_trainables.bin or mm_projector.bin → the checkpoint's name."""
-    name = name.removeprefix("base_model.model.")  # PEFT's wrappers
-    return f"model.{name}" if name.startswith("mm_projector.") else name
-
-
 def _check_expressible(original: OriginalLlava) -> None:
     assert original.kind  # raises
     problems = [
@@ -248,25 +259,6 @@ def _check_expressible(original: OriginalLlava) -> None:
             f"{original.source}/config.json: a stock LlavaForConditionalGeneration cannot hold this model: "
             + "; ".join(problems)
         )
-
-
-def _language_model(config: PreTrainedConfig, tensors: Mapping[str, Tensor], source: str) -> PreTrainedModel:
-    others = (PROJECTOR, "model.vision_tower.", "model.image_newline")  # the last is unused where patches stay flat
-    own = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(others) and not name.endswith("rotary_emb.inv_freq")
-    }
-    dtype = own["model.embed_tokens.weight"].dtype if "model.embed_tokens.weight" in own else None
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with loading("LLaVA checkpoint", source):
-        # With its loading info it returns a pair, which its annotation does not say.
-        model, info = cls.from_pretrained(None, config=config, state_dict=own, dtype=dtype, **REPORTED)
-    check_complete(info, "LLaVA checkpoint", source)
-    if info["unexpected_keys"]:
-        unknown = ", ".join(sorted(info["unexpected_keys"])[:5])
-        raise UserError(f"{source}: these weights are of no part of a LLaVA model: {unknown}")
-    return model
 
 
 def _merged(original: OriginalLlava, directory: Path) -> dict[str, Tensor]:

@@ -32,7 +32,6 @@ def least_squares_init(
 ) -> float:
     """Start the projector at the ridge regression from `features` [n, W] to `targets` [n, D]; returns R².
 
-    For example: patch features, and for each the mean word embedding of its image's caption.
     `ridge` is relative to the mean variance of the regressors. `linear` gets the solution itself. For `mlp2x_gelu`,
     linear_1 becomes D/2 directions of the whitened features (the principal axes first, then random ones) each with
     both signs, and linear_2 the regression on its activations. gelu(z) − gelu(−z) = z, so wherever W ≤ D/2 every
@@ -126,9 +125,8 @@ def start_from_captions(
     - Every token of an image is regressed on the mean embedding of its caption's words (`caption_targets`).
       Words that a patch does not show average out over images, so a patch comes to lie near the words for its content.
     - `WORD_SHARE`, in `mlp2x_gelu` only: hidden units that the directions of the features leave over, at least a
-      quarter, speak for one word each (`telling_words`), where its evidence (`word_evidence`) is above `THRESHOLD`, by
-      adding the word's own embedding. A language model reads a name from tokens that lie near that name's embedding,
-      and means of embeddings do not.
+      quarter, add the embedding of one word each (`telling_words`) if its evidence (`word_evidence`) is above
+      `THRESHOLD`. A language model reads a name from tokens near that name's embedding.
     - `RANDOM_SHARE`: a random map. Captions do not describe many of the features, and regressions drop those.
     """
     rows = features.flatten(0, 1)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -68,20 +67,15 @@ for name in names:
 """
 
 
-def run_config(tokenizer, kind, pad_mask, pre_norm, **vision):
-    run = tiny_run(pad_mask=pad_mask)
-    text = replace(run.model.text, width=24, context_length=20, vocab_size=tokenizer.vocab_size)
-    vision = replace(run.model.vision, image_size=48, pre_norm=pre_norm, **vision)
-    return replace(
-        run, model=replace(run.model, vision=vision, text=text, embed_dim=20), captions=CaptionsConfig(tokenizer=kind)
-    )
-
-
 def build(kind, pad_mask=False, pre_norm=False, **vision):
     """A model whose every parameter matters: those that start at 0 or 1 are moved."""
     corpus = [text for text in TEXTS for _ in range(3)]
     tokenizer = build_tokenizer(kind, corpus, vocab_size=200) if kind == "wordpiece" else build_tokenizer(kind, None)
-    run = run_config(tokenizer, kind, pad_mask, pre_norm, **vision)
+    run = tiny_run(pad_mask=pad_mask)
+    text = replace(run.model.text, width=24, context_length=20, vocab_size=tokenizer.vocab_size)
+    vision = replace(run.model.vision, image_size=48, pre_norm=pre_norm, **vision)
+    shape = replace(run.model, vision=vision, text=text, embed_dim=20)
+    run = replace(run, model=shape, captions=CaptionsConfig(tokenizer=kind))
     torch.manual_seed(0)
     model = CLIPSModel(run.model, tokenizer.pad_id).eval()
     with torch.no_grad():
@@ -148,18 +142,6 @@ def test_stock_libraries_give_the_same_features(stock, pictures, variant):
     assert np.abs(theirs["hidden"] - tokens).max() < 1e-4 * np.abs(tokens).max()
 
 
-def test_native_round_trip_is_exact(tmp_path, pictures):
-    model, run, tokenizer = build("wordpiece", pad_mask=True)
-    differences = export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures), TEXTS)
-    assert set(differences) == {"native", "open_clip", "hf_vit"}
-    loaded, loaded_run, loaded_tokenizer = load_native(tmp_path / "export/native")
-    assert loaded_run == run
-    assert loaded_tokenizer.encode(TEXTS) == tokenizer.encode(TEXTS)
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
-
-
 def test_another_resolution_recomputes_positions(tmp_path, pictures):
     model, run, tokenizer = build("wordpiece")
     export_all(model, run, tokenizer, tmp_path / "export", pixels(pictures, 80), TEXTS, image_size=80)
@@ -210,29 +192,12 @@ def test_open_clip_files_are_read_back(tmp_path, pictures, pad_mask, vision):
     weights["visual.positional_embedding"][3] += 0.1
     write_weights(weights, folder / "open_clip_model.safetensors")
     assert import_open_clip(folder)[0].config.vision.pos_embed == "learned"
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"]["pool_type"] = "none"
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="pool_type"):
-        import_open_clip(folder)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("ran", "w"))
-
-
-def test_pickled_code_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"a": Bomb()}, "bomb.pt")
-    (tmp_path / "plain.bin").write_bytes(pickle.dumps({"a": Bomb()}))
-    for name in ("bomb.pt", "plain.bin"):
-        with pytest.raises(UserError, match="refused"):
-            read_weights(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_files_without_weights_are_refused(tmp_path):
+def test_torch_files_are_read_and_files_without_weights_refused(tmp_path):
+    torch.save({"state_dict": {"module.weight": torch.ones(2)}, "step": 5}, tmp_path / "wrapped.pt")
+    assert read_weights(tmp_path / "wrapped.pt")["weight"].tolist() == [1, 1]
+    (tmp_path / "wrapped.pt").unlink()
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
@@ -246,16 +211,13 @@ def test_files_without_weights_are_refused(tmp_path):
         read_weights(tmp_path / "absent.pt")
 
 
-def test_wrapped_torch_files_are_read(tmp_path):
-    torch.save({"state_dict": {"module.weight": torch.ones(2)}, "step": 5}, tmp_path / "a.pt")
-    assert read_weights(tmp_path / "a.pt")["weight"].tolist() == [1, 1]
-
-
 def test_weights_that_do_not_fit_name_both_shapes():
     layer = torch.nn.Linear(3, 4)
-    with pytest.raises(UserError, match=r"weight: the file has shape \(4, 2\), the model \(4, 3\)"):
-        assign_weights(layer, {"weight": torch.ones(4, 2), "bias": torch.ones(4)}, "x")
-    with pytest.raises(UserError, match="missing in the file: bias"):
-        assign_weights(layer, {"weight": torch.ones(4, 3)}, "x")
-    with pytest.raises(UserError, match="unknown to the model: scale"):
-        assign_weights(layer, {**layer.state_dict(), "scale": torch.ones(1)}, "x")
+    weight, bias = torch.ones(4, 3), torch.ones(4)
+    for tensors, message in [
+        ({"weight": torch.ones(4, 2), "bias": bias}, r"weight: the file has shape \(4, 2\), the model \(4, 3\)"),
+        ({"weight": weight}, "missing in the file: bias"),
+        ({"weight": weight, "bias": bias, "scale": torch.ones(1)}, "unknown to the model: scale"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            assign_weights(layer, tensors, "x")

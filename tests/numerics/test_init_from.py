@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from conftest import tiny_run
 from rich.console import Console
-from test_foreign_weights import IMAGE, TEXT, VIT, clip, shaken
+from test_foreign_weights import STOCK, VIT, clip, shaken
 from test_official import TEXTS, pixels, reference_image, reference_text, write_official
 from timm.models import save_for_hf
 
 from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.config import RunConfig
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.training.cli import config_from_flags, parser
@@ -49,23 +47,25 @@ def untouched(run: RunConfig, model: CLIPSModel) -> dict[str, torch.Tensor]:
 
 
 def printed(beginning: Beginning, run: RunConfig) -> str:
-    console = Console(width=200, record=True, file=None, quiet=False)
+    console = Console(width=200)
     with console.capture() as capture:
         console.print(beginning.table(run))
     return capture.get()
 
 
-@pytest.fixture
-def native(tmp_path: Path) -> Path:
+def write_own(directory: Path, run: RunConfig) -> Path:
     """A native export with a captioner, of a tokenizer of its own."""
     tokenizer = build_tokenizer("wordpiece", ["two red cats and a dog"] * 4, vocab_size=64)
-    run = tiny_run()
     torch.manual_seed(7)
-    write_native(CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer, tmp_path / "native")
-    return tmp_path / "native"
+    write_native(CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer, directory)
+    return directory
 
 
-# ------------------------------------------------------------------------------------------------------- official ones
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    return write_own(tmp_path / "native", tiny_run())
+
+
 @pytest.mark.parametrize("tokenizer", [None, "json"])
 def test_a_run_begins_with_the_features_of_an_official_checkpoint(tokenizer: str | None, tmp_path: Path) -> None:
     w = write_official(tmp_path / "official", tokenizer=tokenizer)
@@ -92,15 +92,6 @@ def test_a_run_begins_with_the_features_of_an_official_checkpoint(tokenizer: str
         assert shown in text
 
 
-def test_the_hash_is_of_the_weights_whatever_their_format(tmp_path: Path) -> None:
-    write_official(tmp_path / "official")
-    for to in ("native", "open_clip"):
-        convert(str(tmp_path / "official"), tmp_path / to, to)
-    hashes = {read_initial(str(tmp_path / name)).sha256 for name in ("official", "native", "open_clip")}
-    assert len(hashes) == 1
-
-
-# ------------------------------------------------------------------------------------------------ own and foreign ones
 def test_an_own_export_brings_its_captioner_where_the_recipe_has_one(native: Path) -> None:
     initial = read_initial(str(native))
     run, model, beginning = begun(initial)
@@ -115,11 +106,7 @@ def test_an_own_export_brings_its_captioner_where_the_recipe_has_one(native: Pat
 
 
 def test_an_image_tower_alone_gets_the_recipe_s_text_tower(tmp_path: Path) -> None:
-    shaken(
-        transformers.Dinov2Model(transformers.Dinov2Config(**{k: IMAGE[k] for k in IMAGE if k != "intermediate_size"}))
-    )
-    stock = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE))
-    stock.save_pretrained(tmp_path)
+    STOCK["siglip"]().save_pretrained(tmp_path)
     initial = read_initial(str(tmp_path))
     run, _, beginning = begun(initial)
     recipe = config_from_flags(parser().parse_args(["--debug"])).model
@@ -141,7 +128,6 @@ def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
     assert "positions resampled from 32 px to 48 px" in printed(beginning, run)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -160,12 +146,14 @@ def test_what_contradicts_the_weights_is_refused(flags: tuple[str, ...], said: s
         begun(read_initial(str(tmp_path / "official")), *flags)
 
 
-# -------------------------------------------------------------------------------------------------------------- convert
 def test_official_and_back_are_the_same_names_and_values(tmp_path: Path) -> None:
     w = write_official(tmp_path / "official")
     found = convert(str(tmp_path / "official"), tmp_path / "open_clip", "open_clip")
     found |= convert(str(tmp_path / "open_clip"), tmp_path / "again", "official")
     assert max(found.values()) <= 1e-5
+    convert(str(tmp_path / "official"), tmp_path / "native", "native")
+    hashes = {read_initial(str(tmp_path / name)).sha256 for name in ("official", "native", "open_clip")}
+    assert len(hashes) == 1  # of the weights, whatever their format
     again = read_weights(tmp_path / "again" / "open_clip_pytorch_model.bin")
     torch.testing.assert_close(again, w, atol=1e-6, rtol=0)
     config = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
@@ -203,19 +191,11 @@ def test_convert_writes_nothing_over_what_is_there_nor_when_it_only_checks(
         convert(str(native), native, "open_clip")
     with pytest.raises(UserError, match="padding included"):
         convert(str(native), tmp_path / "new", "official")
+    with pytest.raises(UserError, match="their tokenizer is BERT's"):
+        convert(str(write_own(tmp_path / "unmasked", tiny_run(pad_mask=False))), tmp_path / "new", "official")
+    before = sorted(tmp_path.iterdir())
 
-    def moved(model: Any) -> torch.Tensor:
-        return model.logit_scale.reshape(()) + 0.1
-
-    monkeypatch.setattr("clips.weights.open_clip.logit_scale_parameter", moved)
+    monkeypatch.setattr("clips.weights.open_clip.logit_scale_parameter", lambda model: torch.tensor(0.1))
     with pytest.raises(UserError, match="is another model: temperature differ"):
         convert(str(native), tmp_path / "new", "open_clip")
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_tokenizer_that_is_not_bert_s_is_no_official_one(tmp_path: Path) -> None:
-    run = tiny_run(pad_mask=False)
-    tokenizer: CaptionTokenizer = build_tokenizer("wordpiece", ["two red cats"] * 4, vocab_size=64)
-    write_native(CLIPSModel(run.model, tokenizer.pad_id), run, tokenizer, tmp_path / "native")
-    with pytest.raises(UserError, match="their tokenizer is BERT's"):
-        convert(str(tmp_path / "native"), tmp_path / "new", "official")

@@ -9,7 +9,7 @@ import torch
 from conftest import run_python
 from llama_cpp import LlamaServer, user
 from PIL import Image
-from tiny_mllm import write_llm
+from tiny_mllm import write_llm, write_siglip
 from tiny_tokenizers import TOKENIZERS
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -20,9 +20,6 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -43,18 +40,6 @@ COLOURS = {
     "black": (10, 10, 10),
     "yellow": (230, 220, 40),
 }
-
-
-def write_tower(directory, **options):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    SiglipVisionModel(SiglipVisionConfig(**shape | {"image_size": SIDE, "patch_size": 8} | options)).save_pretrained(
-        directory
-    )
-    # CLIP's mean is the colour that llama.cpp pads with, and each channel has its own.
-    means = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    SiglipImageProcessor(size={"height": SIDE, "width": SIDE}, **means).save_pretrained(directory)
-    return f"hf:{directory}"
 
 
 def scenes(count: int, seed: int) -> list[tuple[Image.Image, str, str]]:
@@ -97,7 +82,10 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps
 
 
 def build(folder, *, llm=None, tower=None, projector="mlp2x_gelu", version="auto", **select):
-    vision = load_vision(write_tower(folder / "tower", **(tower or {})), **select)
+    # CLIP's mean is the colour that llama.cpp pads with, and each channel has its own.
+    look = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+    place = write_siglip(folder / "tower", look, **(tower or {}))
+    vision = load_vision(place, **select)
     language = load_llm(str(llm or write_llm(folder / "llm", initializer_range=0.02)), version=version)
     model, processor = build_model(vision, language, projector=projector, seed=3)
     return vision, model, processor

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clips import CLIPS
 from clips.common.errors import UserError
-from clips.common.tensors import read_weights, write_weights
+from clips.common.tensors import write_weights
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import export_all
 from clips.weights.load import load_model
@@ -118,7 +118,6 @@ def test_a_model_of_open_clip_comes_in_and_goes_out(tmp_path, name):
             r"pool_type and eos_id read a text at token 2, the tokenizer ends it with 49407",
         ),
         ("text_cfg", {"embed_cls": True}, r"text_cfg\.embed_cls is True"),
-        ("text_cfg", {"vocab_size": 1000}, r"49408 ids, text_cfg\.vocab_size"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_its_name(tmp_path, part, fields, message):
@@ -128,12 +127,4 @@ def test_what_cannot_be_expressed_is_refused_by_its_name(tmp_path, part, fields,
     config["model_cfg"][part] |= fields
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        import_open_clip(tmp_path / "stock")
-
-
-def test_weights_beyond_the_configuration_are_named(tmp_path):
-    write_stock(tmp_path / "stock", MODELS["laion's ViT-B-16"])
-    path = tmp_path / "stock" / "open_clip_model.safetensors"
-    write_weights(read_weights(path) | {"logit_bias": torch.ones(())}, path)
-    with pytest.raises(UserError, match=r"holds besides logit_bias"):
         import_open_clip(tmp_path / "stock")

@@ -13,14 +13,11 @@ from hostile import HOSTILE
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_mllm import pictures, write_llm, write_run
+from tiny_mllm import pictures, write_llm, write_run, write_siglip
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlavaForConditionalGeneration,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from clips.common.errors import UserError
@@ -63,15 +60,6 @@ for name in sys.argv[1:]:
 """
 
 
-def siglip_directory(directory):
-    torch.manual_seed(0)
-    config = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
-    )
-    SiglipVisionModel(config).save_pretrained(directory)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
-
-
 VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
     "clips": ("clips", {}, "mlp2x_gelu", True),
     "clips_linear_padded": ("clips", {"image_aspect_ratio": "pad", "select_layer": -1}, "linear", False),
@@ -87,8 +75,7 @@ def build(place, variant):
     kind, options, projector, tie = VARIANTS[variant]
     tower = place / variant / "tower"
     if kind == "siglip":
-        siglip_directory(tower)
-        name = f"hf:{tower}"
+        name = write_siglip(tower)
     else:
         write_run(tower, pre_norm=kind == "pre_norm", cls=kind != "without_cls")
         name = f"{'blind' if kind == 'blind' else 'clips'}:{tower}"
@@ -160,16 +147,6 @@ def test_seed_decides_the_projector_only(tmp_path, built):
         assert torch.equal(tensor, same.state_dict()[name]), name
         differs = not torch.equal(tensor, other.state_dict()[name])
         assert differs == ("multi_modal_projector" in name), name
-
-
-def test_an_older_model_is_replaced_whole(tmp_path, built):
-    model, processor = built
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_bytes(b"old")
-    vision = load_vision(f"clips:{tmp_path / 'tower'}")
-    save_model(model, processor, tmp_path / "model", vision=vision, card={})
-    assert not list(tmp_path.glob("model/model-*"))
-    assert not (tmp_path / "model.partial").exists()
 
 
 def test_merged_lora_gives_the_logits_of_the_adapters(built):

@@ -15,11 +15,10 @@ from PIL import Image
 from clips.config import DataConfig
 from clips.data.demo import CONCEPTS, PROMPTS, ensure_demo
 from clips.data.images import decode_image, eval_transform
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.encode import encode_images, encode_texts, prompt_features
 from clips.evaluation.evaluate import labelled_rows, measure, retrieval_rows
-from clips.evaluation.testsets import Classes, SourceSet, load_classes, open_test_set
-from clips.model.clips import CLIPSModel
+from clips.evaluation.testsets import load_classes, open_test_set
 from clips.weights.export import export_all
 
 CORPUS = [template.format(concept) for template in PROMPTS for concept in CONCEPTS]
@@ -31,14 +30,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_demo(tmp_path_factory.mktemp("demo") / "data", sizes=sizes, image_size=32)
 
 
-@torch.no_grad()
-def spread(model: CLIPSModel, pixels: torch.Tensor, ids: torch.Tensor) -> None:
-    """Take what all features of an untrained model have in common out of them, by the last norms' biases."""
-    model.visual.norm.bias -= model.visual(pixels)[0].mean(dim=0)
-    model.text.norm.bias -= model.text(ids)[0].pooled.mean(dim=0)
-
-
 @pytest.mark.parametrize("pad_mask", [False, True])
+@torch.no_grad()
 def test_zero_shot_and_retrieval_through_stock_open_clip_are_ours(demo: Path, tmp_path: Path, pad_mask: bool) -> None:
     tokenizer = build_tokenizer("wordpiece", CORPUS, vocab_size=400)
     run = tiny_run(pad_mask=pad_mask)
@@ -48,17 +41,12 @@ def test_zero_shot_and_retrieval_through_stock_open_clip_are_ours(demo: Path, tm
     model = random_model(run)
     items, classes = open_test_set(run.data, "test")[0], load_classes(demo / "concepts.json")
     pixels = torch.stack([eval_transform(32)(decode_image(items.read(index).image)) for index in range(len(items))])
-    spread(model.eval(), pixels, tokenizer(classes.prompts(), 24, trim=pad_mask))
+    # What all features of an untrained model have in common is taken out by the last norms' biases.
+    model.eval().visual.norm.bias -= model.visual(pixels)[0].mean(dim=0)
+    model.text.norm.bias -= model.text(tokenizer(classes.prompts(), 24, trim=pad_mask))[0].pooled.mean(dim=0)
     images = encode_images(model, items, batch_size=64)
     export_all(model, run, tokenizer, tmp_path / "export", torch.randn(2, 3, 32, 32), ["a cat", "two dogs"])
 
-    compare(model, tokenizer, images, items, classes, tmp_path)
-
-
-@torch.no_grad()
-def compare(
-    model: CLIPSModel, tokenizer: CaptionTokenizer, images: ImageSet, items: SourceSet, classes: Classes, tmp_path: Path
-) -> None:
     source = f"local-dir:{tmp_path / 'export' / 'open_clip'}"
     stock, _, preprocess = open_clip.create_model_and_transforms(source)
     stock_tokenizer = open_clip.get_tokenizer(source)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import pickle
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import bomb
 import pytest
 import torch
 from conftest import ROOT
@@ -31,17 +32,19 @@ def write(run_dir: Path, step: int, keep: int = 2, size: int = 64) -> Path:
     return checkpoint.save(run_dir, weights, optimizer, state, keep)
 
 
+def flip_bit(path: Path, offset: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 8
+    path.write_bytes(bytes(data))
+
+
 def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1 << bit
-    path.write_bytes(bytes(data))
-
-
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert checkpoint.latest(tmp_path) is None
     path = write(tmp_path, 3)
     found = checkpoint.latest(tmp_path)
     assert found.path == path == checkpoint.load(path).path
@@ -54,13 +57,6 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert found.weights()["scale"].shape == ()
     assert torch.equal(found.optimizer()["a.weight/exp_avg"], torch.arange(256.0).view(64, 4) * 3)
     assert sorted(p.name for p in path.iterdir()) == FILES
-    assert json.loads((path / "MANIFEST.json").read_text()).keys() == set(FILES[1:])
-
-
-def test_nothing_written_yet(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
-    (tmp_path / "checkpoints").mkdir()
-    assert checkpoint.latest(tmp_path) is None
 
 
 def test_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
@@ -82,13 +78,11 @@ def test_a_damaged_one_is_refused_and_the_previous_used(
     if damage == "missing":
         target.unlink()
     elif damage == "bit":
-        flip_bit(target, target.stat().st_size // 2, bit=3)
+        flip_bit(target, target.stat().st_size // 2)
     else:
         target.write_bytes(target.read_bytes()[: -1 if damage == "truncated" and file != "MANIFEST.json" else 0])
     assert checkpoint.latest(tmp_path).state.step == 1
-    warning = capsys.readouterr().err
-    assert "warning" in warning
-    assert str(bad) in warning
+    assert str(bad) in capsys.readouterr().err
     with pytest.raises(UserError, match="step-00000002"):
         checkpoint.load(bad)
     write(tmp_path, 2)  # trained again, the same step replaces the bad one
@@ -101,14 +95,9 @@ def test_none_good_although_some_were_written(tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError, match="no usable checkpoint") as caught:
         checkpoint.latest(tmp_path)
     assert caught.value.exit_code == 5
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_all_deleted_although_some_were_written(tmp_path: Path) -> None:
-    for file in write(tmp_path, 1).iterdir():
-        file.unlink()
-    (tmp_path / "checkpoints/step-00000001").rmdir()
-    with pytest.raises(NoCheckpointError):
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(NoCheckpointError):  # LATEST says that there were some
         checkpoint.latest(tmp_path)
 
 
@@ -129,7 +118,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert names(tmp_path) == ["step-00000001", "step-00000002.partial"]
     assert checkpoint.latest(tmp_path).state.step == 1
-    assert "step-00000002.partial" in names(tmp_path), "whoever only looks must leave a save that is underway alone"
+    assert "step-00000002.partial" in names(tmp_path), "a reader leaves a save that is underway alone"
     checkpoint.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 
@@ -163,33 +152,14 @@ def test_a_full_disk_leaves_the_old_ones_intact(tmp_path: Path) -> None:
         assert (tmp_path / name / "LATEST").read_text() == "step-00000001\n"
 
 
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.target,))
-
-
 def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    fired = tmp_path / "fired"
-    pickle.loads(pickle.dumps(Bomb(fired)))
-    assert fired.exists()
-    fired.unlink()  # the bomb works
-
-    file = tmp_path / "model.pt"
-    file.write_bytes(pickle.dumps(Bomb(fired)))
+    """Alone, and in the place of a weight file in a directory with right hashes."""
+    fired, path = tmp_path / "fired", write(tmp_path / "run", 1)
+    bomb.write_pickle(tmp_path / "model.pt", fired)
     with pytest.raises(UserError, match=r"--resume .*model\.pt.*directory"):
-        checkpoint.load(file)
-
-    # In a directory with right hashes, in the place of a weight file
-    path = write(tmp_path / "run", 1)
-    (path / "model.safetensors").write_bytes(pickle.dumps(Bomb(fired)))
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["model.safetensors"] = files.sha256(path / "model.safetensors")
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+        checkpoint.load(tmp_path / "model.pt")
+    bomb.write_pickle(path / "model.safetensors", fired)
+    files.seal(path)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         checkpoint.load(path).weights()
     assert not fired.exists()
@@ -228,16 +198,21 @@ def test_write_atomically_never_leaves_a_part(tmp_path: Path, monkeypatch: pytes
     assert file.read_text() == "old\n"
 
 
-def test_tasks_of_srun_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8, but no RANK"),
+        (  # those of torchrun --max-restarts=1, whose ranks it would start again in vain
+            {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"},
+            "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun",
+        ),
+    ],
+)
+def test_ranks_that_cannot_meet_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=8, but no RANK"):
-        init_distributed(torch.device("cpu"))
-
-
-def test_ranks_that_torchrun_would_start_again_in_vain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the variables that torchrun --max-restarts=1 gives its ranks."""
-    for name, value in {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+    with pytest.raises(UserError, match=message):
         init_distributed(torch.device("cpu"))

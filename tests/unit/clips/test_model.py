@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import random_model, tiny_batch, tiny_run
@@ -12,7 +11,6 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 
 from clips.model.captioner import caption_mask
 from clips.model.clips import CLIPSModel
-from clips.model.layers import attention
 from clips.model.vision import sincos_positions
 from clips.recipes import PRESETS
 
@@ -43,24 +41,20 @@ def test_parameter_counts_of_the_presets(name: str) -> None:
 
 
 def test_sincos_positions_are_those_of_open_clip() -> None:
-    ours = sincos_positions(64, 5).numpy()
-    np.testing.assert_allclose(ours, get_2d_sincos_pos_embed(64, 5, cls_token=True), atol=1e-6)
+    stock = torch.from_numpy(get_2d_sincos_pos_embed(64, 5, cls_token=True)).float()
+    torch.testing.assert_close(sincos_positions(64, 5), stock, atol=1e-6, rtol=0)
 
 
 def test_the_reference_s_parts_are_absent_not_zero() -> None:
     run = tiny_run().model
     reference = replace(
         run,
-        vision=replace(run.vision, pos_embed="sincos_reference", patch_bias=False),
+        vision=replace(run.vision, patch_bias=False),
         captioner=replace(run.captioner, head_bias=False),
     )
     ours, theirs = CLIPSModel(run, pad_id=0), CLIPSModel(reference, pad_id=0)
     assert set(ours.state_dict()) - set(theirs.state_dict()) == {"visual.patch_embed.bias", "captioner.head.bias"}
-    assert theirs.visual.pos_embed.allclose(sincos_positions(32, 2, "sincos_reference"))
-    assert not theirs.visual.pos_embed.allclose(ours.visual.pos_embed)
     batch = tiny_batch(1, size=2)
-    out = theirs(batch["images"], [batch["web"]], batch["caption"])
-    theirs.captioner.head(out.caption_states).sum().backward()
     assert theirs.caption(batch["images"], batch["web"], bos_id=1, eos_id=2).shape[0] == 2
 
 
@@ -82,18 +76,6 @@ def test_caption_mask_entry_by_entry(visible: list | None) -> None:
                 else:
                     expected = row >= prefix and column <= row  # queries see earlier ones and themselves
                 assert mask[b, 0, row, column].item() is expected, (b, row, column)
-
-
-def test_attention_is_softmax_attention() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
-    visible = torch.rand(2, 1, 5, 5) < 0.7
-    visible[..., 0] = True
-    scores = torch.einsum("bhld,bhsd->bhls", q, k) / 2
-    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    torch.testing.assert_close(attention(q, k, v, visible), expected)
-    coarse = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible)
-    torch.testing.assert_close(coarse.float(), expected, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("pad_mask", [True, False])
@@ -142,9 +124,8 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_the_logit_scale_is_at_most_100() -> None:
     model = CLIPSModel(tiny_run().model, pad_id=0)
     model.logit_scale.data.fill_(9.0)
-    assert model(torch.randn(2, 3, 32, 32), [tiny_batch(0, size=2)["web"]]).logit_scale.item() == pytest.approx(
-        100, rel=1e-5
-    )
+    out = model(torch.randn(2, 3, 32, 32), [tiny_batch(0, size=2)["web"]])
+    assert out.logit_scale.item() == pytest.approx(100, rel=1e-5)
 
 
 @pytest.mark.parametrize("part", ["vision", "text"])

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -33,17 +34,22 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataConfig(
         train="https://me:secret@host/recap/{00000..9}.tar", val="/data/me/val.csv", image_root="/data/me/pictures"
     )
-    text = run.model.text.__class__(**vars(run.model.text) | {"vocab_size": TOKENIZER.vocab_size})
-    run = RunConfig(**vars(run) | {"data": data, "model": run.model.__class__(**vars(run.model) | {"text": text})})
+    text = replace(run.model.text, vocab_size=TOKENIZER.vocab_size)
+    run = replace(run, data=data, model=replace(run.model, text=text))
     directory = tmp_path_factory.mktemp("runs") / "mine"
     export_all(random_model(run), run, TOKENIZER, directory / "export", torch.randn(2, 3, 32, 32), ["a cat", "dogs"])
     return directory
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(run_dir: Path, hub: Path, kind: str) -> None:
+def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(
+    run_dir: Path, hub: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = run_dir / "export" / kind
-    push(directory, REPO)
+    push(directory, REPO, private=kind == "native")
+    out = capsys.readouterr().out
+    assert f"https://hub/{REPO}" in out
+    assert "license" in out
     files = {path.relative_to(uploaded(hub)) for path in uploaded(hub).rglob("*") if path.is_file()}
     assert files == {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
     for file in files:
@@ -52,26 +58,12 @@ def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(run_dir: Path
             assert content == (directory / file).read_bytes()
         for hidden in ("secret", "/data/me", "host/", str(Path.home()), str(run_dir), "hf_not_a_real_one"):
             assert hidden.encode() not in content, file
-    assert json.loads((hub / "asked.json").read_text()) == {"private": None, "exist_ok": True}
+    assert json.loads((hub / "asked.json").read_text()) == {"private": kind == "native" or None, "exist_ok": True}
     if kind == "native":  # the run's own configuration stays as it was, and what is published is one
         assert RunConfig.load(directory / "config.json").data.val == "/data/me/val.csv"
         assert RunConfig.load(uploaded(hub) / "config.json").data.train == "not published"
-
-
-@pytest.mark.parametrize("kind", ["open_clip", "hf_vit"])
-def test_the_card_s_code_loads_the_repository_with_the_stock_library(run_dir: Path, hub: Path, kind: str) -> None:
-    push(run_dir / "export" / kind, REPO)
-    run_card(hub)
-
-
-def test_a_new_repository_may_be_private_and_a_missing_license_is_said(
-    run_dir: Path, hub: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    push(run_dir / "export" / "open_clip", REPO, private=True)
-    assert json.loads((hub / "asked.json").read_text())["private"] is True
-    out = capsys.readouterr().out
-    assert f"https://hub/{REPO}" in out
-    assert "license" in out
+    else:
+        run_card(hub)  # which loads the repository with the stock library
 
 
 @pytest.fixture
@@ -112,12 +104,6 @@ def test_leftovers_of_a_run_are_refused(copy: Path, hub: Path, name: str) -> Non
     assert f"no part of a model: {name}" in refusal(copy, hub)
 
 
-def test_evaluations_beside_the_weights_stay_here(copy: Path, hub: Path) -> None:
-    (copy / "evaluation-test.json").write_text('{"test_set": "/data/me/private"}')
-    push(copy, REPO)
-    assert not list(uploaded(hub).glob("evaluation*"))
-
-
 @pytest.mark.parametrize(
     ("file", "place"),
     [
@@ -136,21 +122,22 @@ def test_places_of_this_machine_are_refused(copy: Path, hub: Path, file: str, pl
     assert f"{file}: " in refusal(copy, hub)
 
 
-def test_a_token_is_no_place(copy: Path, hub: Path) -> None:
+def test_a_token_is_no_place_and_evaluations_beside_the_weights_stay_here(copy: Path, hub: Path) -> None:
+    (copy / "evaluation-test.json").write_text('{"test_set": "/data/me/private"}')
     (copy / "tokenizer.json").write_text(json.dumps({"/usr/local/bin": 5}))
     (copy / "special_tokens_map.json").write_text(json.dumps({"eos": "</s>", "url": "https://a.b/c/d", "x": "a/b/c"}))
     push(copy, REPO)
     assert (uploaded(hub) / "tokenizer.json").is_file()
+    assert not list(uploaded(hub).glob("evaluation*"))
 
 
-@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "../x", "some body/x", "a/b--c", ""])
-def test_a_repository_is_an_owner_and_a_name(copy: Path, hub: Path, repo: str) -> None:
-    with pytest.raises(UserError, match="owner/name"):
-        push(copy, repo)
-
-
-def test_no_token_is_said(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+def test_a_name_that_is_none_and_a_missing_token_are_said(
+    copy: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for repo in ("tiny", "a/b/c", "../x", "some body/x", "a/b--c", ""):
+        with pytest.raises(UserError, match="owner/name"):
+            push(copy, repo)
+    monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="hf auth login"):
         push(copy, REPO)
@@ -161,9 +148,6 @@ class _Refuses(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(403)
         self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

@@ -60,8 +60,7 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["skipped_images"] == 0
     assert content["figures"] == {name: dataclasses.asdict(figure) for name, figure in found.items()}
-    for name in ("sentence_i2t_r1", "part_t2i_r10", "web_i2t_r5", "zero_shot_top1", "linear_probe_top1"):
-        assert 0 <= found[name].value <= 100
+    assert {"web_i2t_r5", "linear_probe_top1"} <= found.keys()
     table = Console(width=100, file=io.StringIO())
     table.print(figures_table(found, "test split"))
     for name, figure in found.items():
@@ -94,7 +93,6 @@ def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path
     row = next(line for line in table.file.getvalue().splitlines() if " sentence_i2t_r1 " in line)
     values = [f"{found[f'{name}sentence_i2t_r1'].value:.1f}" for name in ("", "unseen/", "more/")]
     assert re.findall(r"[\d.]+", row)[-5:-2] == values
-
     run.save(run_dir / "config.json")
     page = write_report(run_dir).read_text()
     for name in ("<th>test</th>", "<th>unseen</th>", "<th>more</th>"):
@@ -116,10 +114,6 @@ def test_during_training_fewer_images_and_the_model_is_left_as_it_was(small):
     model.visual.set_image_size(32)
     items, _ = open_test_set(run.data, "val")
     assert len(encode_images(model, items, batch_size=8, limit=16).indices) == 16
-
-
-def test_a_missing_split_names_the_flag(small):
-    model, run, tokenizer = small
     without = dataclasses.replace(run, data=dataclasses.replace(run.data, val=None))
     with pytest.raises(UserError, match="--val-data"):
         evaluate(model, tokenizer, without, "val")
@@ -127,18 +121,9 @@ def test_a_missing_split_names_the_flag(small):
 
 def metrics(run_dir):
     run_dir.mkdir(exist_ok=True)
-    lines = [
-        {
-            "kind": "train",
-            "step": i,
-            "samples": 8 * i,
-            "loss": 5 - 0.1 * i,
-            "contrastive_loss": 3.0,
-            "caption_loss": 1.0,
-        }
-        | {"lr": 1e-3, "logit_scale": 14.3, "grad_norm": None, "samples_per_s": 700.0, "data_wait_share": 0.01}
-        for i in range(1, 10)
-    ]
+    step = {"kind": "train", "contrastive_loss": 3.0, "caption_loss": 1.0, "lr": 1e-3, "logit_scale": 14.3}
+    step |= {"grad_norm": None, "samples_per_s": 700.0, "data_wait_share": 0.01}
+    lines = [step | {"step": i, "samples": 8 * i, "loss": 5 - 0.1 * i} for i in range(1, 10)]
     lines.append({"kind": "eval", "step": 9, "samples": 72, "split": "val", "sentence_i2t_r1": 12.0})
     text = "\n".join(map(json.dumps, lines))
     (run_dir / "metrics.jsonl").write_text(text + '\n{"kind": "train", "st')  # cut by a killed run
@@ -161,17 +146,14 @@ def test_report_is_one_offline_page(small, tmp_path):
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in page
-    assert "prefers-color-scheme: dark" in page
     for text in (examples.captions[0].truth, examples.zero_shot[0].label, "chance", "my-run"):
         assert text in page
-    names = {path.name for path in page_files(run_dir)}
+    names = {path.name for path in (run_dir / "report").iterdir()}
     assert names == {"index.html", "curves.png"}
     assert decode_image((run_dir / "report" / "curves.png").read_bytes()).width > 300
 
 
 class Shown(HTMLParser):
-    """What a page shows: its tags, and the texts in them."""
-
     def __init__(self, page):
         super().__init__()
         self.tags, self.texts = set(), []
@@ -214,12 +196,8 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path
     finish_run(run, model, tokenizer, run_dir)
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("warning")]
-    assert line.startswith(
-        f"warning: the report of {run_dir} is not written; the run itself is finished. NotADirectoryError"
-    )
-    assert line.endswith("the same command writes it again")
+    assert f"the report of {run_dir} is not written" in line
     assert "Traceback" not in said
-    assert f"--model {run_dir}\n" in said
     assert is_finished(run_dir)
     assert not has_report(run_dir)
     assert json.loads((run_dir / "evaluation.json").read_text())["figures"]
@@ -228,10 +206,6 @@ def test_a_report_that_fails_costs_nothing_and_can_be_made_again(small, tmp_path
     finish_run(run, model, tokenizer, run_dir)
     assert has_report(run_dir)
     assert "warning" not in capsys.readouterr().err
-
-
-def page_files(run_dir):
-    return list((run_dir / "report").iterdir())
 
 
 def test_report_of_a_run_without_examples_or_evaluation(tmp_path):
@@ -262,11 +236,11 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
     assert "48 px" in capsys.readouterr().out
     stock = native / "export/open_clip"
 
-    rng = np.random.default_rng(0)
+    classes, rng = tmp_path / "classes", np.random.default_rng(0)
     for i in range(12):
-        (tmp_path / "classes" / ["cat", "dog"][i % 2]).mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
-        picture.save(tmp_path / "classes" / ["cat", "dog"][i % 2] / f"{i}.jpg")
+        folder = classes / ["cat", "dog"][i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     (tmp_path / "names.txt").write_text("cat\ndog\nbird")
     entries = [
         {"filename": f"cat/{i}.jpg", "split": "test", "sentences": [{"raw": f"a {w} cat {i}"} for w in "abcde"]}
@@ -282,7 +256,6 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
         evaluate_from_flags(parsed)
         return json.loads(out.read_text())["figures"]
 
-    classes = tmp_path / "classes"
     found = figures(stock, "--data", classes, "--classes", tmp_path / "names.txt", "--probe-train", classes)
     assert found["zero_shot_top1"]["items"] == 12
     assert found["zero_shot_top1"]["chance"] == pytest.approx(100 / 3, abs=1e-3)
@@ -293,13 +266,9 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("bird")
     with pytest.raises(UserError, match="cat"):
         figures(stock, "--data", classes, "--classes", tmp_path / "names.txt")
-
-
-def test_export_of_a_run_without_data_asks_for_some(small, tmp_path):
-    model, run, tokenizer = small
-    write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path)
+    write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path / "bare")
     with pytest.raises(UserError, match="--data"):
-        export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path)]))
+        export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
 
 
 def test_load_model_finds_runs_and_exports(small, tmp_path):

@@ -31,7 +31,7 @@ from mllm.encoders.registry import load_vision
 from mllm.gguf import export
 from mllm.gguf.export import pictures_first
 from mllm.gguf.language import architecture, language_tensors, write_language_metadata
-from mllm.gguf.mmproj import check_tower, feature_layers
+from mllm.gguf.mmproj import check_tower
 from mllm.gguf.vocabulary import write_vocabulary
 from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm, packaged_gguf
@@ -97,11 +97,6 @@ def test_the_papers_tower_is_refused_by_the_command(tmp_path, capsys):
     assert not (tmp_path / "run" / "gguf").exists()
 
 
-@pytest.mark.parametrize("layer", [-2, 3])
-def test_feature_layers_count_from_the_embeddings(layer):
-    assert feature_layers(llava_config(vision_feature_layer=layer)) == [3]
-
-
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -119,11 +114,7 @@ def test_language_models_that_are_refused(config, words):
     with pytest.raises(UserError) as error:
         architecture(config)
     assert all(word in str(error.value) for word in words), error.value
-
-
-def test_windows_that_are_not_used_are_no_obstacle():
-    assert architecture(Qwen2Config(use_sliding_window=False, sliding_window=512)) == "qwen2"
-    assert architecture(MistralConfig(sliding_window=None)) == "llama"
+    assert architecture(Qwen2Config(use_sliding_window=False, sliding_window=512)) == "qwen2"  # an unused window
 
 
 @pytest.mark.parametrize(
@@ -142,6 +133,10 @@ def test_tokenizers_whose_ids_would_differ_are_refused(part, value, words):
     setattr(tokenizer.backend_tokenizer, part, value)
     with pytest.raises(UserError, match=words):
         written(tokenizer)
+    with pytest.raises(UserError, match=f"{len(tokenizer) - 1} word embeddings"):
+        written(tiny_tokenizer(), rows=len(tokenizer) - 1)
+    with pytest.raises(UserError, match="three end tokens"):
+        written(tiny_tokenizer(), end_ids=[1, 2, 3, 4])
 
 
 @pytest.mark.parametrize(
@@ -157,14 +152,6 @@ def test_ways_of_cutting_words_have_llama_cpps_names(before, name):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = byte_level(*before, use_regex=name in ("gpt-2", "smollm"))
     assert written(tokenizer)["tokenizer.ggml.pre"] == name
-
-
-def test_what_does_not_fit_is_named():
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(UserError, match=f"{len(tokenizer) - 1} word embeddings"):
-        written(tokenizer, rows=len(tokenizer) - 1)
-    with pytest.raises(UserError, match="three end tokens"):
-        written(tokenizer, end_ids=[1, 2, 3, 4])
 
 
 def test_pictures_come_first_wherever_the_message_has_them():

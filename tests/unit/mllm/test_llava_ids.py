@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tiny_tokenizers import LLAMA_3_REGEX, make_tokenizer, write_sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizers import LLAMA_3_REGEX, byte_level, write_sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from clips.common.errors import UserError
@@ -90,24 +89,13 @@ def turns_of(talk: Talk, image: bool) -> list[dict[str, str]]:
 def test_v1_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
     tokenizer, slow = tokenizer_of(write_sentencepiece(tmp_path, legacy=legacy)), SlowLlama(tmp_path, legacy=legacy)
     encoder = ConversationEncoder(tokenizer, "v1", 1)
-    for number, talk in enumerate(talks(1, 80)):
-        image = number % 3 > 0
+    for number, talk in enumerate([*talks(1, 80), *([] if legacy else [[("", "A picture alone")]])]):
+        image = number % 3 > 0  # of the last too
         encoded = encoder.encode(turns_of(talk, image), int(image), "sample")
         assert encoded.input_ids == tokenizer_image_token(v1_text(talk, image), slow, encoder.image_id), talk
-        answers = [token for _, answer in talk for token in (*slow_answer(slow, answer), slow.sp.eos_id())]
+        said = [slow(f"x {answer}")[len(slow("x")) :] for _, answer in talk]  # what LLaVA trains of "ASSISTANT: answer"
+        answers = [token for ids in said for token in (*ids, slow.sp.eos_id())]
         assert [label for label in encoded.labels if label != IGNORE] == answers
-
-
-def slow_answer(slow: SlowLlama, answer: str) -> list[int]:
-    """What LLaVA trains of "… ASSISTANT: answer"."""
-    return slow(f"x {answer}")[len(slow("x")) :]
-
-
-def test_a_question_of_a_picture_alone_too(tmp_path: Path) -> None:
-    tokenizer, slow = tokenizer_of(write_sentencepiece(tmp_path, legacy=False)), SlowLlama(tmp_path, legacy=False)
-    encoder = ConversationEncoder(tokenizer, "v1", 1)
-    encoded = encoder.encode(turns_of([("", "A cat")], True), 1, "sample")
-    assert encoded.input_ids == tokenizer_image_token(v1_text([("", "A cat")], True), slow, encoder.image_id)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -123,15 +111,7 @@ def test_plain_has_the_ids_of_llava(legacy: bool, tmp_path: Path) -> None:
 
 def test_the_end_of_a_caption_is_one_token_where_the_vocabulary_has_it() -> None:
     """Llama 3's and Qwen's have ".\\n"; a frozen language model knows no other end of a sentence and line."""
-    backend = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(LLAMA_3_REGEX), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>", "<image>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["A cat.\nA dog.\n"] * 9, trainer)
+    backend = byte_level(["A cat.\nA dog.\n"] * 9, 300, ["<s>", "</s>", "<image>"], LLAMA_3_REGEX)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="</s>", additional_special_tokens=["<image>"]
     )
@@ -157,20 +137,11 @@ def test_a_tokenizer_keeps_its_kind_when_it_is_saved(legacy: bool, tmp_path: Pat
     assert get_format("auto", again).prefix_space == (not legacy)
 
 
-def test_a_tokenizer_model_without_its_reader_names_the_package(tmp_path: Path, monkeypatch) -> None:
-    write_sentencepiece(tmp_path, legacy=False)
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"has no tokenizer\.json.* pip install sentencepiece protobuf$"):
-        read_tokenizer(tmp_path)
-
-
-def test_a_broken_tokenizer_model_is_named(tmp_path: Path) -> None:
+def test_a_tokenizer_model_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sentencepiece(tmp_path, legacy=False)
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
         read_tokenizer(tmp_path)
-
-
-def test_byte_level_tokenizers_get_no_space() -> None:
-    for kind in ("gpt2", "llama3", "sentencepiece_legacy"):
-        assert not get_format("v1", make_tokenizer(kind)).prefix_space
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"has no tokenizer\.json.* pip install sentencepiece protobuf$"):
+        read_tokenizer(tmp_path)

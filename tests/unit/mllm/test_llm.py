@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,14 +48,18 @@ def test_adds_image_and_a_padding_token_of_its_own(tmp_path, tie):
 
 
 def test_keeps_a_padding_token_of_its_own(tmp_path):
+    """And can be saved: vicuna-7b-v1.5 has temperature and top_p in its generation_config.json, and no do_sample."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     directory = write_llm(tmp_path / "llm", vocab_size=512)  # more rows than tokens, as many models have
     tokenizer.save_pretrained(directory)
+    settings = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
     llm = load_llm(str(directory))
     assert llm.tokenizer.pad_token == "[PAD]"
     assert "<pad>" not in llm.tokenizer.get_vocab()
     assert llm.model.get_input_embeddings().num_embeddings == 512
+    llm.model.save_pretrained(tmp_path / "saved")
 
 
 def test_chat_template_takes_strings_and_parts(tmp_path):
@@ -77,10 +82,13 @@ def test_versions_and_stop_tokens(tmp_path):
     assert load_llm(str(bare), version="plain").tokenizer.chat_template is None
     chat = load_llm(str(bare), version="chatml")
     assert "You are a helpful assistant." in chat.tokenizer.chat_template
-    with pytest.raises(UserError, match="'v7' is not known"):
-        load_llm(str(bare), version="v7")
+    for given, name in (("vicuna_v1", "v1"), ("qwen_1_5", "chatml")):  # LLaVA's names
+        assert saved_format(load_llm(str(bare), version=given).tokenizer).name == name
     with pytest.raises(UserError, match=r"llama_3 needs the special tokens .*eot_id"):
         load_llm(str(bare), version="llama_3")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"'mpt' is not known; choose one of: plain, v1, .*vicuna_v1"):
+        load_llm(str(bare), version="mpt")  # before the weights are read
 
 
 def test_template_stays_the_same_when_loaded_again(tmp_path):
@@ -96,40 +104,29 @@ def test_template_stays_the_same_when_loaded_again(tmp_path):
     assert torch.equal(again.model.lm_head.weight, first.model.lm_head.weight)
 
 
-def test_a_kind_that_transformers_knows_loads_without_the_code_that_comes_with_it(tmp_path):
-    directory = write_llm(tmp_path / "llm")
-    marker = tmp_path / "was_run"
-    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-    for file in ("config.json", "tokenizer_config.json"):
-        content = json.loads((directory / file).read_text()) | {"auto_map": code}
-        (directory / file).write_text(json.dumps(content))
-    llm = load_llm(str(directory))
-    assert not marker.exists()
-    llm.tokenizer.save_pretrained(tmp_path / "again")
-    saved = (tmp_path / "again" / "tokenizer_config.json").read_text()
-    assert "auto_map" not in saved, "what is passed on needs no code"
-    assert "trust_remote_code" not in saved
-
-
-def test_refusals(tmp_path, monkeypatch):
+def test_refusals(tmp_path):
     with pytest.raises(UserError, match=r"language model: there is no directory \./nothing"):
         load_llm("./nothing")
     directory = write_llm(tmp_path / "llm")
     config = json.loads((directory / "config.json").read_text())
     marker = tmp_path / "was_run"
     (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    code = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    code = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (directory / "config.json").write_text(json.dumps(config | code))
-    with pytest.raises(UserError, match=r"language model: .*llm needs Python code.*never runs"):
-        load_llm(str(directory))
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    load_llm(str(directory)).tokenizer.save_pretrained(tmp_path / "again")  # a kind that transformers knows itself
+    assert not re.search("auto_map|trust_remote_code", (tmp_path / "again" / "tokenizer_config.json").read_text())
+    for changed, message in [
+        (code | {"model_type": "evil"}, r"language model: .*llm needs Python code.*never runs"),
+        ({"intermediate_size": 72}, "language model"),
+        ({"num_hidden_layers": 3}, r"do not fit their config\.json: missing model\.layers\.2"),
+    ]:
+        (directory / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(UserError, match=message):
+            load_llm(str(directory))
     assert not marker.exists()
-    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
-    with pytest.raises(UserError, match="language model"):
-        load_llm(str(directory))
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=r"do not fit their config\.json: missing model\.layers\.2"):
-        load_llm(str(directory))
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -169,16 +166,6 @@ def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, cap
     assert answer[-1] == llm.tokenizer.eos_token_id
 
 
-def test_a_sampling_setting_without_sampling_does_not_keep_a_model_from_being_saved(tmp_path):
-    """The generation_config.json of lmsys/vicuna-7b-v1.5: temperature and top_p, and no do_sample."""
-    directory = write_llm(tmp_path / "llm")
-    settings = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    (directory / "generation_config.json").write_text(json.dumps(settings))
-    model = load_llm(str(directory)).model
-    model.save_pretrained(tmp_path / "saved")
-    assert model.generation_config.eos_token_id == 2
-
-
 def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monkeypatch, capsys):
     directory = write_llm(tmp_path / "llm")
     capsys.readouterr()
@@ -190,18 +177,3 @@ def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monke
     assert "Loading weights" in capsys.readouterr().err
     with stock.loading("model", "nowhere/yet"):  # may be a download
         assert logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        load_llm(str(directory))
-        assert not logging.is_progress_bar_enabled()
-    finally:
-        logging.enable_progress_bar()
-
-
-def test_llava_s_names_of_formats_are_taken_and_unknown_ones_refused_before_the_weights(tmp_path):
-    write_llm(tmp_path / "llm")
-    assert saved_format(load_llm(str(tmp_path / "llm"), version="vicuna_v1").tokenizer).name == "v1"
-    assert saved_format(load_llm(str(tmp_path / "llm"), version="qwen_1_5").tokenizer).name == "chatml"
-    (tmp_path / "llm" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"'mpt' is not known; choose one of: plain, v1, .*vicuna_v1"):
-        load_llm(str(tmp_path / "llm"), version="mpt")

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from tiny_mllm import SHAPES, tiny_tokenizer, write_run
 from transformers import (
     BitImageProcessor,
@@ -40,14 +41,14 @@ from clips.data.tokenizer import build_tokenizer
 from clips.weights.export import write_native
 from clips.weights.open_clip import open_clip_lacks, write_open_clip
 from mllm.encoders.load import LOADERS, check_equal
-from mllm.encoders.registry import ARGUMENTS, load_vision, parse_vision_name
+from mllm.encoders.registry import ARGUMENTS, image_pixels, load_vision, parse_vision_name
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs/ with two CLIPS runs (`new` is the newest), a baseline, an unfinished one and one of another kind."""
+    """runs/ with two CLIPS runs (`new` is the newest), a baseline and a run of another kind."""
     runs = tmp_path_factory.mktemp("runs")
     for age, (name, objective, seed) in enumerate([("base", "clip", 3), ("new", "clips", 2), ("old", "clips", 1)]):
         write_run(runs / name, objective, seed=seed)
@@ -83,7 +84,6 @@ def stock_tokens(encoder, pixel_values):
 
 def stock_token_count(encoder):
     """How many placeholders a stock processor puts for one image."""
-
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     processor = LlavaProcessor(
@@ -115,42 +115,21 @@ def test_clips_equals_the_trained_tower(tmp_path, images, shape):
     if open_clip_lacks(trained.config) is None:
         write_open_clip(trained, tokenizer, tmp_path / "open_clip")
         places.append("open_clip")
+    states = []
+    for block in trained.visual.blocks:
+        block.register_forward_hook(lambda block, inputs, output: states.append(output))
     with torch.no_grad():
-        last, before_last = (_tokens(trained.visual, images, blocks=blocks) for blocks in (3, 2))
+        trained.visual(images)
     for place in places:
-        for layer, expected in ((-1, last), (-2, before_last)):
-            encoder = load_vision(f"clips:{tmp_path / place}", select_layer=layer)
+        for layer in (-1, -2):
+            encoder, expected = load_vision(f"clips:{tmp_path / place}", select_layer=layer), states[layer]
+            expected = trained.visual.patches(expected)
             close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0.0}
             torch.testing.assert_close(encoder.features(images), expected, **close)
         has_cls = trained.config.vision.cls
         assert (encoder.num_tokens, encoder.width, encoder.prefix_tokens) == (16, 32, int(has_cls))
         assert encoder.select_feature == ("default" if has_cls else "full")
         assert_fits_stock(encoder, images)
-
-
-def _tokens(visual, images, blocks):
-    x = visual.patch_embed(images).flatten(2).transpose(1, 2)
-    if visual.cls_token is not None:
-        x = torch.cat([visual.cls_token.expand(len(x), 1, -1), x], 1)
-    x = visual.pre_norm(x + visual.positions())
-    for block in list(visual.blocks)[:blocks]:
-        x = block(x)
-    return visual.patches(x)
-
-
-def test_default_is_the_newest_run_of_its_objective(runs):
-    assert load_vision("clips", runs=runs).fingerprint == load_vision(f"clips:{runs / 'new'}").fingerprint
-    assert load_vision("clip", runs=runs).fingerprint == load_vision(f"clip:{runs / 'base' / 'export'}").fingerprint
-    older = load_vision(f"clips:{runs / 'old' / 'export' / 'hf_vit'}")
-    assert older.fingerprint != load_vision("clips", runs=runs).fingerprint
-
-
-def test_nothing_trained_yet_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"pretrain_clips\.py --recipe clip_baseline"):
-        load_vision("clip", runs=tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no encoder"):
-        load_vision(f"clips:{tmp_path / 'empty'}")
 
 
 def test_random_is_seeded_and_untrained(runs, images):
@@ -176,14 +155,18 @@ def test_blind_sees_nothing(tmp_path, images, shape):
     assert_fits_stock(blind, images)
 
 
+def randomised(model):
+    torch.manual_seed(4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
 def open_clip_directory(directory, **vision):
     """A random open_clip model on disk; returns it."""
     vision_cfg = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8, **vision}
     text_cfg = {"width": 32, "heads": 4, "layers": 1, "vocab_size": 64, "context_length": 16}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision_cfg, text_cfg=text_cfg).eval()
-    torch.manual_seed(4)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = randomised(open_clip.CLIP(embed_dim=16, vision_cfg=vision_cfg, text_cfg=text_cfg))
     directory.mkdir()
     config = {
         "model_cfg": {"embed_dim": 16, "vision_cfg": vision_cfg, "text_cfg": text_cfg},
@@ -229,30 +212,13 @@ def test_open_clip_refusals(tmp_path):
         load_vision(f"open_clip:local-dir:{tmp_path / 'qk'}")
 
 
-def timm_directory(directory, name="vit_tiny_patch16_224", **options):
+def timm_directory(directory, **options):
     """A random timm model on disk; returns it."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0}
-    model = timm.create_model(name, **sizes | options).eval()
-    torch.manual_seed(4)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    directory.mkdir()
-    config = {
-        "architecture": name,
-        "num_classes": 0,
-        "model_args": sizes | options,
-        "pretrained_cfg": {
-            "input_size": [3, 32, 32],
-            "interpolation": "bilinear",
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "crop_pct": 0.8,
-            "crop_mode": "center",
-            "num_classes": 0,
-        },
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0} | options
+    look = {"interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    look |= {"crop_pct": 0.8, "crop_mode": "center"}
+    model = randomised(timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=look, **sizes))
+    save_for_hf(model, directory, model_args=sizes)
     return model
 
 
@@ -278,29 +244,20 @@ def test_timm(tmp_path, images, options, kind):
     assert encoder.image_processor.size["shortest_edge"] == 40
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
-        ("vit_tiny_patch16_224", {"qk_norm": True}, "normalises inside attention"),
-        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "no absolute position"),
-    ],
-)
-def test_timm_refuses_what_does_not_map(tmp_path, name, options, reason):
-    timm_directory(tmp_path / "model", name, **options)
-    with pytest.raises(UserError, match=reason):
-        load_vision(f"timm:local-dir:{tmp_path / 'model'}")
-
-
-def test_timm_unknown_and_not_a_vit(tmp_path):
+def test_timm_refusals(tmp_path):
     with pytest.raises(UserError, match="timm has no model"):
         load_vision("timm:vit_of_dreams")
-    model = timm.create_model("resnet10t", num_classes=0)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 0}))
-    save_file(model.state_dict(), tmp_path / "model" / "model.safetensors")
+    save_for_hf(timm.create_model("resnet10t", num_classes=0), tmp_path)
     with pytest.raises(UserError, match="it is a ResNet, not a plain VisionTransformer"):
-        load_vision(f"timm:local-dir:{tmp_path / 'model'}")
+        load_vision(f"timm:local-dir:{tmp_path}")
+    for options, reason in [
+        ({"reg_tokens": 2}, "register tokens"),
+        ({"qk_norm": True}, "normalises inside attention"),
+        ({"pos_embed": "none"}, "no absolute position"),
+    ]:
+        timm_directory(tmp_path, **options)
+        with pytest.raises(UserError, match=reason):
+            load_vision(f"timm:local-dir:{tmp_path}")
 
 
 def test_a_wrong_mapping_is_noticed(tmp_path, images):
@@ -314,7 +271,6 @@ def test_a_wrong_mapping_is_noticed(tmp_path, images):
 
 def hf_directory(directory, kind):
     """A random transformers model with its usual image processor; returns the vision model."""
-    torch.manual_seed(4)
     if kind == "clip":
         vision = SMALL | {"intermediate_size": 64}
         text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -329,9 +285,7 @@ def hf_directory(directory, kind):
     else:
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, num_register_tokens=3))
         processor = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.eval().save_pretrained(directory)
+    randomised(model).save_pretrained(directory)
     processor.save_pretrained(directory)
     return getattr(model, "vision_model", model), processor
 
@@ -380,19 +334,21 @@ def test_hf_refusals(tmp_path):
 
 
 def test_unknown_names_and_layers(runs, tmp_path):
-    with pytest.raises(
-        UserError, match=r"'dino' is not known; known are: clips, clip, caption, caption\+web, random, blind, open"
-    ):
-        load_vision("dino")
     for name in ("openai/clip-vit-large-patch14-336", "./tower", "/models/tower"):  # as LLaVA's users type it
         assert parse_vision_name(name) == ("hf", name)
     (tmp_path / "mine" / "export").mkdir(parents=True)
     with pytest.raises(UserError, match="clips:"):
         parse_vision_name(str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="hf needs an argument"):
-        load_vision("hf")
-    with pytest.raises(UserError, match="has layers -4 … 3"):
-        load_vision("clips", runs=runs, select_layer=-5)
+    (tmp_path / "empty").mkdir()
+    for name, options, message in [
+        ("dino", {}, r"'dino' is not known; known are: clips, clip, caption, caption\+web, random, blind, open"),
+        ("hf", {}, "hf needs an argument"),
+        ("clips", {"runs": runs, "select_layer": -5}, "has layers -4 … 3"),
+        ("clip", {"runs": tmp_path}, r"pretrain_clips\.py --recipe clip_baseline"),  # nothing trained yet
+        (f"clips:{tmp_path / 'empty'}", {}, "holds no encoder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_vision(name, **options)
     assert list(LOADERS) == list(ARGUMENTS)
 
 
@@ -416,16 +372,12 @@ def test_fingerprint_follows_weights_layer_and_preprocessing(runs, tmp_path):
 def test_pad_keeps_the_whole_picture(runs):
     """A wide picture: `square` squashes it, `pad` puts bars of the mean colour above and below."""
     picture = np.zeros((16, 32, 3), dtype=np.uint8)
-    square, pad = (
-        load_vision("clips", runs=runs, image_aspect_ratio=ratio).image_processor(images=picture, return_tensors="pt")[
-            "pixel_values"
-        ][0]
-        for ratio in ("square", "pad")
-    )
+    encoders = [load_vision("clips", runs=runs, image_aspect_ratio=ratio) for ratio in ("square", "pad")]
+    square, pad = (image_pixels(encoder.image_processor, picture) for encoder in encoders)
     assert square.shape == pad.shape == (3, 32, 32)
     assert pad[:, :6].abs().max() < 0.03  # the mean colour, up to rounding to 8 bits
     assert torch.allclose(pad[:, 10:22], square[:, 10:22])
-    assert "padded to a square" in load_vision("clips", runs=runs, image_aspect_ratio="pad").describe()
+    assert "padded to a square" in encoders[1].describe()
 
 
 def test_facts_name_the_encoder_without_a_path(runs, tmp_path):
