@@ -1,6 +1,5 @@
 """Started through the deepspeed launcher or alone: scripts/train_llava.py, to which something happens at a step.
 
-python llava_worker.py stop STEP [flags of train_llava.py]: rank 0 gets SIGUSR1 during optimizer step STEP.
 python llava_worker.py keep STEP [flags]: the sealed checkpoint of STEP is copied beside the run, to OUTPUT_DIR-kept.
 python llava_worker.py kill STEP [flags]: SIGKILL when the checkpoint of STEP is written and not sealed yet.
 python llava_worker.py each 0 [flags] + [flags] + …: several stages, one after the other, in the same processes.
@@ -27,13 +26,13 @@ from mllm.training.run import run_stage
 from mllm.training.trainer import LlavaTrainer
 
 
-def stop_in_step(step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process the signal `number` when `LlavaTrainer` is in optimizer step `step` (1-based)."""
+def stop_in_step(step: int) -> None:
+    """Send this process SIGTERM when `LlavaTrainer` is in optimizer step `step` (1-based)."""
     original = LlavaTrainer.training_step
 
     def training_step(self, *arguments, **options):
-        if self.state.global_step + 1 == step and self.args.process_index == 0:
-            os.kill(os.getpid(), number)
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments, **options)
 
     LlavaTrainer.training_step = training_step
@@ -79,9 +78,7 @@ if __name__ == "__main__":
     what, step, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if what == "each":
         sys.exit(run_command(lambda: run_each(flags, local_rank)))
-    if what == "stop":
-        stop_in_step(int(step), signal.SIGUSR1)
-    elif what == "keep":
+    if what == "keep":
         at_seal(int(step), before=False, act=keep)
     else:
         at_seal(int(step), before=True, act=lambda _: os.kill(os.getpid(), signal.SIGKILL))

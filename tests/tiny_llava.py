@@ -50,7 +50,6 @@ def write_place(root: Path) -> Path:
 
 @functools.cache
 def _made_place() -> Path:
-    """The same folder, made once in each process of tests."""
     root = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_run(root / "runs" / "clips-demo")

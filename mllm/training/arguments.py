@@ -18,33 +18,23 @@ from mllm.training.stages import STAGES, Stage
 HELP = (
     "Train a LLaVA-style model in two stages. Any flag may be given for one stage only: --align.FLAG, --instruct.FLAG."
 )
-DEFAULTS: dict[str, Any] = {
-    "mm_projector_type": "mlp2x_gelu",
-    "model_max_length": 2048,
-    "lora_r": 128,
-    "lora_alpha": 256,
-    "lora_dropout": 0.05,
-    "warmup_ratio": 0.03,
-    "lr_scheduler_type": "cosine",
-    "num_train_epochs": 1.0,
-    "max_steps": -1,
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "mm_projector_type": ("mlp2x_gelu", "linear"),
+    "mm_vision_select_layer": (-2, -1),
+    "image_aspect_ratio": (None, "square"),
+    "group_by_modality_length": (None, False),
+    "model_max_length": (2048, 512),
+    "lora_r": (128, 64),
+    "lora_alpha": (256, 16),
+    "lora_dropout": (0.05, 0.05),
+    "learning_rate": (None, 5e-5),
+    "mm_projector_lr": (None, None),
+    "warmup_ratio": (0.03, 0.0),
+    "lr_scheduler_type": ("cosine", "linear"),
+    "num_train_epochs": (1.0, 3.0),
+    "max_steps": (-1, -1),
 }
-"""What LLaVA-1.5's scripts give in both stages; mllm/training/stages.py holds what they give in one."""
-LLAVA_DEFAULTS: dict[str, Any] = {
-    "mm_projector_type": "linear",
-    "mm_vision_select_layer": -1,
-    "image_aspect_ratio": "square",
-    "group_by_modality_length": False,
-    "model_max_length": 512,
-    "lora_r": 64,
-    "lora_alpha": 16,
-    "learning_rate": 5e-5,
-    "mm_projector_lr": None,
-    "warmup_ratio": 0.0,
-    "lr_scheduler_type": "linear",
-    "num_train_epochs": 3.0,
-}
-"""The defaults of LLaVA's train.py that differ from the defaults here."""
+"""Flag → (the value of LLaVA-1.5's scripts, the value of LLaVA's train.py); None: mllm/training/stages.py has it."""
 
 
 def flag(default: Any, text: str, *aliases: str) -> Any:
@@ -55,7 +45,7 @@ def flag(default: Any, text: str, *aliases: str) -> Any:
 
 def usual(name: str, text: str) -> Any:
     """A flag that `resolve` fills in from DEFAULTS."""
-    return flag(None, f"{text} (default: {DEFAULTS[name]})")
+    return flag(None, f"{text} (default: {DEFAULTS[name][0]})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +71,7 @@ class TrainArguments:
     mm_projector_init: Literal["random", "captions"] | None = flag(
         None, "start of stage 1: random, or captions: closed form, image tokens regressed on the words of the captions*"
     )
-    mm_vision_select_layer: int = flag(None, "hidden state of the encoder that the projector sees*")
+    mm_vision_select_layer: int = usual("mm_vision_select_layer", "hidden state of the encoder that the projector sees")
     mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")
     image_aspect_ratio: Literal["square", "pad"] = flag(None, "square: the encoder's own way; pad: LLaVA's*")
     group_by_modality_length: bool = flag(None, "batches of one modality and similar lengths (default: in stage 2)")
@@ -141,9 +131,11 @@ class TrainArguments:
         if self.bits != 4 and (self.quant_type is not None or self.double_quant is not None):
             raise UserError("--quant_type and --double_quant say how --bits 4 quantises: give that, or leave them out")
         on_gpu = self.device != "cpu" and torch.cuda.is_available()
-        defaults = DEFAULTS | {
+        kind, colon, _ = self.vision_tower.partition(":")  # a bare owner/name or directory is of kind hf
+        defaults: dict[str, Any] = {name: ours for name, (ours, _) in DEFAULTS.items()}
+        defaults |= {
             "lora_enable": self.bits < 16,
-            "output_dir": os.path.join("runs", f"llava-{self.vision_kind}"),
+            "output_dir": os.path.join("runs", f"llava-{'hf' if not colon and '/' in kind else kind}"),
             "bf16": has_bf16(torch.device("cuda" if on_gpu else "cpu")),
             "gradient_checkpointing": on_gpu,
             "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
@@ -151,8 +143,9 @@ class TrainArguments:
         defaults |= stage.llava
         defaults |= stage.lora if self.lora_enable or self.bits < 16 else {}
         defaults |= stage.demo if self.data_path is None else {}
-        filled = dataclasses.asdict(self)
-        filled |= {name: value for name, value in defaults.items() if filled[name] is None}
+        filled: dict[str, Any] = {
+            name: defaults.get(name) if value is None else value for name, value in vars(self).items()
+        }
         if stage.number == 2:  # it starts from stage 1's projector
             filled["mm_projector_init"] = None
         if self.bits < 16 and not filled["lora_enable"] and stage.number == 2:
@@ -184,15 +177,13 @@ class TrainArguments:
 
     @property
     def description(self) -> Stage:
-        if self.stage not in STAGES:
-            raise UserError(f"--stage {self.stage} is not known; choose 1 (align) or 2 (instruct)")
         return STAGES[self.stage]
 
     @property
-    def vision_kind(self) -> str:
-        """The encoder's name up to its colon; a bare owner/name or directory is of kind hf."""
-        kind, colon, _ = self.vision_tower.partition(":")
-        return "hf" if not colon and "/" in kind else kind
+    def rates(self) -> dict[str, float]:
+        """Part → peak learning rate."""
+        given = {"vision_tower": self.mm_vision_tower_lr, "projector": self.mm_projector_lr, "language_model": None}
+        return {part: self.learning_rate if rate is None else rate for part, rate in given.items()}
 
     @property
     def caches_features(self) -> bool:
@@ -210,14 +201,11 @@ NOT_RESULT = {
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # batch_size stays
 }
 LLAVA_FLAGS: dict[str, tuple[str | None, str]] = {
-    "mm_use_im_start_end": ("False", ""),
-    "mm_use_im_patch_token": ("False", ""),
+    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "remove_unused_columns"), ("False", "")),
     "mm_patch_merge_type": ("flat", "pictures are one tile each; choose an encoder with a larger image"),
     "lazy_preprocess": ("True", ""),
     "is_multimodal": ("True", "samples without a picture are trained on in any case"),
-    "remove_unused_columns": ("False", ""),
-    "evaluation_strategy": ("no", "run scripts/evaluate_llava.py on the finished model"),
-    "eval_strategy": ("no", "run scripts/evaluate_llava.py on the finished model"),
+    **dict.fromkeys(("evaluation_strategy", "eval_strategy"), ("no", "run scripts/evaluate_llava.py afterwards")),
     "save_strategy": ("steps", "give --save_steps"),
     "fp16": ("False", "use --bf16, which needs no scaling of the loss, or leave both out for fp32"),
     "optim": ("adamw_torch", "to save memory use --bits 4, or DeepSpeed's offload"),
@@ -254,8 +242,6 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     Raises UserError for a flag of the other stage otherwise, and for a LLaVA flag whose value is not supported.
     """
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if {"-h", "--help"} & set(argv):
-        parser().parse_args(["--help"])
     stage = _stage_of(argv)
     flags = parser().parse_args(flags_of_stage(argv, stage.name))
     _check_llava_flags({name: getattr(flags, name) for name in LLAVA_FLAGS})
@@ -290,6 +276,8 @@ def _check_llava_flags(given: dict[str, str | None]) -> None:
 
 
 def _stage_of(argv: list[str]) -> Stage:
+    if {"-h", "--help"} & set(argv):
+        parser().parse_args(["--help"])
     given = [argv[i + 1 : i + 2] for i, word in enumerate(argv) if word == "--stage"]
     number = "".join(given[-1]) if given else ""
     if number not in ("1", "2"):
@@ -303,17 +291,15 @@ def _stage_of(argv: list[str]) -> Stage:
 
 def flags_of_stage(argv: list[str], stage: str) -> list[str]:
     """`argv` without the other stage's own flags, and with this stage's own flags last, without their prefix."""
-    common: list[str] = []
-    own: list[str] = []
-    target: list[str] = common
+    parts: dict[str, list[str]] = {name: [] for name in ("", *(s.name for s in STAGES.values()))}
+    part = ""  # the flags without a prefix
     for word in argv:
         if word.startswith("--"):
             prefix, dot, rest = word[2:].partition(".")
-            is_own = bool(dot) and prefix in {s.name for s in STAGES.values()}
-            target = common if not is_own else own if prefix == stage else []
-            word = f"--{rest}" if is_own else word
-        target.append(word)
-    return common + own
+            part = prefix if dot and prefix in parts else ""
+            word = f"--{rest}" if part else word
+        parts[part].append(word)
+    return parts[""] + parts[stage]
 
 
 def left_out(flags: TrainArguments, resolved: TrainArguments) -> str:
@@ -329,7 +315,7 @@ def left_out(flags: TrainArguments, resolved: TrainArguments) -> str:
         "num_train_epochs": resolved.max_steps < 0,
     }
     found = []
-    for name, theirs in LLAVA_DEFAULTS.items():
+    for name, (_, theirs) in DEFAULTS.items():
         given, value = getattr(flags, name), getattr(resolved, name)
         if given is None and value != theirs and counts.get(name, True):
             found.append(f"{name} {value} ({'as learning_rate' if theirs is None else theirs})")

@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.files import placing, write_atomically
-from clips.common.workers import start_worker
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
@@ -86,7 +84,6 @@ class FeatureCache:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
     ) -> int:
         """Encode the pictures of `names` that are not cached yet; returns their number.
 
@@ -114,16 +111,13 @@ class FeatureCache:
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)
-        load = partial(_load_or_error, pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor)))
+        load = pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor))
         with tqdm(total=len(todo), unit="img", desc="image features") as bar:
             for start in range(0, len(todo), per_file):
-                chunk: Any = todo[start : start + per_file]  # DataLoader takes a list, its annotation does not
+                chunk = todo[start : start + per_file]
                 parts = []
-                for pixels in DataLoader(
-                    chunk, batch_size, collate_fn=load, num_workers=workers, worker_init_fn=start_worker
-                ):
-                    if isinstance(pixels, UserError):
-                        raise pixels
+                for begin in range(0, len(chunk), batch_size):
+                    pixels = load(chunk[begin : begin + batch_size])
                     with torch.inference_mode():
                         parts.append(self.encoder.features(pixels.to(device, model.dtype)).float().cpu().numpy())
                     bar.update(len(pixels))
@@ -147,11 +141,3 @@ class FeatureCache:
         with placing(path.with_suffix(".npy")) as file:
             np.save(file, half if np.isfinite(half).all() else features)
         write_atomically(path.with_suffix(".json"), json.dumps(keys))  # last: it makes the pair count
-
-
-def _load_or_error(load: Callable[[list[str]], Tensor], names: list[str]) -> Tensor | UserError:
-    """Pixels, or the error as a value: an error raised in a data worker would be wrapped in a traceback."""
-    try:
-        return load(names)
-    except UserError as error:
-        return error

@@ -32,9 +32,7 @@ def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str,
     for name, parameter in model.named_parameters():
         part = part_of(name)
         trains = freeze[part] == "full" or (freeze[part] == "lora" and ".lora_" in name)
-        if part == "projector":
-            trains = trains and id(parameter) in projector_trains
-        yield name, parameter, trains
+        yield name, parameter, trains and (part != "projector" or id(parameter) in projector_trains)
 
 
 def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:
@@ -60,17 +58,6 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         counts[part_of(name)][0] += size
         counts[part_of(name)][1] += size * parameter.requires_grad
     return {part: (total, trained) for part, (total, trained) in counts.items()}
-
-
-def learning_rates(
-    learning_rate: float, mm_projector_lr: float | None = None, mm_vision_tower_lr: float | None = None
-) -> dict[str, float]:
-    """Part → peak learning rate."""
-    return {
-        "vision_tower": learning_rate if mm_vision_tower_lr is None else mm_vision_tower_lr,
-        "projector": learning_rate if mm_projector_lr is None else mm_projector_lr,
-        "language_model": learning_rate,
-    }
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:

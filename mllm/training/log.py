@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from clips.common import rundir
 from clips.common.errors import never_in_the_way
@@ -31,12 +31,7 @@ class Work:
     """
 
     def __init__(
-        self,
-        flops: LlavaFlops,
-        device: torch.device,
-        dtype: torch.dtype,
-        world_size: int,
-        image_token_id: int | None = None,
+        self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int, image_token_id: int | None
     ) -> None:
         self.flops, self.device, self.world_size, self.image_token_id = flops, device, world_size, image_token_id
         self.peak, _ = peak_flops(device, dtype)
@@ -96,22 +91,13 @@ class MetricsLog(TrainerCallback):
         self.path, self.stage, self.batch_size, self.active = run_dir / rundir.METRICS, stage, batch_size, active
         self.work = work
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
         if self.active:  # a stage that begins anew drops its own lines; the other stage's lines stay
             step = state.global_step
             rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self.active or logs is None or "loss" not in logs:
             return
         now = (time.monotonic(), state.global_step, self.work.total())

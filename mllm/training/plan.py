@@ -28,7 +28,7 @@ from clips.common.memory import Parameters, held
 from clips.common.page import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
-from mllm.training.freeze import apply_freeze, count_parameters, learning_rates, llava_of
+from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import PARTS, STAGES, Training, freeze_table
 
@@ -107,10 +107,9 @@ def print_plan(
     table = Table(title=f"stage {stage.number}: {stage.name}", title_justify="left")
     for column in ("part", "trains", "parameters", "trained", "learning rate"):
         table.add_column(column, justify="left" if column in ("part", "trains") else "right")
-    rates = learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr)
     for part in PARTS:
         total, trained = counts[part]
-        rate = "–" if freeze[part] == "frozen" else f"{rates[part]:g}"
+        rate = "–" if freeze[part] == "frozen" else f"{arguments.rates[part]:g}"
         how = freeze[part] + (f", {arguments.bits} bits" if part == "language_model" and arguments.bits < 16 else "")
         table.add_row(part, how, f"{total / 1e6:.2f} M", f"{trained / 1e6:.3f} M" if trained else "0", rate)
     console.print(table)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import json
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.files import read_json
+from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
-from mllm.data.conversation import ConversationEncoder
+from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
 from mllm.data.formats import format_name
@@ -26,18 +28,19 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
-from mllm.model.packing import SHORT
+from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
+from mllm.model.projector_start import start_from_captions
 from mllm.model.quantize import quantize
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
-from mllm.training.freeze import apply_freeze
+from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import Training, freeze_table
 
 PROJECTOR = "mm_projector.bin"
-START_IMAGES = 8_192
-"""The closed-form start (mllm/training/caption_start.py) takes this many images at most."""
+START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
+"""The closed-form start takes this many images at most, this many tokens of each image, and reads such batches."""
 
 
 @dataclass(kw_only=True)
@@ -153,21 +156,48 @@ def _start_projector(
     return f"from {start}"
 
 
-def projector_of(arguments: TrainArguments, prepared: Prepared) -> dict[str, Any]:
-    """The parts that a projector is trained between; it is of no use between other parts."""
+def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, *, write: bool) -> None:
+    """Check config.json, and if `write` is set, write it with the list of skipped samples.
+
+    Raises UserError if config.json has another run, if stage 1 trained its projector between another encoder and
+    language model, or if another process trains the run.
+    """
+    stage, path = arguments.description, run_dir / "config.json"
+    made = {
+        "vision_fingerprint": prepared.vision.fingerprint,
+        "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
+    }
     fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
-    found = {name: getattr(arguments, name) for name in fields}
-    return found | {"vision tower's weights": prepared.vision.weights_fingerprint}
-
-
-def check_aligned(run_dir: Path, wanted: dict[str, Any]) -> None:
-    """UserError unless stage 1 of this run trained its projector between the same encoder and language model."""
-    there = read_json(run_dir / "config.json").get("align", {}).get("projector_of", wanted)
-    rundir.refuse(
-        rundir.difference({name: there.get(name) for name in wanted}, wanted),
-        f"stage 1 in {run_dir} trained its projector between other parts",
-        "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
-    )
+    parts = {name: getattr(arguments, name) for name in fields}
+    parts["vision tower's weights"] = prepared.vision.weights_fingerprint
+    record = {
+        "trains": arguments.what_trains() | made,  # a resumed run must have the same values; the rest is for people
+        "facts": prepared.facts,
+        "freeze": prepared.freeze,
+        "projector_of": parts,
+    }
+    config = read_json(path)
+    if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
+        aligned = config.get("align", {}).get("projector_of", parts)
+        rundir.refuse(
+            rundir.difference({name: aligned.get(name) for name in parts}, parts),
+            f"stage 1 in {run_dir} trained its projector between other parts",
+            "Run stage 1 again under another --output_dir, or name a projector with --pretrain_mm_mlp_adapter",
+        )
+    if stage.name in config:
+        rundir.refuse(
+            rundir.difference(config[stage.name]["trains"], record["trains"]),
+            f"{run_dir} holds a run whose stage {stage.name} is another one",
+            "Give the new run another --output_dir, or remove that directory",
+        )
+    if not write:
+        return
+    (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
+    rundir.hold(run_dir)
+    write_json(path, config | {stage.name: record})
+    if prepared.dataset.skipped:
+        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
+        write_atomically(run_dir / stage.name / "skipped.jsonl", lines)
 
 
 def longest(dataset: LlavaDataset) -> int:
@@ -193,3 +223,35 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
         dist.barrier()
         cache.refresh()
     return Collator(pad_id, cache.get, "image_features")
+
+
+def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:
+    """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
+    single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
+    generator = torch.Generator().manual_seed(arguments.seed)
+    chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
+    if not chosen:
+        raise UserError("--mm_projector_init captions needs samples with one picture, and the data has none")
+    captions, parts, encoder = [], [], prepared.vision
+    tower: Any = encoder.model  # PreTrainedModel.to is annotated without its `self`
+    tower.to(device)
+    for begin in range(0, len(chosen), START_BATCH):
+        samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
+        captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
+        features = collator.load_images([sample["images"][0] for sample in samples])
+        if not arguments.caches_features:  # then `features` are pixels
+            with torch.no_grad():
+                features = encoder.features(features.to(device)).cpu()
+        kept = torch.randperm(features.shape[1], generator=generator)[:START_TOKENS]
+        parts.append(features[:, kept])
+    model = llava_of(prepared.model)
+    projector = model.model.multi_modal_projector  # with DeepSpeed it is not on the GPU yet
+    fitted = copy.deepcopy(projector).float().cpu()
+    words = model.get_input_embeddings().get_parameter("weight").cpu()
+    r2 = start_from_captions(fitted, torch.cat(parts), captions, words, seed=arguments.seed)
+    for parameter, value in zip(projector.parameters(), fitted.parameters(), strict=True):
+        value = value.data.to(device)  # NCCL broadcasts only from the GPU
+        if dist.is_initialized():
+            dist.broadcast(value, src=0)
+        parameter.data.copy_(value)
+    return r2

@@ -10,10 +10,9 @@ runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,23 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from clips.common import rundir
 from clips.common.errors import reporting
 from clips.common.escape import for_rich
-from clips.common.files import read_json, write_atomically, write_json
+from clips.common.files import write_json
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import bound_kernel_caches, choose_device, environment, init_distributed, shutdown
 from clips.common.signals import stopped_by
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
-from mllm.model.packing import can_pack
 from mllm.training.arguments import TrainArguments, left_out
-from mllm.training.caption_start import fit_to_captions
 from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
-from mllm.training.freeze import assert_freeze, count_parameters, learning_rates, llava_of
+from mllm.training.freeze import assert_freeze, count_parameters, llava_of
 from mllm.training.log import MetricsLog, Work, write_curves
 from mllm.training.plan import print_plan, steps_of
-from mllm.training.prepare import Prepared, check_aligned, collator_of, longest, prepare, projector_of
-from mllm.training.trainer import (
-    Indexed,
-    IndexedCollator,
-    LlavaTrainer,
-    StepCallback,
-    TrainingModel,
-    training_arguments,
-)
+from mllm.training.prepare import Prepared, collator_of, fit_to_captions, longest, prepare, record_config
+from mllm.training.trainer import Indexed, LlavaTrainer, StepCallback, TrainingModel, training_arguments
 from mllm.training.zero import check_engine, checkpoint_classes, deepspeed_config, fitted, whole, zero_stage
 
 
@@ -68,17 +57,15 @@ def run_stage(flags: TrainArguments) -> None:
     if process.deepspeed:
         made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
         check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), world_size))
-    others = left_out(flags, arguments)
-    facts = prepared.facts | ({"not in LLaVA's": others} if others else {})
+    others = {"not in LLaVA's": text} if (text := left_out(flags, arguments)) else {}
     print_plan(
-        arguments, prepared.model, prepared.freeze, facts, samples=len(prepared.dataset),
+        arguments, prepared.model, prepared.freeze, prepared.facts | others, samples=len(prepared.dataset),
         length=longest(prepared.dataset), zero=zero, world_size=world_size, console=process.console,
     )  # fmt: skip
     if not arguments.dry_run:
-        record_config(arguments, prepared, run_dir, process)
+        record_config(arguments, prepared, run_dir, write=process.is_main)
         if (run_dir / stage.name / "done.json").is_file():
-            place = for_rich(str(run_dir / stage.name))
-            process.console.print(f"stage {stage.number} ({stage.name}) is finished already: {place}")
+            process.console.print(f"stage {stage.number} is finished already: {for_rich(str(run_dir / stage.name))}")
         else:
             summary = train(arguments, prepared, run_dir, process, begin)
             with whole(prepared.model, zero):
@@ -121,35 +108,6 @@ def join(arguments: TrainArguments, world_size: int) -> Process:
     return Process(device=device, world_size=world_size, is_main=is_main, deepspeed=deepspeed, console=console)
 
 
-def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process) -> None:
-    """Write config.json and the list of skipped samples.
-
-    Raises UserError if config.json has another run, if stage 1 had other parts, or if another process trains the run.
-    """
-    stage, path = arguments.description, run_dir / "config.json"
-    packed = can_pack(llava_of(prepared.model).config.get_text_config())
-    made = {"vision_fingerprint": prepared.vision.fingerprint, "packed": packed}
-    record: dict[str, Any] = {"trains": arguments.what_trains() | made}
-    record |= {"facts": prepared.facts, "freeze": prepared.freeze, "projector_of": projector_of(arguments, prepared)}
-    if stage.number == 2 and arguments.pretrain_mm_mlp_adapter is None:
-        check_aligned(run_dir, record["projector_of"])
-    config = read_json(path)
-    if stage.name in config:  # `trains` is what a resumed run must have in common; the rest of a record is for people
-        rundir.refuse(
-            rundir.difference(config[stage.name]["trains"], record["trains"]),
-            f"{run_dir} holds a run whose stage {stage.name} is another one",
-            "Give the new run another --output_dir, or remove that directory",
-        )
-    if not process.is_main:
-        return
-    (run_dir / stage.name).mkdir(parents=True, exist_ok=True)
-    rundir.hold(run_dir)
-    write_json(path, config | {stage.name: record})
-    if prepared.dataset.skipped:
-        lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in prepared.dataset.skipped)
-        write_atomically(run_dir / stage.name / "skipped.jsonl", lines)
-
-
 def train(
     arguments: TrainArguments, prepared: Prepared, run_dir: Path, process: Process, begin: float
 ) -> dict[str, Any]:
@@ -163,12 +121,20 @@ def train(
     collator = collator_of(arguments, prepared, process.device)  # encodes the images that the feature cache lacks
     assert_freeze(prepared.model, prepared.freeze)
     model = TrainingModel(prepared.model, features=arguments.caches_features)
-    work = work_of(arguments, prepared, process, packed=model.packed)
-    steps = StepCallback()
+    flops = LlavaFlops(
+        model.llava,
+        image_size=prepared.vision.image_size,
+        image_tokens=prepared.vision.num_tokens,
+        features=arguments.caches_features,
+    )
+    image_token_id = model.llava.config.image_token_id if model.packed else None
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    work = Work(flops, process.device, dtype, process.world_size, image_token_id)
+    dataset, steps = Indexed(prepared.dataset, collator), StepCallback()
     trainer = LlavaTrainer(
-        model,
-        training_arguments(arguments, stage_dir, process.device, process.deepspeed),
-        rates=learning_rates(arguments.learning_rate, arguments.mm_projector_lr, arguments.mm_vision_tower_lr),
+        arguments,
+        model=model,
+        args=training_arguments(arguments, stage_dir, process.device, process.deepspeed),
         sampler=EpochSampler(
             prepared.dataset.modality_lengths,
             batch_size=arguments.per_device_train_batch_size,
@@ -176,10 +142,9 @@ def train(
             seed=arguments.seed,
             group_by_modality_length=arguments.group_by_modality_length,
         ),
-        data_collator=IndexedCollator(collator),
-        train_dataset=Indexed(prepared.dataset),
+        data_collator=dataset.collate,
+        train_dataset=dataset,
         work=work,
-        keep=arguments.save_total_limit,
         callbacks=[MetricsLog(run_dir, stage.name, arguments.batch_size, work, active=process.is_main), steps],
     )
     checkpoint = newest(stage_dir)
@@ -202,7 +167,7 @@ def train(
         if dist.is_initialized():
             dist.barrier()  # a rank that ends has its launcher end the others, and rank 0 may still be writing
         raise stopped_by(steps.stopped)
-    flops, tokens = work.over_all_ranks()
+    done, tokens = work.over_all_ranks()
     samples = (result.global_step - first_step) * arguments.batch_size
     return {
         "stage": stage.name,
@@ -210,26 +175,11 @@ def train(
         "samples": result.global_step * arguments.batch_size,
         "train_seconds": round(seconds, 1),
         "prepare_seconds": round(prepared_s, 1),
-        **work.rates(samples=samples, flops=flops / process.world_size, seconds=seconds),
+        **work.rates(samples=samples, flops=done / process.world_size, seconds=seconds),
         "tokens_per_s": round(tokens / seconds, 1),
         "truncated_samples": prepared.dataset.truncated,
         "trained_parameters": {part: trained for part, (_, trained) in count_parameters(prepared.model).items()},
     }
-
-
-def work_of(arguments: TrainArguments, prepared: Prepared, process: Process, *, packed: bool) -> Work:
-    """The counter of the work that this rank does in the stage."""
-    llava, vision = llava_of(prepared.model), prepared.vision
-    flops = LlavaFlops(
-        llava,
-        image_size=vision.image_size,
-        image_tokens=vision.num_tokens,
-        features=arguments.caches_features,
-    )
-    return Work(
-        flops, process.device, torch.bfloat16 if arguments.bf16 else torch.float32, process.world_size,
-        image_token_id=llava.config.image_token_id if packed else None,
-    )  # fmt: skip
 
 
 def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:

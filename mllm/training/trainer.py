@@ -7,7 +7,6 @@ the engine's own files. Frozen parameters are loaded again from their source.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -99,19 +97,16 @@ class TrainingModel(nn.Module):
             tower.eval()
         return self
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Never strict: a checkpoint of the DeepSpeed engine leaves out what does not train."""
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
-
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
+@dataclass(frozen=True, eq=False)
 class Indexed(Dataset):
     """A data set whose samples bring their index: an error names the samples of a loss that is not finite."""
 
-    def __init__(self, dataset: LlavaDataset) -> None:
-        self.dataset = dataset
+    dataset: LlavaDataset
+    collator: Collator
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -119,12 +114,7 @@ class Indexed(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.dataset[index] | {"index": index}
 
-
-@dataclass(frozen=True)
-class IndexedCollator:
-    collator: Collator
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         return self.collator(samples) | {"index": torch.tensor([sample["index"] for sample in samples])}
 
 
@@ -136,9 +126,7 @@ class StepCallback(TrainerCallback):
         self.stopped = 0
         self.profiler = Profiler()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         self.profiler.step()
         # A signal may reach one rank only, or two ranks in different steps. All must stop after the same step.
         requested = torch.tensor(self.signal.requested, device=args.device)
@@ -151,10 +139,7 @@ class StepCallback(TrainerCallback):
 
 
 class LlavaTrainer(Trainer):
-    """The Trainer with `rates` (part → peak learning rate), the order `sampler`, the counter `work`.
-
-    `keep` is the number of checkpoints that stay.
-    """
+    """The Trainer with this project's optimizer, the order `sampler` and the counter `work`."""
 
     # Narrower types than the Trainer declares.
     model: TrainingModel
@@ -162,19 +147,9 @@ class LlavaTrainer(Trainer):
     train_dataset: Indexed
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR  # made before the first step
 
-    def __init__(
-        self,
-        model: TrainingModel,
-        args: TrainingArguments,
-        *,
-        rates: dict[str, float],
-        sampler: EpochSampler,
-        work: Work,
-        keep: int,
-        **kwargs: Any,
-    ) -> None:
-        self.rates, self.sampler, self.work, self.keep = rates, sampler, work, keep
-        super().__init__(model, args, **kwargs)
+    def __init__(self, arguments: TrainArguments, *, sampler: EpochSampler, work: Work, **kwargs: Any) -> None:
+        self.rates, self.keep, self.sampler, self.work = arguments.rates, arguments.save_total_limit, sampler, work
+        super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # MetricsLog prints
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -253,12 +228,12 @@ class LlavaTrainer(Trainer):
             prune(directory, self.keep)  # not before the seal: until then the older checkpoint is the only one
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        directory = Path(output_dir or self._get_output_dir(None))
         if self.args.should_save:
+            directory = Path(output_dir or self._get_output_dir(None))
             directory.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save and not self.is_deepspeed_enabled:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in self.model.trained().items()}
-            write_weights(tensors, directory / TRAINED)
+            if not self.is_deepspeed_enabled:
+                tensors = {name: p.detach().cpu().contiguous() for name, p in self.model.trained().items()}
+                write_weights(tensors, directory / TRAINED)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The Trainer leaves frozen weights out of PEFT models only, and does not see one in `TrainingModel`.
@@ -276,8 +251,10 @@ class LlavaTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             with restoring(checkpoint):
                 if self.is_deepspeed_enabled:
-                    with only_data(checkpoint_classes()):
-                        self.model_wrapped.load_checkpoint(str(checkpoint), tag=engine_tag(checkpoint))
+                    with only_data(checkpoint_classes()):  # not strict: a checkpoint leaves out what does not train
+                        self.model_wrapped.load_checkpoint(
+                            str(checkpoint), tag=engine_tag(checkpoint), load_module_strict=False
+                        )
                 self._load_optimizer_and_scheduler(str(checkpoint))
         return prepared
 

@@ -6,8 +6,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,6 @@ def zero_stage(config: dict[str, Any] | None) -> int:
     return (config or {}).get("zero_optimization", {}).get("stage", 0)
 
 
-@contextmanager
-def whole(model: nn.Module, zero: int) -> Iterator[None]:
+def whole(model: nn.Module, zero: int) -> AbstractContextManager[Any]:
     """Inside, every rank holds every whole parameter (ZeRO-3 gathers them). Collective."""
-    if zero < 3:
-        yield
-        return
-    with import_deepspeed().zero.GatheredParameters(list(model.parameters())):
-        yield
+    return import_deepspeed().zero.GatheredParameters(list(model.parameters())) if zero == 3 else nullcontext()

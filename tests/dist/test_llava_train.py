@@ -17,7 +17,6 @@ from tiny_llava import (
     START,
     WORKER,
     build,
-    conversation,
     launch,
     losses,
     results,
@@ -36,7 +35,7 @@ from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.checkpoints import newest, prune
 from mllm.training.freeze import apply_freeze
 from mllm.training.lora import lora_config, merge_lora, merge_quantized_lora
-from mllm.training.prepare import PROJECTOR, prepare
+from mllm.training.prepare import PROJECTOR
 from mllm.training.trainer import LlavaTrainer, TrainingModel
 
 CPU = torch.device("cpu")
@@ -100,18 +99,6 @@ def test_a_stopped_and_resumed_stage_is_bit_equal_to_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_profiled_steps_are_recorded_and_train_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, flags in {"plain": [], "profiled": ["--profile", "2"]}.items():
-        run(place, monkeypatch, *ALIGN, "--max_steps", "4", "--output_dir", f"runs/{name}", *flags)
-    assert losses(place / "runs/profiled") == losses(place / "runs/plain")
-    trace = json.loads((place / "runs/profiled/align/profile/trace-rank0.json").read_text())
-    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
-    assert len(steps) == 2
-    assert "aten::mm" in (place / "runs/profiled/align/profile/operators-rank0.txt").read_text()
-    assert not (place / "runs/plain/align/profile").exists()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("start", "rel"), [("random", 2e-3), ("captions", 3e-2)])
 def test_feature_cache_on_and_off_train_the_same(
     start: str, rel: float, place: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,19 +112,26 @@ def test_feature_cache_on_and_off_train_the_same(
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_and_accumulation_change_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = [*START, "--max_steps", "3", "--group_by_modality_length", "False"]
+def test_checkpointing_accumulation_and_the_profiler_change_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = [*START, "--max_steps", "4", "--group_by_modality_length", "False"]
     variants = {
         "plain": [],
         "checkpointing": ["--gradient_checkpointing"],
         "accumulation": ["--per_device_train_batch_size", "1"],
+        "profiled": ["--profile", "2"],
     }
+    found = {}
     for name, flags in variants.items():
         run(place, monkeypatch, *INSTRUCT, *start, *flags, "--output_dir", f"runs/variant-{name}")
-    reference = [loss for _, loss in losses(place / "runs/variant-plain")]
-    for name in ("checkpointing", "accumulation"):
-        found = [loss for _, loss in losses(place / f"runs/variant-{name}")]
-        assert found == pytest.approx(reference, rel=1e-5), name
+        found[name] = [loss for _, loss in losses(place / f"runs/variant-{name}")]
+        assert found[name] == pytest.approx(found["plain"], rel=1e-5), name
+    assert found["profiled"] == found["plain"]
+    profile = place / "runs/variant-profiled/instruct/profile"
+    trace = json.loads((profile / "trace-rank0.json").read_text())["traceEvents"]
+    assert len({event["name"] for event in trace if event.get("name", "").startswith("ProfilerStep")}) == 2
+    assert "aten::mm" in (profile / "operators-rank0.txt").read_text()
 
 
 @pytest.mark.slow
@@ -156,36 +150,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_changes(
     assert not list((place / "runs/nan/align").glob("checkpoint-*"))
 
 
-def test_damaged_checkpoints_are_passed_over_and_never_silently_forgotten(tmp_path: Path) -> None:
+def test_unsealed_and_damaged_checkpoints_do_not_count_and_are_never_silently_forgotten(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
-    for step in (2, 10, 12):
-        directory = tmp_path / f"checkpoint-{step}"
+    places = {step: tmp_path / f"checkpoint-{step}" for step in (2, 4, 10)}
+    for step, directory in places.items():
         directory.mkdir()
-        (directory / "trained.safetensors").write_bytes(bytes(range(step)))
-        if step < 12:  # 12 was still being written
+        (directory / "weights").write_bytes(bytes(range(step)))
+        if step < 10:  # 10 is still being written
             seal(directory)
-    assert newest(tmp_path).name == "checkpoint-10"
-    (tmp_path / "checkpoint-10" / "trained.safetensors").write_bytes(bytes(9))
-    assert newest(tmp_path).name == "checkpoint-2"
-    (tmp_path / "checkpoint-2" / "trained.safetensors").unlink()
+    prune(tmp_path, 3)
+    assert all(directory.is_dir() for directory in places.values())
+    assert newest(tmp_path) == places[4]
+    (places[4] / "weights").write_bytes(bytes(9))
+    assert newest(tmp_path) == places[2]
+    prune(tmp_path, 1)
+    assert sorted(tmp_path.iterdir()) == [places[10], places[4]]
     with pytest.raises(NoCheckpointError, match="no usable checkpoint"):
         newest(tmp_path)
-
-
-def test_older_checkpoints_go_only_after_newer_ones_are_sealed(tmp_path: Path) -> None:
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"x")
-        if step < 10:
-            seal(tmp_path / f"checkpoint-{step}")
-    left = lambda: sorted(path.name for path in tmp_path.iterdir())  # noqa: E731
-    prune(tmp_path, 3)
-    assert len(left()) == 3
+    seal(places[10])
     prune(tmp_path, 1)
-    assert left() == ["checkpoint-10", "checkpoint-4"]
-    seal(tmp_path / "checkpoint-10")
-    prune(tmp_path, 1)
-    assert left() == ["checkpoint-10"]
+    assert list(tmp_path.iterdir()) == [places[10]]
 
 
 def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,25 +192,15 @@ def test_the_captions_start_is_stage_one_s_alone(place: Path, monkeypatch: pytes
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
+ZERO2 = {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
+ZERO3 = ZERO2 | {f"stage3_{name}": "auto" for name in ("prefetch_bucket_size", "param_persistence_threshold")}
+ZERO3 |= {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9, "stage": 3}
+OFFLOAD = {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in ("optimizer", "param")}
 LLAVA_ZERO = {  # LLaVA's scripts/zero2.json, zero3.json and zero3_offload.json
-    "zero2": {"stage": 2, "sub_group_size": 1e9, "reduce_bucket_size": "auto"},
-    "zero3": {
-        "stage": 3,
-        "sub_group_size": 1e9,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_max_live_parameters": 1e9,
-        "stage3_max_reuse_distance": 1e9,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
+    "zero2": ZERO2 | {"stage": 2},
+    "zero3": ZERO3 | {"stage3_gather_16bit_weights_on_model_save": True},
+    "zero3_offload": ZERO3 | OFFLOAD | {"gather_16bit_weights_on_model_save": True},
 }
-LLAVA_ZERO["zero3_offload"] = LLAVA_ZERO["zero3"] | {
-    "offload_optimizer": {"device": "cpu", "pin_memory": True},
-    "offload_param": {"device": "cpu", "pin_memory": True},
-    "gather_16bit_weights_on_model_save": True,
-}
-del LLAVA_ZERO["zero3_offload"]["stage3_gather_16bit_weights_on_model_save"]
 
 
 def llava_zero(path: Path, name: str, **changes: object) -> str:
@@ -357,14 +331,6 @@ def arguments() -> TrainArguments:
     return parse_train_arguments([*INSTRUCT, *LORA[:3], "--lora_alpha", "8", "--lora_dropout", "0"]).resolve(1)
 
 
-def test_merged_adapters_compute_what_the_adapted_model_computes(place: Path, arguments: TrainArguments) -> None:
-    plain = logits(build(place))
-    model = adapted(build(place), arguments)
-    before = logits(model.get_base_model())
-    assert (before - plain).abs().max() > 0.1  # else a merge that does nothing would pass
-    torch.testing.assert_close(logits(merge_lora(model)), before, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_evaluation(
     bits: int, place: Path, arguments: TrainArguments
@@ -392,17 +358,20 @@ def test_quantised_gradients_are_those_of_the_dequantised_model_also_after_an_ev
     assert max(float(g.norm()) for g in expected.values()) > 1e-3
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_merged_quantised_adapters_compute_what_was_trained(bits: int, place: Path, arguments: TrainArguments) -> None:
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_merged_adapters_compute_what_was_trained(bits: int, place: Path, arguments: TrainArguments) -> None:
     model = build(place)
-    quantize(model.model.language_model, bits, torch.float32, CPU)
+    plain = logits(model)
+    if bits < 16:
+        quantize(model.model.language_model, bits, torch.float32, CPU)
     model = adapted(model, arguments)
     before = logits(model.get_base_model())
-    merged = merge_quantized_lora(model, torch.float32)
+    assert (before - plain).abs().max() > 0.1  # else a merge that does nothing would pass
+    merged = merge_lora(model) if bits == 16 else merge_quantized_lora(model, torch.float32)
     assert isinstance(merged, LlavaForConditionalGeneration)
     assert all(type(m) is nn.Linear for n, m in merged.named_modules() if n.endswith("_proj"))
     difference = (logits(merged) - before).norm() / before.norm()
-    assert difference < (1e-4 if bits == 4 else 0.05)
+    assert difference < (0.05 if bits == 8 else 1e-4)
 
 
 def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,15 +389,12 @@ def test_a_layer_that_bitsandbytes_quantises_wrongly_is_refused(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ([], r"runs/wrong/align/mm_projector\.bin: run stage 1 first"),
         (["--image_folder", "nowhere"], r"image folder nowhere does not exist"),
         (["--data_path", "bad.json"], r"sample 1 \(id two\).*conversations"),
         (["--data_path", "nothing.json"], r"nothing\.json cannot be read"),
-        (["--pretrain_mm_mlp_adapter", "narrow.bin"], r"narrow\.bin.*\(64, 31\).*\(64, 32\)"),
         (["--version", "v9"], r"'v9' is not known; choose one of: plain, v1, .*vicuna_v1"),
-        (
-            ["--vision_tower", "eva"],
-            r"'eva' is not known; known are: clips, clip, caption, caption\+web, random, blind",
-        ),
+        (["--vision_tower", "eva"], r"'eva' is not known; known are: clips, clip, caption"),
         (["--model_max_length", "16"], r"one image takes 16 tokens .*--model_max_length is 16"),
         (["--model_name_or_path", "short"], r"one image takes 16 tokens .*the context of short is 12"),
         (["--model_name_or_path", "no/where"], r"language model: no/where"),
@@ -442,37 +408,8 @@ def test_mistakes_are_named_before_training(
     if not (place / "bad.json").exists():
         records = [json.loads((place / "instruct.json").read_text())[0], {"id": "two", "image": "1.png"}]
         (place / "bad.json").write_text(json.dumps(records))
-        narrow = read_weights(place / "start.bin")
-        narrow["model.mm_projector.0.weight"] = narrow["model.mm_projector.0.weight"][:, :31].clone()
-        torch.save(narrow, place / "narrow.bin")
         write_llm(place / "short", max_position_embeddings=12)
-    words = [*INSTRUCT, *START, "--output_dir", "runs/wrong", *flags]
+    words = [*INSTRUCT, *(START if flags else []), "--output_dir", "runs/wrong", *flags]
     with pytest.raises(UserError, match=message):
         run(place, monkeypatch, *words)
     assert not (place / "runs/wrong").exists()
-
-
-def test_a_bad_sample_is_left_out_where_asked_and_listed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    records = json.loads((place / "instruct.json").read_text())
-    records[3:3] = [conversation(None, [("Say it\n<image>", "x")]), conversation(None, [("word " * 400, "x")])]
-    (place / "mixed.json").write_text(json.dumps(records))
-    words = [*INSTRUCT, "--data_path", "mixed.json", *START, "--max_steps", "1"]
-    words += ["--output_dir", "runs/mixed-data", "--freeze_backbone"]
-    with pytest.raises(UserError, match=r"2 sample\(s\) cannot be trained on.*\n  sample 3 .*\n  sample 4 "):
-        run(place, monkeypatch, *words)
-    assert not (place / "runs/mixed-data").exists()
-    run(place, monkeypatch, *words, "--on_bad_sample", "skip")
-    listed = [json.loads(line) for line in (place / "runs/mixed-data/instruct/skipped.jsonl").read_text().splitlines()]
-    assert [(line["index"], line["id"], line["kind"]) for line in listed] == [
-        (3, "text", "conversation"),
-        (4, "text", "conversation"),
-    ]
-    assert "32 samples, format auto, 2 left out (skipped.jsonl)" in capsys.readouterr().err
-
-
-def test_stage_two_without_a_projector_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"runs/none/align/mm_projector\.bin: run stage 1 first"):
-        run(place, monkeypatch, *INSTRUCT, "--output_dir", "runs/none")
-    monkeypatch.chdir(place)
-    arguments = parse_train_arguments([*INSTRUCT, "--output_dir", "runs/none", "--dry-run"]).resolve(1)
-    assert prepare(arguments, Path("runs/none"), CPU, None).facts["projector"].startswith("mlp2x_gelu")

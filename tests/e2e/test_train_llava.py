@@ -37,11 +37,8 @@ torch.save({"answer": answer, "logits": logits, "norm": sum(p.double().norm() fo
 
 
 def command(place: Path, *words: str, script: str = "train_llava.sh") -> subprocess.CompletedProcess[str]:
-    env = os.environ | {
-        "PYTHON": str(warm.program(place)),
-        "OMP_NUM_THREADS": "1",
-        "CLIPS_MLLM_CACHE": str(place / "cache"),
-    }
+    env = os.environ | {"PYTHON": str(warm.program(place)), "OMP_NUM_THREADS": "1"}
+    env["CLIPS_MLLM_CACHE"] = str(place / "cache")
     start = ["bash"] if script.endswith(".sh") else [sys.executable]
     return run_group([*start, str(ROOT / "scripts" / script), *words], cwd=place, env=env, timeout=400)
 
@@ -108,10 +105,8 @@ def test_one_command_trains_both_stages_and_leaves_a_stock_model_that_has_learne
     words = ["--model", str(run / "model"), "--questions", "question.jsonl", "--image-folder", "images"]
     evaluated = command(place, *words, "--device", "cpu", script="evaluate_llava.py")
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
-    assert (
-        json.loads((run / "evaluation" / "question" / "figures.json").read_text())["exact_match"]["what"]["accuracy"]
-        == 1.0
-    )
+    figures = json.loads((run / "evaluation" / "question" / "figures.json").read_text())
+    assert figures["exact_match"]["what"]["accuracy"] == 1.0
     assert json.loads((run / "evaluation" / "question" / "question.jsonl").read_text())["text"] == "two dogs"
 
 
@@ -119,21 +114,13 @@ def test_dry_run_prints_both_commands_and_the_plan_and_writes_nothing(place: Pat
     done = command(place, *FLAGS, "--output_dir", "runs/dry", "--dry-run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (place / "runs" / "dry").exists()
-    for number in (1, 2):
-        assert f"python scripts/train_llava.py --stage {number}" in done.stderr
-    for what in ("stage 1: align", "stage 2: instruct", "80 of 4 samples", "320 samples", "GB per rank", "trained"):
+    commands = [f"python scripts/train_llava.py --stage {number}" for number in (1, 2)]
+    for what in (*commands, "stage 1: align", "stage 2: instruct", "80 of 4 samples", "GB per rank"):
         assert what in done.stderr, what
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--stage", "1", "--data_path", "align.json", "--vision", "eva02"], "'eva02' is not known; known are: clips"),
-        (["--data_path", "align.json"], "--align.data_path"),
-    ],
-)
-def test_the_user_s_mistakes_end_with_exit_code_2_and_no_traceback(place: Path, flags: list[str], message: str) -> None:
-    done = command(place, "--model_name_or_path", "llm", "--image_folder", "images", "--device", "cpu", *flags)
+def test_one_data_file_for_both_stages_is_refused(place: Path) -> None:
+    done = command(place, "--data_path", "align.json", "--image_folder", "images")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "--align.data_path" in done.stderr
     assert "Traceback" not in done.stderr

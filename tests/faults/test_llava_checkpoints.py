@@ -43,11 +43,6 @@ def whole(place: Path) -> Path:
     return place / "runs" / "whole"
 
 
-def start(place: Path, *words: str | Path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return run_group([sys.executable, *map(str, words)], cwd=place, env=env, timeout=300)
-
-
 def kept(whole: Path, target: Path) -> Path:
     return shutil.copytree(whole.with_name("whole-kept"), target)
 
@@ -62,7 +57,9 @@ def assert_equal(run_dir: Path, whole: Path) -> None:
 @pytest.mark.slow
 def test_row_02_a_kill_in_the_middle_of_a_save(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = place / "runs" / "killed"
-    done = start(place, WORKER, "kill", "4", *FLAGS, "--output_dir", killed)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(WORKER), "kill", "4", *FLAGS, "--output_dir", str(killed)]
+    done = run_group(words, cwd=place, env=env, timeout=300)
     assert done.returncode == -signal.SIGKILL
     assert not (killed / "align/checkpoint-4" / MANIFEST).exists()
     assert check_seal(killed / "align/checkpoint-2")
@@ -110,15 +107,6 @@ def test_row_05_a_damaged_checkpoint(
     assert_equal(run_dir, whole)
 
 
-def test_an_empty_config_of_a_run(place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir = kept(whole, tmp_path / "run")
-    (run_dir / "config.json").write_text("")
-    code, said = command(place, monkeypatch, "train_llava.py", *FLAGS, "--output_dir", run_dir)
-    assert code == 2, said
-    assert "config.json is damaged" in said
-    assert "Traceback" not in said
-
-
 # ---------------------------------------------------------------------------------------------- sealed all the same
 
 
@@ -140,23 +128,21 @@ def cut(path: Path) -> None:
 Damage = tuple[str, Callable[[Path], object], str]
 CONTENT: dict[str, Damage] = {
     "optimizer, truncated": ("optimizer.pt", cut, "is damaged"),
-    "optimizer, empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "is damaged"),
     "optimizer, missing": ("optimizer.pt", lambda path: path.unlink(), "is missing"),
     "scheduler, text": ("scheduler.pt", lambda path: path.write_text("hello"), "scheduler.pt"),
     "random numbers, truncated": ("rng_state.pth", cut, "rng_state"),
     "state, empty": ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is damaged"),
-    "state, a list": ("trainer_state.json", lambda path: path.write_text("[]"), "trainer_state.json is damaged"),
     "state, not UTF-8": ("trainer_state.json", lambda path: path.write_bytes(b"\xff"), "trainer_state.json is damaged"),
     "state, unknown": ("trainer_state.json", change(more=1), "trainer_state.json is damaged"),
     "state, wrong type": ("trainer_state.json", change(log_history=3), "log_history is 3"),
     "state, another step": ("trainer_state.json", change(global_step=7), "is of step 7, not 4"),
+    "not under DeepSpeed": ("", lambda path: None, "it was written without DeepSpeed"),
 }
 """Found before anything is loaded."""
 LOADED: dict[str, Damage] = {
     "optimizer, foreign": ("optimizer.pt", lambda path: torch.save([1, 2], path), "cannot go on from"),
     "optimizer, other shapes": ("optimizer.pt", other_shapes, "holds the state of other parameters"),
     "scheduler, foreign": ("scheduler.pt", lambda path: torch.save({"step": 5}, path), "no state of this scheduler"),
-    "scheduler, a list": ("scheduler.pt", lambda path: torch.save([1], path), "no state of this scheduler"),
     "random numbers, foreign": ("rng_state.pth", lambda path: torch.save({"cpu": 1}, path), "cannot go on from"),
     "weights, other names": ("trained.safetensors", lambda p: write_weights({"a": torch.ones(1)}, p), "other para"),
     "weights, truncated": ("trained.safetensors", cut, "is damaged"),
@@ -173,7 +159,7 @@ def test_what_is_sealed_and_is_not_what_it_should_be(kind: str, whole: Path, tmp
     check_content(checkpoint, deepspeed=None, world_size=1)
     damage(checkpoint / name)
     with pytest.raises(UserError, match="move it elsewhere") as refused:
-        check_content(checkpoint, deepspeed=None, world_size=1)
+        check_content(checkpoint, deepspeed=[] if kind == "not under DeepSpeed" else None, world_size=1)
     assert str(refused.value).startswith(f"cannot go on from {checkpoint}")
     assert message in " ".join(str(refused.value).split())
 
@@ -192,19 +178,6 @@ def test_what_is_sealed_and_does_not_fit_the_run(
     assert code == 2, said
     assert f"cannot go on from {checkpoint}" in said
     assert message in " ".join(said.split())
-    assert "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_what_does_not_fit_how_it_goes_on(
-    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without DeepSpeed and then under it."""
-    run_dir = kept(whole, tmp_path / "run")
-    words = [*FLAGS, "--output_dir", run_dir, "--deepspeed", ROOT / "ds_configs/llava_zero2.json"]
-    code, said = command(place, monkeypatch, "train_llava.py", *words)
-    assert code == 2, said
-    assert "it was written without DeepSpeed" in said
     assert "Traceback" not in said
 
 

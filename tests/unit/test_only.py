@@ -6,9 +6,28 @@ import ast
 from collections.abc import Iterator
 from functools import cache
 
+import pytest
 from conftest import ROOT
 
 FILES = [path for room in ("clips", "mllm", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
+ONLY: list[tuple[set[str], set[str]]] = [  # (these names, or names below them) → the files that use them
+    (
+        {"deepspeed"},
+        {f"clips/{name}.py" for name in ("common/runtime", "training/engine", "training/muon", "training/zero_state")},
+    ),
+    ({"PIL.Image.open"}, {"clips/data/images.py"}),
+    (
+        {"torch.load", "safetensors.torch.load_file", "safetensors.torch.load_model"},
+        {"clips/common/tensors.py"},
+    ),
+    ({"safetensors.safe_open"}, {"clips/common/tensors.py", "clips/data/tar.py"}),  # the latter: an index
+    ({"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.hub"}, set()),
+    ({"text optimizer.safetensors"}, {"clips/weights/checkpoint.py"}),
+    ({"safetensors.torch.save_file"}, {"clips/common/tensors.py", "clips/weights/checkpoint.py"}),
+    ({"fcntl"}, {"clips/common/files.py"}),
+    ({"text CLIPS_MLLM_CACHE", "text XDG_CACHE_HOME"}, {"clips/common/paths.py"}),
+    ({"text metrics.jsonl"}, {"clips/common/rundir.py"}),
+]
 
 
 @cache
@@ -34,45 +53,14 @@ def _names(tree: ast.AST) -> Iterator[str]:
             yield f"text {node.value}"
 
 
-def users(*wanted: str) -> set[str]:
-    """Files that use one of these names, or something below it."""
-    found = {str(path.relative_to(ROOT)) for path in FILES}
-    return {
+@pytest.mark.parametrize(("wanted", "files"), ONLY)
+def test_only_these_files_use_these_names(wanted: set[str], files: set[str]) -> None:
+    paths = [str(path.relative_to(ROOT)) for path in FILES]
+    assert files == {
         path
-        for path in found
+        for path in paths
         if any(name == w or name.startswith(f"{w}.") for name in names_used(path) for w in wanted)
     }
-
-
-def test_deepspeed_is_imported_by_four_files_only() -> None:
-    assert users("deepspeed") == {
-        "clips/common/runtime.py",
-        "clips/training/engine.py",
-        "clips/training/muon.py",
-        "clips/training/zero_state.py",
-    }
-
-
-def test_only_one_file_opens_an_image() -> None:
-    assert users("PIL.Image.open") == {"clips/data/images.py"}
-
-
-def test_only_one_file_opens_a_weight_file() -> None:
-    loaders = ("torch.load", "safetensors.torch.load_file", "safetensors.torch.load_model")
-    assert users(*loaders) == {"clips/common/tensors.py"}
-    assert users("safetensors.safe_open") == {"clips/common/tensors.py", "clips/data/tar.py"}, "the latter: an index"
-    assert not users("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.hub")
-
-
-def test_only_one_file_writes_a_checkpoint() -> None:
-    assert users("text optimizer.safetensors") == {"clips/weights/checkpoint.py"}
-    assert users("safetensors.torch.save_file") == {"clips/common/tensors.py", "clips/weights/checkpoint.py"}
-
-
-def test_only_one_file_takes_locks_and_one_knows_the_cache() -> None:
-    assert users("fcntl") == {"clips/common/files.py"}
-    assert users("text CLIPS_MLLM_CACHE", "text XDG_CACHE_HOME") == {"clips/common/paths.py"}
-    assert users("text metrics.jsonl") == {"clips/common/rundir.py"}
 
 
 def test_no_word_of_a_text_becomes_an_emoji() -> None:

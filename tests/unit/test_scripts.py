@@ -57,14 +57,6 @@ def shown_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     return " ".join(entry.format_help().split())
 
 
-@pytest.mark.parametrize("script", named(PYTHON_SCRIPTS))
-def test_a_script_is_thin(script: Path) -> None:
-    """At most 50 lines, the list of flags not counted."""
-    text = script.read_text()
-    without_flags = re.sub(r"\ndef parser\(\).*?\n    return p\n", "\n", text, flags=re.DOTALL)
-    assert len(without_flags.splitlines()) <= 50
-
-
 def test_help_imports_nothing_heavy() -> None:
     """`--help`, and so a wrong flag, answers without importing what takes seconds."""
     done = subprocess.run(
@@ -158,72 +150,33 @@ def test_shellcheck_is_content() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def install(venv: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-c", f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; install demo'],
-        env={**os.environ, "VENV": str(venv), **env},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def executable(path: Path, body: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
-PYTHON = Path(sys.executable)
-MACHINES: dict[str, tuple[str, str, list[str]]] = {  # what it lacks → (a program, its body, what the message names)
-    "Python": (
-        "python3",
-        'if [ "$1" = --version ]; then echo Python 3.9.2; else exit 1; fi',
-        ["Python 3.10 or newer is needed", "Python 3.9.2"],
-    ),
-    "venv": ("python3", '[[ "$*" != *ensurepip* ]]', ["python3-venv"]),
-    "disk": ("df", "echo Filesystem; echo /dev/x 9000000 8000000 1000000 90% /", ["1 GB free"]),
+MACHINES = {  # what a machine lacks → (a program of it, its body, what the message names)
+    "Python": ("python3", "[ $1 = --version ] && echo Python 3.9.2", "Python 3.10 or newer is needed.*Python 3.9.2"),
+    "venv": ("python3", '[[ "$*" != *ensurepip* ]]', "python3-venv"),
+    "disk": ("df", "echo Filesystem; echo /dev/x 9000000 8000000 1000000 90% /", "1 GB free"),
+    "an empty folder": ("letter.txt", "", "VENV=DIR"),
+    "packages": ("none", "", "pip cannot fetch packages.*PIP_INDEX_URL"),
 }
 
 
-@pytest.mark.parametrize("lacks", MACHINES)
+@pytest.mark.parametrize("lacks", [*list(MACHINES)[:-1], pytest.param("packages", marks=pytest.mark.slow)])
 def test_install_names_what_a_machine_lacks(lacks: str, tmp_path: Path) -> None:
     program, body, named = MACHINES[lacks]
-    made = executable(tmp_path / "bin" / program, body)
-    path = f"{made.parent}{os.pathsep}{os.environ['PATH']}"
-    done = install(tmp_path / "venv", PATH=path, PYTHON=str(made if program == "python3" else PYTHON))
-    assert done.returncode == 2
-    assert all(text in done.stderr for text in named)
-    assert not (tmp_path / "venv").exists()
-
-
-def test_install_leaves_a_folder_with_other_things_alone(tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("mine")
-    done = install(tmp_path, PYTHON=sys.executable)
-    assert done.returncode == 2
-    assert "VENV=DIR" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-@pytest.mark.slow
-def test_install_says_when_pip_reaches_nothing(tmp_path: Path) -> None:
-    done = install(tmp_path / "venv", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path), PYTHON=sys.executable)
-    assert done.returncode == 2
-    assert "pip cannot fetch packages" in done.stderr
-    assert "PIP_INDEX_URL" in done.stderr
-
-
-def test_physical_cores() -> None:
+    made, venv = tmp_path / "bin" / program, tmp_path / "venv"
+    made.parent.mkdir()
+    made.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    made.chmod(0o755)
+    env = os.environ | {"PYTHON": str(made) if program == "python3" else sys.executable, "PIP_NO_INDEX": "1"}
+    env |= {"PATH": f"{made.parent}{os.pathsep}{os.environ['PATH']}", "PIP_FIND_LINKS": str(tmp_path)}
+    env["VENV"] = str(made.parent if lacks == "an empty folder" else venv)
     done = subprocess.run(
-        ["bash", "-c", f'. "{ROOT}/scripts/install.sh"; physical_cores'],
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert 1 <= int(done.stdout) <= os.cpu_count()
+        ["bash", "-c", f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; install demo'],
+        env=env, cwd="/", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(named, done.stderr, re.DOTALL), done.stderr
+    assert lacks == "packages" or not venv.exists()
+    assert list(made.parent.iterdir()) == [made]
 
 
 if __name__ == "__main__":

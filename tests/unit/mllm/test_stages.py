@@ -16,14 +16,7 @@ from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
 from mllm.training.arguments import LLAVA_FLAGS, TrainArguments, flags_of_stage, left_out, parse_train_arguments
-from mllm.training.freeze import (
-    apply_freeze,
-    assert_freeze,
-    count_parameters,
-    learning_rates,
-    parameter_groups,
-    part_of,
-)
+from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, part_of
 from mllm.training.lora import add_lora, lora_config
 from mllm.training.plan import command_line, steps_of
 from mllm.training.stages import PARTS, STAGES, freeze_table
@@ -104,7 +97,7 @@ def test_a_model_that_departs_from_the_table_is_refused_by_name(places: Path) ->
     next(model.model.vision_tower.parameters()).requires_grad_(True)
     with pytest.raises(RuntimeError, match="vision_tower"):
         assert_freeze(model, plan)
-    apply_freeze(model, plan)
+    next(model.model.vision_tower.parameters()).requires_grad_(False)
     with pytest.raises(RuntimeError, match="language_model"):
         assert_freeze(model, freeze_table(STAGES[2], lora=True))
 
@@ -122,18 +115,15 @@ def test_contradicting_flags_are_refused(number: int, options: dict, message: st
         freeze_table(STAGES[number], **options)
 
 
-def test_counts_are_those_of_the_model_and_tied_weights_count_once(places: Path) -> None:
+def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay_on_vectors(places: Path) -> None:
     model = build(places)
-    counts = count_parameters(model)
+    counts = count_parameters(model)  # tied weights count once
     assert sum(total for total, _ in counts.values()) == sum(p.numel() for p in model.parameters())
     assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
     assert counts["projector"][0] == 32 * 48 + 48 + 48 * 48 + 48
-
-
-def test_groups_hold_every_trained_parameter_once_with_its_own_rate_and_no_decay_on_vectors(places: Path) -> None:
-    model = build(places)
     apply_freeze(model, freeze_table(STAGES[2]))
-    groups = parameter_groups(model, learning_rates(1e-4, mm_projector_lr=3e-3), weight_decay=0.1)
+    rates = arguments("--learning_rate", "1e-4", "--mm_projector_lr", "3e-3").rates
+    groups = parameter_groups(model, rates, weight_decay=0.1)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert rates.keys() == {id(p) for p in trained.values()}
@@ -171,16 +161,14 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     own = ("--data_path", "x.json", "--device", "cpu")
     align, full = arguments(*own).resolve(1), arguments("--stage", "2", *own).resolve(1)
     lora = arguments("--stage", "2", "--lora_enable", *own).resolve(1)
-    assert (align.version, align.learning_rate, align.batch_size, align.image_aspect_ratio) == (
-        *("plain", 1e-3, 256, "square"),
-    )
+    assert (align.version, align.learning_rate, align.batch_size) == ("plain", 1e-3, 256)
+    assert (align.mm_vision_select_layer, align.image_aspect_ratio) == (-2, "square")
     assert (full.learning_rate, full.batch_size, full.lora_enable, full.image_aspect_ratio) == (2e-5, 128, False, "pad")
     assert (lora.learning_rate, lora.mm_projector_lr, lora.lora_r, lora.lora_alpha) == (2e-4, 2e-5, 128, 256)
     assert (full.group_by_modality_length, align.group_by_modality_length) == (True, False)
     assert (full.warmup_ratio, full.lr_scheduler_type, full.weight_decay) == (0.03, "cosine", 0.0)
     demo = arguments("--stage", "2").resolve(1)
-    assert demo.lora_enable
-    assert demo.learning_rate == STAGES[2].demo["learning_rate"]
+    assert (demo.lora_enable, demo.learning_rate, demo.mm_vision_select_layer) == (True, 1e-3, -1)
 
 
 BOTH = ["--both_stages"]
@@ -189,11 +177,7 @@ BOTH = ["--both_stages"]
 @pytest.mark.parametrize(
     ("stage", "words", "message"),
     [
-        (
-            1,
-            ["--lora_enable", "True"],
-            r"--lora_enable is a flag of stage 2 \(instruct\), and this is stage 1 \(align\)",
-        ),
+        (1, ["--lora_enable", "True"], r"--lora_enable is a flag of stage 2 \(instruct\), and this is stage 1"),
         (1, ["--mm_vision_tower_lr=2e-6"], r"--mm_vision_tower_lr is a flag of stage 2"),
         (2, ["--mm_projector_init", "captions"], r"--mm_projector_init is a flag of stage 1 \(align\)"),
         (1, ["--version", "v1"], r"--version v1 in stage 1 \(align\): plain"),
@@ -213,47 +197,32 @@ def test_a_flag_of_the_other_stage_is_refused_unless_both_run(stage: int, words:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--mm_use_im_start_end True", "always False"),
         ("--fp16 True", "--bf16"),
-        ("--optim paged_adamw_8bit", "--bits 4"),
         ("--lora_bias all", "always none"),
         ("--lora_weight_path adapter", "--model_name_or_path"),
-        ("--mm_patch_merge_type spatial_unpad", "always flat: "),
         ("--eval_strategy steps", r"scripts/evaluate_llava\.py"),
-        ("--evaluation_strategy epoch", r"scripts/evaluate_llava\.py"),
-        ("--is_multimodal False", "without a picture"),
-        ("--remove_unused_columns True", "always False"),
-    ],
-)
-def test_a_flag_of_llava_s_with_another_value_says_what_to_use(words: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        arguments("--stage", "2", *words.split())
-    name = words.split()[0]
-    arguments("--stage", "2", name, LLAVA_FLAGS[name[2:]][0])
-
-
-def test_flags_of_llava_s_that_count() -> None:
-    words = "--stage 2 --data_path x --warmup_steps 7 --run_name mine --bits 4 --lora_enable --quant_type fp4"
-    found = arguments(*words.split(), "--double_quant", "False", "--mpt_attn_impl", "triton").resolve(1)
-    made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
-    assert (made.get_warmup_steps(1000), made.run_name) == (7, "mine")
-    assert (found.quant_type, found.double_quant) == ("fp4", False)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
         ("--quant_type fp4", "--bits 4"),
         ("--bits 8 --lora_enable False", "lora_enable"),
         ("--report_to wandb", "pip install wandb"),
     ],
 )
-def test_values_that_do_not_fit_are_named_before_anything(
-    words: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_that_do_not_fit_say_what_to_use(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         arguments("--stage", "2", *words.split()).resolve(1)
+
+
+def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() -> None:
+    for name, (only, _) in LLAVA_FLAGS.items():
+        arguments(f"--{name}", "any" if only is None else only)
+        if only is not None:
+            with pytest.raises(UserError, match=f"--{name} other is not supported; here it is always"):
+                arguments(f"--{name}", "other")
+    words = "--stage 2 --data_path x --warmup_steps 7 --run_name mine --bits 4 --lora_enable --quant_type fp4"
+    found = arguments(*words.split(), "--double_quant", "False").resolve(1)
+    made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
+    assert (made.get_warmup_steps(1000), made.run_name) == (7, "mine")
+    assert (found.quant_type, found.double_quant) == ("fp4", False)
 
 
 def test_what_a_command_leaves_out_is_told_where_llava_s_train_py_takes_another_value() -> None:
@@ -279,12 +248,9 @@ def test_flags_of_one_stage_and_the_version_of_both() -> None:
     assert (two.learning_rate, two.lora_r, two.resolve(1).version) == (None, 4, "v1")
     with pytest.raises(UserError, match="plain"):
         arguments("--align.version", "v1")
-    for given, message in (
-        ((), r"--stage is missing: give --stage 1 .* or --stage 2"),
-        (("--stage", "3"), "--stage 3"),
-    ):
+    for given, message in (([], "--stage is missing"), (["--stage", "3"], "--stage 3")):
         with pytest.raises(UserError, match=message):
-            parse_train_arguments(list(given))
+            parse_train_arguments(given)
 
 
 @pytest.mark.parametrize(
@@ -321,18 +287,3 @@ def test_the_printed_command_gives_the_same_arguments_again() -> None:
 def test_steps_are_those_of_the_trainer(samples: int, epochs: float, steps: int) -> None:
     words = f"--data_path x --batch_size 8 --per_device_train_batch_size 2 --num_train_epochs {epochs}"
     assert steps_of(arguments(*words.split()).resolve(2), samples, 2) == steps
-
-
-def test_unfrozen_encoder_really_learns(places: Path) -> None:
-    from mllm.training.trainer import TrainingModel
-
-    model = build(places)
-    apply_freeze(model, freeze_table(STAGES[2], unfreeze_mm_vision_tower=True))
-    training = TrainingModel(model, features=False).train()
-    image_id = model.config.image_token_id
-    ids = torch.tensor([[5] + [image_id] * 16 + [6, 7]])
-    loss = training(ids, ids.masked_fill(ids == image_id, -100), torch.ones_like(ids), None, torch.randn(1, 3, 32, 32))
-    loss["loss"].backward()
-    gradient = model.model.vision_tower.embeddings.patch_embeddings.projection.weight.grad
-    assert gradient is not None
-    assert gradient.abs().max() > 0
