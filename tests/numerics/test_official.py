@@ -28,7 +28,6 @@ TEXTS = ["a red dog", "", "Two cats, 3.50 dollars at the café.", "many words " 
 FEATURES = {"atol": 1e-5, "rtol": 0.0}
 
 
-# ------------------------------------------------------------------------------------------- the reference
 def reference_positions(grid):
     """[1 + grid², WIDTH]: the frequencies are 1 / 10000^(i / (w/4 - 1)), which open_clip's own table has not."""
     frequencies = 1 / 10_000 ** (torch.arange(WIDTH // 4, dtype=torch.float64) / (WIDTH // 4 - 1))
@@ -111,7 +110,6 @@ def pixels(size=SIZE):
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------------------------ the tests
 @pytest.mark.parametrize(
     ("weights", "tokenizer", "tells_eps"),
     [("bin", None, True), ("safetensors", None, False), ("bin", "json", False), ("safetensors", "vocab", True)],

@@ -282,7 +282,6 @@ def test_pickled_code_is_not_run(tmp_path, parts):
     assert not (tmp_path / "ran").exists()
 
 
-# ---------------------------------------------------------------------------------------------- models trained here
 @pytest.fixture
 def own(tmp_path):
     """A model of this project on a tower that LLaVA has a class for."""

@@ -105,7 +105,6 @@ def test_a_rewind_puts_the_newer_ones_aside(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2]
 
 
-# --------------------------------------------------------------------------------------------- scripts/checkpoints
 def command(*words: str | Path) -> None:
     """What scripts/checkpoints.py does, for list, verify and prune."""
     flags = script_parser("checkpoints").parse_args(list(map(str, words)))

@@ -22,9 +22,6 @@ ENDS = ["", ".", "?", "!", ",\nthen", " (12)", "…", "猫"]
 Talk = list[tuple[str, str]]
 
 
-# ------------------------------------------------------------------------------------------------------- LLaVA
-
-
 class SlowLlama:
     """`LlamaTokenizer` of transformers 4.37 with use_fast=False, which LLaVA-1.5 was trained with."""
 
@@ -59,9 +56,6 @@ def v1_text(talk: Talk, image: bool) -> str:
         shown = f"<image>\n{question}".strip() if image and number == 0 else question
         text += f"{' ' if number == 0 else ''}USER: {shown} ASSISTANT: {answer}</s>"
     return text
-
-
-# -------------------------------------------------------------------------------------------------------- tests
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
