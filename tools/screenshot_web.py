@@ -34,8 +34,7 @@ def browser(*options: str) -> Iterator[Browser]:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
         raise UserError("a picture of the page needs the package playwright: pip install playwright") from None
-    path = find_browser()
-    if path is None:
+    if (path := find_browser()) is None:
         raise UserError(f"a picture of the page needs one of {', '.join(BROWSERS)}: install the package chromium")
     with sync_playwright() as playwright:
         # No sandbox of its own: containers forbid it, and it opens nothing but this page.

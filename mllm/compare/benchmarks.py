@@ -56,11 +56,11 @@ def benchmark_step(comparison: Comparison, cell: Path, task: str) -> Step:
 
     device = choose_device(comparison.device)
     dtype = str(answer_dtype("auto", device)).removeprefix("torch.")
+    folder = benchmark_folder(cell, task)
     command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--batch_size", "1", "--device", str(device)]
     # lmms-eval's own default for device_map, "", is an error in transformers.
     command += ["--model_args", f"pretrained={cell / 'model'},device_map={device},dtype={dtype}", "--tasks", task]
     command += ["--include_path", str(comparison.include_path)] if comparison.include_path else []
-    folder = benchmark_folder(cell, task)
     command += ["--output_path", str(folder), "--log_samples"]
     return Step(task, tuple(command), lambda: bool(benchmark_results(cell, [task])), folder=folder, may_fail=True)
 

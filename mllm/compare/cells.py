@@ -127,7 +127,7 @@ def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
     of_kind = {True: runs % comparison.seeds, "random": runs}
     named = [e for n, e in zip(encoder_names(comparison), comparison.encoders, strict=True) if n in names]
     keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in named]
-    return shared_runs([of_kind.get(key, np.zeros_like(runs)) for key in keys])
+    return shared_runs([of_kind.get(key, 0 * runs) for key in keys])
 
 
 def encoder_names(comparison: Comparison) -> list[str]:

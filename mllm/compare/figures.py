@@ -340,17 +340,15 @@ def over_seeds(values: Sequence[float], groups: np.ndarray) -> dict[str, Any]:
 def compare_benchmarks(comparison: Comparison) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """`compare_scores` of what lmms-eval measured. Its items are not here, so intervals are over seeds only."""
     by_encoder: dict[str, list[dict[str, float]]] = defaultdict(list)
-    encoders = encoder_names(comparison)
     for cell in cells_of(comparison):
         by_encoder[cell.encoder].append(benchmark_results(cell.directory, comparison.benchmarks))
     every = [results for rows in by_encoder.values() for results in rows]
     names = [name for name in every[0] if all(name in results for results in every)]
-    summary: dict[str, dict[str, Any]] = {}
-    for e in encoders:
+    summary, differences = {}, []
+    for e, rows in by_encoder.items():
         groups = independent_runs(encoder_groups(comparison, e))
-        summary[e] = {name: over_seeds([row[name] for row in by_encoder[e]], groups) for name in names}
-    differences = []
-    for a, b in combinations(encoders, 2):
+        summary[e] = {name: over_seeds([row[name] for row in rows], groups) for name in names}
+    for a, b in combinations(by_encoder, 2):
         groups = independent_runs(encoder_groups(comparison, a, b))
         for name in names:
             runs = np.array([x[name] - y[name] for x, y in zip(by_encoder[a], by_encoder[b], strict=True)])

@@ -16,6 +16,7 @@ can be verified alone.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -64,15 +65,16 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
     """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
     from mllm.compare.commands import stage_samples, train_arguments  # imports torch
 
-    cell, (files, _) = cells_of(comparison)[0], question_files(comparison)
+    cell, files = cells_of(comparison)[0], question_files(comparison)[0]
     asked = {name: asked_questions(comparison, path) for name, path in files.items()}
     columns = {name: COLUMNS.get(name, name) for name in files}
     first = UNSEEN if UNSEEN in columns.values() else next(iter(columns.values()), None)
     deciding_questions = [q for name, of_file in asked.items() if columns[name] == first for q in of_file]
     stages = {stage.name: number for number, stage in STAGES.items()}
+    flags = json.loads(json.dumps({name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}))
     return {
         "format": FORMAT,
-        "comparison": fixed_flags(comparison),
+        "comparison": flags,
         "decides": deciding(comparison, deciding_questions),
         "is_demo": is_demo(comparison),
         "budget": {
@@ -100,21 +102,12 @@ def _projector(arguments: TrainArguments) -> str:
     from mllm.compare.commands import dataset_size  # imports torch
     from mllm.training.prepare import START_IMAGES
 
+    start = "from stage 1" if arguments.stage == 2 else "random"
     if arguments.pretrain_mm_mlp_adapter is not None:
         start = f"from {arguments.pretrain_mm_mlp_adapter}"
-    elif arguments.stage == 2:
-        start = "from stage 1"
-    elif arguments.mm_projector_init == "captions":
-        count = min(dataset_size(arguments), START_IMAGES)
-        start = f"fitted in closed form to the captions of {count:,} samples"
-    else:
-        start = "random"
+    elif arguments.stage == 1 and arguments.mm_projector_init == "captions":
+        start = f"fitted in closed form to the captions of {min(dataset_size(arguments), START_IMAGES):,} samples"
     return f"{arguments.mm_projector_type}, {start}"
-
-
-def fixed_flags(comparison: Comparison) -> dict[str, Any]:
-    fields = dataclasses.asdict(comparison).items()
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields if name not in NOT_FIXED}
 
 
 def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:

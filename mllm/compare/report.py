@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab import report as lab
 from clips.lab.report import Block, Bullets, Folded, Section
-from clips.lab.stats import ANSWERS, TOGETHER, turned
+from clips.lab.stats import ANSWERS, TOGETHER, show_difference, turned
 from mllm.compare.figures import LOOSE_WAYS
 from mllm.compare.probe import PROBE
 from mllm.compare.words import difference_text, headline, interval_text, metric_name, percent_text
@@ -70,10 +70,10 @@ def page(report: Report, image_folder: Path | None) -> lab.Page:
         *_examples(report, image_folder),
         Section("Controls", [Bullets(controls(report))]),
         Section("What is not shown", [Bullets(not_shown(report))]),
-        Section("Cost", [_cost_table(report)], "Wall-clock seconds of each cell, on the cores that it shared."),
+        Section("Cost", [_cost_table(report)], "Seconds, mean over cells, on the cores that each shared."),
         Section("Environment", _environment(report), lab.described(report["environment"])),
     ]
-    return lab.Page("What the encoder is worth", note, sections, _tiles(report) if overall else [])
+    return lab.Page("What the encoder is worth", note, sections)
 
 
 def _overall(report: Report) -> list[Row]:
@@ -86,15 +86,6 @@ def _pair(row: Row) -> str:
 
 
 # ------------------------------------------------------------------------------------------- what was found
-def _tiles(report: Report) -> list[lab.Tile]:
-    tiles = []
-    for name, encoder in report["encoders"].items():
-        figure = encoder["metrics"]["accuracy"]
-        note = f"± {100 * figure['sd']:.1f} over {len(figure['by_seed'])} seeds" if figure["sd"] is not None else ""
-        tiles.append(lab.Tile(f"{name}: right answers", [(f"{100 * figure['mean']:.1f} %", "")], note or "one seed"))
-    return tiles
-
-
 def _decided(report: Report, overall: list[Row]) -> list[Section]:
     """Findings, right answers, differences."""
     rows = report["differences"]
@@ -103,10 +94,7 @@ def _decided(report: Report, overall: list[Row]) -> list[Section]:
     deciding = [sentence(row) for row in rows if row["metric"] == report["plan"]["decides"]]
     differences: list[Block] = [lab.Forest([(_pair(row), row) for row in overall], 100)] if overall else []
     for name in dict.fromkeys(map(_pair, rows)):
-        of_pair = [row for row in rows if _pair(row) == name]
-        kinds = [(metric_name(row["metric"]), row) for row in of_pair if row["metric"].startswith("accuracy/")]
-        blocks: list[Block] = [lab.Forest(kinds, 100)] if kinds else []
-        differences.append(Folded(name, [*blocks, differences_table(of_pair)]))
+        differences.append(Folded(name, [differences_table([row for row in rows if _pair(row) == name])]))
     shown = "% right, and CIDEr-D of descriptions: mean ± standard deviation over seeds."
     return [
         Section("What was found", [Bullets(deciding, "big"), Bullets(floors(report))]),
@@ -227,15 +215,14 @@ def _benchmarks(report: Report) -> list[Section]:
     if not names:
         return []
     for row in report["benchmark_differences"]:
-        ends = "–" if row["ci95"] is None else f"[{row['ci95'][0]:+.4g}, {row['ci95'][1]:+.4g}]"
-        differences.append([f"{_pair(row)}: {row['metric']}", f"{row['mean']:+.4g}", ends])
+        differences.append([f"{_pair(row)}: {row['metric']}", show_difference(row, digits=3)])
     rows = []
     for name in names:
         figures = [encoder["benchmarks"][name] for encoder in encoders.values()]
         spreads = ["" if f["sd"] is None else f" ± {f['sd']:.2g}" for f in figures]
         rows.append([name, *(f"{f['mean']:.4g}{spread}" for f, spread in zip(figures, spreads, strict=True))])
     note = "As lmms-eval reports them. Its items are not at hand here, so intervals are over seeds only."
-    tables: list[Block] = [Table(["lmms-eval", *encoders], rows), Table(["", "mean", "95 % interval"], differences)]
+    tables: list[Block] = [Table(["lmms-eval", *encoders], rows), Table(["", "difference [95 %]"], differences)]
     return [Section("Benchmarks", tables, note)]
 
 
@@ -337,14 +324,10 @@ def not_shown(report: Report) -> list[str]:
 
 
 def _cost_table(report: Report) -> Table:
-    rows, every = [], 0.0
-    parts = list(dict.fromkeys(part for cell in report["cells"] for part in cell["cost"]))
-    for cell in report["cells"]:
-        seconds: Sequence[float] = [cell["cost"].get(part, 0.0) for part in parts]
-        every += sum(seconds)
-        rows.append([f"{cell['encoder']}, {cell['run']}", *(f"{value:.0f}" for value in (*seconds, sum(seconds)))])
-    rows.append(["all cells", *("" for _ in parts), f"{every:.0f}"])
-    return Table(["seconds", *parts, "together"], rows)
+    costs = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
+    parts = list(next(iter(costs.values())))
+    rows = [[name, *(f"{cost[part]:,.1f}" for part in parts)] for name, cost in costs.items()]
+    return Table(["encoder", *map(pretty, parts)], rows)
 
 
 def _environment(report: Report) -> list[Block]:

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from lab_runs import STORED, stored, write_runs
 
+from clips.lab.report import as_html
 from clips.studies.claims import CLAIMS, VARIANTS, reproduce, variant_study
 from clips.studies.equal_time import compare, equal_time_study, search_runs
 from clips.studies.to_quality import Target, ToQuality, read_variants
@@ -22,6 +23,7 @@ from clips.studies.towers import compare_towers, towers_study
 from clips.studies.variants import judge
 from mllm.compare.figures import computed
 from mllm.compare.plan import comparison_of
+from mllm.compare.report import page
 from mllm.compare.verify import opened
 
 VERDICTS = {"reproduced here": "win", "contradicted here": "loss", "not reproduced here": "tie"}
@@ -137,6 +139,7 @@ def test_encoders(name: str) -> None:
     # `scorer` is a hash of the scorer's source, which also changes with its sentences.
     for part in old.keys() - {"command", "time", "environment", "calibration", "scorer"}:
         assert again[part] == old[part], part
+    assert as_html(page(old, None))
 
 
 def test_time_to_quality(tmp_path: Path) -> None:

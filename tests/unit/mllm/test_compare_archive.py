@@ -28,7 +28,6 @@ from clips.lab.archive import unpack
 from clips.lab.report import as_html
 from mllm.compare.cells import PLAN, cells_of
 from mllm.compare.comparison import Comparison
-from mllm.compare.figures import computed
 from mllm.compare.plan import comparison_of as comparison_of_plan
 from mllm.compare.plan import fix_plan, plan_of
 from mllm.compare.report import page, sentence
@@ -68,33 +67,6 @@ def replace(path: Path, before: str, after: str) -> None:
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after, 1))
-
-
-# ----------------------------------------------------------------------------------------------------------- stored
-
-STORED = ROOT / "tests" / "data" / "lab" / "encoders" / "made-up.tar.xz"
-GONE = ("p_mcnemar", "p_holm", "wins", "losses", "calibration", "command", "time", "environment")
-"""McNemar's test, Holm's correction and the A/A test are computed no more; the last three are no figures."""
-
-
-def without(value: Any, names: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        return {name: without(part, names) for name, part in value.items() if name not in names}
-    return [without(part, names) for part in value] if isinstance(value, list) else value
-
-
-def test_a_comparison_by_the_engine_before_this_one_gives_the_same_figures_to_the_last_digit(tmp_path: Path) -> None:
-    """A report of 432 answers by blind and seeing models: figures, intervals, variances, examples, costs."""
-    unpack(STORED, tmp_path, MEMBER)
-    report = json.loads((tmp_path / "report.json").read_text())
-    again = computed(comparison_of_plan(report["plan"], tmp_path), report["plan"])
-    wanted = without(report, GONE)
-    wanted["loose_answers"] = without(wanted["loose_answers"], ("examples",))  # counts stay, their examples are gone
-    assert again.keys() == wanted.keys()
-    for name in wanted.keys() - {"scorer"}:  # the hash of a source is no figure
-        assert json.dumps(again[name], sort_keys=True) == json.dumps(wanted[name], sort_keys=True), name
-    assert {row["verdict"] for row in again["differences"]} == {"win", "tie"}
-    assert as_html(page(report, None))
 
 
 # --------------------------------------------------------------------------------------------------------- verified
@@ -351,16 +323,11 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     ("members", "said"),
     [
         (["report.json", "../outside.json"], "points outside"),
-        (["report.json", "/outside.json"], "points outside"),
-        (["report.json", "cells/x/../../../outside.json"], "points outside"),
         (["report.json", "cells/x/evaluation/a/b.jsonl"], "is no file of such a study"),
         (["report.json", "cells/x/model/model.safetensors"], "is no file of such a study"),
-        (["report.json", "setup.py"], "is no file of such a study"),
         (["report.json", "report.json"], "appears twice"),
         ([special("report.json", tarfile.SYMTYPE, "/etc/passwd")], "is a link"),
-        (["report.json", special("compare.json", tarfile.LNKTYPE, "report.json")], "is a link"),
         (["report.json", special("cells/x/cell.json", tarfile.FIFOTYPE)], "not a regular file"),
-        (["report.json", special("cells/x/cell.json", tarfile.CHRTYPE)], "not a regular file"),
         ([], "empty"),
     ],
 )

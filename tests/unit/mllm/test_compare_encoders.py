@@ -28,7 +28,6 @@ from clips.data.loader import BatchDataset
 from clips.data.sources import open_source
 from clips.data.tokenizer import build_tokenizer
 from clips.lab.report import as_html, write_report
-from clips.lab.run import Runner
 from clips.recipes import debug_twin, recipe
 from mllm.compare.benchmarks import benchmark_folder, benchmark_results
 from mllm.compare.cells import (
@@ -92,7 +91,7 @@ def shown(report: dict) -> str:
 
 
 def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
-    """Settings, data order, the start of the projector and that of the adapters."""
+    """Settings, data order, the start of the projector and that of the adapters; `random` has the cell's seed."""
     comparison = comparison_of(place, train_flags=(*FLAGS, "--instruct.lora_enable"), seeds=2)
     for stage, dataset_size in ((1, 12), (2, 16)):
         seen = {}
@@ -127,12 +126,9 @@ def test_cells_of_one_seed_are_equal_but_for_the_encoder(place: Path) -> None:
         assert any(not torch.equal(a[2][name], b[2][name]) for name in started)
         if stage == 2:
             assert any("lora_A" in name for name in started)
-
-
-def test_the_seed_of_a_cell_is_that_of_the_random_encoder_too(place: Path) -> None:
-    cells = [cell for cell in cells_of(comparison_of(place)) if cell.encoder == "random"]
-    assert {cell.vision for cell in cells} == {"random:clips-run"}
-    assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in cells}) == 3
+    seeds = [cell for cell in cells_of(comparison) if cell.encoder == "random"]
+    assert {cell.vision for cell in seeds} == {"random:clips-run"}
+    assert len({load_vision(cell.vision, seed=cell.seed).fingerprint for cell in seeds}) == 2
 
 
 def test_the_baseline_is_told_the_same_samples_and_refused_when_it_saw_others(tmp_path: Path) -> None:
@@ -250,25 +246,6 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ never twice
 
 
-def test_only_what_is_missing_of_a_cell_is_run(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished cell is left alone; of a cut cell the steps that left no file are run, as processes with its flags."""
-    cells, ran = cells_of(finished)[:2], []
-    cells[1].figures.unlink()
-    runner = Runner(lab_cells(finished, cells), 1, QUIET)
-    monkeypatch.setattr(runner.commands, "run", lambda command, log, **popen: ran.append([*command]))
-    runner.run(runner.cells)
-    (only,) = ran
-    assert only[1].endswith("evaluate_llava.py")
-    assert str(cells[1].directory / "model") in only
-    (cells[1].directory / "instruct" / "done.json").unlink()
-    runner.run(runner.cells)
-    assert [Path(command[1]).name for command in ran[1:]] == ["train_llava.py", "evaluate_llava.py"]
-    assert ran[1][2:4] == ["--stage", "2"]
-    record = json.loads((cells[1].directory / "cell.json").read_text())
-    assert [*record["commands"]] == ["evaluation", "instruct"]
-    assert record["encoder"] == "clip"
-
-
 def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
     check_cells(finished)
     cell = cells_of(finished)[5]
@@ -304,7 +281,10 @@ def test_other_questions_cost_the_answers_only(finished: Comparison, tmp_path: P
     for cell in cells_of(finished):
         shutil.rmtree(cell.evaluation)
     check_cells(shorter)
-    assert not lab_cells(shorter, cells_of(shorter))[0].is_done()
+    first = lab_cells(shorter, cells_of(shorter))[0]
+    (missing,) = [step for step in first.steps if not step.is_done()]
+    assert [Path(word).name for word in missing.command[1:4]] == ["evaluate_llava.py", "--model", "model"]
+    assert missing.command[-2:] == ("--limit", "7")
 
 
 @pytest.mark.parametrize(("before", "after"), [('"expected": "yes"', '"expected": "no"'), ("where?", "Where, please?")])
@@ -318,23 +298,18 @@ def test_answers_to_other_questions_are_refused(finished: Comparison, before: st
 # --------------------------------------------------------------------------------------------------------- progress
 
 
-def log_steps(run_dir: Path, stage: str, steps: range, of: int) -> None:
-    """metrics.jsonl as a stage writes it, one line a step of 4 samples."""
-    log, control = MetricsLog(run_dir, stage, 4, tiny_work(), active=True), TrainerControl()
-    arguments = TrainingArguments(output_dir=str(run_dir), use_cpu=True, report_to="none")
-    log.on_train_begin(arguments, TrainerState(global_step=steps.start - 1, max_steps=of), control)
-    for step in steps:
-        state = TrainerState(global_step=step, max_steps=of)
-        log.on_log(arguments, state, control, logs={"loss": 2.0, "learning_rate": 1e-3, "epoch": 0.5})
-
-
 def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
     comparison = comparison_of(place, train_flags=(*FLAGS, "--max_steps", "8"))
     cell = cells_of(comparison)[0]
     align, instruct, _ = lab_cells(comparison, [cell])[0].steps
     cell.directory.mkdir(parents=True)
     assert align.progress() is None
-    log_steps(cell.directory, "align", range(1, 7), of=8)
+    log, control = MetricsLog(cell.directory, "align", 4, tiny_work(), active=True), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(cell.directory), use_cpu=True, report_to="none")
+    log.on_train_begin(arguments, TrainerState(max_steps=8), control)
+    for step in range(1, 7):
+        logs = {"loss": 2.0, "learning_rate": 1e-3, "epoch": 0.5}
+        log.on_log(arguments, TrainerState(global_step=step, max_steps=8), control, logs=logs)
     found = align.progress()
     assert (found.done, found.planned) == (24, 32)
     assert re.fullmatch(r"75 %, \d+\.\d min left", str(found))
@@ -482,12 +457,9 @@ def test_cells_settings_and_kinds_are_fields_of_the_report(report: dict, finishe
 
 
 def test_examples_are_questions_that_one_model_alone_got_right(report: dict) -> None:
-    assert report["examples"]
     for example in report["examples"]:
-        a, b = example["answers"]
-        right = {name: text == "yes" for name, text in example["answers"].items()}
-        assert right[example["right"]]
-        assert right[a] != right[b]
+        right = {name for name, text in example["answers"].items() if text == "yes"}
+        assert right == {example["right"]}
     assert {example["right"] for example in report["examples"]} == set(NAMES[:2])
 
 
@@ -508,7 +480,7 @@ def test_the_page_is_one_offline_file_with_every_part(report: dict, finished: Co
         "What is not shown", "Cost", "Environment", "viewport", "prefers-color-scheme: dark",
     ):  # fmt: skip
         assert part in text, part
-    assert text.count('class="track"') == 6 + 6 * 3
+    assert text.count('class="track"') == 6
     assert not re.search(r"<(?:script|a|em)\b", text)
     for hostile in texts:
         assert html.unescape(text).count(visible(hostile)) >= 4  # question, truth, both answers
@@ -519,6 +491,9 @@ def test_what_the_figures_do_not_say_is_said(report: dict, finished: Comparison)
     text = shown(report)
     assert "All runs of clips, clip stand on one encoder each" in text
     assert "3 independent seed(s) tell their spread badly" in text
+    for columns in (["seen"], ["unseen", "seen"]):
+        demo = shown(report | {"settings": report["settings"] | {"is_demo": True, "columns": columns}})
+        assert ("test of unseen artists is missing" in demo) == (columns == ["seen"])
     for cell in cells_of(finished):
         if cell.encoder == "random":
             blind = next(c for c in cells_of(finished) if c.encoder == "blind" and c.seed == cell.seed)
@@ -588,12 +563,6 @@ def test_two_sorts_of_pictures_are_two_columns_and_the_unseen_decide(finished: C
     summary, rows = compare_scores(finished, found)
     assert len({(row["a"], row["b"], row["column"]) for row in rows if row["kind"]}) == 6 * 2
     assert summary["clips"]["accuracy"]["mean"] == 0
-
-
-def test_a_demo_by_one_artist_says_what_it_does_not_measure(report: dict) -> None:
-    for columns in (["seen"], ["unseen", "seen"]):
-        text = shown(report | {"settings": report["settings"] | {"is_demo": True, "columns": columns}})
-        assert ("test of unseen artists is missing" in text) == (columns == ["seen"])
 
 
 def test_descriptions_are_compared_by_cider(place: Path, made: Path) -> None:

@@ -118,13 +118,11 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     assert content["archive"] == {"file": "out.tar.xz", "bytes": packed.stat().st_size, "sha256": sha256(packed)}
     assert not {"cells", "examples", "files"} & content.keys()
     for name, encoder in report["encoders"].items():
-        short, metrics = content["encoders"][name], encoder["metrics"]
-        assert {m: (f["mean"], f["sd"]) for m, f in short["metrics"].items()} == {
-            m: (f["mean"], f["sd"]) for m, f in metrics.items()
-        }
+        short = content["encoders"][name]
+        for metric, figure in encoder["metrics"].items():
+            assert short["metrics"][metric].items() <= figure.items()
         assert short | {"metrics": None} == encoder | {"metrics": None}
     assert [row["ci95"] for row in content["differences"]] == [row["ci95"] for row in report["differences"]]
-    assert target.stat().st_size < 60_000
     update_pages(check=False, root=root)
     shown = f"{100 * report['encoders']['random']['metrics']['accuracy']['mean']:.1f} ±"
     assert shown in (root / "docs" / "page.md").read_text().partition("-->")[2]
@@ -163,12 +161,8 @@ def test_claims_are_taken_without_configurations_and_their_verdicts_stand_in_a_p
     assert "config" not in target.read_text()
     update_pages(check=False, root=root)
     cells = (root / "docs" / "page.md").read_text().partition("-->\n")[2].split(" | ")
-    assert cells[0] == "| 72.0 ± 2.8"
-    assert cells[1].startswith("**+41.5 [+")
-    assert cells[2] == "**reproduced**"
-    assert cells[3].startswith("+0.0 [−")
-    assert cells[4] == "not reproduced"
-    assert cells[5].startswith("**+4.3 [+0.4, +8.2]** |")
+    starts = ("| 72.0 ± 2.8", "**+41.5 [+", "**reproduced**", "+0.0 [−", "not reproduced", "**+4.3 [+0.4, +8.2]** |")
+    assert all(cell.startswith(start) for cell, start in zip(cells, starts, strict=True))
     page = root / "docs" / "page.md"
     page.write_text(page.read_text().replace("{sentence − web: v", "{web − sentence: v"))
     with pytest.raises(UserError, match=r"\{web − sentence: verdict\} is not in"):
