@@ -36,7 +36,7 @@ LONGEST_START = 8.0
 """Seconds in which a kill at the start falls."""
 PATIENCE = 180
 """Seconds after a kill in which all other processes of the run must have ended."""
-SAMPLES, EVAL_EVERY = 1920, 640
+SAMPLES, EVAL_EVERY, SAVE_EVERY, BATCH = 1920, 640, 80, 8
 """Of the whole run, which has three phases."""
 
 
@@ -84,8 +84,8 @@ def train_under(kills: Sequence[Kill], run_dir: Path, flags: Sequence[str], seed
                 assert process.returncode == 0, log.read_text()[-3000:]
                 return
             waiting.remove(kill)
-            if kill.place not in ("start", "save", "export"):  # which are short
-                time.sleep(rng.uniform(0, 0.2))
+            if kill.place not in ("start", "export"):  # which are short
+                time.sleep(rng.uniform(0, 0.02 if kill.place == "save" else 0.2))
             family = []
             with contextlib.suppress(psutil.NoSuchProcess):
                 family = psutil.Process(process.pid).children(recursive=True)
@@ -109,7 +109,9 @@ def is_now(kill: Kill, run_dir: Path, start_ends: float) -> bool:
     if seen < kill.after:
         return False
     if kill.place == "save":
-        return any((run_dir / "checkpoints").glob(".*.tmp"))
+        # From the line of its step, which is written before, to the moment in which LATEST names it.
+        saved = int(read_latest(run_dir).removeprefix("step-") or 0) * BATCH
+        return any((run_dir / "checkpoints").glob(".*.tmp")) or (seen % SAVE_EVERY == 0 and saved < seen)
     if kill.place == "validation":
         return seen % EVAL_EVERY == 0 and samples_seen(run_dir, "eval") < seen
     if kill.place == "evaluation":
@@ -123,6 +125,11 @@ def samples_seen(run_dir: Path, kind: str = "train") -> int:
     found = path.read_bytes()[-20_000:].splitlines() if path.is_file() else []
     of_kind = (line for text in reversed(found) if (line := parse_line(text)) and line.get("kind") == kind)
     return next((line["samples"] for line in of_kind), 0)
+
+
+def read_latest(run_dir: Path) -> str:
+    latest = run_dir / "LATEST"
+    return latest.read_text().strip() if latest.is_file() else ""
 
 
 def chosen(victim: str, launcher: int, family: list[psutil.Process], rng: random.Random) -> list[psutil.Process]:
@@ -164,7 +171,7 @@ def test_a_run_under_kills_equals_the_one_in_peace(tmp_path: Path) -> None:
     count, seed = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "3740"))
     flags = ["--recipe", "s16", "--debug", "--samples", str(SAMPLES // 3), *small_data(tmp_path / "data")]
     # Each step has a line of its own: a stop between two lines, as a lost launcher's, would write one more.
-    flags += ["--output", str(tmp_path), "--set", "train.precision=fp32", "train.checkpoint_every=40"]
+    flags += ["--output", str(tmp_path), "--set", "train.precision=fp32", f"train.checkpoint_every={SAVE_EVERY}"]
     flags += ["train.log_every=1", f"train.eval_every={EVAL_EVERY}", "--name"]
     peaceful, killed = tmp_path / "in-peace", tmp_path / "killed"
     assert list(train_under([], peaceful, [*flags, peaceful.name], seed)) == []
