@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +19,23 @@ SCRIPT = ROOT / "tools" / "gpu_report.py"
 report = load_script("tools/gpu_report.py")
 
 
+def figures(part: str, *flags: str | Path) -> Any:
+    """What a part prints, from a process of its own: it joins a process group."""
+    done = run_python(SCRIPT, "--part", part, "--device", "cpu", "--tiny", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_every_part_runs(tmp_path: Path) -> None:
     """All but the tests, of which a CPU has none."""
-    rows = report.towers("S/16", CPU, tiny=True)
+    rows = figures("S/16")
     assert [row["what"] for row in rows] == ["ours, towers", "open_clip, equal towers", "ours, with the captioner"]
     assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
     assert ["predicted_gb" in row for row in rows] == [True, False, True]
     write_export(tmp_path / "clips")
     write_llava(tmp_path, tmp_path / "clips", initializer_range=0.1)
-    done = run_python(SCRIPT, "--part", "chat", "--device", "cpu", "--tiny", "--model", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["first_token_s"] > 0
+    assert figures("chat", "--model", tmp_path / "model")["first_token_s"] > 0
 
 
 def test_parts_that_go_wrong_are_named() -> None:
