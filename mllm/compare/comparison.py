@@ -149,13 +149,13 @@ def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None
 
     No files if there are benchmarks alone.
     """
-    from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_llava_demo
+    from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 
     if not asks_questions(comparison):
         return {}, None
     if comparison.questions is not None:
         return {comparison.questions.stem: comparison.questions}, comparison.image_folder
-    demo = ensure_llava_demo(DEMO_DIR)
+    demo = ensure_any_llava_demo(DEMO_DIR)
     return demo_questions(demo), demo / IMAGES
 
 

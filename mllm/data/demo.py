@@ -277,6 +277,18 @@ def ensure_llava_demo(
     return ensure_built(Path(directory), wanted, write, what="LLaVA demo data")
 
 
+def ensure_any_llava_demo(directory: Path | str, demo_dir: Path | str = "data/demo") -> Path:
+    """Build the files as `ensure_llava_demo` does, unless some of this version and of these scenes are there.
+
+    The size of what is there does not matter. Returns the directory.
+    """
+    ensure_any_demo(demo_dir)
+    built = built_as(Path(directory)) or {}
+    if (built.get("version"), built.get("scenes")) != (VERSION, built_as(Path(demo_dir))):
+        ensure_llava_demo(directory, demo_dir)
+    return Path(directory)
+
+
 def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Write every file named at the top into `work`."""
     (work / IMAGES).mkdir()

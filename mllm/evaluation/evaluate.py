@@ -29,7 +29,7 @@ from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
-from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_llava_demo
+from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
@@ -164,7 +164,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     elif flags.image_folder or answers_file:
         raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
     else:
-        demo = ensure_llava_demo(DEMO_DIR)
+        demo = ensure_any_llava_demo(DEMO_DIR)
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}

@@ -21,7 +21,7 @@ from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset
-from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_llava_demo
+from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
 from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
@@ -132,7 +132,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
         return Path(arguments.data_path), Path(arguments.image_folder) if arguments.image_folder else None
     if arguments.image_folder is not None:
         raise UserError("--image_folder is given without --data_path")
-    demo = ensure_llava_demo(DEMO_DIR)
+    demo = ensure_any_llava_demo(DEMO_DIR)
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
 
 

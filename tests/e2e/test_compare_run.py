@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_group
 from lab_runs import run_main
+from small_demo import LLAVA_SIZES, SIZES
 from tiny_mllm import pictures, write_llm, write_run
+
+from clips.data.demo import ensure_demo
+from mllm.data.demo import ensure_llava_demo
 
 pytestmark = pytest.mark.slow
 STAGES = ("align", "instruct")
@@ -123,7 +127,11 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
     """The whole way with the recipes' tiny twins: pretraining, cells, linear probes on few pictures, report."""
     monkeypatch.setattr("mllm.compare.probe.PROBE_SAMPLES", 200)
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(place / "cache"))
-    monkeypatch.chdir(ROOT)
+    ensure_demo(place / "data" / "demo", sizes=SIZES)
+    ensure_llava_demo(
+        place / "data" / "llava_demo", place / "data" / "demo", **LLAVA_SIZES | {"align": 64, "instruct": 64}
+    )
+    monkeypatch.chdir(place)
     output, tiny = place / "demo", f"--model_name_or_path {place / 'llm'} --align.max_steps 1 --instruct.max_steps 1"
     flags = ("--encoders", "clips,clip", "--seeds", "1", "--jobs", "1", "--limit", "4", "--device", "cpu")
     flags += ("--output", output, "--pretrain-flags=--debug", f"--train-flags={tiny}")
