@@ -34,7 +34,14 @@ from mllm.evaluation.scores import (
 from mllm.model.load import CACHE, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
-place = tiny_chat.place  # a fixture
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of this module's own, for evaluations write on its card."""
+    root = tmp_path_factory.mktemp("place")
+    tiny_chat.write_place(root)
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,14 @@ from mllm.model.card import add_evaluation, figures_section
 from mllm.training.finish import card
 
 __all__ = ["hub"]
-place = tiny_chat.place  # a fixture
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of this module's own, for evaluations write on its card."""
+    root = tmp_path_factory.mktemp("place")
+    tiny_chat.write_place(root)
+    return root
 
 
 def test_the_code_of_a_card_runs_beside_it(
