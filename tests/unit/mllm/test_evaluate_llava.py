@@ -126,7 +126,7 @@ def test_command_writes_llava_s_answers_and_figures(
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = newest_model(place / "runs")
-    monkeypatch.setattr(evaluate, "ensure_llava_demo", lambda directory: place)  # whole: the demo's own questions
+    monkeypatch.setattr(evaluate, "ensure_any_llava_demo", lambda directory: place)  # whole: the demo's own questions
     monkeypatch.setattr(evaluate, "demo_questions", lambda directory: {"answers": tmp_path / "mine.jsonl"})
     monkeypatch.setattr(evaluate, "IMAGES", "images")
     common = ["--model", str(model), "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
