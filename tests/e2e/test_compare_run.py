@@ -17,6 +17,7 @@ from lab_runs import run_main
 from small_demo import LLAVA_SIZES, SIZES
 from tiny_mllm import pictures, write_llm, write_run
 
+from clips.common.rundir import UNSEEN
 from clips.data.demo import ensure_demo
 from mllm.data.demo import ensure_llava_demo
 
@@ -134,7 +135,10 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
     monkeypatch.chdir(place)
     output, tiny = place / "demo", f"--model_name_or_path {place / 'llm'} --align.max_steps 1 --instruct.max_steps 1"
     flags = ("--encoders", "clips,clip", "--seeds", "1", "--jobs", "1", "--limit", "4", "--device", "cpu")
-    flags += ("--output", output, "--pretrain-flags=--debug", f"--train-flags={tiny}")
+    demo = place / "data" / "demo"
+    tests = [str(demo / "test"), *(f"{UNSEEN}={path}" for path in demo.glob(UNSEEN))]
+    small = f"--debug --data {demo / 'train'} --val-data {demo / 'val'} --test-data {' '.join(tests)}"
+    flags += ("--output", output, f"--pretrain-flags={small}", f"--train-flags={tiny}")
     assert run_main(monkeypatch, "compare_encoders", *flags) == 0, capfd.readouterr().err[-3000:]
     seen = []
     for kind in ("clips", "clip"):

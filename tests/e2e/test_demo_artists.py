@@ -78,9 +78,9 @@ def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.Monke
 
     # a model on it
     write_llava(tmp_path / "runs" / "llava-clips", run)
-    said = ran("evaluate_llava.py", "--limit", "4", "--max-new-tokens", "4")
+    said = ran("evaluate_llava.py", "--max-new-tokens", "4")
     assert ("unseen artist" in said) == several
-    found = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "limit-4" / "figures.json")
+    found = read(tmp_path / "runs" / "llava-clips" / "evaluation" / "figures.json")
     assert found["sets"].keys() == {"answers", "descriptions"} | ({UNSEEN_ANSWERS} if several else set())
     assert (UNSEEN in found) == several
 
