@@ -10,13 +10,13 @@ from pathlib import Path
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from clips.common.files import read_json, read_json_records, sha256
+from clips.common.files import read_json, read_json_records
 from clips.common.progress import read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
 from clips.lab.grid import RECORD, Cell, Step
 from clips.lab.pretraining import pretraining_cell
 from mllm.compare.benchmarks import benchmark_step
-from mllm.compare.cells import PLAN, RECIPES, EncoderCell, PretrainedEncoder
+from mllm.compare.cells import RECIPES, EncoderCell, PretrainedEncoder
 from mllm.compare.comparison import (
     QUICK_PRETRAINING,
     Comparison,
@@ -100,9 +100,8 @@ def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int]
         asked = _evaluation_command(comparison, cell)
         steps.append(Step("evaluation", asked, cell.figures.is_file, lambda: read_progress(cell.evaluation / PROGRESS)))
     steps += [benchmark_step(comparison, cell.directory, task) for task in comparison.benchmarks]
-    plan = comparison.output / PLAN
     record = {name: getattr(cell, name) for name in ("encoder", "vision", "pretraining_seed", "seed")}
-    record |= {"evaluation": evaluation_settings(comparison), "plan": sha256(plan) if plan.is_file() else None}
+    record["evaluation"] = evaluation_settings(comparison)
 
     def result() -> str:
         figures = read_json(cell.figures)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -62,8 +63,9 @@ def compare(
     disable_progress_bar()  # of encoders that are loaded again for their figures: the table is the view
     image_folder = question_files(comparison)[1]
     plan, fixed = fix_plan(comparison), comparison.output / PLAN
-    console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {sha256(fixed)}", highlight=False, soft_wrap=True)
-    planned = lab_cells(comparison, cells)  # again: their records name the plan
+    digest = sha256(fixed)
+    console.print(f"fixed in {for_rich(str(fixed))}, SHA-256 {digest}", highlight=False, soft_wrap=True)
+    planned = [replace(cell, record={**(cell.record or {}), "plan": digest}) for cell in planned]
     runner = Runner([*pretraining, *planned], comparison.jobs, console)
     with runner.live():
         runner.run(pretraining)
