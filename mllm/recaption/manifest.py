@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clips.common.errors import UserError
-from clips.common.files import fsync, lock, placing, read_json
+from clips.common.files import fsync, lock, placing, read_json, write_json
 from clips.common.rundir import difference, refuse
 from mllm.recaption.shards import Shard
 
@@ -139,5 +139,4 @@ def publish(folder: Folder, name: str, written: Path, rejected: Iterator[Mapping
     with placing(folder.rejected(name)) as file:
         for record in rejected:
             file.write(json.dumps(record).encode() + b"\n")
-    with placing(folder.manifest(name)) as file:
-        file.write((json.dumps(manifest, indent=2) + "\n").encode())
+    write_json(folder.manifest(name), manifest)
