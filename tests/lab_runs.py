@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from clips.common.errors import run_command
 from clips.lab.pretraining import PretrainingRun
@@ -44,17 +42,7 @@ def with_figures(directory: Path, run: PretrainingRun, figures: Mapping[str, flo
     write_run(directory, run, {"figures": {name: {"value": value} for name, value in figures.items()}}, [line])
 
 
-def script(name: str) -> ModuleType:
-    """scripts/`name`.py as a module, to call its `main` in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_main(monkeypatch: pytest.MonkeyPatch, name: str, *words: str | Path) -> int:
     """The exit code of `python scripts/NAME.py WORDS…`, in this process; what it prints is pytest's to capture."""
     monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
-    return run_command(script(name).main)
+    return run_command(load_script(f"scripts/{name}.py").main)

@@ -26,5 +26,13 @@ def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
+def own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a module's own, which its tests may change."""
+    root = tmp_path_factory.mktemp("place")
+    write_place(root)
+    return root
+
+
+@pytest.fixture(scope="module")
 def model(place: Path) -> ChatModel:
     return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")

@@ -6,14 +6,12 @@ import argparse
 import ast
 import functools
 import importlib
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 from clips.common.errors import UserError
 from clips.recipes import RECIPES
@@ -64,14 +62,7 @@ COMMANDS = [
 # ------------------------------------------------------------------------------------------------------ commands
 
 
-@functools.cache
-def script_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+script_module = functools.cache(load_script)
 BOTH = ["--both_stages"]
 
 

@@ -36,12 +36,7 @@ from mllm.model.load import CACHE, load_llava, newest_model
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of this module's own, for evaluations write on its card."""
-    root = tmp_path_factory.mktemp("place")
-    tiny_chat.write_place(root)
-    return root
+place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,7 @@ from mllm.training.finish import card
 __all__ = ["hub"]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of this module's own, for evaluations write on its card."""
-    root = tmp_path_factory.mktemp("place")
-    tiny_chat.write_place(root)
-    return root
+place = tiny_chat.own_place  # a fixture: evaluations write on the model's card
 
 
 def test_the_code_of_a_card_runs_beside_it(
