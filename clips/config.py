@@ -679,6 +679,31 @@ def from_dict(cls: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
+PUBLISHED_TRAINING = (
+    *("seed", "precision", "accumulation", "contrastive", "activation_checkpointing", "compile", "freeze", "on_spike"),
+    *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+)
+"""Fields of `TrainConfig` that say how a model was trained, and no place."""
+
+
+def published(run: RunConfig) -> RunConfig:
+    """`run` as it may leave this machine: the model, how it was trained, and no place of its data or its weights.
+
+    A field that is not taken over here by its name has its default, so a new field stays at home.
+    """
+    return RunConfig(
+        recipe=run.recipe,
+        model=run.model,
+        captions=run.captions,
+        task=run.task,
+        data=DataConfig(train="demo" if run.data.train == "demo" else "not published"),
+        optim=run.optim,
+        phases=run.phases,
+        train=TrainConfig(**{name: getattr(run.train, name) for name in PUBLISHED_TRAINING}),
+        eval=run.eval,
+    )
+
+
 def difference(there: RunConfig, here: RunConfig) -> list[str]:
     """The fields in which two runs differ, as `path: there → here`; precision "auto" accepts what is there."""
     if here.train.precision == "auto":

@@ -148,5 +148,12 @@ BAD = {
     "half a character": (rb'{"model": "llava", "messages": "\ud800"}', None, "Invalid JSON"),
     "not UTF-8": (b'{"model": "\xff"}', None, "Invalid JSON"),
     "a list": ([], None, "object"),
+    "many messages": (b'{"model": "llava", "messages": [' + b"{}," * 600_000, None, "limit of JSON values"),
+    "many parts": (
+        b'{"model": "llava", "messages": [{"role": "user", "content": [' + b"0," * 900_000,
+        None,
+        "limit of JSON values",
+    ),
+    "many small messages": (turns(*["user"] * 1001), "messages", "at most 1000 items"),
     "nothing": (b"", None, "Invalid JSON"),
 }

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from clips.common.errors import CommandError, UserError, first_line
-from clips.config import DataConfig
+from clips.config import RunConfig, from_dict, published
 
 CONFIGS = ("config.json", "open_clip_config.json")
 """A model directory has one of these."""
@@ -29,7 +29,10 @@ OF_THE_RUN = ("evaluation*.json",)
 """Files of evaluate_clips.py beside the weights, which are not uploaded."""
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any text may be a token; no place is looked for in these."""
-_PLACE = re.compile(r"(?<![\w.~:/\\])(?:file://)?~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:\\\w+")
+_PLACE = re.compile(
+    r"(?<![\w.~:/\\])(?:file://)?~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:\\\w+"
+    r"|\w+://[^\s/@\"']+@|\w+://[^\s?\"']+\?[^\s=\"']+="  # addresses with a password, or signed
+)
 HERE = {'source = "local-dir:."': 'source = "hf-hub:{}"', 'source = "."': 'source = "{}"'}
 """How a card's code opens its own directory → how it opens the repository."""
 
@@ -119,10 +122,8 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
     config = json.loads(text)
     if file == "open_clip_config.json":  # from the hub, open_clip takes the tokenizer from where this says
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
-    elif isinstance(data := config.get("data"), dict):  # a run's configuration
-        train = "demo" if data.get("train") == "demo" else "not published"
-        config["data"] = data | {"train": train, "val": None, "test": None, "further_tests": [], "image_root": None}
-        config["data"]["demo_dir"] = DataConfig.demo_dir
+    elif "recipe" in config:  # a run's configuration
+        config = published(from_dict(RunConfig, config)).to_dict()
     return json.dumps(config, indent=2) + "\n"
 
 

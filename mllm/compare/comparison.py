@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,8 @@ QUICK_PRETRAINING = 0.5
 SEEDS, QUICK_LLAVA_SEEDS = 5, 3
 DEMO_LIMIT, QUICK_LIMIT = 400, 200
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
+DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
+"""The flag that trains on other data than the demo's, for both stages or for one."""
 DRAWN = "evenly over kinds and answers"
 """How a limit draws questions. A cell whose questions were drawn otherwise is asked again."""
 
@@ -123,8 +126,11 @@ def given_for_training(train_flags: tuple[str, ...]) -> set[str]:
 
 
 def is_demo(comparison: Comparison) -> bool:
-    """Whether the cells train on the demo data."""
-    return "data_path" not in given_for_training(comparison.train_flags)
+    """Whether the cells train on the demo data.
+
+    The words are searched, not parsed: a parser would act on the `--help` of an archive that is verified.
+    """
+    return not any(DATA_FLAG.match(word) for word in comparison.train_flags)
 
 
 def asks_questions(comparison: Comparison) -> bool:

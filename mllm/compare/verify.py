@@ -67,7 +67,7 @@ def verify(output: Path) -> Verification:
     """Check the comparison in `output`. Raises UserError if there is none, or one that cannot be read at all."""
     try:
         return _verify(output)
-    except OTHER_SHAPE as error:
+    except (*OTHER_SHAPE, SystemExit) as error:  # whatever would end this process is no verification
         what = "cannot be verified, its files are not what a comparison writes"
         raise UserError(f"{output} {what}: {in_one_line(error)}") from error
 

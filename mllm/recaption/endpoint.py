@@ -54,6 +54,13 @@ TOKEN_BYTES = 64
 """Longest token; a longer text than that for the tokens asked for is no caption."""
 SENT_BYTES = 2 * 2**20
 """Larger encoded pictures, and pictures of more than KEPT_PIXELS, are sent smaller."""
+OF_THE_PAIR = (400, 413, 415, 422, 451)
+"""Statuses that refuse one pair: its picture or its text is wrong. Every other 3xx and 4xx concerns all pairs."""
+PASSING = (408, 409, 425)
+"""Statuses below 500, beside 429, that are asked again."""
+HINT = "is the address right, and the model served there?"
+HINTS = {401: f"set {KEY_VARIABLE}", 402: "its quota is used up", 403: f"set {KEY_VARIABLE}"}
+"""Status that ends the command → how to mend it."""
 ROUNDS = 8
 """How often one call of `write` fills all places; at its end fewer and fewer requests are in flight."""
 KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
@@ -349,12 +356,12 @@ class EndpointCaptioner:
         if status in (429, 503):
             raise _Failed("it has too much to do", "busy", _seconds(headers.get("retry-after")))
         said = repr(one_line(clip(content[:1000].decode("utf-8", "replace"), 200)))
-        if status in (401, 403, 404):
-            hint = f"set {KEY_VARIABLE}" if status != 404 else "is the address right, and the model served there?"
-            raise UserError(f"{server.url} answers with status {status}: {said} ({hint})")
+        if status in OF_THE_PAIR:
+            raise _Failed(f"status {status}: {said}", "refused")
+        if 300 <= status < 500 and status not in PASSING:
+            raise UserError(f"{server.url} answers with status {status}: {said} ({HINTS.get(status, HINT)})")
         if not 200 <= status < 300:
-            is_refused = 300 <= status < 500 and status not in (408, 409, 425)
-            raise _Failed(f"status {status}: {said}", "refused" if is_refused else "failed")
+            raise _Failed(f"status {status}: {said}")
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):

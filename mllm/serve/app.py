@@ -11,6 +11,7 @@ turn → pictures decoded, answer generated. A waiting request holds its encoded
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import json
 import os
@@ -47,6 +48,7 @@ from mllm.serve.schemas import (
     ChatForm,
     ChatRequest,
     EmbeddingForm,
+    FormT,
     bad_image,
     chat_request,
     check_amount,
@@ -97,11 +99,11 @@ def create_app(
     async def defect(request: Request, error: Exception) -> Response:
         return error_response(DEFECT)  # uvicorn logs the error
 
-    async def body_of(request: Request) -> bytes:
+    async def form_of(kind: type[FormT], request: Request) -> FormT:
         # A web page can post any other type to a server on its reader's machine without asking that server first.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the body as Content-Type: application/json")
-        return await placed_body(request)
+        return await asyncio.to_thread(parse, kind, await placed_body(request), limits)
 
     async def fetched(request: Request, urls: list[str], param: str) -> list[bytes]:
         pictures = image_bytes(urls, limits, allow_image_urls, param, request.scope["visit"].hold)
@@ -136,7 +138,7 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        form = parse(ChatForm, await body_of(request))
+        form = await form_of(ChatForm, request)
         check_model(form.model, chat.name)
         stream, usage = form.stream, form.stream_options is not None and bool(form.stream_options.include_usage)
         asked, urls = chat_request(form, limits)
@@ -157,7 +159,7 @@ def create_app(
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        form = parse(EmbeddingForm, await body_of(request))
+        form = await form_of(EmbeddingForm, request)
         if isinstance(encoder, str):
             raise ApiError(404, f"this server has no encoder: {encoder}", param="model", code="model_not_found")
         check_model(form.model, ENCODER)
@@ -165,8 +167,6 @@ def create_app(
         urls = [entry.image for entry in form.input if entry.image is not None]
         as_base64 = form.encoding_format == "base64"
         del form
-        if len(texts) > limits.inputs:
-            raise ApiError(400, f"input: more than this server's limit of {limits.inputs} inputs", param="input")
         said = [text for text in texts if text is not None]
         check_amount(len(urls), sum(map(len, said)), limits, "input")
         if said and not encoder.has_text_features:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits, download_image
@@ -32,6 +41,10 @@ class ApiError(Exception):
 # ---------------------------------------------------------------------------------------------- forms
 MAX_STOP = 256
 """Characters of one stop text; each token of an answer is compared with all stop texts."""
+MOST_VALUES = 10_000
+"""Commas and brackets of a body beside those in its texts. Each JSON value has one, and takes up to 500 bytes."""
+MOST_PARTS = 1000
+"""Messages of a request, and parts of a message."""
 
 
 class _Form(BaseModel):
@@ -58,7 +71,12 @@ def _as_parts(content: Any) -> Any:
 
 class Message(_Form):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+    content: Annotated[
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        FailFast(),
+        Field(max_length=MOST_PARTS),
+        BeforeValidator(_as_parts),
+    ]
 
     @property
     def text(self) -> str:
@@ -77,7 +95,7 @@ class ChatForm(_Form):
     """The body of /v1/chat/completions."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_PARTS)]
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -109,14 +127,23 @@ def _as_input(value: Any) -> Any:
     return {"text": value} if isinstance(value, str) else value
 
 
+def _as_inputs(value: Any, info: ValidationInfo) -> list[Any]:
+    inputs = value if isinstance(value, list) else [value]
+    assert isinstance(info.context, Limits)  # given by `parse`
+    if len(inputs) > (most := info.context.inputs):
+        raise ValueError(f"more than this server's limit of {most} inputs")
+    return inputs
+
+
 class EmbeddingForm(_Form):
     """The body of /v1/embeddings."""
 
     model: str
     input: Annotated[
         list[Annotated[EmbeddingInput, BeforeValidator(_as_input)]],
+        FailFast(),
         Field(min_length=1),
-        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+        BeforeValidator(_as_inputs),
     ]
     encoding_format: Literal["float", "base64"] = "float"
 
@@ -143,10 +170,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 FormT = TypeVar("FormT", bound=_Form)
 
 
-def parse(form: type[FormT], body: bytes) -> FormT:
-    """The checked `body`. Raises ApiError 400 with the field's name. Unknown fields are ignored."""
+def parse(form: type[FormT], body: bytes, limits: Limits) -> FormT:
+    """The checked `body`. Raises ApiError 400 with the field's name. Unknown fields are ignored.
+
+    The number of values is bounded before any is built: a list of empty objects takes 600 times its bytes.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > (most := limits.prompt_chars + MOST_VALUES):
+        raise ApiError(400, f"the body has more than {most:,} commas and brackets, this server's limit of JSON values")
     try:
-        parsed = form.model_validate_json(body)
+        parsed = form.model_validate_json(body, context=limits)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         param = _param(first["loc"])

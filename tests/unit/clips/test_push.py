@@ -6,9 +6,10 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub import constants
 from local_hub import REPO, hub, run_card, uploaded
 
 from clips.common.errors import UserError
-from clips.config import DataConfig, RunConfig
+from clips.config import DataConfig, Fields, MixPart, NamedSet, RunConfig, from_dict, published
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.card import HEADERS
 from clips.weights.export import export_all
@@ -64,6 +65,32 @@ def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(
         assert RunConfig.load(uploaded(hub) / "config.json").data.train == "not published"
     else:
         run_card(hub)  # which loads the repository with the stock library
+
+
+def free_texts(value: object, path: str = "") -> Iterator[str]:
+    """The fields of a configuration that may hold any text."""
+    for name, hint in get_type_hints(type(value)).items():
+        inner, place = getattr(value, name), f"{path}.{name}".strip(".")
+        if isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
+            inner, place = inner[0], f"{place}.0"
+        if is_dataclass(inner):
+            yield from free_texts(inner, place)
+        elif hint in (str, str | None):
+            yield place
+
+
+def test_no_text_of_a_configuration_leaves_this_machine_but_the_names_of_recipe_and_phases(run_dir: Path) -> None:
+    """Also of a mix, whose published configuration loads."""
+    secret = "https://h/mix.tar?sig=SECRET"
+    mix = (MixPart(name=secret, share=1, data=secret, fields=Fields(image=secret), image_root=secret),)
+    run = replace(tiny_run(), data=DataConfig(train="mix", mix=mix, further_tests=(NamedSet(name="a", data=secret),)))
+    texts = list(free_texts(run))
+    assert {"data.mix.0.data", "data.mix.0.image_root", "train.init_from", "data.fields.image"} < set(texts)
+    named = [text for text in texts if text not in ("data.train", "data.further_tests.0.name")]
+    run = run.override([f"{text}={secret}" for text in named])
+    shown = replace(published(run), recipe="", phases=tiny_run().phases).to_dict()
+    assert "SECRET" not in json.dumps(shown)
+    assert from_dict(RunConfig, json.loads(json.dumps(published(run).to_dict()))) == published(run)
 
 
 @pytest.fixture
@@ -113,6 +140,8 @@ def test_leftovers_of_a_run_are_refused(copy: Path, hub: Path, name: str) -> Non
         ("tokenizer_config.json", "C:\\Users\\me"),
         ("README.md", "/data/me/llm"),
         ("README.md", "{home}/x"),
+        ("README.md", "https://me:secret@host/x.tar"),
+        ("tokenizer_config.json", "https://host/x.tar?sig=SECRET"),
     ],
 )
 def test_places_of_this_machine_are_refused(copy: Path, hub: Path, file: str, place: str) -> None:

@@ -195,6 +195,8 @@ def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPa
         ("plan", {"seeds": "2"}, "cannot be verified"),
         ("plan", {"benchmarks": ["../../elsewhere"]}, "leads out of a cell"),
         ("plan", {"output": "/"}, "another version"),
+        ("plan", {"train_flags": ["--help"]}, "not what its report says"),  # words: none is parsed
+        ("plan", {"train_flags": ["--stage", "--nonsense"]}, "not what its report says"),
         ("plan", {"encoders": ["hf:/", "timm:../pipe"]}, "is missing"),  # names: no path in a plan is opened
     ],
 )

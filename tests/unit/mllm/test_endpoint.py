@@ -121,7 +121,7 @@ def test_a_failing_pair_is_tried_again_and_a_refused_pair_is_asked_once() -> Non
     """Both cost themselves alone; a caption that is cut off says so."""
     tries: Counter[str] = Counter()
     deeds: dict[str, Deed] = {
-        "caption 2": ("ended", (" half a ", "length")), "caption 3": ("status", 400), "caption 4": ("status", 302),
+        "caption 2": ("ended", (" half a ", "length")), "caption 3": ("status", 400), "caption 4": ("status", 422),
         "caption 5": ("ended", ("", "content_filter")), "caption 7": ("status", 500),
     }  # fmt: skip
 
@@ -138,7 +138,13 @@ def test_a_failing_pair_is_tried_again_and_a_refused_pair_is_asked_once() -> Non
     assert tries == Counter(EXPECTED) | Counter({"caption 7": TRIES})
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "set CLIPS_API_KEY"), (404, "is the address right")])
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        *((401, "set CLIPS_API_KEY"), (402, "quota"), (403, "set CLIPS_API_KEY"), (404, "is the address right")),
+        *((status, "is the address right") for status in (301, 302, 307, 405, 418)),
+    ],
+)
 def test_what_fails_for_every_pair_ends_the_command(status: int, hint: str) -> None:
     with (
         endpoint(lambda number, body: ("status", status)) as served,
