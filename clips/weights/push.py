@@ -9,7 +9,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, get_token
@@ -21,11 +21,19 @@ from clips.config import RunConfig, from_dict, published
 
 CONFIGS = ("config.json", "open_clip_config.json")
 """A model directory has one of these."""
-MODEL_FILES = (
-    "README.md", "LICENSE*", "NOTICE*", "*.json", "*.jinja", "*.safetensors", "mm_projector.bin",
-    "merges.txt", "vocab.txt", "tokenizer.model", "tokenizer/*.json",
-)  # fmt: skip
-OF_THE_RUN = ("evaluation*.json",)
+WEIGHTS = re.compile(r"(?:open_clip_)?model(?:-\d{5}-of-\d{5})?\.safetensors|embedding\.safetensors")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+MODEL_FILES = {
+    *CONFIGS, *TOKENIZER_FILES, *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "clips_mllm.json"),
+    *("model.safetensors.index.json", "mm_projector.bin"),
+}  # fmt: skip
+"""The files that are uploaded beside the weights, by their whole names."""
+OF_THE_RUN = re.compile(r"evaluation(?:-[^/]*)?\.json")
 """Files of evaluate_clips.py beside the weights, which are not uploaded."""
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any text may be a token; no place is looked for in these."""
@@ -89,13 +97,15 @@ def model_files(directory: Path) -> list[str]:
     inner = [path for path in ("export/open_clip", "open_clip", "model") if (directory / path).is_dir()]
     if inner:
         raise UserError(f"{directory} holds models, give one of them, such as {directory / inner[0]}")
-    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    found = [file for file in found if not _matches(file, OF_THE_RUN)]
+    there = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*"))}
+    if links := [file for file, path in there.items() if path.is_symlink()]:
+        raise UserError(f"{directory} holds links, which may lead elsewhere: {', '.join(links[:5])}. Copy the files")
+    found = [file for file, path in there.items() if not path.is_dir() and not OF_THE_RUN.fullmatch(file)]
     if not set(CONFIGS) & set(found):
         raise UserError(f"{directory} is no model directory: it has no {' and no '.join(CONFIGS)}")
     if not any(file.endswith(".safetensors") for file in found):
         raise UserError(f"{directory} has no weights (*.safetensors)")
-    if foreign := [file for file in found if not _matches(file, MODEL_FILES)]:
+    if foreign := [file for file in found if file not in MODEL_FILES and not WEIGHTS.fullmatch(file)]:
         raise UserError(f"{directory} holds files that are no part of a model: {', '.join(foreign[:5])}. Remove them")
     for index in directory.glob("*.safetensors.index.json"):
         if missing := sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(found)):
@@ -103,11 +113,6 @@ def model_files(directory: Path) -> list[str]:
     if "README.md" not in found:
         raise UserError(f"{directory} has no model card (README.md): export or save the model again, which writes one")
     return found
-
-
-def _matches(file: str, patterns: tuple[str, ...]) -> bool:
-    path = PurePosixPath(file)
-    return any(path.match(pattern) and len(path.parts) == pattern.count("/") + 1 for pattern in patterns)
 
 
 def _published(directory: Path, file: str, repo: str) -> str | None:

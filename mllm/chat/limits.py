@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 3
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that a gateway maps to IPv4 addresses, also private ones."""
+SLOWEST = 100_000
+"""Bytes per second that a body must reach after the first `Limits.body_seconds`."""
 KEPT_PIXELS = 4_000_000
 """Pixels that a picture keeps; every encoder reads fewer."""
 

@@ -18,13 +18,11 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mllm.chat.limits import Limits
+from mllm.chat.limits import SLOWEST, Limits
 from mllm.serve.schemas import ApiError
 
 ROUTES = ("/v1/models", "/v1/chat/completions", "/v1/embeddings", "/health", "/metrics")
 """Route names in the metrics; every other path is "other"."""
-SLOWEST = 100_000
-"""Bytes per second that a body must reach after the first `Limits.body_seconds`."""
 DROPPED = 4
 """A body that is too long is read and dropped up to so many times its limit."""
 

@@ -124,11 +124,24 @@ def test_what_is_not_whole_is_refused(run_dir: Path, copy: Path, hub: Path) -> N
     assert "no config.json" in refusal(copy, hub)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "step-5/model.safetensors", ".lock", "metrics.jsonl", "env.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("optimizer.pt", "step-5/model.safetensors", ".lock", "metrics.jsonl", "env.txt", "credentials.json"),
+        *(".secret.json", "LICENSE.secret", "tokenizer/secret.json", "secret.safetensors", "evaluation/x.json"),
+    ],
+)
 def test_leftovers_of_a_run_are_refused(copy: Path, hub: Path, name: str) -> None:
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_bytes(b"")
     assert f"no part of a model: {name}" in refusal(copy, hub)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer"])
+def test_a_link_is_refused(copy: Path, hub: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").mkdir()
+    (copy / name).symlink_to(tmp_path / "outside")
+    assert f"holds links, which may lead elsewhere: {name}" in refusal(copy, hub)
 
 
 @pytest.mark.parametrize(

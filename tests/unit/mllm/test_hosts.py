@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from mllm.chat.hosts import HostMiddleware
-from mllm.chat.web import UploadLimit
+from mllm.chat.limits import Limits
+from mllm.chat.web import QUESTION_BYTES, BodyLimit
 
 
 async def upload(request: Request) -> PlainTextResponse:
@@ -20,7 +23,15 @@ async def upload(request: Request) -> PlainTextResponse:
     return PlainTextResponse(str(len(await request.body())))
 
 
-APP = Starlette(routes=[Route("/gradio_api/upload", upload, methods=["POST", "GET"])])
+PLACES = ("/gradio_api/upload", "/gradio_api/queue/join")
+ROUTES = [Route(place, upload, methods=["POST", "GET"]) for place in PLACES]
+APP = Starlette(routes=ROUTES)
+
+
+def bounded(folder: Path, **limits: float) -> Starlette:
+    """With BodyLimit where gradio has it, behind the middleware that answers 500."""
+    middleware = [Middleware(BodyLimit, folder=folder, limits=Limits(**limits))]
+    return Starlette(routes=ROUTES, middleware=middleware)
 
 
 def answers(app: object, *requests: dict) -> list[int]:
@@ -62,7 +73,7 @@ def test_names_of_this_machine_alone_are_answered() -> None:
 def test_uploads_have_a_total(tmp_path: Path) -> None:
     (tmp_path / "of_a_visitor").mkdir()
     (tmp_path / "of_a_visitor" / "a.png").write_bytes(b"x" * 600)
-    app = UploadLimit(APP, folder=tmp_path, limit=1000)
+    app = bounded(tmp_path, upload_bytes=1000, body_bytes=900)
     assert answers(app, {"content": b"y" * 400}, {"method": "GET"}) == [200, 200]
     assert answers(app, {"content": b"y" * 401}) == [413]
     assert sorted(answers(app, {"content": b"y" * 300}, {"content": b"y" * 300})) == [200, 413]  # both at once
@@ -72,3 +83,19 @@ def test_uploads_have_a_total(tmp_path: Path) -> None:
         yield b"y"
 
     assert answers(app, {"content": endless()}) == [411]
+    question = {"url": "/gradio_api/queue/join"}
+    assert answers(app, question | {"content": b"y" * QUESTION_BYTES}) == [200]
+    assert answers(app, question | {"content": b"y" * (QUESTION_BYTES + 1)}) == [413]
+
+
+def test_an_upload_that_drips_locks_nobody_out(tmp_path: Path) -> None:
+    """It claims the whole allowance. Only what came counts, and its time ends."""
+    app = bounded(tmp_path, upload_bytes=1000, body_bytes=1000, body_seconds=1)
+
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b"y"
+            await asyncio.sleep(0.2)
+
+    dripping = {"content": drip(), "headers": {"Content-Length": "1000"}}
+    assert answers(app, dripping, {"content": b"y" * 900}) == [408, 200]
