@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import threading
 import time
@@ -12,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = Callable[[str, str, int], str | int | None]
-"""(method, file's name, how often that was asked for before) → a status, "cut", "slow", or None: answer."""
+"""(method, file's name, how often that was asked for before) → a status, "cut", "slow", or None: answer.
+
+Or an attack: "endless", "packed", "drip" or "silent"."""
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -49,6 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
             before = server.asked[self.command, name]
             server.asked[self.command, name] += 1
         fault = server.fault(self.command, name, before)
+        if fault == "silent":
+            return time.sleep(3)
+        if fault in ("endless", "packed", "drip") and body:
+            return self._attack(fault)
         path = server.root / name
         if isinstance(fault, int) or not path.is_file():
             self.send_response(fault if isinstance(fault, int) else 404)
@@ -80,6 +87,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[begin : begin + (1 << 14)])
         with server.guard:
             server.sent[name] += len(data)
+
+    def _attack(self, fault: str) -> None:
+        """Zeros without end, a gigabyte of them in a gzip of a megabyte, or one now and then."""
+        self.send_response(206)
+        if fault == "packed":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.close_connection = True
+        piece = gzip.compress(bytes(1 << 24)) if fault == "packed" else bytes(1 if fault == "drip" else 1 << 16)
+        with contextlib.suppress(OSError):  # the reader has left
+            for _ in range(1 << 16):
+                self.wfile.write(piece)
+                self.server.sent[fault] += len(piece)
+                time.sleep(0.02 if fault == "drip" else 0)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,21 @@
 """Files behind fsspec URLs, read by ranges, with retries.
 
-A final error of the store (no such file, no permission) is an OSError at once. A passing error is retried, and is a
-CommandError that names the URL after the last retry.
+An HTTP server's answer is bounded by what was asked for, in bytes and in time, and is never unpacked. A final error of
+the store (no such file, no permission) is an OSError at once. A passing error is retried, and is a CommandError that
+names the URL after the last retry.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from random import SystemRandom
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -19,12 +23,68 @@ from clips.common.errors import CommandError, UserError, first_line
 
 log = logging.getLogger("clips.data")
 T = TypeVar("T")
+LISTING_BYTES = 2**26
+"""Longest answer to a request without a range: a folder's listing."""
+PATIENCE, SLOWEST = 30, 50_000
+"""An answer may take so many seconds, and one more for each so many bytes that were asked for."""
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each retry, times 0.5 to 1.5 so that many ranks do not retry at once."""
 PASSING = (408, 425, 429)
 """HTTP statuses below 500 that are retried: too slow, too early, too many."""
 TAGS = ("mtime", "LastModified", "last_modified", "Last-Modified", "created", "ETag")
 """Names that stores give the time or the tag of a file."""
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of `url`, and the path in it."""
+    bounded = {"get_client": _bounded_client} if url.startswith(("http://", "https://")) else {}
+    return fsspec.core.url_to_fs(url, **bounded)
+
+
+async def _bounded_client(**options: Any) -> Any:
+    """A session that never unpacks an answer, and whose answers are `_bounded_answer`s."""
+    import aiohttp  # of the optional fsspec[http]
+
+    headers = {"Accept-Encoding": "identity", **(options.pop("headers", None) or {})}
+    return aiohttp.ClientSession(headers=headers, auto_decompress=False, response_class=_bounded_answer(), **options)
+
+
+@lru_cache
+def _bounded_answer() -> Any:
+    import aiohttp
+
+    class BoundedAnswer(aiohttp.ClientResponse):
+        """fsspec reads an answer whole, whatever was asked for; this answer ends one byte behind that."""
+
+        async def start(self, connection: Any) -> Any:
+            return await asyncio.wait_for(super().start(connection), PATIENCE)
+
+        async def read(self) -> bytes:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
+            most = int(asked[2]) - int(asked[1]) + 1 if asked else LISTING_BYTES
+            if (packed := self.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
+                self.close()
+                raise UserError(
+                    f"{self.url}: its server packs the answer ({packed}); use one that sends files as they are"
+                )
+            seconds, data = PATIENCE + most / SLOWEST, bytearray()
+
+            async def come() -> None:
+                async for piece in self.content.iter_any():
+                    data.extend(piece[: most + 1 - len(data)])
+                    if len(data) > most:
+                        self.close()
+                        return
+
+            try:
+                await asyncio.wait_for(come(), seconds)
+            except asyncio.TimeoutError:
+                self.close()
+                raise ConnectionError(f"only {len(data):,} bytes came in {seconds:.0f} s") from None
+            self._body = bytes(data)
+            return self._body
+
+    return BoundedAnswer
 
 
 def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
@@ -34,7 +94,7 @@ def remote_facts(url: str, *, fresh: bool = False) -> tuple[int, str]:
     """
 
     def ask() -> dict:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = store_of(url)
         if fresh:
             filesystem.invalidate_cache()
         return filesystem.info(path)
@@ -49,7 +109,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes `start` … `stop - 1`. Raises as `patiently`, and UserError if the server ignores ranges."""
 
     def ask() -> bytes:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = store_of(url)
         data = filesystem.cat_file(path, start=start, end=stop)
         if len(data) < stop - start:
             raise ConnectionError(f"only {len(data)} of {stop - start} bytes came")

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 from braceexpand import braceexpand
 
@@ -32,7 +31,7 @@ from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
-from clips.data.remote import read_range, remote_facts
+from clips.data.remote import read_range, remote_facts, store_of
 from clips.data.sample import BrokenSample, RawSample, StoredSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
@@ -92,10 +91,13 @@ def index_data(spec: str, workers: int) -> None:
 
 
 def expand(spec: str) -> list[str]:
-    """The data files that `spec` names, in a fixed order. Raises UserError if a part names no file."""
+    """The data files that `spec` names, in a fixed order. Raises UserError if a part names no file.
+
+    A `;` or `{…}` in the name of a file or folder that is there is part of the name.
+    """
     files: list[str] = []
-    for part in filter(None, map(str.strip, spec.split(";"))):
-        for pattern in braceexpand(part) if "{" in part else [part]:
+    for part in [spec] if os.path.exists(spec) else filter(None, map(str.strip, spec.split(";"))):
+        for pattern in braceexpand(part) if "{" in part and not os.path.exists(part) else [part]:
             files += _match(pattern)
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
@@ -109,7 +111,7 @@ def _match(pattern: str) -> list[str]:
     if is_remote(pattern):
         if not glob.has_magic(pattern):
             return [pattern]
-        filesystem, path = fsspec.core.url_to_fs(pattern)
+        filesystem, path = store_of(pattern)
         found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     elif os.path.isdir(pattern):
         names = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if name[0] != "."]

@@ -143,6 +143,39 @@ def test_what_cannot_be_read_is_refused_at_once(server, folder: Path, unused_por
         open_source(f"http://127.0.0.1:{unused_port}/0.tar", Fields(), need_long=True)
 
 
+@pytest.mark.parametrize(
+    ("attack", "kind", "said"),
+    [
+        ("endless", UserError, "more than that"),
+        ("packed", UserError, r"packs the answer \(gzip\)"),
+        ("drip", CommandError, "only .* bytes came in 0 s"),
+    ],
+)
+def test_an_answer_is_bounded_by_what_was_asked(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch, attack: str, kind: type, said: str
+) -> None:
+    """In bytes and in time: little of an endless answer is read, and none is unpacked."""
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    server.fault = lambda method, name, before: attack
+    with pytest.raises(kind, match=said):
+        remote.read_range(f"{server.url}/0.tar", 100, 200)
+    assert server.sent[attack] < 2**25  # what the sockets hold
+
+
+def test_a_server_that_says_nothing_is_given_up(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    server.fault = lambda method, name, before: "silent"
+    with pytest.raises(CommandError, match=r"cannot be read: FileNotFoundError.*, from TimeoutError"):
+        remote.remote_facts(f"{server.url}/0.tar")
+
+
+def test_a_listing_is_bounded_too(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LISTING_BYTES", 10_000)
+    server.fault = lambda method, name, before: "endless"
+    with pytest.raises(UserError, match="no data at"):
+        open_source(f"{server.url}/*.tar", Fields(), need_long=True)
+
+
 def test_a_shard_that_changes_under_the_run_is_noticed(folder, server, tokenizer, tmp_path: Path) -> None:
     server.root = tmp_path / "served"
     server.root.mkdir()
