@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,15 +65,18 @@ class LanguageModel:
         return getattr(self.model.config, "max_position_embeddings", None)
 
 
-def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_llm(
+    name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dtype = torch.float32, layers: str | None = None
+) -> LanguageModel:
     """The causal language model `name` (hub id or directory), prepared for images.
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
-    are. The format is kept with the tokenizer. Raises UserError for what cannot be found or loaded, for pickled code,
-    and for models that ask for remote code.
+    are. The format is kept with the tokenizer. `layers`: see `layer_counts`. Raises UserError for what cannot be found
+    or loaded, for pickled code, and for models that ask for remote code.
     """
     version = format_name(version)  # before gigabytes are read
+    counts = layer_counts(layers) if layers is not None else None
     directory, source = find_llm(name)
     tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
@@ -80,6 +84,8 @@ def load_llm(name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dty
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
         model, info = loaded
     check_complete(info, "language model", directory)
+    if counts is not None and (total := keep_layers(model, *counts)) > sum(counts):
+        source += f", its first {counts[0]} and last {counts[1]} of {total} layers"
     return ready_for_images(model, tokenizer, source, version)
 
 
@@ -96,6 +102,44 @@ def ready_for_images(
         _stop_at(model, token_id(tokenizer, chosen.end.strip()))
     save_format(tokenizer, chosen)
     return LanguageModel(model=model, tokenizer=tokenizer, source=source)
+
+
+def layer_counts(layers: str) -> tuple[int, int]:
+    """ "8,2" → (8, 2): a language model's first 8 and last 2 layers are kept. UserError for anything else."""
+    numbers = layers.split(",")
+    if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers) or not any(map(int, numbers)):
+        raise UserError(
+            f"--llm_layers {layers!r} must be two numbers, of the first and of the last layers that are kept: 8,2"
+        )
+    return int(numbers[0]), int(numbers[1])
+
+
+def keep_layers(model: PreTrainedModel, first: int, last: int) -> int:
+    """Leave only the `first` and the `last` layers in `model`, a stock model still; returns how many there were.
+
+    A model without more layers stays whole. UserError for a model without one list of layers.
+    """
+    config, decoder = model.config.get_text_config(), model.base_model
+    total = config.num_hidden_layers
+    if total <= first + last:
+        return total
+    kept = [*range(first), *range(total - last, total)]
+    lists = {name: stack for name, stack in decoder.named_children() if isinstance(stack, nn.ModuleList)}
+    stacks = [name for name, stack in lists.items() if len(stack) == total]
+    if len(stacks) != 1:
+        raise UserError(
+            f"--llm_layers: a model of type {config.model_type} has no list of {total} layers; leave it out"
+        )
+    setattr(decoder, stacks[0], nn.ModuleList(lists[stacks[0]][index] for index in kept))
+    for number, index in enumerate(kept):
+        for module in lists[stacks[0]][index].modules():
+            if hasattr(module, "layer_idx"):  # the layer's place in the cache of keys and values
+                module.layer_idx = number
+    for name, value in vars(config).items():  # such as layer_types
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+    return total
 
 
 def find_llm(name: str) -> tuple[Path, str]:

@@ -59,6 +59,9 @@ class TrainArguments:
         "--vision",
     )
     model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")
+    llm_layers: str | None = flag(
+        None, "its first and last layers that are kept, such as 8,2; a model without more stays whole (default: all)"
+    )
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL (default: the demo data)")
     image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")

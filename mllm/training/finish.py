@@ -40,8 +40,9 @@ def write_results(
         dtype = llava.lm_head.weight.dtype
         quantized = arguments.bits < 16
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(run_dir / "adapter"))
-            save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
+            if arguments.llm_layers is None:  # else no model that others have fits the adapter
+                model.save_pretrained(str(run_dir / "adapter"))
+                save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
             llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
             dequantize(llava, dtype)

@@ -77,7 +77,7 @@ def prepare(
     # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     dtype = torch.bfloat16 if half else torch.float32
-    llm = load_llm(arguments.model_name_or_path, version=arguments.version, dtype=dtype)
+    llm = load_llm(arguments.model_name_or_path, version=arguments.version, dtype=dtype, layers=arguments.llm_layers)
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
     if vision.num_tokens >= max_length:
@@ -167,7 +167,8 @@ def record_config(arguments: TrainArguments, prepared: Prepared, run_dir: Path, 
         "vision_fingerprint": prepared.vision.fingerprint,
         "packed": can_pack(llava_of(prepared.model).config.get_text_config()),
     }
-    fields = ("model_name_or_path", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+    fields = ("model_name_or_path", "llm_layers", "mm_projector_type", "mm_vision_select_layer",
+              "mm_vision_select_feature")  # fmt: skip
     parts = {name: getattr(arguments, name) for name in fields}
     parts["vision tower's weights"] = prepared.vision.weights_fingerprint
     record = {

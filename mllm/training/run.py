@@ -5,7 +5,7 @@ runs/NAME/align/      checkpoint-N/ while it runs, then mm_projector.bin and don
                       profile/ with --profile; skipped.jsonl with --on_bad_sample skip
 runs/NAME/instruct/   the same
 runs/NAME/model/      the stock transformers model (adapters merged); mm_projector.bin and clips_mllm.json beside it
-runs/NAME/adapter/    with LoRA: PEFT's adapter and LLaVA's non_lora_trainables.bin
+runs/NAME/adapter/    with LoRA and all layers: PEFT's adapter and LLaVA's non_lora_trainables.bin
 """
 
 from __future__ import annotations

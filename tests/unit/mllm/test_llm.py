@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from tiny_mllm import tiny_tokenizer, write_llm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
 from transformers.utils import logging
 
 from clips.common import stock
@@ -89,6 +89,43 @@ def test_versions_and_stop_tokens(tmp_path):
     (bare / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"'mpt' is not known; choose one of: plain, v1, .*vicuna_v1"):
         load_llm(str(bare), version="mpt")  # before the weights are read
+
+
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_keeps_the_first_and_last_layers(tmp_path, kind):
+    """The cut model computes what the whole model does if the other layers add nothing, with and without a cache."""
+    directory = write_llm(tmp_path / "llm", num_hidden_layers=5)
+    if kind == "smollm3":  # its layers differ: each fourth has no rotary embedding
+        settings = json.loads((directory / "config.json").read_text())
+        for name in ("model_type", "architectures", "rope_parameters"):
+            settings.pop(name, None)
+        config = SmolLM3Config(**settings | {"no_rope_layers": [1, 0, 1, 1, 0], "pad_token_id": 2})
+        SmolLM3ForCausalLM(config).save_pretrained(directory)
+    llm = load_llm(str(directory), layers="2,1")
+    assert llm.source.endswith(", its first 2 and last 1 of 5 layers")
+    cut, whole = llm.model, load_llm(str(directory)).model
+    for layer in whole.model.layers[2:4]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(cut(ids).logits, whole(ids).logits)
+    cut.save_pretrained(tmp_path / "cut")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert again.config.num_hidden_layers == 3
+    assert torch.equal(again(ids).logits, whole(ids).logits)
+    cached, plain = (cut.generate(ids, max_new_tokens=8, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, plain)
+    assert [layer.self_attn.layer_idx for layer in cut.model.layers] == [0, 1, 2]
+
+
+def test_a_model_without_more_layers_stays_whole(tmp_path):
+    directory = write_llm(tmp_path / "llm")
+    llm = load_llm(str(directory), layers="8,2")
+    assert len(llm.model.model.layers) == 2
+    assert llm.source == str(directory)
+    for layers in ("8", "0,0", "a,2", "1,-1"):
+        with pytest.raises(UserError, match=r"--llm_layers .* must be two numbers"):
+            load_llm(str(directory), layers=layers)
 
 
 def test_template_stays_the_same_when_loaded_again(tmp_path):
