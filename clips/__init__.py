@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
     from clips.data.built import built_as, ensure_built
     from clips.data.check import script_of
     from clips.data.demo import (
-        BACKGROUNDS,
         CONCEPTS,
         NUMBERS,
         PLACES,
@@ -27,7 +26,6 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         capital,
         demo_split,
         ensure_any_demo,
-        listed,
     )
     from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image
     from clips.data.sample import BrokenSample, RawSample, StoredSample

@@ -11,7 +11,7 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--output", default="data/demo", help="folder of the data")
     p.add_argument("--seed", type=int, default=0, help="seed of every scene and text")
-    p.add_argument("--image-size", type=int, default=64, help="side of the pictures in pixels")
+    p.add_argument("--image-size", type=int, default=240, help="side of the pictures in pixels")
     return p
 
 

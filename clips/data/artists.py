@@ -30,8 +30,10 @@ from clips.common.files import lock, read_regular, write_once
 from clips.common.paths import cache_root
 from clips.data.images import decode_rgba
 
-SIDE = 64
+SIDE = 160
 """Pixels of a rasterised drawing's side."""
+EDGE = 2
+"""Empty pixels on each side, so that a turned drawing's edges are smooth."""
 MAX_TARBALL, MAX_ICONS, MAX_BODY = 8 * 2**20, 32 * 2**20, 2**20
 """Limits in bytes of a package, its JSON, and one drawing's SVG, above the sizes of the pinned versions."""
 TIMEOUT_S = 300
@@ -99,6 +101,11 @@ ARTISTS: dict[str, Artist] = {
         "Fluent Emoji Flat", "Microsoft Corporation", *FLUENT,
         "https://github.com/microsoft/fluentui-emoji", "@iconify-json/fluent-emoji-flat", "1.2.6",
         "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+    ),
+    "streamline": Artist(
+        "Streamline Emojis", "Streamline", *CC_BY,
+        "https://github.com/webalys-hq/streamline-vectors", "@iconify-json/streamline-emojis", "1.2.4",
+        "iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
     ),
     "twemoji": Artist(
         "Twemoji", "Twitter, Inc and other contributors", *CC_BY,
@@ -202,7 +209,7 @@ def _rasterise(name: str, concepts: Mapping[str, str], folder: Path) -> None:
         png = resvg.svg_to_bytes(svg_string=svgs[concept], width=2 * SIDE, height=2 * SIDE, skip_system_fonts=True)
         image = decode_rgba(png)
         image = image.crop(image.getchannel("A").getbbox())
-        square = Image.new("RGBA", (max(image.size),) * 2)
+        square = Image.new("RGBA", (max(image.size) * SIDE // (SIDE - 2 * EDGE),) * 2)
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         row[:] = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     np.save(folder / "pixels.npy", pixels, allow_pickle=False)
@@ -227,9 +234,12 @@ def _icons(name: str) -> dict[str, Any]:
 
 
 def _iconify_svg(icons: Mapping[str, Any], called: str) -> str | None:
-    """The drawing of the emoji `called`; a set spells names in small letters, with or without dashes."""
+    """The drawing of the emoji `called`; a set spells names in small letters, with or without dashes.
+
+    Some sets call an animal's face by the animal's name and "-face", and number the drawings of one thing.
+    """
     dashed = re.sub(r"[^a-z0-9]+", "-", called.lower().replace("’", "")).strip("-")
-    for name in (dashed, dashed.replace("-", "")):
+    for name in (dashed, dashed.replace("-", ""), f"{dashed}-1", f"{dashed}-face", f"{dashed}-face-1"):
         found = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
         if found is not None and len(found["body"]) <= MAX_BODY:
             left, top = (found.get(side, icons.get(side, 0)) for side in ("left", "top"))

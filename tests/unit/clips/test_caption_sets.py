@@ -72,7 +72,7 @@ BOTH = {("fox", "top left"), ("key", "bottom right")}
     [
         ("the picture shows a fox at the top left and a key at the bottom right.", BOTH),
         ("At the top left there is a fox and at the bottom right there is a key.", BOTH),
-        ("In the center one sees a small soccer ball.", {("soccer ball", "center")}),
+        ("In the center one sees a small thermometer.", {("thermometer", "center")}),
         ("The fox is small. The picture has a center.", set()),
         ("The fox is above the key in this picture. The key is at the top right.", {("key", "top right")}),
         ("foxes at the top left", {("fox", "top left")}),

@@ -25,7 +25,7 @@ from clips.data.demo import NUMBERS, PLACES, VERSION, ensure_demo
 from clips.data.sample import BrokenSample
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset, pad_rows
-from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
+from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, SIDES, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
 
@@ -286,7 +286,7 @@ def truths(root: Path) -> dict[str, dict]:
             with tarfile.open(path) as tar:
                 for member in tar:
                     if member.name.endswith(".json"):
-                        found[f"{member.name[:-5]}.png"] = json.load(io.TextIOWrapper(tar.extractfile(member)))
+                        found[f"{member.name[:-5]}.jpg"] = json.load(io.TextIOWrapper(tar.extractfile(member)))
     return found
 
 
@@ -315,9 +315,7 @@ def test_demo_answers_are_true(demo):
         named = [thing for thing in things if re.search(rf"\b{thing}\b", question)]
         if answer in ("Yes", "No"):
             found = "yes_no"
-            if "background" in question:
-                true = f"background {background}?" in question
-            elif " at the " in question or " in the center" in question:
+            if " at the " in question or " in the center" in question:
                 true = f"a {here[0]}?" in question or f"a {here[0]} {at(things[here[0]])}?" in question
             else:
                 true = any(re.search(rf"\ba {thing}\b", question) for thing in things)
@@ -332,6 +330,12 @@ def test_demo_answers_are_true(demo):
         elif answer.lower() == background:
             found = "background"
             assert "color" in question
+        elif answer in SIDES.values():
+            found = "relation"
+            first, second = sorted(named, key=question.index)
+            thing, other = (second, first) if question.startswith(("On", "Seen")) else (first, second)
+            (x, y), (from_x, from_y) = PLACES[things[thing]], PLACES[things[other]]
+            assert answer == SIDES[(x > from_x) - (x < from_x), (y > from_y) - (y < from_y)]
         elif len(answer.split()) <= 4 and answer.startswith("A ") and not answer.endswith("."):
             found = "identity"
             assert answer[2:] in (here or list(things)[:1]), (question, answer, things)
@@ -340,7 +344,7 @@ def test_demo_answers_are_true(demo):
             assert all(thing in answer.lower() for thing in things)
         assert kind in (None, found)
         seen[found] += 1
-    assert set(seen) == {*KINDS, "description"}
+    assert set(seen) == {*KINDS, "background", "description"}
 
 
 def test_demo_questions_are_balanced_and_held_out(demo):
@@ -379,7 +383,7 @@ def test_demo_loads_as_any_llava_data(demo, encoder):
     assert encoder.tokenizer.decode([y for y in align[0]["labels"] if y != IGNORE]).startswith("A ")
     instruct = LlavaDataset(directory / "instruct.json", encoder, store)
     assert sum(length < 0 for length in instruct.modality_lengths) == 10
-    assert store.load("train-000000.png").size == (64, 64)
+    assert store.load("train-000000.jpg").size == (240, 240)
     turns = [len(r.turns) // 2 for r in instruct.records if r.images]
     assert 0.12 < np.mean(np.array(turns) == 1) < 0.4, "short captions stand alone"
     assert 4 <= np.mean([n for n in turns if n > 1]) <= 6
