@@ -1,7 +1,8 @@
 """Muon's step on whole matrices, those of one shape together: many small products become a few large ones.
 
 DeepSpeed's optimizer orthogonalises one matrix after the other, which is what ZeRO 1 to 3 need, whose ranks hold parts.
-In ZeRO 0 all matrices are there at once. The Newton–Schulz iteration is DeepSpeed's, in the precision that it chooses.
+In ZeRO 0 all matrices are there at once, the same on every rank, so each rank orthogonalises a share of them. The
+Newton–Schulz iteration is DeepSpeed's, in the precision that it chooses.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
 from torch import Tensor
@@ -53,6 +55,20 @@ class BatchedMuon(MuonWithAuxAdam):
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, beta))
         rows, columns = matrices[0].shape
         # Scaled in the precision of the iteration, as DeepSpeed does it: the stages agree to the last bit.
-        updates = zeropower_via_newtonschulz5(nesterov, steps=5).mul_(math.sqrt(max(1, rows / columns)))
+        updates = _orthogonalised(nesterov).mul_(math.sqrt(max(1, rows / columns)))
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         torch._foreach_add_(matrices, list(updates.to(nesterov.dtype).unbind()), alpha=-lr)
+
+
+def _orthogonalised(matrices: Tensor) -> Tensor:
+    """[n, rows, columns], equal on all ranks → the same shape. Each rank takes a share, and all get the others'."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return zeropower_via_newtonschulz5(matrices, steps=5)
+    share = -(-len(matrices) // ranks)
+    mine = matrices[dist.get_rank() * share :][:share]
+    padded = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])  # the last ranks may have fewer
+    own = zeropower_via_newtonschulz5(padded, steps=5).contiguous()
+    everywhere = own.new_empty(ranks * share, *own.shape[1:])
+    dist.all_gather_into_tensor(everywhere, own)
+    return everywhere[: len(matrices)]
