@@ -5,7 +5,8 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     slow         every batch comes late
     raise        decoding raises what no code expects, in a worker of the loader
     spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
-    spikes       of that step and all after it
+    spikes       of that step and all after it; nothing is saved before step SAVED, which leaves time for the tests
+    data=FOLDER  its training data are those in FOLDER, from the first step on
     record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
@@ -29,10 +30,12 @@ from clips.training import cli, grad_cache, loop
 
 AT = 40
 BATCH = 8
+SAVED = 34
 SECONDS = 0.3
 """By which a slow batch is late."""
 calls = itertools.count()
 real_loader, real_to_device, real_decoded = loop.make_loader, grad_cache.to_device, Preprocess.decoded
+real_due = loop.due
 
 
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
@@ -77,12 +80,16 @@ def main() -> None:
     if flags.rank in ("all", os.environ.get("RANK", "0")):
         if flags.fault == "raise":
             Preprocess.decoded = raising
+        elif flags.fault.startswith("data="):
+            flags.data = flags.fault.removeprefix("data=")
         elif flags.fault == "slow":
             loop.make_loader = late
         elif flags.fault == "record":
             file = Path(flags.output) / flags.name / "keys.jsonl"
             grad_cache.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)
         else:
+            if flags.fault.startswith("spike"):
+                loop.due = lambda every, state, phase: state.step >= SAVED and real_due(every, state, phase)
             grad_cache.to_device = lambda batch, device: spoiled(flags.fault, real_to_device(batch, device))
     cli.pretrain_from_flags(flags)
 

@@ -3,9 +3,10 @@
 Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the tests start several hundred processes.
 With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
 of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
-The processes that it starts are forked as well. Three things differ: the parent is the forking process, all forks share
-one seed of `hash`, and charts are one empty pixel, for drawing would take four fifths of a tiny run. Mark a test `cold`
-if the first two matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes all tests cold.
+The processes that it starts are forked as well. Four things differ: the parent is the forking process, all forks share
+one seed of `hash`, a fork ends without taking its interpreter down, and charts are one empty pixel, for drawing would
+take four fifths of a tiny run. Mark a test `cold` if the first three matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes
+all tests cold.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ COLD = "CLIPS_TESTS_COLD"
 DRAWS = "CLIPS_TESTS_DRAW"
 LOG = "CLIPS_TESTS_LOG"
 """A file for the processor seconds of each fork, with its test and its first words."""
+TEST = "PYTEST_CURRENT_TEST"
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "PYTHON")
 """Prefixes of variables that act while a process starts. A command that changes such a variable starts cold."""
 PROGRAMS = ("deepspeed", "torchrun")
@@ -100,7 +103,7 @@ class Popen(subprocess.Popen):
             )  # fmt: skip
         request = {
             "words": words,
-            "env": wanted | {name: os.environ[name] for name in (ADDRESS, DRAWS) if name in os.environ},
+            "env": wanted | {name: os.environ[name] for name in (ADDRESS, DRAWS, TEST) if name in os.environ},
             "cwd": os.fspath(cwd or os.getcwd()),
             "session": bool(start_new_session),
             "group": os.getpgrp(),
@@ -199,6 +202,9 @@ def import_everything() -> None:
             importlib.import_module(name)
     with contextlib.suppress(ImportError, AttributeError):  # transformers builds it at the first model that it loads
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("vit")
+    with contextlib.suppress(ImportError):  # torchrun looks through the files of all modules for a name of its log
+        rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
+        rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy all pages
 
@@ -236,7 +242,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                         os.close(stream)
                     children[pid] = (
                         connection,
-                        f"{request['env'].get('PYTEST_CURRENT_TEST')} {' '.join(request['words'][:4])}",
+                        f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}",
                     )
                     ready.register(connection, selectors.EVENT_READ, pid)
                     connection.send(pid.to_bytes(4, "big"))
@@ -325,7 +331,17 @@ def main() -> None:
     sys.path.remove(str(ROOT))
     asked = serve(listener)
     become(asked)
-    first = asked["words"][0]
+    code = 0
+    try:
+        run(asked["words"][0])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and end.code is not code:
+            print(end.code, file=sys.stderr)
+    end_here(code)
+
+
+def run(first: str) -> None:
     if first == "-m":
         sys.modules.pop(sys.argv[0], None)
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -334,6 +350,16 @@ def main() -> None:
     module.__file__ = first
     sys.modules["__main__"] = module
     exec(compile(Path(first).read_bytes(), first, "exec"), module.__dict__)
+
+
+def end_here(code: int) -> None:
+    """End as an interpreter does, but for taking its modules down, which would copy the pages of all imports."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clips.common.escape import for_terminal
+from clips.common.workers import kill_workers
 
 PACKAGES = tuple(str(Path(__file__).parents[2] / name) for name in ("clips", "mllm"))
 LONGEST_MESSAGE = 20_000
@@ -107,4 +108,7 @@ def run_command(main: Callable[[], None]) -> int:
     except CommandError as error:
         print(f"\nerror: {for_terminal(str(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BaseException:
+        kill_workers()
+        raise
     return 0

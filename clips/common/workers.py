@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -31,3 +32,13 @@ def end_with(parent: int, *, exit_code: int = 1) -> None:
         os._exit(exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def kill_workers() -> None:
+    """Kill the workers of this process, which ends with an error: the error's traceback keeps their loader alive.
+
+    torch would end each with SIGTERM, which `start_worker` lets it obey a minute later.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error of its own
+    for worker in multiprocessing.active_children():
+        worker.kill()

