@@ -114,7 +114,7 @@ def is_pretrained_anew(encoder: str) -> bool:
 def llava_runs(comparison: Comparison) -> int:
     """LLaVA runs of each encoder: one more than pretraining seeds, if these can be told apart from LLaVA seeds."""
     nested = comparison.seeds > 1 and any(map(is_pretrained_anew, comparison.encoders))
-    return comparison.llava_seeds or comparison.seeds + nested
+    return comparison.llava_runs or comparison.seeds + nested
 
 
 def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:

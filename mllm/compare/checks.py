@@ -37,8 +37,8 @@ def check_request(comparison: Comparison) -> None:
         (not 0 < (1 if c.budget is None else c.budget) <= 1, f"--budget {c.budget} must be above 0 and at most 1"),
         (c.seeds > LLAVA_STEP, f"--seeds {c.seeds} must be at most {LLAVA_STEP}"),
         (
-            (c.llava_seeds or c.seeds) < c.seeds,
-            f"--llava-seeds {c.llava_seeds} must be at least --seeds {c.seeds}: each encoder is used",
+            (c.llava_runs or c.seeds) < c.seeds,
+            f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used",
         ),
         (len(names) < max(2, len(c.encoders)), f"--encoders {','.join(c.encoders)}: give at least two different ones"),
         (

@@ -22,7 +22,7 @@ DEMO_SHARE, QUICK_SHARE = 0.3, 0.1
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
-SEEDS, QUICK_LLAVA_SEEDS = 5, 3
+SEEDS, QUICK_LLAVA_RUNS = 5, 3
 DEMO_LIMIT, QUICK_LIMIT = 400, 200
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
@@ -55,12 +55,13 @@ class Comparison:
         "takes a run or export, in which {seed} stands for the pretraining seed (default: clips,clip,random,blind)",
     )
     seeds: int = option(
-        SEEDS, f"pretraining seeds: encoders of each kind that is trained here (default: {SEEDS}, --quick: 1)"
+        SEEDS, f"encoders of each kind that is pretrained here, one of each seed (default: {SEEDS}, --quick: 1)"
     )
-    llava_seeds: int | None = option(
+    llava_runs: int | None = option(
         None,
-        "LLaVA runs of each encoder, on its pretraining seeds in turn (default: one more than --seeds, to tell both "
-        f"kinds of seed apart; --quick: {QUICK_LLAVA_SEEDS}; as many as --seeds if no encoder is trained here)",
+        "LLaVA runs of each kind of encoder, on its pretrained encoders in turn: with --seeds 3, 3 is one run on each "
+        "encoder and 9 is three on each (default: one more than --seeds, so that the encoder of seed 0 has two; "
+        f"--quick: {QUICK_LLAVA_RUNS}; as many as --seeds if no encoder is trained here)",
     )
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
@@ -110,7 +111,7 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
         Comparison,
         flags,
         seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
-        llava_seeds=QUICK_LLAVA_SEEDS if flags.quick and flags.llava_seeds is None else flags.llava_seeds,
+        llava_runs=QUICK_LLAVA_RUNS if flags.quick and flags.llava_runs is None else flags.llava_runs,
         jobs=(1 if one_at_a_time else 2) if flags.jobs is None else flags.jobs,
     )
 

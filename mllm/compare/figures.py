@@ -163,7 +163,7 @@ def _settings(comparison: Comparison, plan: Mapping[str, Any]) -> dict[str, Any]
     return {
         "encoders": list(comparison.encoders),
         "seeds": comparison.seeds,
-        "llava_seeds": llava_runs(comparison),
+        "llava_runs": llava_runs(comparison),
         "columns": [],
         "quick": comparison.quick,
         "budget_share": plan["budget"]["share"],

@@ -16,7 +16,7 @@ from clips.lab.report import Block, Bullets, Folded, Section
 from clips.lab.stats import ANSWERS, TOGETHER, show_difference, turned
 from mllm.compare.figures import LOOSE_WAYS
 from mllm.compare.probe import PROBE
-from mllm.compare.words import difference_text, headline, interval_text, metric_name, percent_text
+from mllm.compare.words import design_in_words, difference_text, headline, interval_text, metric_name, percent_text
 from mllm.data.images import ImageStore
 
 OWN = (PROBE, "zero_shot_top1", "sentence_i2t_r1", "sentence_t2i_r1", "part_i2t_r1", "part_t2i_r1")
@@ -60,7 +60,7 @@ Row = dict[str, Any]
 def page(report: Report, image_folder: Path | None) -> lab.Page:
     """The whole page; the pictures of its examples come from `image_folder`."""
     settings, overall = report["settings"], _overall(report)
-    note = f"{len(report['encoders'])} encoders × {settings['llava_seeds']} runs · {settings['language_model']}"
+    note = f"{len(report['encoders'])} encoders × {settings['llava_runs']} runs · {settings['language_model']}"
     note += f" · {report['time']}" + (" · quick budget" if settings["quick"] else "")
     sections = [
         *_decided(report, overall),
@@ -274,11 +274,12 @@ def controls(report: Report) -> list[str]:
         for name, stage in settings["stages"].items()
     ]
     kinds = {encoder["kind"] for encoder in encoders.values()}
+    distinct = settings["distinct_encoders"].items()
+    most = max((count for name, count in distinct if encoders[name]["kind"] not in FLOORS), default=1)
     return [
         f"Equal in every cell of a seed: {settings['language_model']}, data, order, steps, rates and starts. "
         f"{'; '.join(stages)}.",
-        f"{settings['llava_seeds']} LLaVA runs of each encoder take {settings['seeds']} pretraining seed(s) in turn, "
-        "paired by seed and by question.",
+        f"Models are paired by seed and by question: {design_in_words(most, settings['llava_runs'])}.",
         *[
             f"Sorts of pictures: {', '.join(found)}. {found[0]} decides."
             for found in [settings["columns"]]
@@ -307,9 +308,9 @@ def _fixed(report: Report) -> str:
 def not_shown(report: Report) -> list[str]:
     """The limits of these figures."""
     settings, encoders = report["settings"], report["encoders"]
-    distinct = settings["distinct_encoders"].items() if settings["llava_seeds"] > 1 else ()
+    distinct = settings["distinct_encoders"].items() if settings["llava_runs"] > 1 else ()
     alone = [name for name, count in distinct if count == 1 and encoders[name]["kind"] not in FLOORS]
-    seeds = min((row["seeds"] for row in report["differences"]), default=settings["llava_seeds"])
+    seeds = min((row["seeds"] for row in report["differences"]), default=settings["llava_runs"])
     points = {
         "The demo's pictures are drawings: no evidence about photographs.": settings["is_demo"],
         "The test of unseen artists is missing: their drawings could not be fetched. Memory of drawings may tell "

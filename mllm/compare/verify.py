@@ -107,7 +107,7 @@ def _verify(output: Path) -> Verification:
 
 def _bounded(comparison: Comparison) -> Comparison:
     """`comparison`, if it asks for no more than a machine can compute."""
-    seeds = max(comparison.seeds, comparison.llava_seeds or 0)
+    seeds = max(comparison.seeds, comparison.llava_runs or 0)
     if len(comparison.encoders) > MOST_ENCODERS or seeds > MOST_SEEDS:
         raise UserError(f"{comparison.output}: more than {MOST_ENCODERS} encoders or {MOST_SEEDS} seeds")
     if outside := [task for task in comparison.benchmarks if not is_plain(task)]:

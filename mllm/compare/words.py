@@ -47,6 +47,14 @@ def percent_text(figure: dict[str, Any] | None) -> str:
     return f"{figure['mean']:.1f}" + (f" ± {figure['sd']:.1f}" if figure["sd"] else "")
 
 
+def design_in_words(encoders: int, runs: int) -> str:
+    """How many encoders of a kind there are, and how their LLaVA runs lie on them."""
+    if runs % encoders:
+        return f"{encoders} encoders of each kind, {runs} LLaVA runs on them in turn"
+    each = runs // encoders
+    return f"{encoders} encoder{'s' * (encoders > 1)} of each kind, {each} LLaVA run{'s' * (each > 1)} on each"
+
+
 def headline(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of right answers: encoders × metrics."""
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}

@@ -73,19 +73,78 @@ def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: 
     assert abs(wins - losses) <= 4 * np.sqrt(wins + losses + 1)
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("pictures_share", [0.0, 0.3, 10.0])
-def test_models_that_differ_by_picture_alone_tie_as_often(seeds: int, pictures_share: float) -> None:
-    """Known variances: of seeds, of pictures (`pictures_share` of it in the mean), of single answers."""
-    rng, pictures = np.random.default_rng(11), 150
-    clusters = np.arange(pictures)
-    seed_deviation = 0.02
-    picture_deviation = np.sqrt(pictures_share * seed_deviation**2 / seeds * pictures)
-    tries, false = 3000, 0
-    for _ in range(tries):
-        difference = rng.normal(0, seed_deviation, (seeds, 1)) + rng.normal(0, picture_deviation, pictures)
-        false += interval(difference + rng.normal(0, 0.1, (seeds, pictures)), clusters).verdict != "tie"
-    assert 0.03 <= false / tries <= 0.07
+def sized(seeds: int, pictures: int, runs: float, shared: float, luck: float, within: int = 1) -> Spread:
+    """A comparison with these variances of the mean, one question per picture, `within` LLaVA runs of each seed."""
+    levels = ("pretraining seed", "LLaVA seed")[: 1 + (within > 1)], ("picture",)
+    variances = np.zeros((1 + len(levels[0]), 2))
+    variances[0, 1], variances[1, 0], variances[-1, 1] = shared * pictures, runs * seeds, luck * seeds * pictures
+    return Spread(*levels, variances, (1.0, float(seeds), float(seeds * within))[: 1 + len(levels[0])], (1.0, pictures))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("pictures", [40, 80, 347])
+def test_false_findings_stay_at_5_percent_whatever_makes_the_variance(seeds: int, pictures: int) -> None:
+    """100 mixtures of what seeds, pictures and single answers add. With two seeds the interval is wider."""
+    parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+    mixtures = [(r, p, luck) for r in parts for p in parts for luck in (0.0, 1.0) if r + p + luck > 0]
+    rates = [sized(seeds, pictures, *mixture).power(0.0, 20_000) for mixture in mixtures]
+    low, high = (0.018, 0.068) if seeds == 2 else (0.035, 0.065)
+    assert low <= min(rates)
+    assert max(rates) <= high
+
+
+def half(scores: np.ndarray) -> float:
+    estimate = interval(scores, np.arange(scores.shape[1]))
+    return estimate.high - estimate.mean
+
+
+def test_seeds_that_agree_by_chance_leave_an_interval_with_width() -> None:
+    """Three seeds, each two questions of 80 ahead: other questions, or the same. It was [0.025, 0.025] and ± 4.4."""
+    others, same, one_shared = (np.zeros((3, 80)) for _ in range(3))
+    for seed in range(3):
+        others[seed, [2 * seed, 2 * seed + 1]] = 1
+        one_shared[seed, [0, 1 + seed]] = 1
+    same[:, :2] = 1
+    luck_of_one_run = np.sqrt(0.025 * 0.975 / 80)
+    for scores in (others, same, one_shared):
+        assert scores.mean(1).tolist() == [0.025] * 3
+        assert luck_of_one_run / np.sqrt(3) * 0.9 <= half(scores) <= 2.1 * luck_of_one_run
+    assert half(others) < half(one_shared) < half(same)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_answers_that_are_all_alike_say_no_more_than_one_answer_of_each_run_could_change(seeds: int) -> None:
+    """Two models that always say "One": no difference was seen, and a small one may be there."""
+    estimate = interval(np.zeros((seeds, 80)), np.arange(80))
+    assert estimate.ci95 == pytest.approx([-1 / 80 / seeds**0.5, 1 / 80 / seeds**0.5])
+    assert estimate.verdict == "tie"
+
+
+@pytest.mark.parametrize(("right", "unequal"), [(0.02, 0.0), (0.1, 0.1), (0.5, 0.3), (0.95, 0.03)])
+def test_intervals_of_few_rare_answers_are_neither_empty_nor_endless(right: float, unequal: float) -> None:
+    """80 questions of a kind, three seeds, right and wrong: at worst it was ± 6e12 points."""
+    rng, halves, false = np.random.default_rng(5), [], 0
+    for _ in range(3000):
+        difficulty = np.clip(right + unequal * rng.standard_normal(80), 0, 1)
+        scores = answers(rng, difficulty) - answers(rng, difficulty)
+        halves.append(half(scores))
+        false += abs(scores.mean()) > halves[-1] + 1e-12
+    spread_of_a_run = np.sqrt(2 * right * (1 - right) / 80)
+    assert min(halves) >= 1 / 80 / 3**0.5
+    assert max(halves) < 12 * spread_of_a_run
+    assert 0.02 < false / len(halves) <= 0.065
+
+
+def test_power_is_the_share_of_simulated_comparisons_that_find_the_difference() -> None:
+    rng, seeds, pictures = np.random.default_rng(6), 3, 80
+    size = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4)
+    deviations = np.sqrt([[0, size.variances[0, 1]], [size.variances[1, 0], size.variances[1, 1]]])
+    runs, items = [np.arange(seeds)], [np.arange(pictures)]
+    found = [interval(0.05 + drawn(rng, runs, items, deviations), items[0]).verdict for _ in range(2000)]
+    assert found.count("win") / len(found) == pytest.approx(size.power(0.05), abs=0.04)
+    crossed = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4, within=3)
+    assert size.power(0.0) < size.power(0.02) < size.power(0.05) < crossed.power(0.05)
+    assert crossed.power(crossed.detectable()) == pytest.approx(0.78, abs=0.03)
 
 
 def test_a_known_gap_is_found_and_its_size_is_right() -> None:

@@ -189,7 +189,7 @@ def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPa
         (ANSWERS, "[1, 2]\n" * 36, "cannot be verified"),
         ("encoders.json", "{}", "figures cannot be computed again: KeyError"),
         ("plan", {"seeds": 10**9}, "more than 50 encoders or 100 seeds"),
-        ("plan", {"llava_seeds": 10**9}, "more than 50 encoders or 100 seeds"),
+        ("plan", {"llava_runs": 10**9}, "more than 50 encoders or 100 seeds"),
         ("plan", {"encoders": ["random", "blind"] * 30}, "more than 50 encoders"),
         ("plan", {"encoders": "clips"}, "'c' is not known"),
         ("plan", {"seeds": "2"}, "cannot be verified"),

@@ -186,10 +186,10 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
     assert pretrained(comparison) == {f"{kind}-seed{s}" for kind in ("clips", "clip") for s in range(5)}
     assert found["clip-seed2"] == f"clip:{tmp_path}/encoders/clip-seed2"
     assert found["random-seed1"] == f"random:{tmp_path}/encoders/clips-seed1"
-    quick = dataclasses.replace(comparison, seeds=1, llava_seeds=3)
+    quick = dataclasses.replace(comparison, seeds=1, llava_runs=3)
     assert pretrained(quick) == {"clips-seed0", "clip-seed0"}
     assert visions(quick)["clip-seed0-llava2000"] == f"clip:{tmp_path}/encoders/clip-seed0"
-    given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, llava_seeds=2, output=tmp_path)
+    given = Comparison(encoders=("clips:runs/x-{seed}", "blind"), seeds=2, llava_runs=2, output=tmp_path)
     assert [*visions(given).values()] == ["clips:runs/x-0", "blind:runs/x-0", "clips:runs/x-1", "blind:runs/x-1"]
     assert not pretrained(given)
     assert encoder_names(given) == ["clips", "blind"]
@@ -198,7 +198,7 @@ def test_names_stand_for_directories(tmp_path: Path) -> None:
     assert pretrained(Comparison(encoders=("random", "blind"), seeds=1, output=tmp_path)) == {"clips-seed0"}
 
 
-def test_llava_seeds_lie_within_pretraining_seeds(tmp_path: Path) -> None:
+def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
     """One run more than encoders by default; more of either kind of seed keep the cells that are there."""
     comparison = Comparison(encoders=("clips", "hf:some/model", "random", "blind"), output=tmp_path)
     clips = [cell for cell in cells_of(comparison) if cell.encoder == "clips"]
@@ -207,7 +207,7 @@ def test_llava_seeds_lie_within_pretraining_seeds(tmp_path: Path) -> None:
     assert clips[5].vision == clips[0].vision == f"clips:{tmp_path}/encoders/clips-seed0"
     assert len({cell.seed for cell in clips}) == 6  # no two runs share a seed, whatever their encoders
     few = Comparison(encoders=comparison.encoders, seeds=3, output=tmp_path)
-    grid = Comparison(encoders=comparison.encoders, seeds=5, llava_seeds=10, output=tmp_path)
+    grid = Comparison(encoders=comparison.encoders, seeds=5, llava_runs=10, output=tmp_path)
     assert len(cells_of(few)) == 4 * 4
     assert set(cells_of(few)[:12]) < set(cells_of(comparison)) < set(cells_of(grid))
     fixed = Comparison(encoders=("hf:some/model", "blind"), output=tmp_path)
@@ -348,7 +348,7 @@ def test_the_dry_run_shows_every_cell_and_its_time_and_runs_nothing(finished: Co
         ({"budget": 1.5}, "--budget 1.5 must be above 0 and at most 1"),
         ({"encoders": ("blind", "blind")}, "at least two different"),
         ({"seeds": 0}, "--seeds"),
-        ({"llava_seeds": 4}, "--llava-seeds 4 must be at least --seeds 5"),
+        ({"llava_runs": 4}, "--llava-runs 4 must be at least --seeds 5"),
         ({"seeds": 1001}, "--seeds 1001 must be at most 1000"),
         ({"train_flags": ("--seed", "3")}, "--train-flags: --seed is what the comparison itself sets"),
         ({"train_flags": ("--instruct.seed", "3")}, "--seed is what the comparison itself sets"),
