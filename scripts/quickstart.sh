@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh
 #
 # Needs Python ≥ 3.10 and a network that pip can use. VENV, PYTHON: see scripts/install.sh. OMP_NUM_THREADS: threads of
-# the training process (default: the physical cores).
+# all training processes together (default: the physical cores).
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
@@ -20,8 +20,12 @@ echo "== 2. demo data"
 python scripts/build_demo_data.py
 
 echo "== 3. pretrain, evaluate, export and report"
-# One process: the demo's model is too small to be worth several GPUs, so there is nothing for a launcher to start.
-python scripts/pretrain_clips.py
+if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
+  # Two ranks of half of the cores each: the demo's matrices are too small for threads (docs/speed.md).
+  OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) python -m deepspeed.launcher.runner --num_gpus 2 scripts/pretrain_clips.py
+else # one core, or GPUs, of which the demo's model is worth one only
+  python scripts/pretrain_clips.py
+fi
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
 NUM_GPUS=1 bash scripts/train_llava.sh --vision clips

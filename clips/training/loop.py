@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -141,6 +142,8 @@ def pretrain(run: RunConfig, options: Options) -> None:
         trained = engine.plain_model()
     shutdown()  # the end is rank 0's alone: nobody waits for it in a collective, however long it takes
     if trained is not None:
+        # The cores of this machine's other ranks are free now.
+        torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads() * int(os.environ["LOCAL_SIZE"])))
         finish_run(run, trained, tokenizer, options.run_dir)
 
 
