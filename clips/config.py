@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from clips.common import rundir
 from clips.common.errors import UserError
-from clips.common.files import write_json
+from clips.common.files import from_json, read_bytes, write_json
 
 
 def parse_fields(assignments: list[str], fields: Fields) -> Fields:
@@ -62,6 +63,14 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _require_numbers(part: str, config: Any) -> None:
+    """Raise UserError unless every whole number of `config` is positive, and every other number finite."""
+    for name, value in vars(config).items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(not is_whole or value > 0, f"{part}.{name} {value} is not positive")
+        _require(not isinstance(value, float) or math.isfinite(value), f"{part}.{name} {value} is not finite")
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
@@ -116,6 +125,7 @@ class VisionConfig:
     """Share of an image's patches that the tower does not see in training (FLIP)."""
 
     def __post_init__(self) -> None:
+        _require_numbers("vision", self)
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
         _one_of("vision.pos_embed", self.pos_embed, Positions)
@@ -188,6 +198,7 @@ class TextConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        _require_numbers("text", self)
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
         _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
         _one_of("text.activation", self.activation, Activation)
@@ -224,6 +235,7 @@ class CaptionerConfig:
     """Whether the captioner reads the web caption (states of the text tower) beside the image."""
 
     def __post_init__(self) -> None:
+        _require_numbers("captioner", self)
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
         _one_of("captioner.inputs", self.inputs, CaptionerInputs)
         keep = self.image_token_keep
@@ -598,7 +610,7 @@ class RunConfig:
     def load(path: Path) -> RunConfig:
         """Read `config.json`. Raises UserError naming the file and the field that does not fit."""
         try:
-            return from_dict(RunConfig, json.loads(Path(path).read_text()))
+            return from_dict(RunConfig, from_json(read_bytes(path)))
         except (OSError, ValueError, UserError) as error:
             raise UserError(f"{path} is not a readable run configuration: {error}") from None
 

@@ -43,7 +43,7 @@ def seal(directory: Path) -> None:
 def check_seal(directory: Path, required: Iterable[str] = ()) -> Path:
     """`directory`. Raises ValueError unless its files are as sealed, and `required` files are among them."""
     try:
-        digests = json.loads((directory / MANIFEST).read_text())
+        digests = from_json(read_bytes(directory / MANIFEST))
         for name in dict.fromkeys([*required, *digests]):
             if digests.get(name) != sha256(directory / name):
                 raise ValueError(f"{name} does not match its SHA-256 in {MANIFEST}")
@@ -128,11 +128,38 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
+MOST_JSON, DEEPEST = 2**28, 100
+"""Bytes of a JSON file, and lists and objects in each other, that are read."""
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError if it is none, or nested deeper than DEEPEST."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(DEEPEST):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [inner for inner in level if isinstance(inner, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("it is nested too deep")
+
+
+def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
+    """The whole of a file. Raises OSError for a pipe, and ValueError for a file of more than `most` bytes."""
+    data = read_regular(path, most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty if the file is missing. Raises UserError for any other content."""
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
+        found = from_json(read_bytes(path)) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged, it is not JSON ({error}): restore it, or remove it") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged, it holds no JSON object: restore it, or remove it")
@@ -143,19 +170,19 @@ def read_json_records(path: Path) -> list[Any]:
     """The raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, -1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data file {path} cannot be read: {error}; give a LLaVA JSON or JSONL file") from None
     if path.suffix == ".jsonl":
         records = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                records += [json.loads(line)] if line.strip() else []
+                records += [from_json(line)] if line.strip() else []
             except ValueError as error:
                 raise UserError(f"{path} line {number} is not JSON: {error}") from None
     else:
         try:
-            records = json.loads(text)
+            records = from_json(text)
         except ValueError as error:
             raise UserError(f"{path} is not JSON: {error} (one record a line? then name it .jsonl)") from None
     if not isinstance(records, list) or not records:
@@ -164,7 +191,7 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The first `most` bytes of a file. Raises OSError also for a pipe, whose reading would wait for ever."""
+    """The first `most` bytes of a file; −1: all. Raises OSError also for a pipe, whose reading would wait for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
-from clips.common.files import MANIFEST, differing, lock, read_json, write_atomically
+from clips.common.files import MANIFEST, differing, from_json, lock, read_json, write_atomically
 from clips.common.signals import launchers
 
 T = TypeVar("T")
@@ -146,8 +146,7 @@ def refuse(changes: Sequence[str], what: str, mend: str) -> None:
 
 def began_with(run_dir: Path) -> dict[str, Any] | None:
     """init_from.json (`clips.weights.initial.Beginning`) of a run that has begun; None if it is missing."""
-    record = run_dir / INIT_FROM
-    return json.loads(record.read_text()) if record.is_file() and (run_dir / "config.json").is_file() else None
+    return (read_json(run_dir / INIT_FROM) or None) if (run_dir / "config.json").is_file() else None
 
 
 # --------------------------------------------------------------------------------------------------------------- lock
@@ -223,7 +222,7 @@ def is_at_most(line: dict[str, Any], step: int) -> bool:
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
     """A line of a .jsonl file; None if it is no whole record: cut by a crash, or half written."""
     try:
-        line = json.loads(text)
+        line = from_json(text)
     except ValueError:
         return None
     return line if isinstance(line, dict) else None

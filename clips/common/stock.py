@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.utils import logging
 
-from clips.common.errors import UserError, first_line
+from clips.common.errors import UserError
 from clips.common.hub import WEIGHT_FILES
+from clips.common.opening import opening
 from clips.common.tensors import unpickling_reason
 
 BAR_FROM = 2 * 2**30
@@ -34,20 +34,13 @@ def loading(what: str, directory: Path | str) -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report on missing weights; `check_complete` decides what matters
     try:
-        with progress_bars(_weight_bytes(Path(directory))):
+        with progress_bars(_weight_bytes(Path(directory))), opening(what, directory):
             yield
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: a weight file of {directory} may hold pickled code and was refused; nothing in it was run "
             f"({unpickling_reason(error)})"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what}: {directory} needs Python code that comes with it (auto_map), which this project never runs: "
-                "choose a model of a kind that transformers knows itself"
-            ) from None
-        raise UserError(f"{what}: {directory} cannot be loaded: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
 

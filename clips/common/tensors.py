@@ -11,10 +11,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from clips.common.errors import UserError, first_line
 from clips.common.files import read_json
+from clips.common.hub import WEIGHT_FILES
+from clips.common.paths import is_plain
 
+M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("state_dict", "model", "module")
 """Keys under which training programs put the weights beside optimizer state."""
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -31,6 +34,10 @@ MODEL_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
 """Where a model directory has its weights; the first that is there counts."""
+MOST_IN_TABLES = 2**26
+"""Numbers that a model may hold beside those in its files: positions, masks."""
+TORCH_TENSOR = 256
+"""Fewest bytes of a tensor in a torch file, with its entry in the archive."""
 SHOWN = 5
 """Names listed in an error message before "and N more"."""
 
@@ -61,6 +68,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     wrong = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong:
         raise UserError(f"{path} holds no weights: {listed(wrong)} are not tensors")
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} {tuple(tensor.shape)} has more values than the file holds")
     return tensors
 
 
@@ -75,9 +85,37 @@ def read_model(directory: Path) -> dict[str, Tensor]:
             continue
         if path.suffix != ".json":
             return read_weights(path)
-        shards = sorted(set(read_json(path)["weight_map"].values()))
+        shards = shards_of(path)
         return {name: tensor for shard in shards for name, tensor in read_weights(directory / shard).items()}
     raise UserError(f"{directory} holds no weights: expected one of {', '.join(MODEL_WEIGHTS)}")
+
+
+def shards_of(index: Path) -> list[str]:
+    """The weight files that the index of a model directory names. Raises UserError for anything but file names."""
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else [places]
+    if wrong := [name for name in names if not isinstance(name, str) or not is_plain(name)]:
+        raise UserError(f"{index}: its weight_map names {wrong[0]!r}, which is no file of this directory")
+    return sorted(set(map(str, names)))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    return [path for pattern in WEIGHT_FILES for path in directory.glob(pattern) if path.is_file()]
+
+
+def count_tensors(directory: Path) -> int | None:
+    """How many tensors the weight files hold, torch files at most; None without weight files, and for damaged files."""
+    count, files = 0, weight_files(directory)
+    for path in files:
+        if path.suffix != ".safetensors":
+            count += path.stat().st_size // TORCH_TENSOR
+            continue
+        try:
+            with safe_open(path, "pt") as file:
+                count += len(file.keys())
+        except (SafetensorError, OSError):  # its reader says so
+            return None
+    return count if files else None
 
 
 def read_torch(path: Path, *, mapped: bool = False) -> Any:
@@ -140,7 +178,25 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `module`. Raises UserError naming `source` if names or shapes do not fit."""
+    """Copy `tensors` into `module`. Raises UserError as `check_fits`."""
+    check_fits(module, tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def build_for(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+    """The module of `build` with `tensors`. Raises UserError as `check_fits`, before the module takes memory."""
+    with torch.device("meta"):
+        module = build()
+        check_fits(module, tensors, source)
+    if (size := sum(table.numel() for table in module.buffers())) > MOST_IN_TABLES:
+        raise UserError(f"the configuration of {source} asks for tables of {size:,} numbers, which no model has")
+    module = build()
+    module.load_state_dict(dict(tensors))
+    return module
+
+
+def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise UserError naming `source` if the names or shapes of `tensors` do not fit `module`."""
     own = module.state_dict()
     problems = [
         f"{name}: the file has shape {tuple(tensors[name].shape)}, the model {tuple(own[name].shape)}"
@@ -154,7 +210,6 @@ def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str
     if problems:
         lines = "\n  ".join(problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []))
         raise UserError(f"the weights of {source} do not fit the model:\n  {lines}")
-    module.load_state_dict(dict(tensors))
 
 
 def listed(names: Sequence[str]) -> str:

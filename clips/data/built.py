@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.files import lock, replacing, write_json
+from clips.common.files import from_json, lock, read_bytes, replacing, write_json
 
 STAMP = "manifest.json"
 
@@ -37,7 +36,7 @@ def ensure_built(
 def built_as(directory: Path) -> dict[str, Any] | None:
     """The `wanted` that `directory` was built with; None if it was not built here."""
     try:
-        stamp = json.loads((directory / STAMP).read_text(encoding="utf-8"))
+        stamp = from_json(read_bytes(directory / STAMP))
         built = stamp["built"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from clips.common.errors import UserError
 from clips.common.escape import for_terminal
-from clips.common.files import read_regular
+from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
 from clips.data.images import MAX_BYTES
@@ -381,8 +381,8 @@ class _Members:
         if extension not in self._json:
             data = self.read(extension)
             try:
-                value = None if data is None else json.loads(data)
-            except (ValueError, RecursionError) as error:
+                value = None if data is None else from_json(data)
+            except ValueError as error:
                 raise BrokenSample(self.key, f"{extension}: bad JSON ({error})") from None
             if value is not None and not isinstance(value, dict):
                 raise BrokenSample(self.key, f"{extension}: not a JSON object")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import codecs
 import itertools
-import json
 import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from clips.common.errors import UserError
+from clips.common.files import from_json
 from clips.data.sidecar import open_binary, sidecar
 
 log = logging.getLogger("clips.data")
@@ -55,7 +55,7 @@ class Table:
         batch_index = bisect.bisect_right(self._starts, i) - 1
         batch, place = self._open().get_batch(batch_index), i - self._starts[batch_index]
         if self.is_json:
-            row = json.loads(batch.column(0)[place].as_py())
+            row = from_json(batch.column(0)[place].as_py())
             if not isinstance(row, dict):
                 raise ValueError("the line is not a JSON object")
             return row

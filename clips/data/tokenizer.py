@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import html
-import json
 import os
 import re
 from collections import Counter
@@ -31,8 +30,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import sha256, write_json
+from clips.common.files import from_json, read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
+from clips.common.opening import check_tokenizer
 from clips.config import TextConfig, TokenizerKind
 
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
@@ -170,12 +170,14 @@ class CaptionTokenizer:
         vocab_path = Path(directory) / "vocab.txt"
         try:
             if path.is_file() or not vocab_path.is_file():
-                tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+                text = read_bytes(path)
+                check_tokenizer(from_json(text), path)
+                tokenizer = Tokenizer.from_buffer(text)
                 tokenizer.no_truncation()  # BERT's file may ask for both, which would spoil the layout
                 tokenizer.no_padding()
             else:
                 tokenizer = _bert_tokenizer(vocab_path)
-            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+            config = read_json(config_path)
             declared = {role: _content(config[f"{role}_token"]) for role in _ROLES if config.get(f"{role}_token")}
             is_bert = [tokenizer.token_to_id(_BERT[role]) for role in _ROLES[:4]] == [0, 1, 2, 101]
             is_clip = _has_clip_s_words(tokenizer)
@@ -184,7 +186,9 @@ class CaptionTokenizer:
                 raise ValueError(f"no {', '.join(undeclared)} token is declared")
             framed = "bos" in declared and "eos" in declared
             return CaptionTokenizer(tokenizer, special) if framed else _finish(tokenizer, special)
-        except Exception as error:  # tokenizers raises bare Exception
+        except BaseException as error:  # tokenizers raises bare Exception, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(
                 f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "
                 "and tokenizer_config.json that were saved with the model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from clips.common.errors import UserError
-from clips.common.files import read_regular
+from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
 from clips.data.demo import demo_split
@@ -76,7 +75,7 @@ class KarpathySet:
 
     def __init__(self, path: Path, image_root: Path, split: str = "test") -> None:
         try:
-            images = json.loads(Path(path).read_text())["images"]
+            images = from_json(read_bytes(path))["images"]
             splits = sorted({entry["split"] for entry in images})
             self.entries = [
                 (
@@ -181,8 +180,8 @@ def load_classes(spec: str | Path) -> Classes:
         return Classes(tuple(IMAGENET_CLASSNAMES), tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
     path = Path(spec)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else {"classes": text.split("\n")}
+        text = read_bytes(path).decode()
+        content = from_json(text) if path.suffix == ".json" else {"classes": text.split("\n")}
         names = tuple(name.strip() for name in content["classes"] if name.strip())
         templates = tuple(content.get("templates") or default_templates())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

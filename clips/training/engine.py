@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clips.common.errors import NotFiniteError, UserError
+from clips.common.files import from_json, read_bytes
 from clips.common.runtime import import_deepspeed
 from clips.common.signals import STOP_SIGNALS
 from clips.config import OptimConfig, RunConfig
@@ -83,7 +83,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return json.loads(json.dumps(DEFAULT_DS_CONFIG))
     try:
-        config = json.loads(Path(path).read_text())
+        config = from_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--ds-config {path} is not a readable JSON file: {error}") from None
     ours = {

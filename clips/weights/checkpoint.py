@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clips.common.errors import NoCheckpointError, UserError, in_one_line
 from clips.common.escape import for_terminal
-from clips.common.files import check_seal, first_usable, fsync, replacing, seal, write_atomically
+from clips.common.files import check_seal, first_usable, from_json, fsync, read_bytes, replacing, seal, write_atomically
 from clips.common.rundir import METRICS, checkpoints, surplus
 from clips.common.tensors import read_weights
 
@@ -213,7 +213,7 @@ def _verified(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file matches its hash; ValueError saying what is wrong otherwise."""
     check_seal(path, ("model.safetensors", "optimizer.safetensors", "state.json"))
     try:
-        state = TrainState(**json.loads((path / "state.json").read_text()))
+        state = TrainState(**from_json(read_bytes(path / "state.json")))
         for name in ("seed", "step", "samples", "phase", "phase_step", "skipped"):
             if type(getattr(state, name)) is not int:
                 raise TypeError(f"{name} is {getattr(state, name)!r}, no whole number")

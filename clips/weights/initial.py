@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from clips.common import rundir
 from clips.common.escape import for_rich
 from clips.common.files import write_json
 from clips.common.hub import ANY_WEIGHTS, resolve
-from clips.common.tensors import assign_weights
+from clips.common.opening import opening
+from clips.common.tensors import assign_weights, check_fits
 from clips.config import TRAINING_FIELDS, RunConfig
 from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
-from clips.model.vision import resample_positions
+from clips.model.text import TextTower
+from clips.model.vision import VisionTower, resample_positions
 from clips.recipes import recipe
 from clips.weights.foreign import Foreign, kind_of, read_timm, read_transformers
 from clips.weights.load import LoadedModel, clip_tokenizer, load_model
@@ -67,17 +70,26 @@ def read_initial(name: str) -> InitialWeights:
     if name.startswith("timm:"):
         place = name.removeprefix("timm:")
         directory = resolve(place if Path(place).is_dir() or "/" in place else f"timm/{place}", "--init-from")
-        return _of_foreign(name, directory, read_timm(directory))
+        with opening("--init-from", directory):
+            return _of_foreign(name, directory, read_timm(directory))
     directory = resolve(name, "--init-from", ANY_WEIGHTS)
     is_open_clip = (directory / "open_clip_config.json").is_file()  # the same model for transformers may lie beside it
     kind = None if is_open_clip else kind_of(directory)
     if kind is not None:
         read = read_timm if kind == "timm" else read_transformers
-        return _of_foreign(name, directory, read(directory))
+        with opening("--init-from", directory):
+            return _of_foreign(name, directory, read(directory))
     return _of_loaded(name, "open_clip" if is_open_clip else "this project's", load_model(directory))
 
 
 def _of_foreign(name: str, directory: Path, foreign: Foreign) -> InitialWeights:
+    towers: dict[str, Callable[[], nn.Module]] = {"visual.": lambda: VisionTower(foreign.vision, 0)}
+    if (text := foreign.text) is not None:
+        towers["text."] = lambda: TextTower(text, 0, 0)
+    for start, build in towers.items():
+        own = {n.removeprefix(start): t for n, t in foreign.tensors.items() if n.startswith(start)}
+        with torch.device("meta"):  # the run would build a model of these sizes
+            check_fits(build(), {n: t for n, t in own.items() if not n.startswith("proj.")}, directory)
     parts: dict[str, Any] = {"model.vision": dataclasses.asdict(foreign.vision)}
     tokenizer = None
     if foreign.embed_dim is not None:

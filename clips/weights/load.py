@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clips.common.errors import UserError
-from clips.common.files import read_json
+from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
+from clips.common.opening import check_counts, check_files, opening
 from clips.common.rundir import MADE_OF, check_current, is_current, weights_of
-from clips.common.tensors import assign_weights, read_weights
+from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
@@ -26,10 +26,11 @@ CLIP_VOCABULARY = 49_408
 def load_native(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer]:
     """The model (eval mode, fp32, CPU), its run configuration and its tokenizer; UserError when they do not fit."""
     directory = Path(directory)
+    check_files(directory)
     run = RunConfig.load(directory / "config.json")
     tokenizer = CaptionTokenizer.load(directory / "tokenizer")
-    model = CLIPSModel(run.model, tokenizer.pad_id)
-    assign_weights(model, read_weights(directory / NATIVE_WEIGHTS), directory)
+    tensors = read_weights(directory / NATIVE_WEIGHTS)
+    model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, directory)
     return model.eval(), run, tokenizer
 
 
@@ -65,11 +66,12 @@ def load_model(path: str | Path | None = None, runs: str | Path = "runs") -> Loa
     is_here = directory == Path(path).expanduser()
     home = directory if is_here else Path(runs) / str(path).replace("/", "--")
     is_checkpoint = checkpoint.is_one(directory)
-    if is_checkpoint:
-        home = checkpoint.run_of(directory)
-        model, run, tokenizer, of = _load_checkpoint(checkpoint.load(directory, "checkpoint"), home)
-    else:
-        model, run, tokenizer, of = _load(directory)
+    with opening("model", directory):
+        if is_checkpoint:
+            home = checkpoint.run_of(directory)
+            model, run, tokenizer, of = _load_checkpoint(checkpoint.load(directory, "checkpoint"), home)
+        else:
+            model, run, tokenizer, of = _load(directory)
     return LoadedModel(
         model, run, tokenizer, path=directory, home=home, samples=(of or {}).get("samples"), checkpoint=of,
         is_checkpoint=is_checkpoint,
@@ -102,8 +104,9 @@ def _load(path: Path) -> Loaded:
 def _load_checkpoint(found: checkpoint.Checkpoint, run_dir: Path) -> Loaded:
     run = RunConfig.load(run_dir / "config.json")
     tokenizer = CaptionTokenizer.load(run_dir / "tokenizer")
-    model = CLIPSModel(run.model, tokenizer.pad_id)
-    assign_weights(model, found.weights(), found.path)
+    tensors = found.weights()
+    check_counts(run.to_dict(), len(tensors), run_dir / "config.json")
+    model = build_for(lambda: CLIPSModel(run.model, tokenizer.pad_id), tensors, found.path)
     model.visual.set_image_size(run.phases[min(found.state.phase, len(run.phases) - 1)].image_size)
     return model.eval(), run, tokenizer, weights_of(found.path)
 
@@ -118,8 +121,7 @@ def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer
         )
     tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)
-    model = CLIPSModel(config, tokenizer.pad_id)
-    assign_weights(model, foreign.tensors, directory)
+    model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), foreign.tensors, directory)
     return model.eval(), _imported_run(config, tokenizer), tokenizer
 
 
@@ -164,10 +166,10 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
     for config in runs.glob("*/export/hf_vit/config.json"):
         run_config = config.parents[2] / "config.json"
         try:
-            task = json.loads(run_config.read_text()).get("task", {})
-        except (OSError, ValueError):
+            trained = from_json(read_bytes(run_config))["task"]["objective"]
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # not a finished run of this project; the error below says what is looked for
-        if task.get("objective") == objective:
+        if trained == objective:
             found.append((config.stat().st_mtime, config.parents[1]))
     if not found:
         raise UserError(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.tensors import assign_weights, listed, read_weights, write_weights
+from clips.common.files import from_json, read_bytes, read_json
+from clips.common.tensors import build_for, listed, read_weights, write_weights
 from clips.config import Activation, ModelConfig, PositionTable, TextConfig, VisionConfig
 from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -213,9 +214,9 @@ def import_open_clip(directory: Path) -> tuple[CLIPSModel, CaptionTokenizer]:
     if has_cls_emb:
         tensors["text.token_embed.weight"] = tensors["text.token_embed.weight"].clone()
         tensors["text.token_embed.weight"][tokenizer.cls_id] = source["text.cls_emb"].float()
-    model = CLIPSModel(dataclasses.replace(config, vision=vision), tokenizer.pad_id)
-    tensors["logit_scale"] = source["logit_scale"].reshape(model.logit_scale.shape)
-    assign_weights(model, tensors, files[0])
+    tensors["logit_scale"] = source["logit_scale"].reshape(1)
+    config = dataclasses.replace(config, vision=vision)
+    model = build_for(lambda: CLIPSModel(config, tokenizer.pad_id), tensors, files[0])
     return model.eval(), tokenizer
 
 
@@ -250,7 +251,7 @@ def _recognise_positions(stored: Tensor, vision: VisionConfig, path: Path) -> tu
 
 def _fold_preprocessing(directory: Path, tensors: dict[str, Tensor], vision: VisionConfig) -> VisionConfig:
     """Make `tensors` take pictures normalised as here; `vision` with the patch bias that this may need."""
-    stock = json.loads((directory / "open_clip_config.json").read_text()).get("preprocess_cfg", {})
+    stock = read_json(directory / "open_clip_config.json").get("preprocess_cfg", {})
     mean, std = NORMALISED["clip"]  # open_clip's own default
     there = tuple(stock.get("mean") or mean), tuple(stock.get("std") or std)
     names = ("patch_embed.weight", "patch_embed.bias", "pos_embed")
@@ -268,7 +269,7 @@ def _open_clip_tokenizer(directory: Path, tower: TextConfig) -> CaptionTokenizer
 
     UserError if it is missing or does not fit the text tower.
     """
-    text = json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    text = read_json(directory / "open_clip_config.json")["model_cfg"]["text_cfg"]
     name = text.get("hf_tokenizer_name")
     has_files = any((directory / file).is_file() for file in ("tokenizer.json", "vocab.txt"))
     if not name:
@@ -300,7 +301,7 @@ def read_open_clip_config(directory: Path) -> ModelConfig:
     """
     path = directory / "open_clip_config.json"
     try:
-        return _model_config(json.loads(path.read_text())["model_cfg"])
+        return _model_config(from_json(read_bytes(path))["model_cfg"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,10 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from clips.common.errors import CommandError, UserError, first_line
+from clips.common.files import from_json, read_json
+from clips.common.tensors import shards_of
 from clips.config import RunConfig, from_dict, published
 
 CONFIGS = ("config.json", "open_clip_config.json")
 """A model directory has one of these."""
+INDEX = "model.safetensors.index.json"
 WEIGHTS = re.compile(r"(?:open_clip_)?model(?:-\d{5}-of-\d{5})?\.safetensors|embedding\.safetensors")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -30,7 +33,7 @@ MODEL_FILES = {
     *CONFIGS, *TOKENIZER_FILES, *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "clips_mllm.json"),
-    *("model.safetensors.index.json", "mm_projector.bin"),
+    *(INDEX, "mm_projector.bin"),
 }  # fmt: skip
 """The files that are uploaded beside the weights, by their whole names."""
 OF_THE_RUN = re.compile(r"evaluation(?:-[^/]*)?\.json")
@@ -55,6 +58,7 @@ def push(directory: Path, repo: str, *, private: bool = False) -> None:
     """
     check_target(repo)
     files = model_files(directory)
+    license_stated = license_of(directory / "README.md")
     with tempfile.TemporaryDirectory() as folder:
         places = []
         for file in files:
@@ -74,8 +78,16 @@ def push(directory: Path, repo: str, *, private: bool = False) -> None:
                 "Edit them out of these files"
             )
         print(f"{directory} → {_upload(Path(folder), repo, private)}")
-    if ModelCard.load(directory / "README.md").data.license is None:
+    if license_stated is None:
         print(f"its card states no license: add `license: …` to the header, there or in {directory}/README.md")
+
+
+def license_of(card: Path) -> Any:
+    """The license that a card's header states, or None. Raises UserError for a header that is no YAML."""
+    try:
+        return ModelCard.load(card).data.license
+    except Exception as error:  # of YAML, and of the hub's client for what the header holds
+        raise UserError(f"{card}: its header cannot be read ({first_line(error)}): mend it, or export again") from None
 
 
 def check_target(repo: str) -> None:
@@ -107,9 +119,8 @@ def model_files(directory: Path) -> list[str]:
         raise UserError(f"{directory} has no weights (*.safetensors)")
     if foreign := [file for file in found if file not in MODEL_FILES and not WEIGHTS.fullmatch(file)]:
         raise UserError(f"{directory} holds files that are no part of a model: {', '.join(foreign[:5])}. Remove them")
-    for index in directory.glob("*.safetensors.index.json"):
-        if missing := sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(found)):
-            raise UserError(f"{directory} is not whole: {index.name} names {', '.join(missing[:5])}")
+    if INDEX in found and (missing := sorted(set(shards_of(directory / INDEX)) - set(found))):
+        raise UserError(f"{directory} is not whole: {INDEX} names {', '.join(missing[:5])}")
     if "README.md" not in found:
         raise UserError(f"{directory} has no model card (README.md): export or save the model again, which writes one")
     return found
@@ -124,7 +135,7 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
         for here, there in HERE.items():
             text = text.replace(here, there.format(repo))
         return text
-    config = json.loads(text)
+    config = read_json(directory / file)
     if file == "open_clip_config.json":  # from the hub, open_clip takes the tokenizer from where this says
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
     elif "recipe" in config:  # a run's configuration
@@ -137,7 +148,7 @@ def _places(path: Path) -> Iterator[str]:
     if path.suffix in (".safetensors", ".bin", ".model") or path.name in VOCABULARY:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    texts = list(_strings(json.loads(text))) if path.suffix == ".json" else [text]
+    texts = list(_strings(from_json(text))) if path.suffix == ".json" else [text]
     for place in (str(Path.home()), str(Path.cwd())):
         if len(place) > 1 and any(f"{place}/" in one for one in texts):
             yield place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from clips import CLIPS, newest_export
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
+from clips.common.files import from_json, read_bytes
 from clips.common.hub import resolve
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
@@ -56,14 +56,14 @@ def about(name: str) -> str:
     """
     directory = resolve(name, "model")
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = from_json(read_bytes(directory / "config.json"))
         llm, vision = config["text_config"]["model_type"], config["vision_config"]["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model {name}: its config.json is not that of a LLaVA model ({error!r})") from None
     try:
         facts = vision_facts(directory)
         encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens" if facts is None else _encoder(facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model {name}: its {FACTS} is damaged ({error!r}); the model loads without it") from None
     return for_markdown(f"{model_name(name)} · language model {llm} · encoder {encoder}", LONGEST)
 

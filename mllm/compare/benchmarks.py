@@ -8,7 +8,6 @@ call with a folder of its own, `CELL/benchmarks/TASK/`, and is done once its sco
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.lab.grid import Step
 from mllm.compare.comparison import Comparison
 
@@ -84,7 +84,7 @@ def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
         file, log = newest_results(cell, task), benchmark_folder(cell, task) / "log.txt"
         if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
             continue
-        for name, values in json.loads(file.read_text())["results"].items():
+        for name, values in read_json(file)["results"].items():
             for key, value in values.items():
                 metric, _, filtered = key.partition(",")  # "exact_match,none": the metric and its filter
                 if isinstance(value, (int, float)) and math.isfinite(value) and "_stderr" not in metric:

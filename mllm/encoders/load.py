@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ from clips import (
     transformers_vit,
 )
 from clips.common.errors import UserError
+from clips.common.files import read_json
 from clips.common.hub import ANY_WEIGHTS, resolve
+from clips.common.opening import check_size
 from clips.common.rundir import check_current
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+from clips.common.tensors import MOST_IN_TABLES
 from mllm.encoders.encoder import KINDS, UNUSED, ImageProcessor
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -77,7 +81,12 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
 
     if argument.startswith(("local-dir:", "hf-hub:")):
         place = argument.partition(":")[2]
-        model_name, pretrained = f"local-dir:{resolve(place, 'vision encoder', ANY_WEIGHTS)}", None
+        directory = resolve(place, "vision encoder", ANY_WEIGHTS)
+        model_name, pretrained = f"local-dir:{directory}", None
+        with loading("vision encoder", directory):
+            _check_positions(directory)
+            empty = partial(open_clip.create_model, model_name, load_weights=False, device="meta")
+            check_size("vision encoder", directory, empty)
     else:
         model_name, _, pretrained = argument.partition("/")
         if model_name not in open_clip.list_models():
@@ -107,11 +116,22 @@ def _load_open_clip(argument: str, eps: float | None = None) -> LoadedVision:
     return model, processor, f"open_clip:{argument}"
 
 
+def _check_positions(directory: Path) -> None:
+    """Raise UserError for a table of positions that no weights have; open_clip computes it in numpy."""
+    fields = read_json(directory / "open_clip_config.json")["model_cfg"]["vision_cfg"]
+    size, patch, width = (fields.get(name, 1) for name in ("image_size", "patch_size", "width"))
+    if isinstance(size, int) and (numbers := (size // patch) ** 2 * width) > MOST_IN_TABLES:
+        raise UserError(f"vision encoder: {directory} asks for positions of {numbers:,} numbers, which no model has")
+
+
 def _load_timm(name: str) -> LoadedVision:
     import timm
 
     if name.startswith("local-dir:"):
-        name = f"local-dir:{resolve(name.removeprefix('local-dir:'), 'vision encoder')}"
+        directory = resolve(name.removeprefix("local-dir:"), "vision encoder")
+        name = f"local-dir:{directory}"
+        with loading("vision encoder", directory):
+            check_size("vision encoder", directory, lambda: timm.create_model(name, pretrained=False))
     elif not name.startswith("hf-hub:") and not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model {name!r}; plain ViTs are listed by timm.list_models('vit_*')")
     with loading("vision encoder", f"timm:{name}"):
@@ -190,6 +210,8 @@ def _load_transformers(directory: Path) -> LoadedVision:
             f"stock LLaVA model here; known kinds: {known}"
         )
     with loading("vision encoder", directory):
+        own = getattr(config, "vision_config", config)
+        check_size("vision encoder", directory, lambda: kind.cls(own))
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = kind.cls.from_pretrained(directory, dtype=torch.float32, **REPORTED)
         model, info = loaded

@@ -84,22 +84,24 @@ def load_vision(
     """
     from transformers import LlavaImageProcessor
 
+    from clips.common.opening import opening
     from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
     from mllm.encoders.load import LOADERS
 
     key, argument = parse_vision_name(name)
-    model, processor, source = LOADERS[key](argument, Path(runs), seed)
-    if image_aspect_ratio == "pad":
-        settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
-        processor = LlavaImageProcessor(**settings, do_pad=True)
-    encoder = VisionEncoder(
-        name=f"{key}:{argument}" if key == "hf" else name,
-        source=source,
-        model=model.eval().requires_grad_(False),
-        image_processor=processor,
-        select_layer=select_layer,
-        # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
-        select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
-    )
-    check_tokens(encoder)
+    with opening("vision encoder", argument or key):
+        model, processor, source = LOADERS[key](argument, Path(runs), seed)
+        if image_aspect_ratio == "pad":
+            settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
+            processor = LlavaImageProcessor(**settings, do_pad=True)
+        encoder = VisionEncoder(
+            name=f"{key}:{argument}" if key == "hf" else name,
+            source=source,
+            model=model.eval().requires_grad_(False),
+            image_processor=processor,
+            select_layer=select_layer,
+            # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
+            select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
+        )
+        check_tokens(encoder)
     return encoder

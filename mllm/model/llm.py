@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -28,6 +29,7 @@ from transformers.utils import logging
 from clips.common.errors import UserError
 from clips.common.files import write_once
 from clips.common.hub import packaged_file, resolve
+from clips.common.opening import check_size
 from clips.common.paths import cache_root
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progress_bars
 from mllm import DEFAULT_LLM
@@ -80,6 +82,8 @@ def load_llm(
     directory, source = find_llm(name)
     tokenizer = read_tokenizer(directory)
     with loading("language model", directory):
+        config = AutoConfig.from_pretrained(directory, **NO_CODE)
+        check_size("language model", directory, lambda: AutoModelForCausalLM.from_config(config, **NO_CODE))
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **REPORTED, **NO_CODE)
         model, info = loaded

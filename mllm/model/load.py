@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
+from clips.common.opening import check_size
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
 
@@ -42,6 +42,8 @@ def load_llava(
     # Fused attention in bf16 is slow on CPUs at the length of a question, see mllm/training/prepare.py.
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
+        config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
+        check_size("model", directory, lambda: LlavaForConditionalGeneration(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
@@ -55,11 +57,9 @@ def load_llava(
 def vision_facts(directory: Path) -> dict[str, Any] | None:
     """`VisionEncoder.facts` as `save_model` wrote them; None for a model made elsewhere or before there were any.
 
-    Raises OSError and ValueError, KeyError or TypeError for a file that is damaged.
+    Raises UserError, KeyError or TypeError for a file that is damaged.
     """
-    if not (directory / FACTS).is_file():
-        return None
-    return json.loads((directory / FACTS).read_text(encoding="utf-8"))["vision_encoder"]
+    return read_json(directory / FACTS)["vision_encoder"] if (directory / FACTS).is_file() else None
 
 
 def model_name(directory: str) -> str:

@@ -11,7 +11,6 @@ Shapes: T text tokens · N image tokens · V words · S pixels.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
-from clips.common.files import read_json
+from clips.common.files import from_json, read_json
 from clips.common.hub import resolve
 from clips.common.stock import REPORTED, check_complete, loading
 from clips.common.tensors import MODEL_WEIGHTS, read_model, read_weights
@@ -142,7 +141,7 @@ class OriginalLlava:
         """generation_config.json, or what config.json says of generation; no `max_length`, which LLaVA never uses."""
         if "generation_config.json" not in self.files:
             return GenerationConfig.from_model_config(self.text_config)
-        return GenerationConfig.from_dict(json.loads(self.files["generation_config.json"]) | {"max_length": None})
+        return GenerationConfig.from_dict(from_json(self.files["generation_config.json"]) | {"max_length": None})
 
     def write_files(self, directory: Path) -> None:
         """Its small files, and config.json of its language model alone: all that a tokenizer is read from."""

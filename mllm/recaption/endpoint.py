@@ -32,6 +32,7 @@ from anyio.from_thread import start_blocking_portal
 from clips import BrokenSample, decode_image
 from clips.common.errors import CommandError, UserError, first_line
 from clips.common.escape import clip, one_line
+from clips.common.files import from_json
 from mllm.chat.limits import KEPT_PIXELS
 from mllm.recaption.asking import RETRY_TEMPERATURE, Prompt, hint_of, temperature_of, without_control_tokens
 from mllm.recaption.captioner import Pair, Written
@@ -363,8 +364,8 @@ class EndpointCaptioner:
         if not 200 <= status < 300:
             raise _Failed(f"status {status}: {said}")
         try:
-            found = json.loads(content)
-        except (ValueError, RecursionError):
+            found = from_json(content)
+        except ValueError:
             raise _Failed(f"an answer that is not JSON: {said}") from None
         if not isinstance(found, dict):
             raise _Failed("an answer that is no JSON object")

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from clips import BrokenSample, decode_image
 from clips.common.errors import UserError, first_line
 from clips.common.hub import model_digest, resolve
+from clips.common.opening import check_size
 from clips.common.runtime import choose_device
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.chat.limits import KEPT_PIXELS
@@ -172,6 +173,8 @@ def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[An
     # Fused attention in bf16 is slow on CPUs, see mllm/model/load.py.
     attention = "eager" if device.type == "cpu" and dtype == torch.bfloat16 else None
     with loading("captioner", directory):
+        config = AutoConfig.from_pretrained(directory, **NO_CODE)
+        check_size("captioner", directory, lambda: AutoModelForImageTextToText.from_config(config, **NO_CODE))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, **REPORTED, **NO_CODE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.table import Table
 from clips import demo_split, ensure_any_demo, parse_fields
 from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
+from clips.common.files import from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
@@ -65,7 +65,7 @@ def demo_captioners(output: Path) -> list[tuple[str, Path]]:
     runs = []
     for path in (*Path("runs").glob("*/config.json"), *Path("runs").glob("*/*/config.json")):
         try:
-            captioner = json.loads(path.read_text())["model"]["captioner"] or {}
+            captioner = from_json(read_bytes(path))["model"]["captioner"] or {}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not the config of a pretraining run
         if captioner.get("inputs") == "tokens" and (path.parent / "export").is_dir():

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from clips import BrokenSample, Fields, Source, StoredSample
-from clips.common.files import fsync
+from clips.common.files import from_json, fsync
 
 ROWS = 10_000
 """Rows of a table in one shard."""
@@ -102,7 +102,7 @@ def with_caption(sample: StoredSample, long: str) -> Iterator[tuple[str, bytes]]
 
 def _with_web(stored: bytes, web: str) -> bytes:
     """The JSON member with the web caption for pretraining; unchanged if the caption is there already."""
-    content: dict[str, Any] = json.loads(stored)
+    content: dict[str, Any] = from_json(stored)
     if content.get(WEB) == web:
         return stored
     if WEB in content:

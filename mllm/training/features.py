@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from clips import BrokenSample
 from clips.common.errors import UserError
-from clips.common.files import placing, write_atomically
+from clips.common.files import from_json, placing, read_bytes, write_atomically
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
@@ -64,7 +64,7 @@ class FeatureCache:
         for path in sorted(self.directory.glob("*.json")):
             if path.stem not in self._files:
                 self._files.add(path.stem)
-                self._rows |= {key: (path.stem, row) for row, key in enumerate(json.loads(path.read_text()))}
+                self._rows |= {key: (path.stem, row) for row, key in enumerate(from_json(read_bytes(path)))}
 
     def get(self, names: Sequence[str]) -> Tensor:
         """Features [B, N, W] in fp32 of cached pictures; KeyError for other pictures."""

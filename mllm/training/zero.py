@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from clips.common.errors import UserError
+from clips.common.files import from_json, read_bytes
 from clips.common.runtime import import_deepspeed
 from mllm.training.arguments import TrainArguments
 
@@ -33,7 +33,7 @@ def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, An
     quantized = arguments.bits < 16
     path = Path(name) if name else DS_CONFIGS / f"llava_zero{2 if quantized else arguments.description.zero}.json"
     try:
-        config = json.loads(path.read_text())
+        config = from_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
     _leave_to_flags(config, path)

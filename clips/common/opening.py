@@ -1,0 +1,135 @@
+"""A stranger's model directory is looked at before a library reads it, and every failure has one form.
+
+Numbers in a configuration decide how much memory a library asks for. They are compared with the weights, whose amount
+the files bound: first the counts of layers, then the parameters, which a build on torch's meta device tells.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from clips.common.errors import CommandError, UserError, first_line, in_one_line
+from clips.common.files import from_json, read_bytes, read_json
+from clips.common.tensors import MOST_IN_TABLES, count_tensors, weight_files
+
+CONFIGS = ("config.json", "open_clip_config.json")
+LAYERS = re.compile(r"(?:.*_)?(?:layers?|depth|blocks|experts)")
+"""Names of fields of a configuration that count modules."""
+MOST_GROWTH = 1000
+"""How many times longer a tokenizer's replacements may make a text."""
+
+
+@contextmanager
+def opening(what: str, place: Path | str) -> Iterator[None]:
+    """Check the files of a model directory, then turn any failure inside into a UserError that names the place."""
+    check_files(Path(place))
+    try:
+        yield
+    except (CommandError, pickle.UnpicklingError):  # `loading` names what a pickle would run
+        raise
+    except BaseException as error:
+        # A panic in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what}: {place} needs Python code that comes with it (auto_map), which this project never runs: "
+                "choose a model of a kind that transformers knows itself"
+            ) from None
+        told = isinstance(error, (OSError, ValueError, RuntimeError, ImportError, SafetensorError))
+        raise UserError(
+            f"{what}: {place} cannot be loaded: {first_line(error) if told else in_one_line(error)}"
+        ) from None
+
+
+def check_files(directory: Path) -> None:
+    """Raise UserError for JSON that is none, too deep or too long, for tokenizers and for counts that cost memory."""
+    for path in sorted((*directory.glob("*.json"), *directory.glob("tokenizer/*.json"))):
+        try:
+            content = from_json(read_bytes(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read as JSON ({error}): restore it, or remove it") from None
+        if path.name == "tokenizer.json":
+            check_tokenizer(content, path)
+    if (tensors := count_tensors(directory)) is not None:
+        for name in CONFIGS:
+            check_counts(read_json(directory / name), tensors, directory / name)
+
+
+def check_counts(config: dict[str, Any], tensors: int, place: Path) -> None:
+    """Raise UserError if `config` counts more layers than there are tensors: each layer built takes memory."""
+    for field, count in _counts(config):
+        if count > tensors:
+            raise UserError(f"{place}: {field} is {count:,}, and the weights are {tensors:,} tensors")
+
+
+def _counts(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """The fields that count modules, and their values."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if isinstance(inner, int) and LAYERS.fullmatch(name):
+            yield path + name, inner
+        yield from _counts(inner, f"{path}{name}.")
+
+
+def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> None:
+    """Raise UserError if the model of `build` has far more parameters than the weight files hold.
+
+    It is built on the meta device, which takes no memory. Files of 4 bits hold two parameters in a byte.
+    """
+    stored = sum(path.stat().st_size for path in weight_files(directory))
+    logging.disable(logging.WARNING)  # that a model without weights has none
+    try:
+        with torch.device("meta"):
+            model = build()
+    finally:
+        logging.disable(logging.NOTSET)
+    wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if wanted > 2 * stored + MOST_IN_TABLES:
+        raise UserError(
+            f"{what}: {directory}/config.json asks for {wanted:,} parameters, and the weights have {stored:,} bytes: "
+            "they are not of one model"
+        )
+
+
+def check_tokenizer(content: Any, path: Path) -> None:
+    """Raise UserError for a tokenizer.json that would end the process: a wrong map, or texts that grow without bound.
+
+    `tokenizers` allocates what these say, and a failed allocation in Rust aborts.
+    """
+    growth, parts = 1.0, [content.get(part) for part in ("normalizer", "decoder")] if isinstance(content, dict) else []
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += [inner for inner in part.values() if isinstance(inner, (dict, list))]
+            pattern = part.get("pattern")
+            found = pattern.get("String", ".") if isinstance(pattern, dict) else "."
+            growth *= max(1.0, len(str(part.get("content", ""))) / max(1, len(str(found))))
+            if part.get("type") == "Precompiled" and not _is_map(part.get("precompiled_charsmap")):
+                raise UserError(f"{path}: its precompiled_charsmap is damaged; take the model's own file")
+    if growth > MOST_GROWTH:
+        raise UserError(
+            f"{path}: its replacements make a text up to {growth:,.0f} times longer; no tokenizer does that"
+        )
+
+
+def _is_map(text: Any) -> bool:
+    """Whether the trie of a precompiled map is as long as it says."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        return False
+    size = int.from_bytes(data[:4], "little")
+    return len(data) >= 4 and 0 < size <= len(data) - 4 and size % 4 == 0
