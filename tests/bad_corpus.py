@@ -591,7 +591,7 @@ def main(folder: Path, route: str) -> None:
     spec, wanted = write(folder / "set")
     # What writing took is no part of what reading takes.
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _peak()
     told: dict[str, Reasons] = {}
     for name, consumer in consumers.items():
@@ -602,7 +602,7 @@ def main(folder: Path, route: str) -> None:
 
 def _peak() -> float:
     """Most memory that this process had since it was last told to forget, MiB."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 

@@ -47,7 +47,7 @@ def main(out: str, kind: str) -> None:
         dist.all_gather_object(ranks, holds(build(kind, zero)))
         found[name] = ranks
     if dist.get_rank() == 0:
-        with open(out, "w") as file:
+        with open(out, "w", encoding="utf-8") as file:
             json.dump(found, file)
     shutdown()
 

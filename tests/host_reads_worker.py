@@ -114,7 +114,7 @@ def main() -> None:
     def watched(*arguments: Any) -> None:
         with Reads():
             train(*arguments)
-        Path(argument).write_text(json.dumps(SEEN))
+        Path(argument).write_text(json.dumps(SEEN), encoding="utf-8")
         sys.stdout.flush()
         os._exit(0)
 

@@ -90,9 +90,9 @@ def wait_for(
     end = time.monotonic() + timeout
     while not condition():
         assert process is None or process.poll() is None, (
-            f"ended with {process and process.returncode}:\n{log.read_text()[-3000:]}"
+            f"ended with {process and process.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}"
         )
-        assert time.monotonic() < end, log.read_text()[-3000:]
+        assert time.monotonic() < end, log.read_text(encoding="utf-8")[-3000:]
         time.sleep(0.005)
 
 

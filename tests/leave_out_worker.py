@@ -82,7 +82,7 @@ def main(out: str, kind: str) -> None:
     ranks: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
     if dist.get_rank() == 0:
-        with open(out, "w") as file:
+        with open(out, "w", encoding="utf-8") as file:
             json.dump(ranks, file)
     shutdown()
 

@@ -53,7 +53,7 @@ class Running:
 
     def peak_mb(self) -> int:
         """Largest memory of the process so far."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) // 1024
 
 

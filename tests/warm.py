@@ -256,7 +256,7 @@ def report_ended(children: dict[int, tuple[socket.socket, str]], ready: selector
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
             if LOG in os.environ:
-                with open(os.environ[LOG], "a") as file:
+                with open(os.environ[LOG], "a", encoding="utf-8") as file:
                     file.write(f"{usage.ru_utime + usage.ru_stime:.2f} {children[pid][1]}\n")
             connection, _ = children.pop(pid)
             with contextlib.suppress(KeyError):
@@ -313,7 +313,7 @@ def draw_nothing() -> None:
 
 def show(words: list[str], field: int) -> None:
     """Let /proc/PID/cmdline (`field` 48 of proc(5)) or /proc/PID/environ (50) hold `words`."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     begin, end = (int(fields[number - 3]) for number in (field, field + 1))
     text = ("\0".join(words) + "\0").encode(errors="surrogateescape")[: end - begin - 1]
     ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -101,10 +103,26 @@ def never_in_the_way(failed: str) -> Iterator[None]:
         print(for_terminal(message), file=sys.stderr, flush=True)
 
 
+class _ForTerminal(logging.Formatter):
+    """A warning may name members of archives and paths: it has no escape sequences."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record), LONGEST_MESSAGE)
+
+
 def run_command(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code; print a `CommandError` as one message."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone gets \\xb1 for ±
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_ForTerminal())
     try:
         main()
+    except OSError as error:  # a target that cannot be written, a full disk, too many open files
+        kill_workers()
+        print(f"\nerror: {for_terminal(in_one_line(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
+        return CommandError.exit_code
     except CommandError as error:
         print(f"\nerror: {for_terminal(str(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code

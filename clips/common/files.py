@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,6 +92,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for weights in partial.rglob("*.safetensors"):
+            usual_mode(weights)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     except BaseException:
@@ -191,12 +194,35 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
-    """The first `most` bytes of a file; −1: all. Raises OSError also for a pipe, whose reading would wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    """The first `most` bytes of a file; −1: all. Raises OSError as `open_regular`."""
+    with open_regular(path) as file:
         return file.read(most)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file that somebody else named, open for reading. Raises OSError also for a pipe, which would wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait already
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def check_target(directory: Path) -> None:
+    """Raise UserError if nothing can be written at `directory`, which need not be there; asked before any work."""
+    try:
+        place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written to {directory}: {error.strerror}; name another folder") from None
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file the mode of any other new file: safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def lock(path: Path, *, wait: bool) -> IO[str]:
@@ -204,7 +230,7 @@ def lock(path: Path, *, wait: bool) -> IO[str]:
 
     A kill leaves no lock behind. Raises BlockingIOError if another process holds the lock and `wait` is off.
     """
-    file = open(path, "a")  # noqa: SIM115 - held until the caller closes it
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until the caller closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException:

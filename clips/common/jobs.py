@@ -54,7 +54,7 @@ class Commands:
         if self.stopping.is_set():
             raise CommandError("stopped")
         env = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, **popen)
         self.running.add(process)
         if self.stopping.is_set():  # the signal came between the check above and here
@@ -62,7 +62,7 @@ class Commands:
         code = process.wait()
         self.running.discard(process)
         if code != 0:
-            end = "\n  ".join(log.read_text(errors="replace").splitlines()[-5:])
+            end = "\n  ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
             raise CommandError(f"{log.stem} ended with exit code {code}; the end of {log}:\n  {end}")
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -14,4 +14,5 @@ def this_machine() -> str | None:
     boot, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.exists() or not numbers.exists():
         return None
-    return f"{boot.read_text().strip()} {os.readlink(numbers)}"  # containers of a machine number processes anew
+    # Containers of a machine number processes anew.
+    return f"{boot.read_text(encoding='utf-8').strip()} {os.readlink(numbers)}"

@@ -61,7 +61,7 @@ def training_progress(metrics: Path, planned: int, **fields: Any) -> Progress | 
 def read_progress(path: Path) -> Progress | None:
     """The last state that `ProgressFile` wrote; None if nothing is in progress."""
     try:
-        return Progress(**json.loads(path.read_text()))
+        return Progress(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import UserError
+from clips.common.signals import end_with_launcher
 
 PACKAGES = (
     "torch", "deepspeed", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "open_clip_torch", "numpy"
@@ -91,6 +92,7 @@ def init_distributed(device: torch.device, timeout_minutes: float = 30) -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     _check_restarts()
+    end_with_launcher()
     # The CPU accelerator reads LOCAL_SIZE; the deepspeed launcher sets it, torchrun calls it LOCAL_WORLD_SIZE.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed = import_deepspeed()

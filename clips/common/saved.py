@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clips.common import rundir
 from clips.common.errors import CommandError, UserError
+from clips.common.escape import for_terminal
 from clips.common.files import MANIFEST, check_seal
 from clips.common.page import print_table
 
@@ -125,7 +126,7 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
                 f"none of the checkpoints that would stay in {group.directory} is whole; nothing is deleted"
             )
         for path in reversed(goes):  # oldest first, so that a crash leaves the newer ones
-            print(f"{'would delete' if dry_run else 'deleted'} {path}", flush=True)
+            print(for_terminal(f"{'would delete' if dry_run else 'deleted'} {path}"), flush=True)
             if not dry_run:
                 shutil.rmtree(path)
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import select
 import signal
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -14,6 +16,8 @@ import psutil
 
 from clips.common.errors import Stopped
 
+GONE = 0
+"""Stands for a launcher that was gone before this process looked: no process has this id."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """What a run can be stopped by; SIGHUP stands for a launcher that is gone."""
 
@@ -31,6 +35,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
         self.launchers = LAUNCHERS
+        _takes_over.set()
         self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -89,6 +94,8 @@ def launchers() -> list[int]:
     if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_SIZE"}:  # torchrun's, and the deepspeed launcher's
         return []
     found = [os.getppid()]
+    if found == [1] and not _is_launcher(1):
+        return [GONE]
     with contextlib.suppress(psutil.Error):  # gone in this moment, or hidden from this user
         parent = psutil.Process(found[0])
         if "deepspeed.launcher.launch" in parent.cmdline():
@@ -96,6 +103,15 @@ def launchers() -> list[int]:
             if any("deepspeed" in word for word in above.cmdline()):
                 found.append(above.pid)
     return found
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether its command line may be that of a launcher; True if it cannot be read."""
+    try:
+        line = " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:
+        return True
+    return any(word in line for word in ("torch", "deepspeed", "python"))
 
 
 def has_lost(known: Sequence[int]) -> bool:
@@ -114,3 +130,21 @@ def has_lost(known: Sequence[int]) -> bool:
 
 LAUNCHERS = launchers()
 """As they were when this process began: one that is killed before the training begins is missed as well."""
+_takes_over = threading.Event()
+"""A StopSignal looks after the launcher from then on."""
+
+
+def end_with_launcher() -> None:
+    """End this process once its launcher is gone, until a StopSignal takes over: before that nothing is to be saved.
+
+    Ranks that wait for one another would otherwise wait for the whole timeout of a collective.
+    """
+
+    def watch() -> None:
+        while not _takes_over.wait(0.5):
+            if has_lost(LAUNCHERS):
+                print("error: the launcher is gone, which would have stopped this rank", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGHUP)
+
+    if LAUNCHERS:
+        threading.Thread(target=watch, daemon=True).start()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clips.common.errors import UserError, first_line
-from clips.common.files import read_json
+from clips.common.files import read_json, usual_mode
 from clips.common.hub import WEIGHT_FILES
 from clips.common.paths import is_plain
 
@@ -166,6 +166,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, **metadata: str) ->
     """Write name → tensor as safetensors (the "pt" format that open_clip and transformers expect)."""
     plain = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
     save_file(plain, path, metadata={"format": "pt", **metadata})
+    usual_mode(path)
 
 
 def hash_weights(tensors: Mapping[str, Tensor]) -> Any:

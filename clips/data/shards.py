@@ -10,11 +10,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
@@ -56,7 +58,8 @@ def open_shards(urls: Sequence[str], workers: int = 0) -> ShardSet:
         stamps = [stamp for part in threads.map(lambda part: list(map(fingerprint, part)), parts) for stamp in part]
         path = _overview(urls, stamps)
         if stamps and path.is_file():
-            return _read(path, urls)
+            with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):  # damaged: it is made again
+                return _read(path, urls)
         if workers:
             # spawned: a forked child may inherit a lock of this one's threads
             with ProcessPoolExecutor(workers, get_context("spawn")) as processes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from clips.common.errors import UserError
-from clips.common.files import placing
+from clips.common.files import open_regular, placing
 from clips.common.paths import cache_root, is_remote
 from clips.data.remote import RemoteFile, remote_facts
 
@@ -21,6 +21,8 @@ VERSION = 2
 """Part of every sidecar's name: raise it when the written format changes."""
 SAMPLE_BYTES = 1 << 18
 """Bytes of one request to a remote file if single samples are read; most are smaller."""
+LONGEST_NAME = 120
+"""Bytes of a file's name that its derived files repeat; file systems take 255."""
 SCAN_BYTES = 1 << 22
 """Bytes of one request if the whole file is read."""
 
@@ -34,7 +36,7 @@ def open_binary(url: str, buffer: int = SCAN_BYTES) -> BinaryIO:
     Raises UserError if it cannot be opened; reading a remote file raises as `read_range`.
     """
     try:
-        return cast(BinaryIO, io.BufferedReader(RemoteFile(url), buffer)) if is_remote(url) else open(url, "rb")
+        return cast(BinaryIO, io.BufferedReader(RemoteFile(url), buffer)) if is_remote(url) else open_regular(url)
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{url} cannot be read: {error}") from None
 
@@ -47,7 +49,9 @@ def sidecar(url: str, suffix: str, build: Callable[[Path], None]) -> Path:
     """
     name = Path(url).name
     state = stamp(url)
-    in_cache = cache_root() / hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:24]
+    in_cache = cache_root() / hashlib.sha256(os.fsencode(os.path.abspath(url))).hexdigest()[:24]
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
     folders = [in_cache] if is_remote(url) else [Path(url).parent, in_cache]
     paths = [folder / f".{name}.{state}{suffix}" for folder in folders]
     for path in paths:

@@ -82,10 +82,10 @@ def index_data(spec: str, workers: int) -> None:
     found = open_shards(files, workers)
     print(f"{len(files):,} shards, {found.counts.sum():,} samples")
     for layout, count in zip(found.layouts, found.counts.sum(axis=0), strict=True):
-        print(f"{count:>15,}  {', '.join(layout)}")
+        print(for_terminal(f"{count:>15,}  {', '.join(layout)}"))
     for shard, problems in itertools.islice(found.problems.items(), WARNED):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        print(f"{files[shard]}: {for_terminal(problems[0])}{more}")
+        print(for_terminal(f"{files[shard]}: {problems[0]}{more}"))
     if len(found.problems) > WARNED:
         print(f"and {len(found.problems) - WARNED:,} more shards with problems")
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 
 from clips.common.errors import UserError
 from clips.common.files import from_json
@@ -24,6 +23,8 @@ from clips.data.sidecar import open_binary, sidecar
 
 log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
+LONGEST_ROW = 1 << 22
+"""Bytes of a row of a CSV file."""
 
 
 class Table:
@@ -137,7 +138,14 @@ def _csv(file: Any, url: str) -> Iterator[pa.RecordBatch]:
     with open_binary(url) as again:
         names = pa.csv.open_csv(again, parse_options=parse).schema.names
     convert = pa.csv.ConvertOptions(column_types={name: pa.binary() for name in names}, strings_can_be_null=False)
-    read = pa.csv.ReadOptions(use_threads=False, block_size=1 << 22)
-    for block in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
-        for start in range(0, block.num_rows, ROWS_PER_BATCH):
-            yield block.slice(start, ROWS_PER_BATCH)
+    read = pa.csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
+    rows = 0
+    try:
+        for block in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
+            for start in range(0, block.num_rows, ROWS_PER_BATCH):
+                yield block.slice(start, ROWS_PER_BATCH)
+            rows += block.num_rows
+    except pa.ArrowInvalid as error:
+        if "straddling" not in str(error):
+            raise
+        raise UserError(f"{url}: a row behind row {rows:,} has more than {LONGEST_ROW:,} bytes: remove it") from None

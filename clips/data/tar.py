@@ -10,12 +10,13 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from clips.common.errors import UserError
@@ -56,11 +57,19 @@ class ShardIndex:
 
 
 def shard_summary(url: str) -> ShardSummary:
-    """The summary of a shard's index, which is built and stored on first use."""
-    path = sidecar(url, INDEX, lambda target: _write_index(url, target))
-    with safe_open(path, "numpy") as stored:
-        meta = from_array(stored.get_tensor("meta"))
-    return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
+    """The summary of a shard's index, which is built and stored on first use, and again if it is damaged."""
+    for is_last in (False, True):
+        path = sidecar(url, INDEX, lambda target: _write_index(url, target))
+        try:
+            with safe_open(path, "numpy") as stored:
+                meta = from_array(stored.get_tensor("meta"))
+            return ShardSummary(path, {tuple(names): n for names, n in meta["layouts"]}, meta["problems"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if is_last:
+                raise UserError(f"{path} is damaged ({error}) and cannot be replaced: remove it") from None
+            with suppress(OSError):
+                path.unlink()
+    raise AssertionError("the second time returns or raises")
 
 
 def load_index(path: Path) -> ShardIndex:

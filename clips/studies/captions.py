@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,7 +114,9 @@ def compare_sets(
         terminal().print(for_rich(line), highlight=False, soft_wrap=True)
     deciding = result["deciding_figure"]
     best = max(sets, key=lambda name: sum(run["figures"][deciding] for run in result["variants"][name]["runs"]))
-    terminal().print(f"Next: python scripts/pretrain_clips.py --data {for_rich(sets[best])}", soft_wrap=True)
+    terminal().print(
+        f"Next: python scripts/pretrain_clips.py --data {for_rich(shlex.quote(sets[best]))}", soft_wrap=True
+    )
     return result
 
 

@@ -158,7 +158,7 @@ def judge_llava(report: Path) -> dict[str, Any]:
     try:
         found = next(
             row
-            for row in json.loads(report.read_text())["differences"]
+            for row in json.loads(report.read_text(encoding="utf-8"))["differences"]
             if {row["a"], row["b"]} == {"clips", "clip"} and row["metric"] == "accuracy"
         )
         sign = 100 if found["a"] == "clips" else -100

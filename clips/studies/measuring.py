@@ -91,5 +91,5 @@ class PeakMemory:
 def resident(field: str, process: int | None = None) -> float:
     """MB of a process (default: this one): VmRSS now, VmHWM at most so far; NaN where there is no /proc."""
     status = Path("/proc", "self" if process is None else str(process), "status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith(field)), float("nan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -72,7 +73,7 @@ def print_next(run_dir: Path) -> None:
         f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"
         f"  encoder     {shown}/export/  ({formats})\n"
         "Next:\n"
-        f"  python scripts/evaluate_clips.py --model {shown}\n"
+        f"  python scripts/evaluate_clips.py --model {for_rich(shlex.quote(str(run_dir)))}\n"
         f"  python scripts/export_clips.py --help\n",
         highlight=False,
         soft_wrap=True,

@@ -61,7 +61,7 @@ class RunLog:
     def _reopen(path: Path, step: int) -> TextIO:
         """Open for appending, without lines written after the checkpoint that is resumed: no step stands twice."""
         keep_lines(path, lambda line: is_at_most(line, step))
-        return path.open("a", buffering=1)
+        return path.open("a", encoding="utf-8", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same scalars to TensorBoard and W&B, and the progress line.

@@ -116,8 +116,9 @@ class Meter:
         if state.skipped > max(10, max_broken_share * state.samples):
             reasons = "\n  ".join(f"{key}: {reason}" for key, reason in skipped[:5])
             raise BrokenDataError(
-                f"{state.skipped} of {state.samples} samples are broken, above data.max_broken_share = "
-                f"{max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n  {reasons}"
+                f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
+                f"data.max_broken_share = {max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
+                f"  {reasons}"
             )
         self.reset(state)
 

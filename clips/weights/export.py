@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.files import replacing, write_json
+from clips.common.files import check_target, replacing, write_json
 from clips.common.rundir import MADE_OF, read_evaluations
 from clips.common.tensors import write_weights
 from clips.config import RunConfig, check_image_size
@@ -37,7 +38,7 @@ from clips.weights.card import write_cards
 from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.load import load_model, load_native
 from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
-from clips.weights.push import check_target, push
+from clips.weights.push import check_repo, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
@@ -182,7 +183,9 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
 def export_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/export_clips.py does: a trained model in every format that holds it, checked on real images."""
     if flags.push_to_hub:
-        check_target(flags.push_to_hub)
+        check_repo(flags.push_to_hub)
+    if flags.output:
+        check_target(Path(flags.output))
     loaded = load_model(flags.model)
     run = loaded.run
     size = flags.image_size or loaded.model.visual.image_size
@@ -207,7 +210,7 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         "\nload them with\n"
         + (f'  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n' if reason is None else "")
         + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
-        f"  python scripts/evaluate_clips.py --model {out}/native"
+        f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}"
     )
     if flags.push_to_hub:
         push(out / "open_clip", flags.push_to_hub)

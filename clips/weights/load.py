@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _load_clip(directory: Path) -> tuple[CLIPSModel, RunConfig, CaptionTokenizer
     if foreign is None or foreign.text is None or foreign.embed_dim is None:
         raise UserError(
             f"{directory} holds an image tower alone, and this needs a text tower that fits it: train one with "
-            f"`python scripts/pretrain_clips.py --init-from {directory}`"
+            f"`python scripts/pretrain_clips.py --init-from {shlex.quote(str(directory))}`"
         )
     tokenizer = clip_tokenizer(directory, foreign.text.vocab_size)
     config = ModelConfig(vision=foreign.vision, text=foreign.text, captioner=None, embed_dim=foreign.embed_dim)

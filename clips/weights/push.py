@@ -56,7 +56,7 @@ def push(directory: Path, repo: str, *, private: bool = False) -> None:
     UserError if `directory` is no whole model or holds private files, if there is no token, and if the hub refuses;
     CommandError if the hub cannot be reached.
     """
-    check_target(repo)
+    check_repo(repo)
     files = model_files(directory)
     license_stated = license_of(directory / "README.md")
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def license_of(card: Path) -> Any:
         raise UserError(f"{card}: its header cannot be read ({first_line(error)}): mend it, or export again") from None
 
 
-def check_target(repo: str) -> None:
+def check_repo(repo: str) -> None:
     """UserError unless `repo` is an owner/name and there is a token to write with."""
     try:
         validate_repo_id(repo)

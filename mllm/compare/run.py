@@ -11,6 +11,7 @@ scripts. docs/design.md walks through a cell.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -83,7 +84,7 @@ def compare(
     report = collect(comparison, plan, command)
     written = write_report(report, comparison.output, "report", lambda: page(report, image_folder))
     told = f"{written} is the page, {comparison.output}/report.json holds its figures, and each cell a model. Next:\n"
-    told += f"  python scripts/chat.py --model {cells[0].directory}/model"
+    told += f"  python scripts/chat.py --model {shlex.quote(f'{cells[0].directory}/model')}"
     console.print(for_rich(told), highlight=False, soft_wrap=True)
     failed = "\n".join(f"  {task}: see {log}" for task, log in failed_steps(planned))
     if failed:

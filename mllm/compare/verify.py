@@ -12,6 +12,7 @@ recorded: the encoders' own figures (probe, retrieval, zero-shot), the scores of
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -46,6 +47,8 @@ MEMBER = re.compile(
 AS_RECORDED = ("command", "time", "environment")
 """Parts of report.json that no file says again."""
 MOST_ENCODERS, MOST_SEEDS = 50, 100
+MOST_ANSWERS, MOST_DIFFERENCES = 1_000_000, 5_000
+"""Answers of all cells, and pairs of encoders times kinds of questions: each difference takes milliseconds."""
 OTHER_SHAPE = (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What code raises that reads JSON of another shape than it expects."""
 NAMED = 30
@@ -90,6 +93,7 @@ def _verify(output: Path) -> Verification:
             found.differs.append(f"question file {name} was changed: its SHA-256 is not the one in the plan")
     if not found.differs:
         asked = {name: asked_questions(comparison, path) for name, path in files.items()}
+        _check_work(comparison, len(cells), asked)
         for cell in cells:
             found.differs += [f"cell {cell.name}: {text}" for text in _cell(comparison, cell, asked)]
             found.answers += sum(map(len, asked.values()))
@@ -113,6 +117,18 @@ def _bounded(comparison: Comparison) -> Comparison:
     if outside := [task for task in comparison.benchmarks if not is_plain(task)]:
         raise UserError(f"{comparison.output}: benchmark {outside[0]!r} leads out of a cell")
     return comparison
+
+
+def _check_work(comparison: Comparison, cells: int, asked: Mapping[str, list[Question]]) -> None:
+    """Raise UserError for more answers or differences than a comparison has: a small archive may repeat much."""
+    answers = cells * sum(map(len, asked.values()))
+    kinds = {(name, question.kind) for name, questions in asked.items() for question in questions}
+    differences_asked = math.comb(len(comparison.encoders), 2) * len(kinds)
+    if answers > MOST_ANSWERS or differences_asked > MOST_DIFFERENCES:
+        raise UserError(
+            f"{comparison.output}: {answers:,} answers and {differences_asked:,} differences between encoders are more "
+            f"than is verified ({MOST_ANSWERS:,} and {MOST_DIFFERENCES:,})"
+        )
 
 
 def _other(kind: str, there: Collection[str], wanted: Collection[str]) -> Iterator[str]:

@@ -213,7 +213,9 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                     of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
                     add_evaluation(Path(directory), f"{DEMO_QUESTIONS}, unseen artist", of_these)
         shown = for_rich(str(out / "figures.json"))
-        console.print(f"figures → {shown}\nNext: python scripts/chat.py --model {for_rich(str(directory))}")
+        console.print(
+            f"figures → {shown}\nNext: python scripts/chat.py --model {for_rich(shlex.quote(str(directory)))}"
+        )
     return figures
 
 

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
 
 from clips.common.escape import for_markdown
-from clips.common.files import placing
+from clips.common.files import check_target, placing
 from clips.common.hub import resolve
 from mllm.data.conversation import answering_encoder
 from mllm.data.formats import Format
@@ -65,6 +65,8 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     Returns what was written and the next command. Raises UserError for what llama.cpp would not compute alike.
     """
     directory = resolve(name, "model")
+    output = output or (directory.parent if Path(name).is_dir() else Path()) / "gguf"
+    check_target(output)
     model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
     config: Any = model.config
     images, tokenizer = processor.image_processor, processor.tokenizer
@@ -75,7 +77,6 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     ends = generation.eos_token_id  # the language model's own end first
     ends = ends if isinstance(ends, list) else [ends]
     title = model_name(name).replace("/", "-")
-    output = output or (directory.parent if Path(name).is_dir() else Path()) / "gguf"
     output.mkdir(parents=True, exist_ok=True)
     files = [output / f"{title}-{dtype}.gguf", output / f"mmproj-{title}-{dtype}.gguf"]
 

@@ -6,6 +6,7 @@ full disk cut off does not count; its call is made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +38,8 @@ class Journal:
         self._calls: dict[tuple[int, int], list[Outcome]] = {}
         for path in sorted(folder.glob(f"*.{state}{SUFFIX}")):
             for line in path.read_bytes().splitlines():
-                if (record := parse_line(line)) is not None:
+                with contextlib.suppress(KeyError, TypeError):  # a line that no journal wrote does not count either
+                    record = parse_line(line) or {}
                     outcomes = [_from_json(outcome) for outcome in record["outcomes"]]
                     self._calls.setdefault((record["attempt"], record["call"]), outcomes)
         self._file = open(self.path, "ab")  # noqa: SIM115 - `close` closes it
@@ -46,9 +48,10 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def found(self, attempt: int, call: int) -> list[Outcome] | None:
-        """The results of a call; None if the call was not made."""
-        return self._calls.get((attempt, call))
+    def found(self, attempt: int, call: int, pairs: int) -> list[Outcome] | None:
+        """The results of a call of so many pairs; None if the call was not made."""
+        outcomes = self._calls.get((attempt, call))
+        return outcomes if outcomes is not None and len(outcomes) == pairs else None
 
     def add(self, attempt: int, call: int, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Store the results of a call. Returns them as `found` returns them after a restart."""
@@ -70,5 +73,8 @@ def _as_json(outcome: Outcome) -> Any:
 
 def _from_json(stored: Any) -> Outcome:
     if isinstance(stored, list):
-        return Written(*stored)
+        text, finished, tokens = stored if len(stored) == 3 else (None, None, None)
+        if not (isinstance(text, str) and isinstance(finished, bool) and isinstance(tokens, int)):
+            raise TypeError("no caption")
+        return Written(text, finished, tokens)
     return BrokenSample(stored["key"], stored["broken"]) if "broken" in stored else NotCaptioned(stored["error"])

@@ -94,7 +94,9 @@ def agree_so_far(folder: Folder, settings: Mapping[str, Any], kind: str) -> None
     """Compare as `agree` does, before the captioner is loaded: of the captioner only its kind is compared."""
     there = read_json(folder.settings)
     if there:
-        _refuse(folder, there | {"captioner": there["captioner"]["kind"]}, {**settings, "captioner": kind})
+        captioner = there.get("captioner")
+        found = captioner.get("kind") if isinstance(captioner, dict) else captioner
+        _refuse(folder, there | {"captioner": found}, {**settings, "captioner": kind})
 
 
 def _refuse(folder: Folder, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -113,6 +115,8 @@ def done_manifest(folder: Folder, shard: Shard) -> dict[str, Any] | None:
     found = read_json(folder.manifest(shard.name))
     if not found:
         return None
+    if not _is_manifest(found):
+        raise UserError(f"{folder.manifest(shard.name)} is no manifest: remove it, and its shard is captioned again")
     try:
         if os.path.getsize(folder.shard(shard.name)) != found["output"]["bytes"]:
             return None  # a copy that was cut: the shard is written again
@@ -124,6 +128,20 @@ def done_manifest(folder: Folder, shard: Shard) -> dict[str, Any] | None:
             f"{found['input']['samples']:,}: remove that file to have its captions written anew"
         )
     return found
+
+
+def _is_manifest(found: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a manifest that are read again are numbers."""
+    try:
+        parts = (found["counts"], found["first_attempts_refused"], found["rejected"], *found["words"].values())
+        sizes = (found["output"]["bytes"], found["output"]["samples"], found["input"]["samples"])
+        numbers = [*sizes, *(number for part in parts for number in part.values())]
+        keys = {"pairs", "left_out", "written", "tokens", "trimmed", "mended", "web words", "long words"}
+        return (
+            all(type(number) is int for number in numbers) and keys <= found["counts"].keys() and "captioner" in found
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def unfinished(folder: Folder, shards: Sequence[Shard]) -> list[Shard]:

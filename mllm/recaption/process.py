@@ -61,7 +61,7 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
 
         worker = Worker(options, folder, source, captioner, owner, tally, encoder=encoder, changed=changed)
         files = WholeFiles(source, int(options.cache_gb * 1e9))
-        waiting, pause = list(shards), LOOK_AGAIN
+        waiting, pause, has_told = list(shards), LOOK_AGAIN, False
         with board.showing():
             try:
                 while waiting := unfinished(folder, waiting):
@@ -69,6 +69,9 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
                     if any(made):
                         pause = LOOK_AGAIN
                     else:
+                        if not has_told:
+                            board.say(f"waiting for {len(waiting)} shards that other processes hold ({folder.locks})")
+                        has_told = True
                         time.sleep(pause)
                         pause = min(2 * pause, LONGEST_WAIT)
             finally:

@@ -40,7 +40,9 @@ class Speed:
 
 def measured(folder: Folder) -> Counter[str]:
     """The tallies of all processes of the folder, summed up."""
-    return sum((Counter(read_json(path)) for path in folder.speed.glob("[!.]*.json")), Counter())
+    tallies = (read_json(path) for path in folder.speed.glob("[!.]*.json"))
+    numbers = ({name: n for name, n in tally.items() if isinstance(n, (int, float))} for tally in tallies)
+    return sum(map(Counter, numbers), Counter())
 
 
 class Board:

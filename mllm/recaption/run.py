@@ -16,7 +16,7 @@ from rich.table import Table
 from clips import demo_split, ensure_any_demo, parse_fields
 from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
-from clips.common.files import from_json, read_bytes
+from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
@@ -93,6 +93,7 @@ def recaption(options: Options, jobs: int | None, console: Console, *, dry_run: 
     print_plan(options, folder, shards, missing, count, console)
     if dry_run:
         return
+    check_target(options.output)
     with stopping():
         if missing:
             folder.root.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,8 @@ class ShardWriter:
                 self._tar.close()
         if kind is None:
             fsync(self.path)
+        else:  # a part of a shard is of no use, and takes room on a full disk
+            self.path.unlink(missing_ok=True)
 
     def add(self, name: str, members: Iterable[tuple[str, bytes]]) -> None:
         for extension, data in members:

@@ -143,7 +143,7 @@ class Worker:
         calls = [indices[start : start + size] for start in range(0, len(indices), size)]
         made: dict[int, Caption | Exception] = {}
         for number, samples in enumerate(self._read(shard, calls)):
-            outcomes = journal.found(attempt, number)
+            outcomes = journal.found(attempt, number, len(samples))
             is_new = outcomes is None
             if outcomes is None:
                 begin = time.monotonic()

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import prometheus_client as prometheus
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mllm.chat.limits import SLOWEST, Limits
@@ -189,6 +190,8 @@ async def read_body(request: Request, *, keep: int) -> bytes | None:
             chunk = await asyncio.wait_for(anext(stream), max(left, 0))
         except StopAsyncIteration:
             break
+        except ClientDisconnect:
+            raise ApiError(499, "the client has left") from None
         except asyncio.TimeoutError:
             message = f"the body came too slowly: {size:,} bytes in {time.monotonic() - begin:.0f} s"
             raise ApiError(408, message) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,6 +99,7 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
     else:
         lines = (
             f"{shown}/model is the finished model, {shown}/curves.png its losses. "
-            f"Next:\n  python scripts/evaluate_llava.py --model {shown}/model\n  python scripts/chat.py"
+            f"Next:\n  python scripts/evaluate_llava.py --model {for_rich(shlex.quote(f'{run_dir}/model'))}\n"
+            "  python scripts/chat.py"
         )
     console.print(lines, highlight=False, soft_wrap=True)

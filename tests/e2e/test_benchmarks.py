@@ -146,7 +146,7 @@ def test_classification_is_clip_benchmark_s(export: Path, tmp_path: Path) -> Non
     out, data, classes = (str(tmp_path / name) for name in ("ours.json", "data", "classes.json"))
     flags = ["--model", str(export), "--data", data, "--classes", classes, "--output", out, "--device", "cpu"]
     evaluate_from_flags(script_parser("evaluate_clips").parse_args(flags))
-    figure = json.loads(Path(out).read_text())["figures"]["zero_shot_top1"]
+    figure = json.loads(Path(out).read_text(encoding="utf-8"))["figures"]["zero_shot_top1"]
     accuracy = json.loads((tmp_path / "theirs.json").read_text())
     assert figure["value"] == pytest.approx(100 * accuracy)
     assert 0 < accuracy < 1

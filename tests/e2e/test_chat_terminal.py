@@ -106,7 +106,7 @@ def terminal(place: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 def talk_of(chat: Terminal, path: Path) -> list[str]:
     """The texts of the talk, as /save writes them."""
     assert "written: " in chat.ask(f"/save {path}")
-    (record,) = json.loads(path.read_text())
+    (record,) = json.loads(path.read_text(encoding="utf-8"))
     return [turn["value"] for turn in record["conversations"]]
 
 

@@ -47,7 +47,7 @@ def several(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_whole_path(several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,9 @@ BROKEN = ("[" * 100_000, "[]", "null", "", "{}", '{"a":' * 500 + "1" + "}" * 500
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_numbers_and_types_are_looked_at_before_memory_is_taken(loader: str, place: Path, tmp_path: Path) -> None:
+def test_row_29_numbers_and_types_are_looked_at_before_memory_is_taken(
+    loader: str, place: Path, tmp_path: Path
+) -> None:
     """Each attack ends in a UserError, or is a number that decides nothing; none in a traceback."""
     source, name, load = LOADERS[loader]
     path = shutil.copytree(place / source, tmp_path / "model") / name
@@ -98,7 +100,7 @@ def test_numbers_and_types_are_looked_at_before_memory_is_taken(loader: str, pla
     assert peak_mb() - before < MOST_MB
 
 
-def test_many_layers_are_refused_by_their_number(place: Path, tmp_path: Path) -> None:
+def test_row_29_many_layers_are_refused_by_their_number(place: Path, tmp_path: Path) -> None:
     path = shutil.copytree(place / "export/native", tmp_path / "model") / "config.json"
     config = json.loads(path.read_text())
     path.write_text(attacked(config, ("model", "vision", "layers"), 10**6))
@@ -121,7 +123,7 @@ NORMALIZERS = {
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
-def test_a_tokenizer_that_would_end_the_process_is_refused(name: str, place: Path, tmp_path: Path) -> None:
+def test_row_30_a_tokenizer_that_would_end_the_process_is_refused(name: str, place: Path, tmp_path: Path) -> None:
     for source, read in (("llm", read_tokenizer), ("export/native/tokenizer", CaptionTokenizer.load)):
         directory = shutil.copytree(place / source, tmp_path / source)
         content = json.loads((directory / "tokenizer.json").read_text()) | {"normalizer": NORMALIZERS[name]}
@@ -130,7 +132,7 @@ def test_a_tokenizer_that_would_end_the_process_is_refused(name: str, place: Pat
             read(directory)
 
 
-def test_a_panic_and_a_pipe_are_said(tmp_path: Path) -> None:
+def test_row_30_a_panic_and_a_pipe_are_said(tmp_path: Path) -> None:
     content = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": charsmap(b"")}
     with pytest.raises(UserError, match="model: x cannot be loaded"), opening("model", "x"):
         Tokenizer.from_str(json.dumps(content))

@@ -120,7 +120,11 @@ def test_row_27_a_full_queue_of_costly_pictures_takes_less_than_a_gibibyte(place
 def test_row_28_this_machine_alone_reaches_it(server: Running) -> None:
     """Bound to 127.0.0.1; no other address of the loopback is answered."""
     own = f"0100007F:{port_of(server):04X}"
-    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"]
+    listening = [
+        line.split()[1]
+        for line in Path("/proc/net/tcp").read_text(encoding="utf-8").splitlines()
+        if line.split()[3] == "0A"
+    ]
     assert own in listening
     assert f"00000000:{port_of(server):04X}" not in listening
     with pytest.raises(ConnectionRefusedError):

@@ -110,7 +110,7 @@ def test_the_flags_and_their_defaults_are_frozen(script: Path) -> None:
 @pytest.mark.parametrize("path", named(DS_CONFIGS))
 def test_a_ds_config_holds_engine_settings_only(path: Path) -> None:
     """Batch, precision, optimizer and clipping come from the run; the Trainer's files leave them to it by "auto"."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     zero = config.pop("zero_optimization")
     assert f"zero{zero['stage']}" in path.stem
     assert ("offload_optimizer" in zero) == path.stem.endswith("offload")
@@ -139,7 +139,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 def test_a_shell_script_parses_and_stops_at_errors(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if script.name != "install.sh":  # sourced into the others
-        assert "\nset -euo pipefail\n" in script.read_text()
+        assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")
 
 
 def test_shellcheck_is_content() -> None:

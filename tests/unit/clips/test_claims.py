@@ -161,7 +161,7 @@ def test_direction_follows_the_claim() -> None:
 
 
 def compare_report(path: Path, entries: list[dict[str, Any]]) -> Path:
-    path.write_text(json.dumps({"differences": entries}))
+    path.write_text(json.dumps({"differences": entries}), encoding="utf-8")
     return path
 
 

@@ -119,7 +119,7 @@ def test_own_time_is_that_of_the_forward_passes_since_it_was_asked_last() -> Non
 
 def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     log = RunLog(recipe("demo"), tmp_path, start_step=0, wandb=False, active=True)
-    log.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - closed by the log
+    log.metrics = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by the log
     with pytest.raises(CommandError, match="record of step 3 cannot be written") as ended:
         log.record("train", {"step": 3, "samples": 30, "loss": 1.0})
     assert "No space left" in str(ended.value)

@@ -58,15 +58,15 @@ def output(original: Comparison, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[dict], None]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def replace(path: Path, before: str, after: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert before in text
-    path.write_text(text.replace(before, after, 1))
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- verified
@@ -210,6 +210,16 @@ def test_files_of_another_shape_and_plans_that_ask_too_much_are_refused(
         (output / name).write_text(content)
     with pytest.raises(CommandError, match=said):
         verified(output, output)
+
+
+@pytest.mark.parametrize("limit", ["MOST_ANSWERS", "MOST_DIFFERENCES"])
+def test_the_work_of_verifying_is_bounded(output: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Two encoders, two runs each: 144 answers, and a difference for each of three kinds of questions."""
+    monkeypatch.setattr(f"mllm.compare.verify.{limit}", {"MOST_ANSWERS": 144, "MOST_DIFFERENCES": 3}[limit])
+    assert verify(output).differs == []
+    monkeypatch.setattr(f"mllm.compare.verify.{limit}", {"MOST_ANSWERS": 143, "MOST_DIFFERENCES": 2}[limit])
+    with pytest.raises(UserError, match="144 answers and 3 differences between encoders are more than is verified"):
+        verify(output)
 
 
 # ----------------------------------------------------------------------------------------------------- fixed before

@@ -374,7 +374,7 @@ def test_what_would_fail_hours_later_is_refused_at_once(place: Path, made: Path)
     with pytest.raises(SystemExit, match="2"):
         checked(comparison_of(place, train_flags=(*FLAGS, "--lora_rr", "3")))
     for change, message in (({"image": "gone.png"}, "question 0: image 'gone.png'"), ({"answer": None}, "nothing to")):
-        lines = [json.loads(line) | change for line in Path("question.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) | change for line in Path("question.jsonl").read_text(encoding="utf-8").splitlines()]
         kept = [{key: value for key, value in line.items() if value is not None} for line in lines]
         (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         with pytest.raises(UserError, match=message):

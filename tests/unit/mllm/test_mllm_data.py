@@ -53,7 +53,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(path: Path, records: list) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records))
+    path.write_text(
+        "\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records), encoding="utf-8"
+    )
     return path
 
 
@@ -276,7 +278,7 @@ def demo(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def truths(root: Path) -> dict[str, dict]:
@@ -286,7 +288,9 @@ def truths(root: Path) -> dict[str, dict]:
             with tarfile.open(path) as tar:
                 for member in tar:
                     if member.name.endswith(".json"):
-                        found[f"{member.name[:-5]}.jpg"] = json.load(io.TextIOWrapper(tar.extractfile(member)))
+                        found[f"{member.name[:-5]}.jpg"] = json.load(
+                            io.TextIOWrapper(tar.extractfile(member), encoding="utf-8")
+                        )
     return found
 
 

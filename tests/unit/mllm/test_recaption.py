@@ -120,7 +120,7 @@ def test_without_data_it_captions_the_demos_pairs(
     monkeypatch.chdir(tmp_path)
     ensure_demo("data/demo", sizes={"train": 12})
     Path("data/llava_demo").mkdir()
-    Path("data/llava_demo/align.json").write_text("[]")
+    Path("data/llava_demo/align.json").write_text("[]", encoding="utf-8")
     recaption_from_flags(script_parser("recaption").parse_args(["--captioner", "known:0", "--output", "out"]))
     source = open_source("out", Fields(), need_long=True)
     assert len(source) == 12

@@ -67,7 +67,7 @@ def test_a_dropped_file_is_recognised_however_it_is_written(odd: Path, tmp_path:
         assert load_image(found).size == (8, 6), line
     Image.new("RGB", (2, 2)).save("b.png")
     assert dropped_files(f'{escaped} "b.png"') == [str(odd), "b.png"]
-    Path("notes").write_text("")
+    Path("notes").write_text("", encoding="utf-8")
     texts = ["notes", "What is b.png", "it's b.png", "missing.png", "/help", "", "''", "/", "~", "a" * 10_000, "\0.png"]
     for line in texts:
         assert dropped_files(line) == [], line

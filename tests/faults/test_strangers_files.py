@@ -1,0 +1,245 @@
+"""Odd files, targets and terminals end a command with one line: no traceback, no wait, no leftover."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from rich.console import Console
+
+import mllm.recaption.process as process
+from clips.common import signals
+from clips.common.errors import UserError, run_command
+from clips.common.files import DEEPEST, check_target, from_json, read_json, read_json_records
+from clips.common.tensors import write_weights
+from clips.config import Fields
+from clips.data.sources import expand, open_source
+from clips.data.table import LONGEST_ROW, Table
+from clips.data.tar import shard_summary
+from mllm.data.questions import read_questions
+from mllm.recaption.asking import Prompt
+from mllm.recaption.journal import Journal
+from mllm.recaption.manifest import Folder, agree_so_far, done_manifest
+from mllm.recaption.process import work_on
+from mllm.recaption.progress import Board, measured
+from mllm.recaption.shards import Shard, ShardWriter
+
+FIELDS = Fields(image="png", web="web", long="txt")
+RED = "\x1b[31m"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+
+
+def write_tar(path: Path, *names: str) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name in names or ("0.png", "0.web", "0.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- files that are read
+
+
+def test_row_31_json_that_is_too_deep_or_no_object_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert from_json("[" * DEEPEST + "]" * DEEPEST)
+    for text in ("[" * 100_000, "[" * 500 + "]" * 500, "{", "[]", "\xff"):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=r"x\.json is damaged, it "):
+            read_json(path)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.csv", "x.jsonl", "x.parquet"])
+def test_row_31_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"not a regular file|no data at"):
+        open_source(str(tmp_path / name), FIELDS, need_long=True)
+    if name == "x.jsonl":
+        for read in (read_json_records, read_questions):
+            with pytest.raises(UserError, match="not a regular file"):
+                read(tmp_path / name)
+
+
+def test_row_31_names_with_separators_odd_bytes_and_great_length_are_names(tmp_path: Path) -> None:
+    """`;` and `{…}` of a file that is there, a name that is no UTF-8, and the longest name."""
+    names = ["a;b.tar", "{a,b}.tar", "\udcff.tar", "x" * 250 + ".tar"]
+    for name in names:
+        path = str(write_tar(tmp_path / name))
+        assert expand(path) == [path]
+        assert open_source(path, FIELDS, need_long=True).read(0).web == "abc"
+
+
+def test_row_31_a_damaged_index_is_made_again(tmp_path: Path) -> None:
+    url = str(write_tar(tmp_path / "0.tar"))
+    index = shard_summary(url).index
+    whole = index.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-5], b"\xff" * len(whole)):
+        index.write_bytes(damaged)
+        assert shard_summary(url).layouts == {("png", "txt", "web"): 1}
+        assert index.read_bytes() == whole
+
+
+def test_row_31_a_row_that_is_too_long_is_named_by_its_place(tmp_path: Path) -> None:
+    rows = ["image,web", *["a.png,words"] * 3, "b.png," + "x" * (2 * LONGEST_ROW), "c.png,words"]
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"t\.csv: a row behind row \d+ has more than 4,194,304 bytes"):
+        Table(str(tmp_path / "t.csv"))
+
+
+# ------------------------------------------------------------------------------------------------- targets, terminals
+
+
+def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for target in (tmp_path / "file" / "out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="nothing can be written to"):
+            check_target(target)
+    check_target(tmp_path / "not" / "there")
+    assert not (tmp_path / "not").exists()
+
+
+def test_row_32_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "/a/file")
+
+    assert run_command(main) == 1
+    error = capsys.readouterr().err
+    assert "error: OSError: [Errno 24] Too many open files: '/a/file', at" in error
+    assert "Traceback" not in error
+
+
+def test_row_32_warnings_reach_a_terminal_without_escape_sequences(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        record = logging.LogRecord("clips.data", logging.WARNING, "", 0, "member %s", (RED,), None)
+        logging.lastResort.handle(record)
+
+    assert run_command(main) == 0
+    assert capfd.readouterr().err == "member \ufffd[31m\n"
+
+
+def test_row_32_a_terminal_that_knows_ascii_alone_gets_the_text(tmp_path: Path) -> None:
+    code = "from clips.common.errors import run_command; run_command(lambda: print('1 ± 2'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 \\xb1 2\n", "")
+
+
+def test_weights_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    write_weights({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("", encoding="utf-8")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+# ------------------------------------------------------------------------------------------------- recaptioning
+
+
+def test_row_32_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with ShardWriter(tmp_path / "part.tar") as writer:
+            writer.add("0", [("png", b"abc")])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+ODD_CALLS = (
+    {}, {"outcomes": 1, "attempt": 0, "call": 0}, {"outcomes": [["a", True]], "attempt": 0, "call": 0},
+    {"outcomes": [[1, 2, 3]], "attempt": 0, "call": 0}, {"outcomes": [{}], "attempt": 0, "call": 0},
+    {"outcomes": [["a", True, 1]], "attempt": [], "call": 0},
+    {"outcomes": [["a", True, 1]] * 2, "attempt": 0, "call": 0},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD_CALLS)))
+def test_row_33_a_journal_that_nobody_wrote_does_not_count(tmp_path: Path, number: int) -> None:
+    journal = Journal(tmp_path, "me", "state")
+    journal.close()
+    journal.path.write_text(json.dumps(ODD_CALLS[number]) + "\n[]\nnull\n", encoding="utf-8")
+    assert Journal(tmp_path, "me", "state").found(0, 0, 1) is None
+
+
+@pytest.mark.parametrize("manifest", [{"output": 1}, {"output": {"bytes": "x"}}, {"counts": []}])
+def test_row_33_a_manifest_that_nobody_wrote_is_named(tmp_path: Path, manifest: dict) -> None:
+    folder = Folder(tmp_path)
+    folder.manifest("0").parent.mkdir()
+    folder.manifest("0").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"manifests/0\.json is no manifest: remove it"):
+        done_manifest(folder, Shard("0", "0.tar", 0, 1, 0))
+    folder.settings.write_text(json.dumps({"captioner": 3}), encoding="utf-8")
+    with pytest.raises(UserError, match="captions that were made otherwise"):
+        agree_so_far(folder, {}, "known")
+    folder.speed.mkdir()
+    (folder.speed / "x.json").write_text('{"pairs": "many", "tokens": 3}', encoding="utf-8")
+    assert measured(folder) == {"tokens": 3}
+
+
+def test_row_33_a_wait_for_another_process_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        describe = close = lambda self: {}
+
+    folder, printed = Folder(tmp_path / "out"), io.StringIO()
+    shards = [Shard("0", str(write_tar(tmp_path / "cache.tar")), 0, 1, 0)]
+    held, waits = folder.lock("0"), []
+    monkeypatch.setattr(process, "make_captioner", lambda *_, **__: Nothing())
+    monkeypatch.setattr(process, "unfinished", lambda folder, shards: [] if len(waits) == 3 else shards)
+    monkeypatch.setattr(process.time, "sleep", waits.append)
+    options = process.Options(shards[0].url, folder.root, "known:0", Prompt("Hint: {web}"), fields=FIELDS)
+    console = Console(file=printed, width=200)
+    work_on(options, process.open_pairs(options), shards, Board(folder, shards, console))
+    held.close()
+    assert printed.getvalue().count("waiting for 1 shards that other processes hold") == 1
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def test_row_34_a_rank_ends_if_its_launcher_is_gone_before_the_training(tmp_path: Path) -> None:
+    """At once, not after the timeout of the first collective."""
+    rank = (
+        "import time; from clips.common.signals import end_with_launcher; end_with_launcher(); "
+        "print('up', flush=True); time.sleep(60)"
+    )
+    launcher = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {rank!r}]).pid, flush=True); input()"
+    )
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", launcher], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process_id = int(started.stdout.readline())
+    assert started.stdout.readline() == "up\n"
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    end = time.monotonic() + 10
+    while psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_row_34_a_launcher_that_was_gone_before_this_rank_looked_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """init adopts the rank; a launcher that is itself the first process of a container is none that is gone."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    for line, lost in (["/sbin/init"], True), (["/usr/bin/python", "/usr/bin/torchrun", "x.py"], False):
+        monkeypatch.setattr(psutil.Process, "cmdline", lambda _, line=line: line)
+        assert signals.has_lost(signals.launchers()) == lost
