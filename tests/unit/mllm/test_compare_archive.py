@@ -181,7 +181,7 @@ def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("report.json", "[" * 200_000, "cannot be verified"),
+        ("report.json", "[" * 200_000, "nested too deep"),
         ("report.json", "{}", "says what it was fixed to"),
         ("report.json", '{"plan": {"format": 99}}', "another version of this program"),
         ("report.json", '{"plan": 3}', "cannot be verified"),
