@@ -136,6 +136,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for a person, beside the progress line."""
         if self.active:
+            outlive_readers()
             self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
