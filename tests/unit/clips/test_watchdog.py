@@ -134,7 +134,8 @@ def test_a_message_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: py
     os.dup2(writer, 2)
     for end in (reader, writer):
         os.close(end)
-    monkeypatch.setattr("sys.stderr", open(2, "w", buffering=1, closefd=False))  # noqa: SIM115 - it stays open
+    unread = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 - it stays open
+    monkeypatch.setattr("sys.stderr", unread)
     try:
         log.say("rank 1 is slow")
     finally:
