@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
-from clips.common.files import MANIFEST, differing, from_json, lock, read_json, write_atomically
+from clips.common.files import MANIFEST, differing, from_json, lock, read_json, read_regular, write_atomically
 from clips.common.signals import launchers
 
 T = TypeVar("T")
@@ -163,7 +163,9 @@ def hold(run_dir: Path) -> None:
         return
     try:
         file = lock(run_dir / ".lock", wait=False)
-    except OSError:
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):
+            raise UserError(f"{run_dir / '.lock'} cannot be locked: {error.strerror}") from None
         raise UserError(
             f"another process trains in {run_dir}{_holder(run_dir)}: wait for it, stop it, or give "
             "another --name (--output_dir)"
@@ -178,8 +180,8 @@ def hold(run_dir: Path) -> None:
 
 def _holder(run_dir: Path) -> str:
     """The lock's holder, as a part of a sentence; empty if it is not written yet."""
-    found = parse_line((run_dir / ".lock").read_bytes())
-    if found is None:
+    found = parse_line(read_regular(run_dir / ".lock", 10_000))
+    if found is None or not found.keys() >= {"pid", "host", "launchers"} or not isinstance(found["launchers"], list):
         return ""
     above = ", ".join(map(str, found["launchers"]))
     under = f" under launcher {above}" if above else ""

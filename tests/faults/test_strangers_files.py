@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ from conftest import ROOT
 from rich.console import Console
 
 import mllm.recaption.process as process
-from clips.common import signals
+from clips.common import rundir, signals
 from clips.common.errors import UserError, run_command
 from clips.common.files import DEEPEST, check_target, from_json, read_json, read_json_records
 from clips.common.tensors import write_weights
@@ -208,6 +209,21 @@ def test_row_33_a_wait_for_another_process_is_said_once(tmp_path: Path, monkeypa
     work_on(options, process.open_pairs(options), shards, Board(folder, shards, console))
     held.close()
     assert printed.getvalue().count("waiting for 1 shards that other processes hold") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": 1, "host": 2, "launchers": 3}', "[" * 100_000])
+def test_row_33_an_odd_lock_is_a_lock(tmp_path: Path, text: str) -> None:
+    """Whatever it holds; a folder of its name is said."""
+    with (tmp_path / ".lock").open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process trains in"):
+            rundir.hold(tmp_path)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock cannot be locked: Is a directory"):
+        rundir.hold(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- launchers

@@ -116,7 +116,13 @@ def test_what_is_not_whole_is_refused(run_dir: Path, copy: Path, hub: Path) -> N
     (copy / "README.md").write_text("# mine")
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
     assert "not whole: model.safetensors.index.json names model-00002" in refusal(copy, hub)
+    for text in ("[" * 100_000, '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}', "[]"):
+        (copy / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        assert "model.safetensors.index.json" in refusal(copy, hub)
     (copy / "model.safetensors.index.json").unlink()
+    (copy / "README.md").write_text("---\nlicense: [\n---\n# mine", encoding="utf-8")
+    assert "README.md: its header cannot be read" in refusal(copy, hub)
+    (copy / "README.md").write_text("# mine", encoding="utf-8")
     for path in copy.glob("*.safetensors"):
         path.unlink()
     assert "has no weights" in refusal(copy, hub)

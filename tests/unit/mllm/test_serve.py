@@ -70,6 +70,16 @@ def client(address: str) -> OpenAI:
     return client_of(address)
 
 
+def test_a_body_that_is_begun_and_left_logs_nothing(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as left:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        left.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        wait_until(lambda: figure(address, "clips_requests_open") == 1)
+    wait_until(lambda: figure(address, "clips_requests_open") == 0)
+    assert capfd.readouterr().err == ""
+
+
 # ---------------------------------------------------------------------------------------------- answers
 
 
