@@ -1,23 +1,41 @@
 #!/usr/bin/env python
-"""Draw a picture of the docs: `results` of a comparison of encoders, `captions` of a comparison of sets of captions."""
+"""Draw a picture of the docs: `answers` of models about the unseen artist's pictures, `results` of a comparison of
+encoders, `captions` of a comparison of sets of captions.
+
+`answers` shows for each kind of question the first picture that every model answers right (one model per seed), one
+picture that the first model answers wrong, and the patches that match a word for the first model's encoder. The
+pictures are chosen for that, and the command prints their names.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
+from PIL import Image
 
+from clips import CLIPS, CONCEPTS, decode_image
 from clips.common.errors import UserError, run_command
 from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import LIGHT, SERIES, Theme, check_format
 from clips.lab.report import plain_axes
+from mllm.chat.patch_map import overlay, patch_map
+from mllm.data.demo import DEMO_DIR, IMAGES
+from mllm.data.questions import UNSEEN_ANSWERS
 
+WRONG = "#b3261e"
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
+KINDS = ("identity", "where", "count", "relation")
+"""Kinds of the right answers that are shown, from left to right."""
 REPORTS = {
     "results": Path("runs/compare/report.json"),
     "captions": Path("runs/compare_captions/captions.json"),
@@ -63,10 +81,91 @@ def results_plot(encoders: dict[str, dict[str, Any]], theme: Theme) -> Plot:
     return plot
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one held-out question; `image` is the picture's name."""
+
+    image: str
+    kind: str
+    prompt: str
+    text: str
+    expected: str
+    correct: bool
+
+
+def read_answers(run: Path) -> list[Answer]:
+    """The answers of the model in `run` about the unseen artist. Raises UserError if they are missing."""
+    path = run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Answer(**{field.name: row[field.name] for field in fields(Answer)}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no answers of scripts/evaluate_llava.py: {error!r}") from None
+
+
+def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
+    """For each of KINDS the first question that all runs answer right, then the first run's first wrong answer.
+
+    No picture is shown twice. Raises UserError unless the runs answered the same questions, and if a kind has none.
+    """
+    if len({tuple((answer.image, answer.prompt) for answer in run) for run in runs}) != 1:
+        raise UserError("--model: the models answered different questions")
+    rows, shown = list(zip(*runs, strict=True)), list[Answer]()
+    for kind, right in [*((kind, True) for kind in KINDS), (KINDS[0], False)]:
+        taken = {answer.image for answer in shown}
+        fits = (
+            row[0]
+            for row in rows
+            if row[0].kind == kind and {a.correct for a in (row if right else row[:1])} == {right}
+        )
+        found = next((answer for answer in fits if answer.image not in taken), None)
+        if found is None:
+            raise UserError(f"no question of kind {kind} has a {'right' if right else 'wrong'} answer in every run")
+        shown.append(found)
+    return shown
+
+
+def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: Sequence[str]) -> Plot:
+    """The answers below their pictures, and the patch map of the name in the first answer."""
+    plot = Plot(figsize=(2.1 * (len(shown) + 1), 3.0), dpi=100, facecolor=LIGHT.paper, layout="constrained")
+    axes = plot.subplots(1, len(shown) + 1)
+    for axis, answer in zip(axes, shown, strict=False):
+        picture = decode_image((images / answer.image).read_bytes())
+        verdict = "" if answer.correct else f"\nwrong: {answer.expected}"
+        _panel(axis, picture, textwrap.fill(answer.prompt, 26), f"{answer.text}{verdict}", answer.correct)
+    word = shown[0].expected.removeprefix("A ")
+    picture = decode_image((images / shown[0].image).read_bytes())
+    patches = patch_map(encoder, picture, word, labels).patches
+    _panel(
+        axes[-1], overlay(picture, patches), textwrap.fill("the encoder's patches that match a word", 26), word, True
+    )
+    return plot
+
+
+def _panel(axis: Axes, picture: Image.Image, above: str, below: str, right: bool) -> None:
+    axis.imshow(picture)
+    axis.set_axis_off()
+    axis.set_title(above, fontsize=9, color=LIGHT.ink)
+    colour = LIGHT.ink if right else WRONG
+    axis.text(0.5, -0.06, below, transform=axis.transAxes, ha="center", va="top", fontsize=10.5, color=colour)
+
+
+def write_answers(models: Sequence[Path], encoder: Path, out: Path) -> Path:
+    """Draw the answers of `models`, one for each seed, and a patch map of `encoder` into `out`."""
+    check_format(out)
+    shown = chosen([read_answers(model) for model in models])
+    for answer in shown:
+        print(f"{answer.image}  {answer.prompt}  {answer.text}")
+    plot = answers_plot(shown, DEMO_DIR / IMAGES, CLIPS.from_pretrained(str(encoder)), list(CONCEPTS))
+    return save_plot(plot, out)
+
+
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=tuple(REPORTS), help="right answers of each encoder, or what each set taught")
+    p.add_argument("what", choices=("answers", *REPORTS), help="the picture to draw")
     p.add_argument("--report", type=Path, help="report.json or captions.json to draw (default: of the usual run)")
+    p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs of `answers`")
+    p.add_argument("--encoder", type=Path, default=Path("runs/demo"), help="the encoder of the patch map")
     p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: beside the figures)")
     return p
 
@@ -76,6 +175,9 @@ def main() -> None:
 
     from clips.studies.variants_page import write_chart
 
+    if flags.what == "answers":
+        print(f"written to {write_answers(flags.model, flags.encoder, flags.output or Path('runs/answers.png'))}")
+        return
     report = flags.report or REPORTS[flags.what]
     out = flags.output or report.with_name(f"{flags.what}.png")
     write = {"results": write_results, "captions": write_chart}[flags.what]

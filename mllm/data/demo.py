@@ -47,11 +47,13 @@ VERSION = 5
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
-CAPTION_SHARE = 0.25
+CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
 NAMING_FIRST = 0.6
 """Share of the conversations that begin with the questions that name nothing: a later question may name a thing."""
-DESCRIBED_SHARE = 0.15
+BACKGROUND_SHARE, YES_NO = 0.3, 3
+"""Share of the conversations that ask for the background's colour, and questions with yes or no in each."""
+DESCRIBED_SHARE = 0.05
 """Share of the conversations that end with a long description."""
 SHOW = (
     "Describe the picture.",
@@ -94,10 +96,10 @@ BACKGROUND = (
 )
 RELATION = (
     "On which side of the {other} is the {thing}?",
-    "Seen from the {other}, where is the {thing}?",
-    "Where is the {thing}, as seen from the {other}?",
+    "Seen from the {other}, on which side is the {thing}?",
+    "Is the {thing} left, right, above or below the {other}?",
 )
-SIDES = {(-1, 0): "To the left", (1, 0): "To the right", (0, -1): "Above", (0, 1): "Below"}
+SIDES = {(-1, 0): "Left", (1, 0): "Right", (0, -1): "Above", (0, 1): "Below"}
 """Direction of one thing from another thing (x to the right, y downwards) → the answer."""
 IS_THERE = ("Is there a {thing} in the picture?", "Do you see a {thing}?", "Does the image show a {thing}?")
 IS_AT = ("Is there a {thing} {at}?", "Is the thing {at} a {thing}?")
@@ -197,19 +199,23 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     if rng.random() < CAPTION_SHARE:
         return align_record(scene, rng)
     things = rng.sample(scene.things, len(scene.things))
-    nameless = [ask_count(scene, things[0], rng), ask_background(scene, things[0], rng)]
+    nameless = [ask_count(scene, things[0], rng)]
+    if rng.random() < BACKGROUND_SHARE:
+        nameless.append(ask_background(scene, things[0], rng))
     if rng.random() < NAMING_FIRST:
         by_place = 1 if len(things) < 3 else 2
         nameless += [ask_identity(scene, thing, rng) for thing in things[:by_place]]
         things = things[by_place:]
+        later: list[Asked] = []
     else:
-        nameless = [rng.choice(nameless)]
+        nameless, later = [], nameless
     rng.shuffle(nameless)
-    naming = [ask_yes_no(scene, rng.choice(scene.things), rng) for _ in range(2)]
+    naming = [ask_yes_no(scene, rng.choice(scene.things), rng) for _ in range(YES_NO)]
     naming += [ask_where(scene, thing, rng) for thing in things[:2]]
-    naming += [asked for asked in [ask_relation(scene, scene.things[0], rng)] if asked]
+    naming += [asked for asked in (ask_relation(scene, thing, rng) for thing in scene.things[1:3]) if asked]
+    naming += later
     rng.shuffle(naming)
-    turns = list(dict([*nameless, *naming] if len(nameless) > 1 else [*naming, *nameless]).items())
+    turns = list(dict([*nameless, *naming]).items())
     if rng.random() < DESCRIBED_SHARE:
         turns.append((rng.choice(SHOW), scene.description))
     return _record(scene.name, turns, scene.name, rng)
@@ -322,7 +328,7 @@ def _write_all(work: Path, demo_dir: Path, wanted: dict[str, Any]) -> dict[str, 
     random.Random(f"{seed}/order").shuffle(records)
     descriptions = [
         {"question_id": number, "image": scene.name, "text": SHOW[0], "references": [scene.description]}
-        for number, scene in enumerate(test[: wanted["per_kind"]])
+        for number, scene in enumerate(test[: min(wanted["per_kind"], len(CONCEPTS))])
     ]
     (work / ALIGN).write_text(json.dumps(align_records, indent=1))
     (work / INSTRUCT).write_text(json.dumps(records, indent=1))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.common.plots import LIGHT
-from tools.make_pictures import results_plot, write_results
+from tools.make_pictures import KINDS, Answer, chosen, results_plot, write_results
 
 STORED = ROOT / "docs" / "results" / "compare.json"
 
@@ -49,3 +49,18 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, content: str, name: str
     report.write_text(content)
     with pytest.raises(UserError, match=words):
         write_results(report, tmp_path / name)
+
+
+def test_shown_answers_are_right_in_every_run_but_the_last() -> None:
+    def answers(*right: bool) -> list[Answer]:
+        """Two questions of each kind about pictures 0 … 7, and one more about the first picture."""
+        asked = [(f"{i}.jpg", kind) for i, kind in enumerate([*KINDS, *KINDS])] + [("0.jpg", KINDS[0])]
+        return [Answer(image, kind, "?", "a", "a", ok) for (image, kind), ok in zip(asked, right, strict=True)]
+
+    first = answers(True, True, True, True, False, True, True, True, True)
+    second = answers(True, True, False, True, True, True, True, False, True)
+    assert [answer.image for answer in chosen([first, second])] == ["0.jpg", "1.jpg", "6.jpg", "3.jpg", "4.jpg"]
+    with pytest.raises(UserError, match="different questions"):
+        chosen([first, second[1:]])
+    with pytest.raises(UserError, match="no question of kind count has a right answer in every run"):
+        chosen([answers(*(i % 4 != 2 for i in range(9)))])
