@@ -73,11 +73,13 @@ class Captioner(nn.Module):
         ids_BT: Tensor,
         predicts_BT: Tensor | None = None,
         count: int | None = None,
+        predicted: int | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, ready for `head`, of caption positions 0 … T − 1.
 
-        `predicts`: the positions that are wanted, the first ones of each caption; None: all. `count`: how many of all
-        tokens, the prefix included, are visible or wanted, where that is known: without it a GPU is waited for.
+        `predicts`: the positions that are wanted, the first ones of each caption; None: all. `predicted`: how many are
+        wanted; `count`: how many of all tokens, the prefix included, are visible or wanted. Without them a GPU is
+        waited for.
         """
         prefix = self.prefix(patches_BND, states_BMD)
         (B, N), L, T = patches_BND.shape[:2], prefix.shape[1], ids_BT.shape[1]
@@ -89,8 +91,8 @@ class Captioner(nn.Module):
                 if part is not None:
                     computed[:, slots] = part
         batch = Packed.of(x.shape, computed, count, caption_mask(L, T, visible_BM, x.device))
-        x = batch.unpack(self.blocks(batch.pack(x), [batch]))
-        return self.norm(x[:, -T:])
+        last = Packed.of((B, T), predicts_BT, predicted, None)
+        return self.norm(last.unpack(self.blocks(batch.pack(x), [batch], last=last)))
 
     @torch.no_grad()
     def generate(

@@ -115,8 +115,8 @@ class CLIPSModel(nn.Module):
                 patches = taken(patches, kept.image_tokens)
             web = (texts_out[0].states, texts_out[0].visible) if self.captioner.config.web else (None, None)
             predicts = word_slots(caption, self.pad_id)[:, 1:]
-            rows = counts.captioner if counts is not None else None
-            states = self.captioner(patches, *web, caption[:, :-1], predicts, rows)
+            rows = (counts.captioner, counts.predicted) if counts is not None else (None, None)
+            states = self.captioner(patches, *web, caption[:, :-1], predicts, *rows)
         text_features = []
         if self.text is not None and self.config.embed_dim:
             text_features = [F.normalize(self.text.proj(text.pooled).float(), dim=-1) for text in texts_out]

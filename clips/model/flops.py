@@ -52,6 +52,10 @@ def forward_flops(model: ModelConfig, shape: BatchShape) -> dict[str, int]:
         slots = captioner.kept_tokens(patches) + _words(captioner, model, shape) + shape.caption - 1
         tokens = captioner_tokens(captioner, model, shape)
         parts["captioner"] = _blocks(captioner.width, captioner.layers, captioner.mlp_ratio, B, slots, tokens)
+        # The last block's attention, projection and MLP are of the positions that predict alone.
+        skipped = 2 * captioner.width**2 + 4 * captioner.width * int(captioner.width * captioner.mlp_ratio)
+        parts["captioner"] -= (tokens - shape.predicted) * skipped
+        parts["captioner"] -= B * slots * (slots - shape.caption + 1) * 4 * captioner.width
         parts["captioner"] += sum(_prefix(model, shape).values())
         parts["head"] = shape.predicted * 2 * captioner.width * text.vocab_size
     return parts

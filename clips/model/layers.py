@@ -108,20 +108,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, visible: Visible, cache: KVCache | None, last: Packed | None = None) -> Tensor:
         qkv = self.qkv(x)
         if visible is None or isinstance(visible, Tensor):
             return self.proj(self._attend(qkv, visible, cache))
+        if last is not None:
+            (batch,) = visible
+            return self.proj(last.pack(self._attend(batch.unpack(qkv), batch.visible, None, last.slots)))
         parts = zip(visible, qkv.split([batch.rows for batch in visible]), strict=True)
         return self.proj(torch.cat([b.pack(self._attend(b.unpack(part), b.visible, None)) for b, part in parts]))
 
-    def _attend(self, qkv: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-        """[B, L, 3 D] → [B, L, D]"""
+    def _attend(self, qkv: Tensor, visible: Tensor | None, cache: KVCache | None, queries: int | None = None) -> Tensor:
+        """[B, L, 3 D] → [B, L, D], or [B, Q, D] of the last Q = `queries` positions"""
         B, L, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         q, k, v = qkv.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return attention(q, k, v, visible).transpose(1, 2).reshape(B, L, D)
+        if queries is not None:
+            q, visible = q[:, :, L - queries :], None if visible is None else visible[..., L - queries :, :]
+        return attention(q, k, v, visible).transpose(1, 2).flatten(2)
 
 
 class QuickGELU(nn.Module):
@@ -150,7 +155,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)). With `last`, only of the rows of the last slots of one batch."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, eps: float) -> None:
         super().__init__()
@@ -159,8 +164,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, visible: Visible = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), visible, cache)
+    def forward(
+        self, x: Tensor, visible: Visible = None, cache: KVCache | None = None, last: Packed | None = None
+    ) -> Tensor:
+        attended = self.attn(self.norm1(x), visible, cache, last)
+        if last is not None and visible is not None and not isinstance(visible, Tensor):
+            x = last.pack(visible[0].unpack(x)[:, -last.slots :])
+        x = x + attended
         return x + self.mlp(self.norm2(x))
 
 
@@ -173,12 +183,20 @@ class Blocks(nn.ModuleList):
         super().__init__(Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers))
         self.activation_checkpointing = False
 
-    def forward(self, x: Tensor, visible: Visible = None, caches: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        visible: Visible = None,
+        caches: list[KVCache] | None = None,
+        last: Packed | None = None,
+    ) -> Tensor:
+        """`last`: the slots at the end of one batch whose rows alone are returned; the last block skips the others."""
         for i, block in enumerate(self):
+            of_block = last if i == len(self) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, visible, use_reentrant=False)
+                x = checkpoint(block, x, visible, None, of_block, use_reentrant=False)
             else:
-                x = block(x, visible, caches[i] if caches else None)
+                x = block(x, visible, caches[i] if caches else None, of_block)
         return x
 
 

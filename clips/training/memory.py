@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from clips.common.memory import FP32, Parameters, held
-from clips.config import Freeze, ModelConfig, OptimConfig, RunConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig, OptimConfig, RunConfig
 from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape, captioner_tokens, computed_words
 from clips.model.layers import CPU_PLAIN_KEYS
@@ -127,10 +127,11 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     words = shape.texts[0] - (text.pool == "cls") if captioner.web else 0
     seen = captioner.kept_tokens(patches)
     slots, tokens = seen + words + shape.caption - 1, captioner_tokens(captioner, model, shape) / B
-    decoder = _stack(
-        place, captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio, slots, tokens, rows=True,
-        packed=True,
-    )  # fmt: skip
+    sizes = (captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio)
+    decoder = _stack(place, *sizes, slots, tokens, rows=True, packed=True)
+    if not place.checkpointing:
+        skipped = _not_asked(place, captioner, slots, seen + words, tokens - shape.predicted / B)
+        decoder = Part(decoder.kept - skipped, decoder.working, decoder.parameters)
     inputs = e * (seen * vision.width + words * text.width)
     norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
     head = captioner.width * text.vocab_size
@@ -140,6 +141,17 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     logits = 3 * FP32 * -(-shape.predicted // chunks) * text.vocab_size
     parts["head"] = Part(2 * e * shape.predicted * captioner.width, logits + (2 * e if place.bf16 else 0) * head, head)
     return parts
+
+
+def _not_asked(place: Place, captioner: CaptionerConfig, slots: int, without: int, tokens: float) -> int:
+    """What the captioner's last block does not keep: `without` of its `slots` and `tokens` are no queries."""
+    e, width = place.element, captioner.width
+    token = width * ((2 + 2 * captioner.mlp_ratio) * e + (FP32 if place.device == "cuda" else e)) + 8
+    if place.device == "cpu" and place.bf16 and slots <= CPU_PLAIN_KEYS:
+        slot = width * e + e * captioner.heads * slots
+    else:  # the fused kernel keeps q where k and v are
+        slot = FP32 * captioner.heads + e * slots + width * e
+    return int(tokens * token + without * slot)
 
 
 @cache
