@@ -40,10 +40,10 @@ def tokenizer_run(*, pad_mask: bool = True, pre_norm: bool = False) -> RunConfig
     return replace(run, model=replace(run.model, vision=vision, text=text))
 
 
-def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test") -> dict:
+def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test", limit: int | None = None) -> dict:
     shown = {"sentence_i2t_r1": Figure(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Figure(7.8, 0.2, 500)}
     figures = shown | {"sentence_i2t_r5": Figure(45.6, 1.0, 500)}
-    write_figures(run_dir / "evaluation.json", figures, test_set=name, skipped=[], model=model)
+    write_figures(run_dir / "evaluation.json", figures, test_set=name, skipped=[], model=model, limit=limit)
     return json.loads((run_dir / "evaluation.json").read_text())
 
 
@@ -101,6 +101,7 @@ def test_a_card_shows_figures_of_these_weights_only(tmp_path: Path) -> None:
         ([found], True),
         ([], False),
         ([found | {"image_size": 48}], False),
+        ([write_evaluation(tmp_path, model, limit=20)], False),
         ([write_evaluation(tmp_path, random_model(run, seed=1))], False),
     ]:
         for card in export(tmp_path / "export", run, model, evaluations=evaluations).values():
