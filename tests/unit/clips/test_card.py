@@ -129,6 +129,18 @@ def test_samples_and_data_are_named_without_their_place(tmp_path: Path) -> None:
             assert hidden not in card
 
 
+@pytest.mark.parametrize("pad_mask", [True, False])
+def test_the_card_says_that_the_authors_fork_refuses_the_files(pad_mask: bool, tmp_path: Path) -> None:
+    """Their CLIPTextCfg has no `eos_id` (the fields are in tests/numerics/test_init_from.py)."""
+    run = tokenizer_run(pad_mask=pad_mask)
+    card = export(tmp_path / "export", run, random_model(run))["open_clip"]
+    config = json.loads((tmp_path / "export" / "open_clip" / "open_clip_config.json").read_text())
+    assert "eos_id" in config["model_cfg"]["text_cfg"]
+    assert "refuses these files, because its configuration has no `eos_id`" in card
+    assert ("no mask of padding" in card) == pad_mask
+    assert ("--to official" in card) != pad_mask
+
+
 @pytest.mark.parametrize("kind", [name for name, text in HOSTILE.items() if len(text) < 1000])
 def test_hostile_names_are_read_not_carried_out(tmp_path: Path, kind: str) -> None:
     acts = r"[\x00-\x1f\x7f-\x9f\u2028\u202a-\u202e\ud800-\udfff]+"
