@@ -25,7 +25,8 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument(
         "--output",
-        help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME)",
+        help="JSON file for the figures (default: evaluation-NAME.json in --model, of a hub id in runs/OWNER--NAME; "
+        "NAME ends with a hash of --data)",
     )
     return p
 

@@ -13,6 +13,7 @@ def parser() -> Parser:
     p.add_argument("directory", type=Path, help="such as runs/NAME/export/open_clip or runs/NAME/model")
     p.add_argument("repo", help="OWNER/NAME on the hub; made if missing")
     p.add_argument("--private", action="store_true", help="make a new repository private")
+    p.add_argument("--dry-run", action="store_true", help="print the files that would go up, and upload nothing")
     return p
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.weights.push import push
 
-    push(flags.directory, flags.repo, private=flags.private)
+    push(flags.directory, flags.repo, private=flags.private, dry_run=flags.dry_run)
 
 
 if __name__ == "__main__":

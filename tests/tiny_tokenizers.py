@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
@@ -80,16 +81,24 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def write_sentencepiece(directory: Path, *, legacy: bool, specials: bool = True) -> Path:
-    """A Llama tokenizer as Vicuna comes: tokenizer.model and tokenizer_config.json, no tokenizer.json."""
+    """A Llama tokenizer as Vicuna comes: tokenizer.model and tokenizer_config.json, no tokenizer.json.
+
+    As in Llama's, runs of spaces have the lowest score.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
-    lines = [line for text in CORPUS for line in text.split("\n") if line] * 5
+    code = ["def f(x):", "    return x", "        if x:   y =     2", "It is red.  What   is    it?"] * 3
+    lines = [line for text in [*CORPUS, *code] for line in text.split("\n") if line] * 5
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=430, model_type="bpe", byte_fallback=True,
         character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
         allow_whitespace_only_pieces=True, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for piece in proto.pieces:
+        if len(piece.piece) > 1 and set(piece.piece) == {"▁"}:
+            piece.score = -1e9
+    (directory / "tokenizer.model").write_bytes(proto.SerializeToString())
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "model_max_length": 4096}
     if specials:
         others = [token for token in CONTROL if token not in ("<s>", "</s>", "<unk>", "<image>")]

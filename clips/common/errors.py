@@ -11,7 +11,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clips.common.escape import for_terminal
@@ -113,8 +113,10 @@ class _ForTerminal(logging.Formatter):
 def run_command(main: Callable[[], None]) -> int:
     """Run `main` and return its exit code; print a `CommandError` as one message."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone gets \\xb1 for ±
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows ASCII alone gets \\xb1 for ±. A stream whose file was exchanged refuses the change.
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_ForTerminal())
     try:

@@ -120,7 +120,7 @@ def _gloo_threads() -> list[str]:
     states = []
     for task in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it has ended
-            name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            name, _, fields = (task / "stat").read_text(encoding="utf-8").partition("(")[2].rpartition(")")
             if name.startswith("pt_gloo"):
                 states.append(fields.split()[0])
     return states

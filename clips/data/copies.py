@@ -40,7 +40,7 @@ class Copies:
             room = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._present())
             self.limit = min(limit, int(OF_DISK * room))
             with lock(self.folder / "locks" / "total", wait=True):
-                self._count.write_text(str(self._shrunk(self.limit)))
+                self._count.write_text(str(self._shrunk(self.limit)), encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from None
 
@@ -92,7 +92,7 @@ class Copies:
         A file holds the total of all copies. A kill may leave it wrong; the next removal counts all copies again.
         """
         with lock(self.folder / "locks" / "total", wait=True):
-            text = self._count.read_text()
+            text = self._count.read_text(encoding="utf-8")
             total = int(text) if text.isdigit() else self._shrunk(self.limit)  # empty after a kill
             if total + size > self.limit:
                 total = self._shrunk(int(KEPT * self.limit) - size)
@@ -101,7 +101,7 @@ class Copies:
                 file = cast(BinaryIO, open(part, "w+b"))  # noqa: SIM115 - closed by its reader
                 file.truncate(size)
                 total += size
-            self._count.write_text(str(total))
+            self._count.write_text(str(total), encoding="utf-8")
         return file
 
     def _shrunk(self, most: int) -> int:

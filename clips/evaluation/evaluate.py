@@ -6,6 +6,8 @@ Every figure is a percentage and comes with the number of items it was measured 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from clips.common.errors import UserError
+from clips.common.files import sha256
 from clips.config import RunConfig
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets
@@ -196,6 +199,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     name, sets = _test_sets_of(flags, run)
     first = next(iter(sets))
     name += f"-{flags.limit}" if flags.limit else ""
+    name += f"-{flags.image_size}px" if flags.image_size else ""
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
@@ -224,7 +228,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     missing = missing_of(run, first)
     write_figures(
         out, figures, test_set=name, skipped=skipped, model=model, checkpoint=loaded.checkpoint,
-        image_size=flags.image_size, missing=missing,
+        image_size=flags.image_size, missing=missing, limit=flags.limit,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     if not model.config.embed_dim:
@@ -237,10 +241,10 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     if flags.karpathy is not None:
         path = Path(flags.karpathy)
         items = KarpathySet(path, Path(flags.image_root or path.parent), flags.split)
-        name = f"{path.stem}-{flags.split}"
+        name = f"{path.stem}-{flags.split}-{_key(path)}"
         return name, {name: (items, None)}
     if flags.data is not None:
-        name = Path(flags.data).stem.strip("*{}") or "data"
+        name = f"{Path(flags.data).stem.strip('*{}') or 'data'}-{_key(Path(flags.data))}"
         return name, {name: (_open(flags.data, flags, run), None)}
     tests = held_out_sets(run.data) or ["test"]
     known = dict.fromkeys(("val", "test", *tests))
@@ -248,6 +252,11 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
         raise UserError(f"--split {flags.split!r} of the run's own data: choose one of {', '.join(known)}")
     names = tests if flags.split == "test" else [flags.split]
     return flags.split, {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
+
+
+def _key(data: Path) -> str:
+    """Tells sets of one base name apart: by the file's bytes, or by the place of a folder or of several files."""
+    return sha256(data)[:8] if data.is_file() else hashlib.sha256(os.fsencode(data.absolute())).hexdigest()[:8]
 
 
 def _open(spec: str, flags: argparse.Namespace, run: RunConfig) -> TestSet:

@@ -42,18 +42,20 @@ def write_figures(
     checkpoint: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     missing: str | None = None,
+    limit: int | None = None,
 ) -> None:
     """JSON with each figure's value, chance level (percent) and number of items, and which weights they are of.
 
     `weights` is their hash by names and values; `checkpoint` which one of the run they are
     (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
-    made.
+    made; `limit`: the number of images asked for, null for the whole set. Only whole sets reach a card.
     """
     content = {
         "test_set": test_set,
         "weights": hash_weights(model.state_dict()).hexdigest(),
         "checkpoint": checkpoint,
         "image_size": image_size or model.visual.image_size,
+        "limit": limit,
         "unit": "percent",
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "skipped_images": len(skipped),

@@ -38,7 +38,7 @@ HOST_MEMORY = 10e9
 @cache
 def engine_settings(name: str) -> dict[str, Any]:
     """The `zero_optimization` of ds_configs/`name`.json."""
-    return json.loads((DS_CONFIGS / f"{name}.json").read_text())["zero_optimization"]
+    return json.loads((DS_CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["zero_optimization"]
 
 
 @dataclass(frozen=True)

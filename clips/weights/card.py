@@ -6,7 +6,7 @@ A card shows only figures that were measured on these weights, and names no plac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,29 @@ HEADERS: dict[str, dict[str, Any]] = {
     "hf_vit": {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"},
 }
 """Format → what the hub's header says of it."""
+_OPEN_CLIP = """import open_clip
+
+source = "local-dir:."
+model, _, preprocess = open_clip.create_model_and_transforms(source)"""
+CONVERSIONS = {
+    "native": (
+        "native",
+        "A vision–language encoder in CLIPS-MLLM's own format.",
+        'from clips import CLIPS\n\nsource = "."\nmodel = CLIPS.from_pretrained(source)',
+    ),
+    "open_clip": ("open_clip", "A vision–language encoder in open_clip's format.", _OPEN_CLIP),
+    "official": (
+        "open_clip",
+        "A vision–language encoder in the format of the authors of CLIPS, for their fork of open_clip and for stock.",
+        _OPEN_CLIP,
+    ),
+    "transformers": (
+        "hf_vit",
+        "An image tower for transformers.",
+        'from transformers import AutoModel\n\nsource = "."\nmodel = AutoModel.from_pretrained(source)',
+    ),
+}
+"""Format of a conversion → its header's key in HEADERS, a sentence, and the code that opens it."""
 SHOWN = ("_r1", "_top1")
 """Ends of the names of the figures that a card shows."""
 
@@ -43,11 +66,13 @@ def write_cards(
     """Write a README.md for each format below `directory`.
 
     `name` is the model's name. `evaluations` are the contents of `clips.evaluation.figures.write_figures`; those of
-    other weights or of another resolution are left out. `samples`: how many the weights have seen; None if unknown.
+    other weights, of another resolution or of a part of a set are left out. `samples`: how many the weights have seen;
+    None if unknown.
     """
     weights = hash_weights(model.state_dict()).hexdigest()
     size = run.model.vision.image_size
-    of_these = [one for one in evaluations if (one.get("weights"), one.get("image_size")) == (weights, size)]
+    asked = (weights, size, None)
+    of_these = [one for one in evaluations if tuple(map(one.get, ("weights", "image_size", "limit"))) == asked]
     shown = {
         "name": name,
         "model": run.model,
@@ -69,6 +94,18 @@ def write_cards(
         classes = _transformers_classes(directory / kind) if kind == "hf_vit" else {}
         card = render("clips.weights", "card.md.j2", kind=kind, header=Markup(data.to_yaml()), **shown, **classes)
         (directory / kind / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_conversion_card(directory: Path, to: str, source: str, differences: Mapping[str, float]) -> None:
+    """Write the README.md of a conversion into the format `to`; of `source` only the last part of its name is said."""
+    kind, about, code = CONVERSIONS[to]
+    header = Markup(ModelCardData(**HEADERS[kind], tags=["clips-mllm"]).to_yaml())
+    rows = [(name, f"{difference:.1e}") for name, difference in differences.items()]
+    card = render(
+        "clips.weights", "conversion.md.j2", header=header, name=directory.name, about=about, code=Markup(code),
+        source=PurePosixPath(source.rstrip("/")).name, differences=Table(("", "largest difference"), rows),
+    )  # fmt: skip
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def _facts(run: RunConfig, samples: int | None, weights: str) -> list[tuple[str, str]]:

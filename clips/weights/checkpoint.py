@@ -83,7 +83,7 @@ def save(
         with replacing(final) as partial:  # a damaged checkpoint of the same step is replaced
             save_file(weights, partial / "model.safetensors")
             save_file(optimizer, partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n")
+            (partial / "state.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
             seal(partial)
             for path in [*partial.iterdir(), partial]:
                 fsync(path)

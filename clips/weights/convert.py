@@ -22,6 +22,7 @@ from clips.config import VisionConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
+from clips.weights.card import write_conversion_card
 from clips.weights.export import Features, model_features, native_features, open_clip_features, write_native
 from clips.weights.hf_vit import hf_features, hf_tokens, write_hf_vit
 from clips.weights.initial import read_initial
@@ -67,6 +68,7 @@ def convert(source: str, target: Path, to: str, *, check_only: bool = False) -> 
             if not difference <= LIMIT:  # also when it is NaN
                 raise UserError(f"{source} as {to} is another model: {name} differ by {difference:.1e}, limit {LIMIT}")
         if not check_only:
+            write_conversion_card(written, to, source, differences)
             written.rename(target)
     return differences
 
@@ -90,7 +92,7 @@ def _to_open_clip(source: str, directory: Path) -> Differences:
 
 def _to_official(source: str, directory: Path) -> Differences:
     """The format of the authors of CLIPS: open_clip's class CLIP, whose text tensors are at the top level,
-    in a torch file, without tokenizer files."""
+    in a torch file, without tokenizer files. Their `CLIPTextCfg` takes no field that it does not know."""
     loaded = load_model(source)
     if reason := _official_lacks(loaded):
         raise UserError(f"{source} cannot be an official checkpoint: {reason}")
@@ -98,7 +100,9 @@ def _to_official(source: str, directory: Path) -> Differences:
         write_open_clip(loaded.model, loaded.tokenizer, Path(place))
         weights = read_weights(Path(place) / "open_clip_model.safetensors")
         config = json.loads((Path(place) / "open_clip_config.json").read_text())
-    del config["model_cfg"]["custom_text"], config["model_cfg"]["text_cfg"]["tokenizer_mode"]
+    del config["model_cfg"]["custom_text"]
+    for name in ("tokenizer_mode", "eos_id"):  # of stock open_clip alone; no tower that reads a CLS looks at its eos
+        del config["model_cfg"]["text_cfg"][name]
     text = {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
     config["model_cfg"]["text_cfg"] |= text
     directory.mkdir()

@@ -171,7 +171,7 @@ def write_open_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: P
     if not tokenizer.is_clip:
         tokenizer.save(directory)
     config = open_clip_config(model.config, tokenizer)
-    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_weights(tensors, directory / "open_clip_model.safetensors")
 
 

@@ -24,7 +24,9 @@ from clips.config import RunConfig, from_dict, published
 CONFIGS = ("config.json", "open_clip_config.json")
 """A model directory has one of these."""
 INDEX = "model.safetensors.index.json"
-WEIGHTS = re.compile(r"(?:open_clip_)?model(?:-\d{5}-of-\d{5})?\.safetensors|embedding\.safetensors")
+WEIGHTS = re.compile(
+    r"(?:open_clip_)?model(?:-\d{5}-of-\d{5})?\.safetensors|embedding\.safetensors|open_clip_pytorch_model\.bin"
+)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
@@ -34,6 +36,8 @@ MODEL_FILES = {
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "clips_mllm.json"),
     *(INDEX, "mm_projector.bin"),
+    *(f"original_llava/{name}" for name in (*TOKENIZER_FILES, "config.json", "generation_config.json")),
+    "original_llava/vision_tower.json",  # of a LLaVA checkpoint that was converted, for the way back
 }  # fmt: skip
 """The files that are uploaded beside the weights, by their whole names."""
 OF_THE_RUN = re.compile(r"evaluation(?:-[^/]*)?\.json")
@@ -48,15 +52,16 @@ HERE = {'source = "local-dir:."': 'source = "hf-hub:{}"', 'source = "."': 'sourc
 """How a card's code opens its own directory → how it opens the repository."""
 
 
-def push(directory: Path, repo: str, *, private: bool = False) -> None:
+def push(directory: Path, repo: str, *, private: bool = False, dry_run: bool = False) -> None:
     """Upload the model in `directory` as the repository `repo` ("owner/name") in one commit, and print its address.
 
     A missing repository is made; an existing repository keeps its visibility. Weight files of an earlier push are
-    removed, other files stay. Cards and configurations then name the repository and no place of this machine. Raises
+    removed, other files stay. Cards and configurations then name the repository and no place of this machine.
+    `dry_run` only prints the files that would go up; it needs no token. Raises
     UserError if `directory` is no whole model or holds private files, if there is no token, and if the hub refuses;
     CommandError if the hub cannot be reached.
     """
-    check_repo(repo)
+    check_repo(repo, writes=not dry_run)
     files = model_files(directory)
     license_stated = license_of(directory / "README.md")
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +82,11 @@ def push(directory: Path, repo: str, *, private: bool = False) -> None:
                 f"{directory} names places of this machine, which would be published: {'; '.join(places[:5])}. "
                 "Edit them out of these files"
             )
-        print(f"{directory} → {_upload(Path(folder), repo, private)}")
+        if dry_run:
+            sizes = [f"  {Path(folder, file).stat().st_size:>14,}  {file}" for file in files]
+            print("\n".join([f"{directory} would go up as {repo}, bytes and file:", *sizes]))
+        else:
+            print(f"{directory} → {_upload(Path(folder), repo, private)}")
     if license_stated is None:
         print(f"its card states no license: add `license: …` to the header, there or in {directory}/README.md")
 
@@ -90,15 +99,15 @@ def license_of(card: Path) -> Any:
         raise UserError(f"{card}: its header cannot be read ({first_line(error)}): mend it, or export again") from None
 
 
-def check_repo(repo: str) -> None:
-    """UserError unless `repo` is an owner/name and there is a token to write with."""
+def check_repo(repo: str, *, writes: bool = True) -> None:
+    """UserError unless `repo` is an owner/name and, if something `writes`, there is a token."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository (owner/name): {error}") from None
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} is no name of a repository: give owner/name")
-    if not get_token():
+    if writes and not get_token():
         raise UserError("no token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to one that may write")
 
 
@@ -115,7 +124,7 @@ def model_files(directory: Path) -> list[str]:
     found = [file for file, path in there.items() if not path.is_dir() and not OF_THE_RUN.fullmatch(file)]
     if not set(CONFIGS) & set(found):
         raise UserError(f"{directory} is no model directory: it has no {' and no '.join(CONFIGS)}")
-    if not any(file.endswith(".safetensors") for file in found):
+    if not any(map(WEIGHTS.fullmatch, found)):
         raise UserError(f"{directory} has no weights (*.safetensors)")
     if foreign := [file for file in found if file not in MODEL_FILES and not WEIGHTS.fullmatch(file)]:
         raise UserError(f"{directory} holds files that are no part of a model: {', '.join(foreign[:5])}. Remove them")

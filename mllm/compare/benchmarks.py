@@ -82,7 +82,7 @@ def benchmark_results(cell: Path, tasks: Sequence[str]) -> dict[str, float]:
     scores: dict[str, float] = {}
     for task in tasks:
         file, log = newest_results(cell, task), benchmark_folder(cell, task) / "log.txt"
-        if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace")):
+        if file is None or (log.is_file() and NO_ANSWER in log.read_text(errors="replace", encoding="utf-8")):
             continue
         for name, values in read_json(file)["results"].items():
             for key, value in values.items():

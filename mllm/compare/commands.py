@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
-from clips.common.files import read_json, read_json_records
+from clips.common.files import read_json, read_json_records, sha256
 from clips.common.progress import read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
 from clips.lab.grid import RECORD, Cell, Step
@@ -176,4 +176,4 @@ def retrieval_command(comparison: Comparison, split: Path, run: Path) -> list[st
 
 def retrieval_figures(split: Path, run: Path) -> Path:
     """Where `retrieval_command` leaves its figures."""
-    return run / f"evaluation-{split.stem}.json"
+    return run / f"evaluation-{split.stem}-{sha256(split)[:8]}.json"

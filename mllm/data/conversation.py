@@ -146,7 +146,8 @@ class ConversationEncoder:
         segments: list[Segment] = []
         opening = self.format.first
         for (role, _), body in zip(checked, bodies, strict=True):
-            trained = role == "gpt"
+            # LLaVA trains no empty answer either, which would teach to say nothing.
+            trained = role == "gpt" and (body != [""] or self.format.name == "plain")
             if role == "system":
                 if self.format.system is None:
                     raise UserError(f"{sample}: format {self.format.name} has no system role; remove that turn")
@@ -165,7 +166,7 @@ class ConversationEncoder:
             if role == "human":
                 segments.append((self.format.middle, False))
             elif role == "gpt" and self._pattern.search(self.format.end):
-                segments.append((self.format.end, True))
+                segments.append((self.format.end, trained))
             elif role == "gpt":  # `plain`: its newline is one token with a full stop, where the vocabulary has that
                 segments[-1] = (_Text(f"{segments[-1][0]}{self.format.end}"), True)
         return segments

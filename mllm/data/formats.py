@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from clips.common.errors import UserError
 
 IMAGE_TOKEN = "<image>"
-V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+_CURIOUS = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
+V1_SYSTEM = _CURIOUS.format("user")
 LLAMA_3_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -106,17 +107,19 @@ def _header(role: str) -> str:
 
 
 _TO_SYSTEM, _TO_USER = f"<|begin_of_text|>{_header('system')}", f"<|eot_id|>{_header('user')}"
+_V1 = Format(
+    name="v1",
+    first=f"{V1_SYSTEM} USER:",
+    system=("", " USER:"),
+    middle=" ASSISTANT:",
+    end="",
+    next="USER:",
+    lead=" ",
+)
 _NAMED = (
     Format(name="plain", first="", system=None, middle="", end="\n", next="", keeps_question=False),
-    Format(
-        name="v1",
-        first=f"{V1_SYSTEM} USER:",
-        system=("", " USER:"),
-        middle=" ASSISTANT:",
-        end="",
-        next="USER:",
-        lead=" ",
-    ),
+    _V1,
+    replace(_V1, name="llava_v1", first=f"{_CURIOUS.format('human')} USER:"),
     Format(
         name="llama_3",
         first=_TO_SYSTEM + LLAMA_3_SYSTEM + _TO_USER,
@@ -134,17 +137,31 @@ _NAMED = (
         next="\n<|im_start|>user\n",
         tail="\n",
     ),
+    Format(
+        name="chatml_direct",
+        first="<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n",
+        system=("<|im_start|>system\n", "<|im_end|><|im_start|>user\n"),
+        middle="<|im_end|><|im_start|>assistant\n",
+        end="<|im_end|>",
+        next="<|im_start|>user\n",
+    ),
 )
+LLAVA_OWN = ("plain", "v1", "llava_v1")
+"""Formats that end an answer as the tokenizer does, and tokenise the texts between pictures one by one."""
 FORMATS: dict[str, Format | None] = {**{form.name: form for form in _NAMED}, "auto": None}
-"""Name → format; `v1` ends answers with the tokenizer's eos, `auto` is the tokenizer's own format."""
+"""Name → format; `v1` ends answers with the tokenizer's eos, `auto` is the tokenizer's own format.
+
+`llava_v1` and `chatml_direct` are LLaVA's templates of these names: `llava_v1` says "human" where `v1` says "user", and
+`chatml_direct` has another system text than `chatml` and no line break after an end of a turn.
+"""
 
 
 def _fitted(form: Format, tokenizer: PreTrainedTokenizerBase) -> Format:
-    """`form` with what LLaVA's own two formats take from the tokenizer."""
-    if form.name == "v1" and tokenizer.eos_token is None:
-        raise UserError("conversation format v1 ends answers with the tokenizer's eos token, and it has none")
-    if form.name not in ("plain", "v1"):
+    """`form` with what LLaVA's own formats take from the tokenizer."""
+    if form.name not in LLAVA_OWN:
         return form
+    if not form.end and tokenizer.eos_token is None:
+        raise UserError(f"conversation format {form.name} ends answers with the tokenizer's eos token, and it has none")
     return replace(form, end=form.end or tokenizer.eos_token, prefix_space=_spaces_first_text_only(tokenizer))
 
 
@@ -216,10 +233,9 @@ def _cut(tokenizer: PreTrainedTokenizerBase) -> Format:
 
 
 LLAVA_NAMES = {
-    "llava_v1": "v1",
     "vicuna_v1": "v1",
     "llava_llama_3": "llama_3",
-    "chatml_direct": "chatml",
+    "mistral_direct": "chatml_direct",
     "qwen_1_5": "chatml",
     "qwen_2": "chatml",
 }

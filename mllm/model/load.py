@@ -34,8 +34,10 @@ def load_llava(
     refuse_original(directory, "model")
     kind = read_json(Path(directory) / "config.json").get("model_type")
     if kind != "llava":
+        found = f"is of kind {kind}" if kind else "has no model_type in its config.json"
         raise UserError(
-            f"model: {directory} is of kind {kind}, and only a LLaVA-style model (llava) can be loaded here"
+            f"model: {directory} {found}, and only a LLaVA-style model (llava) can be loaded here. A vision encoder "
+            "becomes part of one by scripts/train_llava.sh --vision"
         )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -49,7 +49,7 @@ class FeatureCache:
         self.shape = (encoder.num_tokens, encoder.width)
         self.directory = Path(root) / encoder.fingerprint[:32]
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "ENCODER.txt").write_text(encoder.describe() + "\n")
+        (self.directory / "ENCODER.txt").write_text(encoder.describe() + "\n", encoding="utf-8")
         self._rows: dict[str, tuple[str, int]] = {}  # key → file, row
         self._keys: dict[str, str] = {}  # name → key
         self._files: set[str] = set()

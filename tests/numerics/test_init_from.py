@@ -28,6 +28,7 @@ from clips.weights.convert import convert
 from clips.weights.export import write_native
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, initialise, read_initial
 from clips.weights.load import load_model
+from clips.weights.push import push
 
 
 def begun(initial: InitialWeights, *flags: str) -> tuple[RunConfig, CLIPSModel, Beginning]:
@@ -146,6 +147,28 @@ def test_what_contradicts_the_weights_is_refused(flags: tuple[str, ...], said: s
         begun(read_initial(str(tmp_path / "official")), *flags)
 
 
+# UCSC-VLAA/CLIPS at 6b7d32d, open_clip/model.py: the fields of the classes that read a configuration. Any other field
+# ends in a TypeError there.
+FORK = {
+    "CLIP": (
+        *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"),
+        *("nonscalar_logit_scale", "cast_dtype", "output_dict"),
+    ),
+    "CLIPVisionCfg": (
+        *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "patch_dropout"),
+        *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre", "pos_embed_type"),
+        *("final_ln_after_pool", "pool_type", "output_tokens", "act_kwargs", "norm_kwargs", "timm_model_name"),
+        *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    ),
+    "CLIPTextCfg": (
+        *("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs", "width", "heads", "layers"),
+        *("mlp_ratio", "ls_init_value", "embed_cls", "pad_id", "no_causal_mask", "final_ln_after_pool", "pool_type"),
+        *("proj_bias", "proj_type", "output_tokens", "act_kwargs", "norm_kwargs", "hf_model_name"),
+        *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    ),
+}
+
+
 def test_official_and_back_are_the_same_names_and_values(tmp_path: Path) -> None:
     w = write_official(tmp_path / "official")
     found = convert(str(tmp_path / "official"), tmp_path / "open_clip", "open_clip")
@@ -160,6 +183,12 @@ def test_official_and_back_are_the_same_names_and_values(tmp_path: Path) -> None
     before = json.loads((tmp_path / "official" / "open_clip_config.json").read_text())["model_cfg"]
     for part in ("vision_cfg", "text_cfg"):
         assert before[part].items() <= config[part].items()
+    assert config.keys() <= set(FORK["CLIP"])
+    assert config["vision_cfg"].keys() <= set(FORK["CLIPVisionCfg"])
+    assert config["text_cfg"].keys() <= set(FORK["CLIPTextCfg"])
+    for name in ("open_clip", "again", "native"):  # a conversion has a card, and can be pushed
+        push(tmp_path / name, "owner/name", dry_run=True)
+        assert str(tmp_path) not in (tmp_path / name / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_clip_of_transformers_becomes_every_other_format(tmp_path: Path) -> None:

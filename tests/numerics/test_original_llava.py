@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from clips.common.errors import UserError
+from clips.weights.push import push
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession
 from mllm.data.formats import backend_with_bos, get_format, leave_bos_to_template, save_format, saved_format
@@ -120,6 +121,8 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     name = {"mistral": "llava-mistral-back", "qwen": "llava-qwen-back"}.get(variant, "llava-back")
     back = tmp_path / name
     assert convert_llava(str(converted), back, "llava")[1] == mode
+    push(converted, "owner/name", dry_run=True)  # a conversion has a card
+    assert "(haotian-liu/LLaVA)" in (back / "README.md").read_text(encoding="utf-8")
     again, written = config_of(back), read_all(back)
     assert {k: v for k, v in config.items() if k not in ("_name_or_path", "mm_vision_tower")} == {
         k: v for k, v in again.items() if k != "mm_vision_tower"
@@ -364,6 +367,20 @@ def test_what_llava_has_no_class_for_is_named(tmp_path):
     wide = load_llm(str(write_llm(tmp_path / "wide", head_dim=20)), version="v1")
     with pytest.raises(UserError, match="head_dim"):
         convert_llava(str(save_own(tmp_path, wide)), tmp_path / "llava-own", "llava")
+
+
+def test_ids_are_compared_with_sentencepiece_s_own(tmp_path, monkeypatch):
+    """The logits of both sides have the same ids, so they would not show it."""
+    original = write_whole(tmp_path)
+    monkeypatch.setattr("mllm.model.llm._merge_by_scores", lambda backend, sentencepiece: None)  # as transformers does
+    with pytest.raises(UserError, match=r"llava-v1\.5-tiny/tokenizer\.model: .* other ids than SentencePiece"):
+        convert_llava(str(original), tmp_path / "converted", "transformers", check_only=True)
+
+
+def test_an_encoder_is_no_llava_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"recipe": "demo"}')
+    with pytest.raises(UserError, match=r"has no model_type in its config\.json.*train_llava\.sh --vision"):
+        convert_llava(str(tmp_path), tmp_path / "llava-x", "llava")
 
 
 def test_convert_py_and_a_talk_with_what_it_wrote(tmp_path, capsys, monkeypatch):

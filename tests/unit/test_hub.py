@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -151,8 +152,14 @@ def test_commands_take_a_hub_id(hub: CLIPS, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "classes" / name).mkdir(parents=True)
         picture(seed=number).save(tmp_path / "classes" / name / "0.png")
     (tmp_path / "pairs.csv").write_text("jpg,json:org_caption\nclasses/cat/0.png,a cat\nclasses/dog/0.png,a dog\n")
-    evaluate_from_flags(script_parser("evaluate_clips").parse_args(["--model", "owner/open_clip", "--data", "classes"]))
-    assert "zero_shot_top1" in (tmp_path / "runs/owner--open_clip/evaluation-classes.json").read_text()
+    for flags in (["classes"], ["other/classes"], ["classes", "--limit", "1"]):  # each has a file of its own
+        shutil.copytree("classes", "other/classes", dirs_exist_ok=True)
+        command = ["--model", "owner/open_clip", "--data", *flags]
+        evaluate_from_flags(script_parser("evaluate_clips").parse_args(command))
+    found = [json.loads(path.read_text()) for path in Path("runs/owner--open_clip").glob("evaluation-classes-*.json")]
+    assert [one["limit"] for one in found].count(None) == 2
+    assert len(found) == 3
+    assert all("zero_shot_top1" in one["figures"] for one in found)
     export_from_flags(script_parser("export_clips").parse_args(["--model", "owner/native", "--data", "pairs.csv"]))
     again = CLIPS.from_pretrained("runs/owner--native", device="cpu")
     torch.testing.assert_close(again.encode_image(picture()), hub.encode_image(picture()), atol=1e-5, rtol=0)

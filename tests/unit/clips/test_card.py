@@ -40,10 +40,10 @@ def tokenizer_run(*, pad_mask: bool = True, pre_norm: bool = False) -> RunConfig
     return replace(run, model=replace(run.model, vision=vision, text=text))
 
 
-def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test") -> dict:
+def write_evaluation(run_dir: Path, model: CLIPSModel, *, name: str = "test", limit: int | None = None) -> dict:
     shown = {"sentence_i2t_r1": Figure(12.3, 0.2, 500), "unseen/sentence_i2t_r1": Figure(7.8, 0.2, 500)}
     figures = shown | {"sentence_i2t_r5": Figure(45.6, 1.0, 500)}
-    write_figures(run_dir / "evaluation.json", figures, test_set=name, skipped=[], model=model)
+    write_figures(run_dir / "evaluation.json", figures, test_set=name, skipped=[], model=model, limit=limit)
     return json.loads((run_dir / "evaluation.json").read_text())
 
 
@@ -101,6 +101,7 @@ def test_a_card_shows_figures_of_these_weights_only(tmp_path: Path) -> None:
         ([found], True),
         ([], False),
         ([found | {"image_size": 48}], False),
+        ([write_evaluation(tmp_path, model, limit=20)], False),
         ([write_evaluation(tmp_path, random_model(run, seed=1))], False),
     ]:
         for card in export(tmp_path / "export", run, model, evaluations=evaluations).values():
@@ -126,6 +127,18 @@ def test_samples_and_data_are_named_without_their_place(tmp_path: Path) -> None:
         assert "drawings" not in card
         for hidden in ("secret", "/data", "private", "host"):
             assert hidden not in card
+
+
+@pytest.mark.parametrize("pad_mask", [True, False])
+def test_the_card_says_that_the_authors_fork_refuses_the_files(pad_mask: bool, tmp_path: Path) -> None:
+    """Their CLIPTextCfg has no `eos_id` (the fields are in tests/numerics/test_init_from.py)."""
+    run = tokenizer_run(pad_mask=pad_mask)
+    card = export(tmp_path / "export", run, random_model(run))["open_clip"]
+    config = json.loads((tmp_path / "export" / "open_clip" / "open_clip_config.json").read_text())
+    assert "eos_id" in config["model_cfg"]["text_cfg"]
+    assert "refuses these files, because its configuration has no `eos_id`" in card
+    assert ("no mask of padding" in card) == pad_mask
+    assert ("--to official" in card) != pad_mask
 
 
 @pytest.mark.parametrize("kind", [name for name, text in HOSTILE.items() if len(text) < 1000])

@@ -22,7 +22,7 @@ from clips.config import DataConfig, Fields, MixPart, NamedSet, RunConfig, from_
 from clips.data.tokenizer import build_tokenizer
 from clips.weights.card import HEADERS
 from clips.weights.export import export_all
-from clips.weights.push import push
+from clips.weights.push import model_files, push
 
 __all__ = ["hub"]
 TOKENIZER = build_tokenizer("wordpiece", ["a cat and two dogs"] * 3, vocab_size=64)
@@ -177,6 +177,24 @@ def test_a_token_is_no_place_and_evaluations_beside_the_weights_stay_here(copy: 
     push(copy, REPO)
     assert (uploaded(hub) / "tokenizer.json").is_file()
     assert not list(uploaded(hub).glob("evaluation*"))
+
+
+def test_a_dry_run_lists_what_would_go_up_and_needs_no_token(
+    copy: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    (copy / "evaluation-test.json").write_text("{}")
+    push(copy, REPO, dry_run=True)
+    listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(model_files(copy))
+    assert "README.md" in listed
+    assert "evaluation-test.json" not in listed
+    assert not (hub / "cache").exists()
+    assert not (hub / "asked.json").exists()
+    (copy / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        push(copy, REPO, dry_run=True)
 
 
 def test_a_name_that_is_none_and_a_missing_token_are_said(

@@ -145,18 +145,26 @@ def test_command_writes_llava_s_answers_and_figures(
     assert f"| overall | {100 * right:.1f} |" in card
     assert figures["exact_match"]["overall"]["n"] == 1
 
+    digest = sha256(tmp_path / "mine.jsonl")[:8]
     whole = {path: path.read_bytes() for path in [*out.iterdir(), model / "README.md", model / "evaluation.json"]}
     for flags, where in [
         (["--limit", "1"], "limit-1"),
         (["--num-chunks", "3", "--chunk-idx", "1"], "3_1"),
-        (own, "mine"),
-        ([*own, "--limit", "2", "--num-chunks", "2", "--chunk-idx", "0"], "mine-limit-2/2_0"),
+        (own, f"mine-{digest}"),
+        ([*own, "--limit", "2", "--num-chunks", "2", "--chunk-idx", "0"], f"mine-{digest}-limit-2/2_0"),
     ]:
         evaluate_from_flags(parsed(*common, *flags))
         assert (out / where / "figures.json").is_file()
-    for flags in (["--limit", "1"], own):
-        with pytest.raises(UserError, match="holds the evaluation on all of the demo's questions"):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    other = ["--questions", str(tmp_path / "other" / "mine.jsonl")]
+    evaluate_from_flags(parsed(*common, *other))
+    assert len([*out.glob("mine-????????")]) == 2  # files of one base name
+    for flags in (["--limit", "1"], own, other):
+        with pytest.raises(UserError, match=r"holds the answers to other questions \(3 of mine.jsonl\)"):
             evaluate_from_flags(parsed(*common, *flags, "--output", str(out)))
+    with pytest.raises(UserError, match=r"other questions \(1 of mine.jsonl\)"):
+        evaluate_from_flags(parsed(*common, *own, "--output", str(next(out.glob("limit-1")))))
     assert {path: path.read_bytes() for path in whole} == whole
 
     elsewhere = ["--output", str(tmp_path / "kept" / "answers.jsonl")]
@@ -187,7 +195,7 @@ def test_llava_s_flags_of_evaluation(place: Path, tmp_path: Path) -> None:
     for flags, message in [(("5", "4"), "is empty"), (("2", "2"), "one of 0 to 1"), (("0", "0"), "at least 1")]:
         with pytest.raises(UserError, match=message):
             texts("--num-chunks", flags[0], "--chunk-idx", flags[1])
-    assert texts("--conv-mode", "llava_v1") == texts("--conv-mode", "v1") != whole
+    assert texts("--conv-mode", "vicuna_v1") == texts("--conv-mode", "v1") != whole
     drawn = texts("--temperature", "5")
     assert drawn == texts("--temperature", "5") != whole
     assert texts("--temperature", "5", "--seed", "1") != drawn

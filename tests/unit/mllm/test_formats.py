@@ -188,7 +188,7 @@ def test_a_template_with_v1_s_turns_is_v1_whatever_control_tokens_there_are(kind
     tokenizer.chat_template = LLAVA_HF
     assert answering_encoder(tokenizer, "auto", 1).format == get_format("v1", tokenizer)
     assert "turns of format v1 but differs" in capsys.readouterr().err
-    answering_encoder(tokenizer, "llava_v1", 1)
+    answering_encoder(tokenizer, "vicuna_v1", 1)
     assert capsys.readouterr().err == ""
 
 
