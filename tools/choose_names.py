@@ -40,11 +40,15 @@ CANDIDATES = {name: name for name in PLAIN.split()} | dict(pair.split(": ") for 
 """Spoken name → the emoji's name. All are countable and begin with a consonant, so "a" is always right."""
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--names", type=int, default=64, help="how many names to choose")
     p.add_argument("--hands", type=int, default=5, help="a name needs drawings by this many artists of training")
-    flags = p.parse_args()
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
     artists = sorted({*HANDS["train"], *HANDS["val"]})
     if reason := fetch_sets(artists):
         raise SystemExit(f"error: {reason}")

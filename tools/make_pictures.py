@@ -13,9 +13,8 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
@@ -81,8 +80,7 @@ def results_plot(encoders: dict[str, dict[str, Any]], theme: Theme) -> Plot:
     return plot
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One model's answer to one held-out question; `image` is the picture's name."""
 
     image: str
@@ -98,7 +96,7 @@ def read_answers(run: Path) -> list[Answer]:
     path = run / "evaluation" / f"{UNSEEN_ANSWERS}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Answer(**{field.name: row[field.name] for field in fields(Answer)}) for row in rows]
+        return [Answer(**{field: row[field] for field in Answer._fields}) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no answers of scripts/evaluate_llava.py: {error!r}") from None
 
