@@ -24,7 +24,7 @@ from clips.common.files import from_json, read_bytes, read_json
 from clips.common.tensors import MOST_IN_TABLES, count_tensors, weight_files
 
 CONFIGS = ("config.json", "open_clip_config.json")
-LAYERS = re.compile(r"(?:.*_)?(?:layers?|depth|blocks|experts)")
+LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_GROWTH = 1000
 """How many times longer a tokenizer's replacements may make a text."""
