@@ -60,7 +60,7 @@ $figures
 Next:
   cd $PWD && source $venv/bin/activate
   look at                    runs/demo/report/index.html, runs/llava-clips/curves.png
-  talk to the model          python scripts/chat.py --image data/llava_demo/images/test-000000.png
+  talk to the model          python scripts/chat.py --image data/llava_demo/images/unseen-000000.jpg
   the same as a web page     python scripts/chat.py --web
   compare with plain CLIP    deepspeed scripts/pretrain_clips.py --recipe clip_baseline
   train on your own data     README.md, 'Your own data'

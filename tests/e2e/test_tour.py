@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llava(root / "runs" / "llava-clips", root / "runs" / "demo", max_position_embeddings=1024)
     folder = root / "data" / "llava_demo" / "images"
     for i, name in enumerate(pictures(folder, 5)):
-        (folder / name).rename(folder / f"test-{i:06}.png")
+        (folder / name).rename(folder / f"unseen-{i:06}.jpg")
     return root
 
 
