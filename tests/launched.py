@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,11 @@ def run_all(commands: dict[str, list[str]]) -> dict[str, Done]:
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], log: Path, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process group of its own, with nothing left of it at the end."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=ENV, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=ENV | (env or {}), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             yield process

@@ -3,10 +3,10 @@
 Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the tests start several hundred processes.
 With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
 of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
-The processes that it starts are forked as well. Four things differ: the parent is the forking process, all forks share
-one seed of `hash`, a fork ends without taking its interpreter down, and charts are one empty pixel, for drawing would
-take four fifths of a tiny run. Mark a test `cold` if the first three matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes
-all tests cold.
+The processes that it starts are forked as well; torchrun and `deepspeed` fork themselves, so that their ranks are their
+children. Four things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
+ends without taking its interpreter down, and charts are one empty pixel, for drawing would take four fifths of a tiny
+run. Mark a test `cold` if the first three matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes all tests cold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import threading
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "CLIPS_TESTS_WARM"
@@ -87,13 +87,15 @@ class Popen(subprocess.Popen):
     """`subprocess.Popen`, forked where it can be."""
 
     connection: socket.socket | None = None
+    forks_itself = False
+    """In torchrun and `deepspeed`, which then have their ranks as children, as in a cold start."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: Any, p2cread: int, p2cwrite: int,
                        c2pread: int, c2pwrite: int, errread: int, errwrite: int, *rest: Any) -> None:  # fmt: skip
         *_, start_new_session = rest[:6]
         wanted = {str(k): str(v) for k, v in (os.environ if env is None else env).items()}
-        words = None if executable or preexec_fn or pass_fds or shell else script_of(args)
+        words = None if executable or preexec_fn or shell else script_of(args)
         is_cold = not words or COLD in wanted or COLD in os.environ or not os.path.isdir(cwd or ".")
         address = None if is_cold else address_of(wanted)
         if address is None:
@@ -109,15 +111,28 @@ class Popen(subprocess.Popen):
             "group": os.getpgrp(),
         }
         streams = [own if own != -1 else default for default, own in enumerate((p2cread, c2pwrite, errwrite))]
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(address)
-        data = json.dumps(request).encode()
-        socket.send_fds(self.connection, [len(data).to_bytes(4, "big")], streams)
-        self.connection.sendall(data)
-        self.pid = int.from_bytes(self.connection.recv(4, socket.MSG_WAITALL), "big")
+        if self.forks_itself:
+            self.pid = os.fork()
+            if not self.pid:
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                nothing = os.open(os.devnull, os.O_RDWR)
+                for other in map(int, os.listdir("/proc/self/fd")):
+                    if other > 2 and other != nothing:  # kept, for objects of the launcher still close their numbers
+                        with contextlib.suppress(OSError):
+                            os.fstat(other)
+                            os.dup2(nothing, other, inheritable=False)
+                live(request | {"streams": []})
+        else:
+            self.connection = socket.socket(socket.AF_UNIX)
+            self.connection.connect(address)
+            data = json.dumps(request).encode()
+            socket.send_fds(self.connection, [len(data).to_bytes(4, "big")], [*streams, *pass_fds])
+            self.connection.sendall(data)
+            self.pid = int.from_bytes(self.connection.recv(4, socket.MSG_WAITALL), "big")
+            UNFINISHED.add(self)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
-        UNFINISHED.add(self)
         return None
 
     def _status(self, flags: int) -> int | None:
@@ -181,7 +196,8 @@ def start() -> str:
         listener.bind(f"\0{name}")
         listener.listen(64)
         command = [sys.executable, __file__, str(listener.fileno()), " " * SPACE]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()])
+        cold = {"executable": sys.executable}  # named, so that `Popen` does not look for a process to fork it
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listener.fileno()], **cold)
     atexit.register(process.stdin.close)
     return found
 
@@ -230,7 +246,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                     report_ended(children, ready)
                 elif key.fileobj is listener:
                     connection, _ = listener.accept()
-                    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+                    head, streams, _, _ = socket.recv_fds(connection, 4, 8)
                     request = json.loads(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
                     pid = os.fork()
                     if not pid:
@@ -244,7 +260,8 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                         connection,
                         f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}",
                     )
-                    ready.register(connection, selectors.EVENT_READ, pid)
+                    if len(streams) == 3:  # else a lock was passed on to it, to hold when the process that asks is gone
+                        ready.register(connection, selectors.EVENT_READ, pid)
                     connection.send(pid.to_bytes(4, "big"))
                 elif key.data in children:  # the process that asked is gone
                     ready.unregister(key.fileobj)
@@ -268,28 +285,37 @@ def report_ended(children: dict[int, tuple[socket.socket, str]], ready: selector
 
 def become(asked: dict[str, Any]) -> None:
     """Streams, session, directory, environment and arguments of this process are those of a fresh one."""
-    for number, stream in enumerate(asked["streams"]):
+    own = asked["streams"][:3]  # further ones were passed on: they stay open, under numbers of their own
+    for number, stream in enumerate(own):
         os.dup2(stream, number)
-    for stream in asked["streams"]:
+    for stream in own:
         if stream > 2:
             os.close(stream)
+    for name, number, buffering in (("stdout", 1, -1), ("stderr", 2, 1)):  # the old ones may take a pipe for a file
+        old = getattr(sys, name)
+        new = open(number, "w", buffering, old.encoding, old.errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, new)
     if asked["session"]:
         os.setsid()
     else:
         with contextlib.suppress(OSError):  # of another session
             os.setpgid(0, asked["group"])
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
+    Popen.forks_itself = asked["words"][0] == "-m" or Path(asked["words"][0]).name in PROGRAMS
     show([sys.executable, *asked["words"]], 48)
     show([f"{name}={value}" for name, value in asked["env"].items()], 50)
     first, *rest = asked["words"]
     sys.argv = rest if first == "-m" else [first, *rest]
     own = asked["cwd"] if first == "-m" else os.path.dirname(os.path.abspath(first))
     sys.path = [own, *filter(None, asked["env"].get("PYTHONPATH", "").split(":")), *sys.path]
+    signals = sys.modules["clips.common.signals"]
+    signals.LAUNCHERS = signals.launchers()
     if DRAWS not in os.environ:
         draw_nothing()
 
@@ -329,7 +355,11 @@ def main() -> None:
     subprocess.Popen = Popen  # before anything binds the name
     import_everything()
     sys.path.remove(str(ROOT))
-    asked = serve(listener)
+    live(serve(listener))
+
+
+def live(asked: dict[str, Any]) -> NoReturn:
+    """From here on be the process that is asked for."""
     become(asked)
     code = 0
     try:
@@ -338,6 +368,9 @@ def main() -> None:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and end.code is not code:
             print(end.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     end_here(code)
 
 
@@ -352,13 +385,16 @@ def run(first: str) -> None:
     exec(compile(Path(first).read_bytes(), first, "exec"), module.__dict__)
 
 
-def end_here(code: int) -> None:
+def end_here(code: int) -> NoReturn:
     """End as an interpreter does, but for taking its modules down, which would copy the pages of all imports."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
             stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     os._exit(code & 0xFF)
 
 

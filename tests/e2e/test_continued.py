@@ -181,7 +181,6 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-@pytest.mark.cold  # the launcher's children are looked for
 @pytest.mark.parametrize("launch", [deepspeed, torchrun])
 def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
     launch: Any, shards: tuple[str, ...], tmp_path: Path

@@ -25,18 +25,18 @@ from clips.common.files import MANIFEST, read_json
 from clips.common.rundir import METRICS, parse_line, read_evaluations
 from clips.common.tensors import hash_weights, read_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.cold]
+pytestmark = pytest.mark.slow
 
 PLACES = {"step": 6, "save": 5, "validation": 3, "start": 2, "evaluation": 2, "export": 2}
 """Where a run is killed, and how often of 20 times."""
 VICTIMS = ("rank", "launcher", "worker", "everything")
 LAST_PLANNED = 0.8
 """Share of the run after which no kill of a step, save or validation is planned: later kills might find no moment."""
-LONGEST_START = 8.0
+LONGEST_START = 3.0
 """Seconds in which a kill at the start falls."""
 PATIENCE = 180
 """Seconds after a kill in which all other processes of the run must have ended."""
-SAMPLES, EVAL_EVERY, SAVE_EVERY, BATCH = 1920, 640, 80, 8
+SAMPLES, EVAL_EVERY, SAVE_EVERY, BATCH = 1440, 480, 80, 8
 """Of the whole run, which has three phases."""
 
 

@@ -183,8 +183,8 @@ def test_a_killed_rank_is_started_again_on_all_hosts_and_goes_on(
     run_dir = tmp_path / "r"
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{unused_port()}", "--rdzv-id=test")
     words = torchrun(*meet, "--max-restarts=1", SCRIPT, *FLAGS, *shards, "--output", tmp_path, per_host=1)
-    command = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *words]
-    with started(command, tmp_path / "a") as one, started(command, tmp_path / "b") as other:
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with started(words, tmp_path / "a", env) as one, started(words, tmp_path / "b", env) as other:
         wait_for(lambda: last_step(run_dir) >= 8, one, tmp_path / "a")
         rank(tmp_path, 0).send_signal(signal.SIGKILL)
         assert one.wait(120) == other.wait(120) == 0, (tmp_path / "a").read_text() + (tmp_path / "b").read_text()

@@ -231,7 +231,7 @@ def test_a_slow_rank_is_named_once(shards: tuple[str, ...], tmp_path: Path) -> N
     records = [line for line in lines(tmp_path / "r") if line["kind"] == "train"]
     for line in records:
         fast, slow = line["rank_seconds"]
-        assert slow > 0.3 > 2 * fast
+        assert slow > max(0.3, 1.5 * fast)
         assert line["step_seconds"] >= 0.3
         assert line["data_wait_share"] > 0.2, "of the rank that waits longest, whatever else the machine does"
         assert line["peak_memory_gb"] > 0.1

@@ -185,7 +185,6 @@ def test_row_03_stopped_by_signals_after_a_checkpoint(shards: tuple[str, ...], t
     assert [line["step"] for line in trace(run_dir)] == list(range(1, step + 1))
 
 
-@pytest.mark.cold
 def test_row_03_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The launcher sends SIGTERM after the Ctrl-C that its children have got already: they must still save."""
     run_dir, log = tmp_path / "r", tmp_path / "log"

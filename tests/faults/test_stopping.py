@@ -7,10 +7,12 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT
 from launched import (
     ENV,
@@ -27,7 +29,7 @@ from launched import (
 )
 from processes import of_run, rank, wait_until_gone
 
-pytestmark = [pytest.mark.slow, pytest.mark.cold]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("launch", "generation"), [(deepspeed, 2), (torchrun, 1)])
@@ -40,10 +42,9 @@ def test_ranks_without_their_launcher_save_and_end(
     """
     run_dir, log = tmp_path / "r", tmp_path / "log"
     words = launch(*endless(tmp_path, shards))
+    start = ["bash", "-c", 'nohup "$@" &', "-", str(warm.program(tmp_path)), *words[words[0] == sys.executable :]]
     with log.open("wb") as out:  # the shell ends at once
-        subprocess.run(
-            ["bash", "-c", 'nohup "$@" &', "-", *words], cwd=ROOT, env=ENV, stdout=out, stderr=out, check=True
-        )
+        subprocess.run(start, cwd=ROOT, env=ENV | {warm.ADDRESS: warm.start()}, stdout=out, stderr=out, check=True)
     try:
         wait_for(lambda: last_step(run_dir) >= 5, None, log)
         above = rank(tmp_path, 0).parents()[generation - 1]
