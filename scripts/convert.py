@@ -2,8 +2,10 @@
 """Convert a model into another format: read FROM, show that its features stay the same, then write TO."""
 
 import sys
+from pathlib import Path
 
 from clips.common.errors import run_command
+from clips.common.files import check_target
 from clips.common.flags import Parser
 
 
@@ -41,6 +43,8 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
+    if not flags.check:
+        check_target(Path(flags.target))
     from mllm.model.convert import convert_llava_from_flags, is_llava_source
 
     if is_llava_source(flags.source, flags.to):

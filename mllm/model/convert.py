@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ def is_llava_source(source: str, to: str) -> bool:
 
 def convert_llava_from_flags(flags: Namespace) -> None:
     """What scripts/convert.py does for LLaVA models."""
-    target = Path(flags.target)
+    target, quoted = Path(flags.target), shlex.quote(flags.target)
     difference, mode = convert_llava(
         flags.source, target, flags.to, base=flags.base, vision_tower=flags.vision_tower,
         conv_mode=flags.conv_mode, check_only=flags.check,
@@ -97,9 +98,9 @@ def convert_llava_from_flags(flags: Namespace) -> None:
     if flags.check:
         print(f"{flags.source} can be converted; nothing was written")
     elif flags.to == "transformers":
-        print(f"written: {target}\nnext: python scripts/chat.py --model {target}")
+        print(f"written: {target}\nnext: python scripts/chat.py --model {quoted}")
     else:
-        print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {target} --image-file IMAGE")
+        print(f"written: {target}\nin LLaVA: python -m llava.serve.cli --model-path {quoted} --image-file IMAGE")
         if mode in CONV_MODES:
             print(f"its prompts are those of LLaVA's --conv-mode {CONV_MODES[mode]}")
         else:
