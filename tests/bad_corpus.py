@@ -233,7 +233,7 @@ JSONS: dict[str, Kind] = {
     "not JSON": Kind(lambda: b"org_caption: w", "JSON|Expecting"),
     "a list on top": Kind(lambda: b'["w"]', "not a JSON object"),
     "in Latin-1": Kind(lambda: '{"org_caption": "é"}'.encode("latin-1"), "JSON|decode"),
-    "nested deeply": Kind(lambda: b'{"org_caption": "w", "x": ' + b"[" * 100_000, "JSON|recursion"),
+    "nested deeply": Kind(lambda: b'{"org_caption": "w", "x": ' + b"[" * 100_000, "JSON|recursion|nested too deep"),
     "a number of 5,000 digits": Kind(lambda: b'{"org_caption": "w", "x": ' + b"9" * 5000 + b"}", "JSON|digits"),
     "another key": Kind(lambda: b'{"alt": "w"}', "empty"),
     "one key twice": Kind(lambda: b'{"org_caption": "v", "org_caption": "w"}'),
@@ -421,7 +421,11 @@ RECORDS: dict[str, Kind] = {
     "an id that is an object": Kind(lambda: {"id": {"a": 1}, "conversations": _turns("a", "b")}),
 }
 LLAVA_TEXTS = dict.fromkeys(("null", "a number", "a list", "an object", "a truth value"), "must look like")
-LLAVA_TEXTS |= {"nothing": USED, "white space": USED, "half a character": "half a character"}
+LLAVA_TEXTS |= {
+    "nothing": "it has no answer",
+    "white space": "it has no answer",
+    "half a character": "half a character",
+}
 """Outcomes of CAPTIONS as an answer, where they are others."""
 
 

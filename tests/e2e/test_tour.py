@@ -65,7 +65,7 @@ def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     printed = {name: "".join(out.get("text", "") for out in found) for name, found in outputs.items()}
     assert "5 pictures" in printed["encoder"]
     assert printed["zero-shot"].count("%") == 5
-    assert printed["retrieval"].count("test-00000") == 4
+    assert printed["retrieval"].count("unseen-00000") == 4
     assert "cosine" in printed["map"]
     assert "image/png" in outputs["map"][-1].data
     assert outputs["caption"][-1].data["text/plain"].startswith("'")
