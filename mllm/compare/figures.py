@@ -202,9 +202,13 @@ def _pretraining(cell: EncoderCell) -> dict[str, Any] | None:
 
 
 def _cost(cells: list[EncoderCell]) -> dict[str, float]:
-    """Means over the cells: wall-clock seconds of each part, training speed, the largest memory."""
+    """Means over the cells: wall-clock seconds of each part, training speed, the largest memory.
+
+    A killed command leaves a part without its time, if the part itself was finished.
+    """
     costs = [cell.read(COST) for cell in cells]
-    parts = {part: mean(found.get(part, 0.0) for found in costs) for part in costs[0]}
+    every = dict.fromkeys(part for found in costs for part in found)
+    parts = {part: mean(found[part] for found in costs if part in found) for part in every}
     cost = parts | {"seconds": sum(parts.values())}
     for stage in STAGES.values():
         done = [cell.read(f"{stage.name}/done.json") for cell in cells]

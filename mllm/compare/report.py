@@ -326,8 +326,8 @@ def not_shown(report: Report) -> list[str]:
 
 def _cost_table(report: Report) -> Table:
     costs = {name: encoder["cost"] for name, encoder in report["encoders"].items()}
-    parts = list(next(iter(costs.values())))
-    rows = [[name, *(f"{cost[part]:,.1f}" for part in parts)] for name, cost in costs.items()]
+    parts = list(dict.fromkeys(part for cost in costs.values() for part in cost))
+    rows = [[name, *(f"{cost[part]:,.1f}" if part in cost else "–" for part in parts)] for name, cost in costs.items()]
     return Table(["encoder", *map(pretty, parts)], rows)
 
 

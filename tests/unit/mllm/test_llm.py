@@ -205,6 +205,7 @@ def test_packaged_model_is_converted_once_and_answers(tmp_path, monkeypatch, cap
 
 def test_only_a_model_that_takes_long_to_load_has_a_progress_bar(tmp_path, monkeypatch, capsys):
     directory = write_llm(tmp_path / "llm")
+    logging.enable_progress_bar()  # a comparison in this process turns it off
     capsys.readouterr()
     load_llm(str(directory))
     assert capsys.readouterr().err == ""
