@@ -39,8 +39,7 @@ def opening(what: str, place: Path | str) -> Iterator[None]:
     except (CommandError, pickle.UnpicklingError):  # `loading` names what a pickle would run
         raise
     except BaseException as error:
-        # A panic in Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -51,6 +50,11 @@ def opening(what: str, place: Path | str) -> Iterator[None]:
         raise UserError(
             f"{what}: {place} cannot be loaded: {first_line(error) if told else in_one_line(error)}"
         ) from None
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library failed, as opposed to an interrupt or an exit; a panic in Rust is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def check_files(directory: Path) -> None:

@@ -52,12 +52,11 @@ def _vector(pixels: np.ndarray) -> np.ndarray:
     strength, angle = np.hypot(down, right), np.arctan2(down, right) % np.pi / np.pi * ANGLES
     distance = np.abs(angle[..., None] - np.arange(ANGLES))
     edges = strength[..., None] * (1 - np.minimum(distance, ANGLES - distance)).clip(0)
-    outline = _cells(alpha, "mean")
-    parts = (_cells(edges, "sum"), _cells(colours, "mean") - 1, outline - outline.mean())
+    outline = _cells(alpha)
+    parts = (_cells(edges), _cells(colours) - 1, outline - outline.mean())
     return np.concatenate([part.ravel() / (np.linalg.norm(part) + 1e-6) for part in parts]) / np.sqrt(len(parts))
 
 
-def _cells(values: np.ndarray, how: str) -> np.ndarray:
-    """[S, S, C] → [CELLS, CELLS, C], each cell reduced by `how`."""
-    cells = values.reshape(CELLS, PIXELS, CELLS, PIXELS, -1)
-    return cells.sum((1, 3)) if how == "sum" else cells.mean((1, 3))
+def _cells(values: np.ndarray) -> np.ndarray:
+    """[S, S, C] → [CELLS, CELLS, C], the mean of each cell."""
+    return values.reshape(CELLS, PIXELS, CELLS, PIXELS, -1).mean((1, 3))

@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from clips.common.errors import UserError, first_line
 from clips.common.files import from_json, read_bytes, read_json, sha256, write_json
 from clips.common.hub import packaged_file
-from clips.common.opening import check_tokenizer
+from clips.common.opening import check_tokenizer, is_failure
 from clips.config import TextConfig, TokenizerKind
 
 # Data workers fill the cores already, and the thread pool of `tokenizers` does not survive a fork. open_clip sets the
@@ -187,7 +187,7 @@ class CaptionTokenizer:
             framed = "bos" in declared and "eos" in declared
             return CaptionTokenizer(tokenizer, special) if framed else _finish(tokenizer, special)
         except BaseException as error:  # tokenizers raises bare Exception, or panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not is_failure(error):
                 raise
             raise UserError(
                 f"{directory} holds no usable tokenizer ({type(error).__name__}: {error}); it needs the tokenizer.json "

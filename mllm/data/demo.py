@@ -49,7 +49,7 @@ ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
-NAMING_FIRST = 0.6
+NAMELESS_FIRST = 0.6
 """Share of the conversations that begin with the questions that name nothing: a later question may name a thing."""
 BACKGROUND_SHARE, YES_NO = 0.3, 3
 """Share of the conversations that ask for the background's colour, and questions with yes or no in each."""
@@ -156,8 +156,8 @@ def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Asked | 
     for thing, place in scene.things:
         for other, its_place in scene.things:
             (x, y), (from_x, from_y) = PLACES[place], PLACES[its_place]
-            if (x == from_x) != (y == from_y):
-                pairs.append((thing, other, SIDES[(x > from_x) - (x < from_x), (y > from_y) - (y < from_y)]))
+            if side := SIDES.get(((x > from_x) - (x < from_x), (y > from_y) - (y < from_y))):
+                pairs.append((thing, other, side))
     if not pairs:
         return None
     thing, other, side = rng.choice(pairs)
@@ -202,20 +202,18 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     nameless = [ask_count(scene, things[0], rng)]
     if rng.random() < BACKGROUND_SHARE:
         nameless.append(ask_background(scene, things[0], rng))
-    if rng.random() < NAMING_FIRST:
+    is_nameless_first = rng.random() < NAMELESS_FIRST
+    if is_nameless_first:
         by_place = 1 if len(things) < 3 else 2
         nameless += [ask_identity(scene, thing, rng) for thing in things[:by_place]]
         things = things[by_place:]
-        later: list[Asked] = []
-    else:
-        nameless, later = [], nameless
-    rng.shuffle(nameless)
+        rng.shuffle(nameless)
     naming = [ask_yes_no(scene, rng.choice(scene.things), rng) for _ in range(YES_NO)]
     naming += [ask_where(scene, thing, rng) for thing in things[:2]]
     naming += [asked for asked in (ask_relation(scene, thing, rng) for thing in scene.things[1:3]) if asked]
-    naming += later
-    rng.shuffle(naming)
-    turns = list(dict([*nameless, *naming]).items())
+    first, then = (nameless, naming) if is_nameless_first else ([], [*naming, *nameless])
+    rng.shuffle(then)
+    turns = list(dict([*first, *then]).items())
     if rng.random() < DESCRIBED_SHARE:
         turns.append((rng.choice(SHOW), scene.description))
     return _record(scene.name, turns, scene.name, rng)
