@@ -19,15 +19,15 @@ flags=("$@")
 for ((i = 0; i < ${#flags[@]}; i++)); do
   flag="${flags[i]}" value="${flags[i + 1]:-}"
   case "$flag" in --*=*) value="${flag#*=}" flag="${flag%%=*}" ;; esac
-  case "$flag" in
-    -h | --help) exec "$python" "$here/train_llava.py" --help ;;
-    --stage) stages="$value" ;;
-    --dry-run) dry_run=true ;;
-    --data_path) both_on_one=true own_data=true ;;
-    --*.data_path) own_data=true ;;
-    --output_dir) output_dir="$value" ;;
-    --vision | --vision_tower) vision="$value" ;;
-    --device) device="$value" ;;
+  case "${flag//-/_}" in # --data-path is --data_path
+    _h | __help) exec "$python" "$here/train_llava.py" --help ;;
+    __stage) stages="$value" ;;
+    __dry_run) dry_run=true ;;
+    __data_path) both_on_one=true own_data=true ;;
+    __*.data_path) own_data=true ;;
+    __output_dir) output_dir="$value" ;;
+    __vision | __vision_tower) vision="$value" ;;
+    __device) device="$value" ;;
   esac
 done
 if [ "$stages" = "1 2" ] && [ "$both_on_one" = true ]; then

@@ -9,28 +9,74 @@ import argparse
 import dataclasses
 import difflib
 import re
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+COMMAND: str | None = None
+"""What help texts call the program, if that is not the script's name: scripts/__main__.py sets it."""
+SAME = (
+    ("samples", "num-train-epochs", "epochs", "max-steps", "steps", "num-epochs", "train-num-samples"),
+    ("learning-rate", "set", "lr", "warmup", "wd", "weight-decay", "optimizer", "precision", "grad-clip-norm"),
+    ("report-to", "wandb", "tensorboard", "trackio", "logger"),
+    ("output", "output-dir", "out", "save-dir", "logs", "name"),
+    ("batch-size", "batch", "bs", "per-device-train-batch-size"),
+    ("data", "data-path", "dataset", "train-data", "csv"),
+    ("model", "init-from", "model-name-or-path", "pretrained", "checkpoint", "weights", "model-path"),
+    ("vision-tower", "encoder", "vision", "encoders"),
+    ("image-root", "image-folder", "image", "images"),
+    ("fields", "csv-img-key", "csv-caption-key", "csv-separator"),
+    ("jobs", "dataloader-num-workers", "workers", "num-workers", "set"),
+)
+"""Names that commands here and elsewhere (open_clip, LLaVA, transformers) give to one thing; the first that a command
+has is offered for the others."""
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that accepts whole flag names only and prints `(default: …)` once for each flag.
 
     A help text that names its default itself, as in `(default: the newest run)`, is printed as it is.
-    An unknown flag ends the command with exit code 2, and with the name of the flag that is most like it.
+    Words of a flag may be joined by dashes or by underscores: `--report_to` is `--report-to`. An unknown flag ends the
+    command with exit code 2, and with the flag of the same meaning or of the nearest name.
     """
 
     def __init__(self, description: str | None, **options: Any) -> None:
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
+        options = {"prog": COMMAND, "formatter_class": _Formatter, "allow_abbrev": False} | options
+        super().__init__(description=description, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_known(word) for word in words], namespace)
+
+    def _as_known(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name not in self._option_string_actions:
+            for spelling in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
+                if spelling in self._option_string_actions:
+                    return spelling + equals + value
+        return word
 
     def error(self, message: str) -> NoReturn:
-        known = list(self._option_string_actions)
+        known = dict(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for study in action.choices.values():
+                    known |= study._option_string_actions
         unknown = [word for word in re.findall(r"(?<!\S)--[\w.-]+", message) if word not in known]
-        close = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
-        super().error(message + (f" (did you mean {', '.join(close)}?)" if close else ""))
+        hints = [
+            f"\n{word}: did you mean {near}? ({known[near].help})" for word in unknown for near in _near(word, known)
+        ]
+        super().error(message + "".join(hints))
+
+
+def _near(flag: str, known: Collection[str]) -> list[str]:
+    """The flag among `known` that means the same as `flag`, else the one whose name is most like it; or none."""
+    by_name = {other[2:].replace("_", "-"): other for other in known}
+    name = flag[2:].replace("_", "-")
+    same = [by_name[other] for names in SAME if name in names for other in names if other in by_name]
+    return same[:1] or difflib.get_close_matches(flag, known, n=1)
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -1,4 +1,4 @@
-"""The folder for cached results, and paths from strangers that must stay below a root."""
+"""Where scripts and cached results are, and paths from strangers that must stay below a root."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import posixpath
 from pathlib import Path, PurePosixPath
 
 CACHE_VARIABLE = "CLIPS_MLLM_CACHE"
+_HOME = Path(__file__).resolve().parents[2]
+_IS_REPOSITORY = (_HOME / "pyproject.toml").is_file()
+SCRIPTS = _HOME / ("scripts" if _IS_REPOSITORY else "clips_commands")
+"""The scripts, which are started as processes; pyproject.toml says under which names they are installed."""
+DS_CONFIGS = (_HOME if _IS_REPOSITORY else SCRIPTS) / "ds_configs"
 
 
 def cache_root() -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clips.common.files import read_json
+from clips.common.paths import SCRIPTS
 from clips.common.progress import training_progress
 from clips.common.rundir import METRICS, UNSEEN, is_finished, read_metrics, refuse
 from clips.config import RunConfig
@@ -18,7 +19,7 @@ from clips.lab.grid import Cell, Step
 from clips.lab.run import Runner
 from clips.training.cli import config_from_flags, parser
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
+SCRIPT = SCRIPTS / "pretrain_clips.py"
 RATES = ("lr", "muon_lr")
 """Fields of a phase that a multiple of the learning rates multiplies."""
 SAMPLES_PER_S, OVERHEAD_S = 160.0, 45.0

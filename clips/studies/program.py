@@ -31,6 +31,7 @@ import torch
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import write_json
+from clips.common.paths import SCRIPTS
 from clips.common.runtime import has_bf16
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
 from clips.data.splits import open_split
@@ -41,7 +42,7 @@ from clips.weights.open_clip import open_clip_config
 
 Objective = Literal["clip", "clips"]
 Captions = Literal["long", "web"]
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_clips.py"
+SCRIPT = SCRIPTS / "pretrain_clips.py"
 SIZES: Mapping[str, tuple[str, str, int, int]] = {
     "demo": ("clip_baseline", "demo", 128, 100),
     "s16": ("s16", "s16", 32, 20),

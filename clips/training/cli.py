@@ -13,6 +13,8 @@ from typing import Any
 from clips.common import rundir
 from clips.common.errors import Stopped, UserError
 from clips.common.flags import Parser
+from clips.common.trackers import HELP as REPORT_TO
+from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
 from clips.recipes import debug_twin, recipe, with_tower
 
@@ -107,7 +109,7 @@ def parser() -> Parser:
         metavar="STEPS",
         help="record where the time of so many steps goes, in the run's profile/ (default: 0, off)",
     )
-    p.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    p.add_argument("--report-to", default=TENSORBOARD, help=REPORT_TO)
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return p
 
@@ -134,7 +136,7 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
         resume=flags.resume,
         allow_config_change=flags.allow_config_change,
         dry_run=flags.dry_run,
-        wandb=flags.wandb,
+        report_to=loggers(flags.report_to),
         profile_steps=flags.profile,
         timeout_minutes=flags.timeout_minutes,
     )

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: the .jsonl files, TensorBoard, W&B if asked, the progress line."""
+"""What a run writes while it trains: the .jsonl files, the loggers of --report_to, the progress line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError
 from clips.common.rundir import METRICS, is_at_most, keep_lines
 from clips.common.signals import outlive_readers
+from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
 
 MACHINE = (
@@ -28,14 +29,16 @@ MACHINE = (
 class RunLog:
     """Rank 0's log; on other ranks every method does nothing."""
 
-    def __init__(self, run: RunConfig, run_dir: Path, *, start_step: int, wandb: bool, active: bool) -> None:
+    def __init__(
+        self, run: RunConfig, run_dir: Path, *, start_step: int, active: bool, report_to: Sequence[str] = (TENSORBOARD,)
+    ) -> None:
         self.active = active
         if not active:
             return
         self.run_dir = run_dir
         self._open(start_step)
         self.spikes = self._reopen(run_dir / "spikes.jsonl", start_step)
-        self.wandb = _start_wandb(run, run_dir) if wandb else None
+        self.trackers = Trackers(report_to, run_dir, run_dir.name, run.to_dict(), start_step)
         self.latest: dict[str, Any] = {}
         self.started = time.monotonic()
         interactive = sys.stderr.isatty()
@@ -45,17 +48,15 @@ class RunLog:
         """(samples, time) of the first line, from which the time left is told."""
 
     def _open(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.metrics, self.skips = (self._reopen(self.run_dir / name, step) for name in (METRICS, "skipped.jsonl"))
-        self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step)
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`, but for the spikes: they are why."""
         if self.active:
-            for file in (self.metrics, self.skips, self.board):
+            for file in (self.metrics, self.skips):
                 file.close()
             self._open(step)
+            self.trackers.rewind(step)
 
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:
@@ -64,7 +65,7 @@ class RunLog:
         return path.open("a", encoding="utf-8", buffering=1)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same scalars to TensorBoard and W&B, and the progress line.
+        """One line of metrics.jsonl, the same scalars to the loggers, and the progress line.
 
         CommandError where they cannot be written: a run whose record has holes does not go on in silence.
         """
@@ -88,12 +89,11 @@ class RunLog:
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
         scalars = {
-            key: v for key, v in values.items() if isinstance(v, (int, float)) and key not in ("step", "samples")
+            f"{values.get('split', kind)}/{key}": value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key not in ("step", "samples")
         }
-        for key, value in scalars.items():
-            self.board.add_scalar(f"{values.get('split', kind)}/{key}", value, values["step"])
-        if self.wandb is not None:
-            self.wandb.log({f"{values.get('split', kind)}/{key}": v for key, v in scalars.items()}, step=values["step"])
+        self.trackers.log(scalars, values["step"])
 
     def skipped(self, samples: list[tuple[str, str]], step: int) -> None:
         for key, reason in samples if self.active else []:
@@ -142,18 +142,6 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            for file in (self.metrics, self.skips, self.spikes, self.board):
+            for file in (self.metrics, self.skips, self.spikes, self.trackers):
                 with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
                     file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
-
-
-def _start_wandb(run: RunConfig, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "--wandb: the package wandb is not installed; pip install wandb, or leave the flag out"
-        ) from None
-    return wandb.init(project="clips-mllm", name=run_dir.name, dir=str(run_dir), config=run.to_dict())

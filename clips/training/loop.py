@@ -131,7 +131,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
         speed, of_what = peak_flops(device, compute_dtype(run))
         peak = {"peak_tflops": speed / 1e12, "peak_of": of_what}
         write_json(options.run_dir / "env.json", environment(device, engine.world_size) | engine.facts | peak)
-    log = RunLog(run, options.run_dir, start_step=state.step, wandb=options.wandb, active=is_main)
+    log = RunLog(run, options.run_dir, start_step=state.step, active=is_main, report_to=options.report_to)
     with (
         profiled(options.run_dir / "profile", options.profile_steps, device) as profiler,
         contextlib.closing(log),

@@ -13,20 +13,19 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from clips.common.cards import PER_MACHINE, TIME_HEAD, USABLE, Machine, Time, card
 from clips.common.errors import UserError
 from clips.common.memory import FP32, Parameters
 from clips.common.page import markdown, print_table
+from clips.common.paths import DS_CONFIGS
 from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe
 from clips.training.memory import Usage, count_parameters, usage
 from clips.training.prepare import flops_per_sample, fullest_shape
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """Files of ds_configs/, in the order in which they are tried: the simplest that fits is taken."""
 PCIE = 25e9

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Options:
     """`auto`, `never`, or a checkpoint directory."""
     allow_config_change: bool = False
     dry_run: bool = False
-    wandb: bool = False
+    report_to: Sequence[str] = ()
     profile_steps: int = 0
     """Steps whose operators are recorded into `run_dir`/profile; 0: none."""
     timeout_minutes: float = 30

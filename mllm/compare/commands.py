@@ -11,6 +11,7 @@ from pathlib import Path
 from clips import RunConfig, config_from_flags
 from clips import parser as pretraining_parser
 from clips.common.files import read_json, read_json_records, sha256
+from clips.common.paths import SCRIPTS
 from clips.common.progress import read_progress, training_progress
 from clips.common.rundir import METRICS, UNSEEN, difference, refuse
 from clips.lab.grid import RECORD, Cell, Step
@@ -31,7 +32,6 @@ from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
 from mllm.training.stages import STAGES
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PER_S = {"align": 4.2, "instruct": 1.45, "evaluation": 6.3}
 """Assumed samples and questions per second of one core on the demo."""
 PRETRAINING_PER_S = {"clips": 140.0, "clip": 240.0, "caption": 260.0, "caption+web": 160.0}

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from clips import Fields, demo_split, ensure_any_demo, open_source
 from clips.common.errors import UserError
+from clips.common.paths import SCRIPTS
 from clips.common.rundir import is_finished
 from clips.lab.grid import Cell, Step
 from clips.lab.run import Runner
@@ -23,7 +24,6 @@ from mllm.model.load import newest_model
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import DEMO
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CAPTIONER_SHARE = 1.5
 """Samples that the CLIPS captioner sees, as a share of each encoder's samples."""
 CAPTIONER = ("model.captioner.inputs=tokens", "model.captioner.length=80", "model.text.context_length=80")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any, Literal
 
 from clips.common.errors import UserError
 from clips.common.flags import Parser, add_options, from_flags, option
+from clips.common.trackers import HELP as REPORT_TO
+from clips.common.trackers import loggers
 from mllm import DEFAULT_LLM
 from mllm.training.stages import STAGES, Stage
 
@@ -117,8 +118,8 @@ class TrainArguments:
     logging_steps: int = flag(10, "steps between two lines of metrics.jsonl")
     save_steps: int = flag(200, "steps between two checkpoints")
     save_total_limit: int = flag(2, "checkpoints that are kept")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "logger of the losses besides metrics.jsonl")
-    run_name: str | None = flag(None, "the run's name in that logger (default: the stage's directory)")
+    report_to: str = flag("none", REPORT_TO)
+    run_name: str | None = flag(None, "the run's name in these loggers (default: RUN/STAGE)")
     profile: int = flag(0, "optimizer steps that torch's profiler records into STAGE/profile")
     dry_run: bool = option(False, "print the command and the plan, train nothing")
 
@@ -129,8 +130,7 @@ class TrainArguments:
         from clips.common.runtime import has_bf16
 
         stage = self.description
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
-            raise UserError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
+        loggers(self.report_to)
         if self.bits != 4 and (self.quant_type is not None or self.double_quant is not None):
             raise UserError("--quant_type and --double_quant say how --bits 4 quantises: give that, or leave them out")
         on_gpu = self.device != "cpu" and torch.cuda.is_available()
@@ -248,7 +248,7 @@ def parse_train_arguments(argv: list[str]) -> TrainArguments:
     stage = _stage_of(argv)
     flags = parser().parse_args(flags_of_stage(argv, stage.name))
     _check_llava_flags({name: getattr(flags, name) for name in LLAVA_FLAGS})
-    own = {word.partition(".")[2] for word in argv if word.startswith(f"--{stage.name}.")}
+    own = {word.partition(".")[2].replace("-", "_") for word in argv if word.startswith(f"--{stage.name}.")}
     other = 3 - stage.number
     for name in STAGE_FLAGS[other]:
         if getattr(flags, name) not in (None, False) and (not flags.both_stages or name in own):

@@ -19,9 +19,11 @@ from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
 from clips.common.runtime import peak_memory_gb
 from clips.common.signals import outlive_readers
+from clips.common.trackers import Trackers, loggers
 from mllm.data.conversation import IGNORE
 from mllm.model.flops import LlavaFlops
 from mllm.model.packing import pairs_of, shared_length
+from mllm.training.arguments import TrainArguments
 
 
 class Work:
@@ -87,15 +89,22 @@ class MetricsLog(TrainerCallback):
     FLOPs and memory are rank 0's; ranks differ by the lengths of their samples.
     """
 
-    def __init__(self, run_dir: Path, stage: str, batch_size: int, work: Work, *, active: bool) -> None:
-        self.path, self.stage, self.batch_size, self.active = run_dir / rundir.METRICS, stage, batch_size, active
-        self.work = work
+    def __init__(self, run_dir: Path, arguments: TrainArguments, work: Work, *, active: bool) -> None:
+        self.path, self.work, self.active = run_dir / rundir.METRICS, work, active
+        self.arguments, self.stage, self.batch_size = arguments, arguments.description.name, arguments.batch_size
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
         if self.active:  # a stage that begins anew drops its own lines; the other stage's lines stay
             step = state.global_step
             rundir.keep_lines(self.path, lambda line: line.get("stage") != self.stage or rundir.is_at_most(line, step))
+            flags, folder = self.arguments, self.path.parent / self.stage
+            name = flags.run_name or f"{self.path.parent.name}/{self.stage}"
+            self.trackers = Trackers(loggers(flags.report_to), folder, name, flags.what_trains(), step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.active:
+            self.trackers.close()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self.active or logs is None or "loss" not in logs:
@@ -110,6 +119,8 @@ class MetricsLog(TrainerCallback):
         line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        figures = {name: value for name, value in line.items() if isinstance(value, float) and name != "time"}
+        self.trackers.log({f"train/{name}": value for name, value in figures.items()}, now[1])
         outlive_readers()
         print(
             f"[{self.stage} {now[1]:>6,}/{state.max_steps:,}]  loss {line['loss']:.4f}  "

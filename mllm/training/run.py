@@ -145,7 +145,7 @@ def train(
         data_collator=dataset.collate,
         train_dataset=dataset,
         work=work,
-        callbacks=[MetricsLog(run_dir, stage.name, arguments.batch_size, work, active=process.is_main), steps],
+        callbacks=[MetricsLog(run_dir, arguments, work, active=process.is_main), steps],
     )
     checkpoint = newest(stage_dir)
     if checkpoint is not None:

@@ -44,7 +44,7 @@ from mllm.training.zero import checkpoint_classes
 PASSED_ON = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed", "bf16"),
     *("learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm", "dataloader_num_workers"),
-    *("logging_steps", "save_steps", "report_to", "run_name"),
+    *("logging_steps", "save_steps"),
 )
 """The flags that the Trainer gets under the same name."""
 
@@ -308,6 +308,7 @@ def training_arguments(
         deepspeed=deepspeed,
         use_cpu=device.type == "cpu",
         logging_nan_inf_filter=False,
+        report_to="none",  # MetricsLog reports, as in pretraining
         log_level="error",
         save_strategy="steps",
         disable_tqdm=not sys.stderr.isatty(),

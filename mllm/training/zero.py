@@ -15,10 +15,9 @@ from transformers import TrainingArguments
 
 from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes
+from clips.common.paths import DS_CONFIGS
 from clips.common.runtime import import_deepspeed
 from mllm.training.arguments import TrainArguments
-
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def deepspeed_config(arguments: TrainArguments, world_size: int) -> dict[str, Any] | None:

@@ -42,7 +42,22 @@ def test_the_fields_of_a_dataclass_are_flags() -> None:
     assert read("--lora_enable", "False").lora_enable is False
 
 
-@pytest.mark.parametrize(("word", "hint"), [("--batch", ""), ("--batch_size", "did you mean --batch-size?")])
+def test_dashes_and_underscores_are_one_spelling() -> None:
+    assert read("--batch_size=2", "--lora-enable", "--no_cache") == read(
+        "--batch-size", "2", "--lora_enable", "--no-cache"
+    )
+
+
+HINTS = {
+    "--batches": "--batches: did you mean --batch-size? (samples of a step)",
+    "--bs": "--bs: did you mean --batch-size?",
+    "--pretrained": "--pretrained: did you mean --model?",
+    "--lora": "--lora: did you mean --lora_enable?",
+    "--zzz": "",
+}
+
+
+@pytest.mark.parametrize(("word", "hint"), HINTS.items())
 def test_a_flag_that_is_not_known_ends_with_2(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parser().parse_args([word, "3"])

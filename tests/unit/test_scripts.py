@@ -17,7 +17,7 @@ from conftest import ROOT, script_parser
 from clips.common.flags import Parser
 from mllm.training.arguments import parser as llava_parser
 
-PYTHON_SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+PYTHON_SCRIPTS = sorted(set((ROOT / "scripts").glob("*.py")) - {ROOT / "scripts" / "__main__.py"})
 SHELL_SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 FLAGS = ROOT / "tests" / "data" / "flags.json"

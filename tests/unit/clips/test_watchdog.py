@@ -119,7 +119,7 @@ def test_own_time_is_that_of_the_forward_passes_since_it_was_asked_last() -> Non
 
 
 def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: Path) -> None:
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, wandb=False, active=True)
+    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True)
     log.metrics = open("/dev/full", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by the log
     with pytest.raises(CommandError, match="record of step 3 cannot be written") as ended:
         log.record("train", {"step": 3, "samples": 30, "loss": 1.0})
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_written_ends_the_run_with_the_reason(tmp_path: 
 
 def test_a_message_that_nobody_reads_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after Ctrl-C of `deepspeed --hostfile`, under which a rank may be slow."""
-    log = RunLog(recipe("demo"), tmp_path, start_step=0, wandb=False, active=True)
+    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True)
     kept, (reader, writer) = os.dup(2), os.pipe()
     os.dup2(writer, 2)
     for end in (reader, writer):

@@ -49,6 +49,7 @@ from mllm.compare.run import compare
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
 from mllm.model.projector import save_projector
+from mllm.training.arguments import parse_train_arguments
 from mllm.training.log import MetricsLog
 from mllm.training.prepare import PROJECTOR, prepare
 
@@ -304,7 +305,8 @@ def test_the_progress_of_a_cell_is_what_its_run_recorded(place: Path) -> None:
     align, instruct, _ = lab_cells(comparison, [cell])[0].steps
     cell.directory.mkdir(parents=True)
     assert align.progress() is None
-    log, control = MetricsLog(cell.directory, "align", 4, tiny_work(), active=True), TrainerControl()
+    flags = parse_train_arguments(["--stage", "1", "--batch_size", "4"])
+    log, control = MetricsLog(cell.directory, flags, tiny_work(), active=True), TrainerControl()
     arguments = TrainingArguments(output_dir=str(cell.directory), use_cpu=True, report_to="none")
     log.on_train_begin(arguments, TrainerState(max_steps=8), control)
     for step in range(1, 7):

@@ -221,7 +221,7 @@ def test_llava_s_flags_that_have_one_value_and_flags_that_reach_the_trainer() ->
     words = "--stage 2 --data_path x --warmup_steps 7 --run_name mine --bits 4 --lora_enable --quant_type fp4"
     found = arguments(*words.split(), "--double_quant", "False").resolve(1)
     made = training_arguments(found, Path("runs/none"), torch.device("cpu"), None)
-    assert (made.get_warmup_steps(1000), made.run_name) == (7, "mine")
+    assert (made.get_warmup_steps(1000), made.report_to, found.run_name) == (7, [], "mine")
     assert (found.quant_type, found.double_quant) == ("fp4", False)
 
 

@@ -1,0 +1,63 @@
+"""The loggers of --report_to, the same in both halves: TensorBoard, Weights & Biases, trackio."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from clips.common.errors import UserError
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
+HELP = f"loggers of the losses besides metrics.jsonl, joined by commas: {', '.join(LOGGERS)}, or none"
+TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's files in a run directory."""
+
+
+def loggers(text: str) -> list[str]:
+    """The loggers that --report_to names. Raises UserError for an unknown name and for a missing package."""
+    names = [name for name in text.split(",") if name != "none"]
+    for name in names:
+        if name not in LOGGERS:
+            raise UserError(f"--report_to {name}: no such logger; there are {', '.join(LOGGERS)} and none")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs a package: pip install {name}")
+    return names
+
+
+class Trackers:
+    """The loggers of one run: each takes the same scalars. `folder` holds TensorBoard's and wandb's own files."""
+
+    def __init__(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any], step: int) -> None:
+        self.folder, self.has_board = folder, TENSORBOARD in names
+        self.board: Any = None
+        self.rewind(step)
+        self.others = [import_module(logger) for logger in names if logger != TENSORBOARD]
+        for module in self.others:
+            where = {"dir": str(folder)} if module.__name__ == "wandb" else {}
+            module.init(project="clips-mllm", name=name, config=dict(config), **where)
+
+    def rewind(self, step: int) -> None:
+        """TensorBoard forgets what came after `step`; the others keep it."""
+        if not self.has_board:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.board is not None:
+            self.board.close()
+        self.board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step)
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+        for module in self.others:
+            module.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        for module in self.others:
+            module.finish()

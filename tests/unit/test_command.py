@@ -1,0 +1,66 @@
+"""The command `clips` runs every script with its own flags; flags of other programs lead to ours."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_group, run_python, script_parser
+
+COMMANDS = runpy.run_path(str(ROOT / "scripts/__main__.py"))["COMMANDS"]
+
+
+def test_each_script_is_one_command() -> None:
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")} - {"__main__.py", "train_llava.py"}
+    assert sorted(COMMANDS.values()) == sorted(scripts | {"train_llava.sh"})
+    shown = run_python("scripts/__main__.py", "--help").stdout
+    assert re.findall(r"^  (\S+) +\S.*\S$", shown, re.MULTILINE) == list(COMMANDS)
+
+
+@pytest.mark.slow
+def test_the_package_brings_the_command_its_scripts_and_settings(tmp_path: Path) -> None:
+    """As `pip install .` puts it somewhere without the repository."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("clips", "mllm", "scripts", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target]
+    installed = run_group([*map(str, pip), str(source)], timeout=300)
+    assert installed.returncode == 0, installed.stderr
+    done = run_python(
+        target / "bin" / "clips", "plan", "--recipe", "b16", cwd=tmp_path, env={"PYTHONPATH": str(target)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "zero0" in done.stdout
+    dry = ["llava", "--dry-run", "--stage", "5"]
+    wrong = run_python(target / "bin" / "clips", *dry, cwd=tmp_path, env={"PYTHONPATH": str(target)})
+    assert "--stage 5 is not known" in wrong.stderr
+
+
+def test_a_command_runs_its_script_and_a_wrong_one_names_the_nearest() -> None:
+    assert "usage: clips chat" in run_python("scripts/__main__.py", "chat", "--help").stdout
+    assert "usage: train_llava.sh" in run_python("scripts/__main__.py", "llava", "--help").stdout
+    wrong = run_python("scripts/__main__.py", "trian")
+    assert (wrong.returncode, "did you mean train?" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "word", "hint"),
+    [
+        ("pretrain_clips", "--epochs", "did you mean --samples? (samples to see in each phase"),
+        ("pretrain_clips", "--lr", "did you mean --set? (any other field of clips/config.py"),
+        ("pretrain_clips", "--wandb", "did you mean --report-to?"),
+        ("pretrain_clips", "--train-data", "did you mean --data?"),
+        ("evaluate_clips", "--pretrained", "did you mean --model?"),
+        ("compare_pretraining", "--sample", "did you mean --samples?"),
+    ],
+)
+def test_a_flag_of_another_program_names_ours(script: str, word: str, hint: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        script_parser(script).parse_args([*(["claims"] if script == "compare_pretraining" else []), word, "3"])
+    assert hint in capsys.readouterr().err
