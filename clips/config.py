@@ -295,7 +295,7 @@ class TaskConfig:
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     synthetic_share: float = 0.2
-    """Objective clip: share of samples whose one text is the synthetic caption."""
+    """Objective clip: share of samples whose one text is the synthetic caption, if they have one."""
     caption_chunk: int = 4096
     """Caption positions whose logits are held at once."""
 
@@ -316,13 +316,8 @@ class TaskConfig:
 
     @property
     def captions(self) -> bool:
-        """Whether a captioner, if there is one, predicts long captions."""
+        """Whether training needs long captions. Objective clip reads them if they are there."""
         return self.objective != "clip"
-
-    @property
-    def needs_long(self) -> bool:
-        """Whether training reads long captions."""
-        return self.captions or self.synthetic_share > 0
 
 
 @dataclass(frozen=True, kw_only=True)

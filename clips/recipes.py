@@ -91,6 +91,8 @@ def demo() -> RunConfig:
 def clip_baseline() -> RunConfig:
     """The CLIP baseline of the paper on the demo: one text per image (80 % web, 20 % synthetic), no captioner.
 
+    Data without synthetic captions give web captions alone.
+
     Its learning rates are the best ones for it, half of the demo's (docs/results.md, "CLIPS against CLIP").
 
     python scripts/pretrain_clips.py --recipe clip_baseline

@@ -49,6 +49,7 @@ def inside(root: str | Path, name: str) -> str:
     """
     root = str(root)
     if is_remote(root):
+        name = name.removeprefix(f"{root.rstrip('/')}/")
         if is_plain(name) and not is_remote(name):
             return posixpath.join(root, name)
     elif "\0" not in name and not is_remote(name):

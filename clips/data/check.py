@@ -302,7 +302,7 @@ def check_triples(
     `samples` limits the check to so many samples, drawn with `seed`. At the end raises UserError (exit 2) if a sample
     would stop a training at once, and BrokenDataError (exit 4) if more than `data.max_broken_share` are broken.
     """
-    source = open_split(run.data, "train", need_long=run.task.needs_long)
+    source = open_split(run.data, "train", need_long=run.task.captions)
     draw = random.Random(seed)
     indices: Sequence[int] = range(len(source))
     if samples is not None and samples < len(source):

@@ -14,12 +14,11 @@ import itertools
 import json
 import logging
 import os
-import posixpath
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
@@ -29,6 +28,7 @@ from clips.common.escape import for_terminal
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
+from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import read_range, remote_facts, store_of
@@ -36,6 +36,9 @@ from clips.data.sample import BrokenSample, RawSample, StoredSample
 from clips.data.shards import open_shards
 from clips.data.sidecar import SAMPLE_BYTES, check_state, made_for, open_binary
 from clips.data.tar import INDEX, ShardIndex, load_index, shard_summary
+
+if TYPE_CHECKING:
+    from clips.data.table import Table
 
 log = logging.getLogger("clips.data")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -49,7 +52,11 @@ WARNED = 10
 MAX_CAPTION = 20_000
 """Characters of a caption that are kept, ten times a long caption."""
 PARTS = ("image", "web", "long")
-WRITE_LONG = "python scripts/recaption.py writes them (docs/recaption.md)"
+CHOICES = (
+    "\n  One caption is enough for CLIP: --recipe clip_baseline, best from given weights: --init-from WEIGHTS"
+    "\n  Long captions are written by python scripts/recaption.py --data DATA --captioner hf:MODEL (docs/recaption.md)"
+)
+"""Printed if long captions are missing."""
 
 
 def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
@@ -60,11 +67,11 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     """
     if need_long and fields.web == fields.long:
         raise UserError(
-            f"data.fields: web and long are both {fields.web!r}, and a long caption is another text than the web one; "
-            f"where there are none, {WRITE_LONG}"
+            f"data.fields: web and long are both {fields.web!r}, and a long caption is another text than the web one."
+            f"{CHOICES}"
         )
     files = expand(spec)
-    tables = [file for file in files if file.endswith(TABLES)]
+    tables = [file for file in files if not file.endswith(".tar")]
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
     return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
@@ -73,10 +80,8 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
 def index_data(spec: str, workers: int) -> None:
     """scripts/index_data.py: make the indexes of `spec` in `workers` processes and print what the data holds."""
     files = expand(spec)
-    if any(file.endswith(TABLES) for file in files):
-        from clips.data.table import Table
-
-        rows = sum(len(Table(file)) for file in files)
+    if not files[0].endswith(".tar"):
+        rows = sum(map(len, _tables(files)))
         print(f"{len(files):,} tables, {rows:,} rows")
         return
     found = open_shards(files, workers)
@@ -102,7 +107,7 @@ def expand(spec: str) -> list[str]:
     if not files:
         raise UserError(f"data {spec!r} names no files; give a folder, *.tar, {{00000..00009}}.tar or a table")
     for file in files:
-        if not file.endswith((".tar", *TABLES)):
+        if not (file.endswith((".tar", *TABLES)) or os.path.isdir(file)):
             raise UserError(f"{file} is of no known kind; known are .tar (not compressed), {', '.join(TABLES)}")
     return files
 
@@ -114,13 +119,14 @@ def _match(pattern: str) -> list[str]:
         filesystem, path = store_of(pattern)
         found = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     elif os.path.isdir(pattern):
-        names = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if name[0] != "."]
-        kinds = ([name for name in names if name.endswith(suffix)] for suffix in (".tar", *TABLES))
-        found = next(filter(None, kinds), [])
+        found = in_folder(pattern, (".tar", *TABLES))
     else:
         found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not found:
-        raise UserError(f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(TABLES)}")
+        raise UserError(
+            f"no data at {pattern!r}: no such file, or a folder without .tar, {', '.join(TABLES)} and without pictures "
+            "that have a text of their name (a.jpg, a.txt)"
+        )
     return found
 
 
@@ -215,22 +221,25 @@ class TarSource(Source):
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._needed = PARTS if need_long else PARTS[:2]
         self._set = open_shards(shards)
-        self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
+        found = self._fields_found()
+        fields = guess_fields(_names(shards), fields, found)
+        self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
+        self._close()  # which of its samples are complete depends on the fields
+        self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
         self.left_out = self._set.counts[:, self._lacks].sum(axis=1).tolist()
         self._warn_of_problems()
-        self._check_fields(fields)
+        self._check_fields(fields, found)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """The needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _check_fields(self, fields: Fields) -> None:
-        found = self._fields_found()
+    def _check_fields(self, fields: Fields, found: Sequence[str]) -> None:
         for name in self._needed:
             if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
                 raise _missing_field(_names(self.shards), name, getattr(fields, name), found)
@@ -331,6 +340,9 @@ class TarSource(Source):
     def read_copies(self, copies: Callable[[int], BinaryIO | None]) -> None:
         """Read shard i from the file `copies(i)` from now on, if there is one. Open shards are closed."""
         self._copies = copies
+        self._close()
+
+    def _close(self) -> None:
         for opened in self._open.values():
             opened.file.close()
         self._open.clear()
@@ -403,11 +415,9 @@ class TableSource(Source):
     """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
 
     def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
-        from clips.data.table import Table  # imports pyarrow, which tar shards do not need
-
-        self.tables, self.need_long = [Table(file) for file in files], need_long
-        self.roots = [image_root or posixpath.dirname(table.url) or "." for table in self.tables]
+        self.tables, self.need_long = _tables(files), need_long
         self._copies: Callable[[str], BinaryIO | None] | None = None
+        fields = guess_fields(_names(files), fields, self.tables[0].columns)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
@@ -417,6 +427,28 @@ class TableSource(Source):
         self.files = [table.url for table in self.tables]
         self._set_sizes([len(table) for table in self.tables])
         self.left_out = [0] * len(self.tables)
+        self.roots = [image_root or table.root for table in self.tables]
+        for file, table in enumerate(self.tables):
+            self._find_pictures(file, table.url, image_root)
+
+    def _find_pictures(self, file: int, url: str, image_root: str | None) -> None:
+        """Guess the root of a table's image paths. Raises UserError if none of its first pictures is there."""
+        first = self._starts[file]
+        values = []
+        for index in range(first, min(first + PROBED_SAMPLES, self._starts[file + 1])):
+            with contextlib.suppress(BrokenSample):  # counted when training reads it
+                values.append(self._value(self._row(index)[2], "image"))
+            if values and not isinstance(values[-1], str):
+                return  # the table holds the pictures
+        if image_root is None and not is_remote(self.roots[file]):
+            self.roots[file] = guess_root(url, self.roots[file], values)
+        root = self.roots[file]
+        paths = [value for value in values if isinstance(value, str) and value]
+        if paths and not is_remote(root) and not any(os.path.exists(os.path.join(root, path)) for path in paths):
+            raise UserError(
+                f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
+                f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
+            )
 
     def read(self, index: int) -> RawSample:
         file, key, row = self._row(index)
@@ -487,7 +519,7 @@ class TableSource(Source):
                     return copy.read(MAX_BYTES + 1)
             return read_range(place, 0, min(remote_facts(place)[0], MAX_BYTES + 1))
         except OSError as error:
-            raise BrokenSample(key, f"image: {error}") from None
+            raise BrokenSample(key, f"image: {error.strerror or error}: {place}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
         """The picture in the cell, or its path or URL."""
@@ -502,7 +534,13 @@ class TableSource(Source):
         try:
             return inside(self.roots[file], value)
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
-            raise UserError(f"{key}: image path {error}; set data.image_root to a folder above it") from None
+            raise UserError(f"{key}: image path {error}; name a folder above it with --image-root") from None
+
+
+def _tables(files: Sequence[str]) -> list[Table | PictureFolder]:
+    from clips.data.table import Table  # imports pyarrow, which tar shards do not need
+
+    return [PictureFolder(file) if os.path.isdir(file) else Table(file) for file in files]
 
 
 _MEMBER = re.compile(r"(?!json$)[a-z0-9_]+")
@@ -531,10 +569,11 @@ def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str |
 
 def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:
     what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
+    reason = f"data.fields.{name} = {spec!r} is not" if spec else "no usual name is"
     return UserError(
-        f"{where} has no {what}: data.fields.{name} = {spec!r} is not among the fields found: "
+        f"{where} has no {what}: {reason} among the fields found: "
         f"{', '.join(found) or 'none'}. Name the right one with --fields {name}=FIELD"
-        + (f"; where there are none, {WRITE_LONG}" if name == "long" else "")
+        + (f".{CHOICES}" if name == "long" else "")
     )
 
 

@@ -10,6 +10,7 @@ import bisect
 import codecs
 import itertools
 import logging
+import posixpath
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import pyarrow.csv
 
 from clips.common.errors import UserError
 from clips.common.files import from_json
-from clips.data.sidecar import open_binary, sidecar
+from clips.data.guess import guess_delimiter
+from clips.data.sidecar import SCAN_BYTES, open_binary, sidecar
 
 log = logging.getLogger("clips.data")
 ROWS_PER_BATCH = 512
@@ -32,6 +34,7 @@ class Table:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.root = posixpath.dirname(url) or "."
         self.is_json = url.endswith(".jsonl")
         self._path = sidecar(url, ".idx.arrow", lambda target: _write_arrow(url, target))
         self._reader: pa.ipc.RecordBatchFileReader | None = None
@@ -96,7 +99,7 @@ def _write_arrow(url: str, target: Path) -> None:
                 raise UserError(f"{url} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             file.seek(0)
             batches = _parquet(file) if url.endswith(".parquet") else _json(file) if url.endswith(".jsonl") else None
-            batches = batches or _csv(file, url)
+            batches = batches or _csv(file, url, _encoding(url))
             head = next(batches)
             names = head.schema.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -124,7 +127,23 @@ def _json(file: Any) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch({"line": pa.array(lines, pa.binary())})
 
 
-def _csv(file: Any, url: str) -> Iterator[pa.RecordBatch]:
+def _encoding(url: str) -> str:
+    """utf-8; cp1252 for a file in which most characters beyond ASCII are no UTF-8, as Excel writes it on Windows."""
+    characters = wrong = 0
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with open_binary(url) as file:
+        while data := file.read(SCAN_BYTES):
+            text = decoder.decode(data)
+            if not text.isascii():
+                characters += len(text) - len(text.encode("ascii", "ignore"))
+                wrong += text.count("\ufffd")
+    if 2 * wrong <= characters:
+        return "utf-8"
+    log.warning("%s is not UTF-8: it is read as cp1252 (Windows). If it is another encoding, save it as UTF-8", url)
+    return "cp1252"
+
+
+def _csv(file: Any, url: str, encoding: str) -> Iterator[pa.RecordBatch]:
     """Every column as bytes: types are not guessed, and a wrongly encoded cell breaks its own row only."""
 
     def skip(row: pa.csv.InvalidRow) -> str:
@@ -132,13 +151,13 @@ def _csv(file: Any, url: str) -> Iterator[pa.RecordBatch]:
                     row.actual_columns, row.expected_columns, row.text)  # fmt: skip
         return "skip"
 
-    parse = pa.csv.ParseOptions(
-        delimiter="\t" if url.endswith(".tsv") else ",", newlines_in_values=True, invalid_row_handler=skip
-    )
+    delimiter = guess_delimiter(file.readline(LONGEST_ROW).decode(encoding, "replace"), url)
+    file.seek(0)
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip)
+    read = pa.csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW, encoding=encoding)
     with open_binary(url) as again:
-        names = pa.csv.open_csv(again, parse_options=parse).schema.names
+        names = pa.csv.open_csv(again, read_options=read, parse_options=parse).schema.names
     convert = pa.csv.ConvertOptions(column_types={name: pa.binary() for name in names}, strings_can_be_null=False)
-    read = pa.csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
     rows = 0
     try:
         for block in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):

@@ -130,7 +130,7 @@ def prepare_data(
     A text tower among the `initial` weights brings its own, and so does the run that this one is a branch of. The
     others wait as long as that takes.
     """
-    need_long = run.task.needs_long
+    need_long = run.task.captions
 
     def opened() -> Source:
         train = open_split(run.data, "train", need_long=need_long)  # builds the demo under a lock

@@ -1,0 +1,164 @@
+"""What a stranger's data mean, where nobody says it: fields, the files of a folder, the root of image paths.
+
+Every guess is printed. `--fields` and `--image-root` overrule it.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+from clips.common.files import read_regular
+from clips.config import Fields
+
+log = logging.getLogger("clips.data")
+NAMES = {
+    "image": (
+        *("image", "file_name", "filepath", "path", "filename", "file", "image_path", "img", "picture", "photo"),
+        *("url", "image_url"),
+    ),
+    "web": ("text", "txt", "caption", "alt", "title", "alt_text", "org_caption", "web"),
+    "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
+}
+"""Part of a sample → usual names of its column, JSON key or member; the first one that is there counts."""
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+HELD_OUT = ("test", "val", "dev")
+LONGEST_TEXT = 1 << 18
+"""Bytes of a text file beside a picture."""
+
+
+def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
+    """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
+
+    A long caption is guessed by its own names only. If the web caption is guessed, the default place of long captions
+    counts no more: in other layouts than Recap-DataComp-1B's `txt` is the web caption.
+    """
+    named = {name.removeprefix("json:").lower(): name for name in reversed(found)}
+    default = Fields()
+
+    def is_open(part: str) -> bool:
+        spec = getattr(fields, part)
+        return spec == getattr(default, part) and not set(spec.split(";")) & set(found)
+
+    guessed = {part: "" for part in ("image", "web") if is_open(part)}
+    if fields.long == default.long and ("web" in guessed or is_open("long")):
+        guessed["long"] = ""
+    for part in guessed:
+        taken = {fields.image, fields.web, *guessed.values()}
+        guessed[part] = next((named[n] for n in NAMES[part] if n in named and named[n] not in taken), "")
+    if not any(guessed.values()):
+        return fields
+    fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
+    long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
+    _say(f"{where}: pictures from {fields.image!r}, captions from {fields.web!r}, {long} (guessed; --fields overrules)")
+    return fields
+
+
+def guess_delimiter(header: str, url: str) -> str:
+    """The character that cuts a table's header into most columns: a comma, a tab or a semicolon."""
+    usual = "\t" if url.endswith(".tsv") else ","
+    found = max(usual, *"\t;,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
+    if found != usual:
+        _say(f"{url}: columns are separated by {found!r}")
+    return found
+
+
+def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
+    """The folder of the image paths `values`: `root`, the table's folder, unless only another one has a picture.
+
+    The other one is the current folder, or the host of the first URL.
+    """
+    paths = [value for value in values if isinstance(value, str)]
+    if paths and paths[0].startswith(("http://", "https://")):
+        address = urlsplit(paths[0])
+        found, what = f"{address.scheme}://{address.netloc}", "the first picture's host"
+    else:
+        found, what = ".", "the current folder"
+        if not paths or any(os.path.exists(os.path.join(root, path)) for path in paths):
+            return root
+        if not any(os.path.exists(path) for path in paths):
+            return root
+    _say(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
+    return found
+
+
+def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
+    """The data files of a folder: the first kind of `suffixes` that it holds, in its own data/ or train/ if need be.
+
+    Beside `train…` files those of held-out splits are left out. A folder of pictures with texts is its own data file.
+    """
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    kinds = ([name for name in names if name.endswith(suffix)] for suffix in suffixes)
+    if found := next(filter(None, kinds), []):
+        train = [name for name in found if name.startswith("train")]
+        others = [name for name in found if name not in train]
+        if train and others and all(name.startswith(HELD_OUT) for name in others):
+            _say(f"{folder}: {_some(train)} taken, {_some(others)} left for --test-data")
+            found = train
+        return [os.path.join(folder, name) for name in found]
+    for inner in ("data", "train"):
+        if (
+            inner in names
+            and os.path.isdir(path := os.path.join(folder, inner))
+            and (found := in_folder(path, suffixes))
+        ):
+            return found
+    return [folder] if PictureFolder.pairs(folder)[0] else []
+
+
+@lru_cache
+def _say(message: str) -> None:
+    """Print `message`, once in a process: a run opens its data several times."""
+    log.warning("%s", message)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+class PictureFolder:
+    """A folder of pictures, below it too, each beside a text of its name (a.jpg, a.txt), as a table of two columns."""
+
+    columns = ("image", "txt")
+
+    def __init__(self, folder: str) -> None:
+        self.url = self.root = folder
+        self._names, without = self.pairs(folder)
+        if without:
+            _say(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def row(self, i: int, needed: Collection[str], without: Collection[str] = ()) -> dict[str, Any]:
+        """As `Table.row`. Raises ValueError for a text that cannot be read."""
+        name = self._names[i]
+        path = os.path.join(self.root, os.path.splitext(name)[0] + ".txt")
+        try:
+            data = read_regular(path, LONGEST_TEXT)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        try:
+            return {"image": name, "txt": data.decode("utf-8-sig")}
+        except UnicodeDecodeError:
+            return {"image": name, "txt": data.decode("cp1252")}
+
+    @staticmethod
+    def pairs(folder: str) -> tuple[list[str], list[str]]:
+        """The pictures with a text and those without, as paths below `folder`, sorted."""
+        found: tuple[list[str], list[str]] = ([], [])
+        for place, folders, names in os.walk(folder):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            texts = {name[:-4] for name in names if name.endswith(".txt")}
+            for name in sorted(names):
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in PICTURES and name[0] != ".":
+                    path = os.path.relpath(os.path.join(place, name), folder)
+                    found[stem not in texts].append(path)
+        return found

@@ -1,0 +1,152 @@
+"""A stranger's data, as they lie on a disk, are opened without a flag, and what was guessed is printed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from clips.common.errors import UserError
+from clips.config import Fields
+from clips.data.guess import guess_fields
+from clips.data.sources import Source, open_source
+
+
+def picture(value: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(folder: Path, count: int = 3) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(picture(i))
+
+
+def opened(spec: Path | str, *, need_long: bool = False, **options: str) -> Source:
+    return open_source(str(spec), Fields(), need_long=need_long, **options)
+
+
+def texts(source: Source) -> list[str]:
+    assert [source.read(i).image for i in range(len(source))] == [picture(i) for i in range(len(source))]
+    return [source.read(i).web for i in range(len(source))]
+
+
+def write_csv(path: Path, rows: list[tuple[str, ...]], encoding: str = "utf-8", delimiter: str = ",") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("caption", ["text", "caption", "ALT", "title"])
+@pytest.mark.parametrize("image", ["image", "file_name", "filepath", "Path", "url"])
+def test_usual_columns(image: str, caption: str) -> None:
+    found = guess_fields("t", Fields(), ["id", image, caption])
+    assert (found.image, found.web, found.long) == (image, caption, "")
+    assert guess_fields("t", Fields(image="id", web="id2"), [image, caption]) == Fields(image="id", web="id2")
+
+
+def test_the_default_layout_is_never_guessed_anew() -> None:
+    recap = ["jpg", "json", "json:caption", "json:org_caption", "txt"]
+    assert guess_fields("t", Fields(), recap) == Fields()
+    web = guess_fields("t", Fields(), ["jpg", "json", "json:caption", "json:url", "txt"])
+    assert (web.image, web.web, web.long) == ("jpg;jpeg;png;webp", "txt", ""), "img2dataset's txt is no long caption"
+    both = guess_fields("t", Fields(), ["image", "alt", "long_caption"])
+    assert (both.web, both.long) == ("alt", "long_caption")
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig"])
+def test_separators_and_encodings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str, encoding: str
+) -> None:
+    pictures(tmp_path / "fotos")
+    rows = [(f"fotos/{i}.png", f"Größe {i}, “groß”; naïve") for i in range(3)]
+    table = write_csv(tmp_path / "t.csv", [("file_name", "caption"), *rows], encoding, delimiter)
+    assert texts(opened(table)) == [text for _, text in rows]
+    assert ("read as cp1252" in caplog.text) == (encoding == "cp1252")
+    assert (f"separated by {delimiter!r}" in caplog.text) == (delimiter != ",")
+    assert "captions from 'caption', no long captions (guessed; --fields overrules)" in caplog.text
+
+
+def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    table = write_csv(tmp_path / "t.csv", [("image", "text"), *((f"{i}.png", f"w {i}") for i in range(3))])
+    with pytest.raises(UserError, match="no long captions") as refused:
+        opened(table, need_long=True)
+    choices = str(refused.value).splitlines()[1:]
+    assert len(choices) == 2
+    assert "--recipe clip_baseline" in choices[0]
+    assert "--init-from" in choices[0]
+    assert "recaption.py" in choices[1]
+
+
+def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """`--train-data` of open_clip: separated by tabs, paths from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pics")
+    rows = [(f"pics/{i}.png", f"w {i}") for i in range(3)]
+    write_csv(tmp_path / "lists/train.csv", [("filepath", "title"), *rows], delimiter="\t")
+    assert texts(opened("lists/train.csv")) == ["w 0", "w 1", "w 2"]
+    assert "looked for in ., the current folder (guessed; --image-root overrules)" in caplog.text
+
+
+def test_a_wrong_root_names_folder_and_first_path(tmp_path: Path) -> None:
+    pictures(tmp_path / "pics")
+    rows = [(f"{i}.png", f"w {i}") for i in range(3)]
+    table = write_csv(tmp_path / "t.csv", [("image", "text"), *rows])
+    with pytest.raises(UserError, match="--image-root") as refused:
+        opened(table)
+    assert "'0.png' was looked for in " + str(tmp_path) in str(refused.value)
+    assert "Errno" not in str(refused.value)
+    with pytest.raises(UserError, match="--image-root"):
+        opened(table, image_root=str(tmp_path / "lists"))
+    assert texts(opened(table, image_root=str(tmp_path / "pics"))) == ["w 0", "w 1", "w 2"]
+
+
+def test_pictures_at_the_urls_of_one_host(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(f"https://host.example/a/{i}.png", f"w {i}") for i in range(3)]
+    source = opened(write_csv(tmp_path / "t.csv", [("URL", "TEXT"), *rows]))
+    assert [source.picture(i) for i in range(3)] == [url for url, _ in rows]  # type: ignore[attr-defined]
+    assert "https://host.example, the first picture's host" in caplog.text
+
+
+def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub = tmp_path / "hub"
+    (hub / "data").mkdir(parents=True)
+    (hub / "README.md").write_text("---\n")
+    for split in ("train", "test"):
+        cells = [{"bytes": picture(i), "path": f"{i}.png"} for i in range(3)]
+        table = pa.table({"image": cells, "text": [f"{split} {i}" for i in range(3)]})
+        pa.parquet.write_table(table, hub / f"data/{split}-00000-of-00001.parquet")
+    assert texts(opened(hub)) == ["train 0", "train 1", "train 2"], "the test split is not trained on"
+    assert "test-00000-of-00001.parquet left for --test-data" in caplog.text
+
+    for suffix in (".csv", ".jsonl"):
+        folder = tmp_path / f"imagefolder{suffix}" / "train"
+        pictures(folder)
+        rows = [{"file_name": f"{i}.png", "text": f"w {i}"} for i in range(3)]
+        if suffix == ".csv":
+            write_csv(folder / "metadata.csv", [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+        else:
+            (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert texts(opened(folder.parent)) == ["w 0", "w 1", "w 2"]
+
+
+def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures(tmp_path / "urlaub/2024", 4)
+    for i, data in enumerate([b"plain", "Größe".encode(), "Größe".encode("cp1252")]):
+        (tmp_path / f"urlaub/2024/{i}.txt").write_bytes(data)
+    assert texts(opened(tmp_path / "urlaub")) == ["plain", "Größe", "Größe"]
+    assert "1 pictures are left out for want of a text, the first is 2024/3.png" in caplog.text
+    pictures(tmp_path / "none")
+    with pytest.raises(UserError, match=r"a\.jpg, a\.txt"):
+        opened(tmp_path / "none")
