@@ -61,6 +61,20 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
+def autocast_type(device: torch.device) -> str:
+    """The device type whose autocast holds for tensors on `device`.
+
+    Autocast knows no "meta", the device of a rehearsal (clips/common/rehearsal.py). There the CPU's state stands for a
+    GPU's.
+    """
+    return "cpu" if device.type == "meta" else device.type
+
+
+def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """Autocast to bf16 for tensors on `device`; the only place that opens autocast for training."""
+    return torch.autocast(autocast_type(device), torch.bfloat16, enabled=enabled)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory used so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clips.common.runtime import autocast_type
 from clips.config import Activation
 
 LAYER_NORM_EPS = 1e-6
@@ -202,7 +203,8 @@ class Blocks(nn.ModuleList):
 
 def stream_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the residual stream: autocast's when autocast is on (as in open_clip's amp), else fp32."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    kind = autocast_type(device)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 def init_weights(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clips.common.runtime import autocast
 from clips.config import RunConfig
 from clips.model.clips import CLIPSModel, Counts, Kept, Outputs
 from clips.model.flops import BatchShape, training_flops
@@ -65,7 +66,7 @@ class Task(nn.Module):
         `features_only`: the model's outputs instead, without the captioner.
         """
         # bf16 is autocast over fp32 weights: with Muon, ZeRO and the temperature in fp32 the stages agree exactly.
-        with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(batch["images"].device, enabled=self.bf16):
             if features_only:
                 return self.model(batch["images"], _texts(batch), None, self._kept(batch), batch.get("counts"))
             return self._loss(batch, part)
@@ -140,7 +141,7 @@ class Task(nn.Module):
     def _contrastive(batch: dict[str, Any], out: Outputs, part: Part | None) -> tuple[Tensor, Tensor]:
         """(what has the gradient, the value)."""
         features = [out.image_features, *out.text_features]
-        with torch.autocast(batch["images"].device.type, enabled=False):
+        with autocast(batch["images"].device, enabled=False):
             if part is None:
                 contrastive = contrastive_loss(features, [gather_features(x) for x in features], out.logit_scale)
                 return contrastive, contrastive.detach()

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 from mllm.data.conversation import IGNORE
 from mllm.encoders.encoder import select_features
-from mllm.model.packing import Packing
+from mllm.model.packing import Packing, places_of
 
 
 def embed_inputs(
@@ -17,13 +17,15 @@ def embed_inputs(
     input_ids: Tensor,
     image_features: Tensor | None = None,
     pixel_values: Tensor | None = None,
+    placeholders: int | None = None,
 ) -> Tensor:
     """The word embeddings [B, L, D] of `input_ids` with projected image tokens at the `<image>` positions.
 
     Equal to what the stock forward computes from pixels. `image_features` [n, N, W] are the encoder's tokens of all
     images in order; alternatively `pixel_values` [n, 3, S, S]. In a batch without images pass the same kind of tensor
     with n = 0: then a zero image goes through the same modules with weight zero, because under ZeRO-3 every rank must
-    run every module or the others wait for ever.
+    run every module or the others wait for ever. `placeholders`: their number, if known: without it the host waits for
+    the GPU.
     """
     config, inner = model.config, model.model
     inputs_embeds = model.get_input_embeddings()(input_ids)
@@ -43,11 +45,15 @@ def embed_inputs(
     projected = projected.to(inputs_embeds.dtype)
     positions = input_ids == config.image_token_id
     tokens = projected.flatten(0, 1) if has_images else projected.flatten(0, 1)[:0]
-    if int(positions.sum()) != len(tokens):
-        raise ValueError(f"{int(positions.sum())} image placeholders, but {len(tokens)} image tokens")
+    if placeholders is None:
+        placeholders = int(positions.sum())
+    if placeholders != len(tokens):
+        raise ValueError(f"{placeholders} image placeholders, but {len(tokens)} image tokens")
     if not has_images:
         return inputs_embeds + 0.0 * projected.sum()
-    return inputs_embeds.masked_scatter(positions[..., None], tokens)
+    # Not masked_scatter: its gradient is a selection, for whose size the host waits.
+    rows = inputs_embeds.flatten(0, 1).index_put((places_of(positions, placeholders),), tokens)
+    return rows.view_as(inputs_embeds)
 
 
 def causal_lm_loss(
@@ -56,30 +62,32 @@ def causal_lm_loss(
     attention_mask: Tensor,
     labels: Tensor,
     num_items: Tensor | int | None = None,
-    shared: int | None = None,
+    *,
+    learned: int | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Mean next-token cross entropy over the labelled positions; logits exist only for those.
 
     inputs_embeds [B, L, D], attention_mask [B, L], labels [B, L] with -100 where nothing is learned. `num_items`
-    replaces the number of labelled tokens as divisor (gradient accumulation). With `shared`, see `shared_length`, the
-    batch goes through the language model as one row without padding (mllm/model/packing.py), whose attention must be
-    `PACKED`. Without any label the loss is zero, and still depends on every weight.
+    replaces the number of labelled tokens as divisor (gradient accumulation). `learned`: the number of labelled tokens,
+    if known: without it the host waits for the GPU. With `packing` the batch goes through the language model as one row
+    without padding, and the language model's attention must be `PACKED`. Without any label the loss is zero, and still
+    depends on every weight.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORE
+    is_learned = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+    places = places_of(is_learned, int(is_learned.sum()) if learned is None else learned)
     language_model = model.model.language_model
-    if shared is None:
+    if packing is None:
         outputs = language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        states = outputs.last_hidden_state[:, :-1][learned]
+        states = outputs.last_hidden_state.flatten(0, 1).index_select(0, places)
     else:
-        packing = Packing.of(attention_mask, shared)
         outputs = language_model(
-            inputs_embeds=inputs_embeds[packing.kept][None],
+            inputs_embeds=inputs_embeds.flatten(0, 1).index_select(0, packing.row)[None],
             position_ids=packing.position_ids,
             use_cache=False,
             packing=packing,
         )
-        states = outputs.last_hidden_state[0][packing.places(F.pad(learned, (0, 1)))]
+        states = outputs.last_hidden_state[0].index_select(0, packing.in_row(places))
     logits = model.lm_head(states).float()
-    divisor = num_items if num_items is not None else learned.sum().clamp_min(1)
-    return F.cross_entropy(logits, targets[learned], reduction="sum") / divisor
+    divisor = num_items if num_items is not None else max(len(places), 1)
+    return F.cross_entropy(logits, labels.flatten().index_select(0, places + 1), reduction="sum") / divisor

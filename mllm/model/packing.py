@@ -11,6 +11,7 @@ H heads · D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,11 @@ def can_pack(config: PreTrainedConfig) -> bool:
     return config.model_type in MODEL_TYPES
 
 
+def places_of(marked: Tensor, count: int) -> Tensor:
+    """int64 [count]: the places of the `count` marked entries of `marked`, bool [B, L], in 0 … B·L − 1."""
+    return torch.nonzero_static(marked.flatten(), size=count)[:, 0]
+
+
 def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
     """P, a scalar: the positions that all samples of a batch [B, L] begin with, none of them learned or of an image.
 
@@ -47,10 +53,33 @@ def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, ima
     return (given & same)[:-1].logical_and(given[1:]).long().cumprod(0).sum()
 
 
-def pairs_of(samples: int, longest: int, shared: Tensor | int) -> Any:
+def pairs_of(samples: int, longest: int, shared: int) -> int:
     """Pairs of query and key that `packed_attention` computes, for FLOPs."""
     rest = longest - shared
     return samples * rest * longest + shared * shared
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of a batch [B, L] that sizes depend on. They are counted on the host: on a GPU each would be a wait."""
+
+    real: int
+    """Positions that are no padding."""
+    image_tokens: int
+    learned: int
+    """Positions whose next token is a label."""
+    shared: int
+    """P, of a batch that is packed."""
+    row: int
+    """T, of a batch that is packed."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], image_token_id: int) -> Counts:
+        """Of a batch in the layout of mllm/data/dataset.py."""
+        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        real, shared = int(mask.sum()), int(shared_length(ids, mask, labels, image_token_id))
+        image_tokens, learned = int((ids == image_token_id).sum()), int((labels[:, 1:] != IGNORE).sum())
+        return cls(real, image_tokens, learned, shared, real - (len(ids) - 1) * shared)
 
 
 @dataclass(frozen=True)
@@ -61,28 +90,31 @@ class Packing:
     """P"""
     kept: Tensor
     """bool [B, L]: what the row holds, in this order."""
+    row: Tensor
+    """int64 [T]: the places of the row's positions in the batch, 0 … B·L − 1."""
     rests: Tensor
     """int64 [B, R]: places in the row of each sample's rest; behind its end some place, read and never used."""
     filled: Tensor
     """int64 [T - P]: which of the B·R entries of `rests` are no padding."""
 
     @classmethod
-    def of(cls, attention_mask: Tensor, shared: int) -> Packing:
-        """The row of a batch whose samples have their first `shared` positions in common."""
+    def of(cls, attention_mask: Tensor, counts: Counts) -> Packing:
+        """The row of a batch whose samples have their first `counts.shared` positions in common."""
+        shared, row = counts.shared, counts.row
         kept = attention_mask.bool()
         kept[1:, :shared] = False
         real = attention_mask[:, shared:].bool()
         places = shared + real.flatten().cumsum(0).view_as(real) - 1
-        return cls(shared, kept, places, real.flatten().nonzero()[:, 0])
+        return cls(shared, kept, places_of(kept, row), places, places_of(real, row - shared))
 
     @property
     def position_ids(self) -> Tensor:
         """int64 [1, T]: the position of each within its own sample."""
-        return torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)[self.kept][None]
+        return (self.row % self.kept.shape[1])[None]
 
-    def places(self, wanted: Tensor) -> Tensor:
-        """Places in the row of the positions that `wanted`, bool [B, L], marks; all of them must be in it."""
-        return (self.kept.flatten().cumsum(0) - 1)[wanted.flatten()]
+    def in_row(self, places: Tensor) -> Tensor:
+        """Places in the row of the positions at `places` of the batch; all of them must be in the row."""
+        return (self.kept.flatten().cumsum(0) - 1).index_select(0, places)
 
 
 def packed_attention(
@@ -130,10 +162,17 @@ def _attend(
 ) -> Tensor:
     """Causal attention of the last positions: query [B, H, R, D], key and value [B, H / groups, P + R, D]."""
     rest, length = query.shape[2], key.shape[2]
+    on_cpu = value.device.type == "cpu"
+    if not on_cpu and rest == length and (window is None or length <= window):  # fastest is the kernel without a mask
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
     mask = torch.ones(rest, length, dtype=torch.bool, device=query.device).tril(length - rest)
     if window is not None:
         mask = mask.triu(length - rest - window + 1)
-    if value.device.type == "cpu" and value.dtype == torch.bfloat16 and length <= SHORT:
+    if not on_cpu:  # with a mask no fused kernel of a GPU takes grouped heads, and plain products would hold all scores
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    if on_cpu and value.dtype == torch.bfloat16 and length <= SHORT:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))
         return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value

@@ -20,51 +20,41 @@ from clips.common.plots import LIGHT, Panel, curves_plot
 from clips.common.runtime import peak_memory_gb
 from clips.common.signals import outlive_readers
 from clips.common.trackers import Trackers, loggers
-from mllm.data.conversation import IGNORE
 from mllm.model.flops import LlavaFlops
-from mllm.model.packing import pairs_of, shared_length
+from mllm.model.packing import pairs_of
 from mllm.training.arguments import TrainArguments
 
 
 class Work:
     """Counts the work of this rank since its process began; gives it per second, and as a share of the peak.
 
-    `image_token_id` is given if batches are packed (mllm/model/packing.py): padding costs nothing then.
+    If batches are `packed` (mllm/model/packing.py), padding costs nothing.
     """
 
     def __init__(
-        self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int, image_token_id: int | None
+        self, flops: LlavaFlops, device: torch.device, dtype: torch.dtype, world_size: int, packed: bool
     ) -> None:
-        self.flops, self.device, self.world_size, self.image_token_id = flops, device, world_size, image_token_id
+        self.flops, self.device, self.world_size, self.packed = flops, device, world_size, packed
         self.peak, _ = peak_flops(device, dtype)
-        self.pictures = 0
-        # Summed on the device: the host does not wait for a GPU.
-        self.tokens, self.positions, self.pairs, self.predicted = torch.zeros(4, dtype=torch.long, device=device)
+        self.pictures = self.tokens = self.positions = self.pairs = self.predicted = 0
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Count one batch in the layout of mllm/data/dataset.py."""
-        samples, length = inputs["input_ids"].shape
+        """Count one batch in the layout of mllm/data/dataset.py, by its `counts`."""
+        (samples, length), counts = inputs["input_ids"].shape, inputs["counts"]
         self.pictures += sum(len(inputs[name]) for name in ("image_features", "pixel_values") if name in inputs)
-        tokens = inputs["attention_mask"].sum().to(self.device)
-        self.tokens += tokens
-        self.predicted += (inputs["labels"][:, 1:] != IGNORE).sum().to(self.device)
-        if self.image_token_id is None:
-            self.positions += samples * length
-            self.pairs += samples * length**2
-        else:
-            ids, mask, labels = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask", "labels"))
-            shared = shared_length(ids, mask, labels, self.image_token_id)
-            self.positions += tokens - (samples - 1) * shared
-            self.pairs += pairs_of(samples, length, shared)
+        self.tokens += counts.real
+        self.predicted += counts.learned
+        self.positions += counts.row if self.packed else samples * length
+        self.pairs += pairs_of(samples, length, counts.shared if self.packed else 0)
 
     def total(self) -> int:
         """FLOPs so far."""
-        counts = {name: int(getattr(self, name)) for name in ("pictures", "positions", "pairs", "predicted")}
+        counts = {name: getattr(self, name) for name in ("pictures", "positions", "pairs", "predicted")}
         return sum(self.flops.parts(**counts).values())
 
     def over_all_ranks(self) -> tuple[int, int]:
         """(FLOPs, tokens) so far. Collective."""
-        totals = torch.tensor([self.total(), int(self.tokens)], dtype=torch.float64, device=self.device)
+        totals = torch.tensor([self.total(), self.tokens], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(totals)
         flops, tokens = totals.tolist()

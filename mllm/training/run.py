@@ -127,10 +127,9 @@ def train(
         image_tokens=prepared.vision.num_tokens,
         features=arguments.caches_features,
     )
-    image_token_id = model.llava.config.image_token_id if model.packed else None
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    work = Work(flops, process.device, dtype, process.world_size, image_token_id)
-    dataset, steps = Indexed(prepared.dataset, collator), StepCallback()
+    work = Work(flops, process.device, dtype, process.world_size, model.packed)
+    dataset, steps = Indexed(prepared.dataset, collator, model.llava.config.image_token_id), StepCallback()
     trainer = LlavaTrainer(
         arguments,
         model=model,

@@ -34,7 +34,7 @@ from clips.common.workers import start_worker
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
-from mllm.model.packing import PACKED, can_pack, shared_length
+from mllm.model.packing import PACKED, Counts, Packing, can_pack
 from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
@@ -78,16 +78,22 @@ class TrainingModel(nn.Module):
         image_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
+        counts: Counts | None = None,
     ) -> dict[str, Tensor]:
+        """`counts`: of this batch, if known: without them the host waits for the GPU."""
         llava = self.llava
+        if counts is None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            counts = Counts.of(batch, llava.config.image_token_id)
         if not self.features and pixel_values is None:  # a batch without images, see `embed_inputs`
             side = llava.model.vision_tower.config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
-        embeds = embed_inputs(llava, input_ids, image_features, pixel_values)
-        shared = None
-        if self.packed:
-            shared = int(shared_length(input_ids, attention_mask, labels, llava.config.image_token_id))
-        return {"loss": causal_lm_loss(llava, embeds, attention_mask, labels, num_items_in_batch, shared)}
+        embeds = embed_inputs(llava, input_ids, image_features, pixel_values, counts.image_tokens)
+        packing = Packing.of(attention_mask, counts) if self.packed else None
+        loss = causal_lm_loss(
+            llava, embeds, attention_mask, labels, num_items_in_batch, learned=counts.learned, packing=packing
+        )
+        return {"loss": loss}
 
     def train(self, mode: bool = True) -> TrainingModel:
         """The encoder stays in eval mode unless it trains."""
@@ -103,10 +109,14 @@ class TrainingModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Indexed(Dataset):
-    """A data set whose samples bring their index: an error names the samples of a loss that is not finite."""
+    """A data set whose samples bring their index: an error names the samples of a loss that is not finite.
+
+    A batch brings its `counts`, which are counted before the batch goes to the device.
+    """
 
     dataset: LlavaDataset
     collator: Collator
+    image_token_id: int
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -114,8 +124,10 @@ class Indexed(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.dataset[index] | {"index": index}
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return self.collator(samples) | {"index": torch.tensor([sample["index"] for sample in samples])}
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(samples)
+        index = torch.tensor([sample["index"] for sample in samples])
+        return batch | {"index": index, "counts": Counts.of(batch, self.image_token_id)}
 
 
 class StepCallback(TrainerCallback):
@@ -128,11 +140,12 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         self.profiler.step()
-        # A signal may reach one rank only, or two ranks in different steps. All must stop after the same step.
-        requested = torch.tensor(self.signal.requested, device=args.device)
+        self.stopped = self.signal.requested
         if dist.is_initialized() and dist.get_world_size() > 1:
+            # A signal may reach one rank only, or two ranks in different steps. All must stop after the same step.
+            requested = torch.tensor(self.stopped, device=args.device)
             dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-        self.stopped = int(requested)
+            self.stopped = int(requested)
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
@@ -148,6 +161,8 @@ class LlavaTrainer(Trainer):
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR  # made before the first step
 
     def __init__(self, arguments: TrainArguments, *, sampler: EpochSampler, work: Work, **kwargs: Any) -> None:
+        self.unchecked: list[tuple[Tensor, Tensor]] = []
+        """Of the step's micro-batches so far: whether the loss is finite, and the samples' indices."""
         self.rates, self.keep, self.sampler, self.work = arguments.rates, arguments.save_total_limit, sampler, work
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # MetricsLog prints
@@ -176,21 +191,25 @@ class LlavaTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The Trainer's loss. Raises NotFiniteError on every rank if one rank's loss is not finite."""
+        """The Trainer's loss. Raises NotFiniteError on every rank if a loss of the step is not finite on one rank."""
         indices = inputs.pop("index")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
-        finite = torch.isfinite(loss.detach()).to(torch.int32)
-        # Agreed on before the backward pass: the ranks meet in it, and would wait for ever for a stopped rank.
-        mine = [] if finite else indices.tolist()
-        if self.args.world_size > 1:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite:
-            self._not_finite(mine)
+        self.unchecked.append((torch.isfinite(loss.detach()), indices))
+        if self.accelerator.sync_gradients:  # the host waits for a GPU here, so once a step
+            self._check_finite()
         return result
 
-    def _not_finite(self, mine: list[int]) -> None:
+    def _check_finite(self) -> None:
         """End the run on every rank, naming the samples of the micro-batches whose loss is not finite."""
+        unchecked, self.unchecked = self.unchecked, []
+        finite = torch.stack([flag for flag, _ in unchecked]).all().to(torch.int32)
+        # Agreed on before the last backward pass: the ranks meet in it, and would wait for ever for a stopped rank.
+        if self.args.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite:
+            return
+        mine = [index for flag, indices in unchecked if not flag for index in indices.tolist()]
         parts = [mine]
         if self.args.world_size > 1:
             parts = [[] for _ in range(self.args.world_size)]

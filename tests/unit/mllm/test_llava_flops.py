@@ -15,6 +15,7 @@ from mllm.encoders.registry import load_vision
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.llava import build_model
 from mllm.model.llm import load_llm
+from mllm.model.packing import Counts
 from mllm.model.quantize import quantize
 from mllm.training.arguments import parse_train_arguments
 from mllm.training.freeze import apply_freeze, llava_of
@@ -94,8 +95,8 @@ def test_a_step_as_torch_counts_it(places: Path, case: str, tie: bool, packed: b
     assert parts.keys() == {"vision_tower", "projector", "language_model", "head"}
     if not packed:
         assert sum(parts.values()) == counter.get_total_flops()
-    work = Work(flops, torch.device("cpu"), torch.float32, 1, llava.config.image_token_id if packed else None)
-    work.add(inputs)
+    work = Work(flops, torch.device("cpu"), torch.float32, 1, training.packed)
+    work.add(inputs | {"counts": Counts.of(inputs, llava.config.image_token_id)})
     assert work.total() == counter.get_total_flops()
 
 
@@ -135,14 +136,15 @@ def test_weights_in_4_bits_count_as_what_they_stand_for(places: Path) -> None:
 
 def test_the_work_of_a_rank_adds_up_and_is_told_in_the_field_s_units() -> None:
     work = tiny_work()
-    inputs = batch(99, 4) | {"image_features": torch.zeros(3, 4, 16)}
+    inputs = batch(99, 4)
+    inputs |= {"image_features": torch.zeros(3, 4, 16), "counts": Counts.of(inputs, 99)}
     work.add(inputs)
     work.add({name: value for name, value in inputs.items() if name != "image_features"})
     predicted = int((inputs["labels"][:, 1:] != -100).sum())
     shapes = [LlavaShape(samples=3, length=30, pictures=pictures, predicted=predicted) for pictures in (3, 0)]
     assert work.total() == sum(sum(work.flops(shape).values()) for shape in shapes)
-    assert int(work.tokens) == 2 * int(inputs["attention_mask"].sum())
-    assert work.over_all_ranks() == (work.total(), int(work.tokens))
+    assert work.tokens == 2 * int(inputs["attention_mask"].sum())
+    assert work.over_all_ranks() == (work.total(), work.tokens)
     work.world_size, work.peak = 4, 2e12
     rates = work.rates(samples=80, flops=5e12, seconds=10)
     assert {name: rates[name] for name in rates if name != "peak_memory_gb"} == {
