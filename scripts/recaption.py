@@ -21,8 +21,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--fields", nargs="+", action="extend", default=[], metavar="PART=FIELD",
-        help="fields of the data, as in pretraining (default: the fields of common sets)",
+        help="fields of the data, as in pretraining (default: recognised by their names)",
     )  # fmt: skip
+    p.add_argument("--force", action="store_true", help="take a captioner that was trained on the demo for other data")
     p.add_argument("--jobs", type=int, help="processes of this command (default: one for each GPU)")
     p.add_argument("--dry-run", action="store_true", help="print the plan, caption nothing")
     return p

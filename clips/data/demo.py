@@ -560,6 +560,12 @@ def demo_split(directory: str | Path, split: str) -> str:
     return str(Path(directory) / split)
 
 
+def is_of_demo(data: str) -> bool:
+    """Whether `data` (as `DataConfig.train`) is the demo, or lies in a folder that was drawn here."""
+    folders = [folder for part in data.split(";") for folder in (Path(part), *Path(part).parents[:2])]
+    return data == "demo" or any(built_as(folder) for folder in folders)
+
+
 def ensure_demo(
     directory: str | Path,
     *,

@@ -122,12 +122,14 @@ def save_model(
     card: Mapping[str, str],
     base_model: str | None = None,
     beside: Mapping[str, bytes] | None = None,
+    trained_on: Mapping[str, str] | None = None,
 ) -> None:
     """Write a stock model directory: weights, configs, processor, chat template, LLaVA's mm_projector.bin, README.md.
 
     The directory appears whole or not at all; an older one is replaced. `card` is what the model card says, in order
     ("Vision encoder" → …, "Stage 1 data" → …), `base_model` the hub id of the language model that was trained on, where
-    it has one; for programs, FACTS holds what `vision` is. `beside` are further small files, relative path → content.
+    it has one; for programs, FACTS holds what `vision` is and `trained_on`, stage → data ("demo" or a file's name).
+    `beside` are further small files, relative path → content.
     Under ZeRO-3 call it inside `mllm.training.zero.whole`.
     """
     directory = Path(directory)
@@ -139,7 +141,7 @@ def save_model(
         processor.image_processor.save_pretrained(partial)
         # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
         save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
-        write_json(partial / FACTS, {"vision_encoder": vision.facts})
+        write_json(partial / FACTS, {"vision_encoder": vision.facts, "trained_on": trained_on})
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)

@@ -14,11 +14,6 @@ from mllm.recaption.asking import Prompt
 DEMO = Path("data/demo")
 """The data if none are named: the pairs of pretraining's demo, without the conversations made of them."""
 DEFAULT = Path("runs/recaption")
-PAIRS = Fields(
-    image="jpg;jpeg;png;webp;image;image_path;path;file;filepath;filename",
-    web="json:org_caption;txt;json:caption;org_caption;caption;text;alt;web",
-)
-"""The fields of common sets: shards of img2dataset, and tables. The first field that exists counts."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,12 @@ class Options:
     output: Path = option(DEFAULT, "folder for the shards with long captions")
     captioner: str = option(
         "",
-        "llava:DIR, hf:ID_OR_DIR, endpoint:URL[,URL] or clips:RUN (default: the newest llava and the newest clips of "
-        "runs/, each into a folder below --output)",
+        "llava:DIR, hf:ID_OR_DIR, endpoint:URL[,URL] or clips:RUN (default, on the demo alone: the newest llava and "
+        "the newest clips of runs/, each into a folder below --output)",
         metavar="KIND:NAME",
     )
     prompt: Prompt = field(default_factory=Prompt)
-    fields: Fields = PAIRS
+    fields: Fields = field(default_factory=Fields)
     image_root: str | None = option(None, "tables: the folder of relative image paths")
     shards: int | None = option(None, "caption only the first so many shards (default: all, one of the demo)")
     batch_size: int = option(32, "pairs that a model reads at once")

@@ -8,7 +8,12 @@ clips:RUN                   the captioner of a CLIPS encoder trained with model.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from clips import is_of_demo
 from clips.common.errors import UserError
+from clips.common.files import read_json
+from mllm.model.load import FACTS
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Captioner
 
@@ -23,6 +28,20 @@ def parse_captioner(spec: str) -> tuple[str, str]:
         known = ", ".join(f"{name}:{what}" for name, what in KINDS.items())
         raise UserError(f"captioner {spec!r} is not known; known are: {known}")
     return kind, argument
+
+
+def knows_the_demo_alone(spec: str) -> bool:
+    """Whether the captioner was trained here, on the demo: it has names for its drawings and for nothing else.
+
+    A model without a record of its data, and a captioner elsewhere, count as trained on other data.
+    """
+    kind, _, argument = spec.partition(":")
+    directory = Path(argument)
+    if kind != "clips":
+        return "demo" in (read_json(directory / FACTS).get("trained_on") or {}).values()
+    configs = (directory / place / "config.json" for place in ("", "native", "export/native"))
+    config = next((read_json(path) for path in configs if path.is_file()), {})
+    return is_of_demo((config.get("data") or {}).get("train") or "")
 
 
 def make_captioner(

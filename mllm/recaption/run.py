@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from clips import demo_split, ensure_any_demo, parse_fields
+from clips import Fields, demo_split, ensure_any_demo, is_of_demo, parse_fields
 from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.files import check_target, from_json, read_bytes
@@ -23,30 +23,46 @@ from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
-from mllm.recaption.options import DEMO, PAIRS, Options
+from mllm.recaption.options import DEMO, Options
 from mllm.recaption.process import open_pairs, run_processes, stopping, work_on
 from mllm.recaption.progress import Board, measured
+from mllm.recaption.registry import knows_the_demo_alone
 from mllm.recaption.report import write_report
 from mllm.recaption.shards import Shard, shards_of
 from mllm.recaption.work import check_broken
 
 ENOUGH = 100
 """Captions after which their measured speed goes into the plan."""
+FITTING = "Name one that knows such pictures: --captioner hf:MODEL or endpoint:URL (docs/recaption.md)"
 
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
     choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
+    console = Console(emoji=False, stderr=True)
     if not flags.data:
         ensure_any_demo(DEMO)
         flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
         prompt = prompt if flags.prompt else Prompt(SHOW[0])  # the demo's models were trained on this question
-    fields = parse_fields(flags.fields, PAIRS)
-    asked = [(flags.captioner, flags.output)] if flags.captioner else demo_captioners(flags.output)
+    if flags.captioner:
+        asked = [(flags.captioner, flags.output)]
+    elif is_of_demo(flags.data):
+        asked = demo_captioners(flags.output)
+        console.print(for_rich(f"the newest of runs/: {', '.join(captioner for captioner, _ in asked)}"))
+    else:
+        raise UserError(
+            f"--captioner is missing: {flags.data} is not the demo, and runs/ is no place to guess. {FITTING}"
+        )
+    if not is_of_demo(flags.data) and not flags.force and knows_the_demo_alone(flags.captioner):
+        raise UserError(
+            f"--captioner {flags.captioner} was trained on the demo: it would find the demo's things in "
+            f"{flags.data}. {FITTING}. --force takes it all the same"
+        )
+    fields = parse_fields(flags.fields, Fields())
     for captioner, output in asked:
         options = from_flags(Options, flags, output=output, captioner=captioner, prompt=prompt, fields=fields)
-        recaption(options, flags.jobs, Console(emoji=False, stderr=True), dry_run=flags.dry_run)
+        recaption(options, flags.jobs, console, dry_run=flags.dry_run)
 
 
 def choose_gpu(environment: os._Environ[str] | dict[str, str]) -> None:
@@ -63,7 +79,7 @@ def demo_captioners(output: Path) -> list[tuple[str, Path]]:
     with contextlib.suppress(UserError):  # the message below names both ways
         found.append((f"llava:{newest_model()}", output / "llava"))
     runs = []
-    for path in (*Path("runs").glob("*/config.json"), *Path("runs").glob("*/*/config.json")):
+    for path in Path("runs").glob("*/config.json"):  # below these are the cells of experiments
         try:
             captioner = from_json(read_bytes(path))["model"]["captioner"] or {}
         except (OSError, ValueError, KeyError, TypeError):

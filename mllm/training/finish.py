@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
+from clips import is_of_demo
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
@@ -50,6 +51,7 @@ def write_results(
         save_model(
             llava.to(dtype) if cast else llava, prepared.processor, run_dir / "model",
             vision=prepared.vision, card=card(run_dir, summary, prepared.vision),
+            trained_on=trained_on(run_dir),
             base_model=arguments.model_name_or_path if is_hub_id(arguments.model_name_or_path) else None,
         )  # fmt: skip
     write_json(stage_dir / "done.json", summary)
@@ -79,6 +81,13 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
             f"batch {trains['batch_size']}, {done.get('samples', '?')} samples, seed {trains['seed']}"
         )
     return rows
+
+
+def trained_on(run_dir: Path) -> dict[str, str]:
+    """Stage → "demo", or the name of its data file."""
+    config = read_json(run_dir / "config.json")
+    paths = {stage: config[stage]["trains"]["data_path"] for stage in ("align", "instruct") if stage in config}
+    return {stage: "demo" if not path or is_of_demo(path) else Path(path).name for stage, path in paths.items()}
 
 
 def _name(place: str | None) -> dict[str, str]:

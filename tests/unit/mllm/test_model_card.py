@@ -19,7 +19,7 @@ from clips.common.hub import model_digest
 from clips.weights.push import push
 from mllm.encoders.registry import load_vision
 from mllm.model.card import add_evaluation, figures_section
-from mllm.training.finish import card
+from mllm.training.finish import card, trained_on
 
 __all__ = ["hub"]
 
@@ -62,6 +62,9 @@ def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: 
     assert rows["Language model"] == "tiny"
     assert rows["Stage instruct: data"] == "mix.json: 8 samples, format v1"
     assert "8 samples" in rows["Stage instruct: rates"]
+    assert trained_on(tmp_path) == {"align": "mix.json", "instruct": "mix.json"}
+    (tmp_path / "config.json").write_text(json.dumps({"align": {"trains": trains | {"data_path": None}}}))
+    assert trained_on(tmp_path) == {"align": "demo"}
 
 
 def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:

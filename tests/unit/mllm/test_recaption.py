@@ -417,10 +417,34 @@ def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         config = tmp_path / "runs" / run / "config.json"
         config.write_text(json.dumps({"model": {"captioner": {"inputs": inputs}}}))
         os.utime(config, (len(run), len(run)))
-    assert demo_captioners(Path("out")) == [("clips:runs/study/c", Path("out/clips"))]
+    assert demo_captioners(Path("out")) == [("clips:runs/b", Path("out/clips"))], "no cell of an experiment"
     (tmp_path / "runs/chat/model").mkdir(parents=True)
     (tmp_path / "runs/chat/model/config.json").write_text("{}")
     assert demo_captioners(Path("out"))[0] == ("llava:runs/chat/model", Path("out/llava"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "clips"])
+def test_a_captioner_of_the_demo_is_refused_for_other_data(tmp_path: Path, monkeypatch, kind: str, capsys) -> None:
+    """It wrote "A gorilla at the bottom left and a koala" for a photograph of a pagoda."""
+    monkeypatch.chdir(tmp_path)
+    data, model = write_pairs(tmp_path / "pairs", 1, 2), tmp_path / "runs/newest/model"
+    model.mkdir(parents=True)
+    known, own = ({"trained_on": {"align": name, "instruct": name}} for name in ("demo", "mine.json"))
+    write = (model / "clips_mllm.json").write_text
+    (model / "config.json").write_text(json.dumps({"data": {"train": "demo"}}))
+    write(json.dumps(known))
+    command = ["--data", data, "--output", "out", "--dry-run"]
+    parse = script_parser("recaption").parse_args
+    with pytest.raises(UserError, match="--captioner is missing"):
+        recaption_from_flags(parse(command))
+    command += ["--captioner", f"{kind}:runs/newest/model"]
+    with pytest.raises(UserError, match=r"trained on the demo.*--force"):
+        recaption_from_flags(parse(command))
+    recaption_from_flags(parse([*command, "--force"]))
+    write(json.dumps(own))
+    (model / "config.json").write_text(json.dumps({"data": {"train": data}}))
+    recaption_from_flags(parse(command))
+    assert "runs/newest/model" in capsys.readouterr().err
 
 
 def test_the_plan_writes_nothing_and_ranks_choose_their_gpu(tmp_path: Path, captioner: Known) -> None:
