@@ -4,6 +4,7 @@
 
     model = CLIPS.from_pretrained("runs/demo")  # a run, an export, or nothing: the newest run here
     model.similarity(["cat.jpg", "dog.jpg"], ["a photo of a cat", "a photo of a dog"])
+    model.index("pictures/").search("two dogs", k=10)
 
 Shapes: B images · T texts · C labels · N patches of an image, a grid of G × G · S side of an image in pixels ·
 E width of a feature.
@@ -11,6 +12,8 @@ E width of a feature.
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,22 +27,30 @@ from PIL import Image
 from torch import Tensor
 
 from clips.common.errors import UserError
+from clips.common.escape import for_terminal
+from clips.common.files import read_bytes
+from clips.common.paths import cache_root, is_remote
 from clips.common.runtime import choose_device
+from clips.common.tensors import hash_weights
 from clips.config import CaptionerInputs
 from clips.data.demo import PROMPTS
-from clips.data.images import decode_image, eval_transform, to_rgb
+from clips.data.images import MAX_BYTES, decode_image, eval_transform, to_rgb
+from clips.data.remote import read_whole
 from clips.data.sample import BrokenSample
-from clips.evaluation.encode import encode_texts, prompt_features
-from clips.evaluation.testsets import Classes, default_templates
+from clips.evaluation.encode import encode_images, encode_texts, prompt_features
+from clips.evaluation.testsets import Classes, PictureSet, default_templates
 from clips.model.clips import MAX_LOGIT_SCALE
+from clips.search import Index, load_index, write_page
 from clips.weights.load import LoadedModel, load_model
 
 BATCH = 64
 """Images or texts of one forward pass."""
 Picture = Image.Image | str | Path | np.ndarray | Tensor
-"""A PIL image of any mode, a path, an array uint8 [H, W, 3], or pixels [3, S, S] of `CLIPS.preprocess`."""
+"""A PIL image of any mode, a path, a URL, an array uint8 [H, W, 3], or pixels [3, S, S] of `CLIPS.preprocess`."""
 Images = Picture | Iterable[Picture]
-"""One picture or several: a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
+"""One picture or several: a folder, a list, a generator, a tensor [B, 3, S, S], an array [B, H, W, 3]."""
+SENTENCE_WORDS = 4
+"""A text of so many words is encoded as it is, a shorter text in the prompts for names."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,22 @@ class CLIPS:
         cuda:N. Raises UserError if there is no trained model.
         """
         return cls(load_model(path), choose_device(device))
+
+    def __repr__(self) -> str:
+        vision, text = self.model.config.vision, self.model.config.text
+        parts = [f"{self.image_size} px, image tower {vision.width}×{vision.layers}"]
+        parts += (
+            [f"text tower {text.width}×{text.layers}, features of {self.embed_dim}"] if self.has_text_features else []
+        )
+        parts += ["captioner"] if self.model.captioner is not None else []
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"CLIPS({str(self.path)!r}: {', '.join(parts)}, {size / 1e6:.1f} M parameters, on {self.device})"
+
+    def to(self, device: str | torch.device) -> CLIPS:
+        """Move the model to `device`, as `from_pretrained` names it; returns the model itself."""
+        self.device = choose_device(str(device))
+        self.model.to(self.device)
+        return self
 
     @property
     def image_size(self) -> int:
@@ -127,6 +154,9 @@ class CLIPS:
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """Pixels [≤ BATCH, 3, S, S] on the model's device; only one batch is held at a time."""
+        if isinstance(images, (str, Path)) and Path(images).is_dir():
+            found = PictureSet(Path(images))
+            images = [found.root / name for name in found.files]
         if isinstance(images, (Image.Image, str, Path)) or (
             isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4
         ):
@@ -146,6 +176,33 @@ class CLIPS:
         """[C, E]: each name's normalised mean over the prompts. Cached for the last lists of names (a tuple)."""
         features = prompt_features(self.model, self.tokenizer, Classes(names, self.templates), batch_size=256)
         return F.normalize(features.mean(dim=1), dim=-1)
+
+    def encode_query(self, text: str) -> Tensor:
+        """[E]: a sentence as it is, a name of fewer than SENTENCE_WORDS words in the prompts of `encode_labels`."""
+        text = " ".join(text.split())
+        is_name = len(text.split()) < SENTENCE_WORDS
+        return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
+
+    def index(self, folder: str | Path, *, workers: int = 0) -> Index:
+        """The index of the pictures of `folder` and of the folders in it, for `Index.search`.
+
+        Unreadable pictures are left out and counted. `workers` are processes that read pictures. Raises UserError if
+        no picture can be read.
+        """
+        items = PictureSet(Path(folder))
+        found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
+        paths = [str(items.root / items.files[i]) for i in found.indices]
+        return Index(paths, found.features, self._encode_any, self._weights(), len(found.skipped))
+
+    def load_index(self, path: str | Path) -> Index:
+        """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
+        return load_index(path, self._encode_any, self._weights())
+
+    def _encode_any(self, query: str | Picture) -> Tensor:
+        return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
+
+    def _weights(self) -> str:
+        return hash_weights(self.model.state_dict()).hexdigest()[:12]
 
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:
         """Cosines [B, T]."""
@@ -229,8 +286,41 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         return to_rgb(image)
     if not isinstance(image, (str, Path)):
         raise TypeError(f"a picture is a PIL image, a path, an array or a tensor, not a {type(image).__name__}")
+    if not is_remote(str(image)) and Path(image).is_dir():
+        raise UserError(
+            f"{image} is a folder: give it alone, or the pictures in it, such as Path(folder).glob('*.jpg')"
+        )
     try:
-        return decode_image(Path(image).read_bytes())
-    except (OSError, BrokenSample) as error:
-        reason = error.reason if isinstance(error, BrokenSample) else error.strerror
+        data = read_whole(str(image), MAX_BYTES) if is_remote(str(image)) else read_bytes(image, MAX_BYTES)
+        return decode_image(data)
+    except (OSError, ImportError, ValueError, BrokenSample) as error:
+        reason = error.reason if isinstance(error, BrokenSample) else getattr(error, "strerror", None) or error
         raise UserError(f"{image}: {reason}") from None
+
+
+def search_from_flags(flags: argparse.Namespace) -> None:
+    """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
+    if (flags.text is None) == (flags.image is None):
+        raise UserError("say what to look for: a text, or a picture with --image")
+    model, folder = CLIPS.from_pretrained(flags.model, device=flags.device), Path(flags.pictures).resolve()
+    name = hashlib.sha256(f"{folder} {model._weights()}".encode()).hexdigest()[:24]
+    file = Path(flags.index or cache_root() / "search" / f"{name}.safetensors")
+    if file.is_file() and file.stat().st_mtime > newest_change(folder):
+        index = model.load_index(file)
+    else:
+        index = model.index(folder, workers=flags.jobs)
+        index.save(file)
+        left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
+        print(f"indexed {len(index):,} pictures of {folder} in {file}{left_out}")
+    query = flags.text if flags.image is None else _open(flags.image)
+    matches = index.search(query, flags.k)
+    for match in matches:
+        print(for_terminal(f"{match.score:.3f}  {match.path}"))
+    if flags.output:
+        write_page(Path(flags.output), flags.text or flags.image, matches)
+        print(f"the pictures are in {flags.output}")
+
+
+def newest_change(folder: Path) -> float:
+    """When a file or folder in `folder` last changed; 0 without `folder`."""
+    return max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0) if folder.is_dir() else 0.0

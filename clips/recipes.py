@@ -205,16 +205,18 @@ TOWERS: dict[str, dict[str, Any]] = {
     "clips": {},
     "siglip": {"cls": False, "activation": "gelu_tanh"},
     "clip": {"pre_norm": True},
+    "clip_model": {"pre_norm": True, "pool": "cls"},
 }
 """Shape of the image tower → fields of VisionConfig. clips is the paper's (ViTModel); the others are SiglipVisionModel
-and CLIPVisionModel."""
+and CLIPVisionModel. clip_model has CLIP's text tower too (CLIPModel)."""
 
 
 def with_tower(run: RunConfig, name: str) -> RunConfig:
     """`run` with the image tower in the shape `name` of TOWERS. Raises UserError for an unknown name."""
     if name not in TOWERS:
         raise UserError(f"--tower {name!r} is not known; choose one of: {', '.join(TOWERS)}")
-    return replace(run, model=replace(run.model, vision=replace(run.model.vision, **TOWERS[name])))
+    text = replace(run.model.text, pool="eos", causal=True) if name == "clip_model" else run.model.text
+    return replace(run, model=replace(run.model, vision=replace(run.model.vision, **TOWERS[name]), text=text))
 
 
 def debug_twin(run: RunConfig) -> RunConfig:

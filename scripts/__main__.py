@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve.py",
     "eval": "evaluate_clips.py",
     "eval-llava": "evaluate_llava.py",
+    "search": "search.py",
     "export": "export_clips.py",
     "export-gguf": "export_gguf.py",
     "convert": "convert.py",

@@ -124,6 +124,19 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return data
 
 
+def read_whole(url: str, most: int) -> bytes:
+    """A file of at most `most` bytes, in one request. Raises as `patiently`, and OSError for a longer file."""
+
+    def ask() -> bytes:
+        filesystem, path = store_of(url)
+        return filesystem.cat_file(path, start=0, end=most + 1)
+
+    data = patiently(url, ask)
+    if len(data) > most:
+        raise OSError(f"it has more than {most:,} bytes")
+    return data
+
+
 def patiently(url: str, ask: Callable[[], T]) -> T:
     """The result of `ask`, retried after passing errors.
 

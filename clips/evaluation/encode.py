@@ -6,6 +6,7 @@ D width of the image tower.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from clips.common.errors import UserError
 from clips.common.ranks import all_shares, my_share
@@ -86,12 +88,14 @@ def encode_images(
     limit: int | None = None,
     sharded: bool = False,
     tokenizer: CaptionTokenizer | None = None,
+    bar: str | None = None,
 ) -> ImageSet:
     """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
 
     `image_size`: default the tower's. `sharded`: each rank encodes some of the batches, which are those of a single
     rank, so every figure is the same; collective. With a `tokenizer` the captioner, if there is one, predicts the long
-    captions in the same pass: an image is read once and goes through the tower once.
+    captions in the same pass: an image is read once and goes through the tower once. `bar` is the title of a progress
+    bar, for a terminal.
     """
     image_size = image_size or model.visual.image_size
     indices: Sequence[int] = range(len(items))
@@ -104,7 +108,8 @@ def encode_images(
         collate_fn=list, worker_init_fn=start_worker,
     )  # fmt: skip
     with evaluating(model, image_size):
-        mine = [_encode(model, tokenizer, batch) for batch in loader]
+        shown = tqdm(loader, bar, unit="batch", disable=bar is None or not sys.stderr.isatty())
+        mine = [_encode(model, tokenizer, batch) for batch in shown]
     whole = all_shares(mine, sharded=sharded)
     towers = [pair for batch in whole for pair in batch.towers]
     tokens = [pair for batch in whole for pair in batch.caption_tokens]

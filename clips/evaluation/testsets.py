@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -101,27 +101,35 @@ class KarpathySet:
         return Item(image=_read_inside(self.root, name), captions={"sentence": captions})
 
 
-class FolderSet:
-    """One folder of images per class; the folder's name is the class."""
+class PictureSet:
+    """The images of a folder and of the folders in it, in the order of their names."""
 
     suffixes = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+    pattern, expected = "**/*", "files in it or in its folders"
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).resolve()
-        self.files = [
-            (path.relative_to(self.root).as_posix(), path.parent.name)
-            for path in sorted(self.root.glob("*/*"))
-            if path.suffix.lower() in self.suffixes
-        ]
+        found = (path for path in sorted(self.root.glob(self.pattern)) if path.suffix.lower() in self.suffixes)
+        self.files = [path.relative_to(self.root).as_posix() for path in found]
         if not self.files:
-            raise UserError(f"{root} holds no images: expected one folder per class, with images in it")
+            raise UserError(
+                f"{root} holds no images: expected {self.expected}, named {', '.join(sorted(self.suffixes))}"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> Item:
-        name, label = self.files[index]
-        return Item(image=_read_inside(self.root, name), label=label)
+        return Item(image=_read_inside(self.root, self.files[index]))
+
+
+class FolderSet(PictureSet):
+    """One folder of images per class; the folder's name is the class."""
+
+    pattern, expected = "*/*", "one folder per class, with images in it"
+
+    def read(self, index: int) -> Item:
+        return replace(super().read(index), label=Path(self.files[index]).parent.name)
 
 
 def _read_inside(root: Path, name: str) -> bytes:

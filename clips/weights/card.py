@@ -24,6 +24,7 @@ from clips.model.clips import CLIPSModel
 HEADERS: dict[str, dict[str, Any]] = {
     "native": {"library_name": "clips-mllm", "pipeline_tag": "zero-shot-image-classification"},
     "open_clip": {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification"},
+    "hf": {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"},
     "hf_vit": {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"},
 }
 """Format → what the hub's header says of it."""
@@ -150,6 +151,5 @@ def _transformers_classes(directory: Path) -> dict[str, Any]:
     is_vit = cls == "ViTModel"
     return {
         "cls": Markup(cls),
-        "options": Markup(", add_pooling_layer=False" if is_vit else ""),
         "norm": Markup("model.layernorm" if is_vit else 'getattr(model, "vision_model", model).post_layernorm'),
     }

@@ -2,6 +2,7 @@
 
 `export/native`     config.json (the whole RunConfig), model.safetensors, tokenizer/: everything, the captioner too.
 `export/open_clip`  `open_clip.create_model_and_transforms("local-dir:…")`, stock open_clip ≥ 3.3: both towers.
+`export/hf`         `transformers.CLIPModel` with processor and tokenizer: both towers, if they are CLIP's.
 `export/hf_vit`     the image tower as the transformers class that computes it, its image processor and projection.
 
 Each is loaded back with the stock library and compared with the trained weights in fp32 before it counts. A model that
@@ -35,6 +36,7 @@ from clips.data.tokenizer import CaptionTokenizer
 from clips.model.clips import CLIPSModel
 from clips.model.vision import resample_positions
 from clips.weights.card import write_cards
+from clips.weights.hf_clip import clip_model_lacks, hf_clip_features, write_hf_clip
 from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.load import load_model, load_native
 from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
@@ -42,7 +44,7 @@ from clips.weights.push import check_repo, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
-FORMATS = ("native", "open_clip", "hf_vit")
+FORMATS = ("native", "open_clip", "hf", "hf_vit")
 
 
 class ExportError(Exception):
@@ -89,6 +91,8 @@ def export_all(
         write_native(trained, run, tokenizer, partial / "native")
         if open_clip_lacks(run.model) is None:
             write_open_clip(trained, tokenizer, partial / "open_clip")
+        if clip_model_lacks(run.model) is None:
+            write_hf_clip(trained, tokenizer, partial / "hf")
         write_hf_vit(trained.visual, partial / "hf_vit")
         differences = check_exports(trained, tokenizer, partial, images, texts)
         write_cards(partial, trained, run, name=name, evaluations=evaluations, samples=samples)
@@ -107,6 +111,8 @@ def check_exports(
     pairs = {"native": (native_features(directory / "native", images, texts), wanted)}
     if (directory / "open_clip").is_dir():
         pairs["open_clip"] = (open_clip_features(directory / "open_clip", images, texts), wanted)
+    if (directory / "hf").is_dir():
+        pairs["hf"] = (hf_clip_features(directory / "hf", images, texts), wanted)
     hf = hf_features(directory / "hf_vit", images, trained.config.vision.pool)
     pairs["hf_vit"] = (tuple(F.normalize(x, dim=-1) for x in hf), (F.normalize(tokens, dim=-1), wanted[0]))
     differences = {
@@ -206,9 +212,12 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         print(f"{out / name}: equal to the trained model within {difference:.1e} on {len(images)} images at {size} px")
     if reason := open_clip_lacks(run.model):
         print(f"{out / 'open_clip'}: not written: {reason}")
+    if lacks := clip_model_lacks(run.model):
+        print(f"{out / 'hf'}: not written, for these towers lack a part {lacks}")
     print(
         "\nload them with\n"
         + (f'  open_clip.create_model_and_transforms("local-dir:{out}/open_clip")\n' if reason is None else "")
+        + (f'  transformers.pipeline("zero-shot-image-classification", "{out}/hf")\n' if lacks is None else "")
         + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
         f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}"
     )

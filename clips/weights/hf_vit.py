@@ -72,6 +72,11 @@ def write_hf_vit(tower: VisionTower, directory: Path) -> None:
     config.architectures = [cls.__name__]
     if cls.__name__ == "CLIPVisionModel":
         config.projection_dim = tower.proj.out_features if isinstance(tower.proj, nn.Linear) else tower.config.width
+    if (
+        cls.__name__ == "ViTModel"
+    ):  # its pooler gives the CLS token as it is: without one transformers draws a random one
+        config.pooler_act, width = "linear", tower.config.width
+        tensors |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     write_weights(tensors, directory / "model.safetensors")
@@ -119,9 +124,8 @@ def hf_tokens(directory: Path, images: Tensor) -> tuple[Tensor, nn.Module]:
     from clips.common.stock import progress_bars
 
     (name,) = read_json(directory / "config.json")["architectures"]
-    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with progress_bars(0):  # "Loading weights" would break the training line
-        model, info = getattr(transformers, name).from_pretrained(directory, output_loading_info=True, **options)
+        model, info = getattr(transformers, name).from_pretrained(directory, output_loading_info=True)
     if left := {kind: names for kind, names in info.items() if names}:
         raise UserError(f"{directory}: transformers did not take the weights one to one: {left}")
     inner = getattr(model, "vision_model", model)  # a level that transformers removed in 5.x

@@ -31,8 +31,6 @@ from clips.common.errors import UserError
 
 MAX_LABELS = 200
 """Labels of one request; each label is encoded in several prompts."""
-SENTENCE_WORDS = 4
-"""A text of so many words is encoded as it is, a shorter text in the prompts for names."""
 COLOUR = (255, 122, 0)
 """Tint of patches that match."""
 SIDE = 512
@@ -72,8 +70,7 @@ def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[st
     text = " ".join(text.split())
     if not text:
         raise UserError("type a word or a sentence to look for")
-    is_name = len(text.split()) < SENTENCE_WORDS
-    t_E = (encoder.encode_labels((text,)) if is_name else encoder.encode_text(text))[0]
+    t_E = encoder.encode_query(text)
     names = _unique(labels)[:MAX_LABELS]
     usual_E = encoder.encode_labels(names).mean(dim=0) if names else torch.zeros_like(t_E)
     terms_NE, feature_E = encoder.patch_terms(image)

@@ -12,13 +12,16 @@ import torch
 from conftest import tiny_run
 from PIL import Image
 
+from clips import CLIPS
 from clips.common.errors import UserError
 from clips.common.tensors import assign_weights, read_weights, write_weights
 from clips.config import CaptionsConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
+from clips.recipes import with_tower
 from clips.weights.export import ExportError, export_all
+from clips.weights.hf_clip import clip_model_lacks
 from clips.weights.load import load_native
 from clips.weights.open_clip import import_open_clip
 
@@ -56,8 +59,7 @@ for name in names:
         model.eval()
         image_features = model.encode_image(images, normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
-        options = {"add_pooling_layer": False} if open(f"{name}/hf_vit/config.json").read().count('"vit"') else {}
-        vit, info = AutoModel.from_pretrained(f"{name}/hf_vit", output_loading_info=True, **options)
+        vit, info = AutoModel.from_pretrained(f"{name}/hf_vit", output_loading_info=True)
         assert not any(info.values()), info
         hidden = vit.eval()(images, output_hidden_states=True).hidden_states[-1]
         processor = AutoImageProcessor.from_pretrained(f"{name}/hf_vit")
@@ -67,12 +69,14 @@ for name in names:
 """
 
 
-def build(kind, pad_mask=False, pre_norm=False, **vision):
+def build(kind, pad_mask=False, pre_norm=False, text_like_clip=False, **vision):
     """A model whose every parameter matters: those that start at 0 or 1 are moved."""
     corpus = [text for text in TEXTS for _ in range(3)]
     tokenizer = build_tokenizer(kind, corpus, vocab_size=200) if kind == "wordpiece" else build_tokenizer(kind, None)
     run = tiny_run(pad_mask=pad_mask)
     text = replace(run.model.text, width=24, context_length=20, vocab_size=tokenizer.vocab_size)
+    if text_like_clip:
+        text = replace(text, pool="eos", causal=True)
     vision = replace(run.model.vision, image_size=48, pre_norm=pre_norm, **vision)
     shape = replace(run.model, vision=vision, text=text, embed_dim=20)
     run = replace(run, model=shape, captions=CaptionsConfig(tokenizer=kind))
@@ -140,6 +144,52 @@ def test_stock_libraries_give_the_same_features(stock, pictures, variant):
     assert theirs["kind"] == ("CLIPVisionModel" if variant[2] else "ViTModel")
     tokens = model.visual(images)[1].numpy()
     assert np.abs(theirs["hidden"] - tokens).max() < 1e-4 * np.abs(tokens).max()
+
+
+PIPELINE = """
+import json, sys
+sys.modules["clips"] = sys.modules["mllm"] = None
+from transformers import AutoProcessor, pipeline
+
+labels = ["a red dog", "two green cars on a blue background", "25 cats"]
+for kind in sys.argv[1:]:
+    assert type(AutoProcessor.from_pretrained(f"{kind}/hf")).__name__ == "CLIPProcessor"
+    classify = pipeline("zero-shot-image-classification", f"{kind}/hf")
+    for i in range(3):
+        found = classify(f"{i}.png", candidate_labels=labels, hypothesis_template="{}")
+        print(json.dumps([next(one["score"] for one in found if one["label"] == label) for label in labels]))
+"""
+
+
+def test_towers_of_clip_are_a_clip_model_with_its_pipeline(tmp_path, pictures):
+    """With each tokenizer; the id of eos is 2 in two of them, which CLIPModel reads in another way."""
+    labels, wanted = ["a red dog", "two green cars on a blue background", "25 cats"], []
+    for kind in ("bert", "wordpiece", "clip"):
+        model, run, tokenizer = build(kind, pad_mask=kind == "bert", pre_norm=True, text_like_clip=True, pool="cls")
+        found = export_all(model, run, tokenizer, tmp_path / kind, pixels(pictures), TEXTS)
+        assert found["hf"] < 1e-4
+        again = CLIPS.from_pretrained(tmp_path / kind / "hf", device="cpu")
+        ours = CLIPS.from_pretrained(tmp_path / kind / "native", device="cpu")
+        odds = (ours.logit_scale * ours.similarity(list(pixels(pictures)), labels)).softmax(dim=-1)
+        assert torch.allclose(
+            (again.logit_scale * again.similarity(list(pixels(pictures)), labels)).softmax(-1), odds, atol=1e-3
+        )
+        wanted += odds.tolist()
+    for i, data in enumerate(pictures):
+        (tmp_path / f"{i}.png").write_bytes(data)
+    command = [sys.executable, "-I", "-c", PIPELINE, "bert", "wordpiece", "clip"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MISSING" not in done.stderr
+    # transformers resizes in torch: pictures differ by up to two grey levels
+    assert np.abs(np.array(list(map(json.loads, done.stdout.splitlines()))) - np.array(wanted)).max() < 0.03
+
+
+def test_an_export_without_clip_model_names_the_switch():
+    plain = tiny_run()
+    assert "vision.pool=cls" in clip_model_lacks(plain.model)
+    assert "--tower clip_model" in clip_model_lacks(plain.model)
+    assert clip_model_lacks(with_tower(plain, "clip_model").model) is None
 
 
 def test_another_resolution_recomputes_positions(tmp_path, pictures):

@@ -32,6 +32,9 @@ def test_the_package_brings_the_command_its_scripts_and_settings(tmp_path: Path)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target]
     installed = run_group([*map(str, pip), str(source)], timeout=300)
     assert installed.returncode == 0, installed.stderr
+    templates = [path.relative_to(ROOT) for part in ("clips", "mllm") for path in (ROOT / part).rglob("templates/*")]
+    assert len(templates) >= 9
+    assert [path for path in templates if not (target / path).is_file()] == []
     done = run_python(
         target / "bin" / "clips", "plan", "--recipe", "b16", cwd=tmp_path, env={"PYTHONPATH": str(target)}
     )

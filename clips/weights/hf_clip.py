@@ -1,0 +1,129 @@
+"""Both towers as transformers' CLIPModel, with its processor and tokenizer: `export/hf`.
+
+CLIPModel reads an image off its CLS token and a text at its eos, under a causal mask. `--tower clip_model` trains such
+towers. SiglipModel pools an image by attention after the last LayerNorm, which no tower here does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clips.common.files import read_json, write_json
+from clips.common.tensors import write_weights
+from clips.config import ModelConfig
+from clips.data.images import IMAGENET_MEAN, IMAGENET_STD
+from clips.data.tokenizer import CaptionTokenizer, clean
+from clips.model.clips import CLIPSModel
+from clips.weights.hf_vit import transformers_vit
+from clips.weights.layouts import ACTIVATIONS, CLIP_TEXT
+from clips.weights.open_clip import logit_scale_parameter
+from clips.weights.plain_vit import plain_vit
+
+OLD_EOS = 2
+"""With this id of eos, CLIPModel reads a text at its largest id instead."""
+
+
+def clip_model_lacks(config: ModelConfig) -> str | None:
+    """Why transformers' CLIPModel does not compute this model, and the switch for it; None if it does."""
+    vision, text = config.vision, config.text
+    wanted = {
+        "it has features of texts (recipes clips, clip)": config.embed_dim > 0,
+        "it has a LayerNorm before the image tower's blocks (vision.pre_norm=true)": vision.pre_norm,
+        "it reads an image off its CLS token (vision.pool=cls)": vision.cls and vision.pool == "cls",
+        "it reads a text at its eos (text.pool=eos)": text.pool == "eos",
+        "each word sees only the words before it (text.causal=true)": text.causal,
+    }
+    lacks = [part for part, is_there in wanted.items() if not is_there]
+    return f"of CLIPModel: {'; '.join(lacks)}. `--tower clip_model` trains such towers" if lacks else None
+
+
+def write_hf_clip(model: CLIPSModel, tokenizer: CaptionTokenizer, directory: Path) -> None:
+    """Write the model, its image processor and its tokenizer; `clip_model_lacks` must be None."""
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    _, vision, tensors = transformers_vit(plain_vit(model.visual))
+    text, state = model.config.text, model.state_dict()
+    towards = (
+        {OLD_EOS: tokenizer.vocab_size - 1, tokenizer.vocab_size - 1: OLD_EOS} if tokenizer.eos_id == OLD_EOS else {}
+    )
+    own = {name.removeprefix("text."): tensor for name, tensor in state.items() if name.startswith("text.")}
+    own["token_embed.weight"] = _moved(own["token_embed.weight"], towards)
+    tensors |= {CLIP_TEXT.prefix + name: tensor for name, tensor in CLIP_TEXT.write(own, text.layers).items()}
+    tensors |= {"visual_projection.weight": state["visual.proj.weight"], "text_projection.weight": own["proj.weight"]}
+    tensors["logit_scale"] = logit_scale_parameter(model)
+    settings: dict[str, Any] = {
+        "hidden_size": text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "intermediate_size": int(text.width * text.mlp_ratio),
+        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == text.activation),
+        "layer_norm_eps": text.norm_eps,
+        "max_position_embeddings": text.context_length,
+        "vocab_size": text.vocab_size,
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": towards.get(tokenizer.eos_id, tokenizer.eos_id),
+        "projection_dim": model.config.embed_dim,
+    }
+    config = CLIPConfig(
+        text_config=settings,
+        vision_config=vision.to_dict() | {"projection_dim": model.config.embed_dim},
+        projection_dim=model.config.embed_dim,
+        architectures=["CLIPModel"],
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    write_weights({name: tensor.detach().float() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    side = {"height": vision.image_size, "width": vision.image_size}
+    CLIPImageProcessor(
+        size=side, do_center_crop=False, resample=2, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+    ).save_pretrained(directory)
+    tokenizer.save(directory)
+    _exchange(directory / "tokenizer.json", towards)
+    facts = {"processor_class": "CLIPProcessor", "model_max_length": text.context_length}
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        write_json(directory / name, read_json(directory / name) | facts)
+
+
+def _moved(table_VD: Tensor, towards: dict[int, int]) -> Tensor:
+    """The table with the rows of the ids in `towards` exchanged."""
+    rows = torch.arange(len(table_VD))
+    for old, new in towards.items():
+        rows[new] = old
+    return table_VD[rows]
+
+
+def _exchange(file: Path, towards: dict[int, int]) -> None:
+    """Give the tokens of `towards` each other's ids in a tokenizer.json."""
+    content = read_json(file)
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: towards.get(number, number) for token, number in vocabulary.items()}
+    for token in content["added_tokens"]:
+        token["id"] = towards.get(token["id"], token["id"])
+    for token in (content["post_processor"] or {}).get("special_tokens", {}).values():
+        token["ids"] = [towards.get(number, number) for number in token["ids"]]
+    write_json(file, content)
+
+
+@torch.no_grad()
+def hf_clip_features(directory: Path, images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """By stock transformers: normalised features of images [B, 3, S, S] and texts, the logarithm of the temperature.
+
+    Texts are cleaned as training cleans them, since transformers unescapes no HTML.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+
+    loader: Any = CLIPModel
+    with loading("export hf", directory):
+        stock, info = loader.from_pretrained(directory, **REPORTED)
+    check_complete(info, "export hf", directory)
+    words: Any = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    ids = words(list(map(clean, texts)), padding=True, truncation=True, return_tensors="pt")
+    found = stock.eval()(pixel_values=images, **ids)
+    return found.image_embeds, found.text_embeds, stock.logit_scale.detach()

@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Search among pictures by a text or by a picture: a folder is indexed once, then each search takes a moment."""
+
+import sys
+
+from clips.common.errors import run_command
+from clips.common.flags import Parser
+
+
+def parser() -> Parser:
+    p = Parser(__doc__)
+    p.add_argument("text", nargs="?", help="what to look for (default: none, --image is looked for)")
+    p.add_argument("--image", metavar="PATH_OR_URL", help="picture whose like is looked for, instead of a text")
+    p.add_argument("--pictures", default="data/llava_demo/images", help="folder of pictures, with the folders in it")
+    p.add_argument("--index", metavar="FILE", help="the index, made if missing (default: one in the cache)")
+    p.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="run or export of an encoder (default: the newest run under runs/)"
+    )
+    p.add_argument("--k", type=int, default=10, help="how many pictures to show")
+    p.add_argument("--output", metavar="FILE", help="HTML page with the pictures (default: none, paths are printed)")
+    p.add_argument("--jobs", type=int, default=0, help="processes that read pictures; 0 reads in this process")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return p
+
+
+def main() -> None:
+    flags = parser().parse_args()
+    from clips.encoder import search_from_flags
+
+    search_from_flags(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

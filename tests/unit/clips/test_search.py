@@ -1,0 +1,112 @@
+"""A folder of pictures is indexed, saved, opened and searched by text and by picture; and pictures behind addresses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_python
+from range_server import serving
+from tiny_web import picture, write_export
+
+from clips import CLIPS
+from clips.common.errors import UserError
+from clips.search import Index
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and a folder with twelve pictures, one of them in a folder of its own, and a broken one."""
+    place = tmp_path_factory.mktemp("search")
+    write_export(place / "runs" / "clips")
+    (place / "pictures" / "more").mkdir(parents=True)
+    for i in range(12):
+        picture(40, seed=i).save(place / "pictures" / ("more/11.png" if i == 11 else f"{i:02}.png"))
+    (place / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> CLIPS:
+    return CLIPS.from_pretrained(place / "runs" / "clips", device="cpu")
+
+
+def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model: CLIPS, place: Path, tmp_path: Path) -> None:
+    index = model.index(place / "pictures")
+    assert (len(index), index.skipped, index.features.nbytes) == (12, 1, 4 * 12 * model.embed_dim)
+    cosines = torch.from_numpy(index.features) @ model.encode_text("a dog at a cat in the sun")[0]
+    found = index.search("a dog at a cat in the sun", k=5)
+    assert [match.path for match in found] == [index.paths[i] for i in cosines.argsort(descending=True)[:5]]
+    assert [match.score for match in found] == pytest.approx(sorted(cosines.tolist(), reverse=True)[:5], abs=1e-6)
+    assert len(index.search("dog", k=100)) == 12
+    own = place / "pictures" / "more" / "11.png"
+    assert index.search(own, k=1)[0].path == str(own.resolve())
+
+    index.save(tmp_path / "made" / "pictures.safetensors")
+    opened = model.load_index(tmp_path / "made" / "pictures.safetensors")
+    assert opened.search("dog") == index.search("dog")
+    assert repr(opened) == repr(index) == f"Index(12 pictures, {index.features.nbytes / 1e6:.1f} MB)"
+    Index(index.paths, torch.from_numpy(index.features), index.encode, "other").save(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="made with other weights"):
+        model.load_index(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="is no index of pictures"):
+        model.load_index(place / "runs/clips/export/native/model.safetensors")
+
+
+def test_faiss_is_used_if_it_is_installed(model: CLIPS, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = model.index(place / "pictures")
+    wanted, asked = index.search("dog", k=4), []
+
+    def knn(queries: np.ndarray, features: np.ndarray, k: int, metric: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(metric)
+        cosines = queries @ features.T
+        rows = np.argsort(-cosines)[:, :k]
+        return np.take_along_axis(cosines, rows, 1), rows
+
+    fake = SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0, __spec__=object())
+    monkeypatch.setitem(sys.modules, "faiss", fake)
+    assert [match.path for match in index.search("dog", k=4)] == [match.path for match in wanted]
+    assert asked == [0]
+
+
+def test_the_command_indexes_once_and_shows_pictures(place: Path, tmp_path: Path) -> None:
+    words = ["--model", place / "runs/clips", "--pictures", place / "pictures", "--k", "3", "--device", "cpu"]
+    env = {"CLIPS_MLLM_CACHE": str(tmp_path / "cache")}
+    first = run_python("scripts/search.py", "a dog", *words, "--output", tmp_path / "found.html", env=env)
+    assert first.returncode == 0, first.stderr
+    assert "indexed 12 pictures" in first.stdout
+    assert "1 could not be read" in first.stdout
+    assert (tmp_path / "found.html").read_text().count("data:image/png;base64,") == 3
+    again = run_python("scripts/search.py", "--image", place / "pictures/03.png", *words, env=env)
+    assert "indexed" not in again.stdout
+    assert again.stdout.splitlines()[0].endswith("03.png")
+    wrong = run_python("scripts/search.py", *words, env=env)
+    assert (wrong.returncode, "a text, or a picture with --image" in wrong.stderr) == (2, True)
+
+
+def test_folders_and_addresses_are_pictures_too(model: CLIPS, place: Path, tmp_path: Path) -> None:
+    picture(40).save(tmp_path / "a.png")
+    picture(40, seed=1).save(tmp_path / "b.png")
+    wanted = model.encode_image([tmp_path / "a.png", tmp_path / "b.png"])
+    assert torch.equal(model.encode_image(str(tmp_path)), wanted)
+    with pytest.raises(UserError, match="is a folder: give it alone"):
+        model.encode_image([tmp_path])
+    with pytest.raises(UserError, match="holds no images"):
+        model.encode_image(place / "runs")
+    with serving(tmp_path) as server:
+        assert torch.allclose(model.encode_image(f"{server.url}/a.png"), wanted[:1], atol=1e-6)
+        with pytest.raises(UserError, match=r"none\.png: FileNotFoundError"):
+            model.encode_image(f"{server.url}/none.png")
+
+
+def test_a_model_tells_what_it_is_and_moves(model: CLIPS, place: Path) -> None:
+    said = repr(model)
+    assert said.startswith(f"CLIPS('{place}/runs/clips': 32 px, image tower ")
+    assert said.endswith("features of 32, 0.1 M parameters, on cpu)")
+    assert model.to("cpu") is model
+    with pytest.raises(UserError, match="choose one of"):
+        model.to("tpu")
