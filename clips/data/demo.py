@@ -619,13 +619,13 @@ def _write_all(work: Path, wanted: dict[str, Any], hands: Mapping[str, Sequence[
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes, fork) as pool:
         # Into the cache: drawings are too large to send between processes.
-        for _ in tqdm(pool.map(_rasterised, artists), "rasterising drawings", len(artists), unit="set"):
+        for _ in tqdm(pool.map(_rasterised, artists), "rasterising drawings", len(artists), unit="set", disable=None):
             pass
     for artist in artists:
         _drawings(artist)  # read once, before the processes fork
     write = partial(_write_shard, seed=wanted["seed"], image_size=wanted["image_size"])
     with (
-        tqdm(total=sum(len(numbers) for _, _, numbers, _ in shards), desc="drawing demo scenes", unit="scene") as bar,
+        tqdm(total=sum(wanted["sizes"].values()), desc="drawing demo scenes", unit="scene", disable=None) as bar,
         ProcessPoolExecutor(processes, fork) as pool,
     ):
         for written in pool.map(write, *zip(*shards, strict=True)):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from clips.common.errors import CommandError
+from clips.common.live import LiveLine, progress_line
 from clips.common.rundir import METRICS, is_at_most, keep_lines
-from clips.common.signals import outlive_readers
 from clips.common.trackers import TENSORBOARD, Trackers
 from clips.config import RunConfig
 
@@ -24,6 +21,14 @@ MACHINE = (
     "validation_seconds",
 )
 """What metrics.jsonl holds that tells of the machine, not of the training: two equal runs differ in it."""
+VALIDATED = {"sentence_i2t_r1": "a picture finds its sentence", "zero_shot_top1": "a thing its name"}
+"""Figure of a validation → words for it."""
+
+
+def validated(values: dict[str, Any]) -> str:
+    """A validation in one line."""
+    found = ", ".join(f"{words} in {values[name]:.1f} %" for name, words in VALIDATED.items() if name in values)
+    return f"validation after {values['samples']:,} samples: {found or 'see metrics.jsonl'}"
 
 
 class RunLog:
@@ -39,11 +44,7 @@ class RunLog:
         self._open(start_step)
         self.spikes = self._reopen(run_dir / "spikes.jsonl", start_step)
         self.trackers = Trackers(report_to, run_dir, run_dir.name, run.to_dict(), start_step)
-        self.latest: dict[str, Any] = {}
-        self.started = time.monotonic()
-        interactive = sys.stderr.isatty()
-        self.bar = tqdm(total=run.samples, unit="sample", unit_scale=True, disable=not interactive, smoothing=0.05)
-        self.total = run.samples
+        self.line, self.total = LiveLine(), run.samples
         self.first: tuple[int, float] | None = None
         """(samples, time) of the first line, from which the time left is told."""
 
@@ -73,8 +74,10 @@ class RunLog:
             return
         with self._writing(values["step"]):
             self._record(kind, values)
-        self.latest.update(values)
-        self._show(values["samples"])
+        if kind == "train":
+            self._show(values)
+        else:
+            self.say(validated(values))
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -104,6 +107,8 @@ class RunLog:
         if self.active:
             with self._writing(figures["step"]):
                 self.spikes.write(json.dumps(figures | {"keys": keys}) + "\n")
+            if figures["action"] == "continue" and not figures["loss_jumps"]:
+                return  # a gradient that the loss does not feel belongs to a healthy run
             norm = ""
             if figures["grad_norm"] is not None:
                 norm = f", gradient norm {figures['grad_norm']:.4g} (usually {figures['usual_grad_norm']:.4g})"
@@ -112,36 +117,22 @@ class RunLog:
                 f"{figures['usual_loss']:.4g}){norm}; {figures['action']}. Its samples stand in spikes.jsonl"
             )
 
-    def _show(self, samples: int) -> None:
+    def _show(self, values: dict[str, Any]) -> None:
+        samples, now = values["samples"], time.monotonic()
         if self.first is None:
-            self.first = (samples, time.monotonic())
-            self.bar.initial = samples
-        wanted = {"samples_per_s": "/s", "loss": "loss", "contrastive_loss": "con", "caption_loss": "cap"}
-        wanted |= {"data_wait_share": "wait", "mfu": "mfu", "peak_memory_gb": "GB"}
-        parts = {short: f"{self.latest[key]:.4g}" for key, short in wanted.items() if key in self.latest}
-        score = self.latest.get("sentence_t2i_r1", self.latest.get("part_t2i_r1"))
-        if score is not None:
-            parts["R@1"] = f"{score:.1f} %"
-        if not self.bar.disable:
-            self.bar.n = samples
-            self.bar.set_postfix(parts)
-            return
+            self.first = (samples, now)
         done = samples - self.first[0]
-        left = (time.monotonic() - self.first[1]) / done * (self.total - samples) if done > 0 else None
-        text = "  ".join(f"{key} {value}" for key, value in parts.items())
-        eta = "" if left is None else f"  left {left / 60:.1f} min"
-        outlive_readers()
-        print(f"[{samples:>9,}/{self.total:,}]  {text}{eta}", file=sys.stderr, flush=True)
+        left = (now - self.first[1]) / done * (self.total - samples) if done > 0 else None
+        self.line.show(progress_line(values, self.total, left), final=samples >= self.total)
 
     def say(self, text: str) -> None:
         """A line for a person, beside the progress line."""
         if self.active:
-            outlive_readers()
-            self.bar.write(text, file=sys.stderr)
+            self.line.say(text)
 
     def close(self) -> None:
         if self.active:
-            self.bar.close()
+            self.line.close()
             for file in (self.metrics, self.skips, self.spikes, self.trackers):
                 with contextlib.suppress(OSError):  # of a full disk, which `record` has told of
                     file.close()

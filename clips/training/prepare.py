@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
-from clips.common.runtime import has_bf16
+from clips.common.runtime import autocast, has_bf16
 from clips.config import PhaseConfig, RunConfig, difference
 from clips.data.loader import micro_batch_size
 from clips.data.sources import Source
@@ -29,6 +31,7 @@ from clips.data.splits import held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
+from clips.model.vision import VisionTower
 from clips.recipes import RECIPES
 from clips.training.memory import Usage, usage
 from clips.weights import checkpoint
@@ -203,9 +206,11 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
     return replace(run, train=replace(run.train, precision=precision))
 
 
-#: Share of the device's peak that training is taken to reach: measured on the demo for the CPU (0.7 to 0.9); for GPUs
-#: what others publish: 13 % (open_clip, B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (a compiled ViT-S, H100).
+#: Share of the device's peak that training is taken to reach if it is not timed: of a large model on a CPU (0.7 to 0.9
+#: measured); on GPUs others publish 13 % (open_clip, B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (ViT-S, H100).
 EFFICIENCY = {"cpu": 0.7, "cuda": 0.2}
+TIMED_SECONDS, TIMED_SAMPLES = 1.0, 64
+"""How long, and how many pictures at a time."""
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
@@ -213,15 +218,39 @@ def compute_dtype(run: RunConfig) -> torch.dtype:
     return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
 
 
-def estimated_seconds(run: RunConfig, device: torch.device, ranks: int, done: int) -> float:
-    """Rough time for the samples after the first `done`: FLOPs over the measured speed of a matrix product."""
+def reached_flops(run: RunConfig, tower: VisionTower, device: torch.device) -> float:
+    """FLOP/s that one rank is taken to reach in training. On a CPU its image tower is timed, forward and backward.
+
+    Small matrices reach a fraction of the peak that differs from machine to machine. A GPU, and a tower too large to be
+    timed, are taken to reach EFFICIENCY.
+    """
     peak, _ = peak_flops(device, compute_dtype(run))
-    speed = peak * EFFICIENCY[device.type] * ranks
+    config = replace(run.model, vision=replace(tower.config, patch_dropout=0.0))
+    flops = training_flops(config, BatchShape(1, tower.image_size, ()))["vision"]
+    samples = min(TIMED_SAMPLES, int(0.2 * TIMED_SECONDS * peak / flops))
+    if device.type != "cpu" or not samples:
+        return peak * EFFICIENCY[device.type]
+    tower, images = copy.deepcopy(tower), torch.zeros(samples, 3, tower.image_size, tower.image_size)
+
+    def forward_and_backward() -> None:
+        with autocast(device, enabled=run.train.precision == "bf16"):
+            tower.proj(tower(images)[0]).sum().backward()
+
+    forward_and_backward()  # the first time is slower
+    begin, passes = time.perf_counter(), 0
+    while time.perf_counter() < begin + TIMED_SECONDS:
+        forward_and_backward()
+        passes += 1
+    return passes * samples * flops / (time.perf_counter() - begin)
+
+
+def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> float:
+    """Rough time for the samples after the first `done`, at `reached` FLOP/s a rank."""
     seconds = 0.0
     for phase in run.phases:
         todo = max(0, phase.steps * phase.batch_size - done)
         done = max(0, done - phase.steps * phase.batch_size)
-        seconds += todo * flops_per_sample(run, phase) / speed
+        seconds += todo * flops_per_sample(run, phase) / (reached * ranks)
     return seconds
 
 
@@ -310,7 +339,8 @@ def print_plan(
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
-    table.add_row("time", f"about {duration(estimated_seconds(run, device, ranks, done))} (rough)")
+    seconds = estimated_seconds(run, reached_flops(run, model.visual, device), ranks, done)
+    table.add_row("time", f"about {duration(seconds)} (rough)")
     memory = most_memory(run, device.type, ranks, zero)
     host = f", {memory.host / 1e9:.1f} GB of them the machine's" if memory.host else ""
     table.add_row(

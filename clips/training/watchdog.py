@@ -62,6 +62,7 @@ def find_spike(state: TrainState, agreed: Agreed) -> dict[str, Any] | None:
     return {
         "loss": agreed.loss,
         "usual_loss": median(state.recent_losses),
+        "loss_jumps": agreed.loss > loss_limit,
         "grad_norm": norm,
         "usual_grad_norm": median(state.recent_norms) if state.recent_norms else None,
     }

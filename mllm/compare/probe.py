@@ -49,7 +49,7 @@ def measure_encoders(comparison: Comparison, device: torch.device) -> dict[Encod
     if on_demo:
         train = _labelled("train", PROBE_SAMPLES)
         tests = {PROBE if name == "test" else f"{name}/{PROBE}": _labelled(name, None) for name in held_out_sets(DEMO)}
-    for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=not on_demo):
+    for cell in tqdm(cells_of(comparison), desc="linear probes", unit="encoder", disable=None if on_demo else True):
         figures: dict[str, dict[str, Any]] = {}
         for name, found in read_evaluations(cell.pretraining_run).items() if cell.pretraining_run else ():
             if name == "evaluation":

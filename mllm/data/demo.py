@@ -349,7 +349,7 @@ def _write_images(demo_dir: Path, split: str, count: int | None, target: Path) -
             "alignment and instruction pictures"
         )
     scenes = []
-    for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False):
+    for index in tqdm(range(count), desc=f"writing {split} pictures", unit="picture", leave=False, disable=None):
         scene = DemoScene.of(source.read(index), f"{split}-{index:06d}.jpg")
         (target / scene.name).write_bytes(scene.data)
         scenes.append(scene)

@@ -89,7 +89,7 @@ def generate_answers(
         **drawn_at(temperature),
     )
     answers = [""] * len(questions)
-    with tqdm(total=len(questions), desc="answers", unit="question") as bar:
+    with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
             shown = {name: questions[i] for i in chosen if (name := questions[i].image)}

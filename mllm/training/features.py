@@ -112,7 +112,7 @@ class FeatureCache:
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)
         load = pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor))
-        with tqdm(total=len(todo), unit="img", desc="image features") as bar:
+        with tqdm(total=len(todo), unit="img", desc="image features", disable=None) as bar:
             for start in range(0, len(todo), per_file):
                 chunk = todo[start : start + per_file]
                 parts = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from transformers import TrainerCallback, TrainerState
 
 from clips.common import rundir
 from clips.common.errors import never_in_the_way
+from clips.common.live import LiveLine, progress_line
 from clips.common.page import save_plot
 from clips.common.peaks import peak_flops
 from clips.common.plots import LIGHT, Panel, curves_plot
 from clips.common.runtime import peak_memory_gb
-from clips.common.signals import outlive_readers
 from clips.common.trackers import Trackers, loggers
 from mllm.model.flops import LlavaFlops
 from mllm.model.packing import pairs_of
@@ -80,7 +79,7 @@ class MetricsLog(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path, arguments: TrainArguments, work: Work, *, active: bool) -> None:
-        self.path, self.work, self.active = run_dir / rundir.METRICS, work, active
+        self.path, self.work, self.active, self.line = run_dir / rundir.METRICS, work, active, LiveLine()
         self.arguments, self.stage, self.batch_size = arguments, arguments.description.name, arguments.batch_size
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -94,6 +93,7 @@ class MetricsLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.active:
+            self.line.close()
             self.trackers.close()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class MetricsLog(TrainerCallback):
         seconds, steps, flops = (new - old for new, old in zip(now, self.last, strict=True))
         rates = self.work.rates(samples=steps * self.batch_size, flops=flops, seconds=max(seconds, 1e-9))
         self.last = now
-        left = (state.max_steps - now[1]) * (now[0] - self.begin[0]) / max(now[1] - self.begin[1], 1) / 60
+        left = (state.max_steps - now[1]) * (now[0] - self.begin[0]) / max(now[1] - self.begin[1], 1)
         line = {"kind": "train", "stage": self.stage, "step": now[1], "samples": now[1] * self.batch_size}
         line |= {"time": round(time.time(), 3), **rates}
         line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
@@ -111,14 +111,8 @@ class MetricsLog(TrainerCallback):
             file.write(json.dumps(line) + "\n")
         figures = {name: value for name, value in line.items() if isinstance(value, float) and name != "time"}
         self.trackers.log({f"train/{name}": value for name, value in figures.items()}, now[1])
-        outlive_readers()
-        print(
-            f"[{self.stage} {now[1]:>6,}/{state.max_steps:,}]  loss {line['loss']:.4f}  "
-            f"lr {line.get('learning_rate', 0):.2e}  {rates['samples_per_s']:.1f} samples/s  "
-            f"MFU {rates['mfu']:.1%}  left {left:.1f} min",
-            file=sys.stderr,
-            flush=True,
-        )
+        words = progress_line(line, state.max_steps * self.batch_size, left)
+        self.line.show(f"{self.stage}: {words}", final=now[1] >= state.max_steps)
 
 
 def write_curves(run_dir: Path) -> None:

@@ -6,7 +6,6 @@ the engine's own files. Frozen parameters are loaded again from their source.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,7 +329,7 @@ def training_arguments(
         report_to="none",  # MetricsLog reports, as in pretraining
         log_level="error",
         save_strategy="steps",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         ddp_backend=dist.get_backend() if dist.is_initialized() else None,

@@ -1,0 +1,75 @@
+"""Where a training is, in words: one line that is rewritten on a terminal, a line now and then in a file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from clips.common.escape import clip
+from clips.common.signals import outlive_readers
+
+EVERY = 30.0
+"""Seconds between two lines of a file."""
+WORDS = {
+    "contrastive_loss": "image-text loss {:.3g}",
+    "caption_loss": "caption loss {:.3g}",
+    "samples_per_s": "{:,.0f} samples/s",
+    "data_wait_share": "waiting for data {:.0%} of the time",
+    "mfu": "{:.0%} of the processor's peak",
+    "peak_memory_gb": "{:.1f} GB",
+}
+"""Figure of a record → words for it, in the order of worth: a narrow terminal cuts the end."""
+
+
+class LiveLine:
+    """The progress line of a loop, on stderr."""
+
+    def __init__(self) -> None:
+        self.rewrites = sys.stderr.isatty()
+        self._last, self._width = -math.inf, 0
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last one is EVERY seconds old."""
+        if self.rewrites:
+            text = clip(text, shutil.get_terminal_size().columns - 1)  # a longer line would not be rewritten whole
+            self._write(f"\r{text.ljust(self._width)}")
+            self._width = len(text)
+        elif final or time.monotonic() >= self._last + EVERY:
+            self._last = time.monotonic()
+            self._write(f"{text}\n")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the progress line."""
+        self._write(f"\r{' ' * self._width}\r{text}\n" if self._width else f"{text}\n")
+        self._width = 0
+
+    def close(self) -> None:
+        """End the line."""
+        if self._width:
+            self._write("\n")
+        self._width = 0
+
+    @staticmethod
+    def _write(text: str) -> None:
+        outlive_readers()
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> str:
+    """A record of metrics.jsonl in words; `left` in seconds, None if it is not known yet."""
+    done = values["samples"]
+    words = [f"{done:,} of {total:,} samples ({100 * done // total} %)"]
+    words += [] if left is None else [f"{in_words(left)} left"]
+    shown = WORDS if "contrastive_loss" in values or "caption_loss" in values else {"loss": "loss {:.3g}"} | WORDS
+    words += [text.format(values[name]).replace("%", " %") for name, text in shown.items() if name in values]
+    return ", ".join(words)
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,93 @@
+"""What a person reads while a training runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clips.common import live
+from clips.common.live import LiveLine
+from clips.recipes import recipe
+from clips.training.log import RunLog
+
+TRAIN = {
+    **{"step": 10, "samples": 640, "contrastive_loss": 4.185, "caption_loss": 6.576, "loss": 17.3},
+    **{"samples_per_s": 189.8, "data_wait_share": 0.036, "mfu": 0.38, "peak_memory_gb": 0.78},
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int = 200) -> io.StringIO:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
+    return stream
+
+
+def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = on(Terminal(), monkeypatch, columns=20)
+    line = LiveLine()
+    line.show("a long first line that is cut")
+    line.show("short")
+    line.say("stays")
+    line.show("again")
+    line.close()
+    first, second, end = told.getvalue().split("\n")
+    assert [part.rstrip() for part in first.split("\r")] == ["", "a long first line …", "short", "", "stays"]
+    assert (second, end) == ("\ragain", "")
+
+
+def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, now = on(io.StringIO(), monkeypatch), [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    line = LiveLine()
+    for now[0] in range(100):
+        line.show(f"at {now[0]} s")
+    line.show("done", final=True)
+    line.close()
+    assert told.getvalue() == "at 0 s\nat 30 s\nat 60 s\nat 90 s\ndone\n"
+
+
+def test_words_and_no_figure_of_another_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line had `con 2.5  mfu 0.07`, and the score of a validation long ago."""
+    told = on(io.StringIO(), monkeypatch)
+    monkeypatch.setattr(live, "EVERY", 0.0)
+    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True, report_to=())
+    log.record("train", TRAIN)
+    log.record("eval", {"step": 10, "samples": 640, "split": "val", "sentence_i2t_r1": 71.2, "zero_shot_top1": 30.0})
+    log.record("train", TRAIN | {"samples": 1280})
+    log.close()
+    first, validation, second = told.getvalue().splitlines()
+    assert first == (
+        "640 of 96,000 samples (0 %), image-text loss 4.18, caption loss 6.58, 190 samples/s, "
+        "waiting for data 4 % of the time, 38 % of the processor's peak, 0.8 GB"
+    )
+    assert (
+        validation == "validation after 640 samples: a picture finds its sentence in 71.2 %, a thing its name in 30.0 %"
+    )
+    assert " left, image-text loss" in second
+    assert "71.2" not in second
+
+
+@pytest.mark.parametrize(
+    ("action", "jumps", "told"), [("continue", False, False), ("continue", True, True), ("skip", False, True)]
+)
+def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str, jumps: bool, told: bool
+) -> None:
+    """Every healthy run of the demo warned of a spike: loss 6.504 (usually 6.389), gradient norm 8.362 (3.199)."""
+    figures: dict[str, Any] = {"loss": 6.504, "usual_loss": 6.389, "loss_jumps": jumps}
+    figures |= {"step": 214, "grad_norm": 8.362, "usual_grad_norm": 3.199, "action": action}
+    log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True, report_to=())
+    log.spike(figures, [["a"]])
+    log.close()
+    assert json.loads((tmp_path / "spikes.jsonl").read_text())["step"] == 214
+    assert ("warning: spike at step 214" in capsys.readouterr().err) == told
