@@ -17,10 +17,12 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
+    from clips.common.live import say_next
     from clips.data.demo import ensure_demo
 
     directory = ensure_demo(flags.output, seed=flags.seed, image_size=flags.image_size, again=True)
-    print(f"The demo data is in {directory}\nNext: deepspeed scripts/pretrain_clips.py")
+    print(f"The demo data is in {directory}")
+    say_next("deepspeed scripts/pretrain_clips.py")
 
 
 if __name__ == "__main__":

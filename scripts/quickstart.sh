@@ -16,6 +16,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
 export OMP_NUM_THREADS
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
 
+export CLIPS_MLLM_GOES_ON=1 # its steps name no next step: the next one is the quickstart's
 echo "== 2. demo data"
 python scripts/build_demo_data.py
 
@@ -30,39 +31,9 @@ fi
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
 NUM_GPUS=1 bash scripts/train_llava.sh --vision clips
 
-figures="$(python - <<'PYTHON'
-import json
-from pathlib import Path
-
-from clips.common.rundir import UNSEEN, by_test_set
-
-encoder = by_test_set(json.loads(Path("runs/demo/evaluation.json").read_text())["figures"], "seen")
-answers = json.loads(Path("runs/llava-clips/evaluation/figures.json").read_text())
-model = {"seen": answers, UNSEEN: answers.get(UNSEEN)}
-for artists in (UNSEEN, "seen"):
-    if artists in encoder:
-        found = {name: figure["value"] for name, figure in encoder[artists].items()}
-        right = model[artists]["exact_match"]["overall"]
-        print(
-            f"  drawn by {artists} artists: encoder: sentence R@1 {found['sentence_i2t_r1']:.1f} / "
-            f"{found['sentence_t2i_r1']:.1f} %, zero-shot {found['zero_shot_top1']:.1f} %; "
-            f"model: {right['accuracy']:.1%} of {right['n']:,} held-out questions"
-        )
-if UNSEEN not in encoder:
-    print("  the test of unseen artists is missing: no npm could fetch their drawings (data/demo/README.md)")
-PYTHON
-)"
+unset CLIPS_MLLM_GOES_ON
+python -c "from mllm.evaluation.summary import print_summary; print_summary()"
 cat <<NEXT
 
-Everything is done: runs/demo holds an encoder, runs/llava-clips a model that talks about pictures.
-$figures
-
-Next:
-  cd $PWD && source $venv/bin/activate
-  look at                    runs/demo/report/index.html, runs/llava-clips/curves.png
-  talk to the model          python scripts/chat.py --image data/llava_demo/images/unseen-000000.jpg
-  the same as a web page     python scripts/chat.py --web
-  compare with plain CLIP    deepspeed scripts/pretrain_clips.py --recipe clip_baseline
-  train on your own data     README.md, 'Your own data'
-  run the tests              bash scripts/test.sh
+Next: talk to the model: cd $PWD && source $venv/bin/activate && python scripts/chat.py --web
 NEXT

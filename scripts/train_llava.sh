@@ -43,13 +43,18 @@ fi
 launch=("$python")
 if [ "${gpus:-1}" -gt 1 ]; then launch+=(-m deepspeed.launcher.runner --num_gpus "$gpus"); fi
 
+# The demo's questions say nothing about a model that was trained on other data.
+evaluates=false
+if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ "$own_data" = false ]; then evaluates=true; fi
+
 both=()
 if [ "$stages" = "1 2" ]; then both=(--both_stages); fi # each stage ignores the other stage's flags
 for stage in $stages; do
-  "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage" ${both[@]+"${both[@]}"}
+  goes_on="${CLIPS_MLLM_GOES_ON:-}"
+  if [ "$evaluates" = true ] || [ "$stage" != "${stages##* }" ]; then goes_on=1; fi # then no next step is named
+  CLIPS_MLLM_GOES_ON="$goes_on" "${launch[@]}" "$here/train_llava.py" "$@" --stage "$stage" ${both[@]+"${both[@]}"}
 done
-# The demo's questions say nothing about a model that was trained on other data.
-if [ "$dry_run" = false ] && [ "$stages" != 1 ] && [ "$own_data" = false ]; then
+if [ "$evaluates" = true ]; then
   kind="${vision%%:*}"
   case "$kind" in */*) kind=hf ;; esac # openai/clip-… is hf:openai/clip-…
   "$python" "$here/evaluate_llava.py" --model "${output_dir:-runs/llava-$kind}/model" --device "$device"

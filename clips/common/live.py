@@ -1,15 +1,19 @@
-"""Where a training is, in words: one line that is rewritten on a terminal, a line now and then in a file."""
+"""Where a training is, in words, and what comes next.
+
+A terminal has one line that is rewritten, a file a line every half minute.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from clips.common.escape import clip
+from clips.common.escape import clip, for_terminal
 from clips.common.signals import outlive_readers
 
 EVERY = 30.0
@@ -67,6 +71,13 @@ def progress_line(values: Mapping[str, Any], total: int, left: float | None) -> 
     shown = WORDS if "contrastive_loss" in values or "caption_loss" in values else {"loss": "loss {:.3g}"} | WORDS
     words += [text.format(values[name]).replace("%", " %") for name, text in shown.items() if name in values]
     return ", ".join(words)
+
+
+def say_next(command: str) -> None:
+    """Name the one next step, on stderr, unless the script that runs this command goes on by itself."""
+    if not os.environ.get("CLIPS_MLLM_GOES_ON"):
+        outlive_readers()
+        print(f"Next: {for_terminal(command)}", file=sys.stderr, flush=True)
 
 
 def in_words(seconds: float) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
 from clips.config import RunConfig
@@ -19,6 +20,11 @@ from clips.data.splits import is_demo
 from clips.evaluation.metrics import Figure
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 
+MATTER = (
+    *("sentence_i2t_r1", "sentence_t2i_r1", "zero_shot_top1", "linear_probe_top1", "web_i2t_r1", "web_t2i_r1"),
+    *("long_i2t_r1", "long_t2i_r1", "caption_token_top1"),
+)
+"""The figures of which a terminal shows six, those that matter most first."""
 NOT_MEASURED = f"retrieval and zero-shot classification are not measured: {NO_SHARED_SPACE}"
 
 
@@ -66,18 +72,24 @@ def write_figures(
 
 
 def figures_table(figures: dict[str, Figure], title: str, first: str = "test", missing: str | None = None) -> Table:
-    """For people: each figure, on every test set, beside the first's chance level and number of items.
+    """For people: the six figures that matter, on every test set, beside the first's chance level and number of items.
 
     `first`: the name of the set whose figures have plain names. `missing`: as in `write_figures`.
     """
     sets = by_test_set(figures, first)
-    table = Table(title=for_rich(title), title_justify="left", caption=missing, caption_justify="left")
+    names = list(dict.fromkeys(key for found in sets.values() for key in found))
+    shown = ([name for name in MATTER if name in names] or names)[:6]
+    rest = (
+        f"All {len(names)} figures are in the JSON file and on the report's page." if len(names) > len(shown) else None
+    )
+    caption = " ".join(filter(None, (rest, missing)))
+    table = Table(title=for_rich(title), title_justify="left", caption=caption or None, caption_justify="left")
     table.add_column("figure")
     for column in (*([f"{test_set} %" for test_set in sets] if len(sets) > 1 else ["%"]), "chance %", "items"):
         table.add_column(for_rich(column), justify="right")
-    for name in dict.fromkeys(key for found in sets.values() for key in found):
+    for name in shown:
         of_sets = [found.get(name) for found in sets.values()]
         one = next(figure for figure in of_sets if figure is not None)
         values = ("" if figure is None else f"{figure.value:.1f}" for figure in of_sets)
-        table.add_row(name, *values, f"{one.chance:.2f}", f"{one.items:,}")
+        table.add_row(pretty(name), *values, f"{one.chance:.2f}", f"{one.items:,}")
     return table

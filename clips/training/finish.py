@@ -9,6 +9,7 @@ from rich.console import Console
 
 from clips.common.errors import never_in_the_way
 from clips.common.escape import for_rich
+from clips.common.live import say_next
 from clips.common.rundir import REPORT, has_report, newest_weights, read_evaluations
 from clips.config import RunConfig
 from clips.data.splits import deciding_set, open_split, split_spec
@@ -60,10 +61,10 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
     shown = deciding_set(run.data)
     with never_in_the_way(f"the report of {run_dir} is not written; the run itself is finished"):
         write_report(run_dir, collect_examples(model, tokenizer, run, shown, image_size=size) if shown else None)
-    print_next(run_dir)
+    print_next(run, run_dir)
 
 
-def print_next(run_dir: Path) -> None:
+def print_next(run: RunConfig, run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
     report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
@@ -71,10 +72,14 @@ def print_next(run_dir: Path) -> None:
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
         f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"
-        f"  encoder     {shown}/export/  ({formats})\n"
-        "Next:\n"
-        f"  python scripts/evaluate_clips.py --model {for_rich(shlex.quote(str(run_dir)))}\n"
-        f"  python scripts/export_clips.py --help\n",
+        f"  encoder     {shown}/export/  ({formats})",
         highlight=False,
         soft_wrap=True,
     )
+    model = shlex.quote(str(run_dir))
+    if run.data.train == "demo":
+        say_next(f"bash scripts/train_llava.sh --vision clips:{model}")
+    elif run.model.embed_dim:
+        say_next(f"python scripts/search.py 'words that describe a picture' --pictures FOLDER --model {model}")
+    else:
+        say_next(f"bash scripts/train_llava.sh --help, with --vision clips:{model}")

@@ -92,7 +92,7 @@ def pretrain(run: RunConfig, options: Options) -> None:
     is_trained = previous is not None and previous.state.samples == run.samples
     if is_trained and is_finished(options.run_dir) and has_report(options.run_dir):
         if is_main:
-            print_next(options.run_dir)
+            print_next(run, options.run_dir)
         shutdown()
         return
     initial = read_given_weights(run, options) if previous is None else None

@@ -25,6 +25,7 @@ from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
+from clips.common.live import say_next
 from clips.common.progress import ProgressFile
 from clips.common.rundir import UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
@@ -215,10 +216,8 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
                 if UNSEEN in figures:
                     of_these = {name: figures[name] for name in ("weights", "dtype")} | figures[UNSEEN]
                     add_evaluation(Path(directory), f"{DEMO_QUESTIONS}, unseen artist", of_these)
-        shown = for_rich(str(out / "figures.json"))
-        console.print(
-            f"figures → {shown}\nNext: python scripts/chat.py --model {for_rich(shlex.quote(str(directory)))}"
-        )
+        console.print(for_rich(f"figures → {out / 'figures.json'}"))
+        say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
     return figures
 
 

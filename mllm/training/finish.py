@@ -15,6 +15,7 @@ from clips import is_of_demo
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.hub import is_hub_id
+from clips.common.live import say_next
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
@@ -104,11 +105,9 @@ def _without(text: str, places: Mapping[str, str]) -> str:
 def print_next(stage: int, run_dir: Path, console: Console) -> None:
     shown = for_rich(str(run_dir))
     if stage == 1:
-        lines = f"{shown}/align/{PROJECTOR} holds the projector. Next: stage 2 (--stage 2)"
+        told, command = f"{shown}/align/{PROJECTOR} holds the projector.", "the same command with --stage 2"
     else:
-        lines = (
-            f"{shown}/model is the finished model, {shown}/curves.png its losses. "
-            f"Next:\n  python scripts/evaluate_llava.py --model {for_rich(shlex.quote(f'{run_dir}/model'))}\n"
-            "  python scripts/chat.py"
-        )
-    console.print(lines, highlight=False, soft_wrap=True)
+        told = f"{shown}/model is the finished model, {shown}/curves.png its losses."
+        command = f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}"
+    console.print(told, highlight=False, soft_wrap=True)
+    say_next(command)

@@ -211,12 +211,6 @@ def test_the_tree_names_the_rooms() -> None:
             assert {path.parent.name for path in (ROOT / top).glob("*/__init__.py")} == set(rooms)
 
 
-def test_what_quickstart_prints_is_quoted_as_it_is() -> None:
-    (quoted,) = re.findall(r"^```\n(  .*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    printed = (ROOT / "scripts" / "quickstart.sh").read_text().splitlines()
-    assert [line for line in quoted.splitlines() if line not in printed] == []
-
-
 # ------------------------------------------------------------------------------------------------------ pictures
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.escape import clip, visible
+from clips.common.plots import pretty
 from clips.common.rundir import has_report, is_finished
 from clips.config import DataConfig, EvalConfig, NamedSet
 from clips.data.demo import ensure_demo
@@ -25,7 +26,7 @@ from clips.data.tokenizer import build_tokenizer
 from clips.evaluation.encode import encode_images
 from clips.evaluation.evaluate import evaluate, evaluate_from_flags
 from clips.evaluation.examples import Captioned, Classified, Examples, Retrieved, _half_misses, collect_examples
-from clips.evaluation.figures import figures_table
+from clips.evaluation.figures import MATTER, figures_table
 from clips.evaluation.report import read_run, write_report
 from clips.evaluation.testsets import open_test_set
 from clips.model.clips import CLIPSModel
@@ -63,8 +64,11 @@ def test_evaluate_gives_every_figure_its_chance_and_items(small, tmp_path):
     assert {"web_i2t_r5", "linear_probe_top1"} <= found.keys()
     table = Console(width=100, file=io.StringIO())
     table.print(figures_table(found, "test split"))
-    for name, figure in found.items():
-        row = next(line for line in table.file.getvalue().splitlines() if f" {name} " in line)
+    shown = [name for name in MATTER if name in found][:6]
+    assert f"All {len(found)} figures" in table.file.getvalue()
+    assert sum(line.startswith("│") for line in table.file.getvalue().splitlines()) == 6, "the others are on the page"
+    for name, figure in ((name, found[name]) for name in shown):
+        row = next(line for line in table.file.getvalue().splitlines() if f" {pretty(name)} " in line)
         assert [f"{figure.value:.1f}", f"{figure.chance:.2f}", f"{figure.items}"] == re.findall(r"[\d.]+", row)[-3:]
     figures = content["figures"]
     # half of the demo's test scenes hold one thing and serve classification, the others retrieval
@@ -90,7 +94,7 @@ def test_several_test_sets_stand_side_by_side_and_unseen_decides(small, tmp_path
     assert any(found[name] != found[f"unseen/{name}"] for name in alone)
     table = Console(width=120, file=io.StringIO())
     table.print(figures_table(found, "test split"))
-    row = next(line for line in table.file.getvalue().splitlines() if " sentence_i2t_r1 " in line)
+    row = next(line for line in table.file.getvalue().splitlines() if f" {pretty('sentence_i2t_r1')} " in line)
     values = [f"{found[f'{name}sentence_i2t_r1'].value:.1f}" for name in ("", "unseen/", "more/")]
     assert re.findall(r"[\d.]+", row)[-5:-2] == values
     run.save(run_dir / "config.json")

@@ -1,0 +1,80 @@
+"""The end of the quickstart: answers to look at, figures with what is chance and what is normal, one next step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clips.common.errors import UserError
+from clips.common.escape import for_rich
+from clips.common.files import read_json, read_json_records
+from clips.common.plots import pretty
+from clips.common.rundir import REPORT, UNSEEN, by_test_set
+from mllm.data.demo import DEMO_DIR, IMAGES
+
+NORMAL = {
+    "sentence_i2t_r1": (72, 92),
+    "sentence_t2i_r1": (70, 90),
+    "zero_shot_top1": (54, 75),
+    "linear_probe_top1": (53, 73),
+    "overall": (36, 55),
+    "identity": (28, 60),
+    "count": (25, 55),
+    "where": (40, 80),
+    "relation": (8, 45),
+    "yes_no": (45, 75),
+}
+"""Figure → the range in percent of quickstarts on the demo's third edition, on the unseen artist's pictures."""
+SHOWN = ("identity", "where", "yes_no")
+"""The kinds of question of which the first one is shown."""
+
+
+def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/llava-clips")) -> None:
+    """Print the end of the quickstart for its two runs. Raises UserError if they were not measured."""
+    measured = by_test_set(read_json(encoder / "evaluation.json").get("figures", {}), "seen")
+    artists = UNSEEN if UNSEEN in measured else "seen"
+    answers = model / "evaluation" / ("answers_unseen.jsonl" if artists == UNSEEN else "answers.jsonl")
+    if not measured or not answers.is_file():
+        raise UserError(f"{encoder} or {model} is not measured yet: run bash scripts/quickstart.sh again")
+    records = read_json_records(answers)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    console.print(f"\nThree questions about pictures by {artists} artists, the first of their kinds:")
+    first = {record["kind"]: record for record in reversed(records)}
+    for record in (first[kind] for kind in SHOWN if kind in first):
+        right = "right" if record["correct"] else f"wrong: {record['expected']}"
+        console.print(for_rich(f"  {DEMO_DIR / IMAGES / record['image']}"))
+        console.print(for_rich(f"    {record['prompt']} – {record['text']} ({right})"))
+    table = Table(title=f"\npictures by {artists} artists", title_justify="left")
+    table.add_column("figure")
+    for column in ("%", "chance %", "normal %"):
+        table.add_column(column, justify="right")
+    found = measured[artists]
+    for name in (name for name in NORMAL if name in found):
+        _add(table, name, pretty(name), found[name]["value"], found[name]["chance"])
+    for name in (name for name in NORMAL if name not in found):
+        asked = [record for record in records if name in ("overall", record["kind"])]
+        if asked:
+            right = 100 * sum(record["correct"] for record in asked) / len(asked)
+            _add(table, name, f"answers: {name.replace('_', ' ')}", right, _one_answer(asked))
+    console.print(table)
+    console.print("Chance of answers is what the most frequent answer of each kind gets.")
+    if artists != UNSEEN:
+        console.print("The test of unseen artists is missing: npm fetched no drawings (data/demo/README.md).")
+    console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))
+
+
+def _one_answer(records: list[dict[str, Any]]) -> float:
+    """Percent right of a model that gives each kind's most frequent answer."""
+    by_kind: dict[str, Counter[str]] = {}
+    for record in records:
+        by_kind.setdefault(record["kind"], Counter())[record["expected"]] += 1
+    return 100 * sum(max(answers.values()) for answers in by_kind.values()) / len(records)
+
+
+def _add(table: Table, name: str, words: str, value: float, chance: float) -> None:
+    low, high = NORMAL[name]
+    table.add_row(words, f"{value:.1f}", f"{chance:.1f}", f"{low} to {high}")
