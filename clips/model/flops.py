@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clips.config import CaptionerConfig, Freeze, ModelConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig, TextConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,30 @@ def training_flops(model: ModelConfig, shape: BatchShape, freeze: Freeze = "none
     return parts
 
 
-def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool) -> int:
+def repeated_flops(model: ModelConfig, shape: BatchShape, *, checkpointing: bool, freeze: Freeze = "none") -> int:
     """FLOPs that a step spends a second time to save memory, and that count for no MFU.
 
-    The caption head's always, those of all blocks with activation checkpointing.
+    The caption head's always, those of all blocks with activation checkpointing, but for each block's last product: its
+    output is needed by no gradient of the block.
     """
     forward = forward_flops(model, shape)
-    return sum(forward[part] for part in (("vision", "text", "captioner", "head") if checkpointing else ("head",)))
+    if not checkpointing:
+        return forward["head"]
+    vision, text, captioner, B = model.vision, model.text, model.captioner, shape.samples
+    repeated = forward["captioner"] + forward["head"]
+    stacks: list[tuple[VisionConfig | TextConfig | CaptionerConfig, int]] = []
+    if freeze != "vision":
+        repeated += forward["vision"] - _patch_embed(model, shape) - B * 2 * vision.width * model.embed_dim
+        tokens = B * (vision.kept_tokens(shape.image_size) + vision.prefix_tokens)
+        stacks.append((vision, tokens * vision.layers))
+    if freeze != "text":
+        repeated += forward["text"] - B * 2 * text.width * model.embed_dim * len(shape.texts)
+        stacks += [(text, count * text.layers) for count in computed_words(shape)]
+    if captioner is not None and shape.caption:
+        repeated -= sum(_prefix(model, shape).values())
+        of_all = captioner_tokens(captioner, model, shape)
+        stacks.append((captioner, of_all * (captioner.layers - 1) + shape.predicted))
+    return repeated - sum(2 * s.width * int(s.width * s.mlp_ratio) * count for s, count in stacks)
 
 
 def computed_words(shape: BatchShape) -> Sequence[int]:

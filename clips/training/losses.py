@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
+LOGITS = 2**26
+"""Similarities that exist at a time, 268 MB in fp32. Beyond, they are computed in chunks, and again in the backward
+pass: a step then never holds the matrix of its rows against the whole batch."""
 
 
 def world_size() -> int:
@@ -65,8 +68,26 @@ def info_nce(
     targets = torch.arange(first, first + len(image_BE), device=image_BE.device)
     scaled = logit_scale * image_BE
     return 0.5 * (
-        F.cross_entropy(scaled @ all_text.T, targets) + F.cross_entropy(logit_scale * text_BE @ all_image.T, targets)
+        _similarity_loss(scaled, all_text, targets) + _similarity_loss(logit_scale * text_BE, all_image, targets)
     )
+
+
+def logit_chunks(rows: int, columns: int) -> int:
+    """In how many parts `rows` are compared with `columns`."""
+    return -(-rows * columns // LOGITS)
+
+
+def _similarity_loss(rows_BE: Tensor, columns: Tensor, targets_B: Tensor) -> Tensor:
+    """Mean cross entropy of `rows` against `columns` [W·B, E]."""
+    chunks = logit_chunks(len(rows_BE), len(columns))
+    if chunks <= 1:
+        return F.cross_entropy(rows_BE @ columns.T, targets_B)
+
+    def of_chunk(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(rows @ columns.T, targets, reduction="sum")
+
+    parts = zip(rows_BE.tensor_split(chunks), targets_B.tensor_split(chunks), strict=True)
+    return torch.stack([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]).sum() / len(rows_BE)
 
 
 def contrastive_loss(

@@ -9,13 +9,13 @@ the allocator's gaps. tools/gpu_report.py measures the same; docs/planning.md co
   in fp32, 4 bytes more. Attention with plain products, as on a CPU in bf16, keeps its probabilities; a fused kernel
   with a mask of its own for each query keeps that. With activation checkpointing a block keeps its input alone, and
   one block at a time is whole again.
-- In the backward pass activations go as gradients come, from the captioner over the texts to the image tower.
+- In the backward pass activations go as gradients come, from the losses over captioner and texts to the image tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape, captioner_tokens, computed_words
 from clips.model.layers import CPU_PLAIN_KEYS
 from clips.training.engine import parameter_groups
+from clips.training.losses import logit_chunks
 
 
 @cache
@@ -98,7 +99,7 @@ class Part:
 
 
 def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]:
-    """The parts of a step of `shape` in the order of the forward pass: vision, text, contrastive, captioner, head."""
+    """The parts of a step of `shape` in the order of the forward pass: vision, text, captioner, contrastive, head."""
     model, B, e = run.model, shape.samples, place.element
     vision, text, captioner = model.vision, model.text, model.captioner
     counts = count_parameters_by_part(model)
@@ -119,28 +120,41 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     for name in ("vision", "text"):
         if frozen == name:
             parts[name] = Part(0, parts[name].working, 0)
-    # Both directions of each pair: log-probabilities are kept, a gradient and its product with them are made.
-    logits = FP32 * B * B * shape.world_size
-    parts["contrastive"] = Part(2 * len(shape.texts) * logits, 2 * logits, 1) if model.embed_dim else Part(0, 0, 0)
+    contrastive = _contrastive(model, shape, B * shape.world_size) if model.embed_dim else Part(0, 0, 0)
     if captioner is None or not shape.caption:
-        return parts
+        return parts | {"contrastive": contrastive}
     words = shape.texts[0] - (text.pool == "cls") if captioner.web else 0
     seen = captioner.kept_tokens(patches)
     slots, tokens = seen + words + shape.caption - 1, captioner_tokens(captioner, model, shape) / B
     sizes = (captioner.width, captioner.heads, captioner.layers, captioner.mlp_ratio)
     decoder = _stack(place, *sizes, slots, tokens, rows=True, packed=True)
-    if not place.checkpointing:
-        skipped = _not_asked(place, captioner, slots, seen + words, tokens - shape.predicted / B)
-        decoder = Part(decoder.kept - skipped, decoder.working, decoder.parameters)
+    skipped = _not_asked(place, captioner, slots, seen + words, tokens - shape.predicted / B)
     inputs = e * (seen * vision.width + words * text.width)
     norm = (FP32 if place.device == "cuda" else e) * (shape.caption - 1) * captioner.width
+    if not place.checkpointing:
+        decoder = replace(decoder, kept=decoder.kept - skipped)
+    else:  # the last block is the smaller one, and is over when the block before it is whole again
+        unasked = int(e * (captioner.mlp_ratio + 1) * (tokens - shape.predicted / B) * captioner.width)
+        before = decoder.working - int(e * tokens * captioner.width) - norm if captioner.layers > 1 else 0
+        decoder = replace(decoder, working=max(decoder.working - skipped - unasked, before))
     head = captioner.width * text.vocab_size
     parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + slots**2)
+    parts["contrastive"] = contrastive
     chunks = max(1, -(-shape.predicted // run.task.caption_chunk))
     # Of a chunk's logits: log-probabilities, their gradient and that of the logits, in fp32; then the head's own.
     logits = 3 * FP32 * -(-shape.predicted // chunks) * text.vocab_size
     parts["head"] = Part(2 * e * shape.predicted * captioner.width, logits + (2 * e if place.bf16 else 0) * head, head)
     return parts
+
+
+def _contrastive(model: ModelConfig, shape: BatchShape, columns: int) -> Part:
+    """The loss of a rank's rows against all `columns`: both directions of each pair."""
+    gathered = FP32 * (1 + len(shape.texts)) * columns * model.embed_dim if columns > shape.samples else 0
+    chunks = max(1, logit_chunks(shape.samples, columns))
+    logits = FP32 * -(-shape.samples // chunks) * columns
+    # Log-probabilities are kept, unless they are computed again; a gradient and its product with them are made.
+    kept = 2 * len(shape.texts) * logits if chunks == 1 else 0
+    return Part(kept + gathered, (2 if chunks == 1 else 3) * logits + gathered, 1)
 
 
 def _not_asked(place: Place, captioner: CaptionerConfig, slots: int, without: int, tokens: float) -> int:
@@ -176,7 +190,7 @@ def _stack(
     tokens = slots if tokens is None else tokens
     block = block_bytes(place, width, heads, mlp_ratio, slots, tokens, masked_rows=rows, packed=packed)
     # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
-    working = int(place.element * (mlp_ratio + 2) * tokens * width)
+    working = int(place.element * (mlp_ratio + 1) * tokens * width)
     if not place.checkpointing:
         return Part(layers * block, working, 0)
     return Part(int(layers * place.element * tokens * width), block + working, 0)
@@ -231,10 +245,10 @@ def usage(
     features = 0
     if whole_step:
         rows, columns = shape.samples * accumulation, shape.samples * accumulation * shape.world_size
-        pairs = 2 * len(shape.texts)
         # The loss itself is over before the first micro-batch's graph is built.
         features = 2 * FP32 * (1 + len(shape.texts)) * (rows + columns) * run.model.embed_dim
-        loss = FP32 * shape.samples * columns * (pairs + 2)
+        contrastive = _contrastive(run.model, shape, columns)
+        loss = contrastive.kept + contrastive.working
         parts["contrastive"] = Part(0, 0, 1)
     copies = place.element * parameters.products if place.bf16 else 0
     share = on_rank.gradients / max(FP32 * parameters.trained, 1)

@@ -257,7 +257,9 @@ def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     """All that one sample costs in a step, what is computed a second time included."""
     shape = usual_shape(run, phase)
-    repeated = repeated_flops(run.model, shape, checkpointing=run.train.activation_checkpointing)
+    repeated = repeated_flops(
+        run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
+    )
     if run.train.contrastive == "global" and run.train.accumulation > 1:  # the towers pass twice
         forward = forward_flops(run.model, shape)
         repeated += forward["vision"] + forward["text"]

@@ -74,7 +74,7 @@ def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     place = Place("cpu", bf16=precision == "bf16", checkpointing=False)
     task = Task(model, run)
     parts = parts_of(run, task.shape(batch), place)
-    assert list(parts) == ["vision", "text", "contrastive", "captioner", "head"]
+    assert list(parts) == ["vision", "text", "captioner", "contrastive", "head"]
     copies = 2 * count_parameters(run.model, run.optim, "none").products if place.bf16 else 0
     if place.bf16:  # the head's copy is made, and goes, inside its checkpoint
         copies -= 2 * sum(p.numel() for p in model.captioner.head.parameters())

@@ -1,0 +1,192 @@
+"""Rehearses training steps for a GPU on torch's device "meta": shapes, types and devices are real, memory and time not.
+
+Inside a `Rehearsal` tensors on "meta" behave as a GPU's: autocast casts by the GPU's lists, attention takes the GPU's
+fused kernel. What would make a GPU's host wait, or mix devices, raises. Bytes are counted as torch's caching allocator
+hands them out. FLOPs are counted by torch's own formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+META = torch.device("meta")
+HALF = ("linear", "matmul", "__matmul__", "bmm", "baddbmm", "mm", "addmm", "einsum", "conv2d", "conv_transpose2d")
+"""Functions that a GPU's autocast computes in bf16 (torch's autocast_mode.h, lower_precision_fp), as far as used."""
+FULL = (
+    *("layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "cross_entropy_loss", "nll_loss", "sum"),
+    *("exp", "log", "pow", "__pow__", "rsqrt", "reciprocal", "norm", "softplus", "cumsum", "prod"),
+)
+"""Functions that a GPU's autocast computes in fp32 (the same file, fp32), as far as used."""
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+FUSED = torch.ops.aten
+
+
+@contextlib.contextmanager
+def rehearsed_ranks(count: int) -> Iterator[None]:
+    """This process as rank 0 of a group of `count` ranks, whose collectives have shapes and move nothing."""
+
+    def fake(common: Any, options: Any) -> FakeProcessGroup:
+        make: Any = FakeProcessGroup._create_internal  # torch's stub lacks the last argument
+        return make(common.group_rank, common.group_size, options)
+
+    if "rehearsed" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("rehearsed", fake, extended_api=True, devices=["meta"])
+    dist.init_process_group("rehearsed", rank=0, world_size=count, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Waits(AssertionError):
+    """The host would wait for the GPU, or an operation mixes devices or kernels as a GPU would not."""
+
+
+def attention_of_a_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` with the fused kernel that torch chooses on a GPU (sdp_utils.cpp).
+
+    Raises Waits if only plain products are left, which hold every score.
+    """
+    if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        flash = FUSED._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if query.shape[1] != key.shape[1]:
+        raise Waits("attention with a mask and grouped heads has no fused kernel on a GPU: repeat the keys' heads")
+    bias = attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -torch.inf)
+        keys = bias.shape[-1]
+        bias = F.pad(bias, (0, -keys % 16))[..., :keys]  # the kernel wants aligned rows
+        bias = bias.expand(*query.shape[:3], keys)
+    efficient = FUSED._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Autocast's casts and attention's kernel, as a GPU has them, for tensors on "meta"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
+        """Autocast's cache: a weight's id → (the weight, its copy)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if func is Tensor.backward:  # torch leaves the mode in it, but what checkpoints compute again is cast too
+            with self:
+                ones = torch.ones_like(args[0])
+                return _engine_run_backward((args[0],), (ones,), False, False, (), True, accumulate_grad=True)
+        attends = func is F.scaled_dot_product_attention
+        if torch.is_autocast_enabled("cpu"):
+            if attends or name in HALF:
+                args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
+            elif name in FULL:
+                args, kwargs = tree_map_only(Tensor, _full, (args, kwargs))
+        if func is F.dropout and kwargs.get("training", True) and kwargs.get("p", 0.5):  # fused: its mask has a byte
+            return torch.native_dropout(args[0], kwargs.get("p", 0.5), True)[0]
+        return attention_of_a_gpu(*args, **kwargs) if attends else func(*args, **kwargs)
+
+    def _half(self, tensor: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu")
+        if tensor.device != META or tensor.dtype != torch.float32:
+            return tensor
+        if not (tensor.requires_grad and tensor.is_leaf):
+            return tensor.to(dtype)
+        if id(tensor) not in self.copies:
+            self.copies[id(tensor)] = tensor, tensor.to(dtype)
+        return self.copies[id(tensor)][1]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device == META and tensor.dtype == torch.bfloat16 else tensor
+
+
+class Rehearsal(TorchDispatchMode):
+    """Counts the bytes and FLOPs of what runs inside, and raises Waits where a GPU would wait or refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        """Bytes now, at the fullest moment, and floating-point operations."""
+        self._known: set[int] = set()
+        self._gpu = AsOnGpu()
+
+    def hold(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that were made before; returns their bytes."""
+        before = self.live
+        for tensor in tensors:
+            self._count(tensor)
+        return self.live - before
+
+    def __enter__(self) -> Any:
+        torch.clear_autocast_cache = self._gpu.copies.clear  # called where an autocast ends
+        self._gpu.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._gpu.__exit__(*exception)
+        torch.clear_autocast_cache = torch._C.clear_autocast_cache
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        sent = func in COPIES and kwargs.get("non_blocking")  # as a batch is, from pinned memory
+        if not sent and len({t.device for t in tensors if t.ndim or t.device == META or func in COPIES}) > 1:
+            what = "copies a tensor to the device, for which the host waits" if func in COPIES else "mixes devices"
+            raise Waits(f"{func} {what}: {', '.join(f'{t.device.type} {tuple(t.shape)}' for t in tensors)}")
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            count = counted(*args, **kwargs, out_val=out)
+            # A fused kernel computes scores a second time in its backward pass, the fifth of five products.
+            self.flops += count * 4 // 5 if "attention_backward" in func.__name__ else count
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor.device != META:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

@@ -1,0 +1,109 @@
+"""One optimizer step of a run on torch's device "meta": what it takes on a GPU, at full size, without one.
+
+The step's code is the run's own. DeepSpeed's engine is left out: its buffers are in clips/common/memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
+from clips.config import PhaseConfig, RunConfig
+from clips.data.loader import Batch, micro_batch_size, to_device
+from clips.model.clips import CLIPSModel, Outputs
+from clips.model.flops import BatchShape
+from clips.training.grad_cache import forward_passes
+from clips.training.prepare import fullest_shape
+from clips.training.task import Part, Task
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Bytes of one rank without its optimizer, and FLOPs of its step."""
+
+    weights: int
+    gradients: int
+    batch: int
+    """Pictures and ids of a micro-batch."""
+    activations: int
+    """What is kept for the backward pass at the end of a forward pass; without checkpointing autocast's copies too."""
+    peak: int
+    """At the fullest moment of forward and backward pass, all of the above included."""
+    flops: int
+
+    @property
+    def temporaries(self) -> int:
+        """At the fullest moment, beside weights, batch and activations."""
+        return self.peak - self.weights - self.batch - self.activations
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """The forward passes of clips/training/engine.py."""
+
+    task: Task
+    run: RunConfig
+    device: torch.device = META
+
+    @property
+    def accumulation(self) -> int:
+        return self.run.train.accumulation
+
+    def __call__(self, batch: Batch, part: Part | None = None) -> Any:
+        return self.task(batch, part)
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Outputs:
+        return self.task(batch, features_only=True)
+
+
+def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
+    """A step of rank 0 of `ranks`. Texts and captions have full length. Raises Waits, or torch's error of "meta"."""
+    task = built(run, phase)
+    micro = micro_batch_size(phase, run.train.accumulation, ranks)
+    batch = full_batch(task, run, fullest_shape(run, phase, micro, ranks))
+    whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
+    engine: Any = _Engine(task, run)
+    with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
+        weights = rehearsal.hold([*task.parameters(), *task.buffers()])
+        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        if run.train.accumulation > 1:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        sent = rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
+        activations = 0
+        before = rehearsal.live
+        for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if whole_step else 1)):
+            activations = max(activations, rehearsal.live - before)
+            loss.backward()
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
+    return Rehearsed(weights, gradients, sent, activations, rehearsal.peak, rehearsal.flops)
+
+
+def built(run: RunConfig, phase: PhaseConfig) -> Task:
+    """The model of `run` on "meta", as the engine sets it up for `phase`."""
+    with torch.device(META):
+        model = CLIPSModel(run.model, pad_id=0)
+        model.visual.set_image_size(phase.image_size)
+    model.freeze(run.train.freeze)
+    model.set_activation_checkpointing(run.train.activation_checkpointing)
+    return Task(model, run)
+
+
+def full_batch(task: Task, run: RunConfig, shape: BatchShape) -> Batch:
+    """A micro-batch on the host, in the layout of clips/data/loader.py, without padding and with its counts."""
+    to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
+    slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
+    batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
+    size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
+    batch["images"] = torch.empty(shape.samples, 3, size, size, dtype=torch.uint8, device=META)
+    seen = vision.kept_tokens(size)
+    if vision.patch_dropout:
+        batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
+    if captioner is not None and captioner.image_token_keep < 1 and shape.caption:
+        batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(shape.samples, -1)
+    return task.counted(batch)

@@ -1,0 +1,166 @@
+"""Pretraining steps at published sizes, rehearsed for a GPU: no wait, one device, and the plan's memory and FLOPs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, generative, run_python
+
+from clips.common.rehearsal import META, Rehearsal, Waits
+from clips.config import RunConfig, TaskConfig
+from clips.data.loader import micro_batch_size
+from clips.model.flops import forward_flops, repeated_flops, training_flops
+from clips.recipes import RECIPES, recipe, with_tower
+from clips.training.engine import build_optimizer, parameter_groups
+from clips.training.losses import info_nce
+from clips.training.memory import usage
+from clips.training.prepare import fullest_shape
+from clips.training.rehearsal import built, rehearse
+
+WHOLE = "train.activation_checkpointing=false"
+
+
+def variant(name: str, kind: str, settings: list[str]) -> RunConfig:
+    run = recipe(name).override(["train.precision=bf16", *settings])
+    if kind == "clip":
+        return replace(run, model=replace(run.model, captioner=None), task=TaskConfig(objective="clip"))
+    if kind in ("caption", "caption+web"):
+        return generative(run, kind)
+    if kind == "dropping":
+        run = replace(run, model=replace(run.model, captioner=replace(run.model.captioner, image_token_keep=0.4)))
+        return replace(run, model=replace(run.model, vision=replace(run.model.vision, patch_dropout=0.5)))
+    return with_tower(run, kind) if kind else run
+
+
+CASES = [
+    *((name, "", 8 if name in list(RECIPES)[:4] else 64, []) for name in RECIPES),
+    *(("s16", "", 512, [setting]) for setting in (WHOLE, "train.freeze=vision", "model.text.pad_mask=false")),
+    *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption", "caption+web", "siglip", "clip tower", "dropping")),
+    ("b16", "", 8, []),  # the logits of the whole batch are computed in chunks
+    ("b16", "", 64, [WHOLE, "train.precision=fp32"]),
+    ("l14", "", 64, ["train.freeze=text"]),
+    ("l14", "", 8, ["train.accumulation=2"]),
+    ("s16", "", 64, ["train.accumulation=2", "train.contrastive=global"]),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "gpus", "settings"), CASES)
+def test_a_step_needs_what_the_plan_says(name: str, kind: str, gpus: int, settings: list[str]) -> None:
+    """In every phase's first size; within 5 % of the memory, and the FLOPs of torch's own counter."""
+    run = variant(name, kind.removesuffix(" tower") if kind != "clip" else kind, settings)
+    if kind == "clip tower":
+        run = with_tower(variant(name, "", settings), "clip")
+    phase, count = run.phases[0], run.train.accumulation
+    whole = count > 1 and run.train.contrastive == "global"
+    found = rehearse(run, phase, gpus)
+    shape = fullest_shape(run, phase, micro_batch_size(phase, count, gpus), gpus)
+    planned = usage(run, shape, "cuda", {"stage": 0}, whole_step=whole)
+    assert planned.weights + planned.batch + planned.working == pytest.approx(found.peak, rel=0.05)
+    assert planned.weights == pytest.approx(found.weights, rel=0.01)
+    shape = replace(shape, world_size=gpus * (count if whole else 1))
+    flops = sum(training_flops(run.model, shape, run.train.freeze).values())
+    checkpointing = run.train.activation_checkpointing
+    flops += repeated_flops(run.model, shape, checkpointing=checkpointing, freeze=run.train.freeze)
+    if whole:
+        forward = forward_flops(run.model, shape)
+        flops = count * (flops + forward["vision"] + forward["text"])
+    assert flops == pytest.approx(found.flops, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_optimizer_steps_without_a_wait(kind: str) -> None:
+    torch._dynamo.config.disable = True  # as the engine sets it: Muon's kernels are decorated with torch.compile
+    run = recipe("b16").override([f"optim.kind={kind}", "train.precision=bf16", "phases.*.muon_lr=0.02"])
+    task = built(run, run.phases[0])
+    groups = parameter_groups(task, run.optim)
+    optimizer = build_optimizer(groups, run.optim)
+    for group in optimizer.param_groups:
+        group["fused"] = False  # the fused kernel knows no "meta", the plain one has the same state
+        for parameter in group["params"]:
+            parameter.grad = torch.empty_like(parameter)
+    with Rehearsal() as rehearsal:
+        there = rehearsal.hold(tensor for p in task.parameters() for tensor in (p, p.grad) if tensor is not None)
+        optimizer.step()
+        state = rehearsal.live - there
+    elements = sum((1 if group["name"] == "muon" else 2) * sum(p.numel() for p in group["params"]) for group in groups)
+    assert state == pytest.approx(4 * elements, rel=0.01)
+
+
+def test_evaluation_and_captions_run_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation waits for the number of words of each batch of texts; its features are read anyway."""
+    monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
+    run = recipe("l14").override(["train.precision=bf16"])
+    model = built(run, run.phases[1]).model.eval()
+    images, ids = torch.empty(256, 3, 224, 224, device=META), torch.full((256, 80), 5, device=META)
+    with Rehearsal(), torch.no_grad():
+        assert model.encode_image(images).shape == (256, 768)
+        captions = model.captioner.generate(*model.caption_prefix(model.visual(images)[1], ids), 1, 2, 0)
+    assert captions.shape == (256, 127)
+
+
+def test_chunks_of_similarities_change_neither_loss_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (2**26, 100):
+        monkeypatch.setattr("clips.training.losses.LOGITS", most)
+        torch.manual_seed(0)
+        inputs = [torch.randn(n, 16, dtype=torch.double, requires_grad=True) for n in (24, 24, 96, 96)]
+        scale = torch.tensor([5.0], dtype=torch.double, requires_grad=True)
+        loss = info_nce(*inputs, scale, first=48)
+        loss.backward()
+        found.append([loss.detach(), scale.grad, *(x.grad for x in inputs)])
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole)
+
+
+def test_what_a_gpu_would_wait_for_or_refuse_is_seen() -> None:
+    with Rehearsal():
+        x = torch.empty(4, 4, device=META)
+        with pytest.raises(RuntimeError, match="meta"):
+            x.sum().item()
+        with pytest.raises(Waits, match="for which the host waits"):
+            torch.ones(4).to(META)
+        with pytest.raises((Waits, RuntimeError)):
+            x + torch.ones(4)
+        heads = torch.empty(1, 8, 4, 16, device=META), torch.empty(1, 2, 4, 16, device=META)
+        mask = torch.ones(4, 4, dtype=torch.bool, device=META)
+        with pytest.raises(Waits, match="no fused kernel"):
+            torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[1], mask, enable_gqa=True)
+
+
+PLANTED = {
+    ".item() in the loss": (
+        "training/losses.py",
+        "return torch.stack([info_nce(",
+        "rows[0].sum().item()\n    return torch.stack([info_nce(",
+    ),
+    "a mask made on the CPU": (
+        "model/captioner.py",
+        "mask = torch.ones(L, L, dtype=torch.bool, device=device)",
+        'mask = torch.ones(L, L, dtype=torch.bool, device="cpu")',
+    ),
+    "an fp32 activation in a bf16 block": (
+        "model/layers.py",
+        "return self.fc2(self.act(self.fc1(x)))",
+        "return self.fc2(self.act(self.fc1(x).float()))",
+    ),
+}
+
+
+@pytest.mark.cold
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_fault_that_is_planted_in_a_copy_fails_the_suite(fault: str, tmp_path: Path) -> None:
+    for folder in ("clips", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    file, right, wrong = PLANTED[fault]
+    place = tmp_path / "clips" / file
+    assert place.read_text().count(right) == 1
+    place.write_text(place.read_text().replace(right, wrong))
+    suite = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/rehearsal/test_pretraining.py"]
+    path = {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'tests'}"}
+    done = run_python(*suite, "-k", "needs_what_the_plan_says and b16--8", cwd=tmp_path, env=path)
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert "1 failed" in done.stdout
