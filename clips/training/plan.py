@@ -25,6 +25,7 @@ from clips.data.loader import micro_batch_size
 from clips.recipes import recipe
 from clips.training.memory import Usage, count_parameters, usage
 from clips.training.prepare import flops_per_sample, fullest_shape
+from clips.training.rehearsal import rehearse
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 """Files of ds_configs/, in the order in which they are tried: the simplest that fits is taken."""
@@ -266,7 +267,8 @@ def assumptions(machine: Machine) -> list[str]:
 
 
 TABLE_HEAD = (
-    *("recipe", "GPUs", "parameters", "engine", "micro-batches by phase", "GB a GPU by phase", "step by phase, s"),
+    *("recipe", "GPUs", "parameters", "engine", "micro-batches by phase", "GB a GPU by phase", "the first rehearsed"),
+    "step by phase, s",
     *("communication", "days", "GPU hours", "cost", "a checkpoint, GB"),
 )
 
@@ -279,11 +281,20 @@ def table_row(found: Plan) -> list[str]:
     return [
         f"`{found.run.recipe}`", str(found.machine.gpus), f"{found.parameters.trained / 1e6:,.0f} M",
         phases[0].fit.engine, ", ".join(f"{part.fit.accumulation} × {part.fit.micro:,}" for part in phases),
-        ", ".join(f"{part.fit.usage.total / 1e9:.0f}" for part in phases),
+        ", ".join(f"{part.fit.usage.total / 1e9:.0f}" for part in phases), f"{_rehearsed(found) / 1e9:.1f}",
         ", ".join(f"{part.time.step_s:.2f}" for part in phases), f"{sent / spent:.0%}", f"{found.days:,.1f}",
         f"{found.gpu_hours:,.0f}", "–" if price is None else f"{found.gpu_hours * price:,.0f}",
         f"{found.checkpoint_bytes / 1e9:.1f}",
     ]  # fmt: skip
+
+
+def _rehearsed(found: Plan) -> int:
+    """Bytes of a GPU in the first phase: of a step on "meta", and what the engine holds beside it."""
+    part = found.phases[0]
+    whole: Contrastive = "global" if part.fit.accumulation > 1 and found.run.task.contrasts else "micro"
+    train = replace(found.run.train, accumulation=part.fit.accumulation, contrastive=whole)
+    step = rehearse(replace(found.run, train=train), part.phase, found.machine.gpus)
+    return step.peak + part.fit.usage.optimizer + part.fit.usage.buffers
 
 
 TABLE = ("s16", "b16", "l14", "h14")
