@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
+from pyarrow import parquet
 
 from clips.common.errors import UserError
 from clips.common.files import from_json
@@ -117,7 +118,7 @@ def _write_arrow(url: str, target: Path) -> None:
 
 
 def _parquet(file: Any) -> Iterator[pa.RecordBatch]:
-    yield from pa.parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
+    yield from parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
 
 
 def _json(file: Any) -> Iterator[pa.RecordBatch]:

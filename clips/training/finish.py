@@ -67,11 +67,12 @@ def finish_run(run: RunConfig, model: CLIPSModel, tokenizer: CaptionTokenizer, r
 def print_next(run: RunConfig, run_dir: Path) -> None:
     shown = for_rich(str(run_dir))
     report = f"{shown}/{REPORT}" if has_report(run_dir) else "none, see the warning above"
+    figures = f"{shown}/evaluation.json, " if (run_dir / "evaluation.json").is_file() else ""
     formats = ", ".join(name for name in FORMATS if (run_dir / "export" / name).is_dir())
     Console(emoji=False, stderr=True).print(
         f"\n[bold]{shown}[/bold] holds the finished run:\n"
         f"  report      {report}\n"
-        f"  figures     {shown}/evaluation.json, {shown}/metrics.jsonl\n"
+        f"  figures     {figures}{shown}/metrics.jsonl\n"
         f"  encoder     {shown}/export/  ({formats})",
         highlight=False,
         soft_wrap=True,

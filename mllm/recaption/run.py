@@ -51,9 +51,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         asked = demo_captioners(flags.output)
         console.print(for_rich(f"the newest of runs/: {', '.join(captioner for captioner, _ in asked)}"))
     else:
-        raise UserError(
-            f"--captioner is missing: {flags.data} is not the demo, and runs/ is no place to guess. {FITTING}"
-        )
+        raise UserError(f"--captioner is missing: only for the demo runs/ is searched. {FITTING}")
     if not is_of_demo(flags.data) and not flags.force and knows_the_demo_alone(flags.captioner):
         raise UserError(
             f"--captioner {flags.captioner} was trained on the demo: it would find the demo's things in "
