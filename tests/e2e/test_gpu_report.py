@@ -33,6 +33,10 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert [row["what"] for row in rows] == ["ours, towers", "open_clip, equal towers", "ours, with the captioner"]
     assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
     assert ["predicted_gb" in row for row in rows] == [True, False, True]
+    assert "expected" in report.said(rows[0])
+    checked = {row["what"]: row["mend"] for row in figures("checks")}
+    assert checked.keys() == report.CHECKS.keys()
+    assert (checked["driver"], checked["DeepSpeed"]) == ("", "")
     write_export(tmp_path / "clips")
     write_llava(tmp_path, tmp_path / "clips", initializer_range=0.1)
     assert figures("chat", "--model", tmp_path / "model")["first_token_s"] > 0

@@ -181,3 +181,41 @@ def test_install_names_what_a_machine_lacks(lacks: str, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     FLAGS.write_text(json.dumps({path.stem: flags_of(path) for path in PYTHON_SCRIPTS}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "said"),
+    [
+        ("CUDA Version: 13.0", 0, "pip's own torch fits"),
+        ("CUDA Version: 12.8", 0, "/cu128"),
+        ("CUDA Version: 12.4", 0, "/cu126"),
+        ("CUDA Version: 11.4", 2, "install driver 580 or newer"),
+        ("an old driver says nothing of CUDA", 2, "too old"),
+    ],
+)
+def test_torch_is_chosen_by_the_driver(tmp_path: Path, printed: str, code: int, said: str) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f'#!/bin/sh\necho "| NVIDIA-SMI 550.54  {printed}     |"\n')
+    fake.chmod(0o755)
+    command = f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; choose_torch'
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def test_the_dockerfile_is_one() -> None:
+    """Each instruction is known, the image runs without root rights, and what it runs is there."""
+    text = re.sub(r"(?m)^#.*\n", "", (ROOT / "Dockerfile").read_text()).replace("\\\n", " ")
+    lines = [line.split(None, 1) for line in text.splitlines() if line.strip()]
+    known = {"FROM", "SHELL", "RUN", "USER", "WORKDIR", "COPY", "ENV", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in lines} <= known
+    found = dict(lines)
+    assert lines[0][0] == "FROM"
+    assert ":" in found["FROM"], "a base without a version changes by itself"
+    assert found["USER"] not in ("root", "0")
+    assert (ROOT / json.loads(found["CMD"])[0]).is_file()
+    hadolint = shutil.which("hadolint")
+    if hadolint is not None:
+        done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
