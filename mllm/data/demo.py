@@ -43,16 +43,14 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 5
+VERSION = 6
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
-NAMELESS_FIRST = 0.6
-"""Share of the conversations that begin with the questions that name nothing: a later question may name a thing."""
-BACKGROUND_SHARE, YES_NO = 0.3, 3
-"""Share of the conversations that ask for the background's colour, and questions with yes or no in each."""
+BACKGROUND_SHARE = 0.2
+"""Share of the conversations that ask for the background's colour."""
 DESCRIBED_SHARE = 0.05
 """Share of the conversations that end with a long description."""
 SHOW = (
@@ -94,13 +92,9 @@ BACKGROUND = (
     "What is the background color?",
     "Name the background's color.",
 )
-RELATION = (
-    "On which side of the {other} is the {thing}?",
-    "Seen from the {other}, on which side is the {thing}?",
-    "Is the {thing} left, right, above or below the {other}?",
-)
-SIDES = {(-1, 0): "Left", (1, 0): "Right", (0, -1): "Above", (0, 1): "Below"}
-"""Direction of one thing from another thing (x to the right, y downwards) → the answer."""
+RELATION = ("What is {side} the {other}?", "Which thing is {side} the {other}?", "Name the thing {side} the {other}.")
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Side of a thing → direction (x to the right, y downwards)."""
 IS_THERE = ("Is there a {thing} in the picture?", "Do you see a {thing}?", "Does the image show a {thing}?")
 IS_AT = ("Is there a {thing} {at}?", "Is the thing {at} a {thing}?")
 
@@ -151,17 +145,22 @@ def ask_background(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
 
 
 def ask_relation(scene: DemoScene, about: Thing, rng: random.Random) -> Asked | None:
-    """On which side of a thing another thing is; None unless some pair lies along one axis."""
+    """The thing on one side of another thing; None unless some side of some thing has exactly one."""
     pairs = []
-    for thing, place in scene.things:
-        for other, its_place in scene.things:
-            (x, y), (from_x, from_y) = PLACES[place], PLACES[its_place]
-            if side := SIDES.get(((x > from_x) - (x < from_x), (y > from_y) - (y < from_y))):
-                pairs.append((thing, other, side))
+    for other, its_place in scene.things:
+        for side, direction in SIDES.items():
+            there = [thing for thing, place in scene.things if _is_towards(direction, its_place, place)]
+            pairs += [(thing, side, other) for thing in there if len(there) == 1]
     if not pairs:
         return None
-    thing, other, side = rng.choice(pairs)
-    return rng.choice(RELATION).format(thing=thing, other=other), side
+    thing, side, other = rng.choice(pairs)
+    return rng.choice(RELATION).format(side=side, other=other), f"A {thing}"
+
+
+def _is_towards(direction: tuple[int, int], from_place: str, place: str) -> bool:
+    """Whether `place` lies in `direction` from another place."""
+    (x, y), (from_x, from_y) = PLACES[place], PLACES[from_place]
+    return direction[0] * (x - from_x) + direction[1] * (y - from_y) > 0
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
@@ -191,28 +190,25 @@ def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
 
 
 def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
-    """A short caption, or questions of all kinds.
+    """A short caption, or a conversation of one of three groups of questions.
 
-    The conversation must not give answers away. So a caption is alone, a thing is asked for by its place before any
-    question names a thing, and no conversation asks for a thing by its place and for the place of this thing.
+    No answer of a conversation gives another answer away. So a caption is alone. Questions that name no thing,
+    questions that name things, and questions about yes or no stand in conversations of their own.
     """
     if rng.random() < CAPTION_SHARE:
         return align_record(scene, rng)
     things = rng.sample(scene.things, len(scene.things))
-    nameless = [ask_count(scene, things[0], rng)]
+    first = [ask_count(scene, things[0], rng)]
     if rng.random() < BACKGROUND_SHARE:
-        nameless.append(ask_background(scene, things[0], rng))
-    is_nameless_first = rng.random() < NAMELESS_FIRST
-    if is_nameless_first:
-        by_place = 1 if len(things) < 3 else 2
-        nameless += [ask_identity(scene, thing, rng) for thing in things[:by_place]]
-        things = things[by_place:]
-        rng.shuffle(nameless)
-    naming = [ask_yes_no(scene, rng.choice(scene.things), rng) for _ in range(YES_NO)]
-    naming += [ask_where(scene, thing, rng) for thing in things[:2]]
-    naming += [asked for asked in (ask_relation(scene, thing, rng) for thing in scene.things[1:3]) if asked]
-    first, then = (nameless, naming) if is_nameless_first else ([], [*naming, *nameless])
-    rng.shuffle(then)
+        first.append(ask_background(scene, things[0], rng))
+    relations = [asked for asked in (ask_relation(scene, thing, rng) for thing in things[:2]) if asked]
+    then = rng.choice(
+        (
+            [ask_identity(scene, thing, rng) for thing in things],
+            [*relations, *(ask_where(scene, thing, rng) for thing in things)],
+            [ask_yes_no(scene, thing, rng) for thing in things],
+        )
+    )
     turns = list(dict([*first, *then]).items())
     if rng.random() < DESCRIBED_SHARE:
         turns.append((rng.choice(SHOW), scene.description))

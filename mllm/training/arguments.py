@@ -61,7 +61,8 @@ class TrainArguments:
     )
     model_name_or_path: str = flag(DEFAULT_LLM, "language model: hub id or directory")
     llm_layers: str | None = flag(
-        None, "its first and last layers that are kept, such as 8,2; a model without more stays whole (default: all)"
+        None,
+        "first and last layers that are kept, such as 8,2; a shorter model stays whole (default: all; the demo: 2,2)",
     )
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
     data_path: str | None = flag(None, "LLaVA JSON or JSONL (default: the demo data)")
@@ -145,7 +146,10 @@ class TrainArguments:
         }
         defaults |= stage.llava
         defaults |= stage.lora if self.lora_enable or self.bits < 16 else {}
-        defaults |= stage.demo if self.data_path is None else {}
+        if self.data_path is None:
+            defaults |= stage.demo
+            adapters = self.lora_enable or self.bits < 16
+            defaults |= stage.demo_whole if not adapters and self.model_name_or_path == DEFAULT_LLM else {}
         filled: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()
         }

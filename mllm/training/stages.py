@@ -35,7 +35,13 @@ class Stage:
     lora: dict[str, Any]
     """LLaVA-1.5's changes for LoRA."""
     demo: dict[str, Any]
-    """The demo's changes (64 px scenes, SmolLM2-135M, a few CPU minutes)."""
+    """The demo's changes (small scenes, SmolLM2-135M, a few CPU minutes)."""
+    demo_whole: dict[str, Any]
+    """The demo's further changes without adapters: a few of the default language model's layers, trained whole."""
+
+
+DEMO_LAYERS = "2,2"
+"""In the minutes of the demo four layers trained whole learn more than all layers with adapters (docs/results.md)."""
 
 
 STAGES = {
@@ -60,6 +66,7 @@ STAGES = {
             "mm_vision_select_layer": -1,
             "mm_projector_init": "captions",
         },
+        demo_whole={"llm_layers": DEMO_LAYERS},
     ),
     2: Stage(
         number=2,
@@ -86,6 +93,7 @@ STAGES = {
             "image_aspect_ratio": "square",
             "mm_vision_select_layer": -1,
         },
+        demo_whole={"llm_layers": DEMO_LAYERS, "lora_enable": False, "max_steps": 480},
     ),
 }
 

@@ -167,8 +167,12 @@ def test_defaults_are_llava_s_recipe_with_own_data_and_the_demo_s_without() -> N
     assert (lora.learning_rate, lora.mm_projector_lr, lora.lora_r, lora.lora_alpha) == (2e-4, 2e-5, 128, 256)
     assert (full.group_by_modality_length, align.group_by_modality_length) == (True, False)
     assert (full.warmup_ratio, full.lr_scheduler_type, full.weight_decay) == (0.03, "cosine", 0.0)
-    demo = arguments("--stage", "2").resolve(1)
-    assert (demo.lora_enable, demo.learning_rate, demo.mm_vision_select_layer) == (True, 1e-3, -1)
+    for words, layers, lora in (((), "2,2", False), (("--lora_enable",), None, True), (("--bits", "4"), None, True)):
+        demo = arguments("--stage", "2", *words).resolve(1)
+        assert (demo.llm_layers, demo.lora_enable, demo.learning_rate) == (layers, lora, 1e-3)
+        assert demo.mm_vision_select_layer == -1
+    assert arguments(*BOTH, "--lora_enable").resolve(1).llm_layers is None, "both stages have one language model"
+    assert arguments("--model_name_or_path", "mine").resolve(1).llm_layers is None
 
 
 BOTH = ["--both_stages"]
