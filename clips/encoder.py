@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -183,13 +184,13 @@ class CLIPS:
         is_name = len(text.split()) < SENTENCE_WORDS
         return (self.encode_labels((text,)) if is_name else self.encode_text(text))[0]
 
-    def index(self, folder: str | Path, *, workers: int = 0) -> Index:
+    def index(self, folder: str | Path, pattern: str = "**/*", *, workers: int = 0) -> Index:
         """The index of the pictures of `folder` and of the folders in it, for `Index.search`.
 
-        Unreadable pictures are left out and counted. `workers` are processes that read pictures. Raises UserError if
-        no picture can be read.
+        `pattern` chooses among the files. Unreadable pictures are left out and counted. `workers` are processes that
+        read pictures. Raises UserError if no picture can be read.
         """
-        items = PictureSet(Path(folder))
+        items = PictureSet(Path(folder), pattern)
         found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
         paths = [str(items.root / items.files[i]) for i in found.indices]
         return Index(paths, found.features, self._encode_any, self._weights(), len(found.skipped))
@@ -197,6 +198,22 @@ class CLIPS:
     def load_index(self, path: str | Path) -> Index:
         """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
         return load_index(path, self._encode_any, self._weights())
+
+    def kept_index(
+        self, folder: str | Path, pattern: str = "**/*", *, file: str | Path | None = None, workers: int = 0
+    ) -> tuple[Index, Path]:
+        """As `index`, and the `file` in which the index is kept (default: one in the cache).
+
+        The file is made if it is missing or older than a change of `folder`.
+        """
+        folder = Path(folder).resolve()
+        name = hashlib.sha256(f"{folder} {pattern} {self._weights()}".encode()).hexdigest()[:24]
+        path = Path(file or cache_root() / "search" / f"{name}.safetensors")
+        if path.is_file() and path.stat().st_mtime > _newest_change(folder):
+            return self.load_index(path), path
+        index = self.index(folder, pattern, workers=workers)
+        index.save(path)
+        return index, path
 
     def _encode_any(self, query: str | Picture) -> Tensor:
         return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
@@ -302,16 +319,12 @@ def search_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
     if (flags.text is None) == (flags.image is None):
         raise UserError("say what to look for: a text, or a picture with --image")
-    model, folder = CLIPS.from_pretrained(flags.model, device=flags.device), Path(flags.pictures).resolve()
-    name = hashlib.sha256(f"{folder} {model._weights()}".encode()).hexdigest()[:24]
-    file = Path(flags.index or cache_root() / "search" / f"{name}.safetensors")
-    if file.is_file() and file.stat().st_mtime > newest_change(folder):
-        index = model.load_index(file)
-    else:
-        index = model.index(folder, workers=flags.jobs)
-        index.save(file)
-        left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
-        print(f"indexed {len(index):,} pictures of {folder} in {file}{left_out}")
+    model = CLIPS.from_pretrained(flags.model, device=flags.device)
+    index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
+    left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
+    print(
+        for_terminal(f"{len(index):,} pictures of {flags.pictures}{left_out}; their index is {file}"), file=sys.stderr
+    )
     query = flags.text if flags.image is None else _open(flags.image)
     matches = index.search(query, flags.k)
     for match in matches:
@@ -321,6 +334,6 @@ def search_from_flags(flags: argparse.Namespace) -> None:
         print(f"the pictures are in {flags.output}")
 
 
-def newest_change(folder: Path) -> float:
+def _newest_change(folder: Path) -> float:
     """When a file or folder in `folder` last changed; 0 without `folder`."""
     return max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0) if folder.is_dir() else 0.0

@@ -7,7 +7,6 @@ take 205 MB with E = 512. A search reads these features once.
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clips.common.errors import UserError
-from clips.common.page import render
+from clips.common.page import render, thumbnail
 from clips.common.tensors import read_metadata, read_weights, write_weights
 from clips.data.images import decode_image
 
@@ -93,13 +92,6 @@ def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str) 
 def write_page(path: Path, query: str, matches: Sequence[Match]) -> None:
     """The pictures that were found, as one HTML page without other files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = [(thumbnail(match.path), match) for match in matches]
+    pictures = [decode_image(Path(match.path).read_bytes(), match.path) for match in matches]
+    shown = [(thumbnail(picture, THUMBNAIL), match) for picture, match in zip(pictures, matches, strict=True)]
     path.write_text(render("clips.evaluation", "search.html.j2", query=query, shown=shown), encoding="utf-8")
-
-
-def thumbnail(path: str) -> bytes:
-    """The picture at `path`, at most THUMBNAIL pixels wide and high, as PNG."""
-    picture, out = decode_image(Path(path).read_bytes(), path), io.BytesIO()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(out, "PNG")
-    return out.getvalue()

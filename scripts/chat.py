@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     web = p.add_argument_group("web page")
     web.add_argument("--web", action="store_true", help="open a page for the browser instead")
     add_address_flags(web, 7860)
+    web.add_argument("--pictures", metavar="DIR", help="folder to search (default: the demo's pictures of new artists)")
     web.add_argument("--compare-with", action="append", metavar="MODEL", help="further model of the page; repeatable")
     return p
 

@@ -18,7 +18,7 @@ from clips.common.runtime import unused_port
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TABS = {"chat": "Chat", "side-by-side": "Side by side", "encoder": "Encoder"}
+TABS = {"chat": "Chat", "side-by-side": "Side by side", "encoder": "Encoder", "search": "Search"}
 PATIENCE_MS = 120_000
 
 

@@ -26,6 +26,7 @@ from clips.common.escape import clip, for_markdown, for_rich, visible
 
 if TYPE_CHECKING:  # matplotlib takes longer to import than a table on a terminal may
     from matplotlib.figure import Figure as Plot
+    from PIL.Image import Image
 
     from clips.common.plots import Theme
 
@@ -109,6 +110,14 @@ def save_plot(plot: Plot, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(plot, path.suffix.removeprefix(".")))
     return path
+
+
+def thumbnail(picture: Image, side: int) -> bytes:
+    """`picture` as PNG, at most `side` pixels wide and high."""
+    small, out = picture.copy(), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(out, "PNG")
+    return out.getvalue()
 
 
 def data_uri(png: bytes) -> str:

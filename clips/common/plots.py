@@ -49,6 +49,7 @@ def _draw(axes: Axes, panel: Panel, theme: Theme) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
     axes.spines[:].set_visible(False)
+    axes.set_xlabel("samples seen", fontsize=8.5, color=theme.ink, labelpad=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     drawn = 0
     for name, colour in zip(panel.names, SERIES, strict=False):
@@ -83,7 +84,7 @@ def curves_plot(shown: Sequence[Panel], theme: Theme) -> Plot:
     width, height = panel_width * columns, panel_height * rows
     plot = Figure(figsize=(width, height), dpi=130, facecolor=theme.paper)
     # Room in inches for titles and ticks. matplotlib's own layouts draw every chart twice, to measure it.
-    left, right, top, bottom = 0.7, 0.15, 0.35, 0.3
+    left, right, top, bottom = 0.7, 0.15, 0.35, 0.48
     plot.subplots_adjust(
         left=left / width,
         right=1 - right / width,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from clips.common.page import thumbnail
 from clips.config import RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import CaptionTokenizer
@@ -73,12 +73,8 @@ def collect_examples(
     size, batch = image_size or model.visual.image_size, run.eval.batch_size
     images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
 
-    def thumbnail(row: int) -> bytes:
-        picture = decode_image(items.read(images.indices[row]).image)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        out = io.BytesIO()
-        picture.save(out, "PNG")
-        return out.getvalue()
+    def small(row: int) -> bytes:
+        return thumbnail(decode_image(items.read(images.indices[row]).image), THUMBNAIL)
 
     examples = Examples()
     protocol = next((name for name in PROTOCOLS if len(retrieval_rows(images, name)) > 1), "web")
@@ -91,8 +87,8 @@ def collect_examples(
         ranks = (similarity >= own).sum(dim=1).tolist()
         for i in _half_misses([rank == 1 for rank in ranks], n):
             best = similarity[i].topk(min(5, len(scene))).indices.tolist()
-            found = [thumbnail(scene[j]) for j in best]
-            examples.retrieval.append(Retrieved(queries[i], thumbnail(scene[i]), found, ranks[i]))
+            found = [small(scene[j]) for j in best]
+            examples.retrieval.append(Retrieved(queries[i], small(scene[i]), found, ranks[i]))
 
     if has_text_features and (labels_by_row := labelled_rows(images)):
         labelled, names = list(labels_by_row), list(labels_by_row.values())
@@ -107,7 +103,7 @@ def collect_examples(
             likely = odds[i].topk(min(5, len(classes.names)))
             guesses = [classes.names[j] for j in likely.indices]
             examples.zero_shot.append(
-                Classified(thumbnail(labelled[i]), classes.names[labels[i]], guesses, likely.values.tolist())
+                Classified(small(labelled[i]), classes.names[labels[i]], guesses, likely.values.tolist())
             )
 
     if model.captioner is not None:
@@ -122,7 +118,7 @@ def collect_examples(
             with evaluating(model, size):
                 generated = model.caption(pixels, ids, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)[0]
             truth = item.captions["long"][0]
-            examples.captions.append(Captioned(thumbnail(row), web[0], truth, tokenizer.decode(generated)))
+            examples.captions.append(Captioned(small(row), web[0], truth, tokenizer.decode(generated)))
     return examples
 
 

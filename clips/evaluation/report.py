@@ -103,6 +103,7 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
         line.append(f"weights of step {record.weights['step']:,}, SHA-256 {str(record.weights['sha256'])[:12]}")
     return {
         "title": record.name,
+        "sentence": _sentence(record),
         "note": " · ".join(filter(None, line)),
         "tiles": _tiles(record),
         "figures": {
@@ -137,6 +138,25 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     if record.train and math.isfinite(record.train[-1].get("loss", math.nan)):
         tiles.append((f"{record.train[-1]['loss']:.3f}", "last loss", f"step {record.train[-1]['step']:,}"))
     return tiles
+
+
+def _sentence(record: RunRecord) -> str:
+    """What the figure that matters first says, on the test set that decides."""
+    test_set = UNSEEN if UNSEEN in record.figures else next(reversed(record.figures), "")
+    figures = record.figures.get(test_set, {})
+    if not (names := headline(figures)):
+        return "This encoder has not been measured yet."
+    figure, drawn = figures[names[0]], " drawn by an artist whom no training shows" if test_set == UNSEEN else ""
+    what = {
+        "i2t": "finds the right text for a picture", "t2i": "finds the right picture for a text",
+        "zero": "names the right class", "linear": "names the right class, by a linear probe",
+        "caption": "predicts the right next token of a caption",
+    }  # fmt: skip
+    does = next((text for part, text in what.items() if part in names[0].split("_")), pretty(names[0]))
+    return (
+        f"The encoder {does} in {figure['value']:.0f} of 100 cases among {figure['items']:,}{drawn}; "
+        f"chance is {figure['chance']:.1f}."
+    )
 
 
 def _model_line(config: Mapping[str, Any]) -> str:

@@ -107,9 +107,11 @@ class PictureSet:
     suffixes = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
     pattern, expected = "**/*", "files in it or in its folders"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pattern: str | None = None) -> None:
         self.root = Path(root).resolve()
-        found = (path for path in sorted(self.root.glob(self.pattern)) if path.suffix.lower() in self.suffixes)
+        found = (
+            path for path in sorted(self.root.glob(pattern or self.pattern)) if path.suffix.lower() in self.suffixes
+        )
         self.files = [path.relative_to(self.root).as_posix() for path in found]
         if not self.files:
             raise UserError(

@@ -260,4 +260,11 @@ def _web(flags: argparse.Namespace) -> None:
     others = flags.compare_with or []
     first = flags.model or (str(newest_model()) if others else None)
     names = [name for name in (first, *others) if name]
-    launch(names, host=flags.host, port=flags.port, allowed_hosts=flags.allowed_hosts, **model_options(flags))
+    launch(
+        names,
+        host=flags.host,
+        port=flags.port,
+        allowed_hosts=flags.allowed_hosts,
+        pictures=flags.pictures,
+        **model_options(flags),
+    )

@@ -32,16 +32,32 @@ from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import SLOWEST, Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.patch_map import overlay, patch_map, zero_shot
-from mllm.chat.web_models import Pool, about, choices, example_questions, trained_encoders, trained_models
+from mllm.chat.web_models import (
+    Pool,
+    about,
+    choices,
+    example_questions,
+    example_things,
+    trained_encoders,
+    trained_models,
+)
 from mllm.chat.web_style import CSS, THEME
 from mllm.chat.web_talk import Talk
+from mllm.data.demo import IMAGES
 
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; form-action 'self'; "
     "frame-ancestors 'self'"
 )
-RUNS, EXAMPLES = Path("runs"), Path("data/llava_demo")
-BARS = 8
+RUNS, EXAMPLES, UNSEEN_PICTURES = Path("runs"), Path("data/llava_demo"), "unseen-*"
+SECOND = """### Which second model?
+
+One model is here, `{name}`. Two models answer the same question side by side.
+
+- A second model of another encoder: `bash scripts/train_llava.sh --vision clip`
+- Then this page with both: `python scripts/chat.py --web`, or with a model elsewhere: `--compare-with MODEL`
+"""
+BARS, FOUND = 8, 12
 QUESTION_BYTES = 2**20
 """Longest body that is no upload: a question's text. Its JSON takes up to 55 times as many bytes."""
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -68,7 +84,8 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
     chosen, lines, chats, remarks = [], [], [], []
     many = len(models.names) > 1
     if columns > 1 and not many:
-        gr.Markdown("One model is here. To compare two, start with `--compare-with MODEL`.", elem_classes="about")
+        gr.Markdown(SECOND.format(name=models.names[0]), elem_classes="side")
+        return
     with gr.Row():
         for column in range(columns):
             with gr.Column(min_width=300):
@@ -174,18 +191,19 @@ class _ImagePath(gr.Image):
 
 
 # ---------------------------------------------------------------------------------------------- the encoder's view
-def _encoder_view(encoders: Pool[CLIPS], examples: list[tuple[str, str]], limits: Limits) -> None:
-    """The tab with zero-shot bars and the patch map."""
+def _encoder_view(tab: gr.Tab, encoders: Pool[CLIPS], things: list[tuple[str, str]], limits: Limits) -> None:
+    """The tab with zero-shot bars and the patch map; it opens with the first of `things`."""
     names = encoders.names
     with gr.Row(elem_classes="encoder"):
         with gr.Column(min_width=300):
             encoder = gr.Dropdown(
                 names, value=names[0], label="Encoder", container=False, visible=len(names) > 1 or "hidden"
             )
-            picture = _ImagePath(sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
-            if examples:
-                gr.Examples([[path] for path, _ in examples[:5]], picture, label="Demo scenes")
-            word = gr.Textbox(label="Look for", placeholder="a word or a sentence", submit_btn=True)
+            first, thing = things[0] if things else (None, "")
+            picture = _ImagePath(first, sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
+            word = gr.Textbox(thing, label="Look for", placeholder="a word or a sentence", submit_btn=True)
+            if things:
+                gr.Examples([list(example) for example in things[:5]], [picture, word], label="Demo scenes")
         with gr.Column(min_width=300):
             heat = gr.Image(show_label=False, format="png", interactive=False, buttons=[], height=340)
             remark = gr.Markdown(elem_classes="remark")
@@ -213,12 +231,50 @@ def _encoder_view(encoders: Pool[CLIPS], examples: list[tuple[str, str]], limits
         return odds, overlay(image, match.patches), text
 
     inputs, outputs = [encoder, picture, word, labels], [bars, heat, remark]
-    changes = [picture.change, word.submit, labels.submit, labels.blur, encoder.change]
+    changes = [tab.select, picture.change, word.submit, labels.submit, labels.blur, encoder.change]
     gr.on(changes, _shown(see), inputs, outputs, trigger_mode="always_last", **HIDDEN)
 
 
-def build(models: Pool[ChatModel], encoders: Pool[CLIPS], examples: list[tuple[str, str]], limits: Limits) -> gr.Blocks:
-    """The page; it has no third tab without `encoders`."""
+def _search_view(encoders: Pool[CLIPS], folder: Path, pattern: str, limits: Limits) -> None:
+    """The tab that looks through the pictures of `folder`."""
+    with gr.Column(elem_classes="encoder"):
+        encoder = gr.Dropdown(
+            encoders.names, value=encoders.names[0], container=False, visible=len(encoders.names) > 1 or "hidden"
+        )
+        with gr.Row():
+            text = gr.Textbox(label="Look for", placeholder="a word or a sentence", submit_btn=True, min_width=300)
+            picture = _ImagePath(sources=["upload", "clipboard"], label="or the like of a picture", height=160)
+        remark = gr.Markdown(f"Looks through the pictures of `{folder}`.", elem_classes="remark")
+        found = gr.Gallery(
+            show_label=False, columns=4, height="auto", object_fit="contain", interactive=False, elem_classes="found"
+        )
+
+    def search(by_picture: bool, encoder: str, text: str, path: str | None) -> tuple[Any, str]:
+        if not (path if by_picture else text.strip()):
+            return gr.skip(), "Type a word or a sentence."
+        if len(text) > limits.prompt_chars:
+            raise UserError(f"the text has more than {limits.prompt_chars:,} characters")
+        index, _ = encoders.get(encoder).kept_index(folder, pattern)
+        matches = index.search(web_talk.read_upload(path, limits) if by_picture and path else text, FOUND)
+        shown = [(web_talk.read_upload(match.path, limits), f"{match.score:.2f}") for match in matches]
+        looked_for = "the picture" if by_picture else f"“{text.strip()}”"
+        return shown, f"The nearest of {len(index):,} pictures to {looked_for}, with their cosines."
+
+    inputs, outputs = [encoder, text, picture], [found, remark]
+    text.submit(_shown(partial(search, False)), inputs, outputs, **HIDDEN)
+    picture.input(_shown(partial(search, True)), inputs, outputs, **HIDDEN)
+
+
+def build(
+    models: Pool[ChatModel],
+    encoders: Pool[CLIPS],
+    examples: list[tuple[str, str]],
+    limits: Limits,
+    *,
+    things: list[tuple[str, str]],
+    pictures: tuple[Path, str] | None,
+) -> gr.Blocks:
+    """The page; it has two tabs without `encoders`, and no search without `pictures`, a folder and a pattern in it."""
     with gr.Blocks(title="CLIPS-MLLM", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML("<h1>CLIPS-MLLM</h1>", elem_classes="title", padding=False)
         with gr.Tab("Chat"):
@@ -226,8 +282,11 @@ def build(models: Pool[ChatModel], encoders: Pool[CLIPS], examples: list[tuple[s
         with gr.Tab("Side by side"):
             _conversation(models, 2, examples, limits)
         if encoders.names:
-            with gr.Tab("Encoder"):
-                _encoder_view(encoders, examples, limits)
+            with gr.Tab("Encoder") as tab:
+                _encoder_view(tab, encoders, things, limits)
+        if encoders.names and pictures is not None:
+            with gr.Tab("Search"):
+                _search_view(encoders, *pictures, limits)
     return page.queue(max_size=limits.waiting)
 
 
@@ -311,13 +370,15 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 7860,
     allowed_hosts: Sequence[str] = (),
+    pictures: str | None = None,
     block: bool = True,
     **options: Any,
 ) -> gr.Blocks:
     """Serve the page at http://host:port until Ctrl-C, or with `block=False` in the background (`close()` ends it).
 
     `model_names` are directories or hub ids, by default all models trained under runs/, newest first. The first model
-    is loaded at once. `options` go to `ChatModel.load`. Encoders are the newest CLIPS and CLIP exports under runs/.
+    is loaded at once. `pictures` is the folder of the search, by default the demo's pictures of the unseen artist.
+    `options` go to `ChatModel.load`. Encoders are the newest CLIPS and CLIP exports under runs/.
     Raises UserError if a model cannot be opened or the port is taken.
     """
     limits, names = Limits(), list(dict.fromkeys(model_names)) or trained_models(RUNS)
@@ -327,7 +388,11 @@ def launch(
     models.get(names[0])
     folder = tempfile.TemporaryDirectory(prefix="clips-mllm-web-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # gradio has no other setting for the folder of uploads
-    page = build(models, trained_encoders(RUNS, options.get("device", "auto")), example_questions(EXAMPLES), limits)
+    encoders = trained_encoders(RUNS, options.get("device", "auto"))
+    unseen = EXAMPLES / IMAGES if any((EXAMPLES / IMAGES).glob(UNSEEN_PICTURES)) else None
+    place = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES) if unseen else None
+    examples, things = example_questions(EXAMPLES, names[0]), example_things(EXAMPLES)
+    page = build(models, encoders, examples, limits, things=things, pictures=place)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,10 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from clips import CLIPS, newest_export
+from clips import CLIPS, CONCEPTS, newest_export
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
-from clips.common.files import from_json, read_bytes
+from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import resolve
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
@@ -65,7 +66,12 @@ def about(name: str) -> str:
         encoder = f"{vision}, {config.get('image_seq_length', '?')} tokens" if facts is None else _encoder(facts)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model {name}: its {FACTS} is damaged ({error!r}); the model loads without it") from None
-    return for_markdown(f"{model_name(name)} · language model {llm} · encoder {encoder}", LONGEST)
+    line = for_markdown(f"{model_name(name)} · language model {llm} · encoder {encoder}", LONGEST)
+    learned = read_json(directory / FACTS).get("trained_on") or {}
+    if "demo" in learned.values():
+        return f"**Trained on drawings of {len(CONCEPTS)} things; it knows nothing else.** {line}"
+    data = ", ".join(dict.fromkeys(map(str, learned.values())))
+    return f"**Trained on {for_markdown(data, LONGEST)}.** {line}" if data else line
 
 
 def _encoder(facts: dict[str, Any]) -> str:
@@ -74,16 +80,32 @@ def _encoder(facts: dict[str, Any]) -> str:
     return f"{facts['kind']} {facts['weights']}".strip() + f", {size} px{padded}, {tokens} tokens × {width}"
 
 
-def example_questions(data: Path) -> list[tuple[str, str]]:
-    """(picture, question) of demo test scenes, one of each kind of question first; none if `data` does not exist."""
+def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str]]:
+    """(picture, question) of demo test scenes, one of each kind of question first; none if `data` does not exist.
+
+    If `model` was measured, these are questions that it answered rightly.
+    """
     if not (data / QUESTIONS).is_file():
         return []
+    answers = Path(model).parent / "evaluation" / "answers.jsonl"
+    lines = map(from_json, read_bytes(answers).splitlines()) if answers.is_file() else ()
+    right = {(line["image"], line["prompt"]) for line in lines if line.get("correct")}
     kinds: dict[str, list[tuple[str, str]]] = {}
     for question in read_questions(data / QUESTIONS):
+        if right and (question.image, question.text) not in right:
+            continue
         if question.image and (data / IMAGES / question.image).is_file():
             kinds.setdefault(question.kind, []).append((str(data / IMAGES / question.image), question.text))
     turns = zip_longest(*kinds.values())  # one of each kind, then the second of each, …
     return [example for turn in turns for example in turn if example][:EXAMPLES]
+
+
+def example_things(data: Path) -> list[tuple[str, str]]:
+    """(picture, thing in it) of demo test scenes, for the map of patches; none if `data` does not exist."""
+    if not (data / QUESTIONS).is_file():
+        return []
+    named = [(q.image, q.answer) for q in read_questions(data / QUESTIONS) if q.kind == "identity"]
+    return [(str(data / IMAGES / image), re.sub("^An? ", "", thing)) for image, thing in named if image and thing]
 
 
 def trained_models(runs: Path) -> list[str]:

@@ -43,6 +43,12 @@ CSS = """
 .chat .example { padding: 10px 12px; min-width: 0; }
 .chat .example-content { flex-direction: row; align-items: center; gap: 12px; }
 .chat .example-text-content { margin: 0; }
+.chat .example-image-container, .chat .example-image-container img { width: 96px !important; height: 96px !important;
+        flex: none; }
+.found .grid-wrap { max-height: none !important; }
+.found .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
+.chat .message img { width: min(320px, 60vw) !important; height: auto !important; max-height: none !important; }
+.side { padding: 24px 4px; }
 .encoder .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .encoder .label, .encoder .output-class, .encoder .confidence-set, .encoder dl * { font-family: var(--font); }
 /* The button below clears all columns together; nothing is shared with other sites. */

@@ -27,7 +27,7 @@ from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
 from clips.common.live import say_next
 from clips.common.progress import ProgressFile
-from clips.common.rundir import UNSEEN
+from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
@@ -35,6 +35,7 @@ from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
 from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
+from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
 from mllm.model.load import load_llava, model_name, newest_model
@@ -211,6 +212,10 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         } | figures
         write_json(out / "figures.json", figures)
         if _part(vars(flags)) == "" and Path(directory).is_dir():
+            run_dir = Path(directory).parent
+            if store is not None and (run_dir / METRICS).is_file():
+                with never_in_the_way(f"the report of {run_dir} is not written"):
+                    console.print(f"report → {for_rich(str(write_report(run_dir, store)))}")
             with never_in_the_way(f"the figures are not on the card of {directory}"):
                 add_evaluation(Path(directory), DEMO_QUESTIONS, figures)
                 if UNSEEN in figures:

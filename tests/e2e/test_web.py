@@ -52,8 +52,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, kind in enumerate(("what", "where", "what")):
         picture(60, 60, seed=number).save(root / "data" / "llava_demo" / "images" / f"{number}.png")
         question = {"question_id": number, "image": f"{number}.png", "text": f"Question {number}?", "kind": kind}
+        question |= {"kind": "identity", "answer": "A dog"} if number == 0 else {}
         questions.append(json.dumps(question))
     (root / "data" / "llava_demo" / "question.jsonl").write_text("\n".join(questions))
+    for number in range(3):
+        picture(60, 60, seed=9 + number).save(root / "data" / "llava_demo" / "images" / f"unseen-{number}.png")
     picture().save(root / "scene.png")
     return root
 
@@ -240,20 +243,31 @@ def test_two_models_answer_side_by_side(visit: Callable[..., Visit]) -> None:
 
 
 def test_what_the_encoder_sees(visit: Callable[..., Visit], place: Path) -> None:
-    view = visit("encoder")
-    view.panel.locator("input[type=file]").first.set_input_files(place / "scene.png")
-    view.remark.get_by_text("similarity").wait_for()
-    view.panel.get_by_label("Look for").fill("dog")
-    view.panel.get_by_label("Look for").press("Enter")
+    view = visit("encoder")  # it opens with an example
     view.remark.get_by_text("“dog”: similarity").wait_for()
+    view.panel.get_by_label("Look for").fill("cat")
+    view.panel.get_by_label("remove image", exact=False).or_(view.panel.get_by_label("Clear")).first.click()
+    view.panel.locator("input[type=file]").first.set_input_files(place / "scene.png")
+    view.remark.get_by_text("“cat”: similarity").wait_for()
     heat = view.panel.locator(".image-frame img, .image-container img").last
     wait_until(lambda: heat.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [512, 341])
     view.panel.get_by_text("Labels to choose from").click()
     view.panel.get_by_label("Labels", exact=True).fill("cat, dog, god")
     view.panel.get_by_label("Labels", exact=True).blur()
     wait_until(lambda: view.panel.locator(".confidence-set").count() == 3)
-    view.panel.locator(".gallery-item").last.click()
+    view.panel.locator("tbody tr").last.click()
     wait_until(lambda: heat.evaluate("image => image.naturalHeight") != 341)
+
+
+def test_pictures_are_searched_by_text_and_by_picture(visit: Callable[..., Visit], place: Path) -> None:
+    view = visit("search")
+    view.panel.get_by_label("Look for").fill("a dog")
+    view.panel.get_by_label("Look for").press("Enter")
+    view.remark.get_by_text("The nearest of 3 pictures to “a dog”").wait_for()
+    wait_until(lambda: view.panel.locator(".found .grid-container img").count() == 3)
+    view.panel.locator("input[type=file]").first.set_input_files(place / "data/llava_demo/images/unseen-1.png")
+    view.remark.get_by_text("to the picture").wait_for()
+    wait_until(lambda: "1.00" in view.panel.locator(".found .grid-container").inner_text())
 
 
 def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visit], place: Path) -> None:
@@ -270,7 +284,7 @@ def test_bad_pictures_are_explained_and_the_page_lives(visit: Callable[..., Visi
     chat.ask("And without one?")
     assert "tokens" in chat.answered()[0]
 
-    view = visit("encoder")
+    view = visit("search")
     view.panel.locator("input[type=file]").first.set_input_files(place / "text.png")
     assert "cannot be read" in view.toast.inner_text()
 
@@ -307,6 +321,6 @@ def test_nothing_is_wider_than_the_window(visit: Callable[..., Visit], width: in
     chat.answered()
     assert chat.overflow() == 0
     assert chat.page.locator("footer").filter(visible=True).count() == 0
-    for tab in ("Side by side", "Encoder"):
+    for tab in ("Side by side", "Encoder", "Search"):
         chat.page.get_by_role("tab", name=tab).click()
         assert chat.overflow() == 0, tab

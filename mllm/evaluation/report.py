@@ -1,0 +1,161 @@
+"""The page of a LLaVA run: questions with pictures, answers by kind against chance and a blind model, losses, cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clips import BrokenSample
+from clips.common.files import from_json, read_bytes, read_json, replacing
+from clips.common.page import Table, render, themed, thumbnail
+from clips.common.plots import Panel, curves_plot
+from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
+from mllm.data.images import ImageStore
+from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.evaluation.scores import normalise
+
+STAGES, BLIND = ("align", "instruct"), "llava-blind"
+EXAMPLES, SIDE = 4, 200
+"""Questions of each kind on the page, half of them wrong if there are enough; longest side of a picture, pixels."""
+KINDS = {
+    "identity": "what a thing is called",
+    "count": "how many there are",
+    "where": "where a thing is",
+    "relation": "how two things stand",
+    "yes_no": "yes or no",
+    "background": "colour of the ground",
+    "overall": "all questions",
+}
+
+
+def write_report(run_dir: Path, store: ImageStore) -> Path:
+    """Write `run_dir`/report/index.html from the run's records and its evaluation; returns its path.
+
+    `store` has the pictures of the questions.
+    """
+    figures = read_json(run_dir / "evaluation" / "figures.json")
+    answers = _answers(run_dir, UNSEEN_ANSWERS if UNSEEN in figures else "answers")
+    measured = _measured(figures, read_json(run_dir.parent / BLIND / "evaluation" / "figures.json"), answers)
+    with replacing(run_dir / Path(REPORT).parent) as directory:
+        page = render("mllm.evaluation", "report.html.j2", **_shown(run_dir, store, figures, answers, measured))
+        (directory / Path(REPORT).name).write_text(page, encoding="utf-8")
+    return run_dir / REPORT
+
+
+def _answers(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of an evaluation's answers that have a truth."""
+    path = run_dir / "evaluation" / f"{name}.jsonl"
+    lines = [from_json(line) for line in read_bytes(path).splitlines()] if path.is_file() else []
+    return [line for line in lines if line.get("expected") is not None]
+
+
+def _measured(
+    figures: dict[str, Any], others: dict[str, Any], answers: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Kind → value, chance and blind in percent, and items, on the questions that decide.
+
+    Chance is the commonest answer of the kind. Blind is None unless `others`, of a model on the encoder blind, are of
+    the same questions.
+    """
+    key, decides = (UNSEEN_ANSWERS, UNSEEN) if UNSEEN in figures else ("answers", "")
+    asked = [found.get("sets", {}).get(key, {}).get("questions") for found in (figures, others)]
+    found, blind = (one.get(decides, {}) if decides else one for one in (figures, others))
+    blind = blind if asked[0] == asked[1] else {}
+    truths: dict[str, Counter[str]] = {}
+    for line in answers:
+        truths.setdefault(line["kind"], Counter())[normalise(line["expected"])] += 1
+    commonest = {kind: max(counts.values()) for kind, counts in truths.items()}
+    commonest["overall"] = sum(commonest.values())
+    return {
+        kind: {
+            "value": 100 * of_kind["accuracy"],
+            "chance": 100 * commonest[kind] / of_kind["n"],
+            "blind": 100 * blind["exact_match"][kind]["accuracy"] if "exact_match" in blind else None,
+            "items": of_kind["n"],
+        }
+        for kind, of_kind in found.get("exact_match", {}).items()
+        if kind in commonest
+    }
+
+
+def _shown(
+    run_dir: Path,
+    store: ImageStore,
+    figures: dict[str, Any],
+    answers: Sequence[dict[str, Any]],
+    measured: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The variables of templates/report.html.j2."""
+    config = read_json(run_dir / "config.json")
+    done = {stage: found for stage in STAGES if (found := read_json(run_dir / stage / "done.json"))}
+    lines = read_metrics(run_dir) if (run_dir / METRICS).is_file() else []
+    panels = [
+        Panel(f"{stage}: loss, nats per token", [line for line in lines if line["stage"] == stage], ["loss"])
+        for stage in done
+    ]
+    facts = config[next(reversed(done))]["facts"] if done else {}
+    return {
+        "title": run_dir.resolve().name,
+        "sentence": _sentence(figures, measured),
+        "note": " · ".join(facts[name] for name in ("vision encoder", "language model") if name in facts),
+        "kinds": {
+            KINDS.get(kind, kind): (found, _examples([line for line in answers if line["kind"] == kind], store))
+            for kind, found in measured.items()
+            if kind != "overall"
+        },
+        "measured": {KINDS.get(kind, kind): found for kind, found in measured.items()},
+        "has_blind": any(found["blind"] is not None for found in measured.values()),
+        "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels],
+        "tiles": [
+            (f"{found['train_seconds'] / 60:.1f} min", f"stage {stage}", f"{found['samples']:,} samples, "
+             f"{found['samples_per_s']:.1f} a second, {found['peak_memory_gb']:.1f} GB")
+            for stage, found in done.items()
+        ],
+        "trained": Table(
+            ("part", *done),
+            [
+                (part.replace("_", " "), *(_trains(config[stage], found, part) for stage, found in done.items()))
+                for part in ("vision_tower", "projector", "language_model")
+            ],
+        ),
+        "command": figures.get("command", ""),
+        "config": json.dumps(config, indent=2),
+    }  # fmt: skip
+
+
+def _trains(record: dict[str, Any], done: dict[str, Any], part: str) -> str:
+    count = done.get("trained_parameters", {}).get(part, 0)
+    return f"{record['freeze'][part]}, {count / 1e6:.1f} M parameters" if count else record["freeze"][part]
+
+
+def _sentence(figures: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
+    if "overall" not in measured:
+        return "This model has not answered questions yet: python scripts/evaluate_llava.py"
+    found = measured["overall"]
+    drawn = " about drawings by an artist whom no training shows" if UNSEEN in figures else ""
+    blind = "" if found["blind"] is None else f" A model without eyes has {found['blind']:.0f}."
+    return (
+        f"It answers {found['value']:.0f} of 100 questions right, out of {found['items']:,}{drawn}. Always giving the "
+        f"commonest answer of a kind would have {found['chance']:.0f}.{blind}"
+    )
+
+
+def _examples(lines: Sequence[dict[str, Any]], store: ImageStore) -> list[tuple[bytes, dict[str, Any]]]:
+    """Some answers with their pictures: right ones, then wrong ones. One of each truth comes first."""
+    chosen: list[dict[str, Any]] = []
+    for right in (True, False):
+        of_kind = [line for line in lines if bool(line["correct"]) is right and line.get("image")]
+        first = list({line["expected"]: line for line in reversed(of_kind)}.values())[::-1]
+        rest = [line for line in of_kind if line not in first]
+        chosen += (first + rest)[: EXAMPLES // 2]
+    shown = []
+    for line in chosen:
+        try:
+            shown.append((thumbnail(store.load(line["image"]), SIDE), line))
+        except BrokenSample:  # the demo was made anew since
+            continue
+    return shown

@@ -1,0 +1,88 @@
+"""The page of a LLaVA run: pictures first, answers by kind against chance and blind, losses, cost; tables folded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_web import picture
+
+from mllm.data.images import ImageStore
+from mllm.data.questions import Question
+from mllm.evaluation.report import write_report
+from mllm.evaluation.scores import exact_match_figures
+
+FREEZE = {"vision_tower": "frozen", "projector": "full", "language_model": "lora"}
+
+
+def write_run(run: Path, right: int, asked: str = "x") -> None:
+    """A finished run that answered ten questions each of two kinds, `right` of each rightly."""
+    (run / "evaluation").mkdir(parents=True)
+    questions, answers, lines = [], [], []
+    for kind, truths in (("count", ["One", "One", "Two"]), ("where", ["At the top", "Below"])):
+        for i in range(10):
+            truth = truths[i % len(truths)]
+            questions.append(Question(id=i, text=f"{kind} {i}?", image=f"{i}.png", kind=kind, answer=truth))
+            answers.append(truth if i < right else "<b>no</b>")
+            lines.append(
+                {"question_id": i, "prompt": f"{kind} {i}?", "text": answers[-1], "image": f"{i}.png", "kind": kind,
+                 "expected": truth, "correct": i < right}
+            )  # fmt: skip
+    figures = {"exact_match": exact_match_figures(questions, answers)}
+    sets = {"answers_unseen": {"questions": {"file": "q", "sha256": asked}}}
+    content = {"sets": sets, "command": "python evaluate", **figures, "unseen": figures}
+    (run / "evaluation" / "figures.json").write_text(json.dumps(content))
+    (run / "evaluation" / "answers_unseen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stages = {}
+    for stage in ("align", "instruct"):
+        facts = {"vision encoder": f"clips:{run.name}", "language model": "tiny"}
+        stages[stage] = {"trains": {}, "facts": facts, "freeze": FREEZE}
+        (run / stage).mkdir()
+        summary = {"train_seconds": 90, "samples": 640, "samples_per_s": 7.0, "peak_memory_gb": 2.0}
+        (run / stage / "done.json").write_text(json.dumps(summary | {"trained_parameters": {"projector": 2_000_000}}))
+    (run / "config.json").write_text(json.dumps(stages))
+    metrics = [{"kind": "train", "stage": "align", "samples": n, "loss": 3.0 / n, "step": n} for n in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    (tmp_path / "images").mkdir()
+    for i in range(9):  # the tenth is not there any more
+        picture(40, seed=i).save(tmp_path / "images" / f"{i}.png")
+    return ImageStore(tmp_path / "images")
+
+
+def test_the_page_begins_with_pictures_and_ends_with_folded_tables(tmp_path: Path, store: ImageStore) -> None:
+    write_run(tmp_path / "runs" / "llava-clips", right=6)
+    page = write_report(tmp_path / "runs" / "llava-clips", store).read_text()
+    # Chance: the commonest truth of each kind, seven "One" of ten and five of ten.
+    sentence = "It answers 60 of 100 questions right, out of 20 about drawings by an artist whom no training shows."
+    assert f"{sentence} Always giving the commonest answer of a kind would have 60." in page
+    order = [
+        page.index(text) for text in ("How many there are", "count 0?", "Right answers by kind", "Losses", "<details>")
+    ]
+    assert order == sorted(order)
+    assert page.count('class="said hit"') == page.count('class="said miss"') == 4
+    assert "&lt;b&gt;no&lt;/b&gt;" in page
+    assert "truth: At the top" in page
+    assert "full, 2.0 M parameters" in page
+    assert "1.5 min" in page
+    assert "python evaluate" in page[page.index("<details>") :]
+    assert "train_llava.sh --vision blind" in page
+
+
+@pytest.mark.parametrize("asked", ["x", "other"])
+def test_a_blind_model_counts_if_it_answered_the_same_questions(tmp_path: Path, store: ImageStore, asked: str) -> None:
+    write_run(tmp_path / "runs" / "llava-clips", right=6)
+    write_run(tmp_path / "runs" / "llava-blind", right=3, asked=asked)
+    page = write_report(tmp_path / "runs" / "llava-clips", store).read_text()
+    assert ("A model without eyes has 30." in page) is (asked == "x")
+    assert ('<s style="left:30.0%">' in page) is (asked == "x")
+
+
+def test_a_run_that_was_not_measured_says_so(tmp_path: Path, store: ImageStore) -> None:
+    write_run(tmp_path / "runs" / "llava-clips", right=6)
+    (tmp_path / "runs/llava-clips/evaluation/figures.json").unlink()
+    assert "has not answered questions yet" in write_report(tmp_path / "runs" / "llava-clips", store).read_text()
