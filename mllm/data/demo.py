@@ -43,7 +43,7 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 6
+VERSION = 7
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
@@ -95,8 +95,13 @@ BACKGROUND = (
 RELATION = ("What is {side} the {other}?", "Which thing is {side} the {other}?", "Name the thing {side} the {other}.")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Side of a thing → direction (x to the right, y downwards)."""
-IS_THERE = ("Is there a {thing} in the picture?", "Do you see a {thing}?", "Does the image show a {thing}?")
-IS_AT = ("Is there a {thing} {at}?", "Is the thing {at} a {thing}?")
+IS_THERE = (
+    "Is there a {thing} in the picture?",
+    "Do you see a {thing}?",
+    "Does the image show a {thing}?",
+    "Is there a {thing} {at}?",
+    "Is the thing {at} a {thing}?",
+)
 
 
 @dataclass(frozen=True)
@@ -164,14 +169,15 @@ def _is_towards(direction: tuple[int, int], from_place: str, place: str) -> bool
 
 
 def ask_yes_no(scene: DemoScene, about: Thing, rng: random.Random) -> Asked:
-    """Every form has as many yes as no. If possible, a "no" names a thing that is elsewhere in the picture."""
-    yes = rng.random() < 0.5
+    """Every form has as many yes as no. A "no" names a thing that is not in the picture."""
+    return _is_there(scene, about, rng.random() < 0.5, rng)
+
+
+def _is_there(scene: DemoScene, about: Thing, yes: bool, rng: random.Random) -> Asked:
     thing, place = about
-    form = rng.choice((IS_THERE, IS_AT))
     absent = rng.choice([name for name in CONCEPTS if name not in dict(scene.things)])
-    others = [name for name, _ in scene.things if name != thing]
-    named = thing if yes else rng.choice(others) if form is IS_AT and others else absent
-    return rng.choice(form).format(thing=named, at=at_place(place)), "Yes" if yes else "No"
+    named, answer = (thing, "Yes") if yes else (absent, "No")
+    return rng.choice(IS_THERE).format(thing=named, at=at_place(place)), answer
 
 
 KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked | None]] = {
@@ -202,11 +208,12 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     if rng.random() < BACKGROUND_SHARE:
         first.append(ask_background(scene, things[0], rng))
     relations = [asked for asked in (ask_relation(scene, thing, rng) for thing in things[:2]) if asked]
+    yes_no = [_is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
     then = rng.choice(
         (
             [ask_identity(scene, thing, rng) for thing in things],
             [*relations, *(ask_where(scene, thing, rng) for thing in things)],
-            [ask_yes_no(scene, thing, rng) for thing in things],
+            rng.sample(yes_no, len(yes_no)),
         )
     )
     turns = list(dict([*first, *then]).items())
