@@ -43,14 +43,12 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 7
+VERSION = 8
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
 CAPTION_SHARE = 0.4
 """Share of the instruction samples that ask for a short caption, which names everything in few tokens."""
-BACKGROUND_SHARE = 0.2
-"""Share of the conversations that ask for the background's colour."""
 DESCRIBED_SHARE = 0.05
 """Share of the conversations that end with a long description."""
 SHOW = (
@@ -191,6 +189,10 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked | None]] = {
 too a model answers nearly all of these questions, so they would say nothing about an encoder."""
 
 
+FIRST = {ask_count: 0.5, ask_background: 0.2}
+"""Questions that name no thing → share of the conversations that begin with them. Later they would be given away."""
+
+
 def align_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     return _record(scene.name, [(rng.choice(CAPTION_PROMPTS), scene.caption)], scene.name, rng)
 
@@ -204,9 +206,7 @@ def instruct_record(scene: DemoScene, rng: random.Random) -> dict[str, Any]:
     if rng.random() < CAPTION_SHARE:
         return align_record(scene, rng)
     things = rng.sample(scene.things, len(scene.things))
-    first = [ask_count(scene, things[0], rng)]
-    if rng.random() < BACKGROUND_SHARE:
-        first.append(ask_background(scene, things[0], rng))
+    first = [ask(scene, things[0], rng) for ask, share in FIRST.items() if rng.random() < share]
     relations = [asked for asked in (ask_relation(scene, thing, rng) for thing in things[:2]) if asked]
     yes_no = [_is_there(scene, thing, yes, rng) for thing in things for yes in (True, False)]
     then = rng.choice(
