@@ -79,6 +79,16 @@ def patch_map(encoder: CLIPS, image: Image.Image, text: str, labels: Sequence[st
     return PatchMap(patches, float(feature_E @ t_E), float(feature_E @ usual_E))
 
 
+def points_at(encoder: CLIPS, image: Image.Image, text: str, place: str, labels: Sequence[str]) -> bool:
+    """Whether the strongest patch for `text` is in the corner that `place` names, such as "at the top left"."""
+    corner = [(low in place, high in place) for low, high in (("top", "bottom"), ("left", "right"))]
+    if not all(low != high for low, high in corner):
+        return False
+    patches = patch_map(encoder, image, text, labels).patches
+    strongest = np.unravel_index(patches.argmax(), patches.shape)
+    return all(bool(2 * at + 1 > len(patches)) == high for at, (_, high) in zip(strongest, corner, strict=True))
+
+
 def _unique(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for label in labels if (name := " ".join(label.split()))))
 

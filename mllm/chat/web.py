@@ -31,7 +31,7 @@ from mllm.chat import web_talk
 from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import SLOWEST, Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.patch_map import overlay, patch_map, zero_shot
+from mllm.chat.patch_map import overlay, patch_map, points_at, zero_shot
 from mllm.chat.web_models import (
     Pool,
     about,
@@ -364,6 +364,17 @@ class ContentPolicy:
         await self.app(scope, receive, with_policy)
 
 
+def _points_at(encoders: Pool[CLIPS], path: Path, thing: str, place: str) -> bool:
+    """Whether the first encoder's map points at `thing`; False for an encoder that has no map."""
+    try:
+        encoder = encoders.get(encoders.names[0]) if encoders.names else None
+        return encoder is not None and points_at(
+            encoder, web_talk.read_upload(str(path), Limits()), thing, place, CONCEPTS
+        )
+    except UserError:  # the tab will say it
+        return False
+
+
 def launch(
     model_names: Sequence[str] = (),
     *,
@@ -391,7 +402,7 @@ def launch(
     encoders = trained_encoders(RUNS, options.get("device", "auto"))
     unseen = EXAMPLES / IMAGES if any((EXAMPLES / IMAGES).glob(UNSEEN_PICTURES)) else None
     place = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES) if unseen else None
-    examples, things = example_questions(EXAMPLES, names[0]), example_things(EXAMPLES)
+    examples, things = example_questions(EXAMPLES, names[0]), example_things(EXAMPLES, partial(_points_at, encoders))
     page = build(models, encoders, examples, limits, things=things, pictures=place)
     try:
         page.launch(

@@ -100,12 +100,17 @@ def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str
     return [example for turn in turns for example in turn if example][:EXAMPLES]
 
 
-def example_things(data: Path) -> list[tuple[str, str]]:
-    """(picture, thing in it) of demo test scenes, for the map of patches; none if `data` does not exist."""
+def example_things(data: Path, shows: Callable[[Path, str, str], bool]) -> list[tuple[str, str]]:
+    """(picture, thing in it) of demo test scenes, for the map of patches; none if `data` does not exist.
+
+    First those of which `shows`, told picture, thing and question, says that the map points at the thing.
+    """
     if not (data / QUESTIONS).is_file():
         return []
-    named = [(q.image, q.answer) for q in read_questions(data / QUESTIONS) if q.kind == "identity"]
-    return [(str(data / IMAGES / image), re.sub("^An? ", "", thing)) for image, thing in named if image and thing]
+    named = [q for q in read_questions(data / QUESTIONS) if q.kind == "identity" and q.image and q.answer]
+    chosen = [(data / IMAGES / str(q.image), re.sub("^An? ", "", str(q.answer)), q.text) for q in named[: 4 * EXAMPLES]]
+    chosen.sort(key=lambda example: not shows(*example))  # stable
+    return [(str(path), thing) for path, thing, _ in chosen]
 
 
 def trained_models(runs: Path) -> list[str]:

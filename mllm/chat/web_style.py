@@ -54,6 +54,7 @@ CSS = """
 /* The button below clears all columns together; nothing is shared with other sites. */
 .chat button[aria-label="Clear"], .chat button[aria-label="Share"] { display: none; }
 @media (max-width: 600px) {
+  .tab-container button { padding: 0 9px !important; font-size: 0.9rem; }
   .gradio-container .main { padding: 8px 12px 16px !important; }
   .chat .examples { grid-template-columns: 1fr; }
   .chat .example { width: 100%; max-width: none; }

@@ -193,7 +193,10 @@ def test_links_paths_and_names_in_a_page_exist(page: Path) -> None:
 
 def test_every_page_and_every_recipe_is_listed() -> None:
     listed = {"index.md", *links(ROOT / "docs" / "index.md")}
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= listed
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= listed
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert [name for name in pages if name not in site] == []
     text = (ROOT / "docs" / "training.md").read_text()
     assert [name for name in RECIPES if f"`{name}`" not in text] == []
 

@@ -14,7 +14,7 @@ from tiny_web import picture, write_export
 from clips import CLIPS
 from clips.common.errors import UserError
 from clips.data.images import eval_transform
-from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, zero_shot
+from mllm.chat.patch_map import MAX_LABELS, overlay, patch_map, points_at, zero_shot
 
 LABELS = ("a cat", "dog", "act", "god")
 
@@ -110,3 +110,17 @@ def test_overlay_tints_the_best_patch_only() -> None:
     assert np.ptp(others[100, 100]) == 0  # grey
     assert (others == others[0, 0]).all()
     assert np.ptp(np.asarray(overlay(image, np.zeros((4, 4))))) == 0
+
+
+def test_a_map_points_at_the_corner_with_its_strongest_patch(encoder: CLIPS) -> None:
+    image = picture(40)
+    patches = patch_map(encoder, image, "dog", LABELS).patches
+    row, column = (int(2 * i + 1 > len(patches)) for i in np.unravel_index(patches.argmax(), patches.shape))
+    for place, corner in {
+        "top left": (0, 0),
+        "top right": (0, 1),
+        "bottom left": (1, 0),
+        "bottom right": (1, 1),
+    }.items():
+        assert points_at(encoder, image, "dog", f"What is at the {place}?", LABELS) is (corner == (row, column))
+    assert not points_at(encoder, image, "dog", "What is in the center?", LABELS)

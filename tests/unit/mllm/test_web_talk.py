@@ -14,7 +14,7 @@ from tiny_web import picture, write_export, write_llava
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.web_models import Pool, about, choices, example_questions, trained_models
+from mllm.chat.web_models import Pool, about, choices, example_questions, example_things, trained_models
 from mllm.chat.web_talk import Talk, answer, begin, forget, stop
 from mllm.model.load import FACTS
 
@@ -204,6 +204,21 @@ def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
     rows.append(json.dumps({"question_id": 8, "image": "gone.png", "text": "8?", "kind": "gone"}))
     (tmp_path / "question.jsonl").write_text("\n".join(rows))
     assert [text for _, text in example_questions(tmp_path)] == ["0?", "4?", "1?", "5?", "2?", "6?"]
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    answers = [{"image": f"{i}.png", "prompt": f"{i}?", "correct": i in (3, 5, 6)} for i in range(8)]
+    (tmp_path / "run/evaluation/answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert [text for _, text in example_questions(tmp_path, tmp_path / "run" / "model")] == ["3?", "5?", "6?"]
+
+
+def test_the_map_s_examples_are_first_those_that_it_points_at(tmp_path: Path) -> None:
+    things = [("0.png", "A dog"), ("1.png", "An owl"), ("2.png", "A cat")]
+    rows = [{"question_id": i, "image": image, "text": f"{i}?", "kind": "identity", "answer": thing}
+            for i, (image, thing) in enumerate(things)]  # fmt: skip
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = example_things(
+        tmp_path, lambda path, thing, question: (path.name, thing, question) == ("1.png", "owl", "1?")
+    )
+    assert [thing for _, thing in found] == ["owl", "dog", "cat"]
 
 
 def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
