@@ -33,9 +33,12 @@ def embed_inputs(
     if pixel_values is not None:
         has_images = len(pixel_values) > 0
         pixels = pixel_values if has_images else pixel_values.new_zeros(1, *pixel_values.shape[1:])
-        image_features = select_features(
-            tower, pixels, config.vision_feature_layer, config.vision_feature_select_strategy
-        )
+        # With checkpointing PEFT lets embeddings ask for gradients: a frozen tower would keep all its activations.
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(learns):
+            image_features = select_features(
+                tower, pixels, config.vision_feature_layer, config.vision_feature_select_strategy
+            )
     elif image_features is not None and len(image_features) > 0:
         has_images = True
     else:

@@ -148,7 +148,7 @@ def packed_attention(
     rest, keys, values = (t.view(samples, longest, *t.shape[1:]).transpose(1, 2) for t in (rest, keys, values))
     begin = [tensor[:, :, :shared] for tensor in (query, key, value)]
     if value.device.type != "cpu":  # a view would keep all of the row until the backward pass
-        begin = [tensor.contiguous() for tensor in begin]
+        begin = [tensor.clone() for tensor in begin]
     if shared:
         keys = torch.cat([begin[1].expand(samples, -1, -1, -1), keys], 2)
         values = torch.cat([begin[2].expand(samples, -1, -1, -1), values], 2)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
 
 from clips.common.cards import TIME_HEAD, Machine, Time
 from clips.common.errors import UserError
@@ -55,6 +55,59 @@ def steps_of(arguments: TrainArguments, samples: int, world_size: int) -> int:
     return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of activations of one step, by its moments. tests/rehearsal/test_llava.py compares them with rehearsals."""
+
+    kept: int
+    """For the backward pass, at the end of the forward pass."""
+    loss: int
+    """Beside `kept`, where the loss's gradient is made."""
+    layers: int
+    """Beside `kept`, where the last layer's gradients are made; without gradients of weights."""
+    end: int
+    """In place of `kept`, where the first layer's gradients are made; without gradients of weights."""
+    depth: int
+    """Layers of the language model."""
+
+    @classmethod
+    def of(
+        cls, model: LlavaForConditionalGeneration, arguments: TrainArguments, *, length: int, learned: int
+    ) -> StepBytes:
+        """Of `per_device_train_batch_size` samples with `length` positions, `learned` of them labels, and a picture.
+
+        A layer keeps, per position: of each norm the fp32 input, and where its weight trains its result and output; of
+        attention q, k, v, output and, for the last projection's weights, the packed output; of the MLP gate, up, their
+        activation and, for weights that train, the product; with LoRA each adapter's input after dropout, the mask, and
+        what comes out of its first half. Keys are repeated to all heads: packed rows with a shared beginning want it.
+        """
+        text, vision = model.config.get_text_config(), model.model.vision_tower.config
+        samples, half = arguments.per_device_train_batch_size, bool(arguments.bf16)
+        D, heads, e = text.hidden_size, text.num_attention_heads, 2 if half else 4
+        H = heads * (getattr(text, "head_dim", None) or D // heads)
+        ff = getattr(text, "intermediate_size", 4 * D)
+        trains = arguments.stage == 2 and not arguments.freeze_backbone
+        lora = trains and arguments.lora_enable
+        full = trains and not lora
+        layer = 2 * D * (4 + 2 * e * full) + e * ff * (3 + full) + e * H * (4 + full)
+        if lora:
+            layer += (e + 1) * (5 * D + H + ff) + 7 * e * arguments.lora_r
+        tokens, words = samples * length, samples * learned
+        logits, norm = 4 * words * text.vocab_size, tokens * D * (4 + e * full)
+        checkpointing = arguments.gradient_checkpointing
+        kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)
+        pictures = samples * model.config.image_seq_length * e * (vision.hidden_size + 2 * D)
+        whole = tokens * (layer if checkpointing else 0)
+        moment = max(tokens * 9 * e * D - logits, whole + tokens * e * (3 * ff - D) - logits - norm)
+        end = tokens * (layer + e * (3 * ff - D)) + pictures
+        return cls(kept + logits + norm + pictures, 2 * logits, moment, end, text.num_hidden_layers)
+
+    def peak(self, gradients: int, head: int) -> int:
+        """With all `gradients`, `head` of them the output layer's, which come first. The first layer's come last."""
+        late = gradients - head - (gradients - head) // self.depth
+        return max(self.kept + self.loss, self.kept + self.layers + head, late + self.end)
+
+
 def memory_estimate_gb(
     model: LlavaForConditionalGeneration,
     counts: dict[str, tuple[int, int]],
@@ -63,14 +116,14 @@ def memory_estimate_gb(
     length: int,
     zero: int,
     world_size: int,
+    learned: int | None = None,
 ) -> dict[str, float]:
-    """Rough peak of one rank: what it holds from step to step, and the activations of one forward pass.
+    """Peak of one rank: what it holds from step to step, and the activations of a step (`StepBytes`).
 
-    Trained weights are fp32 with autocast, or bf16 beside an fp32 copy under DeepSpeed. Activations: 34 bytes per
-    token, layer and unit of width in bf16 (Korthikanti et al. 2022, section 4.1, without the attention matrix), twice
-    that in fp32; with checkpointing the inputs of all layers and one whole layer. ds_configs/ set `overlap_comm`.
+    Trained weights are fp32 with autocast, or bf16 beside an fp32 copy under DeepSpeed. `learned`: labels of a sample,
+    all positions if not given. ds_configs/ set `overlap_comm`.
     """
-    text, half = model.config.get_text_config(), bool(arguments.bf16)
+    half = bool(arguments.bf16)
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
     element = 2 if half and zero else 4
     frozen_element: float = next(model.parameters()).itemsize if element == 4 else 2
@@ -78,12 +131,12 @@ def memory_estimate_gb(
         frozen_element = arguments.bits / 8
     parameters = Parameters({"trained": trained}, total - trained, element=element, frozen_element=frozen_element)
     found = held(parameters, {"stage": zero, "overlap_comm": True}, world_size)
-    per_layer, layers = 34 * (1 if half else 2), text.num_hidden_layers
-    factor = (2 * layers + per_layer) if arguments.gradient_checkpointing else per_layer * layers
+    step = StepBytes.of(model, arguments, length=length, learned=length if learned is None else learned)
+    head = element * model.lm_head.weight.numel() if trained > total / 2 else 0
     parts = {
         "weights": found.weights,
         "gradients and AdamW": found.gradients + found.optimizer,
-        "activations": arguments.per_device_train_batch_size * length * text.hidden_size * factor,
+        "activations": max(step.peak(found.gradients, head) - found.gradients, 0),
         "DeepSpeed's buffers": found.buffers,
     }
     return {name: size / 1e9 for name, size in parts.items() if size}
@@ -127,7 +180,7 @@ def print_plan(
     facts["memory"] = (
         "about "
         + " + ".join(f"{gb:.1f} ({name})" for name, gb in memory.items())
-        + f" = {sum(memory.values()):.1f} GB per rank (rough)"
+        + f" = {sum(memory.values()):.1f} GB per rank, if every position is learned"
     )
     facts["writes to"] = str(Path(arguments.output_dir))
     facts["command"] = command_line(arguments, world_size)
@@ -137,7 +190,7 @@ def print_plan(
 
 # --------------------------------------------------------------------------------------------- before there is a model
 
-_WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_WIDE: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
@@ -149,8 +202,12 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 32_000,
     },
     "llama3-8b": {**_WIDE, "intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 128_256},
+    "qwen2.5-7b": {
+        **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28},
+        **{"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064},
+    },
 }
-"""Sizes as published, fields of LlamaConfig."""
+"""Sizes as published, fields of the config of `model_type`, which is llama if it is not given."""
 
 SAMPLES = {1: 558_128, 2: 665_298}
 """Of LLaVA-1.5's two stages."""
@@ -191,8 +248,10 @@ class Planned:
 
     def build(self) -> LlavaForConditionalGeneration:
         """Without weights, in bf16, and nothing of it trains."""
-        text = LlamaConfig(**LANGUAGE_MODELS[self.language_model])
-        config = LlavaConfig(vision_config=ViTConfig(**self.vision), text_config=text)
+        fields = {"model_type": "llama"} | LANGUAGE_MODELS[self.language_model]
+        text = AutoConfig.for_model(**fields)
+        vision = ViTConfig(**self.vision)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=self.image_tokens)
         with torch.device("meta"):
             model: nn.Module = LlavaForConditionalGeneration(config)
         model.to(torch.bfloat16).requires_grad_(False)
@@ -225,7 +284,9 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
     share = stage.llava["batch_size"] // machine.gpus
     for micro in (size for size in range(min(16, share), 0, -1) if share % size == 0):
         arguments = _arguments(planned, machine, number, micro)
-        memory = memory_estimate_gb(model, counts, arguments, length=length, zero=zero, world_size=machine.gpus)
+        memory = memory_estimate_gb(
+            model, counts, arguments, length=length, zero=zero, world_size=machine.gpus, learned=ANSWERS[number]
+        )
         if 1e9 * sum(memory.values()) <= machine.card.usable:
             break
     else:
@@ -320,5 +381,5 @@ def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None
 
 
 def _assumptions(machine: Machine) -> list[str]:
-    memory = "memory: rough, as the plan of a stage has it; communication in bf16"
+    memory = "memory: StepBytes of mllm/training/plan.py; communication in bf16"
     return [f"assumed, {line}" for line in (*machine.rates, memory)]

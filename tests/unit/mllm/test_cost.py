@@ -9,7 +9,13 @@ from clips.common.errors import UserError
 from mllm.training.freeze import count_parameters
 from mllm.training.plan import LANGUAGE_MODELS, Planned, plan_stage, print_recaptioning, print_stages
 
-PUBLISHED = {"smollm2-135m": 134.5e6, "vicuna-7b": 6.738e9, "vicuna-13b": 13.016e9, "llama3-8b": 8.030e9}
+PUBLISHED = {
+    "smollm2-135m": 134.5e6,
+    "vicuna-7b": 6.738e9,
+    "vicuna-13b": 13.016e9,
+    "llama3-8b": 8.030e9,
+    "qwen2.5-7b": 7.616e9,
+}
 """Parameters of the language models."""
 VISION = {
     **{"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768},

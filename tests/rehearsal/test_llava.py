@@ -1,0 +1,117 @@
+"""LLaVA's steps at published sizes, rehearsed for a GPU: no wait, one device, and the plan's memory and FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from clips.common.rehearsal import META, Rehearsal
+from mllm.model.flops import LlavaFlops
+from mllm.model.packing import Counts, pairs_of
+from mllm.training.arguments import TrainArguments
+from mllm.training.freeze import apply_freeze, llava_of
+from mllm.training.lora import add_lora
+from mllm.training.plan import LANGUAGE_MODELS, Planned, StepBytes
+from mllm.training.stages import STAGES, freeze_table
+from mllm.training.trainer import TrainingModel
+
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TOWER |= {"image_size": 336, "patch_size": 14}
+LENGTH, ANSWERS = 826, 150
+
+
+def made(
+    name: str, stage: int, *, lora: bool, checkpointing: bool, **kinds: bool
+) -> tuple[TrainingModel, TrainArguments]:
+    """A stage's model in bf16, as DeepSpeed trains it, without weights."""
+    model = Planned.of(name, TOWER, lora=lora, bits=16).build()
+    arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True).resolve(1)
+    arguments = replace(arguments, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
+    freeze = freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=kinds.get("tower", False))
+    if checkpointing:
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    with torch.device(META):
+        whole = add_lora(model, arguments) if lora else model
+    apply_freeze(whole.to(torch.bfloat16), freeze)
+    training = TrainingModel(whole, features=kinds.get("features", False), packed=not kinds.get("padded", False))
+    return training.train(), arguments
+
+
+def batch_of(training: TrainingModel, samples: int, *, pictures: bool = True) -> dict[str, Any]:
+    """A batch on the device, counted on the host before; all samples begin with one common token."""
+    config = training.llava.config
+    tokens = config.image_seq_length
+    ids = torch.full((samples, LENGTH), 7)
+    ids[:, 1] = torch.arange(samples)
+    if pictures:
+        ids[:, 10 : 10 + tokens] = config.image_token_id
+    labels = ids.masked_fill(torch.arange(LENGTH) < LENGTH - ANSWERS, -100)
+    batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    counts = Counts.of(batch, config.image_token_id)
+    batch = {name: tensor.to(META) for name, tensor in batch.items()}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": META}
+    if pictures and training.features:
+        batch["image_features"] = torch.empty(samples, tokens, TOWER["hidden_size"], **half)
+    elif pictures:
+        batch["pixel_values"] = torch.empty(samples, 3, TOWER["image_size"], TOWER["image_size"], **half)
+    return batch | {"counts": counts, "num_items_in_batch": torch.empty((), dtype=torch.long, device=META)}
+
+
+def stepped(training: TrainingModel, batch: dict[str, Any]) -> tuple[Rehearsal, int]:
+    """The rehearsal of forward and backward pass, and the bytes that are there before."""
+    with Rehearsal() as rehearsal:
+        tensors = [x for x in batch.values() if isinstance(x, torch.Tensor)]
+        there = rehearsal.hold([*training.parameters(), *training.buffers(), *tensors])
+        training(**batch)["loss"].backward()
+    return rehearsal, there
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("name", "stage", "lora"),
+    [*((name, 2, False) for name in LANGUAGE_MODELS), ("vicuna-7b", 1, False), ("qwen2.5-7b", 2, True)],
+)
+def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, checkpointing: bool) -> None:
+    """Memory of a rank within 5 %, its activations within 10 %; without checkpointing torch's FLOPs within 1 %."""
+    training, arguments = made(name, stage, lora=lora, checkpointing=checkpointing)
+    batch = batch_of(training, 4)
+    rehearsal, there = stepped(training, batch)
+    planned = StepBytes.of(training.llava, arguments, length=LENGTH, learned=ANSWERS)
+    gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
+    head = 2 * training.llava.lm_head.weight.numel() if training.llava.lm_head.weight.requires_grad else 0
+    activations = planned.peak(gradients, head)
+    assert there + activations == pytest.approx(rehearsal.peak, rel=0.05)
+    assert activations == pytest.approx(rehearsal.peak - there, rel=0.1)
+    if not checkpointing:
+        flops = LlavaFlops(training.llava, image_size=336, image_tokens=576, features=False)
+        counts = batch["counts"]
+        pairs = pairs_of(4, LENGTH, counts.shared)
+        parts = flops.parts(pictures=4, positions=counts.row, pairs=pairs, predicted=counts.learned)
+        assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["features", "text", "tower", "padded"])
+def test_no_kind_of_batch_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But one: for models that train padded, transformers looks for padding itself."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: kind == "padded")
+    training, _ = made("smollm2-135m", 2, lora=False, checkpointing=True, **{kind: True})
+    rehearsal, _ = stepped(training, batch_of(training, 4, pictures=kind != "text"))
+    assert rehearsal.flops > 0
+    trained = {name for name, p in training.named_parameters() if p.grad is not None}
+    assert any("vision_tower" in name for name in trained) == (kind == "tower")
+
+
+def test_adapters_merge_and_the_merged_model_answers() -> None:
+    training, _ = made("llama3-8b", 2, lora=True, checkpointing=False)
+    llava = llava_of(training.model).eval()
+    with Rehearsal(), torch.no_grad():
+        for module in training.model.modules():
+            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+                module.merge()
+        llava.model.language_model.set_attn_implementation("sdpa")
+        ids = torch.full((1, 64), 7, device=META)
+        first = llava.model.language_model(input_ids=ids, use_cache=True, attention_mask=None, position_ids=None)
+        assert llava.lm_head(first.last_hidden_state[:, -1]).shape == (1, 128_256)
