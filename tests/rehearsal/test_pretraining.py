@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, generative, run_python
 
+from clips.common.cards import Machine, card
+from clips.common.errors import UserError
 from clips.common.rehearsal import META, Rehearsal, Waits
 from clips.config import RunConfig, TaskConfig
 from clips.data.loader import micro_batch_size
@@ -18,6 +20,7 @@ from clips.recipes import RECIPES, recipe, with_tower
 from clips.training.engine import build_optimizer, parameter_groups
 from clips.training.losses import info_nce
 from clips.training.memory import usage
+from clips.training.plan import plan
 from clips.training.prepare import fullest_shape
 from clips.training.rehearsal import built, rehearse
 
@@ -69,6 +72,18 @@ def test_a_step_needs_what_the_plan_says(name: str, kind: str, gpus: int, settin
         forward = forward_flops(run.model, shape)
         flops = count * (flops + forward["vision"] + forward["text"])
     assert flops == pytest.approx(found.flops, rel=2e-3)
+
+
+def test_the_plan_refuses_what_cannot_fit_and_proposes_what_does() -> None:
+    run = recipe("b16").override(["train.precision=bf16"])
+    machine = Machine(card("a100-40"), 8, mfu=0.2)
+    with pytest.raises(UserError, match=r"train.accumulation=2 train.contrastive=global"):
+        plan(run, machine, engine="zero0")
+    fit = plan(run, machine, engine="zero0", strict=False).phases[0].fit
+    held = fit.usage.optimizer + fit.usage.buffers
+    proposed = run.override([f"train.accumulation={fit.accumulation}", "train.contrastive=global"])
+    asked, cut = (rehearse(r, r.phases[0], 8).peak + held for r in (run, proposed))
+    assert cut < machine.card.usable < asked
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
