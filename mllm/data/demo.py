@@ -43,7 +43,7 @@ from clips.common.errors import UserError
 from clips.common.rundir import UNSEEN
 from mllm.data.questions import UNSEEN_ANSWERS
 
-VERSION = 8
+VERSION = 9
 """Raise it if texts or files change: older folders are then built anew."""
 ALIGN, INSTRUCT, QUESTIONS = "align.json", "instruct.json", "question.jsonl"
 UNSEEN_QUESTIONS, DESCRIPTIONS, IMAGES = "question_unseen.jsonl", "description.jsonl", "images"
@@ -189,7 +189,7 @@ KINDS: dict[str, Callable[[DemoScene, Thing, random.Random], Asked | None]] = {
 too a model answers nearly all of these questions, so they would say nothing about an encoder."""
 
 
-FIRST = {ask_count: 0.5, ask_background: 0.2}
+FIRST = {ask_count: 0.8, ask_background: 0.2}
 """Questions that name no thing → share of the conversations that begin with them. Later they would be given away."""
 
 

@@ -21,12 +21,12 @@ NORMAL = {
     "sentence_t2i_r1": (70, 90),
     "zero_shot_top1": (54, 75),
     "linear_probe_top1": (53, 73),
-    "overall": (36, 55),
-    "identity": (28, 60),
-    "count": (25, 55),
-    "where": (40, 80),
-    "relation": (8, 45),
-    "yes_no": (45, 75),
+    "overall": (36, 52),
+    "identity": (25, 48),
+    "count": (30, 65),
+    "where": (55, 80),
+    "relation": (12, 32),
+    "yes_no": (44, 62),
 }
 """Figure → the range in percent of quickstarts on the demo's third edition, on the unseen artist's pictures."""
 SHOWN = ("identity", "where", "yes_no")

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from clips.common.errors import UserError
 from clips.common.live import say_next
-from mllm.evaluation.summary import print_summary
+from mllm.evaluation.summary import NORMAL, print_summary
 
 
 def answer(kind: str, prompt: str, text: str, expected: str) -> dict[str, object]:
@@ -46,8 +46,12 @@ def test_three_pictures_and_each_figure_with_chance_and_normal_range(
     assert "[red]" not in told, "one question of a kind"
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:4]] for line in told.splitlines()
             if len(cells := line.strip("│").split("│")) == 4}  # fmt: skip
-    assert rows["zero-shot top 1"] == ["64.4", "1.6", "54 to 75"], "the unseen artist decides"
-    assert rows["answers: yes no"] == ["66.7", "66.7", "45 to 75"], "No is right twice of three"
+    assert rows["zero-shot top 1"] == ["64.4", "1.6", "{} to {}".format(*NORMAL["zero_shot_top1"])], (
+        "the unseen artist decides"
+    )
+    assert rows["answers: yes no"] == ["66.7", "66.7", "{} to {}".format(*NORMAL["yes_no"])], (
+        "No is right twice of three"
+    )
     assert rows["answers: overall"][:2] == ["60.0", "80.0"]
     assert "answers: count" not in rows
 
