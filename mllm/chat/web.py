@@ -31,7 +31,7 @@ from mllm.chat import web_talk
 from mllm.chat.hosts import HostMiddleware
 from mllm.chat.limits import SLOWEST, Limits
 from mllm.chat.model import ChatModel
-from mllm.chat.patch_map import overlay, patch_map, points_at, zero_shot
+from mllm.chat.patch_map import overlay, patch_map, share_in_corner, zero_shot
 from mllm.chat.web_models import (
     Pool,
     about,
@@ -364,15 +364,15 @@ class ContentPolicy:
         await self.app(scope, receive, with_policy)
 
 
-def _points_at(encoders: Pool[CLIPS], path: Path, thing: str, place: str) -> bool:
-    """Whether the first encoder's map points at `thing`; False for an encoder that has no map."""
+def _points_at(encoders: Pool[CLIPS], path: Path, thing: str, place: str) -> float:
+    """How well the first encoder's map points at `thing`; 0 for an encoder that has no map."""
+    if not encoders.names:
+        return 0.0
     try:
-        encoder = encoders.get(encoders.names[0]) if encoders.names else None
-        return encoder is not None and points_at(
-            encoder, web_talk.read_upload(str(path), Limits()), thing, place, CONCEPTS
-        )
+        image = web_talk.read_upload(str(path), Limits())
+        return share_in_corner(encoders.get(encoders.names[0]), image, thing, place, CONCEPTS)
     except UserError:  # the tab will say it
-        return False
+        return 0.0
 
 
 def launch(

@@ -100,16 +100,16 @@ def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str
     return [example for turn in turns for example in turn if example][:EXAMPLES]
 
 
-def example_things(data: Path, shows: Callable[[Path, str, str], bool]) -> list[tuple[str, str]]:
+def example_things(data: Path, shows: Callable[[Path, str, str], float]) -> list[tuple[str, str]]:
     """(picture, thing in it) of demo test scenes, for the map of patches; none if `data` does not exist.
 
-    First those of which `shows`, told picture, thing and question, says that the map points at the thing.
+    Those come first whose map points best at the thing: `shows` is told picture, thing and question.
     """
     if not (data / QUESTIONS).is_file():
         return []
     named = [q for q in read_questions(data / QUESTIONS) if q.kind == "identity" and q.image and q.answer]
     chosen = [(data / IMAGES / str(q.image), re.sub("^An? ", "", str(q.answer)), q.text) for q in named[: 4 * EXAMPLES]]
-    chosen.sort(key=lambda example: not shows(*example))  # stable
+    chosen.sort(key=lambda example: -shows(*example))  # stable
     return [(str(path), thing) for path, thing, _ in chosen]
 
 
