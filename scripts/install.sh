@@ -2,7 +2,7 @@
 # Sourced by quickstart.sh and test.sh: checks the machine, makes the virtual environment and installs into it.
 #
 #   VENV=DIR     the virtual environment (default: .venv in the repository)
-#   TORCH_INDEX  where CUDA builds of torch for older drivers come from (default: torch's own index)
+#   TORCH_INDEX  the index of torch's CUDA builds, without the build's name: an NVIDIA driver before CUDA 13 needs it
 #   PYTHON=EXE   the Python that makes it (default: the first of python3, python3.13 … python3.10, python that is ≥ 3.10)
 #
 # No C++ compiler is asked for: nothing here compiles on a machine's first run (clips/engine.py says how DeepSpeed's
@@ -63,7 +63,10 @@ Load or install NVIDIA's driver again (a reboot does after an update). To instal
     echo "GPU: the driver runs CUDA $major.$minor; pip's own torch fits"
   elif [ "$major" = 12 ]; then
     if [ "$minor" -ge 8 ]; then build=cu128; fi
-    torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl}/$build"
+    [ -n "${TORCH_INDEX:-}" ] ||
+      fail "the NVIDIA driver runs CUDA $major.$minor, and pip's own torch needs 13.0: torch's build $build fits.
+Give the index of torch's CUDA builds, which pytorch.org names under 'Get Started': TORCH_INDEX=https://…/whl"
+    torch_index="$TORCH_INDEX/$build"
     echo "GPU: the driver runs CUDA $major.$minor, pip's own torch needs 13.0; torch comes from $torch_index"
   else
     fail "the NVIDIA driver runs CUDA $major.$minor, and torch needs 12.0 at least: install driver 580 or newer"
@@ -111,8 +114,8 @@ install() {
     check_pip
     choose_torch
     if [ -n "$torch_index" ]; then
-      "$venv/bin/python" -m pip install --quiet torch torchvision --index-url "$torch_index" ||
-        fail "pip found no torch in $torch_index; pytorch.org, 'Get Started', names the index: TORCH_INDEX=…"
+      PIP_INDEX_URL="$torch_index" "$venv/bin/python" -m pip install --quiet torch torchvision ||
+        fail "pip found no torch in $torch_index; pytorch.org names the index under 'Get Started'"
     fi
     echo "installing the packages of pyproject.toml (some minutes, the first time)"
     "$venv/bin/python" -m pip install --quiet -e ".[${missing#,}]"

@@ -6,9 +6,8 @@ as the whole image gives them, this is linear in m, so
 
     s_i = P(γ (x_i − mean(x_i)) / σ(m) + β)·t / |f|      and      mean_i s_i = s, exactly.
 
-(The usual shortcut, the cosine of each patch's own normalised projection, does not add up to s. In demo scenes with
-several things its best patch was nearest to the named thing in 51 % of 504 cases; chance is 41 %.) Much of each term
-says only "there is something here", so the term of the labels' average text is subtracted: 90 %.
+(The usual shortcut, the cosine of each patch's own normalised projection, does not add up to s.) Much of each term says
+only "there is something here", so the term of the labels' average text is subtracted.
 
 The map shows what each token adds to the encoder's score beyond an average label. It is no segmentation, and no proof
 that the encoder looked there: tokens have exchanged information in the tower.

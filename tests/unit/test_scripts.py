@@ -179,16 +179,12 @@ def test_install_names_what_a_machine_lacks(lacks: str, tmp_path: Path) -> None:
     assert list(made.parent.iterdir()) == [made]
 
 
-if __name__ == "__main__":
-    FLAGS.write_text(json.dumps({path.stem: flags_of(path) for path in PYTHON_SCRIPTS}, indent=1) + "\n")
-
-
 @pytest.mark.parametrize(
     ("printed", "code", "said"),
     [
         ("CUDA Version: 13.0", 0, "pip's own torch fits"),
-        ("CUDA Version: 12.8", 0, "/cu128"),
-        ("CUDA Version: 12.4", 0, "/cu126"),
+        ("CUDA Version: 12.8", 0, "INDEX/cu128"),
+        ("CUDA Version: 12.4", 0, "INDEX/cu126"),
         ("CUDA Version: 11.4", 2, "install driver 580 or newer"),
         ("an old driver says nothing of CUDA", 2, "too old"),
     ],
@@ -198,7 +194,7 @@ def test_torch_is_chosen_by_the_driver(tmp_path: Path, printed: str, code: int, 
     fake.write_text(f'#!/bin/sh\necho "| NVIDIA-SMI 550.54  {printed}     |"\n')
     fake.chmod(0o755)
     command = f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; choose_torch'
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_INDEX": "INDEX"}
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
@@ -219,3 +215,7 @@ def test_the_dockerfile_is_one() -> None:
     if hadolint is not None:
         done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+if __name__ == "__main__":
+    FLAGS.write_text(json.dumps({path.stem: flags_of(path) for path in PYTHON_SCRIPTS}, indent=1) + "\n")
