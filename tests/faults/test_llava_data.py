@@ -28,7 +28,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     original = LlavaTrainer.compute_loss
 
     def compute_loss(self, model, inputs, *rest, **options):
-        seen.append({name: value.clone() for name, value in inputs.items()})
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return original(self, model, inputs, *rest, **options)
 
     monkeypatch.setattr(LlavaTrainer, "compute_loss", compute_loss)
