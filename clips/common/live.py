@@ -1,6 +1,6 @@
 """Where a training is, in words, and what comes next.
 
-A terminal has one line that is rewritten, a file a line every half minute.
+A terminal has one line that is rewritten. A file has a line every half minute, or every CLIPS_MLLM_LINE_SECONDS.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from clips.common.escape import clip, for_terminal
 from clips.common.signals import outlive_readers
 
-EVERY = 30.0
-"""Seconds between two lines of a file."""
+LINE_SECONDS = "CLIPS_MLLM_LINE_SECONDS"
+"""Name of the environment's value: seconds between two lines of a file, 30 without it."""
 WORDS = {
     "contrastive_loss": "image-text loss {:.3g}",
     "caption_loss": "caption loss {:.3g}",
@@ -34,15 +34,16 @@ class LiveLine:
 
     def __init__(self) -> None:
         self.rewrites = sys.stderr.isatty()
+        self._every = float(os.environ.get(LINE_SECONDS) or 30)
         self._last, self._width = -math.inf, 0
 
     def show(self, text: str, *, final: bool = False) -> None:
-        """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last one is EVERY seconds old."""
+        """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last line is old enough."""
         if self.rewrites:
             text = clip(text, shutil.get_terminal_size().columns - 1)  # a longer line would not be rewritten whole
             self._write(f"\r{text.ljust(self._width)}")
             self._width = len(text)
-        elif final or time.monotonic() >= self._last + EVERY:
+        elif final or time.monotonic() >= self._last + self._every:
             self._last = time.monotonic()
             self._write(f"{text}\n")
 

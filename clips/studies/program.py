@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import statistics
@@ -31,6 +32,7 @@ import torch
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import write_json
+from clips.common.live import LINE_SECONDS
 from clips.common.paths import SCRIPTS
 from clips.common.runtime import has_bf16
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
@@ -54,7 +56,7 @@ LINES = 10
 """Lines of the log in a turn."""
 WARM = 0.2
 """Share of a turn's samples that are not timed."""
-OURS = re.compile(r"^\[\s*([\d,]+)/")
+OURS = re.compile(r"^([\d,]+) of [\d,]+ samples ")
 THEIRS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")
 """Where a line of the log tells how many samples were seen."""
 
@@ -277,7 +279,8 @@ def _device_memory(device: torch.device) -> float:
 @contextlib.contextmanager
 def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     """The process, what it prints on both streams being `stdout`; killed with its children at the end."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ | {LINE_SECONDS: "0"}  # every record is a line
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
         yield process
     finally:

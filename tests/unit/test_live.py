@@ -59,7 +59,7 @@ def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: py
 def test_words_and_no_figure_of_another_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line had `con 2.5  mfu 0.07`, and the score of a validation long ago."""
     told = on(io.StringIO(), monkeypatch)
-    monkeypatch.setattr(live, "EVERY", 0.0)
+    monkeypatch.setenv(live.LINE_SECONDS, "0")
     log = RunLog(recipe("demo"), tmp_path, start_step=0, active=True, report_to=())
     log.record("train", TRAIN)
     log.record("eval", {"step": 10, "samples": 640, "split": "val", "sentence_i2t_r1": 71.2, "zero_shot_top1": 30.0})

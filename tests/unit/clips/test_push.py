@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("kind", HEADERS)
+@pytest.mark.parametrize("kind", [kind for kind in HEADERS if kind != "hf"])  # these towers have no such export
 def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(
     run_dir: Path, hub: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
