@@ -15,6 +15,7 @@ install_bench
 install_programs
 ruff check .
 ruff format --check .
+rm -f mllm/chat/*.pyi # gradio writes them; a stale one misleads mypy
 mypy
 # Two processes, a file to each: the machine of the checks has two cores. In the order of the folders, so that the long
 # files (dist, e2e) come first and both processes end together.

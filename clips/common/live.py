@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Mapping
+from shutil import get_terminal_size
+from time import monotonic
 from typing import Any
 
 from clips.common.escape import clip, for_terminal
@@ -40,11 +40,11 @@ class LiveLine:
     def show(self, text: str, *, final: bool = False) -> None:
         """Rewrite the line on a terminal. Add it to a file if it is `final`, or the last line is old enough."""
         if self.rewrites:
-            text = clip(text, shutil.get_terminal_size().columns - 1)  # a longer line would not be rewritten whole
+            text = clip(text, get_terminal_size().columns - 1)  # a longer line would not be rewritten whole
             self._write(f"\r{text.ljust(self._width)}")
             self._width = len(text)
-        elif final or time.monotonic() >= self._last + self._every:
-            self._last = time.monotonic()
+        elif final or monotonic() >= self._last + self._every:
+            self._last = monotonic()
             self._write(f"{text}\n")
 
     def say(self, text: str) -> None:

@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 
 def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int = 200) -> io.StringIO:
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
+    monkeypatch.setattr(live, "get_terminal_size", lambda: type("Size", (), {"columns": columns}))
     return stream
 
 
@@ -47,7 +47,7 @@ def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPat
 
 def test_a_file_has_a_line_every_half_minute_and_nothing_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     told, now = on(io.StringIO(), monkeypatch), [0.0]
-    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(live, "monotonic", lambda: now[0])
     line = LiveLine()
     for now[0] in range(100):
         line.show(f"at {now[0]} s")
