@@ -370,7 +370,7 @@ def _points_at(encoders: Pool[CLIPS], path: Path, thing: str, place: str) -> flo
         return 0.0
     try:
         image = web_talk.read_upload(str(path), Limits())
-        return share_in_corner(encoders.get(encoders.names[0]), image, thing, place, CONCEPTS)
+        return share_in_corner(encoders.get(encoders.names[0]), image, thing, place, list(CONCEPTS))
     except UserError:  # the tab will say it
         return 0.0
 
