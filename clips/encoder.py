@@ -17,7 +17,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -77,6 +77,8 @@ class CLIPS:
         self.templates = tuple(PROMPTS) if loaded.run.data.train == "demo" else default_templates()
         """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
+        self._kept: dict[Path, tuple[int, Index]] = {}
+        """File of an index → when it was written, and the index: a second search reads no file."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:
@@ -193,11 +195,11 @@ class CLIPS:
         items = PictureSet(Path(folder), pattern)
         found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
         paths = [str(items.root / items.files[i]) for i in found.indices]
-        return Index(paths, found.features, self._encode_any, self._weights(), len(found.skipped))
+        return Index(paths, found.features, self._encode_any, self._weights, len(found.skipped))
 
     def load_index(self, path: str | Path) -> Index:
         """The index that `Index.save` wrote. Raises UserError if it was made with other weights."""
-        return load_index(path, self._encode_any, self._weights())
+        return load_index(path, self._encode_any, self._weights)
 
     def kept_index(
         self, folder: str | Path, pattern: str = "**/*", *, file: str | Path | None = None, workers: int = 0
@@ -207,10 +209,13 @@ class CLIPS:
         The file is made if it is missing or older than a change of `folder`.
         """
         folder = Path(folder).resolve()
-        name = hashlib.sha256(f"{folder} {pattern} {self._weights()}".encode()).hexdigest()[:24]
+        name = hashlib.sha256(f"{folder} {pattern} {self._weights}".encode()).hexdigest()[:24]
         path = Path(file or cache_root() / "search" / f"{name}.safetensors")
         if path.is_file() and path.stat().st_mtime > _newest_change(folder):
-            return self.load_index(path), path
+            written = path.stat().st_mtime_ns
+            if self._kept.get(path, (None,))[0] != written:
+                self._kept[path] = written, self.load_index(path)
+            return self._kept[path][1], path
         index = self.index(folder, pattern, workers=workers)
         index.save(path)
         return index, path
@@ -218,7 +223,9 @@ class CLIPS:
     def _encode_any(self, query: str | Picture) -> Tensor:
         return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
 
+    @cached_property
     def _weights(self) -> str:
+        """The name of the weights; hashing a large model takes seconds."""
         return hash_weights(self.model.state_dict()).hexdigest()[:12]
 
     def similarity(self, images: Images, texts: Iterable[str] | str) -> Tensor:

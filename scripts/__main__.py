@@ -5,13 +5,12 @@ import difflib
 import os
 import runpy
 import sys
-from pathlib import Path
 
 from clips.common import flags
 from clips.common.errors import UserError, run_command
+from clips.common.paths import SCRIPTS
 
 QUOTES = '"# '
-SCRIPTS = Path(__file__).resolve().parent
 COMMANDS = {
     "train": "pretrain_clips.py",
     "llava": "train_llava.sh",

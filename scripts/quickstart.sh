@@ -31,7 +31,6 @@ fi
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
 NUM_GPUS=1 bash scripts/train_llava.sh --vision clips
 
-unset CLIPS_MLLM_GOES_ON
 python -c "from mllm.evaluation.summary import print_summary; print_summary()"
 cat <<NEXT
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -84,15 +82,6 @@ class Preflight:
         console.print(table)
         for name in ("summary.json", "contact_sheet.html"):
             console.print(f"wrote {for_rich(str(output / name))}", highlight=False)
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """A small PNG of `image`."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
 
 
 def _trimmed(counts: Mapping[str, int]) -> dict[str, int]:

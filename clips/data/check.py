@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.escape import clip
-from clips.common.preflight import Preflight, Shown, thumbnail
+from clips.common.page import thumbnail
+from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
 from clips.data.sample import BrokenSample
@@ -214,7 +215,7 @@ class Checker:
             found.aspects[_place(ASPECTS, image.width / image.height)] += 1
             if index in self.shown:
                 shown.size = f"{image.width} × {image.height}"
-                shown.picture = thumbnail(image)
+                shown.picture = thumbnail(image, THUMBNAIL)
                 found.good.append(shown)
         for part, of_part in texts.items():
             found.tokens[part].update(map(len, self.tokenizer.encode(of_part)))

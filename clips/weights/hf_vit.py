@@ -72,9 +72,8 @@ def write_hf_vit(tower: VisionTower, directory: Path) -> None:
     config.architectures = [cls.__name__]
     if cls.__name__ == "CLIPVisionModel":
         config.projection_dim = tower.proj.out_features if isinstance(tower.proj, nn.Linear) else tower.config.width
-    if (
-        cls.__name__ == "ViTModel"
-    ):  # its pooler gives the CLS token as it is: without one transformers draws a random one
+    if cls.__name__ == "ViTModel":
+        # Its pooler gives the CLS token as it is. Without one transformers draws a random one.
         config.pooler_act, width = "linear", tower.config.width
         tensors |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     directory.mkdir(parents=True, exist_ok=True)

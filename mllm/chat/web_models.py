@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from clips import CLIPS, CONCEPTS, newest_export
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
-from clips.common.files import from_json, read_bytes, read_json
+from clips.common.files import from_json, read_bytes, read_json, read_json_records
 from clips.common.hub import resolve
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import read_questions
@@ -88,7 +88,7 @@ def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str
     if not (data / QUESTIONS).is_file():
         return []
     answers = Path(model).parent / "evaluation" / "answers.jsonl"
-    lines = map(from_json, read_bytes(answers).splitlines()) if answers.is_file() else ()
+    lines = read_json_records(answers) if answers.is_file() else []
     right = {(line["image"], line["prompt"]) for line in lines if line.get("correct")}
     kinds: dict[str, list[tuple[str, str]]] = {}
     for question in read_questions(data / QUESTIONS):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clips.common.page import Table, data_uri
+from clips.common.page import Table, data_uri, thumbnail
 from clips.common.plots import pretty
 from clips.common.rundir import UNSEEN
 from clips.lab import report as lab
@@ -253,16 +252,10 @@ def _examples(report: Report, image_folder: Path | None) -> list[Section]:
         texts: list[tuple[str, str, bool | None]] = [
             (name, answer, name == example["right"]) for name, answer in example["answers"].items()
         ]
-        picture = _thumbnail(store, example["image"]) if store and example["image"] else None
+        name = example["image"]
+        picture = data_uri(thumbnail(store.load(name), THUMBNAIL)) if store and name else None
         cards.append(lab.Card(picture, example["question"], [*texts, ("truth", example["truth"], None)]))
     return [Section("Where two models differ", [lab.Cards(cards)], EXAMPLES_NOTE)] if cards else []
-
-
-def _thumbnail(store: ImageStore, name: str) -> str:
-    image, out = store.load(name), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(out, "PNG")
-    return data_uri(out.getvalue())
 
 
 # ------------------------------------------------------------------------------------------- controls and limits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clips import BrokenSample
-from clips.common.files import from_json, read_bytes, read_json, replacing
+from clips.common.files import read_json, read_json_records, replacing
 from clips.common.page import Table, render, themed, thumbnail
 from clips.common.plots import Panel, curves_plot
 from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
@@ -27,7 +27,6 @@ KINDS = {
     "where": "where a thing is",
     "relation": "how two things stand",
     "yes_no": "yes or no",
-    "background": "colour of the ground",
     "overall": "all questions",
 }
 
@@ -49,8 +48,17 @@ def write_report(run_dir: Path, store: ImageStore) -> Path:
 def _answers(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """The lines of an evaluation's answers that have a truth."""
     path = run_dir / "evaluation" / f"{name}.jsonl"
-    lines = [from_json(line) for line in read_bytes(path).splitlines()] if path.is_file() else []
+    lines = read_json_records(path) if path.is_file() else []
     return [line for line in lines if line.get("expected") is not None]
+
+
+def right_by_one_answer(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Kind, and "overall" → right answers of a model that gives each kind's commonest answer."""
+    truths: dict[str, Counter[str]] = {}
+    for line in answers:
+        truths.setdefault(line["kind"], Counter())[normalise(line["expected"])] += 1
+    right = {kind: max(counts.values()) for kind, counts in truths.items()}
+    return right | {"overall": sum(right.values())}
 
 
 def _measured(
@@ -65,11 +73,7 @@ def _measured(
     asked = [found.get("sets", {}).get(key, {}).get("questions") for found in (figures, others)]
     found, blind = (one.get(decides, {}) if decides else one for one in (figures, others))
     blind = blind if asked[0] == asked[1] else {}
-    truths: dict[str, Counter[str]] = {}
-    for line in answers:
-        truths.setdefault(line["kind"], Counter())[normalise(line["expected"])] += 1
-    commonest = {kind: max(counts.values()) for kind, counts in truths.items()}
-    commonest["overall"] = sum(commonest.values())
+    commonest = right_by_one_answer(answers)
     return {
         kind: {
             "value": 100 * of_kind["accuracy"],

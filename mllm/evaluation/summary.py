@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +13,8 @@ from clips.common.files import read_json, read_json_records
 from clips.common.plots import pretty
 from clips.common.rundir import REPORT, UNSEEN, by_test_set
 from mllm.data.demo import DEMO_DIR, IMAGES
+from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.evaluation.report import right_by_one_answer
 
 NORMAL = {
     "sentence_i2t_r1": (72, 92),
@@ -37,7 +37,7 @@ def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/ll
     """Print the end of the quickstart for its two runs. Raises UserError if they were not measured."""
     measured = by_test_set(read_json(encoder / "evaluation.json").get("figures", {}), "seen")
     artists = UNSEEN if UNSEEN in measured else "seen"
-    answers = model / "evaluation" / ("answers_unseen.jsonl" if artists == UNSEEN else "answers.jsonl")
+    answers = model / "evaluation" / f"{UNSEEN_ANSWERS if artists == UNSEEN else 'answers'}.jsonl"
     if not measured or not answers.is_file():
         raise UserError(f"{encoder} or {model} is not measured yet: run bash scripts/quickstart.sh again")
     records = read_json_records(answers)
@@ -52,27 +52,20 @@ def print_summary(encoder: Path = Path("runs/demo"), model: Path = Path("runs/ll
     table.add_column("figure")
     for column in ("%", "chance %", "normal %"):
         table.add_column(column, justify="right")
-    found = measured[artists]
+    found, by_one_answer = measured[artists], right_by_one_answer(records)
     for name in (name for name in NORMAL if name in found):
         _add(table, name, pretty(name), found[name]["value"], found[name]["chance"])
     for name in (name for name in NORMAL if name not in found):
         asked = [record for record in records if name in ("overall", record["kind"])]
         if asked:
             right = 100 * sum(record["correct"] for record in asked) / len(asked)
-            _add(table, name, f"answers: {name.replace('_', ' ')}", right, _one_answer(asked))
+            chance = 100 * by_one_answer[name] / len(asked)
+            _add(table, name, f"answers: {name.replace('_', ' ')}", right, chance)
     console.print(table)
     console.print("Chance of answers is what the most frequent answer of each kind gets.")
     if artists != UNSEEN:
         console.print("The test of unseen artists is missing: npm fetched no drawings (data/demo/README.md).")
     console.print(for_rich(f"The page with pictures: {encoder / REPORT}"))
-
-
-def _one_answer(records: list[dict[str, Any]]) -> float:
-    """Percent right of a model that gives each kind's most frequent answer."""
-    by_kind: dict[str, Counter[str]] = {}
-    for record in records:
-        by_kind.setdefault(record["kind"], Counter())[record["expected"]] += 1
-    return 100 * sum(max(answers.values()) for answers in by_kind.values()) / len(records)
 
 
 def _add(table: Table, name: str, words: str, value: float, chance: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shlex
@@ -13,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from clips import Fields, RawSample, decode_image, open_source
+from clips import Fields, decode_image, open_source
 from clips.common.errors import BrokenDataError
 from clips.common.escape import clip, for_rich
 from clips.common.files import placing
-from clips.common.page import Table, data_uri
+from clips.common.page import Table, data_uri, thumbnail
 from clips.lab.report import Bars, Card, Cards, Code, Page, Section, Tile, as_html
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
@@ -149,15 +148,10 @@ def _examples(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str
         for index in sorted(draw.sample(range(len(source)), min(chosen[shard], len(source)))):
             sample = source.read(index)
             texts = [("web caption", clip(sample.web, 400), None), ("new caption", clip(sample.long or "", 1200), None)]
-            yield Card(data_uri(_thumbnail(sample)), names[shard] + sample.key.removeprefix(str(path)), texts)
-
-
-def _thumbnail(sample: RawSample) -> bytes:
-    image = decode_image(sample.image, sample.key, reduce_to=16 * THUMBNAIL**2)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+            picture = decode_image(sample.image, sample.key, reduce_to=16 * THUMBNAIL**2)
+            yield Card(
+                data_uri(thumbnail(picture, THUMBNAIL)), names[shard] + sample.key.removeprefix(str(path)), texts
+            )
 
 
 def _rejected(folder: Folder, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> Iterator[Card]:

@@ -45,14 +45,15 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         ensure_any_demo(DEMO)
         flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
         prompt = prompt if flags.prompt else Prompt(SHOW[0])  # the demo's models were trained on this question
+    on_demo = is_of_demo(flags.data)
     if flags.captioner:
         asked = [(flags.captioner, flags.output)]
-    elif is_of_demo(flags.data):
+    elif on_demo:
         asked = demo_captioners(flags.output)
         console.print(for_rich(f"the newest of runs/: {', '.join(captioner for captioner, _ in asked)}"))
     else:
         raise UserError(f"--captioner is missing: only for the demo runs/ is searched. {FITTING}")
-    if not is_of_demo(flags.data) and not flags.force and knows_the_demo_alone(flags.captioner):
+    if not on_demo and not flags.force and knows_the_demo_alone(flags.captioner):
         raise UserError(
             f"--captioner {flags.captioner} was trained on the demo: it would find the demo's things in "
             f"{flags.data}. {FITTING}. --force takes it all the same"

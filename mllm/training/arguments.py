@@ -145,10 +145,10 @@ class TrainArguments:
             "dataloader_num_workers": 4 if on_gpu and not self.caches_features else 0,
         }
         defaults |= stage.llava
-        defaults |= stage.lora if self.lora_enable or self.bits < 16 else {}
+        adapters = self.lora_enable or self.bits < 16
+        defaults |= stage.lora if adapters else {}
         if self.data_path is None:
             defaults |= stage.demo
-            adapters = self.lora_enable or self.bits < 16
             defaults |= stage.demo_whole if not adapters and self.model_name_or_path == DEFAULT_LLM else {}
         filled: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()

@@ -22,7 +22,8 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line, visible
 from clips.common.files import read_json_records
-from clips.common.preflight import Preflight, Shown, thumbnail
+from clips.common.page import thumbnail
+from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from mllm import DEFAULT_LLM
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, Problem, Record, RecordReader, sample_id_of
@@ -200,7 +201,7 @@ def _shown(store: ImageStore | None, records: list[Record]) -> list[Shown]:
         shown = Shown(record.name, texts)
         if record.images and store is not None:
             try:
-                shown.picture = thumbnail(store.load(record.images[0]))
+                shown.picture = thumbnail(store.load(record.images[0]), THUMBNAIL)
             except BrokenSample as broken:
                 shown.reason = broken.reason
         found.append(shown)

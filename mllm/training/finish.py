@@ -24,6 +24,7 @@ from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
 from mllm.training.prepare import PROJECTOR, Prepared
+from mllm.training.stages import STAGES
 
 OF_DEMO = "; drawings of several artists (OpenMoji and others, some under CC BY-SA 4.0), no evidence about photographs"
 """Added to the demo's data on a model's card."""
@@ -87,7 +88,8 @@ def card(run_dir: Path, summary: dict[str, Any], vision: VisionEncoder) -> dict[
 def trained_on(run_dir: Path) -> dict[str, str]:
     """Stage → "demo", or the name of its data file."""
     config = read_json(run_dir / "config.json")
-    paths = {stage: config[stage]["trains"]["data_path"] for stage in ("align", "instruct") if stage in config}
+    names = [stage.name for stage in STAGES.values() if stage.name in config]
+    paths = {name: config[name]["trains"]["data_path"] for name in names}
     return {stage: "demo" if not path or is_of_demo(path) else Path(path).name for stage, path in paths.items()}
 
 

@@ -58,6 +58,18 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model: CLIPS, place:
         model.load_index(place / "runs/clips/export/native/model.safetensors")
 
 
+def test_a_kept_index_is_read_once_and_made_anew_after_a_change(model: CLIPS, tmp_path: Path) -> None:
+    """The page searches with it at every question."""
+    folder, file = tmp_path / "pictures", tmp_path / "kept.safetensors"
+    folder.mkdir()
+    picture(40, seed=0).save(folder / "0.png")
+    model.kept_index(folder, file=file)
+    index, _ = model.kept_index(folder, file=file)
+    assert model.kept_index(folder, file=file)[0] is index
+    picture(40, seed=1).save(folder / "1.png")
+    assert [len(model.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
+
+
 def test_faiss_is_used_if_it_is_installed(model: CLIPS, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = model.index(place / "pictures")
     wanted, asked = index.search("dog", k=4), []
