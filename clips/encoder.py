@@ -77,7 +77,7 @@ class CLIPS:
         self.templates = tuple(PROMPTS) if loaded.run.data.train == "demo" else default_templates()
         """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
-        self._kept: dict[Path, tuple[int, Index]] = {}
+        self._kept: dict[Path, Index] = {}
         """File of an index → when it was written, and the index: a second search reads no file."""
 
     @classmethod
@@ -206,19 +206,21 @@ class CLIPS:
     ) -> tuple[Index, Path]:
         """As `index`, and the `file` in which the index is kept (default: one in the cache).
 
-        The file is made if it is missing or older than a change of `folder`.
+        The file is made if it is missing, or if it was made of other files than `folder` now holds.
         """
         folder = Path(folder).resolve()
         name = hashlib.sha256(f"{folder} {pattern} {self._weights}".encode()).hexdigest()[:24]
         path = Path(file or cache_root() / "search" / f"{name}.safetensors")
-        if path.is_file() and path.stat().st_mtime > _newest_change(folder):
-            written = path.stat().st_mtime_ns
-            if self._kept.get(path, (None,))[0] != written:
-                self._kept[path] = written, self.load_index(path)
-            return self._kept[path][1], path
-        index = self.index(folder, pattern, workers=workers)
-        index.save(path)
-        return index, path
+        listing = _listing(folder, path)
+        kept = self._kept.get(path)
+        if kept is None or kept.listing != listing:
+            kept = self.load_index(path) if path.is_file() else None
+            if kept is None or kept.listing != listing:
+                kept = self.index(folder, pattern, workers=workers)
+                kept.listing = listing
+                kept.save(path)
+            self._kept[path] = kept
+        return kept, path
 
     def _encode_any(self, query: str | Picture) -> Tensor:
         return self.encode_query(query) if isinstance(query, str) else self.encode_image(query)[0]
@@ -341,6 +343,11 @@ def search_from_flags(flags: argparse.Namespace) -> None:
         print(f"the pictures are in {flags.output}")
 
 
-def _newest_change(folder: Path) -> float:
-    """When a file or folder in `folder` last changed; 0 without `folder`."""
-    return max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0) if folder.is_dir() else 0.0
+def _listing(folder: Path, index: Path) -> str:
+    """A hash of the names, sizes and times of the files in `folder`, without the `index`."""
+    facts = sorted(
+        (str(path), (now := path.lstat()).st_size, now.st_mtime_ns)
+        for path in folder.rglob("*")
+        if path != index and not path.is_dir()
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

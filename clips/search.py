@@ -47,6 +47,8 @@ class Index:
         self.paths, self.features, self.encode, self.weights = list(paths), features.numpy(), encode, weights
         self.skipped = skipped
         """Pictures that could not be read."""
+        self.listing = ""
+        """A hash of the folder's listing before it was read, if the index is kept."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,6 +76,7 @@ class Index:
         """Write the index as one safetensors file; `CLIPS.load_index` opens it."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         facts = {"paths": json.dumps(self.paths), "weights": self.weights, "skipped": str(self.skipped)}
+        facts["listing"] = self.listing
         write_weights({"features": torch.from_numpy(self.features)}, Path(path), **facts)
 
 
@@ -84,6 +87,7 @@ def load_index(path: str | Path, encode: Callable[[Any], Tensor], weights: str) 
         found = Index(json.loads(facts["paths"]), tensors["features"], encode, facts["weights"], int(facts["skipped"]))
     except (KeyError, ValueError):
         raise UserError(f"{path} is no index of pictures: make one with model.index(folder).save(path)") from None
+    found.listing = facts.get("listing", "")
     if found.weights != weights:
         raise UserError(f"{path} was made with other weights than this model's: index the pictures again")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,13 +60,18 @@ def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model: CLIPS, place:
 
 
 def test_a_kept_index_is_read_once_and_made_anew_after_a_change(model: CLIPS, tmp_path: Path) -> None:
-    """The page searches with it at every question."""
-    folder, file = tmp_path / "pictures", tmp_path / "kept.safetensors"
+    """The page searches with it at every question. No time decides: clocks tick slowly, or stand wrong."""
+    folder = tmp_path / "pictures"
+    file = folder / "kept.safetensors"
     folder.mkdir()
     picture(40, seed=0).save(folder / "0.png")
-    model.kept_index(folder, file=file)
+    os.utime(folder / "0.png", (4e9, 4e9))
     index, _ = model.kept_index(folder, file=file)
     assert model.kept_index(folder, file=file)[0] is index
+    written = file.stat().st_mtime_ns
+    model._kept.clear()
+    assert len(model.kept_index(folder, file=file)[0]) == 1
+    assert file.stat().st_mtime_ns == written
     picture(40, seed=1).save(folder / "1.png")
     assert [len(model.kept_index(folder, file=file)[0]) for _ in range(2)] == [2, 2]
 
