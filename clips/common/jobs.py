@@ -81,9 +81,11 @@ class Commands:
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 futures = [pool.submit(function, item) for item in items]
-                done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in waiting:
-                    future.cancel()
+                try:
+                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                finally:  # also after a signal, which raises here
+                    for future in futures:
+                        future.cancel()
                 for future in done:
                     future.result()
             return [future.result() for future in futures]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 from hostile import HOSTILE
 from rich.console import Console
 
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError, Stopped, UserError
 from clips.common.escape import visible
 from clips.common.files import sha256
 from clips.common.jobs import Commands, locked
@@ -176,6 +178,23 @@ def test_after_a_failure_beside_a_longer_cell_nothing_more_begins() -> None:
     with pytest.raises(CommandError, match="all is lost"):
         Commands(2).map(work, list(range(8)))
     assert set(begun) <= {0, 1, 2}
+
+
+def test_after_a_signal_nothing_more_begins() -> None:
+    begun: list[int] = []
+    commands = Commands(2)
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if len(begun) == 2:
+            time.sleep(0.2)  # until all are submitted
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert commands.stopping.wait(60)
+        time.sleep(0.2)
+
+    with pytest.raises(Stopped):
+        commands.map(work, list(range(8)))
+    assert set(begun) == {0, 1}
 
 
 def test_a_plan_stays_from_the_first_cell_on(tmp_path: Path) -> None:
