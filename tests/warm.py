@@ -4,9 +4,11 @@ Importing torch, DeepSpeed and transformers takes 6 s of a processor, and the te
 With `subprocess.Popen = warm.Popen` (tests/conftest.py) each `python script.py …`, torchrun and `deepspeed` is a fork
 of one process that only imported. The fork has its own arguments, environment, directory, streams, session and signals.
 The processes that it starts are forked as well; torchrun and `deepspeed` fork themselves, so that their ranks are their
-children. Four things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
-ends without taking its interpreter down, and charts are one empty pixel, for drawing would take four fifths of a tiny
-run. Mark a test `cold` if the first three matter to it, or `draws`. CLIPS_TESTS_COLD=1 makes all tests cold.
+children. Six things differ: all other forks are children of the forking process, all share one seed of `hash`, a fork
+computes in one thread, ends without taking its interpreter down, plans its time after a short look at the tower, and
+its charts are one empty pixel, for drawing would take four fifths of a tiny run. Mark a test `cold` if the first five
+matter to it, or `draws`.
+CLIPS_TESTS_COLD=1 makes all tests cold.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ LOG = "CLIPS_TESTS_LOG"
 TEST = "PYTEST_CURRENT_TEST"
 READ_BY_IMPORTS = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_", "PYTHON")
 """Prefixes of variables that act while a process starts. A command that changes such a variable starts cold."""
+NOT_READ = ("PYTHONPATH", "PYTHON", "OMP_NUM_THREADS")
+"""Of these a fork sets `sys.path`, the scripts for a shell start `$PYTHON`, and every fork computes in one thread."""
 PROGRAMS = ("deepspeed", "torchrun")
 MODULES = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 SPACE = 1 << 15
@@ -80,7 +84,7 @@ def script_of(command: Any) -> list[str] | None:
 
 
 def acts_at_the_start(env: dict[str, str]) -> dict[str, str]:
-    return {name: env[name] for name in env if name.startswith(READ_BY_IMPORTS) and name != "PYTHONPATH"}
+    return {name: env[name] for name in env if name.startswith(READ_BY_IMPORTS) and name not in NOT_READ}
 
 
 class Popen(subprocess.Popen):
@@ -206,6 +210,8 @@ def start() -> str:
 
 
 def import_everything() -> None:
+    import torch
+
     from clips.common.runtime import import_deepspeed
 
     import_deepspeed()
@@ -221,6 +227,8 @@ def import_everything() -> None:
     with contextlib.suppress(ImportError):  # torchrun looks through the files of all modules for a name of its log
         rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
         rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
+    sys.modules["clips.training.prepare"].TIMED_SECONDS = 0.05  # of the tower, for the plan that each run begins with
+    sys.modules["clips.common.peaks"].peak_flops(torch.device("cpu"), torch.float32)  # measured once for all
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy all pages
 

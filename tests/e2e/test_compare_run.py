@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_group
 from lab_runs import run_main
-from small_demo import LLAVA_SIZES, SIZES
+from small_demo import LLAVA_SIZES, shrink
 from tiny_mllm import pictures, write_llm, write_run
 
 from clips.common.rundir import UNSEEN
@@ -127,8 +127,9 @@ def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samp
 ) -> None:
     """The whole way with the recipes' tiny twins: pretraining, cells, linear probes on few pictures, report."""
     monkeypatch.setattr("mllm.compare.probe.PROBE_SAMPLES", 200)
+    shrink(monkeypatch, several=True)
+    ensure_demo(place / "data" / "demo")
     monkeypatch.setenv("CLIPS_MLLM_CACHE", str(place / "cache"))
-    ensure_demo(place / "data" / "demo", sizes=SIZES)
     ensure_llava_demo(
         place / "data" / "llava_demo", place / "data" / "demo", **LLAVA_SIZES | {"align": 64, "instruct": 64}
     )

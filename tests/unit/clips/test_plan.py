@@ -12,6 +12,7 @@ from conftest import ROOT, random_model, run_python, tiny_run
 
 from clips.common.cards import BUS, CARDS, Machine, card
 from clips.common.errors import UserError
+from clips.config import DataConfig
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
 from clips.training.memory import count_parameters
@@ -128,7 +129,7 @@ def test_the_table_of_the_docs_is_what_the_command_prints() -> None:
 
 
 def test_memory_and_time_stand_in_the_plan_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
-    run = tiny_run()
+    run = replace(tiny_run(), data=DataConfig(train="mine"))  # of the demo, which has a test set, the plan builds it
     for zero, host in (({"stage": 0}, False), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, True)):
         print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, zero)
         said = " ".join(capsys.readouterr().err.split())
