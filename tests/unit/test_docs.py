@@ -252,3 +252,15 @@ def test_all_rows_of_the_faults_are_tests_and_listed() -> None:
             found.setdefault(int(number), set()).add(name)
     assert sorted(listed) == list(range(1, 35))
     assert listed == found
+
+
+def test_each_walk_of_the_design_leads_through_at_most_eight_files_that_hold_its_names() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    walks = re.findall(r"^## (?:How|What) .*?(?=^## )", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(walks) == 3
+    for walk in walks:
+        files = set(re.findall(r"`([\w/]+\.py)`", walk))
+        assert 5 <= len(files) <= 8
+        code = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+        names = {part for name in re.findall(r"`([A-Za-z_][\w.]*)`", walk) for part in name.split(".")}
+        assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
