@@ -7,6 +7,7 @@ RANK: whose data has it, or "all". Everything else is the real run. FAULT, from 
     spike        the pictures of that step are shuffled and its captions are noise, as from a shard with wrong captions;
     spikes       of that step and all after it; nothing is saved before step SAVED, which leaves time for the tests
     data=FOLDER  its training data are those in FOLDER, from the first step on
+    full         no file grows beyond 1 MiB, as on a full disk
     record       none: each batch's positions and keys are written to OUTPUT/NAME/keys.jsonl as they are trained on
 """
 
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -84,6 +86,8 @@ def main() -> None:
             flags.data = flags.fault.removeprefix("data=")
         elif flags.fault == "slow":
             loop.make_loader = late
+        elif flags.fault == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
         elif flags.fault == "record":
             file = Path(flags.output) / flags.name / "keys.jsonl"
             grad_cache.to_device = lambda batch, device: real_to_device(recorded(file, batch), device)

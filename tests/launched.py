@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,16 @@ def deepspeed(*arguments: str | Path, per_host: int = 2) -> list[str]:
     return [str(launcher), "--num_accelerators", str(per_host), "--master_port", str(port), *map(str, arguments)]
 
 
-def run(command: list[str], timeout: float = 300) -> Done:
+def run(command: list[str], timeout: float = 300, env: Mapping[str, str] | None = None) -> Done:
     """Run to the end, as a user would; both streams together."""
-    done = run_group(command, cwd=ROOT, env=ENV, stderr=subprocess.STDOUT, timeout=timeout)
+    done = run_group(command, cwd=ROOT, env=ENV | (env or {}), stderr=subprocess.STDOUT, timeout=timeout)
     return Done(done.returncode, done.stdout)
 
 
-def run_all(commands: dict[str, list[str]]) -> dict[str, Done]:
+def run_all(commands: dict[str, list[str]], **options: Any) -> dict[str, Done]:
     """Independent commands, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+        return dict(zip(commands, pool.map(partial(run, **options), commands.values()), strict=True))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import SCRIPT, Done, deepspeed, lines, python, run, started, torchrun, wait_for
+from launched import SCRIPT, deepspeed, lines, python, run, started, torchrun, wait_for
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
@@ -206,8 +206,8 @@ def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
 def test_a_disk_that_fills_up_ends_all_ranks(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The system refuses files above 1 MiB; the write beside the training fails, and both ranks hear of it."""
     words = ("--recipe", "s16", "--debug", "--name", "r", "--output", tmp_path, *shards, "--samples", "400000")
-    command = torchrun(SCRIPT, *words, "--set", "train.checkpoint_every=8")
-    done: Done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command], timeout=120)
+    command = torchrun("tests/faulty_run.py", "full", "all", *words, "--set", "train.checkpoint_every=8")
+    done = run(command, timeout=120)
     assert done.code == 1, done.text
     assert done.text.count("error: the checkpoint of step 1 cannot be written") == 2
     assert not checkpoints(tmp_path / "r")

@@ -205,8 +205,7 @@ def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     out = shutil.copytree(killed, tmp_path / "out")
     before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
     next_save = state(out / "r")["step"] + 5
-    command = python(SCRIPT, *THREE_PHASES, *shards, "--output", out)
-    done = run(["bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *command])
+    done = run(python("tests/faulty_run.py", "full", "all", *THREE_PHASES, *shards, "--output", out))
     assert_said(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
     assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
     steps = [line["step"] for line in trace(out / "r")]
