@@ -32,8 +32,15 @@ MOST_GROWTH = 1000
 
 @contextmanager
 def opening(what: str, place: Path | str) -> Iterator[None]:
-    """Check the files of a model directory, then turn any failure inside into a UserError that names the place."""
+    """Check the files of a model directory, then do as `naming`."""
     check_files(Path(place))
+    with naming(what, place):
+        yield
+
+
+@contextmanager
+def naming(what: str, place: Path | str) -> Iterator[None]:
+    """Turn any failure inside into a UserError that names the place: a library met a file's wrong value."""
     try:
         yield
     except (CommandError, pickle.UnpicklingError):  # `loading` names what a pickle would run

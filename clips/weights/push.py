@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
+TOWER = "vision_tower"
+"""Inside a model in the original LLaVA's layout, a tower that has no name."""
 MODEL_FILES = {
     *CONFIGS, *TOKENIZER_FILES, *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt"),
@@ -38,6 +40,7 @@ MODEL_FILES = {
     *(INDEX, "mm_projector.bin"),
     *(f"original_llava/{name}" for name in (*TOKENIZER_FILES, "config.json", "generation_config.json")),
     "original_llava/vision_tower.json",  # of a LLaVA checkpoint that was converted, for the way back
+    *(f"{TOWER}/{name}" for name in ("config.json", "preprocessor_config.json", "model.safetensors")),
 }  # fmt: skip
 """The files that are uploaded beside the weights, by their whole names."""
 OF_THE_RUN = re.compile(r"evaluation(?:-[^/]*)?\.json")
@@ -46,8 +49,10 @@ VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any text may be a token; no place is looked for in these."""
 _PLACE = re.compile(
     r"(?<![\w.~:/\\])(?:file://)?~?(?:/[\w.+@-]+){2,}|\b[A-Za-z]:\\\w+"
-    r"|\w+://[^\s/@\"']+@|\w+://[^\s?\"']+\?[^\s=\"']+="  # addresses with a password, or signed
+    # Addresses with a password, or signed.
+    r"|\w{1,20}://(?:[^\s/@\"']{1,999}@|[^\s?\"']{1,999}\?[^\s=\"']{1,999}=)"
 )
+"""Its parts are bounded: a search takes a time that grows with the text alone."""
 HERE = {'source = "local-dir:."': 'source = "hf-hub:{}"', 'source = "."': 'source = "{}"'}
 """How a card's code opens its own directory → how it opens the repository."""
 
@@ -140,15 +145,18 @@ def _published(directory: Path, file: str, repo: str) -> str | None:
     if file not in ("README.md", *CONFIGS):
         return None
     text = (directory / file).read_text(encoding="utf-8")
+    name = repo.rpartition("/")[2]
     if file == "README.md":
         for here, there in HERE.items():
             text = text.replace(here, there.format(repo))
-        return text
+        return text.replace(f"--model-path {directory.name} ", f"--model-path {name} ")
     config = read_json(directory / file)
     if file == "open_clip_config.json":  # from the hub, open_clip takes the tokenizer from where this says
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo
     elif "recipe" in config:  # a run's configuration
         config = published(from_dict(RunConfig, config)).to_dict()
+    elif config.get("mm_vision_tower") == str((directory / TOWER).resolve()):  # see the card: LLaVA takes a path
+        config["mm_vision_tower"] = f"{name}/{TOWER}"
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
+from clips.common.opening import naming
 from clips.common.runtime import choose_device
 from mllm.data.conversation import answering_encoder
 from mllm.model.load import load_llava, model_name, newest_model
@@ -112,11 +113,13 @@ class ChatModel:
         directory = name or str(newest_model())
         place = choose_device(device)
         kind = None if dtype == "auto" else getattr(torch, dtype)
-        if bits == 16:
-            return ChatModel(*load_llava(directory, place, kind), directory, conv_mode)
-        # It is quantised layer by layer on the way to the device, which need not hold the whole language model.
-        kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         model: Any  # transformers declares `to` so that mypy misses its self
-        model, processor = load_llava(directory, torch.device("cpu"), kind)
-        quantize(model.model.language_model, bits, kind, place)
-        return ChatModel(model.to(place), processor, directory, conv_mode)
+        if bits == 16:
+            model, processor = load_llava(directory, place, kind)
+        else:
+            # It is quantised layer by layer on the way to the device, which need not hold the whole language model.
+            kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+            model, processor = load_llava(directory, torch.device("cpu"), kind)
+            quantize(model.model.language_model, bits, kind, place)
+        with naming("model", directory):  # the tokenizer's lengths and templates
+            return ChatModel(model.to(place), processor, directory, conv_mode)

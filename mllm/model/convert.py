@@ -36,6 +36,7 @@ from transformers import (
 from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json
 from clips.common.hub import HUB_ID, resolve
+from clips.common.opening import opening
 from clips.common.page import render
 from clips.common.stock import loading, progress_bars
 from clips.common.tensors import write_weights
@@ -140,27 +141,28 @@ def convert_llava(
         raise UserError(
             f"{source} is {known} of the original LLaVA (mm_vision_tower in config.json): not with --to {to}"
         )
-    if to == "transformers":
-        original = read_original(directory, base)
-        model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
-        difference = logit_difference(original, model, processor, vision.model)
-        if not check_only:
-            card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": _without_places(vision)}
-            save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
-    else:
-        if conv_mode != "auto":
-            raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
-        model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
-        original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
-        _check_name(original.kind, target.name)
-        vision_config: Any = model.config.vision_config
-        with loading("vision tower", directory):
-            tower = CLIPVisionModel.from_pretrained(
-                None, config=vision_config, state_dict=original.part(TOWER), dtype=model.dtype
-            )
+    if to == "llava" and conv_mode != "auto":
+        raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
+    with opening("LLaVA model", directory):
+        if to == "transformers":
+            original = read_original(directory, base)
+            model, processor, vision = to_stock(original, vision_tower=vision_tower, conv_mode=conv_mode)
+            tower = vision.model
+        else:
+            model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
+            original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
+            _check_name(original.kind, target.name)
+            vision_config: Any = model.config.vision_config
+            with loading("vision tower", directory):
+                tower = CLIPVisionModel.from_pretrained(
+                    None, config=vision_config, state_dict=original.part(TOWER), dtype=model.dtype
+                )
         difference = logit_difference(original, model, processor, tower.eval())
-        if not check_only:
-            write_original(original, vision_config, processor.image_processor, target)
+    if not check_only and to == "transformers":
+        card = {"Converted from": "a checkpoint of the original LLaVA", "Vision encoder": _without_places(vision)}
+        save_model(model, processor, target, vision=vision, card=card, beside=_kept(original, vision))
+    elif not check_only:
+        write_original(original, vision_config, processor.image_processor, target)
     return difference, get_format("auto", processor.tokenizer).name
 
 

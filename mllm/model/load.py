@@ -6,14 +6,16 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoProcessor, BaseImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
-from clips.common.opening import check_size
+from clips.common.opening import check_size, naming
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+from mllm.encoders.encoder import select_features
 from mllm.model.original import refuse_original
 
 FACTS = "clips_mllm.json"
@@ -53,7 +55,25 @@ def load_llava(
         )
         model, info = loaded
     check_complete(info, "model", directory)
-    return model.to(device).eval(), processor
+    model = model.to(device).eval()
+    with naming("model", directory):
+        _check_picture(model, processor.image_processor, directory)
+    return model, processor
+
+
+@torch.no_grad()
+def _check_picture(model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, place: Path) -> None:
+    """Run one picture through the vision tower: its tokens must be as many as a prompt has places for them."""
+    config: Any = model.config
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    tokens = select_features(model.model.vision_tower, pixels, layer, strategy)
+    if tokens.shape[1] != config.image_seq_length:
+        raise UserError(
+            f"model: {place} gives {tokens.shape[1]} tokens for a picture, and image_seq_length in its config.json is "
+            f"{config.image_seq_length}: they must be equal"
+        )
 
 
 def vision_facts(directory: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_original import write_whole
 from tiny_serve import write_models
 from tokenizers import Tokenizer
 
@@ -25,6 +26,7 @@ from clips.weights.initial import read_initial
 from clips.weights.load import load_model
 from mllm.chat.model import ChatModel
 from mllm.encoders.registry import load_vision
+from mllm.model.convert import convert_llava
 from mllm.model.llm import load_llm, read_tokenizer
 
 MOST_MB = 400
@@ -49,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(root, context=256)
     loaded = load_model(root / "runs/clips-demo")
     size = loaded.model.visual.image_size
+    (root / "original").mkdir()
+    write_whole(root / "original", "llava-tiny")
     export_all(loaded.model, loaded.run, loaded.tokenizer, root / "export", torch.randn(2, 3, size, size), ["a", "b"])
     return root
 
@@ -106,6 +110,37 @@ def test_row_29_many_layers_are_refused_by_their_number(place: Path, tmp_path: P
     path.write_text(attacked(config, ("model", "vision", "layers"), 10**6))
     with pytest.raises(UserError, match=r"model\.vision\.layers is 1,000,000, and the weights are \d+ tensors"):
         load_model(path.parent)
+
+
+FOUND = [
+    ("llm", "tokenizer_config.json", ("model_max_length",), {"a": 1}),
+    ("llm", "generation_config.json", ("eos_token_id",), "12"),
+    ("llava", "processor_config.json", ("image_processor", "size"), {"height": 2, "width": 2}),
+    ("llava", "config.json", ("image_seq_length",), 3),
+    ("original", "config.json", ("rope_scaling",), 3),
+    ("original", "generation_config.json", ("eos_token_id",), [[]]),
+    ("original", "tokenizer_config.json", ("model_max_length",), [0]),
+]
+"""Of 1,900 attacks on every JSON file of 26 directories: each ended in a traceback, at the loading or at an answer."""
+
+
+def load_original(place: Path) -> None:
+    tower = str(place.parent / "tower")
+    convert_llava(str(place), place.parent / "converted", "transformers", vision_tower=tower, check_only=True)
+
+
+@pytest.mark.parametrize(("loader", "file", "path", "value"), FOUND)
+def test_row_29_every_json_file_is_a_stranger_s(
+    loader: str, file: str, path: tuple, value: object, place: Path, tmp_path: Path
+) -> None:
+    """Not the configuration alone: lengths of a tokenizer, ends of a generation, sizes of a picture."""
+    source, load = ("original/llava-tiny", load_original) if loader == "original" else LOADERS[loader][::2]
+    target = shutil.copytree(place / source, tmp_path / "model") / file
+    if loader == "original":
+        shutil.copytree(place / "original" / "tower", tmp_path / "tower")
+    target.write_text(attacked(json.loads(target.read_text()), path, value))
+    with pytest.raises(UserError):
+        load(target.parent)
 
 
 def charsmap(data: bytes) -> dict:

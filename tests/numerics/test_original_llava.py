@@ -121,7 +121,9 @@ def test_whole_checkpoints_both_ways(tmp_path, variant):
     name = {"mistral": "llava-mistral-back", "qwen": "llava-qwen-back"}.get(variant, "llava-back")
     back = tmp_path / name
     assert convert_llava(str(converted), back, "llava")[1] == mode
-    push(converted, "owner/name", dry_run=True)  # a conversion has a card
+    for directory in (converted, back):  # a conversion has a card
+        push(directory, "owner/name", dry_run=True)
+    assert f"--model-path {name} " in (back / "README.md").read_text(encoding="utf-8")  # "." is no name with a "llava"
     assert "(haotian-liu/LLaVA)" in (back / "README.md").read_text(encoding="utf-8")
     again, written = config_of(back), read_all(back)
     assert {k: v for k, v in config.items() if k not in ("_name_or_path", "mm_vision_tower")} == {

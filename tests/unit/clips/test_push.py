@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -141,6 +142,27 @@ def test_leftovers_of_a_run_are_refused(copy: Path, hub: Path, name: str) -> Non
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_bytes(b"")
     assert f"no part of a model: {name}" in refusal(copy, hub)
+
+
+def test_an_original_llava_goes_up_with_its_tower_and_no_place(copy: Path, hub: Path) -> None:
+    """LLaVA finds the tower from the directory above the downloaded model, where its card's command runs."""
+    shutil.copytree(copy, copy / "vision_tower", ignore=lambda *_: ["README.md", "embedding.safetensors"])
+    (copy / "config.json").write_text(json.dumps({"mm_vision_tower": str(copy / "vision_tower")}), encoding="utf-8")
+    (copy / "README.md").write_text(f"python -m llava.serve.cli --model-path {copy.name} --image-file x.png")
+    push(copy, REPO)
+    there, name = uploaded(hub), REPO.rpartition("/")[2]
+    assert json.loads((there / "config.json").read_text()) == {"mm_vision_tower": f"{name}/vision_tower"}
+    assert (there / "vision_tower" / "model.safetensors").is_file()
+    assert f"--model-path {name} " in (there / "README.md").read_text()
+
+
+def test_places_are_looked_for_in_bounded_time(copy: Path, hub: Path) -> None:
+    """A text of 100,000 letters took a minute: each letter might have begun an address."""
+    for text in ("a" * 10**5, "a://" * 10**5, "a://b?" * 10**5):
+        (copy / "preprocessor_config.json").write_text(json.dumps({"x": text}), encoding="utf-8")
+        begin = time.process_time()
+        push(copy, REPO, dry_run=True)
+        assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer"])
