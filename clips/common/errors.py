@@ -1,7 +1,8 @@
 """Errors that end a command, with the exit code each one means (one table for every script).
 
 0 done · 2 the user's mistake · 3 loss not finite, or spiking again and again · 4 data broken beyond the limit ·
-5 no usable checkpoint · 130/138/143 stopped by Ctrl-C/SIGUSR1/SIGTERM, 129 as its launcher is gone, after saving.
+5 no usable checkpoint · 130/138/143 stopped by Ctrl-C/SIGUSR1/SIGTERM, 129 as its launcher or its terminal is gone,
+after saving.
 """
 
 from __future__ import annotations

@@ -19,24 +19,27 @@ from clips.common.errors import Stopped
 GONE = 0
 """Stands for a launcher that was gone before this process looked: no process has this id."""
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-"""What a run can be stopped by; SIGHUP stands for a launcher that is gone."""
+"""What a run can be stopped by; SIGHUP also stands for a launcher that is gone."""
 
 
 class StopSignal:
-    """Remembers SIGTERM, Ctrl-C or SIGUSR1 (a scheduler's), so that the step ends and a checkpoint is written.
+    """Remembers SIGTERM, Ctrl-C, SIGUSR1 (a scheduler's) or SIGHUP, so that the step ends and a checkpoint is written.
 
-    Launchers pass on what the whole process group has got already, so a second signal is no second wish; only
-    another Ctrl-C after `PATIENCE` seconds ends the run at once.
+    SIGHUP comes when a terminal is closed or its connection is lost. Under `nohup` it stays ignored. Launchers pass on
+    what the whole process group has got already, so a second signal is no second wish; only another Ctrl-C after
+    `PATIENCE` seconds ends the run at once.
     """
 
     PATIENCE = 2.0
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
         self.launchers = LAUNCHERS
         _takes_over.set()
-        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        taken = [number for number in self.SIGNALS if number != signal.SIGHUP or not ignores]
+        self.before = {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
@@ -76,7 +79,7 @@ def outlive_readers() -> None:
 
 def stopped_by(number: int) -> Stopped:
     """What to end with after the checkpoint; `number`: what the ranks agreed on, whoever of them got it."""
-    what = "the launcher is gone, which would have stopped this rank" if number == signal.SIGHUP else ""
+    what = "the launcher is gone, or the terminal was closed" if number == signal.SIGHUP else ""
     return Stopped(
         f"{what or f'stopped by {signal.Signals(number).name}'}; a checkpoint was saved, and the same command goes on "
         "from there",

@@ -13,7 +13,7 @@ def start_worker(worker: int) -> None:
     """The `worker_init_fn` of every DataLoader with workers."""
     # A stop signal reaches the whole group, but the main process still ends its step, with this worker's batches.
     # Launchers send more than one. SIGTERM is obeyed a minute later: torch sends it too, to a worker that hangs.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

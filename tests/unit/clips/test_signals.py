@@ -16,6 +16,8 @@ from clips.common.signals import StopSignal, launchers, stopped_by
 
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) -> None:
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
     stop = StopSignal()
     try:
         assert stop.requested == 0
@@ -25,6 +27,17 @@ def test_a_signal_is_remembered_and_gives_the_exit_code(number: signal.Signals) 
     finally:
         stop.restore()
     assert signal.getsignal(number) == stop.before[number]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == 0
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_without_a_launcher_no_parent_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
