@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Check a GPU machine, then test and measure this project on it: tests/gpu, training speed and memory, chat.
+"""Check a GPU machine, then test and measure this project on it: tests/gpu, speed and memory of both halves, chat.
 
-Parts run in the order of their worth, so that a cut leaves the most valuable figures in the JSON file. Each measured
-figure stands beside the expected figure. Each part is a process with a time limit, so that a part that fails or hangs
-costs its own figures only; it is named.
+Parts run in the order of their worth within an hour, so that a cut leaves the most valuable figures in the JSON file.
+The first four parts end within ten minutes. Each measured figure stands beside the expected figure. Each part is a
+process with a time limit, so that a part that fails or hangs costs its own figures only; it is named.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from clips.common.errors import CommandError, UserError, first_line, run_command
 from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.peaks import peak_flops
-from clips.common.runtime import choose_device, environment, has_bf16, import_deepspeed, init_distributed
+from clips.common.runtime import autocast, choose_device, environment, has_bf16, import_deepspeed, init_distributed
 from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.flops import BatchShape, training_flops
@@ -37,11 +38,29 @@ from clips.training.engine import DEFAULT_DS_CONFIG
 from clips.training.memory import usage
 from clips.training.prepare import compute_dtype, fullest_shape
 
+if TYPE_CHECKING:
+    from mllm.training.plan import Planned
+
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"B/16": "b16", "L/14": "l14", "S/16": "s16"}
+SIZES = {"B/16": "b16", "L/14": "l14", "S/16": "s16", "H/14": "h14"}
 """Preset → the recipe whose first phase is measured."""
-LIMITS = {"checks": 60, "B/16": 100, "tests": 150, "L/14": 100, "S/16": 100, "chat": 60}
+LIMITS = {
+    **{"checks": 60, "B/16": 120, "LLaVA": 240, "tests": 150},
+    **{"L/14": 600, "LLaVA, large": 900, "S/16": 300, "H/14": 900, "chat": 120},
+}
 """Seconds of each part, in the order of the run."""
+LLAVA = {
+    "LLaVA": {
+        "stage 2, LoRA": ("qwen2.5-7b", 2, True),
+        "stage 1": ("vicuna-7b", 1, False),
+        "stage 2, whole": ("smollm2-135m", 2, False),
+    },
+    "LLaVA, large": {"stage 2, LoRA": ("vicuna-13b", 2, True), "stage 1": ("llama3-8b", 1, False)},
+}
+"""Part → row → (language model, stage, whether LoRA trains it); with CLIP's L/14 at 336 pixels, as LLaVA-1.5."""
+TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TOWER |= {"image_size": 336, "patch_size": 14}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 MFU = 0.2
 """Share of the card's peak that the expected time of a step assumes, as scripts/plan_run.py."""
 KINDS = {
@@ -129,19 +148,19 @@ def towers(name: str, device: torch.device, *, tiny: bool) -> list[Row]:
             continue  # minutes of a C++ compiler
         variant = replace(run, train=replace(run.train, precision=precision, compile=compiled))
         if rows:
-            row = largest(variant, kind, device, rows[0]["batch"], at_most=rows[0]["batch"])
+            row = largest(partial(measured, variant, kind, device), rows[0]["batch"], at_most=rows[0]["batch"])
         else:
-            row = largest(variant, kind, device, 2 if tiny else 64, at_most=4 if tiny else 8192)
+            row = largest(partial(measured, variant, kind, device), 2 if tiny else 64, at_most=4 if tiny else 8192)
         rows.append({"what": what, "size": name, **row})
     return [row | {"of ours": row["samples_per_s"] / rows[0]["samples_per_s"]} for row in rows]
 
 
-def largest(run: RunConfig, kind: str, device: torch.device, samples: int, *, at_most: int) -> Row:
+def largest(measure: Callable[[int], Row], samples: int, *, at_most: int) -> Row:
     """The figures of the largest batch that fits: doubled from `samples` while steps are fast, or halved."""
     best: Row | None = None
     while 1 <= samples <= at_most:
         try:
-            best = measured(run, kind, device, samples)
+            best = measure(samples)
         except torch.OutOfMemoryError:
             if best is not None:
                 break
@@ -151,7 +170,7 @@ def largest(run: RunConfig, kind: str, device: torch.device, samples: int, *, at
             break
         samples *= 2
     if best is None:
-        raise CommandError(f"{kind}: not even one sample fits")
+        raise CommandError("not even one sample fits")
     return best
 
 
@@ -183,6 +202,102 @@ def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
     return {"keys": [], "images": torch.randint(0, 256, size, dtype=torch.uint8), **ids}
 
 
+def llava(part: str, device: torch.device, *, tiny: bool) -> list[Row]:
+    """A row for each stage of `part`: the largest micro-batch that fits, with random weights, LLaVA-1.5's lengths."""
+    from mllm.training.plan import LANGUAGE_MODELS, Planned
+
+    rows: list[Row] = []
+    for what, (name, stage, lora) in LLAVA[part].items():
+        if tiny:
+            LANGUAGE_MODELS[name] = TINY | {"vocab_size": 200}
+        planned = Planned.of(name, TINY | {"image_size": 32, "patch_size": 8} if tiny else TOWER, lora=lora, bits=16)
+        step = LlavaStep(planned, stage, device)
+        rows.append({"what": what, "size": name, **largest(step.measured, 1 if tiny else 4, at_most=2 if tiny else 64)})
+        del step  # its memory is the next row's
+        torch.cuda.empty_cache()
+    return rows
+
+
+class LlavaStep:
+    """The optimizer steps of one stage on one device, without DeepSpeed, with gradient checkpointing."""
+
+    def __init__(self, planned: Planned, stage: int, device: torch.device) -> None:
+        from mllm.training.arguments import TrainArguments
+        from mllm.training.freeze import apply_freeze
+        from mllm.training.lora import add_lora
+        from mllm.training.plan import ANSWERS, WORDS
+        from mllm.training.stages import STAGES, freeze_table
+        from mllm.training.trainer import TrainingModel
+
+        self.planned, self.device, self.answers = planned, device, ANSWERS[stage]
+        self.length = planned.image_tokens + WORDS[stage]
+        model, lora = planned.build(str(device)), planned.lora
+        model.config.image_token_id = 2  # the published vocabularies have no `<image>` yet
+        self.forward = planned.flops(model)
+        """Of the forward pass, while nothing trains: checkpointing computes the language model's again."""
+        arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
+        self.arguments = replace(arguments.resolve(1), gradient_checkpointing=True)
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        freeze = freeze_table(STAGES[stage], lora=lora)
+        whole = add_lora(model, self.arguments) if lora else model
+        if freeze["language_model"] == "full":  # as mllm/training/prepare.py: an update of 2e-5 is lost in bf16
+            whole.float()
+        apply_freeze(whole, freeze)
+        for parameter in whole.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.training = TrainingModel(whole, features=False).train()
+
+    def measured(self, samples: int) -> Row:
+        """Time and memory of a step, beside the plan's."""
+        from mllm.model.flops import LlavaShape
+        from mllm.training.freeze import count_parameters, parameter_groups
+        from mllm.training.plan import memory_estimate_gb
+
+        training, batch, device = self.training, self.batch(samples), self.device
+        half = has_bf16(device)
+        arguments = replace(self.arguments, per_device_train_batch_size=samples)
+        optimizer = torch.optim.AdamW(parameter_groups(training.model, arguments.rates, 0.0), fused=True)
+
+        def step() -> None:
+            with autocast(device, enabled=half):
+                loss = training(**batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        memory, seconds = PeakMemory(device), fastest({"step": step}, 4, device)["step"]
+        found = memory.read() / 1e3
+        shape = LlavaShape(samples=samples, length=self.length, pictures=samples, predicted=samples * self.answers)
+        flops = self.planned.flops(training.llava)(shape)
+        work = sum(flops.values()) + self.forward(shape)["language_model"]
+        peak, _ = peak_flops(device, torch.bfloat16 if half else torch.float32)
+        planned = memory_estimate_gb(
+            training.llava, count_parameters(training.model), arguments, length=self.length, zero=0, world_size=1,
+            learned=self.answers,
+        )  # fmt: skip
+        return {
+            "batch": samples, "samples_per_s": samples / seconds, "tflops": work / seconds / 1e12,
+            "mfu": work / seconds / peak, "step_s": seconds, "expected_s": work / (MFU * peak),
+            "peak_memory_gb": found, "predicted_gb": sum(planned.values()),
+        }  # fmt: skip
+
+    def batch(self, samples: int) -> dict[str, Any]:
+        """Counted on the host before it goes to the device, as the Trainer's."""
+        from mllm.model.packing import Counts
+
+        config = self.training.llava.config
+        ids = torch.randint(3, 90, (samples, self.length))
+        ids[:, 10 : 10 + config.image_seq_length] = config.image_token_id
+        labels = ids.masked_fill(torch.arange(self.length) < self.length - self.answers, -100)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        counts, side = Counts.of(batch, config.image_token_id), self.planned.vision["image_size"]
+        batch["pixel_values"] = torch.randn(samples, 3, side, side, dtype=self.training.llava.dtype)
+        labels_of_step = torch.tensor(samples * self.answers, device=self.device)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return batch | {"counts": counts, "num_items_in_batch": labels_of_step}
+
+
 def chat(model: str | None, device: str) -> Row:
     """Seconds to the first token and tokens/s of a second answer about one picture."""
     from PIL import Image
@@ -204,7 +319,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
     p.add_argument("--model", help="the model to chat with (default: the newest runs/*/model)")
     p.add_argument("--tiny", action="store_true", help="tiny models, to see whether every part runs")
-    p.add_argument("--part", choices=("checks", *SIZES, "chat"), help="measure this part alone and print its figures")
+    parts = ("checks", *SIZES, *LLAVA, "chat")
+    p.add_argument("--part", choices=parts, help="measure this part alone and print its figures")
     return p
 
 
@@ -217,6 +333,8 @@ def main() -> None:
         found: Any
         if flags.part == "chat":
             found = chat(flags.model, flags.device)
+        elif flags.part in LLAVA:
+            found = llava(flags.part, device, tiny=flags.tiny)
         else:
             found = checks(device) if flags.part == "checks" else towers(flags.part, device, tiny=flags.tiny)
         print(json.dumps(found))

@@ -246,13 +246,13 @@ class Planned:
     def __str__(self) -> str:
         return f"{self.language_model} with {self.image_tokens} tokens a picture"
 
-    def build(self) -> LlavaForConditionalGeneration:
-        """Without weights, in bf16, and nothing of it trains."""
+    def build(self, device: str = "meta") -> LlavaForConditionalGeneration:
+        """In bf16, and nothing of it trains: without weights, or with random weights on another `device`."""
         fields = {"model_type": "llama"} | LANGUAGE_MODELS[self.language_model]
         text = AutoConfig.for_model(**fields)
         vision = ViTConfig(**self.vision)
         config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=self.image_tokens)
-        with torch.device("meta"):
+        with torch.device(device):
             model: nn.Module = LlavaForConditionalGeneration(config)
         model.to(torch.bfloat16).requires_grad_(False)
         return llava_of(model)

@@ -34,6 +34,9 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
     assert ["predicted_gb" in row for row in rows] == [True, False, True]
     assert "expected" in report.said(rows[0])
+    rows = figures("LLaVA")
+    assert [row["what"] for row in rows] == ["stage 2, LoRA", "stage 1", "stage 2, whole"]
+    assert all(row["step_s"] > 0 and row["predicted_gb"] > 0 and row["mfu"] > 0 for row in rows)
     checked = {row["what"]: row["mend"] for row in figures("checks")}
     assert checked.keys() == report.CHECKS.keys()
     assert (checked["driver"], checked["DeepSpeed"]) == ("", "")
@@ -51,26 +54,26 @@ def test_parts_that_go_wrong_are_named() -> None:
     assert taken("import time; time.sleep(60)", 1.5)["problem"] == "stopped after 2 s"
     fine = taken("print('12 passed')")
     assert (fine["problem"], fine["result"]) == ("", "12 passed")
-    assert sum(report.LIMITS.values()) < 600
+    seconds = list(report.LIMITS.values())
+    assert sum(seconds[:4]) < 600  # the most valuable figures
+    assert sum(seconds) < 3600
 
 
-def test_the_batch_grows_until_memory_is_full_and_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_grows_until_memory_is_full_and_shrinks_until_it_fits() -> None:
     """The memory here is one of 100 samples; only where it ends is not real."""
     asked = []
 
-    def measured(run: object, kind: str, device: torch.device, samples: int) -> dict:
+    def measured(samples: int) -> dict:
         asked.append(samples)
         if samples > 100:
             raise torch.OutOfMemoryError("full")
         return {"batch": samples, "samples_per_s": 1e6}
 
-    monkeypatch.setattr(report, "measured", measured)
-    assert report.largest(None, "ours", CPU, 16, at_most=8192)["batch"] == 64
-    assert report.largest(None, "theirs", CPU, 256, at_most=256)["batch"] == 64
+    assert report.largest(measured, 16, at_most=8192)["batch"] == 64
+    assert report.largest(measured, 256, at_most=256)["batch"] == 64
     assert asked == [16, 32, 64, 128, 256, 128, 64]
-    monkeypatch.setattr(report, "measured", lambda run, kind, device, samples: measured(run, kind, device, 101))
     with pytest.raises(CommandError, match="not even one sample fits"):
-        report.largest(None, "ours", CPU, 128, at_most=8192)
+        report.largest(lambda samples: measured(101), 128, at_most=8192)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -115,3 +115,10 @@ def test_adapters_merge_and_the_merged_model_answers() -> None:
         ids = torch.full((1, 64), 7, device=META)
         first = llava.model.language_model(input_ids=ids, use_cache=True, attention_mask=None, position_ids=None)
         assert llava.lm_head(first.last_hidden_state[:, -1]).shape == (1, 128_256)
+        place = torch.full((1, 1), 64, device=META)
+        cache = first.past_key_values  # a further token, as an answer of the chat takes it
+        second = llava.model.language_model(
+            input_ids=ids[:, :1], past_key_values=cache, use_cache=True, attention_mask=None, position_ids=place
+        )
+        assert second.last_hidden_state.shape == (1, 1, 4096)
+        assert second.past_key_values.get_seq_length() == 65
