@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launched import pictures, write_shard
-
 from clips import BrokenSample, decode_image
 from mllm.recaption.captioner import Pair, Written
 
@@ -23,6 +21,8 @@ def write_pairs(folder: Path, shards: int, each: int, *, broken: Iterable[int] =
 
     `broken`: numbers of pairs, over all shards, whose picture is none.
     """
+    from launched import pictures, write_shard  # which the processes of a recaptioning, where Known is, do not need
+
     folder.mkdir(parents=True, exist_ok=True)
     made = pictures(shards * each)
     for shard in range(shards):

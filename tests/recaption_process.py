@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from conftest import script_parser
 from pairs import Known
 
 import mllm.recaption.process as process
@@ -20,6 +19,8 @@ def make_captioner(spec: str, *_: Any, **__: Any) -> Known:
 process.make_captioner = make_captioner
 
 if __name__ == "__main__":
+    from conftest import script_parser
+
     from mllm.recaption import run
 
     sys.exit(run_command(lambda: run.recaption_from_flags(script_parser("recaption").parse_args())))

@@ -21,7 +21,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from clips import CLIPS, Source, WholeFiles, open_source
+from clips import Source, WholeFiles, open_source
 from clips.common.errors import BrokenDataError, CommandError, Stopped, UserError, run_command
 from clips.common.workers import end_with
 from mllm.recaption.manifest import Folder, agree, done_manifest, unfinished
@@ -51,6 +51,8 @@ def work_on(options: Options, source: Source, shards: Sequence[Shard], board: Bo
         agree(folder, {**options.settings(), "captioner": captioner.describe()})
         encoder = None
         if options.similarity_encoder is not None:
+            from clips import CLIPS  # with transformers, which a process that asks an endpoint does not need
+
             encoder = CLIPS.from_pretrained(options.similarity_encoder, device=options.device)
         tally: Counter[str] = Counter()
         speed = Speed(folder.speed / f"{owner}.json", tally)

@@ -13,7 +13,6 @@ from pathlib import Path
 from clips import is_of_demo
 from clips.common.errors import UserError
 from clips.common.files import read_json
-from mllm.model.load import FACTS
 from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Captioner
 
@@ -38,6 +37,8 @@ def knows_the_demo_alone(spec: str) -> bool:
     kind, _, argument = spec.partition(":")
     directory = Path(argument)
     if kind != "clips":
+        from mllm.model.load import FACTS
+
         return "demo" in (read_json(directory / FACTS).get("trained_on") or {}).values()
     configs = (directory / place / "config.json" for place in ("", "native", "export/native"))
     config = next((read_json(path) for path in configs if path.is_file()), {})

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from clips import CLIPS, BrokenSample, Source, StoredSample, decode_image, stamp
+from clips import BrokenSample, Source, StoredSample, decode_image, stamp
 from clips.common.errors import BrokenDataError
 from clips.common.escape import clip
 from mllm.recaption.captioner import Captioner, Pair, Written
@@ -27,6 +27,9 @@ from mllm.recaption.manifest import Folder, publish
 from mllm.recaption.options import Options
 from mllm.recaption.quality import Judged, judge, words
 from mllm.recaption.shards import ContentHash, Shard, ShardWriter, read_samples, with_caption
+
+if TYPE_CHECKING:
+    from clips import CLIPS
 
 CHUNK = 16
 """Samples that are read at once outside calls of the captioner; a picture may have 64 MB."""
