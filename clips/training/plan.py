@@ -301,10 +301,10 @@ TABLE = ("s16", "b16", "l14", "h14")
 TABLE_GPUS = (8, 64)
 
 
-def planning_table(kind: str, price: float | None, mfu: float) -> str:
+def planning_table(kind: str, price: float | None, mfu: float, names: Sequence[str] = TABLE) -> str:
     """The paper's recipes on one machine and on eight, in Markdown."""
     plans = [
-        plan(recipe(name), Machine(card(kind), gpus, mfu, price), strict=False) for name in TABLE for gpus in TABLE_GPUS
+        plan(recipe(name), Machine(card(kind), gpus, mfu, price), strict=False) for name in names for gpus in TABLE_GPUS
     ]
     lines = [markdown(TABLE_HEAD, map(table_row, plans)), ""]
     return "\n".join([*lines, *(f"- {line}" for line in assumptions(plans[0].machine))])

@@ -26,19 +26,9 @@ class Rehearsed:
     """Bytes of one rank without its optimizer, and FLOPs of its step."""
 
     weights: int
-    gradients: int
-    batch: int
-    """Pictures and ids of a micro-batch."""
-    activations: int
-    """What is kept for the backward pass at the end of a forward pass; without checkpointing autocast's copies too."""
     peak: int
-    """At the fullest moment of forward and backward pass, all of the above included."""
+    """At the fullest moment of forward and backward pass, the weights included."""
     flops: int
-
-    @property
-    def temporaries(self) -> int:
-        """At the fullest moment, beside weights, batch and activations."""
-        return self.peak - self.weights - self.batch - self.activations
 
 
 @dataclass(frozen=True)
@@ -70,18 +60,13 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
     engine: Any = _Engine(task, run)
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
         weights = rehearsal.hold([*task.parameters(), *task.buffers()])
-        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
         if run.train.accumulation > 1:
-            for parameter in trained:
+            for parameter in filter(lambda p: p.requires_grad, task.parameters()):
                 parameter.grad = torch.empty_like(parameter)
-        sent = rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
-        activations = 0
-        before = rehearsal.live
+        rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
         for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if whole_step else 1)):
-            activations = max(activations, rehearsal.live - before)
             loss.backward()
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
-    return Rehearsed(weights, gradients, sent, activations, rehearsal.peak, rehearsal.flops)
+    return Rehearsed(weights, rehearsal.peak, rehearsal.flops)
 
 
 def built(run: RunConfig, phase: PhaseConfig) -> Task:
