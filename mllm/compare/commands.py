@@ -32,10 +32,10 @@ from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
 from mllm.training.stages import STAGES
 
-PER_S = {"align": 4.2, "instruct": 1.45, "evaluation": 6.3}
+PER_S = {"align": 16.0, "instruct": 7.0, "evaluation": 28.0}
 """Assumed samples and questions per second of one core on the demo."""
-PRETRAINING_PER_S = {"clips": 140.0, "clip": 240.0, "caption": 260.0, "caption+web": 160.0}
-OVERHEAD_S = 45.0
+PRETRAINING_PER_S = {"clips": 190.0, "clip": 280.0, "caption": 265.0, "caption+web": 200.0}
+OVERHEAD_S = 60.0
 """Of a cell: starts of processes, features of the pictures, evaluation, exports."""
 
 

@@ -18,7 +18,7 @@ from clips.common.files import sha256
 from clips.common.flags import Parser, add_options, from_flags, given, option
 from mllm.training.stages import STAGES
 
-DEMO_SHARE, QUICK_SHARE = 0.3, 0.1
+DEMO_SHARE, QUICK_SHARE = 0.5, 0.1
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
@@ -67,7 +67,7 @@ class Comparison:
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
     quick: bool = option(False, "less of everything, in about half an hour; the report says so")
     budget: float | None = option(
-        None, "share of each stage's samples that a cell trains (default: 0.3 on the demo, --quick: 0.1, else 1)"
+        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.1, else 1)"
     )
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
     pretrain_flags: tuple[str, ...] = _option(

@@ -234,7 +234,7 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     limits = [evaluation_settings(c)["limit"] for c in (full, quick, dataclasses.replace(quick, limit=7))]
     assert limits == [None, 200, 7]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
-    assert (budget_share(demo), budget_share(full)) == (0.3, 1.0)
+    assert (budget_share(demo), budget_share(full)) == (0.5, 1.0)
     assert (question_limit(demo), question_limit(dataclasses.replace(demo, quick=True))) == (400, 200)
     here = dataclasses.replace(full, encoders=("clips", "clip"))
     short = dataclasses.replace(here, quick=True)
