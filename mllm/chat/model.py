@@ -96,6 +96,11 @@ class ChatModel:
         self.encoder = answering_encoder(processor.tokenizer, conv_mode, self.tokens_per_image)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
+    @property
+    def most_pictures(self) -> int | None:
+        """The number of pictures that leave room for one token of text; None if the context is not known."""
+        return None if self.context_length is None else (self.context_length - 2) // self.tokens_per_image
+
     @staticmethod
     def load(
         name: str | None = None,

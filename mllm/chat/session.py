@@ -172,7 +172,7 @@ class ChatSession:
                 if streamer.is_cancelled():
                     return 0
                 pixels.append(image_pixels(self.model.processor.image_processor, decoded(image)))
-            inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
+            inputs["pixel_values"] = torch.cat(pixels).to(model.dtype)
         cache = self._prefix.take(model.config.get_text_config())
         # The random state is restored: the seed of one talk must not repeat the answers of another talk.
         devices = [model.device] if model.device.type == "cuda" else []

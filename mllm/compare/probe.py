@@ -100,6 +100,6 @@ def _image_set(encoder: VisionEncoder, labelled: Labelled, device: torch.device)
                 labels.append(label)
             except BrokenSample as broken:
                 skipped.append(str(broken))
-        pooled.append(encoder.features(torch.stack(pixels).to(device, model.dtype)).mean(1).float().cpu())
+        pooled.append(encoder.features(torch.cat(pixels).to(device, model.dtype)).mean(1).float().cpu())
     features = torch.cat(pooled)
     return ImageSet(features, features, [{} for _ in labels], labels, list(range(len(labels))), skipped)

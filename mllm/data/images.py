@@ -88,7 +88,7 @@ def pixel_loader(
 
     def load(names: list[str]) -> torch.Tensor:
         try:
-            return torch.stack([preprocess(store.load(name)) for name in names])
+            return torch.cat([preprocess(store.load(name)) for name in names])
         except BrokenSample as broken:
             raise UserError(
                 f"picture {broken.key} in {store.location}: {broken.reason}; "

@@ -63,8 +63,8 @@ def parse_vision_name(name: str) -> tuple[str, str]:
 
 
 def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
-    """One picture → [3, S, S], by `processor`; picklable with `partial`, for data workers."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+    """One picture → [1, 3, S, S], by `processor`; picklable with `partial`, for data workers."""
+    return processor(images=image, return_tensors="pt")["pixel_values"]
 
 
 def load_vision(

@@ -31,6 +31,7 @@ from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
+from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
 from mllm.encoders.registry import image_pixels
@@ -75,12 +76,13 @@ def generate_answers(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
-        parts = [{"type": "image"}] if question.image else []
-        turn = {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
-        ids = encoder.prompt([turn], len(parts), f"question {question.id}")
+        ids = encoder.prompt([_turn(question)], len(question.images), f"question {question.id}")
         if context is not None and len(ids) >= context:
-            raise UserError(f"question {question.id} takes {len(ids)} tokens, the model's context is {context}")
-        if question.image and store is None:
+            raise UserError(
+                f"question {question.id} takes {len(ids)} tokens with its {len(question.images)} picture(s), the "
+                f"model's context is {context}"
+            )
+        if question.images and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
         prompts.append(ids)
     settings = GenerationConfig(
@@ -94,12 +96,12 @@ def generate_answers(
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
-            shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
-            read = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
-            pixels = torch.stack(read).to(model.device, model.dtype) if read else None
-            numbers = {name: number for number, name in enumerate(shown)}
-            owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
-            inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
+            asking = {name: questions[i] for i in chosen for name in questions[i].images}
+            read = [_pixels(processor, store, q, name) for name, q in asking.items() if store is not None]
+            pictures = [pixels.to(model.device, model.dtype) for pixels in read]
+            numbers = {name: number for number, name in enumerate(asking)}
+            shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
+            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
@@ -109,6 +111,14 @@ def generate_answers(
             if answered is not None:
                 answered(len(chosen))
     return answers
+
+
+def _turn(question: Question) -> dict[str, Any]:
+    """The human's turn. Pictures stand before the text, or several of them at as many `<image>` in the text."""
+    if len(question.images) > 1 and question.text.count(IMAGE_TOKEN) == len(question.images):
+        return {"from": "human", "value": question.text}
+    parts = [{"type": "image"} for _ in question.images]
+    return {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
 
 
 def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question, name: str) -> torch.Tensor:

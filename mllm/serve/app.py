@@ -142,6 +142,9 @@ def create_app(
         check_model(form.model, chat.name)
         stream, usage = form.stream, form.stream_options is not None and bool(form.stream_options.include_usage)
         asked, urls = chat_request(form, limits)
+        if chat.most_pictures is not None and len(urls) > chat.most_pictures:
+            too_many = f"messages: {len(urls)} pictures, but the model's context holds {chat.most_pictures} at most"
+            raise ApiError(400, too_many, param="messages", code="context_length_exceeded")
         del form  # it holds the pictures as text
         data = await fetched(request, urls, "messages")
         items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
@@ -325,6 +328,7 @@ def _greeting(
 ) -> str:
     """Models, limits, and a question to copy; docs/chat-and-serve.md shows the openai client."""
     host, port = bound.getsockname()[:2]
+    pictures = limits.images if chat.most_pictures is None else min(limits.images, chat.most_pictures)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if has_key else ""
@@ -336,7 +340,7 @@ chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_
 {chat.context_length or "unknown"}
 embeddings  {f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"}
 a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}
-a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters
+a request   {limits.body_bytes / 2**20:g} MiB, {pictures} pictures, {limits.prompt_chars:,} characters
 an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait
 access      {"with the API key" if has_key else "without a key"}, at {address}
 {warning if is_open else ""}
