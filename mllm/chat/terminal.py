@@ -232,7 +232,7 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
         _answer_once(session, flags.prompt, images, sampling, stats=flags.stats)
         return
     room = "" if model.most_pictures is None else f", {model.most_pictures} pictures in a talk at most"
-    print(f"{model.name}: {model.tokens_per_image} tokens for each picture, format {model.encoder.format.name}{room}. "
+    print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}. "
           "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
     talk = Talk(session, sampling, stats=flags.stats)
     talk.waiting = images

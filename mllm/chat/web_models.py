@@ -77,6 +77,7 @@ def about(name: str) -> str:
 def _encoder(facts: dict[str, Any]) -> str:
     size, tokens, width = (int(facts[name]) for name in ("image_size", "num_tokens", "width"))
     padded = ", padded to a square" if facts["padded"] else ""
+    padded = f", whole and up to {int(facts['tiles'])} tiles" if facts.get("tiles") else padded
     return f"{facts['kind']} {facts['weights']}".strip() + f", {size} px{padded}, {tokens} tokens × {width}"
 
 

@@ -96,7 +96,7 @@ def _image_set(encoder: VisionEncoder, labelled: Labelled, device: torch.device)
         pixels = []
         for image, label in labelled[start : start + 64]:
             try:
-                pixels.append(image_pixels(encoder.image_processor, decode_image(image)))
+                pixels.append(image_pixels(encoder.image_processor, decode_image(image))[:1])  # without tiles
                 labels.append(label)
             except BrokenSample as broken:
                 skipped.append(str(broken))

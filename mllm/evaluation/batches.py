@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import DynamicCache, DynamicLayer, PreTrainedTokenizerBase
 
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
+from mllm.encoders.registry import image_pixels
 from mllm.model.load import CACHE
+from mllm.model.tiles import Llava, LlavaProcessors, Size, newline_of
 
 COLDEST = 1e-3
 """Below this temperature the likeliest token is taken: nearly the same, and logits divided by less would overflow."""
@@ -35,15 +38,15 @@ def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], si
 
 
 def generate_inputs(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     rows: Sequence[list[int]],
     shown: Sequence[tuple[int, ...]],
-    pictures: Sequence[Tensor],
+    pictures: Sequence[Seen],
     pad_id: int,
 ) -> dict[str, Any]:
     """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
 
-    `pictures` [1, 3, S, S] are the batch's distinct ones; row i shows those of the numbers `shown[i]`, in this order.
+    `pictures` are the batch's distinct ones; row i shows those of the numbers `shown[i]`, in this order.
     """
     device, openings = model.device, list(dict.fromkeys(shown))
     shared = _shared_length(rows, model.config.image_token_id) if len(openings) < len(rows) else 0
@@ -52,12 +55,14 @@ def generate_inputs(
     # Padding comes after the shared tokens. A sliding window would count it, and it would change a state.
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
         ids = torch.tensor([rows[0][:shared]], device=device).expand(len(openings), -1)
-        model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **_pixels(pictures, openings), **{CACHE: cache})
+        model.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **_pixels(pictures, openings, model), **{CACHE: cache}
+        )
         cache.batch_select_indices(torch.tensor([openings.index(numbers) for numbers in shown], device=device))
         inputs[CACHE] = cache
     else:
         shared = 0
-        inputs |= _pixels(pictures, shown)
+        inputs |= _pixels(pictures, shown, model)
     begin = torch.tensor([row[:shared] for row in rows], dtype=torch.long)
     ids, mask = (
         torch.cat([first, pad_rows([row[shared:] for row in filled], value, left=True)], 1).to(device)
@@ -66,10 +71,26 @@ def generate_inputs(
     return inputs | {"input_ids": ids, "attention_mask": mask}
 
 
-def _pixels(pictures: Sequence[Tensor], shown: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-    """The model's arguments for the pictures that rows show, one row after the other; none without a picture."""
-    chosen = [pictures[number] for numbers in shown for number in numbers]
-    return {"pixel_values": torch.cat(chosen)} if chosen else {}
+Seen = tuple[Tensor, Size]
+"""A picture as the encoder sees it, its squares [T, 3, S, S], and its (height, width)."""
+
+
+def seen(processor: LlavaProcessors, image: Image.Image) -> Seen:
+    return image_pixels(processor.image_processor, image), (image.height, image.width)
+
+
+def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
+    """The model's arguments for pictures in the order of their placeholders; none without a picture."""
+    if not pictures:
+        return {}
+    inputs = {"pixel_values": torch.cat([pixels for pixels, _ in pictures]).to(model.device, model.dtype)}
+    has_tiles = newline_of(model) is not None
+    return inputs | ({"image_sizes": torch.tensor([size for _, size in pictures])} if has_tiles else {})
+
+
+def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
+    """Of the pictures that rows show, one row after the other."""
+    return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
 
 
 def drawn_at(temperature: float) -> dict[str, Any]:

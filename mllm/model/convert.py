@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import (
     CLIPVisionModel,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -151,6 +152,8 @@ def convert_llava(
         if conv_mode != "auto":
             raise UserError("--conv-mode is for original checkpoints: leave it out with --to llava")
         model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
+        if isinstance(model, LlavaNextForConditionalGeneration):
+            raise UserError(f"{source} sees pictures in tiles (anyres); only models of one square are converted")
         original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
         _check_name(original.kind, target.name)
         vision_config: Any = model.config.vision_config

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
@@ -15,9 +20,12 @@ from clips.common.hub import resolve
 from clips.common.opening import check_size
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.model.original import refuse_original
+from mllm.model.tiles import Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
+CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+"""`model_type` → its class."""
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 """The argument that takes a model's keys and values; transformers renamed it."""
@@ -25,7 +33,7 @@ CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 
 def load_llava(
     name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[Llava, LlavaProcessors]:
     """A stock LLaVA model by directory or hub id, in eval mode; UserError for what cannot be loaded.
 
     `dtype` "auto" is that of the files; None is bf16 on a GPU and fp32 on a CPU.
@@ -33,11 +41,12 @@ def load_llava(
     directory = resolve(name, "model")
     refuse_original(directory, "model")
     kind = read_json(Path(directory) / "config.json").get("model_type")
-    if kind != "llava":
+    cls: Any = CLASSES.get(kind)
+    if cls is None:
         found = f"is of kind {kind}" if kind else "has no model_type in its config.json"
         raise UserError(
-            f"model: {directory} {found}, and only a LLaVA-style model (llava) can be loaded here. A vision encoder "
-            "becomes part of one by scripts/train_llava.sh --vision"
+            f"model: {directory} {found}, and only a LLaVA-style model ({', '.join(CLASSES)}) can be loaded here. A "
+            "vision encoder becomes part of one by scripts/train_llava.sh --vision"
         )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -45,10 +54,10 @@ def load_llava(
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
-        check_size("model", directory, lambda: LlavaForConditionalGeneration(config))
+        check_size("model", directory, lambda: cls(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager" if slow else None, **REPORTED
         )
         model, info = loaded

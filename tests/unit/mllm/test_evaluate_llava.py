@@ -74,7 +74,7 @@ def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
     model, _ = loaded
     image, tokens = model.config.image_token_id, model.config.image_seq_length
     rows = [[5, 6, *[image] * tokens, 7, *question] for question in ([8], [9, 10, 11], [9, 12])]
-    pictures = [torch.rand(1, 3, 32, 32) for _ in range(2)]
+    pictures = [(torch.rand(1, 3, 32, 32), (32, 32)) for _ in range(2)]
     inputs = generate_inputs(model, rows, [(0,), (1,), (0,)], pictures, 0)
     assert "pixel_values" not in inputs
     assert inputs[CACHE].get_seq_length() == 2 + tokens + 1

@@ -1,11 +1,13 @@
 """Two pictures in one question through every route: training, evaluation, chat, terminal, page, server, stock pipeline.
 
-The routes must agree to the letter, and the training's loss must be the stock model's on the same ids.
+The routes must agree to the letter, and the training's loss must be the stock model's on the same ids. Both models
+walk them: the one that sees a picture in a square, and the one that sees it in tiles.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from mllm.chat.terminal import Talk, load_image
 from mllm.chat.transcript import turn_text
 from mllm.chat.web_talk import Talk as PageTalk
 from mllm.chat.web_talk import answer, begin
-from mllm.data.dataset import Collator, LlavaDataset
+from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions
 from mllm.encoders.registry import image_pixels
@@ -34,9 +36,16 @@ from mllm.evaluation.evaluate import generate_answers
 from mllm.evaluation.scores import answer_line
 from mllm.training.trainer import TrainingModel
 
-model, place = tiny_chat.model, tiny_chat.place  # fixtures
+model = tiny_chat.model  # a fixture
 TEXT, NAMES = "What is in the two pictures?", ("0.png", "3.png")
 """A question, and pictures of two shapes."""
+
+
+@pytest.fixture(scope="module", params=["square", "tiles"])
+def place(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    if request.param == "square":
+        return made_once("tiny-chat", tiny_chat.write_place)
+    return made_once("tiny-tiles", partial(tiny_chat.write_place, image_aspect_ratio="anyres"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,12 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
         assert refused.status_code == 400
         assert "200 pictures, but the model's context holds 31 at most" in refused.json()["error"]["message"]
         assert post(address, CHAT).status_code == 200
-    with pytest.raises(ContextError, match="16 for each picture"):
+    with_tiles = bool(model.layout.pinpoints)
+    with served(model, "none", Limits(squares=5)) as address:
+        costly = post(address, CHAT | {"messages": [user(*shown, TEXT)]})
+    assert costly.status_code == (400 if with_tiles else 200)
+    assert not with_tiles or "read 8 squares for these 2 pictures, and the limit is 5" in costly.text
+    with pytest.raises(ContextError, match=r"\(16( to 88)? for each picture"):
         ChatSession(model).ask(TEXT, [load_image(str(files[0]))] * 32)
 
 
@@ -127,23 +141,26 @@ def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Pa
         {"from": "human", "value": f"<image>\n<image>\n{TEXT}"}, {"from": "gpt", "value": "A cat."},
         {"from": "human", "value": "<image> against <image>?"}, {"from": "gpt", "value": "Two dogs."},
     ]  # fmt: skip
+    layout = model.layout
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
     record = {"sample_id": 7, "image": [*NAMES, "1.png", "2.png"], "conversations": said, "metadata": {}}
     path, store = tmp_path / "data.json", ImageStore(place / "images")
     path.write_text(json.dumps([record, record | {"image": [*record["image"], "4.png"]}]))
     with pytest.raises(UserError, match=r"sample 1 .* 5 image\(s\) but 4 <image>"):
-        LlavaDataset(path, model.encoder, store)
+        LlavaDataset(path, model.encoder, store, tokens=tokens)
     path.write_text(json.dumps([record]))
-    dataset = LlavaDataset(path, model.encoder, store)
+    dataset = LlavaDataset(path, model.encoder, store, tokens=tokens)
     load = pixel_loader(store, partial(image_pixels, model.processor.image_processor))
     batch = Collator(model.processor.tokenizer.pad_token_id, load)([dataset[0]])
     session = ChatSession(model)
     "".join(session.ask(TEXT, [load_image(str(path)) for path in files], SHORT))
-    prompt = session.prompt_ids(session.turns[:1], 2)
+    prompt = session.prompt_ids(session.turns[:1], model.image_tokens(session.images))
     assert batch["input_ids"][0, : len(prompt)].tolist() == prompt
     with torch.no_grad():
-        expected = model.model(**batch).loss
+        stock = batch | ({"image_sizes": torch.tensor(batch["image_sizes"])} if layout.pinpoints else {})
+        expected = model.model(**stock).loss
         loss = TrainingModel(model.model, features=False, packed=False)(**batch)["loss"]
     assert torch.allclose(loss, expected, rtol=1e-5)
-    short = type(model.encoder)(model.processor.tokenizer, "auto", 16, max_length=60)
-    with pytest.raises(UserError, match=r"its 4 image\(s\) take 64 tokens, more than the context"):
-        LlavaDataset(path, short, store)
+    short = type(model.encoder)(model.processor.tokenizer, "auto", model.encoder.num_image_tokens, max_length=60)
+    with pytest.raises(UserError, match=r"its 4 image\(s\) take \d+ tokens, more than the context"):
+        LlavaDataset(path, short, store, tokens=tokens)
