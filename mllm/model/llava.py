@@ -55,7 +55,8 @@ def build_model(
         )
     kind: dict[str, Any] = {"tie_word_embeddings": causal.config.tie_word_embeddings} if vision.pinpoints else {}
     kind |= {"image_grid_pinpoints": vision.pinpoints} if vision.pinpoints else {}
-    config: Any = (LlavaNextConfig if vision.pinpoints else LlavaConfig)(
+    config_class: Any = LlavaNextConfig if vision.pinpoints else LlavaConfig
+    config = config_class(
         **kind,
         vision_config=copy.deepcopy(vision.config),
         text_config=copy.deepcopy(causal.config),

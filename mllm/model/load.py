@@ -41,7 +41,7 @@ def load_llava(
     directory = resolve(name, "model")
     refuse_original(directory, "model")
     kind = read_json(Path(directory) / "config.json").get("model_type")
-    cls: Any = CLASSES.get(kind)
+    cls: Any = CLASSES.get(kind or "")
     if cls is None:
         found = f"is of kind {kind}" if kind else "has no model_type in its config.json"
         raise UserError(
