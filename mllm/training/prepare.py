@@ -93,6 +93,8 @@ def prepare(
     projector = llava.model.multi_modal_projector
     started = _start_projector(llava, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
+    if (newline := newline_of(llava)) is not None:
+        newline.data = newline.data.to(llm.model.dtype if deepspeed else torch.float32)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
         quantize(

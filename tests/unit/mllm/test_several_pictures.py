@@ -90,7 +90,16 @@ def test_chat_and_terminal(
     model: ChatModel, files: list[Path], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = ChatSession(model)
-    assert "".join(session.ask(TEXT, [load_image(str(path)) for path in files], SHORT)) == expected
+    images = [load_image(str(path)) for path in files]
+    assert "".join(session.ask(TEXT, images, SHORT)) == expected
+    cached = "".join(session.ask("And now?", (), SHORT))
+    assert session.last.cached_tokens > sum(model.image_tokens(images))
+    assert cached == "".join(ChatSession.from_turns(model, session.turns[:-1], images).answer(SHORT))
+    session.undo()
+    session.undo()
+    swapped = "".join(session.ask(TEXT, images[::-1], SHORT))  # nothing is reused from the first picture on
+    assert session.last.cached_tokens < min(model.image_tokens(images))
+    assert swapped == "".join(ChatSession.from_turns(model, session.turns[:-1], images[::-1]).answer(SHORT)) != expected
     talk = Talk(ChatSession(model), SHORT)
     lines = iter([f"/image {files[0]}", str(files[1]), TEXT])
     with pytest.raises(StopIteration):

@@ -210,7 +210,10 @@ def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: P
     siglip = load_vision(write_siglip(tmp_path / "siglip"), image_aspect_ratio="anyres")  # has no CLS token
     assert siglip.facts["tiles"] == siglip.most_tiles == 4
     assert "32 px, whole and up to 4 tiles, 16 tokens × 32" in siglip.describe()
-    assert image_pixels(siglip.image_processor, Image.new("RGB", (90, 31))).shape == (4, 3, 32, 32)
+    layout = layout_of(32, 8)
+    for height, width in SIZES:
+        squares = image_pixels(siglip.image_processor, Image.new("RGB", (width, height)))
+        assert squares.shape == (layout.squares((height, width)), 3, 32, 32)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
