@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--language-model", default="vicuna-7b", help="llava, recaption: a name from mllm/training/plan.py")
     p.add_argument("--lora", action="store_true", help="llava: adapters in stage 2, not the whole language model")
     p.add_argument("--bits", type=int, default=16, choices=(4, 8, 16), help="llava: of the frozen language model")
+    p.add_argument("--tiles", help="llava, recaption: columns x rows of tiles beside the whole picture, such as 2x2")
     p.add_argument("--samples", type=int, default=1_000_000_000, help="recaption: how many pictures")
     return p
 
@@ -47,7 +48,8 @@ def main() -> None:
         return
     from mllm.training import plan as stages
 
-    model = stages.Planned.of(flags.language_model, plan.image_tower(run), lora=flags.lora, bits=flags.bits)
+    tower = plan.image_tower(run)
+    model = stages.Planned.of(flags.language_model, tower, lora=flags.lora, bits=flags.bits, tiles=flags.tiles)
     if flags.what == "llava":
         stages.print_stages(model, machine)
     else:

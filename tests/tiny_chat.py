@@ -13,10 +13,13 @@ from mllm.chat.model import ChatModel, Sampling
 SHORT = Sampling(max_new_tokens=8)
 
 
-def write_place(root: Path) -> None:
-    """`runs/llava/model` on the encoder `runs/clips-demo`, and six pictures in `images`."""
+def write_place(root: Path, **options: object) -> None:
+    """`runs/llava/model` on the encoder `runs/clips-demo`, and six pictures in `images`.
+
+    `options` are those of the encoder.
+    """
     write_run(root / "runs" / "clips-demo")
-    write_llava(root, context=512)
+    write_llava(root, context=512, **options)
     pictures(root / "images", 6)
 
 

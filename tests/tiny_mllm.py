@@ -124,9 +124,12 @@ def write_llm(directory: Path, *, tie: bool = True, chat_template: str | None = 
     return directory
 
 
-def write_llava(root: Path, *, context: int) -> None:
-    """`runs/llava/model` of the run `runs/clips-demo` and the language model `llm`, all below `root`."""
-    vision = load_vision("clips", runs=root / "runs")
+def write_llava(root: Path, *, context: int, **options: Any) -> None:
+    """`runs/llava/model` of the run `runs/clips-demo` and the language model `llm`, all below `root`.
+
+    `options` are those of the encoder.
+    """
+    vision = load_vision("clips", runs=root / "runs", **options)
     llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)))
     model, processor = build_model(vision, llm, seed=3)
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.

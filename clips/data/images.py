@@ -65,9 +65,24 @@ def decode_image(
     """
     with _decoding(key):
         opened = _open(data, max_pixels)
-        image = to_rgb(_loaded(opened, _factor(opened, reduce_to)))
-        factor = _factor(image, reduce_to)
+        image = to_rgb(_loaded(opened, _factor(opened.size, reduce_to)))
+        factor = _factor(image.size, reduce_to)
         return image if factor == 1 else image.reduce(factor)
+
+
+def decoded_size(
+    data: bytes, key: str = "image", max_pixels: int = MAX_PIXELS, reduce_to: int | None = None
+) -> tuple[int, int]:
+    """(height, width) of what `decode_image` gives, from the header alone; raises as it does."""
+    with _decoding(key):
+        opened = _open(data, max_pixels)
+        if opened.format == "TIFF" or (opened.format == "PNG" and b"eXIf" in data):
+            opened.load()  # which turns a TIFF, and finds tags of a PNG behind its pixels
+        width, height = _scaled(opened, _factor(opened.size, reduce_to)).size
+        if _orientation(opened) in _ON_ITS_SIDE:
+            width, height = height, width
+        factor = _factor((width, height), reduce_to)
+        return math.ceil(height / factor), math.ceil(width / factor)
 
 
 @contextmanager
@@ -119,22 +134,29 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
 
 def _loaded(image: ImageFile.ImageFile, factor: int = 1) -> ImageFile.ImageFile:
     """Decode; a JPEG at the smallest scale of 1, 1/2, 1/4, 1/8 that is not below 1/`factor`."""
-    if image.format in _JPEG:
-        image.draft(None, (image.width // factor, image.height // factor))
-    image.load()
+    _scaled(image, factor).load()
     return image
 
 
-def _orientation(jpeg: ImageFile.ImageFile) -> int:
+def _scaled(image: ImageFile.ImageFile, factor: int) -> ImageFile.ImageFile:
+    """`image` with the size that it will be decoded at."""
+    if image.format in _JPEG:
+        image.draft(None, (image.width // factor, image.height // factor))
+    return image
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
     """EXIF's orientation; 1 is upright."""
-    return jpeg.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in jpeg.info else 1
+    has_tags = "exif" in image.info or image.format == "TIFF"
+    return image.getexif().get(ExifTags.Base.Orientation, 1) if has_tags else 1
 
 
-def _factor(image: Image.Image, reduce_to: int | None) -> int:
-    """The whole number that divides the sides of `image` to leave at most `reduce_to` pixels."""
-    if reduce_to is None or image.width * image.height <= reduce_to:
+def _factor(size: tuple[int, int], reduce_to: int | None) -> int:
+    """The whole number that divides the sides of a picture to leave at most `reduce_to` pixels."""
+    width, height = size
+    if reduce_to is None or width * height <= reduce_to:
         return 1
-    return math.ceil(math.sqrt(image.width * image.height / reduce_to))
+    return math.ceil(math.sqrt(width * height / reduce_to))
 
 
 def _scans(jpeg: bytes) -> int:

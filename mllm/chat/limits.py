@@ -9,8 +9,9 @@ import asyncio
 import ipaddress
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clips.common.errors import UserError
 from clips.common.flags import option
@@ -18,6 +19,7 @@ from clips.common.flags import option
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 MAX_REDIRECTS = 3
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """IPv6 addresses that a gateway maps to IPv4 addresses, also private ones."""
@@ -35,6 +37,7 @@ class Limits:
     image_bytes: int = option(10 * 2**20, "bytes of one encoded picture")
     image_pixels: int = option(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
     images: int = option(20, "pictures of one request")
+    squares: int = option(100, "squares that the encoder reads for one request; with tiles a picture has several")
     prompt_chars: int = option(100_000, "characters of all texts of one request")
     inputs: int = option(128, "inputs of one embeddings request")
     new_tokens: int = option(1024, "tokens of one answer")
@@ -55,12 +58,25 @@ class Limits:
 
 def read_image(data: bytes, limits: Limits) -> Image.Image:
     """The picture in `data` as upright RGB of at most KEPT_PIXELS. Raises UserError for bad or too large data."""
-    from clips import MAX_PIXELS, BrokenSample, decode_image
+    from clips import decode_image
+
+    return _read(decode_image, data, limits)
+
+
+def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(height, width) of `read_image`'s picture from its header. Raises UserError as `read_image`."""
+    from clips import decoded_size
+
+    return _read(decoded_size, data, limits)
+
+
+def _read(reader: Callable[..., T], data: bytes, limits: Limits) -> T:
+    from clips import MAX_PIXELS, BrokenSample
 
     if len(data) > limits.image_bytes:
         raise UserError(f"the picture has {len(data):,} bytes, the limit is {limits.image_bytes:,}")
     try:
-        return decode_image(data, max_pixels=min(limits.image_pixels, MAX_PIXELS), reduce_to=KEPT_PIXELS)
+        return reader(data, max_pixels=min(limits.image_pixels, MAX_PIXELS), reduce_to=KEPT_PIXELS)
     except BrokenSample as broken:
         reason = re.sub(r" <_io.*?>", "", broken.reason.removeprefix("image: "))  # Pillow names its buffer
         raise UserError(f"the picture cannot be read: {reason}") from None

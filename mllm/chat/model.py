@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from clips.common.errors import UserError
 from clips.common.opening import naming
 from clips.common.runtime import choose_device
+from mllm.chat.transcript import Picture, size_of
 from mllm.data.conversation import answering_encoder
 from mllm.model.load import load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
+from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 
 def model_options(flags: argparse.Namespace) -> dict[str, Any]:
@@ -85,17 +86,39 @@ class ChatModel:
         conv_mode: a name of `mllm.data.formats.FORMATS`, or "auto" (`mllm.data.conversation.answering_encoder`).
     """
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: str, conv_mode: str = "auto"
-    ) -> None:
+    def __init__(self, model: Llava, processor: LlavaProcessors, directory: str, conv_mode: str = "auto") -> None:
         self.model = model
         self.processor = processor
         self.directory = directory
         self.name = model_name(directory)
-        self.tokens_per_image: int = model.config.image_seq_length
+        self.layout = Layout.of(model.config)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = answering_encoder(processor.tokenizer, conv_mode, self.tokens_per_image)
+        self.encoder = answering_encoder(
+            processor.tokenizer, conv_mode, None if self.layout.pinpoints else self.layout.square
+        )
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
+
+    @property
+    def most_pictures(self) -> int | None:
+        """The number of smallest pictures that leave room for one token of text; None if the context is not known."""
+        return None if self.context_length is None else (self.context_length - 2) // self.layout.square
+
+    def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
+        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one."""
+        if not self.layout.pinpoints:
+            return [self.layout.square] * len(pictures)
+        return [self.layout.tokens(size_of(picture)) for picture in pictures]
+
+    def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
+        """Raises UserError if the encoder would have to read more than `most` squares: it is the cost of pictures."""
+        if not self.layout.pinpoints:
+            return
+        found = sum(self.layout.squares(size_of(picture)) for picture in pictures)
+        if found > most:
+            raise UserError(
+                f"the encoder would read {found} squares for these {len(pictures)} pictures, and the limit is {most} "
+                "(--max-squares): send fewer, or smaller ones"
+            )
 
     @staticmethod
     def load(

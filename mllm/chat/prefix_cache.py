@@ -6,6 +6,7 @@ prefix is shorter. The cache is reused only if a fresh computation would give th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from transformers import DynamicCache, PretrainedConfig
@@ -21,11 +22,10 @@ class PrefixCache:
 
     Args:
         image_id: the id of an image's placeholder token.
-        tokens_per_image: placeholder tokens of one image.
     """
 
-    def __init__(self, image_id: int, tokens_per_image: int) -> None:
-        self.image_id, self.tokens_per_image = image_id, tokens_per_image
+    def __init__(self, image_id: int) -> None:
+        self.image_id = image_id
         self.forget()
 
     def forget(self) -> None:
@@ -34,16 +34,17 @@ class PrefixCache:
         self._read: list[Key] = []
         self._images: Sequence[Picture] = ()  # kept alive: the identity of an image is its key
 
-    def reuse(self, ids: Sequence[int], images: Sequence[Picture]) -> int:
-        """Cut the cache back to its longest common prefix with a prompt; returns the length of the prefix.
+    def reuse(self, ids: Sequence[int], images: Sequence[Picture], tokens: Sequence[int]) -> tuple[int, int]:
+        """Cut the cache back to its longest common prefix with a prompt; returns the prefix's tokens and images.
 
-        At least one token remains to be computed: its output is the first token of the answer. An image is reused
-        whole or not at all, because it is computed whole.
+        `tokens` are those of each image. At least one token remains to be computed: its output is the first token of
+        the answer. An image is reused whole or not at all, because it is computed whole.
         """
-        keys = self._keys(ids, images)
+        keys = self._keys(ids, images, tokens)
+        whole = [0, *itertools.accumulate(tokens)]
         limit = min(len(keys) - 1, len(self._read))
         shared = next((i for i in range(limit) if keys[i] != self._read[i]), limit)
-        while shared and isinstance(keys[shared], tuple) and self._ends_inside_image(keys[:shared]):
+        while shared and isinstance(keys[shared], tuple) and _image_tokens(keys[:shared]) not in whole:
             shared -= 1
         if self._cache is not None and shared < len(self._read):
             try:
@@ -52,7 +53,7 @@ class PrefixCache:
                 shared = 0
         if shared == 0:
             self.forget()
-        return shared
+        return shared, whole.index(_image_tokens(keys[:shared]))
 
     def take(self, config: PretrainedConfig) -> DynamicCache:
         """The cache for `generate`, or a new cache for a model of `config`.
@@ -63,17 +64,26 @@ class PrefixCache:
         self.forget()
         return cache
 
-    def keep(self, cache: DynamicCache, ids: Sequence[int], answer: Sequence[int], images: Sequence[Picture]) -> None:
+    def keep(
+        self,
+        cache: DynamicCache,
+        ids: Sequence[int],
+        answer: Sequence[int],
+        images: Sequence[Picture],
+        tokens: Sequence[int],
+    ) -> None:
         """Store the `cache` of the prompt `ids` and its `answer`, whose last token was never read."""
         self._cache, self._images = cache, images
-        self._read = [*self._keys(ids, images), *answer][: cache.get_seq_length()]
+        self._read = [*self._keys(ids, images, tokens), *answer][: cache.get_seq_length()]
 
-    def _keys(self, ids: Sequence[int], images: Sequence[Picture]) -> list[Key]:
+    def _keys(self, ids: Sequence[int], images: Sequence[Picture], tokens: Sequence[int]) -> list[Key]:
         keys: list[Key] = list(ids)
         places = [i for i, token in enumerate(ids) if token == self.image_id]
-        for number, place in enumerate(places):
-            keys[place] = ("image", id(images[number // self.tokens_per_image]))
+        shown = [image for image, count in zip(images, tokens, strict=True) for _ in range(count)]
+        for place, image in zip(places, shown, strict=True):
+            keys[place] = ("image", id(image))
         return keys
 
-    def _ends_inside_image(self, keys: list[Key]) -> bool:
-        return sum(isinstance(key, tuple) for key in keys) % self.tokens_per_image != 0
+
+def _image_tokens(keys: list[Key]) -> int:
+    return sum(isinstance(key, tuple) for key in keys)

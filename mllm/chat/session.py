@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -21,8 +22,8 @@ from mllm.chat.model import GREEDY, ChatModel, Sampling, Stats
 from mllm.chat.prefix_cache import PrefixCache
 from mllm.chat.stream import AnswerStreamer, StopWhenDone
 from mllm.chat.transcript import Picture, Turn, count_images, decoded, save_transcript, turn_text
-from mllm.encoders.registry import image_pixels
-from mllm.evaluation.batches import COLDEST
+from mllm.data.conversation import Images
+from mllm.evaluation.batches import COLDEST, pixel_inputs, seen
 from mllm.model.load import CACHE
 
 
@@ -46,7 +47,7 @@ class ChatSession:
         self.images: list[Picture] = []
         self.last: Stats | None = None
         self.set_system(system)
-        self._prefix = PrefixCache(model.encoder.image_id, model.tokens_per_image)
+        self._prefix = PrefixCache(model.encoder.image_id)
 
     @classmethod
     def from_turns(
@@ -63,7 +64,7 @@ class ChatSession:
             raise UserError(f"format {self.model.encoder.format.name} has no place for a system text")
         self.system = text or None
 
-    def prompt_ids(self, turns: Sequence[Turn], images: int) -> list[int]:
+    def prompt_ids(self, turns: Sequence[Turn], images: Images) -> list[int]:
         """Token ids of the system text and `turns`, up to the start of the next answer."""
         system = [{"from": "system", "value": [{"type": "text", "text": self.system}]}] if self.system else []
         return self.model.encoder.prompt([*system, *turns], images, "this talk")
@@ -120,20 +121,22 @@ class ChatSession:
     ) -> Generator[str, None, None]:
         """Check the prompt at once, then return the stream."""
         start = time.perf_counter()
-        ids = self.prompt_ids(turns, len(images))
+        tokens = self.model.image_tokens(images)
+        ids = self.prompt_ids(turns, tokens)
         context = self.model.context_length
         if context is not None and len(ids) >= context:
             raise ContextError(
                 f"the talk takes {len(ids):,} tokens with this question, and the model reads {context:,} at most "
-                f"({self.model.tokens_per_image:,} for each picture): ask shorter, take turns back or start anew"
+                f"({self.model.layout} for each picture): ask shorter, take turns back or start anew"
             )
         streamer = AnswerStreamer(self.model.processor.tokenizer, sampling.stop, cancel or threading.Event())
-        return self._stream(turns, images, ids, sampling, streamer, start)
+        return self._stream(turns, images, tokens, ids, sampling, streamer, start)
 
     def _stream(
         self,
         turns: list[Turn],
         images: list[Picture],
+        tokens: list[int],
         ids: list[int],
         sampling: Sampling,
         streamer: AnswerStreamer,
@@ -141,7 +144,7 @@ class ChatSession:
     ) -> Generator[str, None, None]:
         said: list[str] = []
         heard_all = False
-        future = self.model.worker.submit(self._generate, ids, images, sampling, streamer)
+        future = self.model.worker.submit(self._generate, ids, images, tokens, sampling, streamer)
         future.add_done_callback(lambda _: streamer.pieces.put(None))
         try:
             for piece in iter(streamer.pieces.get, None):  # waits in the reader's thread
@@ -158,21 +161,22 @@ class ChatSession:
         future.result()  # raises what the worker raised
 
     @torch.inference_mode()
-    def _generate(self, ids: list[int], images: list[Picture], sampling: Sampling, streamer: AnswerStreamer) -> int:
+    def _generate(
+        self, ids: list[int], images: list[Picture], tokens: list[int], sampling: Sampling, streamer: AnswerStreamer
+    ) -> int:
         """Feed the streamer, in the worker's thread; returns the number of prompt tokens from the cache."""
         if streamer.is_cancelled():
             return 0
-        model, encoder = self.model.model, self.model.encoder
-        shared = self._prefix.reuse(ids, images)
+        model: Any = self.model.model
+        shared, known = self._prefix.reuse(ids, images, tokens)
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        unread = images[ids[:shared].count(encoder.image_id) // self.model.tokens_per_image :]
-        if unread:
-            pixels = []
-            for image in unread:  # one after the other: only the encoder's view of each is kept
+        if known < len(images):
+            pictures = []
+            for image in images[known:]:  # one after the other: only the encoder's view of each is kept
                 if streamer.is_cancelled():
                     return 0
-                pixels.append(image_pixels(self.model.processor.image_processor, decoded(image)))
-            inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
+                pictures.append(seen(self.model.processor, decoded(image)))
+            inputs |= pixel_inputs(pictures, model)
         cache = self._prefix.take(model.config.get_text_config())
         # The random state is restored: the seed of one talk must not repeat the answers of another talk.
         devices = [model.device] if model.device.type == "cuda" else []
@@ -191,7 +195,7 @@ class ChatSession:
             raise UserError(
                 f"the device has too little memory for a prompt of {len(ids):,} tokens: ask shorter or start anew"
             ) from None
-        self._prefix.keep(cache, ids, output[0, len(ids) :].tolist(), images)
+        self._prefix.keep(cache, ids, output[0, len(ids) :].tolist(), images, tokens)
         return shared
 
     def _settings(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:

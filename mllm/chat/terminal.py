@@ -231,7 +231,8 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     if flags.prompt is not None:
         _answer_once(session, flags.prompt, images, sampling, stats=flags.stats)
         return
-    print(f"{model.name}: {model.tokens_per_image} tokens for each picture, format {model.encoder.format.name}. "
+    room = "" if model.most_pictures is None else f", {model.most_pictures} pictures in a talk at most"
+    print(f"{model.name}: {model.layout} tokens for each picture, format {model.encoder.format.name}{room}. "
           "Drop a picture's file here and ask; /help lists the commands.")  # fmt: skip
     talk = Talk(session, sampling, stats=flags.stats)
     talk.waiting = images

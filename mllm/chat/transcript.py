@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,27 @@ from mllm.data.formats import IMAGE_TOKEN
 Turn = dict[str, Any]
 """`{"from": "human" | "gpt", "value": [{"type": "image"}, …, {"type": "text", "text": …}]}`"""
 
-Picture = Image | Callable[[], Image]
-"""A picture, or a function that decodes it when the model reads it."""
+
+@dataclass(frozen=True, eq=False)
+class LazyPicture:
+    """A picture that is decoded when the model reads it; both functions raise UserError if they cannot."""
+
+    decode: Callable[[], Image]
+    measure: Callable[[], tuple[int, int]]
+    """Its (height, width), for which nothing is decoded."""
+
+
+Picture = Image | LazyPicture
 
 
 def decoded(picture: Picture) -> Image:
     """Raises UserError if the picture cannot be decoded."""
-    return picture if isinstance(picture, Image) else picture()
+    return picture if isinstance(picture, Image) else picture.decode()
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width). Raises UserError if the picture has no header."""
+    return (picture.height, picture.width) if isinstance(picture, Image) else picture.measure()
 
 
 def turn_text(turn: Turn) -> str:

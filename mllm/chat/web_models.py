@@ -17,7 +17,7 @@ from clips.common.escape import LONGEST, for_markdown
 from clips.common.files import from_json, read_bytes, read_json, read_json_records
 from clips.common.hub import resolve
 from mllm.data.demo import IMAGES, QUESTIONS
-from mllm.data.questions import read_questions
+from mllm.data.questions import images_of, read_questions
 from mllm.model.load import FACTS, model_name, newest_model, vision_facts
 
 EXAMPLES = 6
@@ -77,6 +77,7 @@ def about(name: str) -> str:
 def _encoder(facts: dict[str, Any]) -> str:
     size, tokens, width = (int(facts[name]) for name in ("image_size", "num_tokens", "width"))
     padded = ", padded to a square" if facts["padded"] else ""
+    padded = f", whole and up to {int(facts['tiles'])} tiles" if facts.get("tiles") else padded
     return f"{facts['kind']} {facts['weights']}".strip() + f", {size} px{padded}, {tokens} tokens × {width}"
 
 
@@ -89,13 +90,13 @@ def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str
         return []
     answers = Path(model).parent / "evaluation" / "answers.jsonl"
     lines = read_json_records(answers) if answers.is_file() else []
-    right = {(line["image"], line["prompt"]) for line in lines if line.get("correct")}
+    right = {(images_of(line), line["prompt"]) for line in lines if line.get("correct")}
     kinds: dict[str, list[tuple[str, str]]] = {}
     for question in read_questions(data / QUESTIONS):
-        if right and (question.image, question.text) not in right:
+        if right and (question.images, question.text) not in right:
             continue
-        if question.image and (data / IMAGES / question.image).is_file():
-            kinds.setdefault(question.kind, []).append((str(data / IMAGES / question.image), question.text))
+        if len(question.images) == 1 and (path := data / IMAGES / question.images[0]).is_file():
+            kinds.setdefault(question.kind, []).append((str(path), question.text))
     turns = zip_longest(*kinds.values())  # one of each kind, then the second of each, …
     return [example for turn in turns for example in turn if example][:EXAMPLES]
 
@@ -107,8 +108,8 @@ def example_things(data: Path, shows: Callable[[Path, str, str], float]) -> list
     """
     if not (data / QUESTIONS).is_file():
         return []
-    named = [q for q in read_questions(data / QUESTIONS) if q.kind == "identity" and q.image and q.answer]
-    chosen = [(data / IMAGES / str(q.image), re.sub("^An? ", "", str(q.answer)), q.text) for q in named[: 4 * EXAMPLES]]
+    named = [q for q in read_questions(data / QUESTIONS) if q.kind == "identity" and q.images and q.answer]
+    chosen = [(data / IMAGES / q.images[0], re.sub("^An? ", "", str(q.answer)), q.text) for q in named[: 4 * EXAMPLES]]
     chosen.sort(key=lambda example: -shows(*example))  # stable
     return [(str(path), thing) for path, thing, _ in chosen]
 

@@ -15,17 +15,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from PIL import Image
 
 from clips.common.errors import UserError
-from mllm.chat.limits import Limits, read_image
+from mllm.chat.limits import Limits, image_size, read_image
 from mllm.chat.model import ChatModel, Sampling, Stats
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import Picture
+from mllm.chat.transcript import LazyPicture, Picture
 
+T = TypeVar("T")
 SHOWN_EVERY_S = 0.1
 """A page that draws every token of a fast model has no time for the visitor's clicks."""
 
@@ -65,9 +66,13 @@ def _literal(text: str) -> str:
 
 
 def read_upload(path: str, limits: Limits) -> Image.Image:
+    return _read(read_image, path, limits)
+
+
+def _read(reader: Callable[[bytes, Limits], T], path: str, limits: Limits) -> T:
     try:
         with open(path, "rb") as file:
-            return read_image(file.read(limits.image_bytes + 1), limits)
+            return reader(file.read(limits.image_bytes + 1), limits)
     except OSError:
         raise UserError("A picture of this talk is no longer here: begin a new conversation.") from None
 
@@ -100,7 +105,9 @@ def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> 
     for path in paths:
         read_upload(path, limits)
     # The model decodes them again: a visitor's files are bounded, decoded pictures would not be.
-    images: list[Picture] = [partial(read_upload, path, limits) for path in paths]
+    images: list[Picture] = [
+        LazyPicture(partial(read_upload, path, limits), partial(_read, image_size, path, limits)) for path in paths
+    ]
     question = UserMessage(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
     return asking(value=None)
@@ -152,6 +159,7 @@ def answer(
         if question is None or again:
             pieces = session.retry(sampling, cancel)
         else:
+            loaded.check_squares([*session.images, *question.images], limits.squares)
             pieces = session.ask(question.text, question.images, sampling, cancel)
         with contextlib.closing(pieces):
             for piece in pieces:

@@ -31,7 +31,7 @@ from mllm.compare.benchmarks import benchmark_results, newest_results
 from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_groups, encoder_names, llava_runs, samples_seen
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import COLUMNS, stored_questions
-from mllm.data.questions import read_questions
+from mllm.data.questions import images_of, read_questions
 from mllm.evaluation.cider import cider
 from mllm.evaluation.scores import Exactness, exactness, scorer_version
 from mllm.training.stages import STAGES
@@ -273,7 +273,7 @@ def _scores_of_column(comparison: Comparison, answers: Lines, column: str) -> di
         rows = defaultdict(list)
         for cell, lines in answers.items():
             rows[cell.encoder].append([float(value) for value in values([lines[i] for i in items])])
-        clusters = [first[i].get("image") or f"question {first[i]['question_id']}" for i in items]
+        clusters = [" ".join(images_of(first[i])) or f"question {first[i]['question_id']}" for i in items]
         return ItemScores(clusters, {encoder: np.array(of_runs) for encoder, of_runs in rows.items()}, column, kind)
 
     scored = [i for i in of_column if "correct" in first[i]]
@@ -415,6 +415,7 @@ def pick_examples(comparison: Comparison, answers: Lines) -> list[dict[str, Any]
         x, y = answers[first][i], answers[second][i]
         if "correct" in x and x["correct"] != y["correct"] and left[x["correct"]]:
             left[x["correct"]] -= 1
-            example = {"image": x.get("image"), "question": x["prompt"], "truth": x["expected"], "kind": x["kind"]}
+            example = {"image": next(iter(images_of(x)), None), "question": x["prompt"], "truth": x["expected"]}
+            example |= {"kind": x["kind"]}
             shown.append(example | {"answers": {a: x["text"], b: y["text"]}, "right": a if x["correct"] else b})
     return sorted(shown, key=lambda example: example["right"] != a)

@@ -96,10 +96,10 @@ def _image_set(encoder: VisionEncoder, labelled: Labelled, device: torch.device)
         pixels = []
         for image, label in labelled[start : start + 64]:
             try:
-                pixels.append(image_pixels(encoder.image_processor, decode_image(image)))
+                pixels.append(image_pixels(encoder.image_processor, decode_image(image))[:1])  # without tiles
                 labels.append(label)
             except BrokenSample as broken:
                 skipped.append(str(broken))
-        pooled.append(encoder.features(torch.stack(pixels).to(device, model.dtype)).mean(1).float().cpu())
+        pooled.append(encoder.features(torch.cat(pixels).to(device, model.dtype)).mean(1).float().cpu())
     features = torch.cat(pooled)
     return ImageSet(features, features, [{} for _ in labels], labels, list(range(len(labels))), skipped)

@@ -50,6 +50,8 @@ class _Image:
     """One image among the parts of a text."""
 
 
+Images = int | Sequence[int]
+"""The number of a sample's images, or the tokens of each."""
 Segment = tuple["str | _Text | _Image", bool]
 """A piece of a conversation (a plain `str` is a literal of the format), and whether it is trained."""
 
@@ -60,7 +62,7 @@ class ConversationEncoder:
     Args:
         tokenizer: a fast tokenizer with `<image>` as a special token.
         version: a name of `FORMATS`.
-        num_image_tokens: placeholders per image.
+        num_image_tokens: placeholders per image; None if they depend on its size.
         max_length: the context; longer samples are truncated (None: never).
 
     A turn is `{"from": "human" | "gpt" | "system", "value": text}`. In a human's text the literal `<image>` marks the
@@ -69,7 +71,11 @@ class ConversationEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, version: str, num_image_tokens: int, max_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        version: str,
+        num_image_tokens: int | None,
+        max_length: int | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json); convert it first")
@@ -97,20 +103,21 @@ class ConversationEncoder:
     def __reduce__(self) -> tuple[Any, ...]:
         return ConversationEncoder, self._arguments  # the text tokenizers' settings do not survive pickling
 
-    def encode(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> Encoded:
+    def encode(self, turns: Sequence[dict[str, Any]], images: Images, sample: str) -> Encoded:
         """One training sample; the loss is on every answer and its end token.
 
         Raises UserError naming `sample` for bad turns, if placeholders and `images` differ in number, and if nothing
         would be trained.
         """
-        ids, trained = self._ids(self._segments(turns, images, sample), sample)
+        tokens = self._image_tokens(images)
+        ids, trained = self._ids(self._segments(turns, len(tokens), sample), tokens, sample)
         truncated = False
         if self.max_length is not None and len(ids) > self.max_length:
             truncated = True
-            room = self.max_length - ids.count(self.image_id)
+            room = self.max_length - sum(tokens)
             if room < 0:
                 raise UserError(
-                    f"{sample}: its {images} image(s) take {ids.count(self.image_id)} tokens, more than the context "
+                    f"{sample}: its {len(tokens)} image(s) take {sum(tokens)} tokens, more than the context "
                     f"(model_max_length) of {self.max_length}: raise it, or use fewer tokens per image"
                 )
             kept = []
@@ -130,12 +137,21 @@ class ConversationEncoder:
         if not any(trained for _, trained in self._segments(turns, images, sample)):
             raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
-    def prompt(self, turns: Sequence[dict[str, Any]], images: int, sample: str = "prompt") -> list[int]:
+    def prompt(self, turns: Sequence[dict[str, Any]], images: Images, sample: str = "prompt") -> list[int]:
         """Ids up to the start of the next answer, a prefix of the ids of `encode`. Not truncated."""
-        segments = self._segments(turns, images, sample)
+        tokens = self._image_tokens(images)
+        segments = self._segments(turns, len(tokens), sample)
         if not turns or ROLES[turns[-1]["from"]] != "human":
             raise UserError(f"{sample}: the last turn of a prompt must be the human's")
-        return self._ids(segments, sample)[0]
+        return self._ids(segments, tokens, sample)[0]
+
+    def _image_tokens(self, images: Images) -> Sequence[int]:
+        """The tokens of each image."""
+        if not isinstance(images, int):
+            return images
+        if self.num_image_tokens is None:
+            raise ValueError("the images of this model differ in tokens: give those of each")
+        return [self.num_image_tokens] * images
 
     def _segments(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> list[Segment]:
         """The conversation in order: literals of the format, the sample's texts (`_Text`) and images."""
@@ -171,14 +187,15 @@ class ConversationEncoder:
                 segments[-1] = (_Text(f"{segments[-1][0]}{self.format.end}"), True)
         return segments
 
-    def _ids(self, segments: list[Segment], sample: str) -> tuple[list[int], list[bool]]:
+    def _ids(self, segments: list[Segment], image_tokens: Sequence[int], sample: str) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         trained: list[bool] = []
+        counts = iter(image_tokens)
         encode = self._start
         for segment, train in segments:
             for piece in [segment] if isinstance(segment, (_Text, _Image)) else self._literal(segment):
                 if isinstance(piece, _Image):
-                    new, encode = [self.image_id] * self.num_image_tokens, self._after_image
+                    new, encode = [self.image_id] * next(counts), self._after_image
                 elif isinstance(piece, int):
                     new = [piece]
                     if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come
@@ -213,7 +230,9 @@ class ConversationEncoder:
         return [piece for piece in [*pieces, literal[position:]] if piece != ""]
 
 
-def answering_encoder(tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int) -> ConversationEncoder:
+def answering_encoder(
+    tokenizer: PreTrainedTokenizerBase, conv_mode: str, num_image_tokens: int | None
+) -> ConversationEncoder:
     """The encoder of a finished model's prompts, for evaluation, chat and server alike.
 
     `conv_mode` "auto" is the model's trained format, see `mllm.data.formats`. If the model does not name it and no

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line
 from clips.common.files import read_json_records
 from clips.common.paths import is_plain
 from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
-from mllm.data.images import ImageStore
+from mllm.data.images import ImageStore, broken_picture
 
 NAMED = 10
 """Bad samples that an error message names."""
@@ -35,7 +36,7 @@ class Problem:
     index: int
     id: str
     kind: str
-    """record · conversation · missing image · broken image (found by scripts/check_data.py only)"""
+    """record · conversation · missing image · broken image (found by scripts/check_data.py, or where sizes count)"""
     message: str
 
 
@@ -83,6 +84,30 @@ def sample_id_of(raw: Any, index: int) -> str:
     return str(raw.get("id", index)).encode("utf-8", "backslashreplace").decode() if isinstance(raw, dict) else "?"
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """How many tokens a picture takes: `most`, or `of_size` (height, width) if that is given."""
+
+    most: int
+    of_size: Callable[[tuple[int, int]], int] | None = None
+
+    @classmethod
+    def of(cls, encoder: ConversationEncoder) -> ImageTokens:
+        if encoder.num_image_tokens is None:
+            raise ValueError("the pictures of this model differ in tokens: give them")
+        return cls(encoder.num_image_tokens)
+
+    def read(self, names: Sequence[str], store: ImageStore | None) -> tuple[list[tuple[int, int]], list[int]]:
+        """Sizes, empty unless they count, and tokens of the pictures. UserError for a picture without a header."""
+        if self.of_size is None or store is None:
+            return [], [self.most] * len(names)
+        try:
+            sizes = [store.size(name) for name in names]
+        except BrokenSample as broken:
+            raise broken_picture(store, broken) from None
+        return sizes, [self.of_size(size) for size in sizes]
+
+
 class RecordReader:
     """Raw records → records that can be trained on, for training and its pre-flight.
 
@@ -90,8 +115,11 @@ class RecordReader:
     may do so are tokenised. `store` may be None for a set without pictures.
     """
 
-    def __init__(self, encoder: ConversationEncoder, store: ImageStore | None) -> None:
+    def __init__(
+        self, encoder: ConversationEncoder, store: ImageStore | None, tokens: ImageTokens | None = None
+    ) -> None:
         self.encoder, self.store = encoder, store
+        self.tokens = tokens or ImageTokens.of(encoder)
         self._missing: dict[str, str | None] = {}
 
     def read(self, raw: Any, index: int) -> Record:
@@ -108,7 +136,10 @@ class RecordReader:
                     raise UserError(f"{record.name}: {problem}")
             kind = "conversation"
             if self._may_lose_its_answers(record):
-                self.encoder.encode(record.turns, len(record.images), record.name)
+                kind = "broken image"
+                _, images = self.tokens.read(record.images, self.store)
+                kind = "conversation"
+                self.encoder.encode(record.turns, images, record.name)
         except UserError as error:
             raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
         return record
@@ -126,14 +157,16 @@ class RecordReader:
             return False
         before = itertools.takewhile(lambda turn: turn["from"] != "gpt", record.turns)
         size = sum(len(turn["value"].encode()) for turn in before if isinstance(turn["value"], str))
-        return size + len(record.images) * self.encoder.num_image_tokens >= self.encoder.max_length
+        return size + len(record.images) * self.tokens.most >= self.encoder.max_length
 
 
 class LlavaDataset(Dataset):
     """Samples as `{"input_ids": list, "labels": list, "images": names}`; decodes no picture.
 
-    Construction checks every record (see `RecordReader`). For bad samples, `on_bad_sample` "error" raises UserError
-    with the first ten and their number; "skip" moves them to `skipped`. Raises UserError if no sample is left.
+    Where the tokens of a picture depend on its size, a sample has `image_sizes` too: (height, width) of each, for which
+    the picture's header is read. Construction checks every record (see `RecordReader`). For bad samples,
+    `on_bad_sample` "error" raises UserError with the first ten and their number; "skip" moves them to `skipped`. Raises
+    UserError if no sample is left.
     """
 
     def __init__(
@@ -142,12 +175,14 @@ class LlavaDataset(Dataset):
         encoder: ConversationEncoder,
         store: ImageStore | None,
         on_bad_sample: Literal["error", "skip"] = "error",
+        tokens: ImageTokens | None = None,
     ) -> None:
         self.encoder = encoder
         self.store = store
+        self.tokens = tokens or ImageTokens.of(encoder)
         self.records: list[Record] = []
         self.skipped: list[Problem] = []
-        reader = RecordReader(encoder, store)
+        reader = RecordReader(encoder, store, self.tokens)
         for index, raw in enumerate(read_json_records(Path(data_path))):
             try:
                 self.records.append(reader.read(raw, index))
@@ -163,9 +198,11 @@ class LlavaDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        encoded = self.encoder.encode(record.turns, len(record.images), record.name)
+        sizes, images = self.tokens.read(record.images, self.store)
+        encoded = self.encoder.encode(record.turns, images, record.name)
         self._truncated[index] = encoded.truncated
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(record.images)}
+        sample = {"input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(record.images)}
+        return sample | ({"image_sizes": sizes} if sizes else {})
 
     @property
     def truncated(self) -> int:
@@ -174,11 +211,11 @@ class LlavaDataset(Dataset):
 
     @property
     def modality_lengths(self) -> list[int]:
-        """LLaVA's lengths for grouping: words plus image tokens, negative for text-only samples."""
+        """LLaVA's lengths for grouping: words plus the most image tokens, negative for text-only samples."""
         lengths = []
         for record in self.records:
             words = sum(len(turn["value"].split()) for turn in record.turns if isinstance(turn["value"], str))
-            image_tokens = len(record.images) * self.encoder.num_image_tokens
+            image_tokens = len(record.images) * self.tokens.most
             lengths.append(words + image_tokens if record.images else -max(words, 1))
         return lengths
 
@@ -204,16 +241,17 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -
 class Collator:
     """Samples → `input_ids`, `labels`, `attention_mask` [B, L], and `image_key` as `load_images(names)` gives it.
 
-    A batch without pictures has no `image_key`; the model makes that safe under ZeRO-3.
+    With `image_sizes` of all pictures where the samples have them. A batch without pictures has no `image_key`; the
+    model makes that safe under ZeRO-3.
     """
 
     pad_id: int
     load_images: Callable[[list[str]], torch.Tensor]
     image_key: str = "pixel_values"
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [sample["input_ids"] for sample in samples]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": pad_rows(ids, self.pad_id),
             "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
             "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
@@ -221,4 +259,6 @@ class Collator:
         names = [name for sample in samples for name in sample["images"]]
         if names:
             batch[self.image_key] = self.load_images(names)
+        if sizes := [size for sample in samples for size in sample.get("image_sizes", ())]:
+            batch["image_sizes"] = sizes
         return batch

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image
 
-from clips import MAX_BYTES, BrokenSample, decode_image, read_members
+from clips import MAX_BYTES, BrokenSample, decode_image, decoded_size, read_members
 from clips.common.errors import UserError
 from clips.common.files import read_regular
 from clips.common.paths import inside
@@ -76,23 +76,31 @@ class ImageStore:
         self._file[1].seek(offset)
         return self._file[1].read(size)
 
+    def size(self, name: str) -> tuple[int, int]:
+        """(height, width) of the picture as `load` gives it, from its header. Raises BrokenSample if it has none."""
+        return decoded_size(self.read(name), name)
+
     def load(self, name: str) -> Image.Image:
         """The picture as RGB. Raises BrokenSample if it cannot be decoded."""
         return decode_image(self.read(name), name)
 
 
+def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
+    return UserError(
+        f"picture {broken.key} in {store.location}: {broken.reason}; "
+        "scripts/check_data.py lists every broken picture of a data set"
+    )
+
+
 def pixel_loader(
     store: ImageStore, preprocess: Callable[[Image.Image], torch.Tensor]
 ) -> Callable[[list[str]], torch.Tensor]:
-    """A `load_images` that decodes: names → float [N, 3, H, W]. Raises UserError naming a broken picture."""
+    """A `load_images` that decodes: names → the squares of all, [N, 3, S, S]. UserError naming a broken picture."""
 
     def load(names: list[str]) -> torch.Tensor:
         try:
-            return torch.stack([preprocess(store.load(name)) for name in names])
+            return torch.cat([preprocess(store.load(name)) for name in names])
         except BrokenSample as broken:
-            raise UserError(
-                f"picture {broken.key} in {store.location}: {broken.reason}; "
-                "scripts/check_data.py lists every broken picture of a data set"
-            ) from None
+            raise broken_picture(store, broken) from None
 
     return load

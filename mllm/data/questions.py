@@ -1,9 +1,13 @@
-"""LLaVA's question files, with this project's kinds and answers."""
+"""LLaVA's question files, with this project's kinds and answers.
+
+A question may have several pictures: `image` is then a list, as in LLaVA-Interleave.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +29,21 @@ class Question:
 
     id: Any
     text: str
-    image: str | None = None
+    images: tuple[str, ...] = ()
     kind: str = "question"
     answer: str | None = None
     references: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> str | list[str] | None:
+        """LLaVA's field: a path, a list of several, or None."""
+        return list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
+
+
+def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """The pictures of a line of LLaVA's: `image` is a path, a list of paths, empty or missing."""
+    image = line.get("image") or ()
+    return (image,) if isinstance(image, str) else tuple(image)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -41,10 +56,13 @@ def read_questions(path: Path) -> list[Question]:
         where = f"{path}: record {index} (question_id {raw.get('question_id') if isinstance(raw, dict) else '?'})"
         if not isinstance(raw, dict) or "question_id" not in raw:
             raise UserError(f"{where}: it must be an object with question_id, text and image")
-        wrong = [n for n in ("image", "kind", "answer") if not isinstance(raw.get(n, ""), (str, type(None)))]
+        wrong = [n for n in ("kind", "answer") if not isinstance(raw.get(n, ""), (str, type(None)))]
         wrong += [] if isinstance(raw.get("text"), str) and raw["text"].strip() else ["text"]
         if wrong:
             raise UserError(f"{where}: {', '.join(wrong)} must be a text")
+        image = raw.get("image") or []
+        if not isinstance(image, str | list) or not all(isinstance(name, str) and name for name in image):
+            raise UserError(f"{where}: image must be a path or a list of paths")
         references = raw.get("references") or []
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")
@@ -52,7 +70,7 @@ def read_questions(path: Path) -> list[Question]:
             Question(
                 id=raw["question_id"],
                 text=raw["text"],
-                image=raw.get("image"),
+                images=images_of(raw),
                 kind=raw.get("kind") or "question",
                 answer=raw.get("answer"),
                 references=tuple(references),
@@ -74,16 +92,14 @@ def open_questions(
 
     questions, store = draw_evenly(read_questions(path), limit), ImageStore(image_folder) if image_folder else None
     for question in questions:
-        if not question.image:
-            continue
-        if store is None:
-            raise UserError(
-                f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
-                "also of compare_encoders.py)"
-            )
-        problem = store.problem(question.image)
-        if problem:
-            raise UserError(f"{path}: question {question.id}: {problem}")
+        for name in question.images:
+            if store is None:
+                raise UserError(
+                    f"{path}: question {question.id} has an image, but its folder is not given (--image-folder; "
+                    "also of compare_encoders.py)"
+                )
+            if problem := store.problem(name):
+                raise UserError(f"{path}: question {question.id}: {problem}")
     return questions, store
 
 

@@ -18,6 +18,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersModel,
     LlavaImageProcessor,
+    LlavaNextImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
@@ -29,9 +30,9 @@ from clips.common.stock import loading
 from clips.common.tensors import hash_weights
 
 SelectFeature = Literal["default", "full"]
-AspectRatio = Literal["square", "pad"]
-ImageProcessor = CLIPImageProcessor | LlavaImageProcessor
-"""LLaVA's is CLIP's with padding to a square."""
+AspectRatio = Literal["square", "pad", "anyres"]
+ImageProcessor = CLIPImageProcessor | LlavaImageProcessor | LlavaNextImageProcessor
+"""LLaVA's is CLIP's with padding to a square, LLaVA-NeXT's with tiles."""
 UNUSED = ("pooler.", "head.", "vision_model.head.")
 """Parameters behind the token features; no part of what an encoder is."""
 
@@ -91,8 +92,13 @@ class VisionEncoder:
         return size if isinstance(size, int) else size[0]
 
     @property
+    def pinpoints(self) -> list[list[int]]:
+        """(height, width) of the canvases for tiles; empty if a picture is one square."""
+        return list(getattr(self.image_processor, "image_grid_pinpoints", None) or [])
+
+    @property
     def num_tokens(self) -> int:
-        """Image tokens that the language model sees, counted as `LlavaProcessor` counts them."""
+        """Tokens of one square in the language model, counted as `LlavaProcessor` counts them."""
         dropped = self.select_feature == "default"
         return (self.image_size // self.patch_size) ** 2 + self.prefix_tokens - dropped
 
@@ -125,12 +131,21 @@ class VisionEncoder:
 
     def describe(self) -> str:
         """One line for plans and model cards."""
-        padded = getattr(self.image_processor, "do_pad", False)
+        tiles = f", whole and up to {self.most_tiles} tiles" if self.pinpoints else ""
         return (
-            f"{self.name} ({type(self.model).__name__} from {self.source}; {self.image_size} px"
-            f"{', padded to a square' if padded else ''}, {self.num_tokens} tokens × {self.width}, "
+            f"{self.name} ({type(self.model).__name__} from {self.source}; {self.image_size} px{tiles}"
+            f"{', padded to a square' if self.is_padded else ''}, {self.num_tokens} tokens × {self.width}, "
             f"layer {self.select_layer}, {'patch tokens' if self.select_feature == 'default' else 'all tokens'})"
         )
+
+    @property
+    def is_padded(self) -> bool:
+        return bool(getattr(self.image_processor, "do_pad", False)) and not self.pinpoints
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest canvas; 0 if a picture is one square."""
+        return max((height * width // self.image_size**2 for height, width in self.pinpoints), default=0)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -142,10 +157,10 @@ class VisionEncoder:
             "kind": kind,
             "weights": place.resolve().parents[1].name if exported else Path(argument).name,
             "image_size": self.image_size,
-            "padded": bool(getattr(self.image_processor, "do_pad", False)),
+            "padded": self.is_padded,
             "num_tokens": self.num_tokens,
             "width": self.width,
-        }
+        } | ({"tiles": self.most_tiles} if self.pinpoints else {})
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
@@ -176,9 +191,17 @@ def check_tokens(encoder: VisionEncoder) -> None:
     picture = np.zeros((48, 64, 3), dtype=np.uint8)
     pixels = encoder.image_processor(images=picture, return_tensors="pt")["pixel_values"]
     with loading("vision encoder", encoder.name):
-        shape = tuple(encoder.features(pixels).shape)
-    if shape != (1, encoder.num_tokens, encoder.width):
+        shape = tuple(encoder.features(pixels.flatten(0, -4)).shape)
+    if shape[1:] != (encoder.num_tokens, encoder.width):
         raise UserError(
             f"vision encoder {encoder.name} gives tokens of shape {shape[1:]}, a stock LLaVA model expects "
             f"{(encoder.num_tokens, encoder.width)}"
+        )
+    cells = (encoder.image_size // encoder.patch_size) ** 2
+    if encoder.pinpoints and (encoder.num_tokens != cells or encoder.image_size != encoder.config.image_size):
+        raise UserError(
+            f"vision encoder {encoder.name}: --image_aspect_ratio anyres needs a square of {encoder.config.image_size} "
+            f"px with a token for each of its patches and no other; it has {encoder.num_tokens} tokens for {cells} "
+            f"patches at {encoder.image_size} px: give --mm_vision_select_feature patch, choose an encoder without "
+            "registers, or --image_aspect_ratio pad"
         )

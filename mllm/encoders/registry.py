@@ -17,6 +17,8 @@ Shapes: B images · N image tokens · W width of a token.
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,10 @@ ARGUMENTS: dict[str, str | None] = {
     "timm": "NAME",
 }
 """Kind (`mllm.encoders.load.LOADERS` loads each) → the argument that it needs; None: the argument is optional."""
+CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""LLaVA-NeXT's canvases for tiles, (width, height) in squares."""
+MOST_TILES, MOST_CANVASES = 36, 64
+"""Tiles of one canvas (LLaVA-OneVision has 36), and canvases."""
 
 
 def parse_vision_name(name: str) -> tuple[str, str]:
@@ -63,8 +69,51 @@ def parse_vision_name(name: str) -> tuple[str, str]:
 
 
 def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
-    """One picture → [3, S, S], by `processor`; picklable with `partial`, for data workers."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+    """One picture → its squares [T, 3, S, S], by `processor`; picklable with `partial`, for data workers.
+
+    T is 1, or with tiles (mllm/model/tiles.py) one more than the tiles.
+    """
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    return pixels[0] if pixels.ndim == 5 else pixels
+
+
+def grid_pinpoints(text: str | None, side: int) -> list[list[int]]:
+    """LLaVA-NeXT's `--image_grid_pinpoints` as transformers keeps it: (height, width) in pixels of each canvas.
+
+    `text` is a list of (width, height) in pixels, a range of squares such as "(1x1),...,(2x3)", or None for CANVASES.
+    `side` is that of a square in pixels. Raises UserError for a canvas that is not made of 1 to MOST_TILES squares.
+    """
+    canvases: Any
+    if text is None:
+        canvases = [(side * width, side * height) for width, height in CANVASES]
+    elif found := re.findall(r"\((\d+)x(\d+)\)", text):
+        (w, h), (last_w, last_h) = (map(int, pair) for pair in (found[0], found[-1]))
+        within = max(last_w, last_h) <= MOST_TILES
+        squares = [(i, j) for i in range(w, last_w + 1) for j in range(h, last_h + 1)] if within else []
+        canvases = [(side * i, side * j) for i, j in squares]
+    else:
+        try:
+            canvases = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            canvases = None
+
+    def fits(canvas: Any) -> bool:
+        if not isinstance(canvas, (list, tuple)) or len(canvas) != 2 or {*map(type, canvas)} != {int}:
+            return False
+        width, height = canvas
+        return min(canvas) > 0 and not width % side and not height % side and width * height <= MOST_TILES * side**2
+
+    if (
+        not isinstance(canvases, (list, tuple))
+        or not 0 < len(canvases) <= MOST_CANVASES
+        or not all(map(fits, canvases))
+    ):
+        raise UserError(
+            f"--image_grid_pinpoints {text!r} must be 1 to {MOST_CANVASES} pairs (width, height) of pixels, such as "
+            f"[({side}, {2 * side}), ({2 * side}, {2 * side})], or a range of squares, such as (1x1),...,(2x2). Each "
+            f"side is a multiple of {side}, the encoder's; a canvas has {MOST_TILES} squares at most"
+        )
+    return [[height, width] for width, height in canvases]
 
 
 def load_vision(
@@ -73,16 +122,18 @@ def load_vision(
     select_layer: int | list[int] = -2,
     select_feature: SelectFeature = "default",
     image_aspect_ratio: AspectRatio = "square",
+    image_grid_pinpoints: str | None = None,
     seed: int = 0,
     runs: Path | str = "runs",
 ) -> VisionEncoder:
     """The encoder `name` (see the top of this file), fp32, in eval mode, without gradients.
 
     `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean
-    colour (LLaVA-1.5). `seed` is the seed of `random` and `blind`. Raises UserError for an unknown name (lists the
-    known ones) and for everything that a stock `LlavaForConditionalGeneration` cannot hold.
+    colour (LLaVA-1.5); "anyres" makes the whole picture and tiles of `image_grid_pinpoints` (LLaVA-NeXT; a tile is
+    taken whole, also by an encoder that crops). `seed` is the seed of `random` and `blind`. Raises UserError for an
+    unknown name (lists the known ones) and for everything that the stock model class cannot hold.
     """
-    from transformers import LlavaImageProcessor
+    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
 
     from clips.common.opening import opening
     from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
@@ -91,9 +142,14 @@ def load_vision(
     key, argument = parse_vision_name(name)
     with opening("vision encoder", argument or key):
         model, processor, source = LOADERS[key](argument, Path(runs), seed)
+        settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
         if image_aspect_ratio == "pad":
-            settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
             processor = LlavaImageProcessor(**settings, do_pad=True)
+        elif image_aspect_ratio == "anyres":
+            square = dict(processor.crop_size)
+            pinpoints = grid_pinpoints(image_grid_pinpoints, square["height"])
+            whole = {"size": square, "crop_size": square, "do_center_crop": False}
+            processor = LlavaNextImageProcessor(**settings | whole, image_grid_pinpoints=pinpoints)
         encoder = VisionEncoder(
             name=f"{key}:{argument}" if key == "hf" else name,
             source=source,

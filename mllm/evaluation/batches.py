@@ -1,7 +1,7 @@
 """Batches of questions for `generate`: those about one picture side by side, and what they begin with read once.
 
-A prompt is system text, picture, question. Where several rows of a batch show the same picture, all up to and with the
-picture is read once for each distinct picture, and its keys and values are copied to the rows.
+A prompt is system text, pictures, question. Where several rows of a batch show the same pictures, all up to and with
+the last picture is read once for each distinct choice of pictures, and its keys and values are copied to the rows.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, DynamicLayer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import DynamicCache, DynamicLayer, PreTrainedTokenizerBase
 
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
+from mllm.encoders.registry import image_pixels
 from mllm.model.load import CACHE
+from mllm.model.tiles import Llava, LlavaProcessors, Size, newline_of
 
 COLDEST = 1e-3
 """Below this temperature the likeliest token is taken: nearly the same, and logits divided by less would overflow."""
@@ -24,47 +27,70 @@ COLDEST = 1e-3
 
 def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], size: int) -> list[list[int]]:
     """Indices of at most `size` questions each: with and without pictures apart, by length, pictures kept together."""
-    longest: dict[str, int] = {}
+    longest: dict[tuple[str, ...], int] = {}
     for question, prompt in zip(questions, prompts, strict=True):
-        longest[question.image or ""] = max(longest.get(question.image or "", 0), len(prompt))
-    with_picture = [i for i, question in enumerate(questions) if question.image]
-    without = [i for i, question in enumerate(questions) if not question.image]
-    with_picture.sort(key=lambda i: (longest[questions[i].image or ""], questions[i].image, len(prompts[i])))
+        longest[question.images] = max(longest.get(question.images, 0), len(prompt))
+    with_picture = [i for i, question in enumerate(questions) if question.images]
+    without = [i for i, question in enumerate(questions) if not question.images]
+    with_picture.sort(key=lambda i: (longest[questions[i].images], questions[i].images, len(prompts[i])))
     without.sort(key=lambda i: len(prompts[i]))
     return [group[start : start + size] for group in (with_picture, without) for start in range(0, len(group), size)]
 
 
 def generate_inputs(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     rows: Sequence[list[int]],
-    owners: Sequence[int],
-    pixels: Tensor | None,
+    shown: Sequence[tuple[int, ...]],
+    pictures: Sequence[Seen],
     pad_id: int,
 ) -> dict[str, Any]:
     """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
 
-    `pixels` [U, 3, S, S] are the batch's distinct pictures, None if it has none; row i shows picture `owners[i]`.
+    `pictures` are the batch's distinct ones; row i shows those of the numbers `shown[i]`, in this order.
     """
-    device, distinct = model.device, 1 if pixels is None else len(pixels)
-    shared = _shared_length(rows, model.config.image_token_id) if distinct < len(rows) else 0
+    device, openings = model.device, list(dict.fromkeys(shown))
+    shared = _shared_length(rows, model.config.image_token_id) if len(openings) < len(rows) else 0
     cache = DynamicCache(config=model.config.get_text_config())
     inputs: dict[str, Any] = {}
     # Padding comes after the shared tokens. A sliding window would count it, and it would change a state.
     if shared and all(type(layer) is DynamicLayer for layer in cache.layers):
-        ids = torch.tensor([rows[0][:shared]], device=device).expand(distinct, -1)
-        model.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), **{CACHE: cache})
-        cache.batch_select_indices(torch.tensor(owners, device=device))
+        ids = torch.tensor([rows[0][:shared]], device=device).expand(len(openings), -1)
+        model.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **_pixels(pictures, openings, model), **{CACHE: cache}
+        )
+        cache.batch_select_indices(torch.tensor([openings.index(numbers) for numbers in shown], device=device))
         inputs[CACHE] = cache
     else:
         shared = 0
-        if pixels is not None:
-            inputs["pixel_values"] = pixels[torch.tensor(owners, device=device)]
+        inputs |= _pixels(pictures, shown, model)
     begin = torch.tensor([row[:shared] for row in rows], dtype=torch.long)
     ids, mask = (
         torch.cat([first, pad_rows([row[shared:] for row in filled], value, left=True)], 1).to(device)
         for first, filled, value in ((begin, rows, pad_id), (torch.ones_like(begin), [[1] * len(r) for r in rows], 0))
     )
     return inputs | {"input_ids": ids, "attention_mask": mask}
+
+
+Seen = tuple[Tensor, Size]
+"""A picture as the encoder sees it, its squares [T, 3, S, S], and its (height, width)."""
+
+
+def seen(processor: LlavaProcessors, image: Image.Image) -> Seen:
+    return image_pixels(processor.image_processor, image), (image.height, image.width)
+
+
+def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
+    """The model's arguments for pictures in the order of their placeholders; none without a picture."""
+    if not pictures:
+        return {}
+    inputs = {"pixel_values": torch.cat([pixels for pixels, _ in pictures]).to(model.device, model.dtype)}
+    has_tiles = newline_of(model) is not None
+    return inputs | ({"image_sizes": torch.tensor([size for _, size in pictures])} if has_tiles else {})
+
+
+def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
+    """Of the pictures that rows show, one row after the other."""
+    return pixel_inputs([pictures[number] for numbers in shown for number in numbers], model)
 
 
 def drawn_at(temperature: float) -> dict[str, Any]:

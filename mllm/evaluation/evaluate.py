@@ -10,7 +10,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import GenerationConfig
 
 from clips import BrokenSample
 from clips.common.errors import UserError, never_in_the_way
@@ -31,14 +32,15 @@ from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
+from mllm.data.formats import IMAGE_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
-from mllm.encoders.registry import image_pixels
-from mllm.evaluation.batches import drawn_at, generate_inputs, make_batches, new_texts, seeded
+from mllm.evaluation.batches import Seen, drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
 from mllm.model.load import load_llava, model_name, newest_model
+from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 DEMO_QUESTIONS = "the demo's held-out questions"
 """How a model's card calls them."""
@@ -48,8 +50,8 @@ PROGRESS = "progress.json"
 
 @torch.inference_mode()
 def generate_answers(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Llava,
+    processor: LlavaProcessors,
     questions: Sequence[Question],
     store: ImageStore | None,
     *,
@@ -71,17 +73,20 @@ def generate_answers(
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
-    encoder = answering_encoder(tokenizer, conv_mode, model.config.image_seq_length)
+    layout = Layout.of(model.config)
+    encoder = answering_encoder(tokenizer, conv_mode, None if layout.pinpoints else layout.square)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:
-        parts = [{"type": "image"}] if question.image else []
-        turn = {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
-        ids = encoder.prompt([turn], len(parts), f"question {question.id}")
-        if context is not None and len(ids) >= context:
-            raise UserError(f"question {question.id} takes {len(ids)} tokens, the model's context is {context}")
-        if question.image and store is None:
+        if question.images and store is None:
             raise UserError(f"question {question.id} has an image, but no --image-folder is given")
+        tokens = [_tokens(layout, store, question, name) for name in question.images if store is not None]
+        ids = encoder.prompt([_turn(question)], tokens, f"question {question.id}")
+        if context is not None and len(ids) >= context:
+            raise UserError(
+                f"question {question.id} takes {len(ids)} tokens with its {len(question.images)} picture(s), the "
+                f"model's context is {context}"
+            )
         prompts.append(ids)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -94,12 +99,11 @@ def generate_answers(
     with tqdm(total=len(questions), desc="answers", unit="question", disable=None) as bar:
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
-            shown = {name: questions[i] for i in chosen if (name := questions[i].image)}
-            read = [_pixels(processor, store, q, name) for name, q in shown.items() if store is not None]
-            pixels = torch.stack(read).to(model.device, model.dtype) if read else None
-            numbers = {name: number for number, name in enumerate(shown)}
-            owners = [numbers.get(questions[i].image or "", 0) for i in chosen]
-            inputs = generate_inputs(model, [prompts[i] for i in chosen], owners, pixels, tokenizer.pad_token_id)
+            asking = {name: questions[i] for i in chosen for name in questions[i].images}
+            pictures = [_seen(processor, store, q, name) for name, q in asking.items() if store is not None]
+            numbers = {name: number for number, name in enumerate(asking)}
+            shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
+            inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
             with seeded(model.device, seed + chosen[0]):
                 output = model.generate(**inputs, generation_config=settings)
             found = new_texts(tokenizer, output[:, inputs["input_ids"].shape[1] :], encoder.stop_ids)
@@ -111,9 +115,28 @@ def generate_answers(
     return answers
 
 
-def _pixels(processor: LlavaProcessor, store: ImageStore, question: Question, name: str) -> torch.Tensor:
+def _turn(question: Question) -> dict[str, Any]:
+    """The human's turn. Pictures stand before the text, or several of them at as many `<image>` in the text."""
+    if len(question.images) > 1 and question.text.count(IMAGE_TOKEN) == len(question.images):
+        return {"from": "human", "value": question.text}
+    parts = [{"type": "image"} for _ in question.images]
+    return {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
+
+
+def _tokens(layout: Layout, store: ImageStore, question: Question, name: str) -> int:
+    with _naming(question):
+        return layout.tokens(store.size(name)) if layout.pinpoints else layout.square
+
+
+def _seen(processor: LlavaProcessors, store: ImageStore, question: Question, name: str) -> Seen:
+    with _naming(question):
+        return seen(processor, store.load(name))
+
+
+@contextmanager
+def _naming(question: Question) -> Iterator[None]:
     try:
-        return image_pixels(processor.image_processor, store.load(name))
+        yield
     except BrokenSample as broken:
         raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
 

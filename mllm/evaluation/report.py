@@ -15,7 +15,7 @@ from clips.common.page import Table, render, themed, thumbnail
 from clips.common.plots import Panel, curves_plot
 from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
 from mllm.data.images import ImageStore
-from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.data.questions import UNSEEN_ANSWERS, images_of
 from mllm.evaluation.scores import normalise
 
 STAGES, BLIND = ("align", "instruct"), "llava-blind"
@@ -159,7 +159,7 @@ def _examples(lines: Sequence[dict[str, Any]], store: ImageStore) -> list[tuple[
     shown = []
     for line in chosen:
         try:
-            shown.append((thumbnail(store.load(line["image"]), SIDE), line))
+            shown.append((thumbnail(store.load(images_of(line)[0]), SIDE), line))
         except BrokenSample:  # the demo was made anew since
             continue
     return shown

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, TensorNameMap, get_tensor_name_map
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
+from mllm.model.tiles import Llava
 
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -76,7 +76,7 @@ def write_language_metadata(writer: GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def language_tensors(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
+def language_tensors(model: Llava) -> Iterator[tuple[str, Tensor]]:
     """(GGUF name, tensor) of every weight of the language model; UserError for one that llama.cpp has no place for."""
     config: Any = model.config.text_config
     arch = ARCHITECTURES[config.model_type]

@@ -26,8 +26,7 @@ from markupsafe import Markup
 from torch import Tensor
 from transformers import (
     CLIPVisionModel,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,6 +56,7 @@ from mllm.model.original import (
     read_original,
 )
 from mllm.model.projector import assign_projector, llava_tensors, projector_kind
+from mllm.model.tiles import Llava, LlavaProcessors
 
 KEPT, KEPT_TOWER = "original_llava", "vision_tower.json"
 """Directory inside a converted model, and a file in it: the tower's name, and the hash of the weights so named."""
@@ -150,6 +150,8 @@ def convert_llava(
             tower = vision.model
         else:
             model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
+            if isinstance(model, LlavaNextForConditionalGeneration):
+                raise UserError(f"{source} sees pictures in tiles (anyres); only models of one square are converted")
             original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
             _check_name(original.kind, target.name)
             vision_config: Any = model.config.vision_config
@@ -168,7 +170,7 @@ def convert_llava(
 
 @torch.no_grad()
 def logit_difference(
-    original: OriginalLlava, model: LlavaForConditionalGeneration, processor: LlavaProcessor, tower: PreTrainedModel
+    original: OriginalLlava, model: Llava, processor: LlavaProcessors, tower: PreTrainedModel
 ) -> float:
     """Largest difference between a stock model's logits and LLaVA's own computation, as a share of their spread.
 
@@ -191,7 +193,7 @@ def logit_difference(
 # ---------------------------------------------------------------------------------------------- original → stock
 def to_stock(
     original: OriginalLlava, *, vision_tower: str | None = None, conv_mode: str = "auto"
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, VisionEncoder]:
+) -> tuple[Llava, LlavaProcessors, VisionEncoder]:
     """The stock model with its processor, in the checkpoint's precision, and its encoder; see `convert_llava`."""
     causal = original.language_model()
     causal.generation_config = original.generation_config()
@@ -270,8 +272,8 @@ def _kept(original: OriginalLlava, vision: VisionEncoder) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------------------------------------- stock → original
 def to_original(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Llava,
+    processor: LlavaProcessors,
     directory: Path,
     *,
     base: str | None = None,
@@ -338,7 +340,7 @@ def _tower_name(encoder: VisionEncoder, directory: Path, given: str | None, dtyp
     return kept["mm_vision_tower"] if kept.get("weights") == encoder.weights_fingerprint else None
 
 
-def _config(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> dict[str, Any]:
+def _config(model: Llava, processor: LlavaProcessors) -> dict[str, Any]:
     """LLaVA's config.json for a model that was trained here, in the notation of its transformers (4.37)."""
     config: Any = model.config
     text = config.text_config

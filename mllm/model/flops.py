@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from mllm.encoders.encoder import KINDS
+from mllm.model.tiles import Llava
 
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """The linear layers of a decoder layer that read what comes into it, by their names in transformers."""
@@ -36,13 +36,12 @@ class LlavaShape:
 class LlavaFlops:
     """FLOPs of the training steps of `model` (with adapters or without), whose parts train as they are set now.
 
-    `image_size` is the side of a picture in pixels, `image_tokens` how many tokens it has in the language model;
+    A picture here is a square: with tiles a user's picture has several. `image_size` is its side in pixels,
+    `image_tokens` how many tokens it has behind the projector;
     `features`: the encoder does not run, since its features are cached.
     """
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, *, image_size: int, image_tokens: int, features: bool
-    ) -> None:
+    def __init__(self, model: Llava, *, image_size: int, image_tokens: int, features: bool) -> None:
         inner: Any = model.model
         tower, projector, language_model = inner.vision_tower, inner.multi_modal_projector, inner.language_model
         self.picture = {

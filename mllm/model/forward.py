@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from mllm.data.conversation import IGNORE
 from mllm.encoders.encoder import select_features
 from mllm.model.packing import Packing, places_of
+from mllm.model.tiles import Layout, Llava, Size, newline_of
 
 
 def embed_inputs(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     input_ids: Tensor,
     image_features: Tensor | None = None,
     pixel_values: Tensor | None = None,
     placeholders: int | None = None,
+    image_sizes: Sequence[Size] = (),
 ) -> Tensor:
     """The word embeddings [B, L, D] of `input_ids` with projected image tokens at the `<image>` positions.
 
     Equal to what the stock forward computes from pixels. `image_features` [n, N, W] are the encoder's tokens of all
-    images in order; alternatively `pixel_values` [n, 3, S, S]. In a batch without images pass the same kind of tensor
-    with n = 0: then a zero image goes through the same modules with weight zero, because under ZeRO-3 every rank must
-    run every module or the others wait for ever. `placeholders`: their number, if known: without it the host waits for
-    the GPU.
+    squares in order; alternatively `pixel_values` [n, 3, S, S]. An image is a square, or with tiles as many as
+    `image_sizes`, (height, width) of each image, give. In a batch without images pass the same kind of tensor with
+    n = 0: then a zero image goes through the same modules with weight zero, because under ZeRO-3 every rank must run
+    every module or the others wait for ever. `placeholders`: their number, if known: without it the host waits for the
+    GPU.
     """
     config, inner = model.config, model.model
+    newline = newline_of(model)
     inputs_embeds = model.get_input_embeddings()(input_ids)
     tower, projector = inner.vision_tower, inner.multi_modal_projector
     if pixel_values is not None:
@@ -48,19 +53,22 @@ def embed_inputs(
     projected = projected.to(inputs_embeds.dtype)
     positions = input_ids == config.image_token_id
     tokens = projected.flatten(0, 1) if has_images else projected.flatten(0, 1)[:0]
+    if has_images and newline is not None:
+        tokens = Layout.of(config).arranged(projected, newline, image_sizes)
     if placeholders is None:
         placeholders = int(positions.sum())
     if placeholders != len(tokens):
         raise ValueError(f"{placeholders} image placeholders, but {len(tokens)} image tokens")
     if not has_images:
-        return inputs_embeds + 0.0 * projected.sum()
+        unused = projected.sum() if newline is None else projected.sum() + newline.sum()
+        return inputs_embeds + 0.0 * unused
     # Not masked_scatter: its gradient is a selection, for whose size the host waits.
     rows = inputs_embeds.flatten(0, 1).index_put((places_of(positions, placeholders),), tokens)
     return rows.view_as(inputs_embeds)
 
 
 def causal_lm_loss(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     inputs_embeds: Tensor,
     attention_mask: Tensor,
     labels: Tensor,

@@ -1,4 +1,7 @@
-"""One encoder, one projector, one language model → a stock `LlavaForConditionalGeneration` and its processor."""
+"""One encoder, one projector, one language model → a stock LLaVA model and its processor.
+
+The class is `LlavaForConditionalGeneration`, or for tiles (mllm/model/tiles.py) `LlavaNextForConditionalGeneration`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,16 @@ import torch
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+from transformers import (
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
 from clips.common.errors import UserError
 from clips.common.escape import clip
@@ -23,11 +35,12 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
 from mllm.model.projector import ProjectorKind, init_projector, projector_activation, save_projector
+from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of
 
 
 def build_model(
     vision: VisionEncoder, llm: LanguageModel, *, projector: ProjectorKind = "mlp2x_gelu", seed: int = 0
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[Llava, LlavaProcessors]:
     """Assemble model and processor; the weights of both parts are shared, not copied, the projector is new.
 
     Raises UserError when the stock class would not compute what the language model alone computes (an output layer
@@ -40,7 +53,11 @@ def build_model(
             f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
             "choose a smaller image size, a larger patch size or another language model"
         )
-    config = LlavaConfig(  # type: ignore[call-arg]  # every config takes pad_token_id, none declares it
+    kind: dict[str, Any] = {"tie_word_embeddings": causal.config.tie_word_embeddings} if vision.pinpoints else {}
+    kind |= {"image_grid_pinpoints": vision.pinpoints} if vision.pinpoints else {}
+    config_class: Any = LlavaNextConfig if vision.pinpoints else LlavaConfig
+    config = config_class(
+        **kind,
         vision_config=copy.deepcopy(vision.config),
         text_config=copy.deepcopy(causal.config),
         image_token_index=llm.image_token_id,
@@ -56,7 +73,7 @@ def build_model(
         part.__dict__.pop("auto_map", None)  # names code that does not come along, and is not needed
     _check_language_model(llm, config)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = (LlavaNextForConditionalGeneration if vision.pinpoints else LlavaForConditionalGeneration)(config)
     model.model.vision_tower = vision.model
     model.model.language_model = causal.base_model
     model.lm_head = causal.get_output_embeddings()
@@ -64,6 +81,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         init_projector(model.model.multi_modal_projector)
+        if vision.pinpoints:  # as LLaVA-NeXT's
+            newline = torch.randn(causal.config.hidden_size) / causal.config.hidden_size**0.5
+            model.model.image_newline = nn.Parameter(newline.to(causal.device, causal.dtype))
     model.model.multi_modal_projector.to(causal.dtype)
     model.generation_config = copy.deepcopy(causal.generation_config)
     try:
@@ -75,9 +95,9 @@ def build_model(
     return model, build_processor(vision, llm)
 
 
-def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessor:
+def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessors:
     """The stock processor: images as `vision` wants them, as many `<image>` tokens as it gives."""
-    return LlavaProcessor(
+    return (LlavaNextProcessor if vision.pinpoints else LlavaProcessor)(
         image_processor=vision.image_processor,
         tokenizer=llm.tokenizer,
         patch_size=vision.patch_size,
@@ -88,7 +108,7 @@ def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessor
     )
 
 
-def _check_language_model(llm: LanguageModel, config: LlavaConfig) -> None:
+def _check_language_model(llm: LanguageModel, config: Any) -> None:
     with torch.device("meta"):
         stock = type(AutoModel.from_config(config.text_config))
     head = llm.model.get_output_embeddings()
@@ -102,7 +122,7 @@ def _check_language_model(llm: LanguageModel, config: LlavaConfig) -> None:
 
 
 @torch.no_grad()
-def _check_logits(model: LlavaForConditionalGeneration, causal: PreTrainedModel, source: str) -> None:
+def _check_logits(model: Llava, causal: PreTrainedModel, source: str) -> None:
     ids = torch.arange(1, 9, device=causal.device)[None] % causal.config.vocab_size
     causal.eval()
     ours, theirs = model(input_ids=ids).logits, causal(input_ids=ids).logits
@@ -114,8 +134,8 @@ def _check_logits(model: LlavaForConditionalGeneration, causal: PreTrainedModel,
 
 
 def save_model(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Llava,
+    processor: LlavaProcessors,
     directory: Path,
     *,
     vision: VisionEncoder,
@@ -140,7 +160,7 @@ def save_model(
         # Beside processor_config.json, for readers (vLLM, lmms-eval) that look for the image processor on its own.
         processor.image_processor.save_pretrained(partial)
         # A .bin: servers load every *.safetensors of a model directory, and this one repeats weights under other names.
-        save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin")
+        save_projector(model.model.multi_modal_projector, partial / "mm_projector.bin", newline_of(model))
         write_json(partial / FACTS, {"vision_encoder": vision.facts, "trained_on": trained_on})
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
@@ -150,11 +170,10 @@ def save_model(
         )
 
 
-def model_card(
-    model: LlavaForConditionalGeneration, name: str, card: Mapping[str, str], base_model: str | None = None
-) -> str:
+def model_card(model: Llava, name: str, card: Mapping[str, str], base_model: str | None = None) -> str:
     """Markdown with the hub's header: what was trained on what, and how to load it."""
     config: Any = model.config
+    layout = Layout.of(config)
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -167,6 +186,6 @@ def model_card(
         name=name,
         vision=config.vision_config.model_type,
         language=config.text_config.model_type,
-        tokens=config.image_seq_length,
+        tokens=f"up to {layout.most}" if layout.pinpoints else layout.square,
         facts=Table(("", ""), [(key, clip(value)) for key, value in card.items()]),
     )  # fmt: skip

@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoProcessor, BaseImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BaseImageProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 from clips.common.errors import UserError
 from clips.common.files import read_json
@@ -17,9 +23,12 @@ from clips.common.opening import check_size, naming
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.encoders.encoder import select_features
 from mllm.model.original import refuse_original
+from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
+CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+"""`model_type` → its class."""
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 """The argument that takes a model's keys and values; transformers renamed it."""
@@ -27,7 +36,7 @@ CACHE = "cache" if "cache" in _FORWARD else "past_key_values"
 
 def load_llava(
     name: str, device: torch.device, dtype: torch.dtype | Literal["auto"] | None = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[Llava, LlavaProcessors]:
     """A stock LLaVA model by directory or hub id, in eval mode; UserError for what cannot be loaded.
 
     `dtype` "auto" is that of the files; None is bf16 on a GPU and fp32 on a CPU.
@@ -35,11 +44,12 @@ def load_llava(
     directory = resolve(name, "model")
     refuse_original(directory, "model")
     kind = read_json(Path(directory) / "config.json").get("model_type")
-    if kind != "llava":
+    cls: Any = CLASSES.get(kind or "")
+    if cls is None:
         found = f"is of kind {kind}" if kind else "has no model_type in its config.json"
         raise UserError(
-            f"model: {directory} {found}, and only a LLaVA-style model (llava) can be loaded here. A vision encoder "
-            "becomes part of one by scripts/train_llava.sh --vision"
+            f"model: {directory} {found}, and only a LLaVA-style model ({', '.join(CLASSES)}) can be loaded here. A "
+            "vision encoder becomes part of one by scripts/train_llava.sh --vision"
         )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -47,10 +57,10 @@ def load_llava(
     slow = device.type == "cpu" and dtype == torch.bfloat16
     with loading("model", directory):
         config: Any = AutoConfig.from_pretrained(directory, **NO_CODE)
-        check_size("model", directory, lambda: LlavaForConditionalGeneration(config))
+        check_size("model", directory, lambda: cls(config))
         processor = AutoProcessor.from_pretrained(directory, **NO_CODE)
         # With its loading info it returns a pair, which its annotation does not say.
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager" if slow else None, **REPORTED
         )
         model, info = loaded
@@ -62,17 +72,19 @@ def load_llava(
 
 
 @torch.no_grad()
-def _check_picture(model: LlavaForConditionalGeneration, image_processor: BaseImageProcessor, place: Path) -> None:
-    """Run one picture through the vision tower: its tokens must be as many as a prompt has places for them."""
+def _check_picture(model: Llava, image_processor: BaseImageProcessor, place: Path) -> None:
+    """Run one picture through the vision tower: a square's tokens must be as many as a prompt has places for them."""
     config: Any = model.config
     picture = np.zeros((48, 64, 3), dtype=np.uint8)
     pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    squares = pixels.flatten(0, -4)  # tiles have a dimension more
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    tokens = select_features(model.model.vision_tower, pixels, layer, strategy)
-    if tokens.shape[1] != config.image_seq_length:
+    tokens = select_features(model.model.vision_tower, squares, layer, strategy)
+    expected = Layout.of(config).square
+    if tokens.shape[1] != expected:
         raise UserError(
-            f"model: {place} gives {tokens.shape[1]} tokens for a picture, and image_seq_length in its config.json is "
-            f"{config.image_seq_length}: they must be equal"
+            f"model: {place} gives {tokens.shape[1]} tokens for a square, and its config.json (image_seq_length, "
+            f"or the grid of vision_config with tiles) has {expected}: they must be equal"
         )
 
 

@@ -30,6 +30,7 @@ LLAVA_NAMES = {
     "linear": {"linear_1": "model.mm_projector"},
 }
 """Projector kind → our layer → its name in LLaVA's mm_projector files."""
+NEWLINE = "model.image_newline"
 PREFIXES = ("base_model.", "model.", "mm_projector.", "multi_modal_projector.")
 
 
@@ -69,9 +70,14 @@ def llava_tensors(projector: LlavaMultiModalProjector) -> dict[str, Tensor]:
     }
 
 
-def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
-    """Write LLaVA's `mm_projector` file: safetensors, or with the suffix .bin a torch file of plain tensors."""
+def save_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
+    """Write LLaVA's `mm_projector` file: safetensors, or with the suffix .bin a torch file of plain tensors.
+
+    `newline` [D], the embedding of models with tiles, goes into it under LLaVA-NeXT's name.
+    """
     tensors = llava_tensors(projector)
+    if newline is not None:
+        tensors[NEWLINE] = newline.detach().to("cpu").clone()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == ".bin":
         torch.save(tensors, path)
@@ -79,9 +85,11 @@ def save_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
         write_weights(tensors, path)
 
 
-def load_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
+@torch.no_grad()
+def load_projector(projector: LlavaMultiModalProjector, path: Path, newline: Tensor | None = None) -> None:
     """Copy a projector file into `projector`: LLaVA's names or transformers', .safetensors or .bin.
 
+    `newline` [D] becomes that of the file, or keeps its start if the file has none, as one of stage 1 without tiles.
     A directory means the mm_projector file in it. Raises UserError when the file holds pickled code, another
     kind of projector, or other widths (with both shapes).
     """
@@ -91,7 +99,10 @@ def load_projector(projector: LlavaMultiModalProjector, path: Path) -> None:
         if not found:
             raise UserError(f"{path} holds no mm_projector.safetensors or mm_projector.bin")
         path = found[0]
-    assign_projector(projector, read_weights(path), path)
+    weights = read_weights(path)
+    assign_projector(projector, weights, path)
+    if newline is not None and NEWLINE in weights:  # its width is the projector's, which fits
+        newline.copy_(weights[NEWLINE])
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from mllm.chat.limits import KEPT_PIXELS
 from mllm.evaluation.batches import drawn_at, new_texts, seeded
 from mllm.evaluation.evaluate import answer_dtype
 from mllm.model.load import load_llava
+from mllm.model.tiles import Layout
 from mllm.recaption.asking import RETRY_TEMPERATURE, Prompt, hint_of, temperature_of, without_control_tokens
 from mllm.recaption.captioner import Pair, Written
 
@@ -67,6 +68,8 @@ class LocalCaptioner:
             self.model, self.processor = load_llava(str(directory), self.device, dtype)
         else:
             self.model, self.processor = _load(directory, self.device, dtype)
+        # Rows differ in their pictures' tokens, not only in their texts.
+        self._by_area = kind != "llava" or bool(Layout.of(self.model.config).pinpoints)
         self._weights = model_digest(directory, whole=True)
         self._readers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures")
         self._set_tokens(directory)
@@ -127,11 +130,11 @@ class LocalCaptioner:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _item(self, image: Image.Image, hint: str) -> _Item:
-        """The size of a row is its text for LLaVA; other models take more tokens for larger pictures."""
+        """The size of a row is its text where pictures are one square, else its picture's area."""
         text = self.prompt.fill(without_control_tokens(hint, self.control))
         turn: Any = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         rendered: Any = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        return _Item(rendered, image, len(rendered) if self.kind == "llava" else image.width * image.height)
+        return _Item(rendered, image, image.width * image.height if self._by_area else len(rendered))
 
     def _inputs(self, items: list[_Item]) -> Any:
         bos = self.tokenizer.bos_token

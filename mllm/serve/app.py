@@ -37,9 +37,10 @@ from clips import CLIPS, newest_export
 from clips.common.errors import Stopped, UserError
 from clips.common.flags import from_flags
 from mllm.chat.hosts import HostMiddleware
-from mllm.chat.limits import Limits, read_image
+from mllm.chat.limits import Limits, image_size, read_image
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
+from mllm.chat.transcript import LazyPicture
 from mllm.serve.admission import AdmissionMiddleware, Gate, Metrics, error_response, placed_body
 from mllm.serve.connections import BoundedConnection
 from mllm.serve.queue import RequestQueue, T, unless_gone
@@ -142,6 +143,9 @@ def create_app(
         check_model(form.model, chat.name)
         stream, usage = form.stream, form.stream_options is not None and bool(form.stream_options.include_usage)
         asked, urls = chat_request(form, limits)
+        if chat.most_pictures is not None and len(urls) > chat.most_pictures:
+            too_many = f"messages: {len(urls)} pictures, but the model's context holds {chat.most_pictures} at most"
+            raise ApiError(400, too_many, param="messages", code="context_length_exceeded")
         del form  # it holds the pictures as text
         data = await fetched(request, urls, "messages")
         items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
@@ -175,7 +179,7 @@ def create_app(
         data = await fetched(request, urls, "input")
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
-            pixels = (encoder.preprocess(picture()) for picture in _pictures(data, limits, "input"))
+            pixels = (encoder.preprocess(picture.decode()) for picture in _pictures(data, limits, "input"))
             yield embed(encoder, [next(pixels) if text is None else text for text in texts]), encoder.count_tokens(said)
 
         [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
@@ -203,7 +207,9 @@ def _answer(
 ) -> Iterator[str | Stats]:
     """The pieces of the answer, then its statistics."""
     try:
-        session = ChatSession.from_turns(chat, asked.turns, _pictures(data, limits, "messages"), asked.system)
+        pictures = _pictures(data, limits, "messages")
+        chat.check_squares(pictures, limits.squares)
+        session = ChatSession.from_turns(chat, asked.turns, pictures, asked.system)
         yield from session.answer(asked.sampling, cancel)
     except ContextError as error:
         raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
@@ -213,16 +219,16 @@ def _answer(
     yield session.last
 
 
-def _pictures(data: list[bytes], limits: Limits, param: str) -> list[Callable[[], Image]]:
-    """A function for each encoded picture that decodes it, or raises ApiError 400."""
+def _pictures(data: list[bytes], limits: Limits, param: str) -> list[LazyPicture]:
+    """The encoded pictures; decoding or measuring a bad one raises ApiError 400."""
 
-    def decode(number: int) -> Image:
+    def read(reader: Callable[[bytes, Limits], T], number: int) -> T:
         try:
-            return read_image(data[number], limits)
+            return reader(data[number], limits)
         except UserError as error:
             raise bad_image(number, error, param) from None
 
-    return [partial(decode, number) for number in range(len(data))]
+    return [LazyPicture(partial(read, read_image, i), partial(read, image_size, i)) for i in range(len(data))]
 
 
 async def _collect(items: AsyncIterator[T]) -> list[T]:
@@ -325,6 +331,7 @@ def _greeting(
 ) -> str:
     """Models, limits, and a question to copy; docs/chat-and-serve.md shows the openai client."""
     host, port = bound.getsockname()[:2]
+    pictures = limits.images if chat.most_pictures is None else min(limits.images, chat.most_pictures)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if has_key else ""
@@ -332,11 +339,11 @@ def _greeting(
     is_open = not has_key and host not in ("127.0.0.1", "::1", "localhost")
     warning = "warning: everybody who reaches this address can use it; set --api-key or CLIPS_API_KEY\n"
     return f"""\
-chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.tokens_per_image} tokens a picture, context \
+chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.layout} tokens a picture, context \
 {chat.context_length or "unknown"}
 embeddings  {f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"}
 a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}
-a request   {limits.body_bytes / 2**20:g} MiB, {limits.images} pictures, {limits.prompt_chars:,} characters
+a request   {limits.body_bytes / 2**20:g} MiB, {pictures} pictures, {limits.prompt_chars:,} characters
 an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait
 access      {"with the API key" if has_key else "without a key"}, at {address}
 {warning if is_open else ""}

@@ -78,7 +78,17 @@ class TrainArguments:
     )
     mm_vision_select_layer: int = usual("mm_vision_select_layer", "hidden state of the encoder that the projector sees")
     mm_vision_select_feature: Literal["patch", "cls_patch"] = flag("patch", "without or with the CLS token")
-    image_aspect_ratio: Literal["square", "pad"] = flag(None, "square: the encoder's own way; pad: LLaVA's*")
+    image_aspect_ratio: Literal["square", "pad", "anyres"] = flag(
+        None, "square: the encoder's own way; pad: LLaVA's; anyres: LLaVA-NeXT's tiles beside the whole picture*"
+    )
+    image_grid_pinpoints: str | None = flag(
+        None,
+        "canvases of anyres: pairs (width, height) of pixels, or squares as (1x1),...,(2x2) (default: LLaVA-NeXT's, of "
+        "2 to 4 squares)",
+    )
+    mm_patch_merge_type: Literal["flat", "spatial_unpad"] | None = flag(
+        None, "order of a picture's tokens (default: spatial_unpad for anyres, else flat)"
+    )
     group_by_modality_length: bool = flag(None, "batches of one modality and similar lengths (default: in stage 2)")
     model_max_length: int = usual("model_max_length", "longest sample in tokens")
 
@@ -155,6 +165,16 @@ class TrainArguments:
         }
         if stage.number == 2:  # it starts from stage 1's projector
             filled["mm_projector_init"] = None
+        tiles = filled["image_aspect_ratio"] == "anyres"
+        if self.mm_patch_merge_type not in (None, "spatial_unpad" if tiles else "flat"):
+            raise UserError(
+                f"--mm_patch_merge_type {self.mm_patch_merge_type} does not go with --image_aspect_ratio "
+                f"{filled['image_aspect_ratio']}: the stock models order the tokens of anyres as spatial_unpad, and "
+                "those of square and pad as flat"
+            )
+        if self.image_grid_pinpoints is not None and not tiles:
+            raise UserError("--image_grid_pinpoints are the canvases of --image_aspect_ratio anyres: give that too")
+        filled["mm_patch_merge_type"] = None  # it follows from the aspect
         if self.bits < 16 and not filled["lora_enable"] and stage.number == 2:
             raise UserError(f"--bits {self.bits} cannot train the language model's own weights: add --lora_enable")
         return TrainArguments(
@@ -209,7 +229,6 @@ NOT_RESULT = {
 }
 LLAVA_FLAGS: dict[str, tuple[str | None, str]] = {
     **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "remove_unused_columns"), ("False", "")),
-    "mm_patch_merge_type": ("flat", "pictures are one tile each; choose an encoder with a larger image"),
     "lazy_preprocess": ("True", ""),
     "is_multimodal": ("True", "samples without a picture are trained on in any case"),
     **dict.fromkeys(("evaluation_strategy", "eval_strategy"), ("no", "run scripts/evaluate_llava.py afterwards")),

@@ -82,12 +82,12 @@ def inspect_data(
     `decode_limit` bounds how many pictures are decoded, evenly spread (None: all); missing pictures are always found.
     Raises UserError only if the file itself cannot be read.
     """
-    context = encoder.max_length
-    if context is None:
-        raise ValueError("the encoder needs a max_length to check lengths against")
-    whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, encoder.num_image_tokens)
+    context, tokens = encoder.max_length, encoder.num_image_tokens
+    if context is None or tokens is None:
+        raise ValueError("the encoder needs a max_length to check lengths against, and the tokens of an image")
+    whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, tokens)
     raw_records = read_json_records(Path(data_path))
-    report = DataReport(str(data_path), encoder.format.name, context, encoder.num_image_tokens, len(raw_records))
+    report = DataReport(str(data_path), encoder.format.name, context, tokens, len(raw_records))
     reader = RecordReader(encoder, store)
     lengths: list[int] = []
     good: list[Record] = []

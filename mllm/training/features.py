@@ -3,16 +3,18 @@
 A frozen vision tower gives an image the same tokens every time, so epochs, stages, seeds and runs share the features.
 
 Cache layout: `<root>/<encoder fingerprint>/<random>.npy` [n, N, W] in float16 (fp32 if a value would overflow) and
-`<random>.json` with its n keys. A pair of files counts once its .json is in place, and never changes. So several
-processes may write, and a killed process leaves nothing that counts.
+`<random>.json` with its n keys, one for each square; the squares of an image follow each other. A pair of files counts
+once its .json is in place, and never changes. So several processes may write, and a killed process leaves nothing that
+counts.
 float16 keeps 11 bits: cached features differ by at most 2^-11 of their value from computed ones.
 
-Shapes: B images · N image tokens · W width of a token.
+Shapes: B squares (an image is one, or with tiles several) · N image tokens · W width of a token.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import uuid
@@ -50,7 +52,7 @@ class FeatureCache:
         self.directory = Path(root) / encoder.fingerprint[:32]
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "ENCODER.txt").write_text(encoder.describe() + "\n", encoding="utf-8")
-        self._rows: dict[str, tuple[str, int]] = {}  # key → file, row
+        self._rows: dict[str, tuple[str, int, int]] = {}  # key → file, first row, rows
         self._keys: dict[str, str] = {}  # name → key
         self._files: set[str] = set()
         self._arrays: dict[str, np.ndarray] = {}
@@ -64,16 +66,22 @@ class FeatureCache:
         for path in sorted(self.directory.glob("*.json")):
             if path.stem not in self._files:
                 self._files.add(path.stem)
-                self._rows |= {key: (path.stem, row) for row, key in enumerate(from_json(read_bytes(path)))}
+                first = 0
+                for key, group in itertools.groupby(from_json(read_bytes(path))):
+                    count = len(list(group))
+                    self._rows[key] = (path.stem, first, count)
+                    first += count
 
     def get(self, names: Sequence[str]) -> Tensor:
-        """Features [B, N, W] in fp32 of cached pictures; KeyError for other pictures."""
-        features = np.empty((len(names), *self.shape), dtype=np.float32)
-        for i, name in enumerate(names):
-            file, row = self._rows[self._key(name)]
+        """Features [B, N, W] in fp32 of the squares of cached pictures; KeyError for other pictures."""
+        places = [self._rows[self._key(name)] for name in names]
+        features = np.empty((sum(count for *_, count in places), *self.shape), dtype=np.float32)
+        filled = 0
+        for file, row, count in places:
             if file not in self._arrays:
                 self._arrays[file] = np.load(self.directory / f"{file}.npy", mmap_mode="r")
-            features[i] = self._arrays[file][row]
+            features[filled : filled + count] = self._arrays[file][row : row + count]
+            filled += count
         return torch.from_numpy(features)
 
     def fill(
@@ -101,7 +109,9 @@ class FeatureCache:
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0
-        bytes_each = 2 * self.shape[0] * self.shape[1]
+        squares = 1 + self.encoder.most_tiles  # at most; a batch must not grow with them
+        batch_size = max(1, batch_size // squares)
+        bytes_each = 2 * self.shape[0] * self.shape[1] * squares
         needed, free = bytes_each * len(missing), shutil.disk_usage(self.directory).free
         if needed > 0.95 * free:
             raise UserError(
@@ -115,13 +125,17 @@ class FeatureCache:
         with tqdm(total=len(todo), unit="img", desc="image features", disable=None) as bar:
             for start in range(0, len(todo), per_file):
                 chunk = todo[start : start + per_file]
-                parts = []
+                parts: list[np.ndarray] = []
+                keys: list[str] = []
                 for begin in range(0, len(chunk), batch_size):
-                    pixels = load(chunk[begin : begin + batch_size])
+                    batch = chunk[begin : begin + batch_size]
+                    pixels = [load([name]) for name in batch]
                     with torch.inference_mode():
-                        parts.append(self.encoder.features(pixels.to(device, model.dtype)).float().cpu().numpy())
-                    bar.update(len(pixels))
-                self._write([self._key(name) for name in chunk], np.concatenate(parts))
+                        features = self.encoder.features(torch.cat(pixels).to(device, model.dtype))
+                        parts.append(features.float().cpu().numpy())
+                    keys += [self._key(name) for name, part in zip(batch, pixels, strict=True) for _ in part]
+                    bar.update(len(batch))
+                self._write(keys, np.concatenate(parts))
         self.refresh()
         return len(todo)
 

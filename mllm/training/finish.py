@@ -20,6 +20,7 @@ from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llava import save_model
 from mllm.model.projector import save_projector
 from mllm.model.quantize import dequantize
+from mllm.model.tiles import newline_of
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import llava_of
 from mllm.training.lora import merge_lora, merge_quantized_lora
@@ -39,14 +40,15 @@ def write_results(
     """
     model, stage_dir = prepared.model, run_dir / summary["stage"]
     llava: Any = llava_of(model)  # PreTrainedModel.to is annotated without its `self`
-    save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR)
+    save_projector(llava.model.multi_modal_projector, stage_dir / PROJECTOR, newline_of(llava))
     if arguments.stage == 2:
         dtype = llava.lm_head.weight.dtype
         quantized = arguments.bits < 16
         if isinstance(model, PeftModel):
             if arguments.llm_layers is None:  # else no model that others have fits the adapter
                 model.save_pretrained(str(run_dir / "adapter"))
-                save_projector(llava.model.multi_modal_projector, run_dir / "adapter" / "non_lora_trainables.bin")
+                extra = run_dir / "adapter" / "non_lora_trainables.bin"
+                save_projector(llava.model.multi_modal_projector, extra, newline_of(llava))
             llava = merge_quantized_lora(model, dtype) if quantized else merge_lora(model)
         elif quantized:
             dequantize(llava, dtype)

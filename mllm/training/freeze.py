@@ -6,22 +6,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from mllm.model.projector import trainable_layers
+from mllm.model.tiles import Llava
 from mllm.training.stages import PARTS, Training
+
+NEWLINE = "image_newline"
+"""The embedding at the ends of rows in a model with tiles. It trains with the projector."""
 
 
 def part_of(name: str) -> str:
-    """The part that the parameter `name` (of a `LlavaForConditionalGeneration`, wrapped or not) belongs to."""
+    """The part that the parameter `name` of a LLaVA model, wrapped or not, belongs to."""
     if "vision_tower." in name:
         return "vision_tower"
-    return "projector" if "multi_modal_projector." in name else "language_model"
+    return "projector" if "multi_modal_projector." in name or name.endswith(NEWLINE) else "language_model"
 
 
-def llava_of(model: nn.Module) -> LlavaForConditionalGeneration:
+def llava_of(model: nn.Module) -> Llava:
     """The LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
-    return next(module for module in model.modules() if isinstance(module, LlavaForConditionalGeneration))
+    kinds = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
+    return next(module for module in model.modules() if isinstance(module, kinds))
 
 
 def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -32,7 +37,8 @@ def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str,
     for name, parameter in model.named_parameters():
         part = part_of(name)
         trains = freeze[part] == "full" or (freeze[part] == "lora" and ".lora_" in name)
-        yield name, parameter, trains and (part != "projector" or id(parameter) in projector_trains)
+        fixed = part == "projector" and id(parameter) not in projector_trains and not name.endswith(NEWLINE)
+        yield name, parameter, trains and not fixed
 
 
 def apply_freeze(model: nn.Module, freeze: dict[str, Training]) -> None:

@@ -10,20 +10,20 @@ import warnings
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from mllm.model.quantize import dequantize
+from mllm.model.tiles import Llava
 from mllm.training.arguments import TrainArguments
 
 
-def add_lora(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> PeftModel:
+def add_lora(model: Llava, arguments: TrainArguments) -> PeftModel:
     """`model` with new adapters, which are the same on every rank."""
     torch.manual_seed(arguments.seed)
     return _with_adapters(model, lora_config(model, arguments))
 
 
-def lora_config(model: LlavaForConditionalGeneration, arguments: TrainArguments) -> LoraConfig:
+def lora_config(model: Llava, arguments: TrainArguments) -> LoraConfig:
     """Adapters on every linear layer of the language model but its output layer, as in LLaVA."""
     layers = model.model.language_model.named_modules()
     kinds = sorted({name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)})
@@ -42,7 +42,7 @@ def _with_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForConditionalGeneration:
+def merge_lora(model: Llava | PeftModel) -> Llava:
     """The plain model with the adapters added to its weights; a model without adapters is returned unchanged.
 
     Raises UserError for a base in 4 or 8 bits: quantised weights would round the adapter away.
@@ -55,7 +55,7 @@ def merge_lora(model: LlavaForConditionalGeneration | PeftModel) -> LlavaForCond
     return model.merge_and_unload(safe_merge=True)
 
 
-def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def merge_quantized_lora(model: PeftModel, dtype: torch.dtype) -> Llava:
     """The plain model with the adapters added to the dequantised weights; `model` is used up.
 
     The adapters were trained on the quantised weights: the original weights with them would be another model.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, ViTConfig
+from transformers import (
+    AutoConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    ViTConfig,
+)
 
 from clips.common.cards import TIME_HEAD, Machine, Time
 from clips.common.errors import UserError
@@ -27,6 +35,7 @@ from clips.common.escape import for_rich
 from clips.common.memory import Parameters, held
 from clips.common.page import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.tiles import Layout, Llava
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
@@ -71,10 +80,9 @@ class StepBytes:
     """Layers of the language model."""
 
     @classmethod
-    def of(
-        cls, model: LlavaForConditionalGeneration, arguments: TrainArguments, *, length: int, learned: int
-    ) -> StepBytes:
-        """Of `per_device_train_batch_size` samples with `length` positions, `learned` of them labels, and a picture.
+    def of(cls, model: Llava, arguments: TrainArguments, *, length: int, learned: int) -> StepBytes:
+        """Of `per_device_train_batch_size` samples with `length` positions, `learned` of them labels, and a picture
+        of the most squares.
 
         A layer keeps, per position: of each norm the fp32 input, and where its weight trains its result and output; of
         attention q, k, v, output and, for the last projection's weights, the packed output; of the MLP gate, up, their
@@ -96,7 +104,9 @@ class StepBytes:
         logits, norm = 4 * words * text.vocab_size, tokens * D * (4 + e * full)
         checkpointing = arguments.gradient_checkpointing
         kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)
-        pictures = samples * model.config.image_seq_length * e * (vision.hidden_size + 2 * D)
+        layout = Layout.of(model.config)
+        cells = samples * layout.square * layout.most_squares
+        pictures = cells * e * (vision.hidden_size + 2 * D)
         whole = tokens * (layer if checkpointing else 0)
         moment = max(tokens * 9 * e * D - logits, whole + tokens * e * (3 * ff - D) - logits - norm)
         end = tokens * (layer + e * (3 * ff - D)) + pictures
@@ -109,7 +119,7 @@ class StepBytes:
 
 
 def memory_estimate_gb(
-    model: LlavaForConditionalGeneration,
+    model: Llava,
     counts: dict[str, tuple[int, int]],
     arguments: TrainArguments,
     *,
@@ -230,36 +240,62 @@ class Planned:
     """Fields of ViTConfig, all of them numbers."""
     lora: bool
     bits: Literal[4, 8, 16]
+    tiles: tuple[int, int] | None = None
+    """Columns and rows of tiles beside the whole picture; None: a picture is one square."""
 
     @classmethod
-    def of(cls, language_model: str, vision: Mapping[str, Any], *, lora: bool, bits: Literal[4, 8, 16]) -> Planned:
-        """UserError for a language model that is not known."""
+    def of(
+        cls,
+        language_model: str,
+        vision: Mapping[str, Any],
+        *,
+        lora: bool,
+        bits: Literal[4, 8, 16],
+        tiles: str | None = None,
+    ) -> Planned:
+        """`tiles` like "2x2". UserError for other tiles, and for a language model that is not known."""
         if language_model not in LANGUAGE_MODELS:
             known = ", ".join(LANGUAGE_MODELS)
             raise UserError(f"--language-model {language_model!r} is not known; choose one of: {known}")
-        return cls(language_model, vision, lora or bits < 16, bits)
+        found = re.fullmatch(r"([1-6])x([1-6])", tiles or "1x1")
+        if found is None:
+            raise UserError(f"--tiles {tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
+        canvas = (int(found[1]), int(found[2])) if tiles else None
+        return cls(language_model, vision, lora or bits < 16, bits, canvas)
+
+    @property
+    def layout(self) -> Layout:
+        side = self.vision["image_size"]
+        canvas = [(self.tiles[1] * side, self.tiles[0] * side)] if self.tiles else []
+        return Layout((side // self.vision["patch_size"]) ** 2, side, tuple(canvas))
 
     @property
     def image_tokens(self) -> int:
-        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+        return self.layout.most
 
     def __str__(self) -> str:
-        return f"{self.language_model} with {self.image_tokens} tokens a picture"
+        tiles = f" in {self.tiles[0]} × {self.tiles[1]} tiles and whole" if self.tiles else ""
+        return f"{self.language_model} with {self.image_tokens:,} tokens a picture{tiles}"
 
-    def build(self, device: str = "meta") -> LlavaForConditionalGeneration:
+    def build(self, device: str = "meta") -> Llava:
         """In bf16, and nothing of it trains: without weights, or with random weights on another `device`."""
         fields = {"model_type": "llama"} | LANGUAGE_MODELS[self.language_model]
         text = AutoConfig.for_model(**fields)
         vision = ViTConfig(**self.vision)
-        config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=self.image_tokens)
+        parts: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_seq_length": self.layout.square}
+        pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
         with torch.device(device):
-            model: nn.Module = LlavaForConditionalGeneration(config)
+            if pinpoints:
+                config = LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
+                model: nn.Module = LlavaNextForConditionalGeneration(config)
+            else:
+                model = LlavaForConditionalGeneration(LlavaConfig(**parts))
         model.to(torch.bfloat16).requires_grad_(False)
         return llava_of(model)
 
-    def flops(self, model: LlavaForConditionalGeneration) -> LlavaFlops:
+    def flops(self, model: Llava) -> LlavaFlops:
         size = self.vision["image_size"]
-        return LlavaFlops(model, image_size=size, image_tokens=self.image_tokens, features=False)
+        return LlavaFlops(model, image_size=size, image_tokens=self.layout.square, features=False)
 
 
 @dataclass(frozen=True)
@@ -273,7 +309,7 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
     """With the largest micro-batch, up to 16, that fits; UserError where not even one sample does."""
     stage, model = STAGES[number], planned.build()
     length = planned.image_tokens + WORDS[number]
-    shape = LlavaShape(samples=1, length=length, pictures=1, predicted=ANSWERS[number])
+    shape = LlavaShape(samples=1, length=length, pictures=planned.layout.most_squares, predicted=ANSWERS[number])
     repeated = planned.flops(model)(shape)["language_model"]  # gradient checkpointing runs its layers twice
     freeze = freeze_table(stage, lora=planned.lora, bits=planned.bits)
     whole = add_lora(model, _arguments(planned, machine, number, 1)) if freeze["language_model"] == "lora" else model
@@ -347,17 +383,18 @@ def print_stages(planned: Planned, machine: Machine) -> None:
     )
 
 
-def caption_flops(flops: LlavaFlops, image_tokens: int) -> float:
+def caption_flops(flops: LlavaFlops, layout: Layout) -> float:
     """Of one caption of an assumed length."""
-    length = image_tokens + PROMPT + CAPTION
-    return sum(flops(LlavaShape(samples=1, length=length, pictures=1, predicted=CAPTION)).values())
+    length = layout.most + PROMPT + CAPTION
+    shape = LlavaShape(samples=1, length=length, pictures=layout.most_squares, predicted=CAPTION)
+    return sum(flops(shape).values())
 
 
 def print_recaptioning(planned: Planned, machine: Machine, samples: int) -> None:
     """Captions of `samples` pictures; UserError where the weights leave no room for one."""
     model = planned.build()
     length = planned.image_tokens + PROMPT + CAPTION
-    each = caption_flops(planned.flops(model), planned.image_tokens)
+    each = caption_flops(planned.flops(model), planned.layout)
     text = model.config.get_text_config()
     weights = sum(count for count, _ in count_parameters(model).values()) * 2
     cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * length

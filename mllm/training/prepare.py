@@ -12,15 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
 from mllm.data.conversation import IGNORE, ConversationEncoder
-from mllm.data.dataset import Collator, LlavaDataset
+from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
 from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
@@ -32,6 +30,7 @@ from mllm.model.packing import SHORT, can_pack
 from mllm.model.projector import load_projector
 from mllm.model.projector_start import start_from_captions
 from mllm.model.quantize import quantize
+from mllm.model.tiles import Layout, Llava, LlavaProcessors, newline_of
 from mllm.training.arguments import TrainArguments
 from mllm.training.features import FeatureCache
 from mllm.training.freeze import apply_freeze, llava_of
@@ -47,8 +46,8 @@ START_IMAGES, START_TOKENS, START_BATCH = 8_192, 16, 64
 class Prepared:
     """The result of `prepare`."""
 
-    model: LlavaForConditionalGeneration | PeftModel
-    processor: LlavaProcessor
+    model: Llava | PeftModel
+    processor: LlavaProcessors
     vision: VisionEncoder
     dataset: LlavaDataset
     store: ImageStore | None
@@ -80,16 +79,22 @@ def prepare(
     llm = load_llm(arguments.model_name_or_path, version=arguments.version, dtype=dtype, layers=arguments.llm_layers)
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
-    if vision.num_tokens >= max_length:
+    layout = Layout.of(llava.config)
+    if layout.square >= max_length:
         raise UserError(
-            f"one image takes {vision.num_tokens} tokens ({vision.name}), but --model_max_length is {max_length}: "
+            f"one image takes {layout.square} tokens ({vision.name}), but --model_max_length is {max_length}: "
             "raise it, or choose an encoder with a smaller image or larger patches"
         )
-    encoder = ConversationEncoder(llm.tokenizer, arguments.version, vision.num_tokens, max_length)
-    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample)
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
+    encoder = ConversationEncoder(
+        llm.tokenizer, arguments.version, None if layout.pinpoints else layout.square, max_length
+    )
+    dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
     projector = llava.model.multi_modal_projector
-    started = _start_projector(projector, arguments, run_dir, len(dataset))
+    started = _start_projector(llava, arguments, run_dir, len(dataset))
     projector.float() if not deepspeed else projector.to(llm.model.dtype)
+    if (newline := newline_of(llava)) is not None:
+        newline.data = newline.data.to(llm.model.dtype if deepspeed else torch.float32)
     if arguments.bits < 16:
         compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
         quantize(
@@ -122,6 +127,7 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
         select_layer=arguments.mm_vision_select_layer,
         select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
         image_aspect_ratio=arguments.image_aspect_ratio,
+        image_grid_pinpoints=arguments.image_grid_pinpoints,
         seed=arguments.seed,
     )
 
@@ -136,9 +142,7 @@ def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
     return demo / (ALIGN if arguments.stage == 1 else INSTRUCT), demo / IMAGES
 
 
-def _start_projector(
-    projector: LlavaMultiModalProjector, arguments: TrainArguments, run_dir: Path, samples: int
-) -> str:
+def _start_projector(llava: Llava, arguments: TrainArguments, run_dir: Path, samples: int) -> str:
     """Load the projector's start if it is a file; returns the start in words."""
     given, aligned = arguments.pretrain_mm_mlp_adapter, run_dir / "align" / PROJECTOR
     if given is None and arguments.stage == 1:
@@ -152,7 +156,7 @@ def _start_projector(
             "--pretrain_mm_mlp_adapter"
         )
     start = aligned if given is None else Path(given)
-    load_projector(projector, start)
+    load_projector(llava.model.multi_modal_projector, start, newline_of(llava))
     return f"from {start}"
 
 
@@ -239,7 +243,8 @@ def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Col
     for begin in range(0, len(chosen), START_BATCH):
         samples = [prepared.dataset[i] for i in chosen[begin : begin + START_BATCH]]
         captions += [[label for label in sample["labels"] if label != IGNORE] for sample in samples]
-        features = collator.load_images([sample["images"][0] for sample in samples])
+        squares = [collator.load_images(sample["images"]) for sample in samples]
+        features = torch.stack([of_picture[0] for of_picture in squares])  # with tiles, of the whole picture
         if not arguments.caches_features:  # then `features` are pixels
             with torch.no_grad():
                 features = encoder.features(features.to(device)).cpu()

@@ -6,6 +6,7 @@ the engine's own files. Frozen parameters are loaded again from their source.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
-    LlavaForConditionalGeneration,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -34,6 +34,7 @@ from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
+from mllm.model.tiles import Llava, Size, newline_of
 from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
@@ -51,6 +52,7 @@ PASSED_ON = (
 class TrainingModel(nn.Module):
     """The module that the Trainer wraps: a batch → its loss. `model` is the LLaVA model, plain or as a PeftModel.
 
+    With tiles the newline is a parameter of this module too: under ZeRO-3 a parameter is whole while its module runs.
     `features` says that batches bring `image_features`, not `pixel_values`. With `packed`, batches are packed
     (mllm/model/packing.py) if the language model allows it.
     """
@@ -61,12 +63,13 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.model = model
         self.features = features
+        self.image_newline = newline_of(self.llava)
         self.packed = packed and can_pack(self.llava.config.get_text_config())
         if self.packed:
             self.llava.model.language_model.set_attn_implementation(PACKED)
 
     @property
-    def llava(self) -> LlavaForConditionalGeneration:
+    def llava(self) -> Llava:
         return llava_of(self.model)
 
     def forward(
@@ -76,6 +79,7 @@ class TrainingModel(nn.Module):
         attention_mask: Tensor,
         image_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Sequence[Size] = (),
         num_items_in_batch: Tensor | None = None,
         counts: Counts | None = None,
     ) -> dict[str, Tensor]:
@@ -87,7 +91,7 @@ class TrainingModel(nn.Module):
         if not self.features and pixel_values is None:  # a batch without images, see `embed_inputs`
             side = llava.model.vision_tower.config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
-        embeds = embed_inputs(llava, input_ids, image_features, pixel_values, counts.image_tokens)
+        embeds = embed_inputs(llava, input_ids, image_features, pixel_values, counts.image_tokens, image_sizes)
         packing = Packing.of(attention_mask, counts) if self.packed else None
         loss = causal_lm_loss(
             llava, embeds, attention_mask, labels, num_items_in_batch, learned=counts.learned, packing=packing

@@ -30,6 +30,9 @@ from transformers import LlavaForConditionalGeneration
 from clips.common.errors import NoCheckpointError, NotFiniteError, Stopped, UserError
 from clips.common.files import MANIFEST, seal
 from clips.common.tensors import read_weights
+from mllm.encoders.registry import load_vision
+from mllm.model.llava import build_model
+from mllm.model.llm import load_llm
 from mllm.model.quantize import dequantize, quantize
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.checkpoints import newest, prune
@@ -180,13 +183,24 @@ def test_stage_two_does_not_take_a_projector_made_for_other_parts(place: Path, m
     assert not (place / "runs/mixed/instruct").exists()
 
 
-def test_the_captions_start_is_stage_one_s_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flag without a prefix reaches both stages; the second begins with what the first trained."""
-    out = [*CAPTIONS, "--output_dir", "runs/once", "--max_steps", "2"]
+@pytest.mark.parametrize("aspect", ["square", "anyres"])
+def test_the_captions_start_is_stage_one_s_alone(aspect: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag without a prefix reaches both stages; the second begins with what the first trained.
+
+    With tiles that is the newline too, and the model is of LLaVA-NeXT's class.
+    """
+    once = f"runs/once-{aspect}"
+    out = [*CAPTIONS, "--output_dir", once, "--max_steps", "2", "--image_aspect_ratio", aspect]
     run(place, monkeypatch, *ALIGN, *out)
     run(place, monkeypatch, *INSTRUCT, *out, "--learning_rate", "1e-12", "--freeze_backbone", "--both_stages")
-    before, after = (read_weights(place / "runs/once" / stage / PROJECTOR) for stage in ("align", "instruct"))
+    before, after = (read_weights(place / once / stage / PROJECTOR) for stage in ("align", "instruct"))
     assert all(torch.allclose(after[name].float(), tensor.float(), rtol=1e-3) for name, tensor in before.items())
+    config = json.loads((place / once / "model" / "config.json").read_text())
+    tiles = aspect == "anyres"
+    assert (config["model_type"], "model.image_newline" in before) == ("llava_next" if tiles else "llava", tiles)
+    if tiles:
+        started = build_model(load_vision("clips", runs=place / "runs", image_aspect_ratio=aspect), load_llm("llm"))[0]
+        assert not torch.allclose(before["model.image_newline"], started.model.image_newline, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- two ranks
@@ -229,9 +243,10 @@ def llava_zero(path: Path, name: str, **changes: object) -> str:
 
 
 ZERO_LORA = [*INSTRUCT, *START, "--lora_enable", "--lora_r", "4", "--lora_dropout", "0", "--max_steps", "4"]
-TWO_RANKS = {  # name → flags, and the DeepSpeed file; the first two take the stage's own
+TWO_RANKS = {  # name → flags, and the DeepSpeed file; without it the stage's own
     "align": ([*ALIGN, *CAPTIONS, "--max_steps", "4"], None),
     "lora": (ZERO_LORA, None),
+    "tiles": ([*INSTRUCT, *START, "--max_steps", "2", "--image_aspect_ratio", "anyres"], None),
     "zero2": ([*ALIGN, "--max_steps", "3"], "zero2"),
     "zero3": ([*INSTRUCT, *START, "--max_steps", "3"], "zero3"),
     "zero3_offload": ([*INSTRUCT, *START, "--max_steps", "3"], "zero3_offload"),
@@ -259,7 +274,7 @@ def two_ranks(place: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_leave_what_one_rank_leaves(name: str, two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 1 under ZeRO-2 and LoRA under ZeRO-3, and LLaVA's own DeepSpeed files; one rank has no DeepSpeed."""
+    """Stage 1 under ZeRO-2, LoRA and tiles under ZeRO-3, and LLaVA's own DeepSpeed files; one rank has no DeepSpeed."""
     flags, engine = TWO_RANKS[name]
     run(two_ranks, monkeypatch, *flags, "--output_dir", f"runs/{name}-one")
     one, two = (losses(two_ranks / f"runs/{name}-{ranks}") for ranks in ("one", "two"))

@@ -26,6 +26,7 @@ from mllm.model.llava import build_model, save_model
 from mllm.model.llm import load_llm
 from mllm.model.load import vision_facts
 from mllm.model.projector import load_projector
+from mllm.model.tiles import Layout
 from mllm.training.lora import merge_lora
 
 # Runs with `python -I` in another directory; the project, installed or not, cannot be imported.
@@ -34,12 +35,12 @@ import sys
 sys.modules["clips"] = sys.modules["mllm"] = None
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 for name in sys.argv[1:]:
-    model, info = LlavaForConditionalGeneration.from_pretrained(f"{name}/model", output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(f"{name}/model", output_loading_info=True)
     assert not any(info.values()), info
-    assert type(model) is LlavaForConditionalGeneration
+    assert type(model).__name__ == f"Llava{'Next' if 'tiles' in name else ''}ForConditionalGeneration"
     processor = AutoProcessor.from_pretrained(f"{name}/model")
     image = Image.open("images/0.png").convert("RGB")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -54,7 +55,7 @@ for name in sys.argv[1:]:
     own = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     batch = processor(images=[[image], [image]], text=[prompt, "Longer words before. " + prompt], padding=True,
                       return_tensors="pt")
-    torch.save({"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"], "logits": logits,
+    torch.save({"inputs": dict(inputs), "logits": logits,
                 "answer": answer, "own": own, "batch_mask": batch["attention_mask"],
                 "modules": [name for name in sys.modules if name.startswith(("clips.", "mllm."))]}, f"{name}/out.pt")
 """
@@ -67,6 +68,7 @@ VARIANTS = {  # encoder, options of load_vision, projector, tied embeddings
     "clips_without_cls": ("without_cls", {}, "mlp2x_gelu", False),
     "siglip_two_layers": ("siglip", {"select_layer": [-2, -1]}, "linear", True),
     "blind": ("blind", {}, "mlp2x_gelu", True),
+    "clips_tiles": ("clips", {"image_aspect_ratio": "anyres"}, "mlp2x_gelu", True),
 }
 
 
@@ -106,13 +108,18 @@ def test_saved_model_is_stock(saved, variant):
     stock = torch.load(place / variant / "out.pt", weights_only=True)
     assert stock["modules"] == []
     assert stock["answer"] == stock["own"]
-    assert stock["input_ids"][0].tolist().count(llm.image_token_id) == vision.num_tokens
+    image = Image.open(place / "images" / "0.png").convert("RGB")
+    inputs, layout = stock["inputs"], Layout.of(model.config)
+    tokens = layout.tokens((image.height, image.width))
+    assert inputs["input_ids"][0].tolist().count(llm.image_token_id) == tokens
+    assert (tokens == vision.num_tokens) != bool(layout.pinpoints)
     assert stock["batch_mask"][0, 0] == 0  # padded on the left
     assert stock["batch_mask"][:, -1].all()
-    image = Image.open(place / "images" / "0.png").convert("RGB")
-    assert torch.equal(stock["pixel_values"], vision.image_processor(images=image, return_tensors="pt")["pixel_values"])
+    assert torch.equal(
+        inputs["pixel_values"], vision.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    )
     with torch.no_grad():
-        expected = model(input_ids=stock["input_ids"], pixel_values=stock["pixel_values"]).logits
+        expected = model(**inputs).logits
     assert torch.equal(stock["logits"], expected)
     assert expected.std() > 0.1
 

@@ -46,9 +46,9 @@ def loaded(place: Path) -> Loaded:
 
 def questions() -> list[Question]:
     texts = ["What is it?", "And how many dogs are in the picture, if any?", "Cat?", "Where is the red cat?"]
-    with_image = [Question(id=i, text=texts[i % 4], image=f"{i}.png") for i in range(6)]
-    without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", image="")]
-    again = [Question(id=f"{i}", text=text, image=f"{i % 3}.png") for i, text in enumerate(texts * 2)]
+    with_image = [Question(id=i, text=texts[i % 4], images=(f"{i}.png",)) for i in range(6)]
+    without = [Question(id="t", text="Say a word"), Question(id="u", text="Two words now", images=())]
+    again = [Question(id=f"{i}", text=text, images=(f"{i % 3}.png",)) for i, text in enumerate(texts * 2)]
     return [with_image[0], without[0], *with_image[1:], without[1], *again]
 
 
@@ -60,10 +60,10 @@ def test_batched_answers_are_those_of_one_by_one_and_of_the_stock_processor(plac
     assert batched == single
     assert len(set(batched)) > 3  # otherwise equality would say nothing
     for question, answer in zip(asked, batched, strict=True):
-        content = [{"type": "image"}] if question.image else []
+        content = [{"type": "image"}] if question.images else []
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        images = [store.load(question.image)] if question.image else None
+        images = [store.load(name) for name in question.images] or None
         inputs = processor(images=images, text=prompt, return_tensors="pt")
         output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         stock = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -74,23 +74,23 @@ def test_a_picture_is_read_once_for_all_its_questions(loaded: Loaded) -> None:
     model, _ = loaded
     image, tokens = model.config.image_token_id, model.config.image_seq_length
     rows = [[5, 6, *[image] * tokens, 7, *question] for question in ([8], [9, 10, 11], [9, 12])]
-    pixels = torch.rand(2, 3, 32, 32)
-    inputs = generate_inputs(model, rows, [0, 1, 0], pixels, 0)
+    pictures = [(torch.rand(1, 3, 32, 32), (32, 32)) for _ in range(2)]
+    inputs = generate_inputs(model, rows, [(0,), (1,), (0,)], pictures, 0)
     assert "pixel_values" not in inputs
     assert inputs[CACHE].get_seq_length() == 2 + tokens + 1
     assert inputs["attention_mask"][:, -3:].tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
     assert torch.equal(inputs[CACHE].layers[0].keys[0], inputs[CACHE].layers[0].keys[2])
-    assert "pixel_values" in generate_inputs(model, rows[:2], [0, 1], pixels, 0)  # nothing is shared
+    assert "pixel_values" in generate_inputs(model, rows[:2], [(0,), (1,)], pictures, 0)  # nothing is shared
     apart = [[5, *rows[0]], rows[1], rows[2]]  # their pictures stand in other places
-    assert generate_inputs(model, apart, [0, 1, 0], pixels, 0)["pixel_values"].shape[0] == 3
+    assert generate_inputs(model, apart, [(0,), (1,), (0,)], pictures, 0)["pixel_values"].shape[0] == 3
 
 
 def test_wrong_questions_are_named(place: Path, loaded: Loaded, tmp_path: Path) -> None:
     store = ImageStore(place / "images")
     for fields, place_of_images, message in [
-        ({"text": "What?", "image": "0.png"}, None, r"question 7.*no --image-folder"),
-        ({"text": "What?", "image": "missing.png"}, store, r"question 7.*missing\.png"),
-        ({"text": "word " * 300}, store, r"question 7 takes \d+ tokens, the model's context is 512"),
+        ({"text": "What?", "images": ("0.png",)}, None, r"question 7.*no --image-folder"),
+        ({"text": "What?", "images": ("missing.png",)}, store, r"question 7.*missing\.png"),
+        ({"text": "word " * 300}, store, r"question 7 takes \d+ tokens with its 0 picture.*context is 512"),
     ]:
         with pytest.raises(UserError, match=message):
             generate_answers(*loaded, [Question(id=7, **fields)], place_of_images)

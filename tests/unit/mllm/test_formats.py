@@ -116,7 +116,7 @@ def test_every_reader_asks_as_training_did(
         return asked[-1]
 
     monkeypatch.setattr(ConversationEncoder, "prompt", recorded)
-    question = Question(id=0, text=FIRST, image="red.png")
+    question = Question(id=0, text=FIRST, images=("red.png",))
     generate_answers(chat.model, chat.processor, [question], ImageStore(clips), max_new_tokens=1)
     assert asked.pop() == single
     parts = [{"type": "image"}, {"type": "text", "text": FIRST}]

@@ -23,7 +23,7 @@ def write_run(run: Path, right: int, asked: str = "x") -> None:
     for kind, truths in (("count", ["One", "One", "Two"]), ("where", ["At the top", "Below"])):
         for i in range(10):
             truth = truths[i % len(truths)]
-            questions.append(Question(id=i, text=f"{kind} {i}?", image=f"{i}.png", kind=kind, answer=truth))
+            questions.append(Question(id=i, text=f"{kind} {i}?", images=(f"{i}.png",), kind=kind, answer=truth))
             answers.append(truth if i < right else "<b>no</b>")
             lines.append(
                 {"question_id": i, "prompt": f"{kind} {i}?", "text": answers[-1], "image": f"{i}.png", "kind": kind,

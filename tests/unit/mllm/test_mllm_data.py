@@ -211,7 +211,7 @@ def test_collator_pads_right_and_keeps_image_order(tmp_path, folder, encoder):
 def test_a_broken_picture_is_named(folder):
     (folder / "broken.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(UserError, match=r"picture broken.png .*check_data"):
-        pixel_loader(ImageStore(folder), lambda image: torch.zeros(3, 2, 2))(["sub/0.png", "broken.png"])
+        pixel_loader(ImageStore(folder), lambda image: torch.zeros(1, 3, 2, 2))(["sub/0.png", "broken.png"])
 
 
 def test_truncated_samples_are_counted_across_workers(tmp_path, encoder):

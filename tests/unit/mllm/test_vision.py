@@ -373,7 +373,7 @@ def test_pad_keeps_the_whole_picture(runs):
     """A wide picture: `square` squashes it, `pad` puts bars of the mean colour above and below."""
     picture = np.zeros((16, 32, 3), dtype=np.uint8)
     encoders = [load_vision("clips", runs=runs, image_aspect_ratio=ratio) for ratio in ("square", "pad")]
-    square, pad = (image_pixels(encoder.image_processor, picture) for encoder in encoders)
+    square, pad = (image_pixels(encoder.image_processor, picture)[0] for encoder in encoders)
     assert square.shape == pad.shape == (3, 32, 32)
     assert pad[:, :6].abs().max() < 0.03  # the mean colour, up to rounding to 8 bits
     assert torch.allclose(pad[:, 10:22], square[:, 10:22])

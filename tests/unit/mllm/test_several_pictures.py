@@ -1,0 +1,176 @@
+"""Two pictures in one question through every route: training, evaluation, chat, terminal, page, server, stock pipeline.
+
+The routes must agree to the letter, and the training's loss must be the stock model's on the same ids. Both models
+walk them: the one that sees a picture in a square, and the one that sees it in tiles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny_chat
+import torch
+from PIL import Image
+from serve_process import ask, client_of, post, served
+from tiny_chat import SHORT
+from tiny_serve import CHAT, data_url, picture, user, with_picture
+from transformers import pipeline
+
+from clips.common.errors import UserError
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel
+from mllm.chat.session import ChatSession, ContextError
+from mllm.chat.terminal import Talk, load_image
+from mllm.chat.transcript import turn_text
+from mllm.chat.web_talk import Talk as PageTalk
+from mllm.chat.web_talk import answer, begin
+from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.questions import images_of, read_questions
+from mllm.encoders.registry import image_pixels
+from mllm.evaluation.evaluate import generate_answers
+from mllm.evaluation.scores import answer_line
+from mllm.training.trainer import TrainingModel
+
+model = tiny_chat.model  # a fixture
+TEXT, NAMES = "What is in the two pictures?", ("0.png", "3.png")
+"""A question, and pictures of two shapes."""
+
+
+@pytest.fixture(scope="module", params=["square", "tiles"])
+def place(request: pytest.FixtureRequest, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    if request.param == "square":
+        return made_once("tiny-chat", tiny_chat.write_place)
+    return made_once("tiny-tiles", partial(tiny_chat.write_place, image_aspect_ratio="anyres"))
+
+
+@pytest.fixture(scope="module")
+def files(place: Path) -> list[Path]:
+    return [place / "images" / name for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def expected(model: ChatModel, files: list[Path]) -> str:
+    """The stock pipeline's answer, which is another one if the pictures change places."""
+    stock = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+
+    def said(*shown: Path) -> str:
+        content = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in shown]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": TEXT}]}]
+        return stock(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+
+    assert said(*files) != said(*files[::-1])
+    return said(*files).strip()
+
+
+def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+    """Pictures stand before the text, or at the places that the text names; both batched with other questions."""
+    placed = {"image": list(NAMES), "text": f"<image>\n<image>\n{TEXT}"}
+    between = {"image": list(NAMES), "text": f"<image> and <image>: {TEXT}"}
+    lines = [{"image": list(NAMES), "text": TEXT}, placed, between, {"image": NAMES[0], "text": TEXT}, {"text": TEXT}]
+    lines += [{"image": list(NAMES), "text": "A cat?"}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines)))
+    asked, store = read_questions(path), ImageStore(place / "images")
+    answers = generate_answers(model.model, model.processor, asked, store, batch_size=6, max_new_tokens=8)
+    assert answers[:2] == [expected] * 2
+    assert answers == generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
+    assert len({*answers}) == 5
+    assert [images_of(json.loads(answer_line(q, "", ""))) for q in asked] == [images_of(line) for line in lines]
+    path.write_text(json.dumps({"question_id": 0, "text": TEXT, "image": ["0.png", 3]}))
+    with pytest.raises(UserError, match=r"record 0 .* image must be a path or a list of paths"):
+        read_questions(path)
+
+
+def test_chat_and_terminal(
+    model: ChatModel, files: list[Path], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = ChatSession(model)
+    images = [load_image(str(path)) for path in files]
+    assert "".join(session.ask(TEXT, images, SHORT)) == expected
+    cached = "".join(session.ask("And now?", (), SHORT))
+    assert session.last.cached_tokens > sum(model.image_tokens(images))
+    assert cached == "".join(ChatSession.from_turns(model, session.turns[:-1], images).answer(SHORT))
+    session.undo()
+    session.undo()
+    swapped = "".join(session.ask(TEXT, images[::-1], SHORT))
+    prompt = session.prompt_ids(session.turns[:1], model.image_tokens(images[::-1]))
+    assert session.last.cached_tokens == prompt.index(model.encoder.image_id)  # what stands before the first picture
+    assert swapped == "".join(ChatSession.from_turns(model, session.turns[:-1], images[::-1]).answer(SHORT)) != expected
+    talk = Talk(ChatSession(model), SHORT)
+    lines = iter([f"/image {files[0]}", str(files[1]), TEXT])
+    with pytest.raises(StopIteration):
+        talk.run(lambda: next(lines))
+    assert turn_text(talk.session.turns[-1]) == expected
+    assert "picture 2: " in capsys.readouterr().out
+
+
+def test_the_page(model: ChatModel, files: list[Path], expected: str) -> None:
+    talk = PageTalk()
+    begin({"text": TEXT, "files": list(map(str, files))}, talk, 1, Limits())
+    *_, (messages, _, _) = answer(talk, 0, lambda: model, 0.0, 8, Limits(), again=False)
+    assert [part.get("path") for part in messages[0]["content"]] == [*map(str, files), None]
+    assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:
+    """Also with one picture in an earlier message; more pictures than the context holds are refused unread."""
+    shown = [picture(data_url(path.read_bytes())) for path in files]
+    with served(model, "none", Limits(images=200)) as address:
+        client = client_of(address)
+        assert ask(client, user(*shown, TEXT)).choices[0].message.content == expected
+        turns = [user(shown[0], "One?"), {"role": "assistant", "content": "Yes."}, user(shown[1], TEXT)]
+        session = ChatSession(model)
+        session.turns = [
+            {"from": "human", "value": [{"type": "image"}, {"type": "text", "text": "One?"}]},
+            {"from": "gpt", "value": [{"type": "text", "text": "Yes."}]},
+        ]
+        session.images = [load_image(str(files[0]))]
+        later = "".join(session.ask(TEXT, [load_image(str(files[1]))], SHORT))
+        assert ask(client, *turns).choices[0].message.content == later
+        refused = post(address, with_picture("data:image/png;base64,broken", 200))
+        assert refused.status_code == 400
+        assert "200 pictures, but the model's context holds 31 at most" in refused.json()["error"]["message"]
+        assert post(address, CHAT).status_code == 200
+    with_tiles = bool(model.layout.pinpoints)
+    with served(model, "none", Limits(squares=5)) as address:
+        costly = post(address, CHAT | {"messages": [user(*shown, TEXT)]})
+    assert costly.status_code == (400 if with_tiles else 200)
+    assert not with_tiles or "read 8 squares for these 2 pictures, and the limit is 5" in costly.text
+    with pytest.raises(ContextError, match=r"\(16( to 88)? for each picture"):
+        ChatSession(model).ask(TEXT, [load_image(str(files[0]))] * 32)
+
+
+def test_training(model: ChatModel, place: Path, files: list[Path], tmp_path: Path) -> None:
+    """LLaVA-Interleave's form: a list of pictures, `<image>` at the start or between words; the prompt is chat's."""
+    said = [
+        {"from": "human", "value": f"<image>\n<image>\n{TEXT}"}, {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "<image> against <image>?"}, {"from": "gpt", "value": "Two dogs."},
+    ]  # fmt: skip
+    layout = model.layout
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
+    record = {"sample_id": 7, "image": [*NAMES, "1.png", "2.png"], "conversations": said, "metadata": {}}
+    path, store = tmp_path / "data.json", ImageStore(place / "images")
+    path.write_text(json.dumps([record, record | {"image": [*record["image"], "4.png"]}]))
+    with pytest.raises(UserError, match=r"sample 1 .* 5 image\(s\) but 4 <image>"):
+        LlavaDataset(path, model.encoder, store, tokens=tokens)
+    path.write_text(json.dumps([record]))
+    dataset = LlavaDataset(path, model.encoder, store, tokens=tokens)
+    load = pixel_loader(store, partial(image_pixels, model.processor.image_processor))
+    batch = Collator(model.processor.tokenizer.pad_token_id, load)([dataset[0]])
+    session = ChatSession(model)
+    "".join(session.ask(TEXT, [load_image(str(path)) for path in files], SHORT))
+    prompt = session.prompt_ids(session.turns[:1], model.image_tokens(session.images))
+    assert batch["input_ids"][0, : len(prompt)].tolist() == prompt
+    with torch.no_grad():
+        stock = batch | ({"image_sizes": torch.tensor(batch["image_sizes"])} if layout.pinpoints else {})
+        expected = model.model(**stock).loss
+        loss = TrainingModel(model.model, features=False, packed=False)(**batch)["loss"]
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    short = type(model.encoder)(model.processor.tokenizer, "auto", model.encoder.num_image_tokens, max_length=60)
+    with pytest.raises(UserError, match=r"its 4 image\(s\) take \d+ tokens, more than the context"):
+        LlavaDataset(path, short, store, tokens=tokens)

@@ -1,0 +1,325 @@
+"""Pictures in tiles: layout and ids as LLaVA-NeXT's own code and transformers', and every part that must know tiles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_chat
+import torch
+from PIL import Image
+from tiny_mllm import write_siglip
+from torch import Tensor
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    ViTImageProcessor,
+)
+from transformers.image_processing_utils import select_best_resolution
+
+from clips.common.errors import UserError
+from clips.common.tensors import read_weights
+from clips.data.images import MAX_PIXELS, decode_image, decoded_size
+from mllm.chat.model import ChatModel
+from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.images import ImageStore, pixel_loader
+from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
+from mllm.gguf.export import export_gguf
+from mllm.model.convert import convert_llava
+from mllm.model.tiles import NEWLINE, Layout
+from mllm.training.arguments import parse_train_arguments
+from mllm.training.features import FeatureCache
+from mllm.training.freeze import apply_freeze
+from mllm.training.trainer import TrainingModel
+
+# From the code of LLaVA-VL/LLaVA-NeXT at df17966, run on 2026-11-28: `get_anyres_image_grid_shape` of mm_utils.py, and
+# `unpad_image` with the lines of `prepare_inputs_labels_for_multimodal` around it (llava_arch.py), on numbered cells
+# with a newline of -1. Each row: (height, width) of the picture, tokens, CRC-32 of the cells' numbers as int64.
+OF_LLAVA_NEXT = [
+    ((336, 336), 1176, 1444864220),
+    ((335, 337), 1176, 234357399),
+    ((100, 100), 1176, 1444864220),
+    ((672, 672), 2928, 788625709),
+    ((673, 671), 2928, 788625709),
+    ((480, 640), 2340, 1767701650),
+    ((640, 480), 2352, 3733332293),
+    ((1080, 1920), 1948, 3930419758),
+    ((1920, 1080), 1968, 3488561806),
+    ((2160, 3840), 1948, 3930419758),
+    ((768, 1024), 2340, 1767701650),
+    ((1, 1), 1176, 1444864220),
+    ((1, 20000), 576, 2665816141),
+    ((20000, 1), 624, 1423204840),
+    ((2, 3000), 576, 2665816141),
+    ((3000, 2), 624, 1423204840),
+    ((7, 1000), 576, 2665816141),
+    ((336, 1008), 2328, 2945082420),
+    ((1008, 336), 2376, 920344349),
+    ((337, 1009), 2328, 2945082420),
+    ((336, 672), 1752, 989749611),
+    ((672, 336), 1776, 1342022121),
+    ((200, 600), 1360, 250474374),
+    ((600, 200), 1392, 2519047514),
+    ((256, 256), 1176, 1444864220),
+    ((500, 333), 1476, 1912970522),
+    ((333, 500), 1464, 1443932980),
+    ((427, 640), 2144, 3669865459),
+    ((640, 427), 2160, 2555452961),
+    ((1365, 2048), 2144, 3669865459),
+    ((570, 2351), 1890, 2532183556),
+    ((278, 1064), 1890, 2532183556),
+    ((502, 2049), 1890, 2532183556),
+    ((1861, 1954), 2830, 2956408120),
+    ((1574, 879), 1872, 3303155860),
+    ((404, 2018), 1598, 1301756614),
+    ((136, 1616), 1014, 3250477688),
+    ((1792, 28), 792, 1373199648),
+    ((1844, 1110), 1968, 3488561806),
+    ((957, 2441), 2088, 824490179),
+    ((438, 1320), 2328, 2945082420),
+    ((145, 111), 1376, 362691782),
+    ((124, 2237), 868, 1157600779),
+    ((57, 1581), 722, 1837703816),
+    ((907, 1748), 1752, 3111887319),
+    ((138, 2181), 868, 1157600779),
+    ((928, 1813), 1752, 3111887319),
+    ((2050, 2284), 2732, 1672284777),
+    ((974, 1435), 2144, 3669865459),
+    ((965, 916), 2832, 4246849805),
+]
+"""Squares of 336 px and patches of 14, LLaVA-NeXT's own canvases."""
+OF_NINE_CANVASES = [
+    ((24, 40), 44, 2761064071),
+    ((40, 24), 46, 3756050649),
+    ((36, 40), 88, 1965500994),
+    ((64, 64), 88, 1965500994),
+    ((95, 97), 172, 3880882385),
+    ((300, 20), 28, 1914854620),
+    ((20, 300), 16, 2537420579),
+    ((96, 32), 76, 3277896193),
+    ((1000, 999), 172, 3880882385),
+    ((33, 64), 52, 3857740425),
+]
+"""Squares of 32 px and patches of 8, canvases "(1x1),...,(3x3)"."""
+SIZES = [(24, 40), (40, 24), (64, 64), (1, 2000), (2000, 1), (97, 31), (33, 200)]
+
+
+@pytest.fixture(scope="module")
+def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("tiny-tiles", partial(tiny_chat.write_place, image_aspect_ratio="anyres"))
+
+
+@pytest.fixture(scope="module")
+def chat(place: Path) -> ChatModel:
+    return ChatModel.load(str(place / "runs" / "llava" / "model"), device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the layout
+
+
+def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
+    canvases = tuple((height, width) for height, width in grid_pinpoints(text, side))
+    return Layout((side // patch) ** 2, side, canvases)
+
+
+def test_tokens_and_order_are_llava_next_s() -> None:
+    for layout, facts in [
+        (layout_of(336, 14), OF_LLAVA_NEXT),
+        (layout_of(32, 8, "(1x1),...,(3x3)"), OF_NINE_CANVASES),
+    ]:
+        for size, tokens, crc in facts:
+            assert layout.tokens(size) == tokens, size
+            assert zlib.crc32(layout.order(size).tobytes()) == crc, size
+            assert layout.tokens(size) <= layout.most
+            assert layout.squares(size) <= layout.most_squares
+    assert len(OF_LLAVA_NEXT) + len(OF_NINE_CANVASES) >= 40
+    assert (layout_of(336, 14).most, layout_of(336, 14).most_squares) == (2928, 5)
+
+
+def slow_order(layout: Layout, size: tuple[int, int]) -> list[int]:
+    """Cell by cell: which tile and which cell in it a place of the canvas is, unless padding covers it."""
+    (height, width), g = size, round(layout.square**0.5)
+    high, wide = select_best_resolution(size, list(layout.pinpoints))
+    columns, rows = wide // layout.side * g, high // layout.side * g
+    top = left = 0
+    if width * rows > height * columns:
+        top = (rows - int(round(height * (columns / width), 7))) // 2
+    else:
+        left = (columns - int(round(width * (rows / height), 7))) // 2
+    found = list(range(layout.square))
+    for row in range(top, rows - top):
+        for column in range(left, columns - left):
+            tile = (row // g) * (wide // layout.side) + column // g
+            found.append((1 + tile) * layout.square + (row % g) * g + column % g)
+        found.append(NEWLINE)
+    return found
+
+
+def test_order_is_the_slow_one_and_transformers(chat: ChatModel) -> None:
+    """The stock model's packing and the stock processor's count agree on random sizes, extreme ones among them."""
+    model, processor = chat.model, chat.processor
+    assert isinstance(model, LlavaNextForConditionalGeneration)
+    assert isinstance(processor, LlavaNextProcessor)
+    layout, random = chat.layout, np.random.default_rng(0)
+    newline = model.model.image_newline.detach()
+    sizes = SIZES + [(int(h), int(w)) for h, w in random.integers(1, 300, (60, 2))]
+    assert layout == Layout.of(model.config) == layout_of(32, 8)
+    for size in sizes:
+        assert layout.order(size).tolist() == slow_order(layout, size), size
+        assert processor._get_num_multimodal_tokens([size])["num_image_tokens"] == [layout.tokens(size)]
+    cells = torch.randn(sum(map(layout.squares, sizes)), layout.square, len(newline))
+    parts = list(cells.split([layout.squares(size) for size in sizes]))
+    stock, counts = model.model.pack_image_features(parts, torch.tensor(sizes), "default", newline)
+    assert counts.tolist() == [layout.tokens(size) for size in sizes]
+    assert torch.equal(layout.arranged(cells, newline, sizes), torch.cat(stock))
+    with pytest.raises(ValueError, match="squares, but pictures"):
+        layout.arranged(cells[1:], newline, sizes)
+
+
+def test_canvases_are_read_as_llava_s_and_bounded() -> None:
+    """LLaVA names (width, height), transformers (height, width); the order decides between equal canvases."""
+    assert grid_pinpoints(None, 336) == [[336 * h, 336 * w] for w, h in CANVASES]
+    assert grid_pinpoints("[(336, 672), [672, 336]]", 336) == [[672, 336], [336, 672]]
+    assert grid_pinpoints("(1x2),...,(2x3)", 32) == [[64, 32], [96, 32], [64, 64], [96, 64]]
+    wrong = ["[]", "[(336, 0)]", "[(336, 340)]", "(1x1),...,(99999x99999)", "(2x2),...,(1x1)", "open('x')", "[" * 9999]
+    wrong += ["[(10080, 10080)]", "[(336,)]", "[(336.0, 336)]", "[(True, 336)]", "7", str([(336, 336)] * 65)]
+    for text in wrong:
+        with pytest.raises(UserError, match=r"--image_grid_pinpoints .* must be 1 to 64 pairs"):
+            grid_pinpoints(text, 336)
+
+
+def test_encoders_whose_tokens_form_no_grid_are_refused(place: Path, tmp_path: Path) -> None:
+    refused = "needs a square of 32 px with a token for each of its patches and no other"
+    with pytest.raises(UserError, match=refused):
+        load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", select_feature="full")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).save_pretrained(tmp_path / "dino")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dino")
+    with pytest.raises(UserError, match=refused):
+        load_vision(f"hf:{tmp_path / 'dino'}", image_aspect_ratio="anyres")
+    siglip = load_vision(write_siglip(tmp_path / "siglip"), image_aspect_ratio="anyres")  # has no CLS token
+    assert siglip.facts["tiles"] == siglip.most_tiles == 4
+    assert "32 px, whole and up to 4 tiles, 16 tokens × 32" in siglip.describe()
+    layout = layout_of(32, 8)
+    for height, width in SIZES:
+        squares = image_pixels(siglip.image_processor, Image.new("RGB", (width, height)))
+        assert squares.shape == (layout.squares((height, width)), 3, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP"])
+def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
+    """For every orientation, and where the picture is decoded smaller."""
+    for orientation in (None, *range(1, 9)):
+        file, exif = io.BytesIO(), Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        Image.new("RGB", (203, 301)).save(file, kind, **({} if kind == "BMP" or not orientation else {"exif": exif}))
+        for most in (None, 203 * 301, 9000, 500, 7):
+            image = decode_image(file.getvalue(), reduce_to=most)
+            assert decoded_size(file.getvalue(), reduce_to=most) == (image.height, image.width), (orientation, most)
+    with pytest.raises(Exception, match=r"image: .* above the limit"):
+        decoded_size(file.getvalue(), max_pixels=100)
+    assert MAX_PIXELS > 203 * 301
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def batch_of(chat: ChatModel, place: Path, load: Any, key: str = "pixel_values") -> dict[str, Any]:
+    """Samples with one picture, two pictures and none."""
+    store = ImageStore(place / "images")
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
+    two = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Red."}]
+    none = [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "the picture"}]
+    records = [
+        {"image": "0.png", "conversations": said},
+        {"image": ["4.png", "1.png"], "conversations": two},
+        {"conversations": none},
+    ]
+    path = place / "tiles.json"
+    path.write_text(json.dumps(records))
+    dataset = LlavaDataset(path, chat.encoder, store, tokens=ImageTokens(chat.layout.most, chat.layout.tokens))
+    assert dataset.modality_lengths[1] >= 2 * chat.layout.most
+    samples = [dataset[i] for i in range(3)]
+    return Collator(chat.processor.tokenizer.pad_token_id, load, key)(samples)
+
+
+def gradients(model: Any, batch: dict[str, Any], **options: bool) -> tuple[float, dict[str, Tensor]]:
+    training = TrainingModel(copy.deepcopy(model), **options)
+    apply_freeze(training.model, {"vision_tower": "frozen", "projector": "full", "language_model": "full"})
+    loss = training(**batch)["loss"]
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in training.trained().items() if p.grad is not None}
+
+
+def test_packed_rows_cached_features_and_the_newline(chat: ChatModel, place: Path, tmp_path: Path) -> None:
+    """Packing changes nothing, the cache only rounds to fp16, and a batch without pictures reaches the newline too."""
+    store = ImageStore(place / "images")
+    batch = batch_of(chat, place, pixel_loader(store, partial(image_pixels, chat.processor.image_processor)))
+    assert batch["image_sizes"] == [store.size(name) for name in ("0.png", "4.png", "1.png")]
+    assert len(batch["pixel_values"]) == sum(map(chat.layout.squares, batch["image_sizes"]))
+    loss, found = gradients(chat.model, batch, features=False, packed=False)
+    packed, others = gradients(chat.model, batch, features=False, packed=True)
+    assert packed == pytest.approx(loss, rel=1e-5)
+    assert found["image_newline"].norm() > 1e-4
+    for name, gradient in found.items():
+        assert torch.allclose(others[name], gradient, atol=1e-3 * float(gradient.abs().max())), name
+    vision = load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres")
+    cache = FeatureCache(vision, store, tmp_path)
+    assert cache.fill(["0.png", "4.png", "1.png", "0.png"]) == 3
+    again = FeatureCache(vision, store, tmp_path)
+    assert again.fill(["1.png", "4.png"]) == 0
+    cached = batch_of(chat, place, again.get, "image_features")
+    assert len(cached["image_features"]) == len(batch["pixel_values"])
+    assert gradients(chat.model, cached, features=True)[0] == pytest.approx(loss, rel=2e-3)
+    text = {name: batch[name][2:] for name in ("input_ids", "labels", "attention_mask")}
+    _, without = gradients(chat.model, text, features=True)
+    assert torch.equal(without["image_newline"], torch.zeros_like(without["image_newline"]))
+
+
+def test_flags() -> None:
+    common = ["--stage", "2", "--data_path", "x.json", "--device", "cpu"]
+
+    def resolved(*flags: str) -> Any:
+        return parse_train_arguments([*common, *flags]).resolve(1)
+
+    tiles = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "(1x1),...,(2x2)"]
+    assert resolved(*tiles, "--mm_patch_merge_type", "spatial_unpad") == resolved(*tiles)
+    assert resolved("--mm_patch_merge_type", "flat") == resolved()
+    for flags, message in [
+        ((*tiles, "--mm_patch_merge_type", "flat"), "flat does not go with --image_aspect_ratio anyres"),
+        (("--mm_patch_merge_type", "spatial_unpad"), "spatial_unpad does not go with --image_aspect_ratio pad"),
+        (tiles[2:], "are the canvases of --image_aspect_ratio anyres"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            resolved(*flags)
+
+
+# ---------------------------------------------------------------------------------------------- the saved model
+
+
+def test_the_saved_model_keeps_its_newline_and_is_refused_elsewhere(
+    chat: ChatModel, place: Path, tmp_path: Path
+) -> None:
+    directory = place / "runs" / "llava" / "model"
+    kept = read_weights(directory / "mm_projector.bin")["model.image_newline"]
+    assert torch.equal(kept, chat.model.model.image_newline)
+    assert json.loads((directory / "config.json").read_text())["image_grid_pinpoints"] == grid_pinpoints(None, 32)
+    assert "up to 88 tokens per image" in (directory / "README.md").read_text()
+    with pytest.raises(UserError, match=r"in tiles \(anyres\), .* llama.cpp"):
+        export_gguf(str(directory), tmp_path / "gguf")
+    with pytest.raises(UserError, match="only models of one square are converted"):
+        convert_llava(str(directory), tmp_path / "llava-model", "llava")
