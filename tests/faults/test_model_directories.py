@@ -121,7 +121,7 @@ FOUND = [
     ("original", "generation_config.json", ("eos_token_id",), [[]]),
     ("original", "tokenizer_config.json", ("model_max_length",), [0]),
 ]
-"""Of 1,900 attacks on every JSON file of 26 directories: each ended in a traceback, at the loading or at an answer."""
+"""Telling cases of 1,846 attacks on the JSON files of 26 loaders and directories: each ended in a traceback."""
 
 
 def load_original(place: Path) -> None:
