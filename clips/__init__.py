@@ -28,7 +28,15 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         ensure_any_demo,
         is_of_demo,
     )
-    from clips.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_BYTES, MAX_PIXELS, decode_image, decoded_size
+    from clips.data.images import (
+        ENDINGS,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        MAX_BYTES,
+        MAX_PIXELS,
+        decode_image,
+        decoded_size,
+    )
     from clips.data.sample import BrokenSample, RawSample, StoredSample
     from clips.data.sentences import split_sentences
     from clips.data.sidecar import stamp

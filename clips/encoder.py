@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, reason
 from clips.common.escape import for_terminal
 from clips.common.files import read_bytes
 from clips.common.paths import cache_root, is_remote
@@ -35,7 +35,7 @@ from clips.common.runtime import choose_device
 from clips.common.tensors import hash_weights
 from clips.config import CaptionerInputs
 from clips.data.demo import PROMPTS
-from clips.data.images import MAX_BYTES, decode_image, eval_transform, to_rgb
+from clips.data.images import ENDINGS, MAX_BYTES, decode_image, eval_transform, to_rgb
 from clips.data.remote import read_whole
 from clips.data.sample import BrokenSample
 from clips.evaluation.encode import encode_images, encode_texts, prompt_features
@@ -72,9 +72,11 @@ class CLIPS:
         self.model = loaded.model.to(device).eval().requires_grad_(False)
         self.tokenizer = loaded.tokenizer
         self.path = loaded.path
+        self.data = loaded.run.data.train
+        """What it was trained on: "demo", files, or nothing if the checkpoint does not say."""
         self.device = device
         self._transform = eval_transform(self.image_size)
-        self.templates = tuple(PROMPTS) if loaded.run.data.train == "demo" else default_templates()
+        self.templates = tuple(PROMPTS) if self.data == "demo" else default_templates()
         """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
         self._kept: dict[Path, Index] = {}
@@ -320,21 +322,24 @@ def _open(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
         data = read_whole(str(image), MAX_BYTES) if is_remote(str(image)) else read_bytes(image, MAX_BYTES)
         return decode_image(data)
     except (OSError, ImportError, ValueError, BrokenSample) as error:
-        reason = error.reason if isinstance(error, BrokenSample) else getattr(error, "strerror", None) or error
-        raise UserError(f"{image}: {reason}") from None
+        raise UserError(f"{image}: {error.reason if isinstance(error, BrokenSample) else reason(error)}") from None
 
 
 def search_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/search.py does: index the folder or open its index, then print the nearest pictures."""
     if (flags.text is None) == (flags.image is None):
         raise UserError("say what to look for: a text, or a picture with --image")
+    picture = flags.image
+    if picture is None and flags.text.lower().endswith(ENDINGS) and Path(flags.text).is_file():
+        picture = flags.text  # a name that a person gives first, and no encoder was trained on names of files
     model = CLIPS.from_pretrained(flags.model, device=flags.device)
     index, file = model.kept_index(flags.pictures, file=flags.index, workers=flags.jobs)
     left_out = f"; {index.skipped:,} could not be read" if index.skipped else ""
     print(
-        for_terminal(f"{len(index):,} pictures of {flags.pictures}{left_out}; their index is {file}"), file=sys.stderr
+        for_terminal(f"{len(index):,} pictures of {flags.pictures}{left_out}, encoder {model.path}; index {file}"),
+        file=sys.stderr,
     )
-    query = flags.text if flags.image is None else _open(flags.image)
+    query = flags.text if picture is None else _open(picture)
     matches = index.search(query, flags.k)
     for match in matches:
         print(for_terminal(f"{match.score:.3f}  {match.path}"))

@@ -72,6 +72,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def reason(error: BaseException) -> str:
+    """The words of an error, without an OSError's number and path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def in_one_line(error: BaseException) -> str:
     """`ValueError: …, at report.py:44` (this project's last line), for a message instead of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, reason
 
 T = TypeVar("T")
 MANIFEST = "MANIFEST.json"
@@ -172,10 +172,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_records(path: Path) -> list[Any]:
     """The raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
     path = Path(path)
+    if path.suffix in (".csv", ".tsv", ".parquet") or path.is_dir():
+        raise UserError(f"{path} is no LLaVA JSON or JSONL file: docs/llava.md#data makes one of captions")
     try:
         text = read_regular(path, -1).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}; give a LLaVA JSON or JSONL file") from None
+        raise UserError(f"data file {path} cannot be read: {reason(error)}; give a LLaVA JSON or JSONL file") from None
     if path.suffix == ".jsonl":
         records = []
         for number, line in enumerate(text.split("\n"), 1):

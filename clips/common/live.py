@@ -82,6 +82,9 @@ def say_next(command: str) -> None:
 
 
 def in_words(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """A time as every plan, progress line and page tells it: 45 s, 1.5 min, 38 min, 2.5 h, 3.0 days."""
+    for unit, name, most in ((1, "s", 59.5), (60, "min", 5400), (3600, "h", 48 * 3600)):
+        if seconds < most:
+            decimals = 1 if unit > 1 and seconds < 9.95 * unit else 0
+            return f"{seconds / unit:.{decimals}f} {name}"
+    return f"{seconds / 86400:,.1f} days"

@@ -17,6 +17,12 @@ LIVE = 1_000_000_000
 """Parameters that ZeRO-3 leaves gathered, its stage3_max_live_parameters."""
 
 
+def gigabytes(size: float) -> str:
+    """`size` bytes in GB with one decimal; two digits below 1 GB, since 0.0 says nothing."""
+    gb = size / 1e9
+    return f"{gb:.1f}" if gb >= 0.95 or gb == 0 else f"{gb:.2g}"
+
+
 @dataclass(frozen=True)
 class Parameters:
     """The numbers of a model's parameters."""

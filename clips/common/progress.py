@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from clips.common.files import write_atomically
+from clips.common.live import in_words
 from clips.common.rundir import parse_line
 
 TAIL = 1 << 16
@@ -27,7 +28,7 @@ class Progress:
     """Time of this state, in seconds since the epoch."""
 
     def __str__(self) -> str:
-        left = "" if self.seconds_left is None else f", {self.seconds_left / 60:.1f} min left"
+        left = "" if self.seconds_left is None else f", {in_words(self.seconds_left)} left"
         return f"{100 * self.done // max(1, self.planned)} %{left}"
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from clips.common.files import read_regular
 from clips.config import Fields
+from clips.data.images import ENDINGS
 
 log = logging.getLogger("clips.data")
 NAMES = {
@@ -27,7 +28,6 @@ NAMES = {
     "long": ("long", "long_caption", "re_caption", "recaption", "dense_caption"),
 }
 """Part of a sample → usual names of its column, JSON key or member; the first one that is there counts."""
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 HELD_OUT = ("test", "val", "dev")
 LONGEST_TEXT = 1 << 18
 """Bytes of a text file beside a picture."""
@@ -158,7 +158,7 @@ class PictureFolder:
             texts = {name[:-4] for name in names if name.endswith(".txt")}
             for name in sorted(names):
                 stem, suffix = os.path.splitext(name)
-                if suffix.lower() in PICTURES and name[0] != ".":
+                if suffix.lower() in ENDINGS and name[0] != ".":
                     path = os.path.relpath(os.path.join(place, name), folder)
                     found[stem not in texts].append(path)
         return found

@@ -40,6 +40,8 @@ KEPT = 2
 of the final side: squashing averages the lost detail away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is left out."""
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+"""Endings, in lower case, by which a file of a folder counts as a picture of FORMATS."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_ASPECT = (3 / 4, 4 / 3)

@@ -13,7 +13,7 @@ from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
 from clips.data.demo import demo_split
-from clips.data.images import MAX_BYTES
+from clips.data.images import ENDINGS, MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
@@ -104,19 +104,14 @@ class KarpathySet:
 class PictureSet:
     """The images of a folder and of the folders in it, in the order of their names."""
 
-    suffixes = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
     pattern, expected = "**/*", "files in it or in its folders"
 
     def __init__(self, root: Path, pattern: str | None = None) -> None:
         self.root = Path(root).resolve()
-        found = (
-            path for path in sorted(self.root.glob(pattern or self.pattern)) if path.suffix.lower() in self.suffixes
-        )
+        found = (path for path in sorted(self.root.glob(pattern or self.pattern)) if path.suffix.lower() in ENDINGS)
         self.files = [path.relative_to(self.root).as_posix() for path in found]
         if not self.files:
-            raise UserError(
-                f"{root} holds no images: expected {self.expected}, named {', '.join(sorted(self.suffixes))}"
-            )
+            raise UserError(f"{root} holds no images: expected {self.expected}, named {', '.join(ENDINGS)}")
 
     def __len__(self) -> int:
         return len(self.files)

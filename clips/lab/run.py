@@ -6,7 +6,6 @@ works on it, also by a child process that outlives a killed study.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from clips.common.errors import CommandError
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
 from clips.common.jobs import Commands, locked
+from clips.common.live import in_words
 from clips.lab.grid import COST, RECORD, Cell, Step
 
 WAITS, LOCK, DONE = "waits", "waits for its lock", "done"
@@ -74,7 +74,7 @@ class Runner:
             **{cell.variant: cell.about for cell in self.cells if cell.about},
             "cells": f"{todo} of {len(self.cells)} to run, {self.jobs} at a time",
             **(facts or {}),
-            "time": f"about {math.ceil(seconds / 60)} min, {source}",
+            "time": f"about {in_words(seconds)}, {source}",
         }
         for name, value in lines.items():
             self.console.print(f"  [bold]{for_rich(name):<10}[/] {for_rich(value)}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure as Plot
 
 from clips.common.errors import UserError
 from clips.common.escape import for_plot
+from clips.common.live import in_words
 from clips.common.page import Table, save_plot
 from clips.common.plots import LIGHT, SERIES, Theme, check_format
 from clips.common.rundir import UNSEEN, deciding_name
@@ -146,7 +147,7 @@ def _how(result: Mapping[str, Any]) -> list[Block]:
         (name, variant["recipe"], " ".join(variant["settings"]) or "as it is", str(len(variant["runs"])))
         for name, variant in result["variants"].items()
     ]
-    took = f"{result['seconds'] / 60:.0f} minutes, {result['jobs']} runs at a time; finished runs are not repeated"
+    took = f"{in_words(result['seconds'])}, {result['jobs']} runs at a time; finished runs are not repeated"
     return [
         Paragraph(f"{result['command']} ({took})", "Command"),
         *([Table(("variant", "recipe", "settings", "runs"), rows, css_class({}))] if rows else []),

@@ -16,7 +16,7 @@ from clips.common.flags import Parser
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
 from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
-from clips.recipes import debug_twin, recipe, with_tower
+from clips.recipes import RECIPES, debug_twin, recipe, with_tower
 
 
 def parser() -> Parser:
@@ -24,7 +24,7 @@ def parser() -> Parser:
         "Pretrain a CLIPS encoder: the demo by default, your own image / web caption / long caption "
         "triples with --data."
     )
-    p.add_argument("--recipe", default="demo", help="what to train: a name from clips/recipes.py")
+    p.add_argument("--recipe", default="demo", help=f"what to train: {', '.join(RECIPES)}")
     p.add_argument(
         "--tower",
         default="clips",
@@ -36,7 +36,8 @@ def parser() -> Parser:
     p.add_argument("--output", default="runs", help="where runs are written")
     p.add_argument(
         "--data",
-        help="training data: a folder, pattern or URL of tar shards, or a .csv/.jsonl/.parquet table "
+        help="training data: a folder, pattern or URL of tar shards, a .csv/.tsv/.jsonl/.parquet table, a folder of "
+        "the datasets library, or a folder of pictures with texts beside them "
         "(default: the recipe's, which is the demo data for demo, clip_baseline, caption and caption_web)",
     )
     p.add_argument(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from clips.common.errors import BrokenDataError
+from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
 from clips.training.log import RunLog
 from clips.training.watchdog import OwnTime, slow_ranks
@@ -153,7 +154,7 @@ class Meter:
         elapsed = time.perf_counter() - self.started
         done = state.samples - self.first
         return (
-            f"trained on {done:,} samples in {elapsed / 60:.1f} min: {done / elapsed:,.0f} samples/s, "
+            f"trained on {done:,} samples in {in_words(elapsed)}: {done / elapsed:,.0f} samples/s, "
             f"{self.waiting_total / elapsed:.1%} of the time spent waiting for data"
         )
 

@@ -21,6 +21,8 @@ from rich.table import Table
 from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
+from clips.common.live import in_words
+from clips.common.memory import gigabytes
 from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import autocast, has_bf16
@@ -299,11 +301,6 @@ def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]
     return max(usages, key=lambda found: found.total)
 
 
-def duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
     previous: checkpoint.Checkpoint | None, zero: Mapping[str, Any], beginning: Beginning | None = None,
@@ -342,15 +339,13 @@ def print_plan(
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
     seconds = estimated_seconds(run, reached_flops(run, model.visual, device), ranks, done)
-    table.add_row("time", f"about {duration(seconds)} (rough)")
+    table.add_row("time", f"about {in_words(seconds)} (rough)")
     memory = most_memory(run, device.type, ranks, zero)
-    host = f", {memory.host / 1e9:.1f} GB of them the machine's" if memory.host else ""
-    table.add_row(
-        "memory",
-        f"about {(memory.total + memory.host) / 1e9:.1f} GB a rank at most{host}: "
-        f"{memory.weights / 1e9:.1f} weights, {memory.optimizer / 1e9:.1f} optimizer, "
-        f"{memory.working / 1e9:.1f} gradients and activations, {memory.buffers / 1e9:.1f} DeepSpeed's buffers",
-    )
+    host = f", {gigabytes(memory.host)} GB of them the machine's" if memory.host else ""
+    parts_of = {"weights": memory.weights, "optimizer": memory.optimizer}
+    parts_of |= {"gradients and activations": memory.working, "DeepSpeed's buffers": memory.buffers}
+    shown = ", ".join(f"{gigabytes(size)} {name}" for name, size in parts_of.items() if size)
+    table.add_row("memory", f"about {gigabytes(memory.total + memory.host)} GB a rank at most{host}: {shown}")
     table.add_row("writes to", for_rich(str(run_dir)))
     if previous is not None:
         table.add_row("goes on from", for_rich(f"{previous.path} ({done:,} samples)"))

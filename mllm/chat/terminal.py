@@ -18,8 +18,8 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 
-from clips import MAX_BYTES, MAX_PIXELS
-from clips.common.errors import Stopped, UserError
+from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
+from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import visible_pieces
 from clips.common.paths import cache_root
 from mllm.chat.limits import Limits, fetch_image, read_image
@@ -29,7 +29,6 @@ from mllm.model.load import newest_model
 
 OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
 """Limits of pictures that the person at the keyboard names."""
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def load_image(place: str) -> Image:
@@ -44,7 +43,7 @@ def load_image(place: str) -> Image:
             raise UserError(f"the file is larger than {OWN_IMAGES.image_bytes:,} bytes")
         return read_image(Path(path).read_bytes(), OWN_IMAGES)
     except (UserError, OSError) as error:
-        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{place}: {reason(error)}") from None
 
 
 def _local_path(word: str) -> str:
@@ -58,7 +57,7 @@ def dropped_files(line: str) -> list[str]:
     """
 
     def is_file(word: str) -> bool:
-        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(IMAGE_SUFFIXES)
+        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(ENDINGS)
         return named and os.path.isfile(_local_path(word))
 
     try:

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clips import CLIPS, CONCEPTS
+from clips import CLIPS, CONCEPTS, is_of_demo
 from clips.common.errors import UserError
 from mllm.chat import web_talk
 from mllm.chat.hosts import HostMiddleware
@@ -57,6 +57,8 @@ One model is here, `{name}`. Two models answer the same question side by side.
 - A second model of another encoder: `bash scripts/train_llava.sh --vision clip`
 - Then this page with both: `python scripts/chat.py --web`, or with a model elsewhere: `--compare-with MODEL`
 """
+LABELS = ("a person", "an animal", "a plant", "food", "a vehicle", "a building", "a landscape", "a drawing", "a text")
+"""Labels at the start for an encoder of other data than the demo's; the visitor writes better ones."""
 BARS, FOUND = 8, 12
 QUESTION_BYTES = 2**20
 """Longest body that is no upload: a question's text. Its JSON takes up to 55 times as many bytes."""
@@ -191,8 +193,10 @@ class _ImagePath(gr.Image):
 
 
 # ---------------------------------------------------------------------------------------------- the encoder's view
-def _encoder_view(tab: gr.Tab, encoders: Pool[CLIPS], things: list[tuple[str, str]], limits: Limits) -> None:
-    """The tab with zero-shot bars and the patch map; it opens with the first of `things`."""
+def _encoder_view(
+    tab: gr.Tab, encoders: Pool[CLIPS], things: list[tuple[str, str]], known: Sequence[str], limits: Limits
+) -> None:
+    """The tab with zero-shot bars of the `known` labels and the patch map; it opens with the first of `things`."""
     names = encoders.names
     with gr.Row(elem_classes="encoder"):
         with gr.Column(min_width=300):
@@ -210,7 +214,7 @@ def _encoder_view(tab: gr.Tab, encoders: Pool[CLIPS], things: list[tuple[str, st
             bars = gr.Label(label="Which label?", num_top_classes=BARS, show_heading=False)
             with gr.Accordion("Labels to choose from", open=False):
                 labels = gr.Textbox(
-                    ", ".join(CONCEPTS), label="Labels", show_label=False, container=False, lines=4, max_lines=8
+                    ", ".join(known), label="Labels", show_label=False, container=False, lines=4, max_lines=8
                 )
 
     def see(encoder: str, path: str | None, word: str, labels: str) -> tuple[Any, Any, str]:
@@ -272,6 +276,7 @@ def build(
     limits: Limits,
     *,
     things: list[tuple[str, str]],
+    labels: Sequence[str],
     pictures: tuple[Path, str] | None,
 ) -> gr.Blocks:
     """The page; it has two tabs without `encoders`, and no search without `pictures`, a folder and a pattern in it."""
@@ -283,7 +288,7 @@ def build(
             _conversation(models, 2, examples, limits)
         if encoders.names:
             with gr.Tab("Encoder") as tab:
-                _encoder_view(tab, encoders, things, limits)
+                _encoder_view(tab, encoders, things, labels, limits)
         if encoders.names and pictures is not None:
             with gr.Tab("Search"):
                 _search_view(encoders, *pictures, limits)
@@ -364,15 +369,21 @@ class ContentPolicy:
         await self.app(scope, receive, with_policy)
 
 
-def _points_at(encoders: Pool[CLIPS], path: Path, thing: str, place: str) -> float:
-    """How well the first encoder's map points at `thing`; 0 for an encoder that has no map."""
-    if not encoders.names:
-        return 0.0
+def _points_at(encoder: CLIPS, path: Path, thing: str, place: str) -> float:
+    """How well the encoder's map points at `thing`; 0 for an encoder that has no map."""
     try:
         image = web_talk.read_upload(str(path), Limits())
-        return share_in_corner(encoders.get(encoders.names[0]), image, thing, place, list(CONCEPTS))
+        return share_in_corner(encoder, image, thing, place, list(CONCEPTS))
     except UserError:  # the tab will say it
         return 0.0
+
+
+def _of_demo(encoders: Pool[CLIPS]) -> CLIPS | None:
+    """The first encoder, if it was trained on the demo: it has names for the demo's things."""
+    with contextlib.suppress(UserError):  # the tab will say it
+        first = encoders.get(encoders.names[0]) if encoders.names else None
+        return first if first is not None and is_of_demo(first.data) else None
+    return None
 
 
 def launch(
@@ -402,8 +413,10 @@ def launch(
     encoders = trained_encoders(RUNS, options.get("device", "auto"))
     unseen = EXAMPLES / IMAGES if any((EXAMPLES / IMAGES).glob(UNSEEN_PICTURES)) else None
     place = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES) if unseen else None
-    examples, things = example_questions(EXAMPLES, names[0]), example_things(EXAMPLES, partial(_points_at, encoders))
-    page = build(models, encoders, examples, limits, things=things, pictures=place)
+    examples, of_demo = example_questions(EXAMPLES, names[0]), _of_demo(encoders)
+    things = example_things(EXAMPLES, partial(_points_at, of_demo)) if of_demo else []
+    labels = list(CONCEPTS) if of_demo else LABELS
+    page = build(models, encoders, examples, limits, things=things, labels=labels, pictures=place)
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,

@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 from clips import CLIPS, CONCEPTS, newest_export
 from clips.common.errors import UserError
 from clips.common.escape import LONGEST, for_markdown
-from clips.common.files import from_json, read_bytes, read_json, read_json_records
+from clips.common.files import from_json, read_bytes, read_json_records
 from clips.common.hub import resolve
 from mllm.data.demo import IMAGES, QUESTIONS
 from mllm.data.questions import images_of, read_questions
-from mllm.model.load import FACTS, model_name, newest_model, vision_facts
+from mllm.model.load import FACTS, data_of, model_name, newest_model, vision_facts
 
 EXAMPLES = 6
 """Example questions on the page."""
@@ -67,11 +67,10 @@ def about(name: str) -> str:
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model {name}: its {FACTS} is damaged ({error!r}); the model loads without it") from None
     line = for_markdown(f"{model_name(name)} · language model {llm} · encoder {encoder}", LONGEST)
-    learned = read_json(directory / FACTS).get("trained_on") or {}
-    if "demo" in learned.values():
+    data = data_of(directory)
+    if "demo" in data:
         return f"**Trained on drawings of {len(CONCEPTS)} things; it knows nothing else.** {line}"
-    data = ", ".join(dict.fromkeys(map(str, learned.values())))
-    return f"**Trained on {for_markdown(data, LONGEST)}.** {line}" if data else line
+    return f"**Trained on {for_markdown(', '.join(data), LONGEST)}.** {line}" if data else line
 
 
 def _encoder(facts: dict[str, Any]) -> str:
@@ -84,9 +83,10 @@ def _encoder(facts: dict[str, Any]) -> str:
 def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str]]:
     """(picture, question) of demo test scenes, one of each kind of question first; none if `data` does not exist.
 
-    If `model` was measured, these are questions that it answered rightly.
+    If `model` was measured, these are questions that it answered rightly. A model of other data has no examples.
     """
-    if not (data / QUESTIONS).is_file():
+    learned = data_of(model) if model else []
+    if not (data / QUESTIONS).is_file() or (learned and "demo" not in learned):
         return []
     answers = Path(model).parent / "evaluation" / "answers.jsonl"
     lines = read_json_records(answers) if answers.is_file() else []
@@ -104,12 +104,13 @@ def example_questions(data: Path, model: str | Path = "") -> list[tuple[str, str
 def example_things(data: Path, shows: Callable[[Path, str, str], float]) -> list[tuple[str, str]]:
     """(picture, thing in it) of demo test scenes, for the map of patches; none if `data` does not exist.
 
-    Those come first whose map points best at the thing: `shows` is told picture, thing and question.
+    Those come first whose map points best at the thing: `shows` is told picture, thing and question. It encodes a
+    picture, while the page waits: only EXAMPLES scenes are looked at.
     """
     if not (data / QUESTIONS).is_file():
         return []
     named = [q for q in read_questions(data / QUESTIONS) if q.kind == "identity" and q.images and q.answer]
-    chosen = [(data / IMAGES / q.images[0], re.sub("^An? ", "", str(q.answer)), q.text) for q in named[: 4 * EXAMPLES]]
+    chosen = [(data / IMAGES / q.images[0], re.sub("^An? ", "", str(q.answer)), q.text) for q in named[:EXAMPLES]]
     chosen.sort(key=lambda example: -shows(*example))  # stable
     return [(str(path), thing) for path, thing, _ in chosen]
 

@@ -39,7 +39,7 @@ from mllm.evaluation.batches import Seen, drawn_at, generate_inputs, make_batche
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
 from mllm.model.card import add_evaluation
-from mllm.model.load import load_llava, model_name, newest_model
+from mllm.model.load import data_of, load_llava, model_name, newest_model
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 DEMO_QUESTIONS = "the demo's held-out questions"
@@ -189,6 +189,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     elif flags.image_folder or answers_file:
         raise UserError("--image-folder and an --output FILE.jsonl are for your own questions: give --questions, too")
     else:
+        _check_knows_the_demo(directory)
         demo = ensure_any_llava_demo(DEMO_DIR)
         files, store = demo_questions(demo), ImageStore(demo / IMAGES)
         sets = {key: draw_evenly(read_questions(file), flags.limit) for key, file in files.items()}
@@ -234,11 +235,13 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             "environment": environment(model.device, world_size=1),
         } | figures
         write_json(out / "figures.json", figures)
-        if _part(vars(flags)) == "" and Path(directory).is_dir():
-            run_dir = Path(directory).parent
-            if store is not None and (run_dir / METRICS).is_file():
-                with never_in_the_way(f"the report of {run_dir} is not written"):
-                    console.print(f"report → {for_rich(str(write_report(run_dir, store)))}")
+        run_dir, is_whole = Path(directory).parent, _part(vars(flags)) == ""
+        is_own = flags.questions and not (answers_file or flags.limit or flags.num_chunks > 1)
+        if (is_whole or is_own) and store is not None and (run_dir / METRICS).is_file():
+            with never_in_the_way(f"the report of {run_dir} is not written"):
+                report = write_report(run_dir, store, out if is_own else None)
+                console.print(f"report → {for_rich(str(report))}")
+        if is_whole and Path(directory).is_dir():
             with never_in_the_way(f"the figures are not on the card of {directory}"):
                 add_evaluation(Path(directory), DEMO_QUESTIONS, figures)
                 if UNSEEN in figures:
@@ -247,6 +250,17 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
         console.print(for_rich(f"figures → {out / 'figures.json'}"))
         say_next(f"python scripts/chat.py --model {shlex.quote(str(directory))}")
     return figures
+
+
+def _check_knows_the_demo(directory: str) -> None:
+    """Raises UserError for a model that was trained here, and on other data: the demo's drawings measure nothing."""
+    data = data_of(directory)
+    if data and "demo" not in data:
+        raise UserError(
+            f"{directory} was trained on {', '.join(data)}, so that the demo's questions say nothing about it. Give "
+            "your own: --questions question.jsonl --image-folder PICTURES. A line has question_id, image and text, and "
+            "answer if it can be scored"
+        )
 
 
 def _part(flags: Mapping[str, Any]) -> str:

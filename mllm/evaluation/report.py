@@ -11,6 +11,7 @@ from typing import Any
 
 from clips import BrokenSample
 from clips.common.files import read_json, read_json_records, replacing
+from clips.common.live import in_words
 from clips.common.page import Table, render, themed, thumbnail
 from clips.common.plots import Panel, curves_plot
 from clips.common.rundir import METRICS, REPORT, UNSEEN, read_metrics
@@ -31,23 +32,31 @@ KINDS = {
 }
 
 
-def write_report(run_dir: Path, store: ImageStore) -> Path:
+def write_report(run_dir: Path, store: ImageStore, own: Path | None = None) -> Path:
     """Write `run_dir`/report/index.html from the run's records and its evaluation; returns its path.
 
-    `store` has the pictures of the questions.
+    `store` has the pictures of the questions. `own` is the folder of an evaluation on other questions than the demo's:
+    the page goes there.
     """
-    figures = read_json(run_dir / "evaluation" / "figures.json")
-    answers = _answers(run_dir, UNSEEN_ANSWERS if UNSEEN in figures else "answers")
-    measured = _measured(figures, read_json(run_dir.parent / BLIND / "evaluation" / "figures.json"), answers)
-    with replacing(run_dir / Path(REPORT).parent) as directory:
+    evaluation = own or run_dir / "evaluation"
+    figures = read_json(evaluation / "figures.json")
+    answers = _answers(evaluation / f"{_deciding(figures)}.jsonl")
+    others = run_dir.parent / BLIND / "evaluation" / (evaluation.name if own else "")
+    measured = _measured(figures, read_json(others / "figures.json"), answers)
+    page_of = own or run_dir
+    with replacing(page_of / Path(REPORT).parent) as directory:
         page = render("mllm.evaluation", "report.html.j2", **_shown(run_dir, store, figures, answers, measured))
         (directory / Path(REPORT).name).write_text(page, encoding="utf-8")
-    return run_dir / REPORT
+    return page_of / REPORT
 
 
-def _answers(run_dir: Path, name: str) -> list[dict[str, Any]]:
+def _deciding(figures: dict[str, Any]) -> str:
+    """The name of the set of answers that the page shows: the unseen artist's, or the only one."""
+    return UNSEEN_ANSWERS if UNSEEN in figures else next(iter(figures.get("sets", {})), "answers")
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
     """The lines of an evaluation's answers that have a truth."""
-    path = run_dir / "evaluation" / f"{name}.jsonl"
     lines = read_json_records(path) if path.is_file() else []
     return [line for line in lines if line.get("expected") is not None]
 
@@ -69,7 +78,7 @@ def _measured(
     Chance is the commonest answer of the kind. Blind is None unless `others`, of a model on the encoder blind, are of
     the same questions.
     """
-    key, decides = (UNSEEN_ANSWERS, UNSEEN) if UNSEEN in figures else ("answers", "")
+    key, decides = _deciding(figures), UNSEEN if UNSEEN in figures else ""
     asked = [found.get("sets", {}).get(key, {}).get("questions") for found in (figures, others)]
     found, blind = (one.get(decides, {}) if decides else one for one in (figures, others))
     blind = blind if asked[0] == asked[1] else {}
@@ -115,7 +124,7 @@ def _shown(
         "has_blind": any(found["blind"] is not None for found in measured.values()),
         "curves": [themed(partial(curves_plot, [panel]), panel.title) for panel in panels],
         "tiles": [
-            (f"{found['train_seconds'] / 60:.1f} min", f"stage {stage}", f"{found['samples']:,} samples, "
+            (in_words(found["train_seconds"]), f"stage {stage}", f"{found['samples']:,} samples, "
              f"{found['samples_per_s']:.1f} a second, {found['peak_memory_gb']:.1f} GB")
             for stage, found in done.items()
         ],

@@ -96,6 +96,12 @@ def vision_facts(directory: Path) -> dict[str, Any] | None:
     return read_json(directory / FACTS)["vision_encoder"] if (directory / FACTS).is_file() else None
 
 
+def data_of(directory: str | Path) -> list[str]:
+    """The data that a model trained here learned: "demo", or names of files; empty if the model has no record."""
+    learned = read_json(Path(directory) / FACTS).get("trained_on") or {}
+    return list(dict.fromkeys(map(str, learned.values())))
+
+
 def model_name(directory: str) -> str:
     """A model's name: its run's name for a run's `model` directory, else its own."""
     path = Path(directory)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from clips.common.escape import for_rich
 from clips.common.files import read_json, write_json
+from clips.common.live import in_words
 from mllm.recaption.manifest import Folder
 from mllm.recaption.shards import Shard
 
@@ -90,6 +91,6 @@ class Board:
         text = f"{tally['pairs'] / seconds:.1f} images/s, {tally['tokens'] / seconds:.0f} tokens/s"
         if self._bar is None and tally["pairs"]:
             left = (self._total - tally["pairs"] - tally["found"]) * seconds / tally["pairs"]
-            text += f", {max(left, 0) / 60:.1f} min left"
+            text += f", {in_words(max(left, 0))} left"
         bad = {name.removeprefix("bad "): count for name, count in tally.most_common() if name.startswith("bad ")}
         return ", ".join([text, *(f"{reason} {count:,}" for reason, count in list(bad.items())[:4])])

@@ -37,9 +37,9 @@ def knows_the_demo_alone(spec: str) -> bool:
     kind, _, argument = spec.partition(":")
     directory = Path(argument)
     if kind != "clips":
-        from mllm.model.load import FACTS
+        from mllm.model.load import data_of
 
-        return "demo" in (read_json(directory / FACTS).get("trained_on") or {}).values()
+        return "demo" in data_of(directory)
     configs = (directory / place / "config.json" for place in ("", "native", "export/native"))
     config = next((read_json(path) for path in configs if path.is_file()), {})
     return is_of_demo((config.get("data") or {}).get("train") or "")

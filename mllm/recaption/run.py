@@ -18,6 +18,7 @@ from clips.common.errors import UserError, reporting
 from clips.common.escape import for_rich
 from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
+from clips.common.live import in_words
 from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
@@ -136,9 +137,7 @@ def print_plan(
     if not left:
         time = tokens = "nothing to do"
     elif so_far["pairs"] >= ENOUGH and so_far["seconds"]:
-        minutes = left * so_far["seconds"] / so_far["pairs"] / count / 60
-        time = f"{minutes / 60:,.1f} hours" if minutes >= 60 else f"{minutes:,.1f} minutes"
-        time += " at the speed measured in this folder"
+        time = in_words(left * so_far["seconds"] / so_far["pairs"] / count) + " at the speed measured in this folder"
         each = so_far["tokens"] / so_far["pairs"]
         tokens = f"{left * each:,.0f} to write, {each:.0f} a pair (measured here, second attempts included)"
     bad = {"drop": "left out", "keep": "kept"}[options.on_bad]

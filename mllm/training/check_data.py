@@ -6,6 +6,7 @@ Every record is read, every picture is looked for and decoded, and every convers
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line, visible
 from clips.common.files import read_json_records
+from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from mllm import DEFAULT_LLM
@@ -216,7 +218,10 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit, as_json=flags.json)
     if not flags.json:
-        print("nothing found that would stop a training. Next: bash scripts/train_llava.sh --vision clips")
+        words = ["--data_path", flags.conversations]
+        words += ["--image_folder", flags.image_folder] if flags.image_folder else []
+        print("nothing found that would stop a training")
+        say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
 
 
 def check_data(

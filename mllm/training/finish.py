@@ -111,7 +111,8 @@ def print_next(stage: int, run_dir: Path, console: Console) -> None:
     if stage == 1:
         told, command = f"{shown}/align/{PROJECTOR} holds the projector.", "the same command with --stage 2"
     else:
-        told = f"{shown}/model is the finished model, {shown}/curves.png its losses."
+        losses = f", {shown}/curves.png its losses" if (run_dir / "curves.png").is_file() else ""
+        told = f"{shown}/model is the finished model{losses}."
         command = f"python scripts/chat.py --model {shlex.quote(f'{run_dir}/model')}"
     console.print(told, highlight=False, soft_wrap=True)
     say_next(command)

@@ -73,7 +73,7 @@ class Work:
 
 
 class MetricsLog(TrainerCallback):
-    """Writes a line of metrics.jsonl and of the terminal for each log call of the Trainer, on rank 0 only.
+    """Writes a line of metrics.jsonl for each log call of the Trainer, and keeps the progress line, on rank 0 only.
 
     FLOPs and memory are rank 0's; ranks differ by the lengths of their samples.
     """
@@ -81,6 +81,10 @@ class MetricsLog(TrainerCallback):
     def __init__(self, run_dir: Path, arguments: TrainArguments, work: Work, *, active: bool) -> None:
         self.path, self.work, self.active, self.line = run_dir / rundir.METRICS, work, active, LiveLine()
         self.arguments, self.stage, self.batch_size = arguments, arguments.description.name, arguments.batch_size
+        self.passes = 0
+        """Forward passes of the step that is being made."""
+        self.newest: dict[str, Any] = {}
+        """The newest line of metrics.jsonl."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begin = self.last = (time.monotonic(), state.global_step, self.work.total())
@@ -96,6 +100,26 @@ class MetricsLog(TrainerCallback):
             self.line.close()
             self.trackers.close()
 
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.passes += 1
+        self.show(args, state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.passes = 0
+        control.should_log |= state.global_step >= state.max_steps  # the Trainer leaves out an odd last step
+        self.show(args, state)
+
+    def show(self, args: Any, state: TrainerState, *, final: bool = False) -> None:
+        """The progress line; a step may take minutes, so that forward passes count too."""
+        if not self.active:
+            return
+        steps = state.global_step + self.passes / args.gradient_accumulation_steps
+        elapsed, made = time.monotonic() - self.begin[0], steps - self.begin[1]
+        left = (state.max_steps - steps) * elapsed / made if made else None
+        values = self.newest | {"samples": int(steps * self.batch_size)}
+        words = progress_line(values, state.max_steps * self.batch_size, left)
+        self.line.show(f"{self.stage}: {words}", final=final)
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not self.active or logs is None or "loss" not in logs:
             return
@@ -103,7 +127,6 @@ class MetricsLog(TrainerCallback):
         seconds, steps, flops = (new - old for new, old in zip(now, self.last, strict=True))
         rates = self.work.rates(samples=steps * self.batch_size, flops=flops, seconds=max(seconds, 1e-9))
         self.last = now
-        left = (state.max_steps - now[1]) * (now[0] - self.begin[0]) / max(now[1] - self.begin[1], 1)
         line = {"kind": "train", "stage": self.stage, "step": now[1], "samples": now[1] * self.batch_size}
         line |= {"time": round(time.time(), 3), **rates}
         line |= {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch") if key in logs}
@@ -111,8 +134,8 @@ class MetricsLog(TrainerCallback):
             file.write(json.dumps(line) + "\n")
         figures = {name: value for name, value in line.items() if isinstance(value, float) and name != "time"}
         self.trackers.log({f"train/{name}": value for name, value in figures.items()}, now[1])
-        words = progress_line(line, state.max_steps * self.batch_size, left)
-        self.line.show(f"{self.stage}: {words}", final=now[1] >= state.max_steps)
+        self.newest = line
+        self.show(args, state, final=now[1] >= state.max_steps)
 
 
 def write_curves(run_dir: Path) -> None:

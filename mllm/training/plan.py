@@ -32,7 +32,7 @@ from transformers import (
 from clips.common.cards import TIME_HEAD, Machine, Time
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
-from clips.common.memory import Parameters, held
+from clips.common.memory import Parameters, gigabytes, held
 from clips.common.page import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.tiles import Layout, Llava
@@ -40,6 +40,9 @@ from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
 from mllm.training.stages import PARTS, STAGES, Training, freeze_table
+
+FEW = 20
+"""Optimizer steps below which the plan says that a stage learns next to nothing."""
 
 
 def command_line(arguments: TrainArguments, world_size: int) -> str:
@@ -186,11 +189,13 @@ def print_plan(
         f"{steps:,} of {arguments.batch_size} samples ({batch}: ranks, accumulation, micro-batch) = "
         f"{steps * arguments.batch_size:,} samples, {steps * arguments.batch_size / samples:.1f} epochs"
     )
+    if steps < FEW:
+        facts["few steps"] = "the model hardly changes: take a smaller --batch_size, or more --num_train_epochs"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (f"ZeRO {zero}" if zero else "no ZeRO")
     facts["memory"] = (
         "about "
-        + " + ".join(f"{gb:.1f} ({name})" for name, gb in memory.items())
-        + f" = {sum(memory.values()):.1f} GB per rank, if every position is learned"
+        + " + ".join(f"{gigabytes(1e9 * gb)} ({name})" for name, gb in memory.items())
+        + f" = {gigabytes(1e9 * sum(memory.values()))} GB per rank, if every position is learned"
     )
     facts["writes to"] = str(Path(arguments.output_dir))
     facts["command"] = command_line(arguments, world_size)

@@ -57,7 +57,7 @@ def run_stage(flags: TrainArguments) -> None:
     if process.deepspeed:
         made = training_arguments(arguments, run_dir / stage.name, process.device, process.deepspeed)
         check_engine(made, arguments.deepspeed, steps_of(arguments, len(prepared.dataset), world_size))
-    others = {"not in LLaVA's": text} if (text := left_out(flags, arguments)) else {}
+    others = {"not train.py's": text} if (text := left_out(flags, arguments)) else {}
     print_plan(
         arguments, prepared.model, prepared.freeze, prepared.facts | others, samples=len(prepared.dataset),
         length=longest(prepared.dataset), zero=zero, world_size=world_size, console=process.console,

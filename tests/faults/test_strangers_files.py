@@ -79,6 +79,14 @@ def test_row_31_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) 
                 read(tmp_path / name)
 
 
+def test_a_file_that_is_no_llava_data_is_named_without_an_errno(tmp_path: Path) -> None:
+    (tmp_path / "my.csv").write_text("image,caption\n")
+    for path, said in (("align.json", "cannot be read: No such file or directory; give"), ("my.csv", "llava.md#data")):
+        with pytest.raises(UserError, match=said) as caught:
+            read_json_records(tmp_path / path)
+        assert "Errno" not in str(caught.value)
+
+
 def test_row_31_names_with_separators_odd_bytes_and_great_length_are_names(tmp_path: Path) -> None:
     """`;` and `{…}` of a file that is there, a name that is no UTF-8, and the longest name."""
     names = ["a;b.tar", "{a,b}.tar", "\udcff.tar", "x" * 250 + ".tar"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clips.common import live
-from clips.common.live import LiveLine
+from clips.common.live import LiveLine, in_words
 from clips.recipes import recipe
 from clips.training.log import RunLog
 
@@ -91,3 +91,13 @@ def test_a_gradient_that_the_loss_does_not_feel_is_recorded_in_silence(
     log.close()
     assert json.loads((tmp_path / "spikes.jsonl").read_text())["step"] == 214
     assert ("warning: spike at step 214" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (59.4, "59 s"), (59.7, "1.0 min"), (90, "1.5 min"), (599, "10 min"), (5399, "90 min"),
+     (9000, "2.5 h"), (100_000, "28 h"), (260_000, "3.0 days")],
+)  # fmt: skip
+def test_a_time_has_one_form(seconds: float, words: str) -> None:
+    """A plan said "0 min 31 s" and "1 min 14 s", the progress line "1 min", the end "1.0 min"."""
+    assert in_words(seconds) == words

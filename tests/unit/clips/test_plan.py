@@ -12,6 +12,7 @@ from conftest import ROOT, random_model, run_python, tiny_run
 
 from clips.common.cards import BUS, CARDS, Machine, card
 from clips.common.errors import UserError
+from clips.common.memory import gigabytes
 from clips.config import DataConfig
 from clips.model.flops import forward_flops
 from clips.recipes import recipe
@@ -134,7 +135,8 @@ def test_memory_and_time_stand_in_the_plan_of_every_run(capsys: pytest.CaptureFi
         print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, zero)
         said = " ".join(capsys.readouterr().err.split())
         total = most_memory(run, "cpu", 1, zero)
-        assert f"about {(total.total + total.host) / 1e9:.1f} GB a rank at most" in said
+        assert f"about {gigabytes(total.total + total.host)} GB a rank at most" in said
+        assert " 0.0 " not in said
         assert ("the machine's" in said) == host
         assert "time" in said
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_python, script_parser
 from range_server import serving
 from tiny_web import picture, write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
+from clips.encoder import search_from_flags
 from clips.search import Index
 
 
@@ -92,7 +93,9 @@ def test_faiss_is_used_if_it_is_installed(model: CLIPS, place: Path, monkeypatch
     assert asked == [0]
 
 
-def test_the_command_indexes_once_and_shows_pictures(place: Path, tmp_path: Path) -> None:
+def test_the_command_indexes_once_and_shows_pictures(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--model", place / "runs/clips", "--pictures", place / "pictures", "--k", "3", "--device", "cpu"]
     env = {"CLIPS_MLLM_CACHE": str(tmp_path / "cache")}
     first = run_python("scripts/search.py", "a dog", *words, "--output", tmp_path / "found.html", env=env)
@@ -105,6 +108,11 @@ def test_the_command_indexes_once_and_shows_pictures(place: Path, tmp_path: Path
     again = run_python("scripts/search.py", "--image", place / "pictures/03.png", *words, env=env)
     assert made.stat().st_mtime_ns == time
     assert again.stdout.splitlines()[0].endswith("03.png")
+    monkeypatch.setenv("CLIPS_MLLM_CACHE", str(tmp_path / "cache"))
+    search_from_flags(script_parser("search").parse_args(list(map(str, (place / "pictures/03.png", *words)))))
+    said = capsys.readouterr()  # the name of a picture is that picture, and no text
+    assert said.out == again.stdout
+    assert f"encoder {place / 'runs/clips'}" in said.err
     wrong = run_python("scripts/search.py", *words, env=env)
     assert (wrong.returncode, "a text, or a picture with --image" in wrong.stderr) == (2, True)
 

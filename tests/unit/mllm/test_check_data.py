@@ -109,7 +109,9 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
         check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "data.json")]))
     assert "format v1" in capsys.readouterr().out
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
-    assert "nothing found that would stop a training" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "nothing found that would stop a training" in said.out
+    assert f"--data_path {data / 'good.json'} --image_folder {data / 'images'}" in said.err  # the next step, with them
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):

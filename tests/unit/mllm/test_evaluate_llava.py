@@ -31,7 +31,7 @@ from mllm.evaluation.scores import (
     scorer_version,
     yes_no_figures,
 )
-from mllm.model.load import CACHE, load_llava, newest_model
+from mllm.model.load import CACHE, FACTS, load_llava, newest_model
 
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
 
@@ -277,3 +277,12 @@ def test_cider_is_coco_caption_s() -> None:
     assert words("A fox, at the top-left; it's  red.") == ["a", "fox", "at", "the", "top-left", "it's", "red"]
     assert cider(["", "a b c d e"], [["a fox"], ["a b c d e"]])[1][0] == 0.0
     assert cider([], []) == (0.0, [])
+
+
+def test_a_model_of_other_data_is_not_asked_about_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of photographs had the demo drawn, for minutes and in silence, and was asked about its drawings."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / FACTS).write_text('{"trained_on": {"align": "align.json", "instruct": "instruct.json"}}')
+    monkeypatch.setattr(evaluate, "ensure_any_llava_demo", None)
+    with pytest.raises(UserError, match=r"was trained on align\.json, instruct\.json, so that .* --questions"):
+        evaluate_from_flags(parsed("--model", str(tmp_path / "model"), "--device", "cpu"))

@@ -86,3 +86,18 @@ def test_a_run_that_was_not_measured_says_so(tmp_path: Path, store: ImageStore) 
     write_run(tmp_path / "runs" / "llava-clips", right=6)
     (tmp_path / "runs/llava-clips/evaluation/figures.json").unlink()
     assert "has not answered questions yet" in write_report(tmp_path / "runs" / "llava-clips", store).read_text()
+
+
+def test_own_questions_have_a_page_beside_their_figures(tmp_path: Path, store: ImageStore) -> None:
+    write_run(tmp_path / "runs" / "llava-clips", right=6)
+    evaluation = tmp_path / "runs/llava-clips/evaluation"
+    own = evaluation / "mine-1234"
+    own.mkdir()
+    figures = json.loads((evaluation / "figures.json").read_text())
+    figures |= {"sets": {"mine": figures["sets"].pop("answers_unseen")}}
+    del figures["unseen"]
+    (own / "figures.json").write_text(json.dumps(figures))
+    (own / "mine.jsonl").write_bytes((evaluation / "answers_unseen.jsonl").read_bytes())
+    page = write_report(tmp_path / "runs/llava-clips", store, own)
+    assert page == own / "report" / "index.html"
+    assert "It answers 60 of 100 questions right, out of 20. Always" in page.read_text()

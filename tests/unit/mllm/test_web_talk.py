@@ -208,6 +208,9 @@ def test_examples_show_every_kind_of_question_first(tmp_path: Path) -> None:
     answers = [{"image": f"{i}.png", "prompt": f"{i}?", "correct": i in (3, 5, 6)} for i in range(8)]
     (tmp_path / "run/evaluation/answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
     assert [text for _, text in example_questions(tmp_path, tmp_path / "run" / "model")] == ["3?", "5?", "6?"]
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / FACTS).write_text('{"trained_on": {"align": "align.json"}}')
+    assert example_questions(tmp_path, tmp_path / "run" / "model") == []  # it was trained on other pictures
 
 
 def test_the_map_s_examples_are_first_those_that_it_points_at(tmp_path: Path) -> None:
@@ -219,6 +222,10 @@ def test_the_map_s_examples_are_first_those_that_it_points_at(tmp_path: Path) ->
         tmp_path, lambda path, thing, question: (path.name, thing, question) == ("1.png", "owl", "1?")
     )
     assert [thing for _, thing in found] == ["owl", "dog", "cat"]
+    (tmp_path / "question.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 9))
+    looked_at: list[str] = []
+    example_things(tmp_path, lambda path, thing, question: len(looked_at.append(thing) or "") * 1.0)
+    assert len(looked_at) == 6  # the page waits for them: there were 24
 
 
 def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
