@@ -1,6 +1,6 @@
 """Started by test_leave_out.py under torchrun: steps that are left out and gone back over, in each ZeRO stage.
 
-python leave_out_worker.py OUT KIND
+python leave_out_worker.py OUT KIND …
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def measure(kind: str, zero: dict) -> dict[str, object]:
     }
 
 
-def main(out: str, kind: str) -> None:
+def main(out: str, *kinds: str) -> None:
     init_distributed(CPU)
-    found = {name: measure(kind, zero) for name, zero in STAGES.items()}
+    found = {kind: {name: measure(kind, zero) for name, zero in STAGES.items()} for kind in kinds}
     ranks: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
     if dist.get_rank() == 0:

@@ -1,6 +1,8 @@
 """Started by test_zero.py, under torchrun for two ranks: trains a tiny model in each ZeRO stage and saves the outcome.
 
-python zero_worker.py OUT KIND[:FROZEN_TOWER|:caption] [RESTORE]
+python zero_worker.py OUT OTHER KIND[:FROZEN_TOWER|:caption] …
+
+OTHER: an outcome to go on from in the middle of its kinds that no `:` follows, or "none".
 """
 
 from __future__ import annotations
@@ -114,37 +116,48 @@ def fresh_in_the_middle(kind: str, zero: dict) -> list[list]:
     return ways
 
 
-def main(out: str, kind: str, restore: str | None = None) -> None:
+def outcome(kind: str, name: str, other: dict | None) -> dict:
+    """Six steps in the stage `name`, and the last three again from the middle of these, and of `other`."""
+    zero = STAGES[name]
+    engine = build(kind, zero)
+    losses = train(engine, 0, 3)
+    parts = [engine.state.gather_weights(), engine.state.gather_optimizer()]
+    losses += train(engine, 3, 6)
+    state = whole_state(engine)
+    dist.broadcast_object_list(parts)
+    again = from_the_middle(kind, zero, parts)
+    found = {
+        "losses": losses,
+        "state": state,
+        "resumed_losses": train(again, 3, 6),
+        "resumed_state": whole_state(again),
+        "middle": parts,
+    }
+    if name in ("zero0", "zero2"):
+        found["fresh"] = fresh_in_the_middle(kind, zero)
+    if kind == "adamw":
+        found["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
+    if other is not None:
+        found["after two ranks and zero3"] = train(from_the_middle(kind, zero, other["zero3"]["middle"]), 3, 6)
+    return found
+
+
+def from_the_middle(kind: str, zero: dict, parts: list[dict]) -> Engine:
+    engine = build(kind, zero, parts[0])
+    engine.state.restore_optimizer(parts[1], steps=3)
+    return engine
+
+
+def main(out: str, other: str, *kinds: str) -> None:
     init_distributed(CPU)
-    results = {}
-    for name, zero in STAGES.items():
-        if ":" in kind and name not in FEW_STAGES:
-            continue
-        if restore is not None:
-            saved = torch.load(restore, weights_only=True)
-            engine = build(kind, zero, saved["weights"])
-            engine.state.restore_optimizer(saved["optimizer"], steps=3)
-            results[name] = {"losses": train(engine, 3, 6), "state": whole_state(engine)}
-            continue
-        engine = build(kind, zero)
-        losses = train(engine, 0, 3)
-        parts = [engine.state.gather_weights(), engine.state.gather_optimizer()]
-        losses += train(engine, 3, 6)
-        state = whole_state(engine)
-        dist.broadcast_object_list(parts)
-        again = build(kind, zero, parts[0])
-        again.state.restore_optimizer(parts[1], steps=3)
-        results[name] = {
-            "losses": losses,
-            "state": state,
-            "resumed_losses": train(again, 3, 6),
-            "resumed_state": whole_state(again),
-            "middle": {"weights": parts[0], "optimizer": parts[1]},
+    before = torch.load(other, weights_only=True) if other != "none" else {}
+    results = {
+        kind: {
+            name: outcome(kind, name, None if ":" in kind else before.get(kind))
+            for name in (FEW_STAGES if ":" in kind else STAGES)
         }
-        if name in ("zero0", "zero2"):
-            results[name]["fresh"] = fresh_in_the_middle(kind, zero)
-        if kind == "adamw":
-            results[name]["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
+        for kind in kinds
+    }
     if dist.get_rank() == 0:
         torch.save(results, out)
     shutdown()

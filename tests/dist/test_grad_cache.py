@@ -33,7 +33,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @functools.cache
 def by_hand(case: Case, size: int) -> dict[str, Any]:
-    """Three steps in plain torch, without an engine: the mean of the gradients of batches of `size`, then the step."""
+    """Two steps in plain torch, without an engine: the mean of the gradients of batches of `size`, then the step."""
     torch._dynamo.config.disable = True  # as the engine does: Muon's kernels are decorated with torch.compile
     without_bf16()
     run = a_run(case, accumulation=1)
