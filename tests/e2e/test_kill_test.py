@@ -36,7 +36,7 @@ LONGEST_START = 3.0
 """Seconds in which a kill at the start falls."""
 PATIENCE = 180
 """Seconds after a kill in which all other processes of the run must have ended."""
-SAMPLES, EVAL_EVERY, SAVE_EVERY, BATCH = 720, 240, 80, 8
+SAMPLES, EVAL_EVERY, SAVE_EVERY, BATCH = 1440, 480, 80, 8
 """Of the whole run, which has three phases."""
 
 

@@ -17,33 +17,33 @@ from mllm.compare.words import design_in_words
 
 BY_SEED = {
     "unseen artist": {
-        "clips": [0.465, 0.4375, 0.4525],
-        "clip": [0.4175, 0.4125, 0.395],
-        "caption": [0.4325, 0.4375, 0.4425],
+        "clips": [0.39875, 0.37375, 0.30625],
+        "clip": [0.235, 0.2325, 0.27375],
+        "caption": [0.41375, 0.3375, 0.3975],
     },
     "seen artists": {
-        "clips": [0.4625, 0.44, 0.4775],
-        "clip": [0.4275, 0.405, 0.3975],
-        "caption": [0.4625, 0.4775, 0.4425],
+        "clips": [0.41, 0.34625, 0.31125],
+        "clip": [0.23625, 0.21875, 0.26375],
+        "caption": [0.4075, 0.33375, 0.385],
     },
 }
-"""Right answers of each run of the pretrained encoders, 400 questions: docs/results/compare.json, made at b693801."""
+"""Right answers of each run of the pretrained encoders, 800 questions: docs/results/compare.json."""
 
 
 def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None:
-    """One pair alone, clips − clip on the unseen artist, spreads half as much, and promised 71 of 100 cases."""
+    """One pair over three seeds is no measure: the largest of these variances is five times the smallest."""
     pairs = [(np.array(of[a]), np.array(of[b])) for of in BY_SEED.values() for a, b in combinations(of, 2)]
     measured = [float((a - b).var(ddof=1)) for a, b in pairs]
     assert pytest.approx(np.mean(measured), rel=0.02) == RUN_VARIANCE + ENCODER_VARIANCE
-    assert measured[0] < 0.55 * np.mean(measured)
+    assert max(measured) > 5 * min(measured)
 
 
 @pytest.mark.parametrize(
     ("seeds", "runs", "design", "cases"),
     [
-        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", 53),
-        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", 68),
-        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", 95),
+        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", 16),
+        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", 22),
+        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", 36),
     ],
 )
 def test_designs_in_words_and_what_they_see(seeds: int, runs: int | None, design: str, cases: int) -> None:
