@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from lab_runs import STORED, stored, write_runs
 
 from clips.lab.report import as_html
@@ -110,9 +109,9 @@ def test_captions() -> None:
 
 
 @pytest.mark.parametrize("name", ["claims", "captions"])
-def test_the_results_of_the_documentation_are_what_their_runs_give(name: str) -> None:
-    """Made by real trainings; their layout was converted once."""
-    result = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def test_results_of_real_trainings_are_what_their_runs_give(name: str) -> None:
+    """Their layout was converted once."""
+    result = json.loads((STORED / "real" / f"{name}.json").read_text(encoding="utf-8"))
     rows = rows_of(result["variants"])
     for question in result["questions"].values():
         if "variants" in question:
