@@ -125,7 +125,7 @@ def test_the_estimate_is_of_finished_cells_of_the_kind_or_assumed(tmp_path: Path
     with (tmp_path / "printed").open("w") as file:
         Runner(cells, 1, Console(file=file, width=120)).print_plan("a study", {"each": "60 samples"})
     text = (tmp_path / "printed").read_text()
-    for part in ("2 of 4 to run, 1 at a time", "60 samples", "about 1 min, by the mean", "done", "waits"):
+    for part in ("2 of 4 to run, 1 at a time", "60 samples", "about 40 s, by the mean", "done", "waits"):
         assert part in text
 
 
