@@ -80,7 +80,7 @@ class CLIPS:
         """Templates of `encode_labels`: open_clip's general ones, or the demo's."""
         self.encode_labels = lru_cache(maxsize=64)(self._encode_labels)
         self._kept: dict[Path, Index] = {}
-        """File of an index → when it was written, and the index: a second search reads no file."""
+        """File of an index → the index: a second search reads no file."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, *, device: str = "auto") -> CLIPS:

@@ -75,8 +75,8 @@ class Index:
     def save(self, path: str | Path) -> None:
         """Write the index as one safetensors file; `CLIPS.load_index` opens it."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        facts = {"paths": json.dumps(self.paths), "weights": self.weights, "skipped": str(self.skipped)}
-        facts["listing"] = self.listing
+        facts = {"paths": json.dumps(self.paths), "weights": self.weights}
+        facts |= {"skipped": str(self.skipped), "listing": self.listing}
         write_weights({"features": torch.from_numpy(self.features)}, Path(path), **facts)
 
 

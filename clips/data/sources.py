@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from braceexpand import braceexpand
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, reason
 from clips.common.escape import for_terminal
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote
@@ -519,7 +519,7 @@ class TableSource(Source):
                     return copy.read(MAX_BYTES + 1)
             return read_range(place, 0, min(remote_facts(place)[0], MAX_BYTES + 1))
         except OSError as error:
-            raise BrokenSample(key, f"image: {error.strerror or error}: {place}") from None
+            raise BrokenSample(key, f"image: {reason(error)}: {place}") from None
 
     def _place(self, file: int, key: str, value: Any) -> str | bytes:
         """The picture in the cell, or its path or URL."""

@@ -93,9 +93,7 @@ class ChatModel:
         self.name = model_name(directory)
         self.layout = Layout.of(model.config)
         self.context_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = answering_encoder(
-            processor.tokenizer, conv_mode, None if self.layout.pinpoints else self.layout.square
-        )
+        self.encoder = answering_encoder(processor.tokenizer, conv_mode, self.layout.of_every)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from clips.common.errors import UserError
+from clips.common.errors import UserError, reason
 from mllm.data.formats import IMAGE_TOKEN
 
 Turn = dict[str, Any]
@@ -66,7 +66,7 @@ def save_transcript(
         for name, image in zip(names, images, strict=True):
             decoded(image).save(path.with_name(name))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None
     return [path, *(path.with_name(name) for name in names)]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    BaseImageProcessor,
     CLIPImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
@@ -174,6 +175,13 @@ def select_features(model: nn.Module, pixel_values: Tensor, layer: int | list[in
     return torch.cat([states[:, 1:] if strategy == "default" else states for states in chosen], dim=-1)
 
 
+def trial_squares(image_processor: BaseImageProcessor) -> Tensor:
+    """The squares [T, 3, S, S] of a small black picture, which show what becomes of pictures."""
+    picture = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    return pixels.flatten(0, -4)  # tiles have a dimension more
+
+
 @torch.no_grad()
 def check_tokens(encoder: VisionEncoder) -> None:
     """Run one image through preprocessing and model; UserError if the tokens are not what stock LLaVA expects."""
@@ -188,10 +196,9 @@ def check_tokens(encoder: VisionEncoder) -> None:
             f"mm_vision_select_layer {encoder.select_layer}: {encoder.name} has layers "
             f"{-layers - 1} … {layers} (0 = embeddings)"
         )
-    picture = np.zeros((48, 64, 3), dtype=np.uint8)
-    pixels = encoder.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    pixels = trial_squares(encoder.image_processor)
     with loading("vision encoder", encoder.name):
-        shape = tuple(encoder.features(pixels.flatten(0, -4)).shape)
+        shape = tuple(encoder.features(pixels).shape)
     if shape[1:] != (encoder.num_tokens, encoder.width):
         raise UserError(
             f"vision encoder {encoder.name} gives tokens of shape {shape[1:]}, a stock LLaVA model expects "

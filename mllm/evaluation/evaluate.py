@@ -74,7 +74,7 @@ def generate_answers(
         raise UserError(f"--temperature must be a number of 0 or more, found {temperature}")
     tokenizer = processor.tokenizer
     layout = Layout.of(model.config)
-    encoder = answering_encoder(tokenizer, conv_mode, None if layout.pinpoints else layout.square)
+    encoder = answering_encoder(tokenizer, conv_mode, layout.of_every)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for question in questions:

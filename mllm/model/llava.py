@@ -53,8 +53,9 @@ def build_model(
             f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
             "choose a smaller image size, a larger patch size or another language model"
         )
-    kind: dict[str, Any] = {"tie_word_embeddings": causal.config.tie_word_embeddings} if vision.pinpoints else {}
-    kind |= {"image_grid_pinpoints": vision.pinpoints} if vision.pinpoints else {}
+    kind: dict[str, Any] = {}
+    if vision.pinpoints:
+        kind = {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
     config_class: Any = LlavaNextConfig if vision.pinpoints else LlavaConfig
     config = config_class(
         **kind,

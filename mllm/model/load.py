@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -21,7 +20,7 @@ from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.opening import check_size, naming
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
-from mllm.encoders.encoder import select_features
+from mllm.encoders.encoder import select_features, trial_squares
 from mllm.model.original import refuse_original
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
@@ -75,9 +74,7 @@ def load_llava(
 def _check_picture(model: Llava, image_processor: BaseImageProcessor, place: Path) -> None:
     """Run one picture through the vision tower: a square's tokens must be as many as a prompt has places for them."""
     config: Any = model.config
-    picture = np.zeros((48, 64, 3), dtype=np.uint8)
-    pixels = image_processor(images=picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    squares = pixels.flatten(0, -4)  # tiles have a dimension more
+    squares = trial_squares(image_processor).to(model.device, model.dtype)
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     tokens = select_features(model.model.vision_tower, squares, layer, strategy)
     expected = Layout.of(config).square

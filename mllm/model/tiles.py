@@ -57,6 +57,11 @@ class Layout:
         return cls((vision.image_size // vision.patch_size) ** 2, vision.image_size, tuple(map(tuple, pinpoints)))
 
     @property
+    def of_every(self) -> int | None:
+        """The tokens that every picture takes; None with tiles, where the tokens depend on its size."""
+        return None if self.pinpoints else self.square
+
+    @property
     def most(self) -> int:
         """Tokens of the picture with the most."""
         return max([self.square, *map(self.tokens, self.pinpoints)])

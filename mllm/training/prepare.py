@@ -86,9 +86,7 @@ def prepare(
             "raise it, or choose an encoder with a smaller image or larger patches"
         )
     tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
-    encoder = ConversationEncoder(
-        llm.tokenizer, arguments.version, None if layout.pinpoints else layout.square, max_length
-    )
+    encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
     dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
     projector = llava.model.multi_modal_projector
     started = _start_projector(llava, arguments, run_dir, len(dataset))
