@@ -21,7 +21,7 @@ def test_bars_and_error_bars_are_the_figures() -> None:
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
     axes = results_plot(encoders, LIGHT).axes[0]
     kinds = [label.get_text().partition("\n")[0] for label in axes.get_xticklabels()]
-    assert kinds == ["identity", "count", "where", "background", "yes_no", "all questions"]
+    assert kinds == ["identity", "count", "where", "relation", "yes_no", "all questions"]
     metrics = [f"accuracy/{kind}" for kind in kinds[:-1]] + ["accuracy"]
     figures = [encoder[metric] for encoder in encoders.values() for metric in metrics]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 * figure["mean"] for figure in figures])
