@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh
 #
 # Needs Python ≥ 3.10 and a network that pip can use. VENV, PYTHON: see scripts/install.sh. OMP_NUM_THREADS: threads of
-# all training processes together (default: the physical cores).
+# all training processes together (default: the physical cores). SEED: of both halves' trainings (default: 0).
 set -euo pipefail
 # shellcheck source=scripts/install.sh
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
@@ -14,6 +14,7 @@ echo "== 1. install"
 install demo chat
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS="$(physical_cores)"; fi
 export OMP_NUM_THREADS
+SEED="${SEED:-0}"
 echo "using OMP_NUM_THREADS=$OMP_NUM_THREADS (set it lower on a machine that is busy with something else)"
 
 export CLIPS_MLLM_GOES_ON=1 # its steps name no next step: the next one is the quickstart's
@@ -21,15 +22,16 @@ echo "== 2. demo data"
 python scripts/build_demo_data.py
 
 echo "== 3. pretrain, evaluate, export and report"
+pretrain=(scripts/pretrain_clips.py --set "train.seed=$SEED")
 if [ "$OMP_NUM_THREADS" -gt 1 ] && ! nvidia-smi -L >/dev/null 2>&1; then
   # Two ranks of half of the cores each: the demo's matrices are too small for threads (docs/speed.md).
-  OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) python -m deepspeed.launcher.runner --num_gpus 2 scripts/pretrain_clips.py
+  OMP_NUM_THREADS=$((OMP_NUM_THREADS / 2)) python -m deepspeed.launcher.runner --num_gpus 2 "${pretrain[@]}"
 else # one core, or GPUs, of which the demo's model is worth one only
-  python scripts/pretrain_clips.py
+  python "${pretrain[@]}"
 fi
 
 echo "== 4. plug it into a language model: align, instruct, ask the held-out questions"
-NUM_GPUS=1 bash scripts/train_llava.sh --vision clips
+NUM_GPUS=1 bash scripts/train_llava.sh --vision clips --seed "$SEED"
 
 python -c "from mllm.evaluation.summary import print_summary; print_summary()"
 cat <<NEXT
