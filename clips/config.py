@@ -60,6 +60,18 @@ def parse_test_data(entries: list[str]) -> tuple[str, tuple[NamedSet, ...]]:
     return entries[0], tuple(further)
 
 
+def parse_sizes(entries: list[str]) -> list[Size]:
+    """`60 90x40` → (60, 60) and (90, 40), the widths and heights."""
+    sizes = []
+    for entry in entries:
+        width, _, height = entry.partition("x")
+        try:
+            sizes.append((int(width), int(height or width)))
+        except ValueError:
+            raise UserError(f"--image-size {entry!r} must look like 60 (a square) or 90x40 (width x height)") from None
+    return sizes
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
@@ -77,6 +89,17 @@ def _one_of(name: str, value: str, choices: Any) -> None:
     """`choices` is a Literal type."""
     known = typing.get_args(choices)
     _require(value in known, f"{name} = {value!r} is not known; choose one of: {', '.join(map(str, known))}")
+
+
+Size = tuple[int, int]
+"""(width, height)"""
+ImageSize = int | Size
+"""The side of a square, or (width, height)."""
+
+
+def sides(size: ImageSize) -> Size:
+    """(width, height) of `size`."""
+    return (size, size) if isinstance(size, int) else size
 
 
 Objective = Literal["clips", "clip", "caption", "caption+web"]
@@ -156,11 +179,12 @@ class VisionConfig:
         """The transformers class that computes this tower."""
         return "SiglipVisionModel" if not self.cls else "CLIPVisionModel" if self.pre_norm else "ViTModel"
 
-    def tokens(self, image_size: int | None = None) -> int:
+    def tokens(self, image_size: ImageSize | None = None) -> int:
         """Patch tokens of one image of `image_size` pixels (CLS not counted)."""
-        return ((image_size or self.image_size) // self.patch_size) ** 2
+        width, height = sides(image_size or self.image_size)
+        return (width // self.patch_size) * (height // self.patch_size)
 
-    def kept_tokens(self, image_size: int) -> int:
+    def kept_tokens(self, image_size: ImageSize) -> int:
         """Patch tokens that training passes through the blocks."""
         return _kept(self.tokens(image_size), 1 - self.patch_dropout)
 
@@ -169,11 +193,11 @@ def _kept(tokens: int, share: float) -> int:
     return max(1, round(share * tokens))
 
 
-def check_image_size(image_size: int, patch_size: int) -> None:
-    """Raise UserError unless `image_size` is a positive multiple of `patch_size`."""
+def check_image_size(image_size: ImageSize, patch_size: int, name: str = "image size") -> None:
+    """Raise UserError unless the sides of `image_size` are positive multiples of `patch_size`."""
     _require(
-        image_size > 0 and image_size % patch_size == 0,
-        f"image size {image_size} is not a multiple of the patch size {patch_size}",
+        all(side > 0 and side % patch_size == 0 for side in sides(image_size)),
+        f"{name} {image_size} is not a multiple of the patch size {patch_size}",
     )
 
 
@@ -459,6 +483,10 @@ class PhaseConfig:
     muon_lr: float = 0.0
     """Peak learning rate of the blocks' matrices when optim.kind = "muon"."""
     image_size: int
+    """Side in pixels of the square in validation and export, and in training unless `sizes` says otherwise."""
+    sizes: tuple[Size, ...] = ()
+    """[[width, height], …] in pixels: the pictures of an optimizer step have one of these sizes. In as many steps as
+    there are entries each entry is used once, in a drawn order. Empty: the square of `image_size`."""
     warmup_samples: int = 0
     schedule: Schedule = "cosine"
     """After the warm-up: to 0 in a half wave (cosine), in a line (linear), or in a line over the phase's last third
@@ -478,6 +506,17 @@ class PhaseConfig:
     @property
     def steps(self) -> int:
         return self.samples // self.batch_size
+
+    @property
+    def training_sizes(self) -> tuple[Size, ...]:
+        """The sizes of its pictures in training."""
+        return self.sizes or (sides(self.image_size),)
+
+    @property
+    def pixels(self) -> str:
+        """These sizes in words."""
+        several = ", ".join(f"{width} × {height}" for width, height in self.sizes)
+        return f"{several or self.image_size} px"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,6 +583,8 @@ class RunConfig:
         _require(len(self.phases) > 0, "a run needs at least one phase")
         for phase in self.phases:
             check_image_size(phase.image_size, self.model.vision.patch_size)
+            for size in phase.sizes:
+                check_image_size(size, self.model.vision.patch_size, f"phase {phase.name}: in sizes the size")
         _require(
             self.task.objective != "clips" or self.model.captioner is not None or self.task.caption_weight == 0,
             "task.caption_weight is above 0 but model.captioner is null: set task.caption_weight=0 or give a captioner",

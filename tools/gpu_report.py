@@ -28,7 +28,7 @@ from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.peaks import peak_flops
 from clips.common.runtime import autocast, choose_device, environment, has_bf16, import_deepspeed, init_distributed
-from clips.config import RunConfig
+from clips.config import RunConfig, sides
 from clips.data.tokenizer import build_tokenizer
 from clips.model.flops import BatchShape, training_flops
 from clips.recipes import debug_twin, recipe
@@ -198,7 +198,7 @@ def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
     """In the layout of clips/data/loader.py, without padding."""
     slots = dict(zip(("web", "sub"), shape.texts, strict=False)) | ({"caption": shape.caption} if shape.caption else {})
     ids = {name: torch.randint(4, run.model.text.vocab_size, (shape.samples, count)) for name, count in slots.items()}
-    size = (shape.samples, 3, shape.image_size, shape.image_size)
+    size = (shape.samples, 3, *sides(shape.image_size)[::-1])
     return {"keys": [], "images": torch.randint(0, 256, size, dtype=torch.uint8), **ids}
 
 

@@ -3,7 +3,7 @@
 Pictures come from strangers. The limits below bound memory and time before a decoder spends them. Every error of a
 decoder becomes a `BrokenSample`, which training skips and counts.
 
-Shapes: H, W picture · S square side · B batch.
+Shapes: H, W picture, or what it is resized to · B batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageEnhance, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from clips.config import AugmentConfig
+from clips.config import AugmentConfig, ImageSize, Size, sides
 from clips.data.sample import BrokenSample
 
 MAX_BYTES = 64 * 2**20
@@ -36,8 +36,8 @@ LEAST_SCANNED = 10_000
 STRIP_PIXELS = 2**20
 """Pixels that are converted at once if the conversion takes several times their memory."""
 KEPT = 2
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop's shorter side keeps at least this many times the pixels
-of the final side: squashing averages the lost detail away."""
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides of the crop keep at least this many times the pixels
+of the final sides: squashing averages the lost detail away."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Raster formats that Pillow decodes by itself. EPS, which runs Ghostscript, is left out."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -195,14 +195,17 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 class Preprocess:
-    """Squash to a square (bilinear with antialias), optionally augmented. A batch is normalised later."""
+    """Squash to `image_size` (bilinear with antialias), optionally augmented. A batch is normalised later.
 
-    def __init__(self, image_size: int, augment: AugmentConfig | None = None) -> None:
-        self.image_size = image_size
+    The size changes neither the crop nor the colours that are drawn.
+    """
+
+    def __init__(self, image_size: ImageSize, augment: AugmentConfig | None = None) -> None:
+        self.size = sides(image_size)
         self.augment = augment if augment is not None and augment != AugmentConfig() else None
 
     def pixels(self, image: Image.Image, rng: random.Random | None = None) -> np.ndarray:
-        """uint8 [S, S, 3]; with augmentation a pure function of the picture and the state of `rng`."""
+        """uint8 [H, W, 3]; with augmentation a pure function of the picture and the state of `rng`."""
         return self._squashed(image, self._box(*image.size, rng), rng)
 
     def decoded(self, data: bytes, key: str, rng: random.Random) -> np.ndarray:
@@ -239,12 +242,13 @@ class Preprocess:
         return inception_crop(width, height, config.min_crop_area, rng)
 
     def _factor(self, box: Box) -> int:
-        side = min(box[2] - box[0], box[3] - box[1])
-        return next((factor for factor in (8, 4, 2) if side >= factor * KEPT * self.image_size), 1)
+        width, height = box[2] - box[0], box[3] - box[1]
+        least = [KEPT * side for side in self.size]
+        return next((f for f in (8, 4, 2) if width >= f * least[0] and height >= f * least[1]), 1)
 
     def _squashed(self, image: Image.Image, box: Box, rng: random.Random | None) -> np.ndarray:
         config = self.augment
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR, box=box)
+        image = image.resize(self.size, Image.Resampling.BILINEAR, box=box)
         if config is None or rng is None:
             return np.asarray(image)
         # A share of 1 draws nothing.
@@ -257,22 +261,28 @@ class Preprocess:
         return np.asarray(image)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """float32 [3, S, S], normalised with ImageNet's mean and standard deviation."""
+        """float32 [3, H, W], normalised with ImageNet's mean and standard deviation."""
         return normalise(stacked([self.pixels(image)]))[0]
 
 
-def eval_transform(image_size: int) -> Preprocess:
+def eval_transform(image_size: ImageSize) -> Preprocess:
     """The preprocessing of every evaluation and export: squash and normalise."""
     return Preprocess(image_size)
 
 
+def nearest_size(picture: Size, sizes: Sequence[Size]) -> Size:
+    """The size whose aspect is nearest to that of a picture; among equal aspects the largest size."""
+    width, height = picture
+    return min(sizes, key=lambda s: (abs(math.log(s[0] * height / (s[1] * width))), -math.prod(s)))
+
+
 def stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    """B arrays uint8 [S, S, 3] → uint8 [B, 3, S, S], in memory still with channels last."""
+    """B arrays uint8 [H, W, 3] → uint8 [B, 3, H, W], in memory still with channels last."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, S, S] → float32 [B, 3, S, S], contiguous, on the same device: (x / 255 − mean) / std."""
+    """uint8 [B, 3, H, W] → float32 [B, 3, H, W], contiguous, on the same device: (x / 255 − mean) / std."""
     mean, std = _statistics(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 

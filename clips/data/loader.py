@@ -4,7 +4,7 @@ A batch is a pure function of (seed, position): any number of ranks and workers 
 sub-captions, and a resumed run goes on exactly.
 
 A batch is a dict of
-- images: uint8 [B, 3, S, S]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
+- images: uint8 [B, 3, H, W]; the device normalises them (`to_device`), since uint8 is a quarter of the size;
 - web: int64 [B, Lw] and sub: int64 [B, Ls], the texts that the objective reads (`TaskConfig.texts`);
 - caption: int64 [B, T], if a captioner trains;
 - patches and image_tokens: int64, if image tokens are dropped (`clips.model.clips.Kept`);
@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.workers import start_worker
-from clips.config import CaptionerConfig, PhaseConfig, RunConfig
+from clips.config import CaptionerConfig, PhaseConfig, RunConfig, Size
 from clips.data.ahead import ReadAhead
 from clips.data.images import Preprocess, normalise, stacked
+from clips.data.order import size_of_step
 from clips.data.sample import BrokenSample, RawSample
 from clips.data.sentences import has_words, kept_tokens, sub_caption
 from clips.data.sources import Source
@@ -72,7 +73,7 @@ def make_loader(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device` and its images normalised there, float32 [B, 3, S, S]."""
+    """The batch with its tensors on `device` and its images normalised there, float32 [B, 3, H, W]."""
     on = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
     return on | {"images": normalise(on["images"])}
 
@@ -90,56 +91,61 @@ def micro_batch_size(phase: PhaseConfig, accumulation: int, world_size: int) -> 
     return phase.batch_size // parts
 
 
+Place = tuple[int, Size, range]
+"""A micro-batch's phase, the width and height of its pictures, and its positions."""
+
+
 class MicroBatches:
-    """(phase, range of positions) of each micro-batch of one rank, from a step to the end of the run.
+    """The place of each micro-batch of one rank, from a step to the end of the run.
 
     Raises UserError as `micro_batch_size`.
     """
 
     def __init__(self, run: RunConfig, rank: int, world_size: int, phase: int = 0, step: int = 0) -> None:
-        self.phases, self.accumulation = run.phases, run.train.accumulation
+        self.phases, self.accumulation, self.seed = run.phases, run.train.accumulation, run.train.seed
         self.micro = [micro_batch_size(p, self.accumulation, world_size) for p in run.phases]
         self.rank, self.world_size, self.phase, self.step = rank, world_size, phase, step
 
     def __len__(self) -> int:
         return (sum(phase.steps for phase in self.phases[self.phase :]) - self.step) * self.accumulation
 
-    def __iter__(self) -> Iterator[tuple[int, range]]:
+    def __iter__(self) -> Iterator[Place]:
         first = 0
         for index, (phase, micro) in enumerate(zip(self.phases, self.micro, strict=True)):
             begun = phase.steps if index < self.phase else self.step if index == self.phase else 0
             for step in range(begun, phase.steps):
+                size = size_of_step(phase, self.seed, step)
                 for part in range(self.accumulation):
                     begin = first + step * phase.batch_size + (part * self.world_size + self.rank) * micro
-                    yield index, range(begin, begin + micro)
+                    yield index, size, range(begin, begin + micro)
             first += phase.steps * phase.batch_size
 
 
 class BatchDataset(Dataset):
-    """Maps (phase, range of positions) to a batch."""
+    """Maps a place to its batch."""
 
     def __init__(self, source: Source, tokenizer: CaptionTokenizer, run: RunConfig) -> None:
         self.source, self.tokenizer, self.run = source, tokenizer, run
         self.order = source.order(run.train.seed)
         self.ahead = ReadAhead(source, self.order, int(run.data.cache_gb * 1e9))
-        self.preprocess = [Preprocess(phase.image_size, phase.augment) for phase in run.phases]
 
-    def __getitem__(self, place: tuple[int, range]) -> Batch | CommandError:
+    def __getitem__(self, place: Place) -> Batch | CommandError:
         try:
             return self._batch(*place)
         except CommandError as error:  # raised in the main process, where it keeps its type and exit code
             return error
 
-    def _batch(self, phase: int, positions: range) -> Batch:
+    def _batch(self, phase: int, size: Size, positions: range) -> Batch:
         task, text = self.run.task, self.run.model.text
         captioner = self.run.model.captioner if task.captions else None
         keys, pixels, skipped = [], [], []
         texts: dict[str, list[str]] = {name: [] for name in task.texts}
         captions: list[str] = []
         draws: list[random.Random] = []
+        preprocess = Preprocess(size, self.run.phases[phase].augment)
         self.ahead.at(positions)
         for position in positions:
-            sample, image, rng, broken = self._read(position, self.preprocess[phase])
+            sample, image, rng, broken = self._read(position, preprocess)
             skipped += broken
             keys.append(sample.key)
             pixels.append(image)
@@ -164,7 +170,7 @@ class BatchDataset(Dataset):
             batch[name] = self.tokenizer.ids_for_tower(encoded, text)
         if captioner is not None:
             batch["caption"] = self.tokenizer.caption_ids(self.tokenizer.encode(captions), captioner.length)
-        batch |= self._kept_tokens(phase, positions, captioner)
+        batch |= self._kept_tokens(size, positions, captioner)
         return batch | {"keys": keys, "positions": list(positions), "skipped": skipped}
 
     def _read(
@@ -186,9 +192,9 @@ class BatchDataset(Dataset):
         reasons = "\n  ".join(f"{key}: {reason}" for key, reason in broken[:5])
         raise BrokenDataError(f"{MAX_ATTEMPTS} samples drawn one after another are all broken:\n  {reasons}")
 
-    def _kept_tokens(self, phase: int, positions: range, captioner: CaptionerConfig | None) -> Batch:
+    def _kept_tokens(self, size: Size, positions: range, captioner: CaptionerConfig | None) -> Batch:
         """The image tokens that each sample keeps, drawn by a generator of its own: dropping changes nothing else."""
-        vision, size = self.run.model.vision, self.run.phases[phase].image_size
+        vision = self.run.model.vision
         seen = vision.kept_tokens(size)
         drawn = {}
         if vision.patch_dropout:

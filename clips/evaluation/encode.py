@@ -22,19 +22,21 @@ from tqdm import tqdm
 from clips.common.errors import UserError
 from clips.common.ranks import all_shares, my_share
 from clips.common.workers import start_worker
-from clips.data.images import decode_image, eval_transform, normalise, stacked
+from clips.config import Size, sides
+from clips.data.images import decode_image, eval_transform, nearest_size, normalise, stacked
 from clips.data.sample import BrokenSample
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.testsets import Classes, Item, TestSet
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.text import word_slots
+from clips.model.vision import size_of
 
 
 class _Pixels(Dataset):
     """Items of a test set with their image decoded and squashed; a broken one is its reason, a string."""
 
-    def __init__(self, items: TestSet, indices: Sequence[int], image_size: int) -> None:
-        self.items, self.indices, self.transform = items, indices, eval_transform(image_size)
+    def __init__(self, items: TestSet, indices: Sequence[int], sizes: Sequence[Size]) -> None:
+        self.items, self.indices, self.sizes = items, indices, sizes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -43,7 +45,9 @@ class _Pixels(Dataset):
         index = self.indices[position]
         try:
             item = self.items.read(index)
-            return self.transform.pixels(decode_image(item.image)), replace(item, image=b""), index
+            image = decode_image(item.image)
+            pixels = eval_transform(nearest_size(image.size, self.sizes)).pixels(image)
+            return pixels, replace(item, image=b""), index
         except BrokenSample as broken:
             return str(broken)
 
@@ -70,7 +74,7 @@ class _Encoded(NamedTuple):
     """The results of a batch, on the CPU."""
 
     towers: list[tuple[Tensor, Tensor]]
-    """`features` and `pooled`; none where every image of the batch is broken."""
+    """`features` and `pooled` of the images of each size; none where every image of the batch is broken."""
     caption_tokens: list[tuple[Tensor, Tensor]]
     """Predicted and true; empty if no caption is predicted."""
     found: list[tuple[Item, int]]
@@ -82,7 +86,7 @@ def encode_images(
     model: CLIPSModel,
     items: TestSet,
     *,
-    image_size: int | None = None,
+    sizes: Sequence[Size] | None = None,
     batch_size: int,
     workers: int = 0,
     limit: int | None = None,
@@ -90,24 +94,24 @@ def encode_images(
     tokenizer: CaptionTokenizer | None = None,
     bar: str | None = None,
 ) -> ImageSet:
-    """Run `items` (the first `limit` of a fixed shuffle, in order) through the image tower, on the model's device.
+    """Run `items` (the first `limit` of a fixed shuffle) through the image tower, on the model's device.
 
-    `image_size`: default the tower's. `sharded`: each rank encodes some of the batches, which are those of a single
-    rank, so every figure is the same; collective. With a `tokenizer` the captioner, if there is one, predicts the long
-    captions in the same pass: an image is read once and goes through the tower once. `bar` is the title of a progress
-    bar, for a terminal.
+    `sizes`: each image takes the size of the nearest aspect; default: the tower's own size. `sharded`: each rank
+    encodes some of the batches, which are those of a single rank, so every figure is the same; collective. With a
+    `tokenizer` the captioner, if there is one, predicts the long captions in the same pass: an image is read once and
+    goes through the tower once. `bar` is the title of a progress bar, for a terminal.
     """
-    image_size = image_size or model.visual.image_size
+    sizes = sizes or [model.visual.size]
     indices: Sequence[int] = range(len(items))
     if limit is not None and limit < len(items):
         indices = sorted(torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:limit].tolist())
     positions = range(len(indices))
     batches = [list(positions[i : i + batch_size]) for i in positions[::batch_size]]
     loader = DataLoader(
-        _Pixels(items, indices, image_size), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
+        _Pixels(items, indices, sizes), batch_sampler=my_share(batches, sharded=sharded), num_workers=workers,
         collate_fn=list, worker_init_fn=start_worker,
     )  # fmt: skip
-    with evaluating(model, image_size):
+    with evaluating(model):
         shown = tqdm(loader, bar, unit="batch", disable=bar is None or not sys.stderr.isatty())
         mine = [_encode(model, tokenizer, batch) for batch in shown]
     whole = all_shares(mine, sharded=sharded)
@@ -131,19 +135,21 @@ def encode_images(
 def _encode(
     model: CLIPSModel, tokenizer: CaptionTokenizer | None, batch: Sequence[tuple[np.ndarray, Item, int] | str]
 ) -> _Encoded:
-    skipped = [entry for entry in batch if isinstance(entry, str)]
+    found = _Encoded([], [], [], [entry for entry in batch if isinstance(entry, str)])
     good = [entry for entry in batch if not isinstance(entry, str)]
-    if not good:
-        return _Encoded([], [], [], skipped)
     device = model.visual.patch_embed.weight.device
-    pooled, tokens = model.visual(normalise(stacked([pixels for pixels, _, _ in good]).to(device)))
-    features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
-    return _Encoded(
-        towers=[(features.cpu(), pooled.float().cpu())],
-        caption_tokens=[] if tokenizer is None else _predict(model, tokenizer, tokens, [item for _, item, _ in good]),
-        found=[(item, index) for _, item, index in good],
-        skipped=skipped,
-    )
+    for shape in dict.fromkeys(pixels.shape for pixels, _, _ in good):
+        of_size = [entry for entry in good if entry[0].shape == shape]
+        images = stacked([pixels for pixels, _, _ in of_size])
+        if size_of(images) != model.visual.size:
+            model.visual.set_image_size(size_of(images))
+        pooled, tokens = model.visual(normalise(images.to(device)))
+        features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
+        found.towers.append((features.cpu(), pooled.float().cpu()))
+        if tokenizer is not None:
+            found.caption_tokens.extend(_predict(model, tokenizer, tokens, [item for _, item, _ in of_size]))
+        found.found.extend((item, index) for _, item, index in of_size)
+    return found
 
 
 def _predict(
@@ -200,13 +206,13 @@ def prompt_features(
 @contextmanager
 def evaluating(model: CLIPSModel, image_size: int | None = None) -> Iterator[torch.device]:
     """Evaluation mode at `image_size`, and the model as it was afterwards; yields the model's device."""
-    training, tower, before = model.training, model.visual, model.visual.image_size
+    training, tower, before = model.training, model.visual, model.visual.size
     model.eval()
-    if image_size is not None and image_size != before:
+    if image_size is not None and sides(image_size) != before:
         tower.set_image_size(image_size)
     try:
         yield tower.patch_embed.weight.device
     finally:
         model.train(training)
-        if image_size is not None and image_size != before:
+        if tower.size != before:
             tower.set_image_size(before)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from clips.common.errors import UserError
 from clips.common.files import sha256
-from clips.config import RunConfig
+from clips.config import RunConfig, check_image_size, parse_sizes, sides
 from clips.data.sources import open_source
 from clips.data.splits import held_out_sets
 from clips.data.tokenizer import CaptionTokenizer
@@ -118,7 +118,8 @@ def evaluate(
         raise ValueError("the full evaluation is one rank's: see clips/training/loop.py")
     names = held_out_sets(run.data) if split == "test" else [split]
     sets: dict[str, TestSetAndClasses] = {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
-    options: dict[str, Any] = {"image_size": image_size, "batch_size": run.eval.batch_size, "workers": run.data.workers}
+    sizes = None if image_size is None else [sides(image_size)]
+    options: dict[str, Any] = {"sizes": sizes, "batch_size": run.eval.batch_size, "workers": run.data.workers}
 
     @cache
     def fitted() -> Callable[[ImageSet], Figure | None]:
@@ -199,12 +200,15 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     name, sets = _test_sets_of(flags, run)
     first = next(iter(sets))
     name += f"-{flags.limit}" if flags.limit else ""
-    name += f"-{flags.image_size}px" if flags.image_size else ""
+    sizes = parse_sizes(flags.image_size or []) or [model.visual.size]
+    for size in sizes:
+        check_image_size(size, run.model.vision.patch_size, "--image-size")
+    name += f"-{'-'.join(flags.image_size)}px" if flags.image_size else ""
     name += f"-{loaded.path.name}" if loaded.is_checkpoint else ""
     if flags.classes is not None:
         sets = {key: (items, load_classes(flags.classes)) for key, (items, _) in sets.items()}
     batch_size = flags.batch_size or run.eval.batch_size
-    options: dict[str, Any] = {"image_size": flags.image_size, "batch_size": batch_size, "workers": run.data.workers}
+    options: dict[str, Any] = {"sizes": sizes, "batch_size": batch_size, "workers": run.data.workers}
     probe = None
     if flags.probe_train is not None:
         fitted = probe_images(encode_images(model, _open(flags.probe_train, flags, run), **options))
@@ -228,7 +232,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> None:
     missing = missing_of(run, first)
     write_figures(
         out, figures, test_set=name, skipped=skipped, model=model, checkpoint=loaded.checkpoint,
-        image_size=flags.image_size, missing=missing, limit=flags.limit,
+        image_size=sizes[0][0] if sizes == [sides(sizes[0][0])] else sizes, missing=missing, limit=flags.limit,
     )  # fmt: skip
     Console(emoji=False).print(figures_table(figures, f"{loaded.home} on {name}", first, missing))
     if not model.config.embed_dim:

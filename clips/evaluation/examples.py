@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from clips.common.page import thumbnail
-from clips.config import RunConfig
+from clips.config import RunConfig, sides
 from clips.data.images import decode_image, eval_transform
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import encode_images, encode_texts, evaluating, prompt_features
@@ -71,7 +71,7 @@ def collect_examples(
     """n examples of each kind from `pool` images of a split, half of them misses if there are enough."""
     items, classes = open_test_set(run.data, split, run.captions.splitter)
     size, batch = image_size or model.visual.image_size, run.eval.batch_size
-    images = encode_images(model, items, image_size=size, batch_size=batch, workers=run.data.workers, limit=pool)
+    images = encode_images(model, items, sizes=[sides(size)], batch_size=batch, workers=run.data.workers, limit=pool)
 
     def small(row: int) -> bytes:
         return thumbnail(decode_image(items.read(images.indices[row]).image), THUMBNAIL)

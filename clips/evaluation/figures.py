@@ -14,7 +14,7 @@ from clips.common.files import write_json
 from clips.common.plots import pretty
 from clips.common.rundir import by_test_set
 from clips.common.tensors import hash_weights
-from clips.config import RunConfig
+from clips.config import RunConfig, Size
 from clips.data.demo import MISSING, is_by_one
 from clips.data.splits import is_demo
 from clips.evaluation.metrics import Figure
@@ -46,7 +46,7 @@ def write_figures(
     skipped: Sequence[str],
     model: CLIPSModel,
     checkpoint: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[Size] | None = None,
     missing: str | None = None,
     limit: int | None = None,
 ) -> None:
@@ -54,7 +54,8 @@ def write_figures(
 
     `weights` is their hash by names and values; `checkpoint` which one of the run they are
     (`clips.common.rundir.weights_of`), null where no run is known to hold them; `missing`: a test that could not be
-    made; `limit`: the number of images asked for, null for the whole set. Only whole sets reach a card.
+    made; `image_size`: the side of the square, or the sizes among which each image took the nearest aspect;
+    `limit`: the number of images asked for, null for the whole set. Only whole sets at one square reach a card.
     """
     content = {
         "test_set": test_set,

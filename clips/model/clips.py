@@ -18,7 +18,7 @@ from clips.config import Freeze, ModelConfig
 from clips.model.captioner import Captioner
 from clips.model.layers import taken
 from clips.model.text import TextTower, word_slots
-from clips.model.vision import VisionTower
+from clips.model.vision import VisionTower, size_of
 
 MAX_LOGIT_SCALE = 100.0
 NO_SHARED_SPACE = (
@@ -168,7 +168,7 @@ class CLIPSModel(nn.Module):
             computed = map(self.text.computed, texts)
             words = [i.numel() if slots is None else int(slots.sum()) for i, slots in zip(texts, computed, strict=True)]
         predicted = 0 if caption is None else int(word_slots(caption, self.pad_id)[:, 1:].sum())
-        tokens = self.config.vision.tokens(images.shape[-1])
+        tokens = self.config.vision.tokens(size_of(images))
         for places in (kept.patches, kept.image_tokens):
             tokens = tokens if places is None else places.shape[1]
         rows = len(images) * tokens + predicted

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clips.config import CaptionerConfig, Freeze, ModelConfig, TextConfig, VisionConfig
+from clips.config import CaptionerConfig, Freeze, ImageSize, ModelConfig, TextConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BatchShape:
     """What the FLOPs of one micro-batch of one rank depend on."""
 
     samples: int
-    image_size: int
+    image_size: ImageSize
     texts: Sequence[int]
     """Slots of each text of a sample, padding included: web caption, then sub-caption; as many as the objective has."""
     caption: int = 0

@@ -27,6 +27,7 @@ from clips.common.signals import StopSignal, stopped_by
 from clips.common.tensors import assign_weights
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, make_loader, micro_batch_size
+from clips.data.order import size_of_step
 from clips.data.sources import Source
 from clips.data.splits import split_spec
 from clips.data.tokenizer import CaptionTokenizer
@@ -223,14 +224,15 @@ def _meter(run: RunConfig, engine: Engine, state: TrainState) -> Meter:
 
 
 def _phase_of_next_step(run: RunConfig, engine: Engine, state: TrainState) -> PhaseConfig | None:
-    """The phase of the next step, None after the last step. Before a phase's first step, prepare the engine for it."""
+    """The phase of the next step, None after the last step. The engine is prepared for this step."""
     if state.phase < len(run.phases) and state.phase_step >= run.phases[state.phase].steps:
         state.phase, state.phase_step = state.phase + 1, 0
     if state.phase >= len(run.phases):
         return None
     phase = run.phases[state.phase]
-    if engine.model.visual.image_size != phase.image_size:
-        engine.model.visual.set_image_size(phase.image_size)
+    size = size_of_step(phase, run.train.seed, state.phase_step)
+    if engine.model.visual.size != size:
+        engine.model.visual.set_image_size(size)
     if state.phase_step == 0:
         state.recent_losses, state.recent_norms = [], []
         if phase.fresh_optimizer:

@@ -14,6 +14,7 @@ the allocator's gaps. tools/gpu_report.py measures the same; docs/planning.md co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from clips.common.memory import FP32, Parameters, held
-from clips.config import CaptionerConfig, Freeze, ModelConfig, OptimConfig, RunConfig
+from clips.config import CaptionerConfig, Freeze, ModelConfig, OptimConfig, RunConfig, sides
 from clips.model.clips import CLIPSModel
 from clips.model.flops import BatchShape, captioner_tokens, computed_words
 from clips.model.layers import CPU_PLAIN_KEYS
@@ -103,7 +104,7 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     model, B, e = run.model, shape.samples, place.element
     vision, text, captioner = model.vision, model.text, model.captioner
     counts = count_parameters_by_part(model)
-    pixels, patches = 3 * shape.image_size**2, vision.kept_tokens(shape.image_size)
+    pixels, patches = 3 * math.prod(sides(shape.image_size)), vision.kept_tokens(shape.image_size)
     frozen = run.train.freeze
     tower = _stack(place, vision.width, vision.heads, vision.layers, vision.mlp_ratio, patches + vision.prefix_tokens)
     parts = {"vision": _scaled(tower, B, counts["vision"], pixels * e if place.bf16 else 0)}
@@ -265,7 +266,7 @@ def usage(
     fullest = max(fullest, on_rank.gradients)
     if whole_step:
         fullest = max(fullest, before + loss)
-    batch = shape.samples * (3 * FP32 * shape.image_size**2)
+    batch = shape.samples * (3 * FP32 * math.prod(sides(shape.image_size)))
     return Usage(
         weights=on_rank.weights,
         optimizer=on_rank.optimizer,

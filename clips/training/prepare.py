@@ -26,7 +26,7 @@ from clips.common.memory import gigabytes
 from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
 from clips.common.runtime import autocast, has_bf16
-from clips.config import PhaseConfig, RunConfig, difference
+from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference
 from clips.data.loader import micro_batch_size
 from clips.data.sources import Source
 from clips.data.splits import held_out_sets, open_split, split_spec
@@ -257,8 +257,12 @@ def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> 
 
 
 def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
-    """All that one sample costs in a step, what is computed a second time included."""
-    shape = usual_shape(run, phase)
+    """The mean cost of a sample over the phase's sizes, what is computed a second time included."""
+    costs = [_flops(run, usual_shape(run, size)) for size in phase.training_sizes]
+    return sum(costs) // len(costs)
+
+
+def _flops(run: RunConfig, shape: BatchShape) -> int:
     repeated = repeated_flops(
         run.model, shape, checkpointing=run.train.activation_checkpointing, freeze=run.train.freeze
     )
@@ -268,27 +272,32 @@ def flops_per_sample(run: RunConfig, phase: PhaseConfig) -> int:
     return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
-def usual_shape(run: RunConfig, phase: PhaseConfig) -> BatchShape:
+def usual_shape(run: RunConfig, image_size: ImageSize) -> BatchShape:
     """One sample, as it is before the data is known: with masked padding a text is taken to fill half its context."""
     text, captioner = run.model.text, run.model.captioner
     words = text.context_length // (2 if text.trim else 1)
     texts = (words,) * len(run.task.texts)
     caption = captioner.length if captioner is not None and run.task.captions else 0
-    return BatchShape(1, phase.image_size, texts, caption, predicted=max(0, caption - 1))
+    return BatchShape(1, image_size, texts, caption, predicted=max(0, caption - 1))
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
-    """A micro-batch of `samples` whose texts and captions all have full length: what memory has to be there for."""
+    """A micro-batch of `samples` of the largest size whose texts and captions all have full length."""
     text, captioner = run.model.text, run.model.captioner
     caption = captioner.length if captioner is not None and run.task.captions else 0
     return BatchShape(
         samples=samples,
-        image_size=phase.image_size,
+        image_size=largest_size(phase),
         texts=(text.context_length,) * len(run.task.texts),
         caption=caption,
         predicted=samples * max(0, caption - 1),
         world_size=ranks,
     )
+
+
+def largest_size(phase: PhaseConfig) -> Size:
+    """The size that decides how much memory the phase takes."""
+    return max(phase.training_sizes, key=math.prod)
 
 
 def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]) -> Usage:
@@ -379,7 +388,7 @@ def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> 
     fresh = ", a fresh optimizer" if phase.fresh_optimizer and phase is not run.phases[0] else ""
     return (
         f"{phase.steps:,} steps × {phase.batch_size}{split} = {phase.steps * phase.batch_size:,} samples "
-        f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.image_size} px,\n"
+        f"({phase.steps * phase.batch_size / max(samples, 1):.1f} epochs) at {phase.pixels},\n"
         f"{rate}, {phase.schedule}{fresh}"
     )
 

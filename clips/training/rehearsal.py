@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
-from clips.config import PhaseConfig, RunConfig
+from clips.config import PhaseConfig, RunConfig, sides
 from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.model.clips import CLIPSModel, Outputs
 from clips.model.flops import BatchShape
 from clips.training.grad_cache import forward_passes
-from clips.training.prepare import fullest_shape
+from clips.training.prepare import fullest_shape, largest_size
 from clips.training.task import Part, Task
 
 
@@ -70,10 +70,10 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
 
 
 def built(run: RunConfig, phase: PhaseConfig) -> Task:
-    """The model of `run` on "meta", as the engine sets it up for `phase`."""
+    """The model of `run` on "meta", as the engine sets it up for the largest pictures of `phase`."""
     with torch.device(META):
         model = CLIPSModel(run.model, pad_id=0)
-        model.visual.set_image_size(phase.image_size)
+        model.visual.set_image_size(largest_size(phase))
     model.freeze(run.train.freeze)
     model.set_activation_checkpointing(run.train.activation_checkpointing)
     return Task(model, run)
@@ -85,7 +85,7 @@ def full_batch(task: Task, run: RunConfig, shape: BatchShape) -> Batch:
     slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
     batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
     size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
-    batch["images"] = torch.empty(shape.samples, 3, size, size, dtype=torch.uint8, device=META)
+    batch["images"] = torch.empty(shape.samples, 3, *sides(size)[::-1], dtype=torch.uint8, device=META)
     seen = vision.kept_tokens(size)
     if vision.patch_dropout:
         batch["patches"] = torch.arange(seen).expand(shape.samples, -1)

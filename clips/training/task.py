@@ -22,6 +22,7 @@ from clips.config import RunConfig
 from clips.model.clips import CLIPSModel, Counts, Kept, Outputs
 from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
+from clips.model.vision import size_of
 from clips.training.losses import (
     IGNORE,
     caption_loss,
@@ -92,7 +93,7 @@ class Task(nn.Module):
         counts: Counts = self.counted(batch)["counts"]
         return BatchShape(
             samples=len(batch["images"]),
-            image_size=batch["images"].shape[-1],
+            image_size=size_of(batch["images"]),
             texts=[ids.shape[1] for ids in _texts(batch)],
             words=counts.texts,
             caption=0 if caption is None else caption.shape[1],

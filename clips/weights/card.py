@@ -83,6 +83,7 @@ def write_cards(
             for one in of_these
             for test_set, figures in by_test_set(one["figures"], one["test_set"]).items()
         },
+        "has_sizes": any(phase.sizes for phase in run.phases),
         "is_demo": run.data.train == "demo",
         "is_imported": run.recipe == "imported",
     }
@@ -113,7 +114,7 @@ def _facts(run: RunConfig, samples: int | None, weights: str) -> list[tuple[str,
     rows = [("Towers", _towers(run.model)), ("Tokenizer", run.captions.tokenizer)]
     if run.recipe != "imported":
         planned = f"recipe {run.recipe} ({run.task.objective}), {run.samples:,} samples"
-        phases = ", ".join(f"{phase.samples:,} at {phase.image_size} px" for phase in run.phases)
+        phases = ", ".join(f"{phase.samples:,} at {phase.pixels}" for phase in run.phases)
         seen = "" if samples is None else f"; these weights have seen {samples:,}"
         rows += [("Training", f"{planned}: {phases}{seen}"), ("Data", _data(run)), ("Seed", str(run.train.seed))]
     return [*rows, ("SHA-256 of the trained weights", weights)]

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 from clips.model.clips import CLIPSModel
 
-SHAPES = [(8, 12, 10, 14), (8, 7, 11, 9), (3, 9, 9, 13), (5, 12, 6, 8)]
-"""(samples, slots of the web caption, of the sub-caption, of the caption)"""
+SHAPES = [(8, 12, 10, 14, 2), (8, 7, 11, 9, 2), (3, 9, 9, 13, 3), (5, 12, 6, 8, 1)]
+"""(samples, slots of the web caption, of the sub-caption, of the caption, rows of two patches)"""
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,11 @@ def cut(ids: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 def pass_both_ways(model: CLIPSModel, shape: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    samples, web, sub, caption = shape
+    samples, web, sub, caption, rows = shape
     batch = tiny_batch(0, size=samples)
-    out = model(batch["images"], [cut(batch["web"], web), cut(batch["sub"], sub)], batch["caption"][:, :caption])
+    images = torch.cat([batch["images"]] * 2, dim=2)[:, :, : 16 * rows]
+    model.visual.set_image_size((32, 16 * rows))
+    out = model(images, [cut(batch["web"], web), cut(batch["sub"], sub)], batch["caption"][:, :caption])
     outputs = [out.image_features, *out.text_features, out.caption_states]
     used = [p for p in model.parameters() if p.requires_grad]
     loss = torch.stack([x.pow(3).sum() for x in outputs]).sum()

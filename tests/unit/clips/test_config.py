@@ -74,6 +74,11 @@ def test_samples_and_steps_count_whole_batches() -> None:
         ("model.captioner=null", r"task\.caption_weight is above 0 but model\.captioner is null"),
         ("phases.0.image_size=40", "image size 40 is not a multiple of the patch size 16"),
         ("phases.0.image_size=0", "image size 0"),
+        (
+            "phases.0.sizes=[[48,32],[40,32]]",
+            r"phase a: in sizes the size \(40, 32\) is not a multiple of the patch size 16",
+        ),
+        ("phases.0.sizes=[32]", r"config\.phases\.0\.sizes\.0 must be a list, found 32"),
         ("phases.0.schedule=step", "schedule = 'step' is not known; choose one of: cosine, trapezoid"),
         ("phases.0.batch_size=0", "phase a: batch_size must be positive"),
         ("phases.0.batch_size=65", "phase a: samples 64 is below one batch of 65"),

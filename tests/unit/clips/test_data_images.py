@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 import time
@@ -23,6 +24,7 @@ from clips.data.images import (
     decode_image,
     eval_transform,
     inception_crop,
+    nearest_size,
     normalise,
     stacked,
     to_rgb,
@@ -201,6 +203,22 @@ def test_a_broken_picture_is_named_at_any_scale() -> None:
         for decode in (decode_image, lambda data, key: preprocess.decoded(data, key, random.Random(0))):
             with pytest.raises(BrokenSample, match=r"^shard#7: image: "):
                 decode(broken, "shard#7")
+
+
+def test_a_wide_size_is_decoded_for_both_of_its_sides() -> None:
+    data = encode(photo(800, 600), "JPEG")
+    for size, scale in (((96, 32), 4), ((32, 96), 2), ((300, 32), 1)):
+        kept = Preprocess(size).decoded(data, "k", random.Random(0))
+        with Image.open(io.BytesIO(data)) as small:
+            small.draft(None, (800 // scale, 600 // scale))
+            expected = small.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(kept, np.asarray(expected))
+
+
+def test_a_picture_takes_the_size_of_the_nearest_aspect() -> None:
+    sizes = [(60, 60), (30, 30), (90, 40), (40, 90)]
+    for picture, nearest in {(7, 7): 0, (70, 60): 0, (200, 100): 2, (1, 900): 3, (10, 13): 0}.items():
+        assert nearest_size(picture, sizes) == nearest_size(picture, sizes[::-1]) == sizes[nearest]
 
 
 def test_a_picture_of_the_right_size_is_not_resampled() -> None:

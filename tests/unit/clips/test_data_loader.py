@@ -259,6 +259,33 @@ def test_dropped_tokens_are_drawn_by_themselves(source: Source, tokenizer: Capti
     assert not torch.equal(batches(source, tokenizer, other_seed)[0]["patches"], whole[0]["patches"])
 
 
+def test_a_step_has_one_size_and_the_sizes_change_nothing_else(source: Source, tokenizer: CaptionTokenizer) -> None:
+    def in_sizes(*sizes: tuple[int, int], seed: int = 0, **place: int) -> list[dict]:
+        run = dropping(a_run(accumulation=2))
+        run = replace(run, phases=(replace(run.phases[0], sizes=sizes),), train=replace(run.train, seed=seed))
+        return batches(source, tokenizer, run, stop=12, **place)
+
+    def drawn(found: list[dict]) -> list[tuple[int, int]]:
+        sizes = [(batch["images"].shape[3], batch["images"].shape[2]) for batch in found]
+        assert sizes[::2] == sizes[1::2], "both micro-batches of a step"
+        return sizes[::2]
+
+    for ours, theirs in zip(in_sizes((32, 32)), in_sizes(), strict=True):
+        assert_same(ours, theirs)
+    sizes = ((32, 32), (48, 16), (16, 64))
+    found, images = in_sizes(*sizes), ("images", "patches", "image_tokens")
+    for turn in range(4):
+        assert sorted(drawn(found)[3 * turn : 3 * turn + 3]) == sorted(sizes)
+    assert len({tuple(drawn(in_sizes(*sizes, seed=seed))) for seed in range(3)}) == 3
+    assert drawn(in_sizes(*sizes, rank=1, world_size=2)) == drawn(found)
+    assert drawn(in_sizes(*sizes, start=5)) == drawn(found)[5:]
+    for batch, square in zip(found, in_sizes(), strict=True):
+        assert_same(*({k: v for k, v in b.items() if k not in images} for b in (batch, square)))
+        there = batch["images"][0, 0].numel() // 8**2
+        assert batch["patches"].shape == (4, there // 2)
+        assert batch["patches"].max() < there
+
+
 @pytest.mark.parametrize(("objective", "texts"), [("caption", set()), ("caption+web", {"web"})])
 def test_objectives_that_write_captions_read_no_sub_caption(
     objective: str, texts: set[str], source: Source, tokenizer: CaptionTokenizer

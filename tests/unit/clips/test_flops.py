@@ -22,10 +22,12 @@ from clips.training.task import Task
 def test_every_preset_forward_and_backward(preset: str) -> None:
     """With fake tensors: shapes only, so that H/14 costs no memory. The head has a shape of its own here."""
     config = PRESETS[preset]
-    size, (web, sub), caption = config.vision.image_size, (config.text.context_length,) * 2, 20
+    size = config.vision.image_size, config.vision.patch_size * 3
+    (web, sub), caption = (config.text.context_length,) * 2, 20
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # as matrix products; other kernels compute scores twice
         model = CLIPSModel(config, pad_id=0)
-        images = torch.empty(2, 3, size, size)
+        model.visual.set_image_size(size)
+        images = torch.empty(2, 3, size[1], size[0])
         texts = [torch.zeros(2, web, dtype=torch.long), torch.zeros(2, sub, dtype=torch.long)]
         ids = torch.zeros(2, caption, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

@@ -19,6 +19,7 @@ from conftest import generative, random_model, script_parser, tiny_run
 from launched import write_shard
 from PIL import Image
 
+from clips.common.errors import UserError
 from clips.config import EvalConfig, NamedSet, RunConfig
 from clips.data.images import decode_image, eval_transform
 from clips.data.sample import BrokenSample
@@ -26,7 +27,7 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.evaluation.encode import encode_images
 from clips.evaluation.evaluate import evaluate, evaluate_from_flags
 from clips.evaluation.metrics import linear_probe, retrieval_metrics, zero_shot_metrics
-from clips.evaluation.testsets import Item, SourceSet, classes_of, open_test_set
+from clips.evaluation.testsets import Item, PictureSet, SourceSet, classes_of, open_test_set
 from clips.model.clips import CLIPSModel
 from clips.model.vision import VisionTower
 from clips.weights.export import write_native
@@ -125,6 +126,34 @@ def test_tokens_of_images_are_gone_with_their_batch(run: RunConfig, tokenizer: C
     assert images.caption_tokens is not None
     assert alive == [0] * 7
     assert not any(ref() is not None for ref in seen)
+
+
+@torch.no_grad()
+def test_each_picture_is_encoded_at_the_nearest_aspect(
+    run: RunConfig, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    shapes = [(40, 30), (90, 20), (15, 60), (32, 32), (80, 20), (20, 90), (200, 10)]
+    at = [(32, 32), (48, 16), (16, 48), (32, 32), (48, 16), (16, 48), (48, 16)]
+    for i, shape in enumerate(shapes):
+        picture = np.random.default_rng(i).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    model, items = random_model(run), PictureSet(tmp_path)
+    images = encode_images(model, items, sizes=[(32, 32), (48, 16), (16, 48)], batch_size=4)
+    assert sorted(images.indices) == list(range(7))
+    assert model.visual.size == (32, 32)
+    for row, index in enumerate(images.indices):
+        model.visual.set_image_size(at[index])
+        pixels = eval_transform(at[index])(decode_image(items.read(index).image))
+        torch.testing.assert_close(images.features[row], model.encode_image(pixels[None])[0], atol=1e-5, rtol=1e-5)
+    write_native(model, run, tokenizer, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--data", run.data.test, "--limit", "3", "--image-size"]
+    parse = script_parser("evaluate_clips").parse_args
+    evaluate_from_flags(parse([*flags, "32", "48x16"]))
+    (out,) = (tmp_path / "model").glob("evaluation-*-3-32-48x16px.json")
+    assert json.loads(out.read_text())["image_size"] == [[32, 32], [48, 16]]
+    for word, said in (("wide", "'wide' must look like 60"), ("48x20", r"--image-size \(48, 20\) is not a multiple")):
+        with pytest.raises(UserError, match=said):
+            evaluate_from_flags(parse([*flags, word]))
 
 
 class Slow:

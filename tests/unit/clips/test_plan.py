@@ -32,6 +32,7 @@ from clips.training.prepare import flops_per_sample, most_memory, print_plan, us
 
 SCRIPT = ROOT / "scripts" / "plan_run.py"
 H100 = CARDS["h100"]
+SIZES = {"square": "[[112,112]]", "wide": "[[224,112]]", "both": "[[112,112],[224,112]]"}
 
 
 def on(gpus: int, kind: str = "h100", **more: float) -> Machine:
@@ -100,10 +101,25 @@ def test_cut_steps_pay_one_more_forward_pass_of_the_towers() -> None:
     run = recipe("b16")
     cut = replace(run, train=replace(run.train, accumulation=4))
     whole, pieces = (plan(r, on(64), engine="zero0").phases[0] for r in (run, cut))
-    forward = forward_flops(run.model, usual_shape(run, run.phases[0]))
+    forward = forward_flops(run.model, usual_shape(run, run.phases[0].image_size))
     more = (pieces.time.compute_s - whole.time.compute_s) * 989e12 * 0.2 / 512
     assert more == pytest.approx(forward["vision"] + forward["text"])
     assert pieces.fit.usage.working < 0.6 * whole.fit.usage.working
+
+
+def test_the_largest_size_decides_the_memory_and_the_mean_the_time() -> None:
+    run = recipe("b16")
+    sizes = {name: run.override([f"phases.0.sizes={size}"]) for name, size in SIZES.items()}
+    costs, memory = (
+        {name: measure(run) for name, run in sizes.items()}
+        for measure in (
+            lambda run: flops_per_sample(run, run.phases[0]),
+            lambda run: memory_of(run, run.phases[0], on(8), "zero1", 16).total,
+        )
+    )
+    assert costs["square"] == flops_per_sample(run, run.phases[0])
+    assert costs["both"] == (costs["square"] + costs["wide"]) // 2 > costs["square"]
+    assert memory["both"] == memory["wide"] > memory["square"]
 
 
 def test_the_memory_table_has_every_engine_with_and_without_checkpointing() -> None:

@@ -165,7 +165,8 @@ def test_the_baseline_gets_the_same_pictures_in_the_same_order(tmp_path: Path) -
     for name in RECIPES.values():
         run = debug_twin(recipe(name))
         data = BatchDataset(source, tokenizer, run)
-        batches.append([data[0, range(begin, begin + 8)] for begin in range(0, 32, 8)])
+        (size,) = run.phases[0].training_sizes
+        batches.append([data[0, size, range(begin, begin + 8)] for begin in range(0, 32, 8)])
     for ours, *others in zip(*batches, strict=True):
         for theirs in others:
             assert ours["keys"] == theirs["keys"]
