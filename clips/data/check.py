@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import re
+import shlex
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.common.escape import clip
+from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from clips.config import RunConfig, parse_fields, parse_mix
@@ -287,6 +289,11 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     fields = parse_fields(flags.fields or [], run.data.fields)
     run = replace(run, data=replace(run.data, **train, fields=fields, image_root=flags.image_root))
     check_triples(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed, as_json=flags.json)
+    if not flags.json:
+        words = ["--recipe", flags.recipe, *(["--mix", *flags.mix] if flags.mix else ["--data", flags.data])]
+        words += ["--fields", *flags.fields] if flags.fields else []
+        words += ["--image-root", flags.image_root] if flags.image_root else []
+        say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")
 
 
 def check_triples(
@@ -421,10 +428,13 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary["long_with_one_sentence_share"] is not None:
         rows.append(("long with one sentence", f"{summary['long_with_one_sentence_share']:.1%}"))
     for part, scripts in summary["scripts"].items():
-        total = sum(scripts.values())
+        if not (total := sum(scripts.values())):
+            continue
         shares = [f"{name} {count / total:.1%}" for name, count in list(scripts.items())[:6]]
-        rows.append((f"scripts, {part}", ", ".join(shares) or "none"))
+        rows.append((f"scripts, {part}", ", ".join(shares)))
     for kind, duplicates in summary["duplicates"].items():
+        if not duplicates["looked_at"]:
+            continue
         share = duplicates["of_hashes"]
         how = "" if share == 1 else f" (estimated from {share:.3%} of the hashes: memory is bounded)"
         rows.append((f"repeated {KINDS[kind]}", f"{duplicates['share']:.2%}{how}"))

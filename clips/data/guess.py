@@ -56,7 +56,9 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
         return fields
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
-    _say(f"{where}: pictures from {fields.image!r}, captions from {fields.web!r}, {long} (guessed; --fields overrules)")
+    say_once(
+        f"{where}: pictures from {fields.image!r}, captions from {fields.web!r}, {long} (guessed; --fields overrules)"
+    )
     return fields
 
 
@@ -65,7 +67,7 @@ def guess_delimiter(header: str, url: str) -> str:
     usual = "\t" if url.endswith(".tsv") else ","
     found = max(usual, *"\t;,", key=lambda character: len(next(csv.reader([header], delimiter=character), ())))
     if found != usual:
-        _say(f"{url}: columns are separated by {found!r}")
+        say_once(f"{url}: columns are separated by {found!r}")
     return found
 
 
@@ -84,7 +86,7 @@ def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
             return root
         if not any(os.path.exists(path) for path in paths):
             return root
-    _say(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
+    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
     return found
 
 
@@ -99,7 +101,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
         train = [name for name in found if name.startswith("train")]
         others = [name for name in found if name not in train]
         if train and others and all(name.startswith(HELD_OUT) for name in others):
-            _say(f"{folder}: {_some(train)} taken, {_some(others)} left for --test-data")
+            say_once(f"{folder}: {_some(train)} taken, {_some(others)} left for --test-data")
             found = train
         return [os.path.join(folder, name) for name in found]
     for inner in ("data", "train"):
@@ -113,7 +115,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
 
 
 @lru_cache
-def _say(message: str) -> None:
+def say_once(message: str) -> None:
     """Print `message`, once in a process: a run opens its data several times."""
     log.warning("%s", message)
 
@@ -131,7 +133,7 @@ class PictureFolder:
         self.url = self.root = folder
         self._names, without = self.pairs(folder)
         if without:
-            _say(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")
+            say_once(f"{folder}: {len(without):,} pictures are left out for want of a text, the first is {without[0]}")
 
     def __len__(self) -> int:
         return len(self._names)

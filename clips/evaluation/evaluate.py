@@ -20,7 +20,7 @@ from clips.common.errors import UserError
 from clips.common.files import sha256
 from clips.config import RunConfig, check_image_size, parse_sizes, sides
 from clips.data.sources import open_source
-from clips.data.splits import held_out_sets
+from clips.data.splits import held_out_sets, split_spec
 from clips.data.tokenizer import CaptionTokenizer
 from clips.evaluation.encode import ImageSet, encode_images, encode_texts, prompt_features
 from clips.evaluation.figures import NOT_MEASURED, figures_table, missing_of, named, write_figures
@@ -70,11 +70,10 @@ def measure(
         features = encode_texts(model, tokenizer, texts, batch_size=batch_size, sharded=sharded)
         found = retrieval_metrics(images.features[rows], features, owners, texts) if here else {}
         figures |= {f"{protocol}_{name}": figure for name, figure in found.items()}
-    if shared_space and (labelled := labelled_rows(images)):
-        labels = list(labelled.values())
-        classes = classes or classes_of(labels)
+    labelled = labelled_rows(images) if shared_space else {}
+    if labelled and (classes := classes or classes_of(labelled.values())):
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch_size, sharded=sharded)
-        truth = classes.index(labels)
+        truth = classes.index(list(labelled.values()))
         found = zero_shot_metrics(images.features[list(labelled)], prompts, truth) if here else {}
         figures |= {f"zero_shot_{name}": figure for name, figure in found.items()}
     if here and images.caption_tokens is not None:
@@ -250,11 +249,13 @@ def _test_sets_of(flags: argparse.Namespace, run: RunConfig) -> tuple[str, dict[
     if flags.data is not None:
         name = f"{Path(flags.data).stem.strip('*{}') or 'data'}-{_key(Path(flags.data))}"
         return name, {name: (_open(flags.data, flags, run), None)}
-    tests = held_out_sets(run.data) or ["test"]
+    tests = held_out_sets(run.data)
     known = dict.fromkeys(("val", "test", *tests))
     if flags.split not in known:
         raise UserError(f"--split {flags.split!r} of the run's own data: choose one of {', '.join(known)}")
-    names = tests if flags.split == "test" else [flags.split]
+    names = [name for name in (tests if flags.split == "test" else [flags.split]) if split_spec(run.data, name)]
+    if not names:
+        raise UserError(f"the model's run names no {flags.split} data: give --data, in any form that training takes")
     return flags.split, {name: open_test_set(run.data, name, run.captions.splitter) for name in names}
 
 

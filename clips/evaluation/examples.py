@@ -90,9 +90,9 @@ def collect_examples(
             found = [small(scene[j]) for j in best]
             examples.retrieval.append(Retrieved(queries[i], small(scene[i]), found, ranks[i]))
 
-    if has_text_features and (labels_by_row := labelled_rows(images)):
+    labels_by_row = labelled_rows(images) if has_text_features else {}
+    if labels_by_row and (classes := classes or classes_of(labels_by_row.values())):
         labelled, names = list(labels_by_row), list(labels_by_row.values())
-        classes = classes or classes_of(names)
         prompts = prompt_features(model, tokenizer, classes, batch_size=batch)
         weights = torch.nn.functional.normalize(prompts.mean(dim=1), dim=-1)
         scale = model.logit_scale.exp().clamp(max=100).cpu()

@@ -13,6 +13,7 @@ from clips.common.files import from_json, read_bytes, read_regular
 from clips.common.paths import inside
 from clips.config import DataConfig, SentenceSplitter
 from clips.data.demo import demo_split
+from clips.data.guess import say_once
 from clips.data.images import ENDINGS, MAX_BYTES
 from clips.data.sample import BrokenSample
 from clips.data.sentences import split_sentences
@@ -160,10 +161,13 @@ class Classes:
     def index(self, labels: Sequence[str]) -> list[int]:
         """Class index of each label; UserError names those that are no class.
 
-        ImageNet's folders are named by synset (n01440764 …): in sorted order they are ImageNet's classes.
+        ImageNet's folders are named by synset (n01440764 …): in sorted order they are ImageNet's classes. Numbers are
+        places in the list, from 0, if no class has such a name.
         """
         known = {name: i for i, name in enumerate(self.names)}
         found = sorted(set(labels))
+        if not any(map(str.isdecimal, known)):
+            known |= {str(i): i for i in range(len(self.names))}
         if not set(found) <= known.keys() and len(found) == len(known) and all(_SYNSET.fullmatch(n) for n in found):
             known = {name: i for i, name in enumerate(found)}
         if unknown := [name for name in found if name not in known]:
@@ -200,9 +204,13 @@ def load_classes(spec: str | Path) -> Classes:
     return Classes(names, templates)
 
 
-def classes_of(labels: Iterable[str]) -> Classes:
-    """The labels themselves as the classes, in general templates."""
-    return Classes(tuple(sorted(set(labels))), default_templates())
+def classes_of(labels: Iterable[str]) -> Classes | None:
+    """The labels themselves as the classes, in general templates; None for numbers, which are no names."""
+    names = tuple(sorted(set(labels)))
+    if all(map(str.isdecimal, names)):
+        say_once("zero-shot is left out: the labels are numbers; evaluate_clips.py --classes FILE names them in order")
+        return None
+    return Classes(names, default_templates())
 
 
 def default_templates() -> tuple[str, ...]:

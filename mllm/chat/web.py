@@ -378,12 +378,13 @@ def _points_at(encoder: CLIPS, path: Path, thing: str, place: str) -> float:
         return 0.0
 
 
-def _of_demo(encoders: Pool[CLIPS]) -> CLIPS | None:
-    """The first encoder, if it was trained on the demo: it has names for the demo's things."""
+def _opening(encoders: Pool[CLIPS], examples: Path) -> tuple[list[tuple[str, str]], Sequence[str]]:
+    """Examples and labels of the encoder's tab: the demo's if the first encoder was trained on it, else LABELS."""
     with contextlib.suppress(UserError):  # the tab will say it
         first = encoders.get(encoders.names[0]) if encoders.names else None
-        return first if first is not None and is_of_demo(first.data) else None
-    return None
+        if first is not None and is_of_demo(first.data):
+            return example_things(examples, partial(_points_at, first)), list(CONCEPTS)
+    return [], LABELS
 
 
 def launch(
@@ -413,9 +414,7 @@ def launch(
     encoders = trained_encoders(RUNS, options.get("device", "auto"))
     unseen = EXAMPLES / IMAGES if any((EXAMPLES / IMAGES).glob(UNSEEN_PICTURES)) else None
     place = (Path(pictures), "**/*") if pictures else (unseen, UNSEEN_PICTURES) if unseen else None
-    examples, of_demo = example_questions(EXAMPLES, names[0]), _of_demo(encoders)
-    things = example_things(EXAMPLES, partial(_points_at, of_demo)) if of_demo else []
-    labels = list(CONCEPTS) if of_demo else LABELS
+    examples, (things, labels) = example_questions(EXAMPLES, names[0]), _opening(encoders, EXAMPLES)
     page = build(models, encoders, examples, limits, things=things, labels=labels, pictures=place)
     try:
         page.launch(

@@ -26,7 +26,7 @@ from clips.common.errors import UserError, never_in_the_way
 from clips.common.escape import for_rich
 from clips.common.files import read_json, sha256, write_json
 from clips.common.hub import model_digest, resolve
-from clips.common.live import say_next
+from clips.common.live import in_words, say_next
 from clips.common.progress import ProgressFile
 from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
@@ -200,7 +200,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
     }
     out = _output(flags, Path(directory), wanted)
     model, processor = load_llava(directory, device, answer_dtype(flags.dtype, device))
-    console = Console(emoji=False, stderr=True)
+    console = Console(emoji=False, stderr=True, highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     answered: dict[str, dict[str, Any]] = {}
@@ -218,7 +218,7 @@ def evaluate_from_flags(flags: argparse.Namespace) -> dict[str, Any]:
             path.write_text("".join(lines), encoding="utf-8")
             answered[key] = {"questions": wanted[key], "answers": {"file": path.name, "sha256": sha256(path)}}
             seconds = time.perf_counter() - begin
-            console.print(f"{len(answers):,} answers in {seconds:.0f} s → {for_rich(str(path))}", highlight=False)
+            console.print(f"{len(answers):,} answers in {in_words(seconds)} → {for_rich(str(path))}")
     for title, found in ((name, figures), (f"{name}, unseen artist", figures.get(UNSEEN, {}))):
         for table in figures_tables(found, f"{title}: exact match"):
             console.print(table)

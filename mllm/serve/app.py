@@ -318,12 +318,15 @@ def bind_port(host: str, port: int) -> socket.socket:
 
 
 def _find_encoder(flags: argparse.Namespace) -> CLIPS | str:
-    try:
-        return CLIPS.from_pretrained(flags.encoder or newest_export(Path("runs"), "clips"), device=flags.device)
-    except UserError as error:
-        if flags.encoder:
-            raise
-        return str(error)
+    reasons = []
+    for objective in ("clips", "clip"):
+        try:
+            return CLIPS.from_pretrained(flags.encoder or newest_export(Path("runs"), objective), device=flags.device)
+        except UserError as error:
+            if flags.encoder:
+                raise
+            reasons.append(str(error))
+    return reasons[0]
 
 
 def _greeting(

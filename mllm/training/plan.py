@@ -190,7 +190,8 @@ def print_plan(
         f"{steps * arguments.batch_size:,} samples, {steps * arguments.batch_size / samples:.1f} epochs"
     )
     if steps < FEW:
-        facts["few steps"] = "the model hardly changes: take a smaller --batch_size, or more --num_train_epochs"
+        more = "more --max_steps" if arguments.max_steps > 0 else "a smaller --batch_size, or more --num_train_epochs"
+        facts["few steps"] = f"the model hardly changes: take {more}"
     facts["arithmetic"] = f"{'bf16' if arguments.bf16 else 'fp32'}, " + (f"ZeRO {zero}" if zero else "no ZeRO")
     facts["memory"] = (
         "about "

@@ -23,6 +23,7 @@ from rich.console import Console
 from clips.common.errors import reporting
 from clips.common.escape import for_rich
 from clips.common.files import write_json
+from clips.common.live import in_words
 from clips.common.profile import profiled
 from clips.common.ranks import naming_lost_ranks
 from clips.common.runtime import bound_kernel_caches, choose_device, environment, init_distributed, shutdown
@@ -183,8 +184,10 @@ def train(
 
 def print_summary(summary: dict[str, Any], number: int, console: Console) -> None:
     console.print(
-        f"stage {number} ({summary['stage']}): {summary['samples_per_s']:.1f} samples/s, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['tflops']:.3g} TFLOP/s per rank "
-        f"(MFU {summary['mfu']:.1%}), peak memory {summary['peak_memory_gb']:.2f} GB, "
-        f"{summary['train_seconds']:.0f} s of training after {summary['prepare_seconds']:.0f} s of preparation"
+        f"stage {number} ({summary['stage']}): trained for {in_words(summary['train_seconds'])}, after "
+        f"{in_words(summary['prepare_seconds'])} of preparation: {summary['samples_per_s']:.1f} samples/s, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {100 * summary['mfu']:.0f} % of the processor's peak, "
+        f"{summary['peak_memory_gb']:.1f} GB",
+        highlight=False,
+        soft_wrap=True,
     )

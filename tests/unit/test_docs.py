@@ -204,6 +204,15 @@ def test_every_page_and_every_recipe_is_listed() -> None:
 # ------------------------------------------------------------------------------------------------------ the README
 
 
+def test_the_first_screen_shows_the_command_and_a_picture_and_code_lines_fit() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    code = "".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    assert [line for line in code.splitlines() if len(line) > 95] == []
+    first = text[: text.index("\n## ")]
+    assert first.index("bash scripts/quickstart.sh") < first.index("![")
+
+
 def test_the_tree_names_the_rooms() -> None:
     (tree,) = re.findall(r"^```\n(clips/ .*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     for line in tree.splitlines():

@@ -26,3 +26,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (site / "search" / "search_index.json").is_file()
     outside = re.findall(r'(?:src|href)="(https?://[^"]*\.(?:js|css|woff2?))"', readme)
     assert outside == [], "a reader's browser asks other servers"
+    # The theme's script fetches Mermaid from unpkg.com for a page that has a diagram of it.
+    assert [path for path in site.rglob("*.html") if 'class="mermaid"' in path.read_text(encoding="utf-8")] == []

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import random
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import script_parser
 from hostile import HOSTILE
 from launched import pictures, recap, write_shard
 from PIL import Image
@@ -17,7 +19,7 @@ from PIL import Image
 from clips.common.errors import BrokenDataError, UserError
 from clips.config import DataConfig, Fields, RunConfig, parse_mix
 from clips.data import check
-from clips.data.check import Distinct, check_triples, reason_class, script_of, sketch
+from clips.data.check import Distinct, check_from_flags, check_triples, reason_class, script_of, sketch
 from clips.recipes import recipe
 
 
@@ -77,6 +79,21 @@ def test_processes_find_what_one_finds(data: Path, tmp_path: Path) -> None:
     assert check_triples(run_on(data), tmp_path / "b", samples=200, workers=2) == alone
     assert (tmp_path / "a/contact_sheet.html").read_text() == (tmp_path / "b/contact_sheet.html").read_text()
     assert check_triples(run_on(data), tmp_path / "a", samples=200, seed=1) != alone
+
+
+def test_one_caption_and_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table told of long captions that are not there: "repeated 0.00%"."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("datei;alt\na.png;a cat\nb.png;a dog\n")
+    data = ["--recipe", "clip_baseline", "--data", str(tmp_path / "t.csv"), "--fields", "image=datei"]
+    check_from_flags(script_parser("check_data").parse_args([*data, "--output", str(tmp_path / "out")]))
+    said = capsys.readouterr()
+    rows = [line.split("│")[1].strip() for line in said.out.splitlines() if line.startswith("│")]
+    assert "long captions" in rows
+    assert "scripts, web" in rows
+    assert not {"scripts, long", "repeated long captions"} & set(rows)
+    assert f"Next: python scripts/pretrain_clips.py --name mine {shlex.join(data)}\n" in said.err
 
 
 def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

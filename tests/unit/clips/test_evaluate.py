@@ -13,7 +13,7 @@ from PIL import Image
 from clips.common.errors import NotFiniteError, UserError
 from clips.data.sample import BrokenSample
 from clips.evaluation.metrics import expected_hits, linear_probe, retrieval_metrics, token_accuracy, zero_shot_metrics
-from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, load_classes
+from clips.evaluation.testsets import Classes, FolderSet, KarpathySet, classes_of, load_classes
 
 
 def slow_recall(images, texts, text_to_image, strings, k):
@@ -198,6 +198,17 @@ def test_class_lists(tmp_path):
             load_classes(tmp_path / name)
     with pytest.raises(UserError, match="absent"):
         load_classes(tmp_path / "absent.txt")
+
+
+def test_numbers_are_places_in_the_class_list_and_no_names(caplog):
+    """A `label` column of the datasets library holds numbers: "a photo of a 2" was 33 %, which is chance."""
+    assert Classes(("ball", "box", "tent"), ("{}",)).index(["2", "0"]) == [2, 0]
+    with pytest.raises(UserError, match="not in the class list: 3"):
+        Classes(("ball", "box", "tent"), ("{}",)).index(["3", "0"])
+    assert Classes(("7", "0"), ("{}",)).index(["0"]) == [1]
+    assert classes_of(["0", "2"]) is None
+    assert "zero-shot is left out" in caplog.text
+    assert classes_of(["0", "box"]).names == ("0", "box")
 
 
 def test_imagenet_folders_are_classes_in_sorted_order():

@@ -208,6 +208,7 @@ def slow_figures(model: CLIPSModel, tokenizer: CaptionTokenizer, run: RunConfig,
             of_these = retrieval_metrics(test.features[rows], encoded(texts), owners, texts)
             found |= {f"{protocol}_{name}": figure for name, figure in of_these.items()}
         classes = classes_of(test.labels())
+        assert classes is not None
         prompts = torch.stack([encoded([form.format(name) for form in classes.templates]) for name in classes.names])
         truth = [classes.names.index(label) for label in test.labels()]
         of_these = zero_shot_metrics(test.features[test.with_label(True)], prompts, truth)

@@ -152,6 +152,8 @@ def test_report_is_one_offline_page(small, tmp_path):
     assert "http" not in page
     for text in (examples.captions[0].truth, examples.zero_shot[0].label, "chance", "my-run"):
         assert text in page
+    parts = ['class="first">The encoder ', "Retrieval: hits", "Zero-shot", "Curves", "<summary>All figures"]
+    assert sorted(parts, key=page.index) == parts, "a sentence and pictures come first, tables last and folded"
     names = {path.name for path in (run_dir / "report").iterdir()}
     assert names == {"index.html", "curves.png"}
     assert decode_image((run_dir / "report" / "curves.png").read_bytes()).width > 300
@@ -273,6 +275,8 @@ def test_commands_evaluate_and_export(small, tmp_path, capsys):
     write_native(model, dataclasses.replace(run, data=DataConfig(train="")), tokenizer, tmp_path / "bare")
     with pytest.raises(UserError, match="--data"):
         export_from_flags(script_parser("export_clips").parse_args(["--model", str(tmp_path / "bare")]))
+    with pytest.raises(UserError, match="names no test data: give --data,"):  # it named a flag of another command
+        figures(tmp_path / "bare")
 
 
 def test_load_model_finds_runs_and_exports(small, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
@@ -421,3 +422,19 @@ def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
     ensure_llava_demo(tmp_path / "llava", scenes, align=4, instruct=4, text_only=0, per_kind=2)
     assert str(built_as(scenes)["version"]).startswith(str(VERSION))
     assert built_as(tmp_path / "llava")["scenes"] == built_as(scenes)
+
+
+def test_the_docs_lines_make_a_file_of_captions(tmp_path, folder, encoder, monkeypatch):
+    """Captions had no way into the second half."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
+    (tmp_path / "my.csv").write_text(f"file_name;caption\n{rows}", encoding="cp1252")
+    folder.rename("pictures")
+    page = (ROOT / "docs/llava.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for _ in range(2):  # somebody who mends the question types them again
+        exec(lines, {})
+    dataset = LlavaDataset(Path("align.json"), encoder, ImageStore(Path("captioned")))
+    assert [dataset[i]["images"] for i in range(3)] == [["0.jpg"], ["1.jpg"], ["2.jpg"]]
+    records = json.loads(Path("align.json").read_text(encoding="utf-8"))
+    assert [record["conversations"][1]["value"] for record in records] == ["Größe 0", "Größe 1", "Größe 2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import select
@@ -32,13 +33,14 @@ from tiny_serve import (
     user,
     with_picture,
 )
+from tiny_web import write_export
 
 from clips import CLIPS
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
-from mllm.serve.app import bind_port, embed, serve_from_flags
+from mllm.serve.app import _find_encoder, bind_port, embed, serve_from_flags
 from mllm.serve.queue import RequestQueue
 from mllm.serve.schemas import UNSUPPORTED
 
@@ -287,6 +289,15 @@ def long_answer(client: OpenAI, address: str) -> Iterator[openai.Stream]:
         yield stream
     finally:
         stream.close()
+
+
+def test_the_newest_encoder_may_be_a_clip_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One caption an image trains CLIP alone, and the server said that it has no encoder."""
+    monkeypatch.chdir(tmp_path)
+    flags = argparse.Namespace(encoder=None, device="cpu")
+    assert "task.objective 'clips'" in str(_find_encoder(flags))
+    write_export(tmp_path / "runs" / "mine", "clip")
+    assert getattr(_find_encoder(flags), "path", None) == Path("runs/mine/export")
 
 
 def test_a_full_queue_gets_429(chat: ChatModel, encoder: CLIPS) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from rich.console import Console
 from tiny_mllm import write_llm, write_run
 from torch import nn
 
@@ -18,7 +20,7 @@ from mllm.model.llm import load_llm
 from mllm.training.arguments import LLAVA_FLAGS, TrainArguments, flags_of_stage, left_out, parse_train_arguments
 from mllm.training.freeze import apply_freeze, assert_freeze, count_parameters, parameter_groups, part_of
 from mllm.training.lora import add_lora, lora_config
-from mllm.training.plan import command_line, steps_of
+from mllm.training.plan import command_line, print_plan, steps_of
 from mllm.training.stages import PARTS, STAGES, freeze_table
 from mllm.training.trainer import training_arguments
 
@@ -291,3 +293,23 @@ def test_the_printed_command_gives_the_same_arguments_again() -> None:
 def test_steps_are_those_of_the_trainer(samples: int, epochs: float, steps: int) -> None:
     words = f"--data_path x --batch_size 8 --per_device_train_batch_size 2 --num_train_epochs {epochs}"
     assert steps_of(arguments(*words.split()).resolve(2), samples, 2) == steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("--batch_size 256", "take a smaller --batch_size, or more --num_train_epochs"),
+        ("--batch_size 6 --max_steps 9", "take more --max_steps"),
+        ("--batch_size 6", None),
+    ],
+)
+def test_the_plan_warns_of_a_stage_of_few_steps(places: Path, flags: str, advice: str | None) -> None:
+    """120 samples of one's own were one step of 256, without a word."""
+    model, freeze, told = build(places), freeze_table(STAGES[1]), io.StringIO()
+    apply_freeze(model, freeze)
+    resolved = arguments("--data_path", "x", *flags.split()).resolve(1)
+    console = Console(file=told, width=200)
+    print_plan(resolved, model, freeze, {}, samples=120, length=64, zero=0, world_size=1, console=console)
+    assert "  steps  " in told.getvalue()
+    assert ("the model hardly changes: " in told.getvalue()) is (advice is not None)
+    assert (advice or "") in told.getvalue()

@@ -6,14 +6,18 @@ import html
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 from tiny_web import picture, write_export, write_llava
 
+from clips import CONCEPTS
 from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
+from mllm.chat.web import LABELS, _conversation, _opening
 from mllm.chat.web_models import Pool, about, choices, example_questions, example_things, trained_models
 from mllm.chat.web_talk import Talk, answer, begin, forget, stop
 from mllm.model.load import FACTS
@@ -180,6 +184,30 @@ def test_models_are_loaded_once_and_no_others(place: Path) -> None:
     assert trained_models(place / "runs") == [name]
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("demo", "**Trained on drawings of 64 things; it knows nothing else.** one"),
+        ("a.json", "**Trained on a.json.** one"),
+    ],
+)
+def test_the_line_about_a_model_begins_with_what_it_learned(tmp_path: Path, place: Path, data: str, said: str) -> None:
+    shutil.copytree(place / "runs" / "one" / "model", tmp_path / "one" / "model")
+    facts = tmp_path / "one" / "model" / FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"trained_on": {"align": data, "instruct": data}}))
+    assert about(str(facts.parent)).startswith(said)
+
+
+def test_side_by_side_asks_for_a_second_model(place: Path) -> None:
+    """It showed the only model twice."""
+    name = str(place / "runs" / "one" / "model")
+    with gr.Blocks() as page:
+        _conversation(Pool({name: lambda: pytest.fail("nothing is asked")}), 2, [], LIMITS)
+    (block,) = [block for block in page.blocks.values() if isinstance(block, gr.Markdown | gr.Chatbot)]
+    assert block.value.startswith("### Which second model?")
+    assert name in block.value
+
+
 def test_the_line_about_a_model_is_text_whatever_its_facts_hold(place: Path, tmp_path: Path) -> None:
     directory = place / "runs" / "one" / "model"
     assert about(str(directory)) == "one · language model llama · encoder clips demo, 32 px, 16 tokens × 32"
@@ -226,6 +254,14 @@ def test_the_map_s_examples_are_first_those_that_it_points_at(tmp_path: Path) ->
     looked_at: list[str] = []
     example_things(tmp_path, lambda path, thing, question: len(looked_at.append(thing) or "") * 1.0)
     assert len(looked_at) == 6  # the page waits for them: there were 24
+
+
+@pytest.mark.parametrize(("data", "labels"), [("demo", list(CONCEPTS)), ("photos.csv", LABELS), ("", LABELS)])
+def test_an_encoder_of_photographs_opens_with_general_labels(tmp_path: Path, data: str, labels: Any) -> None:
+    """It was asked which of the demo's 64 drawings a photograph shows."""
+    encoders: Any = Pool({"clips · mine": lambda: SimpleNamespace(data=data)})
+    assert _opening(encoders, tmp_path) == ([], labels)
+    assert _opening(Pool({}), tmp_path) == ([], LABELS)
 
 
 def test_a_new_conversation_while_the_model_is_loaded_leaves_nothing_behind(model: ChatModel) -> None:
