@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the one list of names: type checkers run it, FACE is read o
         decode_image,
         decoded_size,
     )
+    from clips.data.motion import Film, draw_film, film_artists, film_frames
     from clips.data.sample import BrokenSample, RawSample, StoredSample
     from clips.data.sentences import split_sentences
     from clips.data.sidecar import stamp

@@ -11,7 +11,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 export PIP_NO_COMPILE=1 # of the packages' files, those that are imported are compiled then
-install demo chat dev
+install demo chat video dev
 trap wait EXIT
 { install_bench; install_programs; } & # beside the linters, which take one core
 ruff check .

@@ -130,7 +130,7 @@ def write_llava(root: Path, *, context: int, **options: Any) -> None:
     `options` are those of the encoder.
     """
     vision = load_vision("clips", runs=root / "runs", **options)
-    llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)))
+    llm = load_llm(str(write_llm(root / "llm", max_position_embeddings=context)), videos=bool(vision.frames))
     model, processor = build_model(vision, llm, seed=3)
     # A random model must not answer the same whatever it sees: enlarge what comes from the picture.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=2.0)

@@ -1,4 +1,4 @@
-"""Limits for strangers with safe defaults, and pictures from bytes and from public addresses.
+"""Limits for strangers with safe defaults, and pictures and videos from bytes and from public addresses.
 
 Nothing heavy is imported at the top: the commands build their flags from `Limits`.
 """
@@ -37,7 +37,9 @@ class Limits:
     image_bytes: int = option(10 * 2**20, "bytes of one encoded picture")
     image_pixels: int = option(32_000_000, "pixels of one picture (never above clips.data.images.MAX_PIXELS)")
     images: int = option(20, "pictures of one request")
-    squares: int = option(100, "squares that the encoder reads for one request; with tiles a picture has several")
+    video_bytes: int = option(32 * 2**20, "bytes of one encoded video")
+    video_seconds: float = option(10.0, "processor seconds that decoding one video may take")
+    squares: int = option(100, "squares that the encoder reads for one request: tiles of pictures, frames of videos")
     prompt_chars: int = option(100_000, "characters of all texts of one request")
     inputs: int = option(128, "inputs of one embeddings request")
     new_tokens: int = option(1024, "tokens of one answer")
@@ -82,26 +84,41 @@ def _read(reader: Callable[..., T], data: bytes, limits: Limits) -> T:
         raise UserError(f"the picture cannot be read: {reason}") from None
 
 
+def read_video(data: bytes, frames: int, limits: Limits) -> list[Image.Image]:
+    """`frames` frames of the video in `data`. Raises UserError for bad or too large data."""
+    from clips import BrokenSample
+    from mllm.data.video import decode_video
+
+    if len(data) > limits.video_bytes:
+        raise UserError(f"the video has {len(data):,} bytes, the limit is {limits.video_bytes:,}")
+    try:
+        return decode_video(data, frames, seconds=limits.video_seconds)
+    except BrokenSample as broken:
+        raise UserError(f"the video cannot be read: {broken.reason.removeprefix('video: ')}") from None
+
+
 # ------------------------------------------------------------------------------------------------ from an address
-def fetch_image(url: str, limits: Limits) -> bytes:
+def fetch_image(url: str, limits: Limits, most: int | None = None) -> bytes:
     """`download_image` outside an event loop."""
-    return asyncio.run(download_image(url, limits))
+    return asyncio.run(download_image(url, limits, most))
 
 
-async def download_image(url: str, limits: Limits) -> bytes:
+async def download_image(url: str, limits: Limits, most: int | None = None) -> bytes:
     """The bytes behind an http(s) address. Raises UserError with the reason if they are not fetched.
+
+    There may be `most` of them (default: `Limits.image_bytes`).
 
     It connects to public addresses only. It resolves a name once, checks all its addresses, and connects to a checked
     address itself, so a second answer of the name server changes nothing. Redirects pass the same check. It does not
     use the environment's proxies, which would connect elsewhere.
     """
     try:
-        return await asyncio.wait_for(_download(url, limits), limits.fetch_seconds)
+        return await asyncio.wait_for(_download(url, limits, most or limits.image_bytes), limits.fetch_seconds)
     except asyncio.TimeoutError:
         raise UserError(f"the picture's address did not answer within {limits.fetch_seconds:g} s") from None
 
 
-async def _download(url: str, limits: Limits) -> bytes:
+async def _download(url: str, limits: Limits, most: int) -> bytes:
     import httpx2
 
     try:
@@ -112,7 +129,11 @@ async def _download(url: str, limits: Limits) -> bytes:
                 async with client.stream(
                     "GET",
                     place.copy_with(host=address),
-                    headers={"Host": place.netloc.decode(), "Accept": "image/*", "Accept-Encoding": "identity"},
+                    headers={
+                        "Host": place.netloc.decode(),
+                        "Accept": "image/*, video/*",
+                        "Accept-Encoding": "identity",
+                    },
                     extensions={"sni_hostname": place.host},  # the certificate must be the name's, not the address's
                     follow_redirects=False,
                 ) as response:
@@ -121,18 +142,18 @@ async def _download(url: str, limits: Limits) -> bytes:
                         continue
                     if response.status_code != 200:
                         raise UserError(f"the picture's address answered with status {response.status_code}")
-                    return await _body(response.aiter_raw(), limits)
+                    return await _body(response.aiter_raw(), most)
     except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError, ValueError) as error:
         raise UserError(f"the picture's address cannot be read ({type(error).__name__})") from None
     raise UserError(f"the picture's address redirects more than {MAX_REDIRECTS} times")
 
 
-async def _body(chunks: Any, limits: Limits) -> bytes:
+async def _body(chunks: Any, most: int) -> bytes:
     data = bytearray()
     async for chunk in chunks:
         data += chunk
-        if len(data) > limits.image_bytes:
-            raise UserError(f"the picture behind the address has more than {limits.image_bytes:,} bytes")
+        if len(data) > most:
+            raise UserError(f"the picture behind the address has more than {most:,} bytes")
     return bytes(data)
 
 

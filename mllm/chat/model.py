@@ -14,8 +14,9 @@ import torch
 from clips.common.errors import UserError
 from clips.common.opening import naming
 from clips.common.runtime import choose_device
-from mllm.chat.transcript import Picture, size_of
+from mllm.chat.transcript import Picture, Video, size_of
 from mllm.data.conversation import answering_encoder
+from mllm.data.video import VIDEO, Size
 from mllm.model.load import load_llava, model_name, newest_model
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -99,13 +100,19 @@ class ChatModel:
     @property
     def most_pictures(self) -> int | None:
         """The number of smallest pictures that leave room for one token of text; None if the context is not known."""
-        return None if self.context_length is None else (self.context_length - 2) // self.layout.square
+        least = min([self.layout.square, *([self.layout.tokens(VIDEO)] if self.layout.frames else [])])
+        return None if self.context_length is None else (self.context_length - 2) // least
 
     def image_tokens(self, pictures: Sequence[Picture]) -> list[int]:
-        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one."""
-        if not self.layout.pinpoints:
-            return [self.layout.square] * len(pictures)
-        return [self.layout.tokens(size_of(picture)) for picture in pictures]
+        """The tokens of each picture. With tiles its header is read; raises UserError for a picture without one.
+
+        Raises UserError for a video if the model takes none.
+        """
+        return [self.layout.tokens(self._size(picture)) for picture in pictures]
+
+    def _size(self, picture: Picture) -> Size:
+        """The size of a picture, or any where it does not matter."""
+        return size_of(picture) if self.layout.pinpoints or isinstance(picture, Video) else (1, 1)
 
     def check_squares(self, pictures: Sequence[Picture], most: int) -> None:
         """Raises UserError if the encoder would have to read more than `most` squares: it is the cost of pictures."""

@@ -7,7 +7,7 @@ prefix is shorter. The cache is reused only if a fresh computation would give th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import DynamicCache, PretrainedConfig
 
@@ -21,11 +21,11 @@ class PrefixCache:
     """Keys and values of the tokens that a model has read of one talk.
 
     Args:
-        image_id: the id of an image's placeholder token.
+        image_ids: the ids of the placeholder tokens of images and videos.
     """
 
-    def __init__(self, image_id: int) -> None:
-        self.image_id = image_id
+    def __init__(self, image_ids: Collection[int]) -> None:
+        self.image_ids = image_ids
         self.forget()
 
     def forget(self) -> None:
@@ -78,7 +78,7 @@ class PrefixCache:
 
     def _keys(self, ids: Sequence[int], images: Sequence[Picture], tokens: Sequence[int]) -> list[Key]:
         keys: list[Key] = list(ids)
-        places = [i for i, token in enumerate(ids) if token == self.image_id]
+        places = [i for i, token in enumerate(ids) if token in self.image_ids]
         shown = [image for image, count in zip(images, tokens, strict=True) for _ in range(count)]
         for place, image in zip(places, shown, strict=True):
             keys[place] = ("image", id(image))

@@ -47,7 +47,7 @@ class ChatSession:
         self.images: list[Picture] = []
         self.last: Stats | None = None
         self.set_system(system)
-        self._prefix = PrefixCache(model.encoder.image_id)
+        self._prefix = PrefixCache(model.encoder.placeholder_ids)
 
     @classmethod
     def from_turns(
@@ -175,7 +175,7 @@ class ChatSession:
             for image in images[known:]:  # one after the other: only the encoder's view of each is kept
                 if streamer.is_cancelled():
                     return 0
-                pictures.append(seen(self.model.processor, decoded(image)))
+                pictures.append(seen(self.model.processor, decoded(image, self.model.layout.frames)))
             inputs |= pixel_inputs(pictures, model)
         cache = self._prefix.take(model.config.get_text_config())
         # The random state is restored: the seed of one talk must not repeat the answers of another talk.

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -22,28 +23,48 @@ from clips import ENDINGS, MAX_BYTES, MAX_PIXELS
 from clips.common.errors import Stopped, UserError, reason
 from clips.common.escape import visible_pieces
 from clips.common.paths import cache_root
-from mllm.chat.limits import Limits, fetch_image, read_image
+from mllm.chat.limits import Limits, fetch_image, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
+from mllm.chat.transcript import Picture, Video
+from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
+from mllm.data.video import MAX_SECONDS, is_video
 from mllm.model.load import newest_model
 
-OWN_IMAGES = Limits(image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS)
-"""Limits of pictures that the person at the keyboard names."""
+OWN_IMAGES = Limits(
+    image_bytes=MAX_BYTES, image_pixels=MAX_PIXELS, video_bytes=MAX_VIDEO_BYTES, video_seconds=MAX_SECONDS
+)
+"""Limits of pictures and videos that the person at the keyboard names."""
 
 
-def load_image(place: str) -> Image:
-    """The picture behind a path, a file:// or an http(s) address. Raises UserError with the reason if it fails."""
+def load_image(place: str) -> Image | Video:
+    """The picture or video behind a path, a file:// or an http(s) address; its ending says which.
+
+    Raises UserError with the reason if it fails.
+    """
+    is_remote = place.startswith(("http://", "https://"))
+    shows_video = is_video(urlsplit(place).path if is_remote else place)
+    most = OWN_IMAGES.video_bytes if shows_video else OWN_IMAGES.image_bytes
     try:
-        if place.startswith(("http://", "https://")):
-            return read_image(fetch_image(place, OWN_IMAGES), OWN_IMAGES)
-        path = _local_path(place)
-        if not os.path.isfile(path):
-            raise UserError("there is no such file")
-        if os.path.getsize(path) > OWN_IMAGES.image_bytes:
-            raise UserError(f"the file is larger than {OWN_IMAGES.image_bytes:,} bytes")
-        return read_image(Path(path).read_bytes(), OWN_IMAGES)
+        if is_remote:
+            data = fetch_image(place, OWN_IMAGES, most)
+        else:
+            path = _local_path(place)
+            if not os.path.isfile(path):
+                raise UserError("there is no such file")
+            if os.path.getsize(path) > most:
+                raise UserError(f"the file is larger than {most:,} bytes")
+            data = Path(path).read_bytes()
+        if not shows_video:
+            return read_image(data, OWN_IMAGES)
+        read_video(data, 1, OWN_IMAGES)
+        return Video(partial(_frames, data), lambda: data)
     except (UserError, OSError) as error:
         raise UserError(f"{place}: {reason(error)}") from None
+
+
+def _frames(data: bytes, frames: int) -> list[Image]:
+    return read_video(data, frames, OWN_IMAGES)
 
 
 def _local_path(word: str) -> str:
@@ -57,7 +78,7 @@ def dropped_files(line: str) -> list[str]:
     """
 
     def is_file(word: str) -> bool:
-        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(ENDINGS)
+        named = word.startswith(("/", "~", "./", "../", "file://")) or word.lower().endswith(ENDINGS) or is_video(word)
         return named and os.path.isfile(_local_path(word))
 
     try:
@@ -77,7 +98,7 @@ class Talk:
         self.session = session
         self.sampling = sampling
         self.stats = stats
-        self.waiting: list[Image] = []  # pictures of the next question
+        self.waiting: list[Image | Video] = []  # pictures and videos of the next question
 
     def run(self, read: Callable[[], str]) -> None:
         """Handle lines of `read` until EOFError. A mistake prints one line; Ctrl-C stops only the answer."""
@@ -118,7 +139,8 @@ class Talk:
             image = load_image(place)
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
-            print(f"picture {number}: {place} ({image.width} × {image.height}), goes with your next question")
+            what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
+            print(f"picture {number}: {place} ({what}), goes with your next question")
 
     def show(self, answer: Generator[str, None, None]) -> None:
         """Print an answer while it is generated; Ctrl-C ends it."""
@@ -134,7 +156,7 @@ class Talk:
             print(stats_line(self.session.last))
 
     def do_image(self, rest: str) -> None:
-        """PATH_OR_URL  add a picture to the next question (or drop its file here)"""
+        """PATH_OR_URL  add a picture or a video to the next question (or drop its file here)"""
         if not rest:
             raise UserError("/image needs a path or an address")
         self.attach(dropped_files(rest) or [rest])
@@ -238,7 +260,9 @@ def chat_from_flags(flags: argparse.Namespace) -> None:
     talk.run(line_reader(talk))
 
 
-def _answer_once(session: ChatSession, prompt: str, images: list[Image], sampling: Sampling, *, stats: bool) -> None:
+def _answer_once(
+    session: ChatSession, prompt: str, images: Sequence[Picture], sampling: Sampling, *, stats: bool
+) -> None:
     """Print one answer to stdout, and nothing else."""
     answer = session.ask(prompt, images, sampling)
     try:

@@ -100,8 +100,8 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
                 chats.append(_chatbot(examples if columns == 1 else examples[:2]))
                 remarks.append(gr.Markdown(elem_classes="remark"))
     box = gr.MultimodalTextbox(
-        placeholder="Ask about a picture: paste, drop or attach it",
-        file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
+        placeholder="Ask about a picture or a video: paste, drop or attach it",
+        file_types=["image", "video"], file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
     )  # fmt: skip
     clear = gr.Button("New conversation", size="sm", variant="secondary")
     with gr.Row():
@@ -419,7 +419,8 @@ def launch(
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-            pwa=False, mcp_server=False, run_history=False, footer_links=[], max_file_size=limits.image_bytes,
+            pwa=False, mcp_server=False, run_history=False, footer_links=[],
+            max_file_size=max(limits.image_bytes, limits.video_bytes),
             theme=THEME, css=CSS, app_kwargs={"middleware": [
                 Middleware(ContentPolicy),
                 Middleware(HostMiddleware, allowed=allowed_hosts),

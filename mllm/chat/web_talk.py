@@ -21,10 +21,11 @@ import gradio as gr
 from PIL import Image
 
 from clips.common.errors import UserError
-from mllm.chat.limits import Limits, image_size, read_image
+from mllm.chat.limits import Limits, image_size, read_image, read_video
 from mllm.chat.model import ChatModel, Sampling, Stats
 from mllm.chat.session import ChatSession
-from mllm.chat.transcript import LazyPicture, Picture
+from mllm.chat.transcript import LazyPicture, Picture, Video
+from mllm.data.video import is_video
 
 T = TypeVar("T")
 SHOWN_EVERY_S = 0.1
@@ -69,10 +70,27 @@ def read_upload(path: str, limits: Limits) -> Image.Image:
     return _read(read_image, path, limits)
 
 
+def read_frames(path: str, limits: Limits, frames: int) -> list[Image.Image]:
+    return _read(lambda data, limits: read_video(data, frames, limits), path, limits)
+
+
+def uploaded(path: str, limits: Limits) -> Picture:
+    """The picture or video of an upload. Raises UserError if it cannot be decoded.
+
+    The model decodes it again: a visitor's files are bounded, decoded pictures would not be.
+    """
+    if is_video(path):
+        read_frames(path, limits, 1)
+        return Video(partial(read_frames, path, limits), partial(_read, lambda data, _: data, path, limits))
+    read_upload(path, limits)
+    return LazyPicture(partial(read_upload, path, limits), partial(_read, image_size, path, limits))
+
+
 def _read(reader: Callable[[bytes, Limits], T], path: str, limits: Limits) -> T:
+    most = limits.video_bytes if is_video(path) else limits.image_bytes
     try:
         with open(path, "rb") as file:
-            return reader(file.read(limits.image_bytes + 1), limits)
+            return reader(file.read(most + 1), limits)
     except OSError:
         raise UserError("A picture of this talk is no longer here: begin a new conversation.") from None
 
@@ -102,12 +120,7 @@ def begin(message: dict[str, Any], talk: Talk, columns: int, limits: Limits) -> 
         raise UserError(f"The question has {len(text):,} characters, the limit is {limits.prompt_chars:,}.")
     if len(paths) > limits.images:
         raise UserError(f"{len(paths)} pictures are too many, the limit is {limits.images}.")
-    for path in paths:
-        read_upload(path, limits)
-    # The model decodes them again: a visitor's files are bounded, decoded pictures would not be.
-    images: list[Picture] = [
-        LazyPicture(partial(read_upload, path, limits), partial(_read, image_size, path, limits)) for path in paths
-    ]
+    images = [uploaded(path, limits) for path in paths]
     question = UserMessage(text=text, images=images, message={"text": text, "files": paths})
     talk.waiting = dict.fromkeys(range(columns), question)
     return asking(value=None)

@@ -25,7 +25,16 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
-from mllm.data.formats import IMAGE_TOKEN, closest_format, control_pattern, control_tokens, get_format, token_id
+from mllm.data.formats import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    closest_format,
+    control_pattern,
+    control_tokens,
+    get_format,
+    token_id,
+)
+from mllm.data.video import NO_VIDEOS, VideoTokens
 
 IGNORE = -100
 NOT_TRAINED = "every label is masked, nothing would be learned"
@@ -47,11 +56,11 @@ class _Text(str):
 
 @dataclass(frozen=True)
 class _Image:
-    """One image among the parts of a text."""
+    """One image or video among the parts of a text."""
 
 
 Images = int | Sequence[int]
-"""The number of a sample's images, or the tokens of each."""
+"""The number of a sample's images, or the tokens of each; `VideoTokens` if it is a video."""
 Segment = tuple["str | _Text | _Image", bool]
 """A piece of a conversation (a plain `str` is a literal of the format), and whether it is trained."""
 
@@ -67,7 +76,8 @@ class ConversationEncoder:
 
     A turn is `{"from": "human" | "gpt" | "system", "value": text}`. In a human's text the literal `<image>` marks the
     place of an image; `value` may also be a list of `{"type": "image"}` and `{"type": "text", "text": …}` parts, in
-    which a typed `<image>` is always text (chat and server use this).
+    which a typed `<image>` is always text (chat and server use this). A video is one of the images. In the texts of a
+    sample with videos `<video>` marks a place too.
     """
 
     def __init__(
@@ -87,7 +97,9 @@ class ConversationEncoder:
         self._control = {text: token_id(tokenizer, text) for text in control_tokens(tokenizer)}
         if IMAGE_TOKEN not in self._control:
             raise UserError(f"the tokenizer has no special token {IMAGE_TOKEN}: add it before building conversations")
-        self.image_id = self._control[IMAGE_TOKEN]
+        self.image_id: int = self._control[IMAGE_TOKEN]
+        self.video_id: int | None = self._control.get(VIDEO_TOKEN)
+        self.placeholder_ids = tuple(id for id in (self.image_id, self.video_id) if id is not None)
         self._forbidden = set(self._control.values()) - {tokenizer.unk_token_id}
         self._pattern = control_pattern(tokenizer)
         self._at_start = _text_tokenizer(tokenizer, prefix_space=True)
@@ -110,7 +122,7 @@ class ConversationEncoder:
         would be trained.
         """
         tokens = self._image_tokens(images)
-        ids, trained = self._ids(self._segments(turns, len(tokens), sample), tokens, sample)
+        ids, trained = self._ids(self._segments(turns, tokens, sample), tokens, sample)
         truncated = False
         if self.max_length is not None and len(ids) > self.max_length:
             truncated = True
@@ -122,8 +134,9 @@ class ConversationEncoder:
                 )
             kept = []
             for position, token in enumerate(ids):  # drop other tokens from the end, never those of an image
-                room -= token != self.image_id
-                if token == self.image_id or room >= 0:
+                is_text = token not in self.placeholder_ids
+                room -= is_text
+                if not is_text or room >= 0:
                     kept.append(position)
             ids, trained = [ids[i] for i in kept], [trained[i] for i in kept]
         if not any(trained):
@@ -132,15 +145,15 @@ class ConversationEncoder:
         labels = [token if train else IGNORE for token, train in zip(ids, trained, strict=True)]
         return Encoded(ids, labels, truncated)
 
-    def check(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> None:
-        """Raise the errors of `encode` about turns and placeholders, without tokenising."""
+    def check(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> None:
+        """Raise the errors of `encode` about turns and placeholders, without tokenising; any tokens will do."""
         if not any(trained for _, trained in self._segments(turns, images, sample)):
             raise UserError(f"{sample}: {NOT_TRAINED}: it has no answer")
 
     def prompt(self, turns: Sequence[dict[str, Any]], images: Images, sample: str = "prompt") -> list[int]:
         """Ids up to the start of the next answer, a prefix of the ids of `encode`. Not truncated."""
         tokens = self._image_tokens(images)
-        segments = self._segments(turns, len(tokens), sample)
+        segments = self._segments(turns, tokens, sample)
         if not turns or ROLES[turns[-1]["from"]] != "human":
             raise UserError(f"{sample}: the last turn of a prompt must be the human's")
         return self._ids(segments, tokens, sample)[0]
@@ -153,11 +166,16 @@ class ConversationEncoder:
             raise ValueError("the images of this model differ in tokens: give those of each")
         return [self.num_image_tokens] * images
 
-    def _segments(self, turns: Sequence[dict[str, Any]], images: int, sample: str) -> list[Segment]:
+    def _segments(self, turns: Sequence[dict[str, Any]], images: Sequence[int], sample: str) -> list[Segment]:
         """The conversation in order: literals of the format, the sample's texts (`_Text`) and images."""
         checked = check_turns(turns, sample)
-        bodies = place_images(checked, images, sample)
-        if self.format.name == "plain" and (images == 0 or [role for role, _ in checked] not in PLAIN_ROLES):
+        if any(isinstance(tokens, VideoTokens) for tokens in images):
+            checked = [
+                (role, value.replace(VIDEO_TOKEN, IMAGE_TOKEN) if role == "human" and isinstance(value, str) else value)
+                for role, value in checked
+            ]
+        bodies = place_images(checked, len(images), sample)
+        if self.format.name == "plain" and (not images or [role for role, _ in checked] not in PLAIN_ROLES):
             raise UserError(f"{sample}: format plain takes one image question and one caption, nothing else")
         segments: list[Segment] = []
         opening = self.format.first
@@ -195,7 +213,11 @@ class ConversationEncoder:
         for segment, train in segments:
             for piece in [segment] if isinstance(segment, (_Text, _Image)) else self._literal(segment):
                 if isinstance(piece, _Image):
-                    new, encode = [self.image_id] * next(counts), self._after_image
+                    count = next(counts)
+                    token = self.video_id if isinstance(count, VideoTokens) else self.image_id
+                    if token is None:
+                        raise UserError(f"{sample}: {NO_VIDEOS}")
+                    new, encode = [token] * count, self._after_image
                 elif isinstance(piece, int):
                     new = [piece]
                     if ids or not self.format.prefix_space:  # else it is the bos, and the first text is still to come

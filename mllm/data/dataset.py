@@ -24,6 +24,7 @@ from clips.common.files import read_json_records
 from clips.common.paths import is_plain
 from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore, broken_picture
+from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
 
 NAMED = 10
 """Bad samples that an error message names."""
@@ -50,7 +51,7 @@ class BadSample(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a LLaVA file: picture names relative to the image folder, and its unchanged turns."""
+    """One sample of a LLaVA file: names of pictures or videos in the image folder, and its unchanged turns."""
 
     index: int
     id: str
@@ -69,13 +70,18 @@ def parse_record(raw: Any, index: int) -> Record:
     where = f"sample {index} (id {sample_id})"
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
-    images = raw.get("image") or []
+    if raw.get("image") and raw.get("video"):
+        raise UserError(f"{where}: it has 'image' and 'video': list pictures and videos in 'image', in their order")
+    field = "video" if raw.get("video") else "image"
+    images = raw.get(field) or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths, found {str(raw['image'])[:120]}")
+        raise UserError(f"{where}: {field!r} must be a path or a list of paths, found {str(raw[field])[:120]}")
     for name in images:
         if not is_encodable(name) or not is_plain(name):
-            raise UserError(f"{where}: image path {name!r} leaves the image folder; it must be relative to it")
+            raise UserError(f"{where}: {field} path {name!r} leaves the image folder; it must be relative to it")
+        if field == "video" and not is_video(name):
+            raise UserError(f"{where}: 'video' {name!r} must end in one of {', '.join(ENDINGS)}")
     return Record(index, sample_id, tuple(images), raw["conversations"])
 
 
@@ -86,10 +92,12 @@ def sample_id_of(raw: Any, index: int) -> str:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How many tokens a picture takes: `most`, or `of_size` (height, width) if that is given."""
+    """How many tokens a picture or video takes: `most`, or `of_size` (height, width) if that is given."""
 
     most: int
     of_size: Callable[[tuple[int, int]], int] | None = None
+    frames: int = 0
+    """Of a video; 0: the model takes no videos."""
 
     @classmethod
     def of(cls, encoder: ConversationEncoder) -> ImageTokens:
@@ -97,10 +105,16 @@ class ImageTokens:
             raise ValueError("the pictures of this model differ in tokens: give them")
         return cls(encoder.num_image_tokens)
 
+    def at_most(self, names: Sequence[str]) -> list[int]:
+        """The most tokens that each picture or video may have. UserError for a video if the model takes none."""
+        if not self.frames and any(map(is_video, names)):
+            raise UserError(NO_VIDEOS)
+        return [VideoTokens(self.most) if is_video(name) else self.most for name in names]
+
     def read(self, names: Sequence[str], store: ImageStore | None) -> tuple[list[tuple[int, int]], list[int]]:
         """Sizes, empty unless they count, and tokens of the pictures. UserError for a picture without a header."""
         if self.of_size is None or store is None:
-            return [], [self.most] * len(names)
+            return [], self.at_most(names)
         try:
             sizes = [store.size(name) for name in names]
         except BrokenSample as broken:
@@ -128,7 +142,7 @@ class RecordReader:
         try:
             record = parse_record(raw, index)
             kind = "conversation"
-            self.encoder.check(record.turns, len(record.images), record.name)
+            self.encoder.check(record.turns, self._at_most(record), record.name)
             kind = "missing image"
             for name in record.images:
                 problem = self._problem(name)
@@ -143,6 +157,12 @@ class RecordReader:
         except UserError as error:
             raise BadSample(Problem(index, sample_id_of(raw, index), kind, str(error))) from None
         return record
+
+    def _at_most(self, record: Record) -> list[int]:
+        try:
+            return self.tokens.at_most(record.images)
+        except UserError as error:
+            raise UserError(f"{record.name}: {error}") from None
 
     def _problem(self, name: str) -> str | None:
         if self.store is None:

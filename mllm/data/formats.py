@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -57,8 +57,11 @@ class Format:
     the texts between images one by one, and SentencePiece puts a space before each. False if the tokenizer adds that
     space itself after every control token (Llama's `legacy` kind), or never adds one."""
 
-    def chat_template(self) -> str:
-        """Jinja template with these pieces, for content as a string or as a list of image and text parts."""
+    def chat_template(self, *, videos: bool = False) -> str:
+        """Jinja template with these pieces, for content as a string or as a list of image and text parts.
+
+        With `videos` it takes video parts too.
+        """
         body = "body" if self.keeps_question else f"'{IMAGE_TOKEN}' * (body.split('{IMAGE_TOKEN}') | length - 1)"
         question = f"{_quote(self.lead)} + {body} + {_quote(self.middle)}"
         shown_question = f"{{{{ {question} }}}}"
@@ -73,6 +76,13 @@ class Format:
             )
             answer = self.lead if self.keeps_question else " "
         refuse = "{{ raise_exception('This chat format has no system role') }}"
+        video, moved = "", ""
+        if videos:  # the space as after an image
+            video = (
+                "{%- elif part['type'] == 'video' -%}"
+                f"{{%- set parts.images = parts.images + '{VIDEO_TOKEN}{' ' * self.prefix_space}\\n' -%}}"
+            )
+            moved = " and message['content'] is string"  # a list has them in their order
         system = f"{{{{ {_quote(before)} + body + {_quote(after)} }}}}" if self.system else refuse
         return (
             "{%- for message in messages -%}"
@@ -81,9 +91,9 @@ class Format:
             "{%- for part in message['content'] -%}"
             f"{{%- if part['type'] == 'text' -%}}{{%- set parts.text = parts.text + part['text'] -%}}"
             f"{{%- elif part['type'] == 'image' -%}}{{%- set parts.images = parts.images + '{IMAGE_TOKEN}\\n' -%}}"
-            "{%- endif -%}{%- endfor -%}"
+            f"{video}{{%- endif -%}}{{%- endfor -%}}"
             "{%- set body = (parts.images + (parts.text | trim)) | trim -%}{%- endif -%}"
-            f"{{%- if message['role'] == 'user' and body.split('{IMAGE_TOKEN}') | length == 2 -%}}"
+            f"{{%- if message['role'] == 'user' and body.split('{IMAGE_TOKEN}') | length == 2{moved} -%}}"
             f"{{%- set body = ('{IMAGE_TOKEN}\\n' + (body | replace('{IMAGE_TOKEN}', '') | trim)) | trim -%}}"
             "{%- endif -%}"
             f"{{%- if message['role'] == 'system' -%}}{system}"

@@ -1,4 +1,4 @@
-"""Pictures by name from a folder or a tar file, and their pixels as an encoder wants them."""
+"""Pictures and videos by name from a folder or a tar file, and their pixels as an encoder wants them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from clips import MAX_BYTES, BrokenSample, decode_image, decoded_size, read_memb
 from clips.common.errors import UserError
 from clips.common.files import read_regular
 from clips.common.paths import inside
+from mllm.data.video import MAX_BYTES as MAX_VIDEO_BYTES
+from mllm.data.video import VIDEO, decode_video, is_video
 
 log = logging.getLogger("mllm.data")
 
@@ -66,10 +68,10 @@ class ImageStore:
         return None
 
     def read(self, name: str) -> bytes:
-        """The encoded picture. Raises BrokenSample if it is missing."""
+        """The encoded picture or video. Raises BrokenSample if it is missing."""
         place = self._place(name)
         if isinstance(place, str):
-            return read_regular(place, MAX_BYTES + 1)
+            return read_regular(place, (MAX_VIDEO_BYTES if is_video(name) else MAX_BYTES) + 1)
         if self._file is None or self._file[0] != os.getpid():  # a forked worker must not share the file position
             self._file = (os.getpid(), open(self.location, "rb"))  # noqa: SIM115 - lives as long as the store
         offset, size = place
@@ -77,12 +79,21 @@ class ImageStore:
         return self._file[1].read(size)
 
     def size(self, name: str) -> tuple[int, int]:
-        """(height, width) of the picture as `load` gives it, from its header. Raises BrokenSample if it has none."""
-        return decoded_size(self.read(name), name)
+        """(height, width) of the picture as `load` gives it, from its header. Raises BrokenSample if it has none.
+
+        VIDEO for a video, of which nothing is read.
+        """
+        return VIDEO if is_video(name) else decoded_size(self.read(name), name)
 
     def load(self, name: str) -> Image.Image:
-        """The picture as RGB. Raises BrokenSample if it cannot be decoded."""
-        return decode_image(self.read(name), name)
+        """The picture, or the first frame of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
+        shown = self.shown(name, 1)
+        return shown[0] if isinstance(shown, list) else shown
+
+    def shown(self, name: str, frames: int) -> Image.Image | list[Image.Image]:
+        """The picture, or `frames` frames of a video, as RGB. Raises BrokenSample if it cannot be decoded."""
+        data = self.read(name)
+        return decode_video(data, frames, name) if is_video(name) else decode_image(data, name)
 
 
 def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
@@ -93,13 +104,16 @@ def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
 
 
 def pixel_loader(
-    store: ImageStore, preprocess: Callable[[Image.Image], torch.Tensor]
+    store: ImageStore, preprocess: Callable[[Any], torch.Tensor], frames: int = 0
 ) -> Callable[[list[str]], torch.Tensor]:
-    """A `load_images` that decodes: names → the squares of all, [N, 3, S, S]. UserError naming a broken picture."""
+    """A `load_images` that decodes: names → the squares of all, [N, 3, S, S]. UserError naming a broken picture.
+
+    `preprocess` takes a picture, or the `frames` pictures of a video.
+    """
 
     def load(names: list[str]) -> torch.Tensor:
         try:
-            return torch.cat([preprocess(store.load(name)) for name in names])
+            return torch.cat([preprocess(store.shown(name, frames)) for name in names])
         except BrokenSample as broken:
             raise broken_picture(store, broken) from None
 

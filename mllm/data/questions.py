@@ -36,13 +36,13 @@ class Question:
 
     @property
     def image(self) -> str | list[str] | None:
-        """LLaVA's field: a path, a list of several, or None."""
+        """LLaVA's field: a path, a list of several, or None; a path may be a video's."""
         return list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
 
 
 def images_of(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """The pictures of a line of LLaVA's: `image` is a path, a list of paths, empty or missing."""
-    image = line.get("image") or ()
+    """The pictures of a line of LLaVA's: `image`, else `video`, is a path, a list of paths, empty or missing."""
+    image = line.get("image") or line.get("video") or ()
     return (image,) if isinstance(image, str) else tuple(image)
 
 
@@ -60,9 +60,9 @@ def read_questions(path: Path) -> list[Question]:
         wrong += [] if isinstance(raw.get("text"), str) and raw["text"].strip() else ["text"]
         if wrong:
             raise UserError(f"{where}: {', '.join(wrong)} must be a text")
-        image = raw.get("image") or []
+        image = raw.get("image") or raw.get("video") or []
         if not isinstance(image, str | list) or not all(isinstance(name, str) and name for name in image):
-            raise UserError(f"{where}: image must be a path or a list of paths")
+            raise UserError(f"{where}: image must be a path or a list of paths, and so must video")
         references = raw.get("references") or []
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f"{where}: references must be a list of texts")

@@ -20,6 +20,7 @@ from transformers import (
     Dinov2WithRegistersModel,
     LlavaImageProcessor,
     LlavaNextImageProcessor,
+    LlavaOnevisionImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
@@ -32,8 +33,8 @@ from clips.common.tensors import hash_weights
 
 SelectFeature = Literal["default", "full"]
 AspectRatio = Literal["square", "pad", "anyres"]
-ImageProcessor = CLIPImageProcessor | LlavaImageProcessor | LlavaNextImageProcessor
-"""LLaVA's is CLIP's with padding to a square, LLaVA-NeXT's with tiles."""
+ImageProcessor = CLIPImageProcessor | LlavaImageProcessor | LlavaNextImageProcessor | LlavaOnevisionImageProcessor
+"""LLaVA's is CLIP's with padding to a square, LLaVA-NeXT's with tiles, LLaVA-OneVision's with tiles and videos."""
 UNUSED = ("pooler.", "head.", "vision_model.head.")
 """Parameters behind the token features; no part of what an encoder is."""
 
@@ -72,6 +73,8 @@ class VisionEncoder:
     """Index into the hidden states (0 = embeddings); several layers are concatenated along the width."""
     select_feature: SelectFeature = "default"
     """"default" drops the first token (CLS), "full" keeps all."""
+    frames: int = 0
+    """Frames of a video; 0: the model takes no videos."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -85,7 +88,8 @@ class VisionEncoder:
     @property
     def image_size(self) -> int:
         """Side in pixels of what the image processor gives."""
-        return self.image_processor.crop_size["height"]
+        square: Any = self.image_processor.crop_size
+        return square["height"]
 
     @property
     def patch_size(self) -> int:
@@ -118,6 +122,7 @@ class VisionEncoder:
         digest = self._weights()
         config = {key: value for key, value in self.config.to_dict().items() if key not in VOLATILE}
         settings = [config, self.image_processor.to_dict(), self.select_layer, self.select_feature]
+        settings += [self.frames] if self.frames else []
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
@@ -133,6 +138,7 @@ class VisionEncoder:
     def describe(self) -> str:
         """One line for plans and model cards."""
         tiles = f", whole and up to {self.most_tiles} tiles" if self.pinpoints else ""
+        tiles += f", videos in {self.frames} frames" if self.frames else ""
         return (
             f"{self.name} ({type(self.model).__name__} from {self.source}; {self.image_size} px{tiles}"
             f"{', padded to a square' if self.is_padded else ''}, {self.num_tokens} tokens × {self.width}, "
@@ -161,7 +167,7 @@ class VisionEncoder:
             "padded": self.is_padded,
             "num_tokens": self.num_tokens,
             "width": self.width,
-        } | ({"tiles": self.most_tiles} if self.pinpoints else {})
+        } | {name: n for name, n in (("tiles", self.most_tiles), ("frames", self.frames)) if n}
 
 
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")

@@ -26,7 +26,6 @@ from clips.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import BaseImageProcessor
 
     from mllm.encoders.encoder import AspectRatio, SelectFeature, VisionEncoder
 
@@ -68,11 +67,15 @@ def parse_vision_name(name: str) -> tuple[str, str]:
     return key, argument
 
 
-def image_pixels(processor: BaseImageProcessor, image: Any) -> Tensor:
-    """One picture → its squares [T, 3, S, S], by `processor`; picklable with `partial`, for data workers.
+def image_pixels(processor: Any, image: Any) -> Tensor:
+    """One picture → its squares [T, 3, S, S], by an image processor; picklable with `partial`, for data workers.
 
-    T is 1, or with tiles (mllm/model/tiles.py) one more than the tiles.
+    T is 1, or with tiles (mllm/model/tiles.py) one more than the tiles. A list is the frames of a video: each is one
+    square, as transformers' processor of videos makes it.
     """
+    if isinstance(image, list):
+        square = [[processor.size["height"], processor.size["width"]]]
+        return processor(images=image, image_grid_pinpoints=square, return_tensors="pt")["pixel_values"][:, 0]
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     return pixels[0] if pixels.ndim == 5 else pixels
 
@@ -123,6 +126,7 @@ def load_vision(
     select_feature: SelectFeature = "default",
     image_aspect_ratio: AspectRatio = "square",
     image_grid_pinpoints: str | None = None,
+    frames: int = 0,
     seed: int = 0,
     runs: Path | str = "runs",
 ) -> VisionEncoder:
@@ -130,26 +134,34 @@ def load_vision(
 
     `image_aspect_ratio`: "square" is the encoder's own preprocessing; "pad" first pads to a square with the mean
     colour (LLaVA-1.5); "anyres" makes the whole picture and tiles of `image_grid_pinpoints` (LLaVA-NeXT; a tile is
-    taken whole, also by an encoder that crops). `seed` is the seed of `random` and `blind`. Raises UserError for an
-    unknown name (lists the known ones) and for everything that the stock model class cannot hold.
+    taken whole, also by an encoder that crops). With `frames`, those of a video, the preprocessing of anyres is
+    LLaVA-OneVision's. `seed` is the seed of `random` and `blind`. Raises UserError for an unknown name (lists the known
+    ones) and for everything that the stock model class cannot hold.
     """
-    from transformers import LlavaImageProcessor, LlavaNextImageProcessor
+    from transformers import LlavaImageProcessor, LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 
     from clips.common.opening import opening
+    from mllm.data.video import MOST_DRAWN
     from mllm.encoders.encoder import KINDS, VisionEncoder, check_tokens
     from mllm.encoders.load import LOADERS
 
     key, argument = parse_vision_name(name)
+    if frames and (image_aspect_ratio != "anyres" or not 0 < frames <= MOST_DRAWN):
+        raise UserError(
+            f"--frames_upbound {frames} must be 0 to {MOST_DRAWN}, and needs --image_aspect_ratio anyres: the stock "
+            "class with videos, LlavaOnevisionForConditionalGeneration, sees pictures in tiles"
+        )
     with opening("vision encoder", argument or key):
         model, processor, source = LOADERS[key](argument, Path(runs), seed)
         settings = {k: v for k, v in processor.to_dict().items() if k != "image_processor_type"}
         if image_aspect_ratio == "pad":
             processor = LlavaImageProcessor(**settings, do_pad=True)
         elif image_aspect_ratio == "anyres":
-            square = dict(processor.crop_size)
+            square = dict(processor.crop_size or {})
             pinpoints = grid_pinpoints(image_grid_pinpoints, square["height"])
             whole = {"size": square, "crop_size": square, "do_center_crop": False}
-            processor = LlavaNextImageProcessor(**settings | whole, image_grid_pinpoints=pinpoints)
+            kind = LlavaOnevisionImageProcessor if frames else LlavaNextImageProcessor
+            processor = kind(**settings | whole, image_grid_pinpoints=pinpoints)
         encoder = VisionEncoder(
             name=f"{key}:{argument}" if key == "hf" else name,
             source=source,
@@ -158,6 +170,7 @@ def load_vision(
             select_layer=select_layer,
             # In a tower without prefix tokens (SigLIP), stock "default" would drop a patch.
             select_feature=select_feature if KINDS[model.config.model_type].prefix_tokens(model.config) else "full",
+            frames=frames,
         )
         check_tokens(encoder)
     return encoder

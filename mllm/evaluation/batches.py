@@ -17,9 +17,10 @@ from transformers import DynamicCache, DynamicLayer, PreTrainedTokenizerBase
 
 from mllm.data.dataset import pad_rows
 from mllm.data.questions import Question
+from mllm.data.video import VIDEO, Size
 from mllm.encoders.registry import image_pixels
 from mllm.model.load import CACHE
-from mllm.model.tiles import Llava, LlavaProcessors, Size, newline_of
+from mllm.model.tiles import Llava, LlavaProcessors, newline_of, placeholder_ids
 
 COLDEST = 1e-3
 """Below this temperature the likeliest token is taken: nearly the same, and logits divided by less would overflow."""
@@ -49,7 +50,7 @@ def generate_inputs(
     `pictures` are the batch's distinct ones; row i shows those of the numbers `shown[i]`, in this order.
     """
     device, openings = model.device, list(dict.fromkeys(shown))
-    shared = _shared_length(rows, model.config.image_token_id) if len(openings) < len(rows) else 0
+    shared = _shared_length(rows, placeholder_ids(model.config)) if len(openings) < len(rows) else 0
     cache = DynamicCache(config=model.config.get_text_config())
     inputs: dict[str, Any] = {}
     # Padding comes after the shared tokens. A sliding window would count it, and it would change a state.
@@ -72,20 +73,27 @@ def generate_inputs(
 
 
 Seen = tuple[Tensor, Size]
-"""A picture as the encoder sees it, its squares [T, 3, S, S], and its (height, width)."""
+"""A picture as the encoder sees it, its squares [T, 3, S, S], and its (height, width); of a video VIDEO."""
 
 
-def seen(processor: LlavaProcessors, image: Image.Image) -> Seen:
-    return image_pixels(processor.image_processor, image), (image.height, image.width)
+def seen(processor: LlavaProcessors, image: Image.Image | list[Image.Image]) -> Seen:
+    """A picture, or a video by its frames."""
+    size = VIDEO if isinstance(image, list) else (image.height, image.width)
+    return image_pixels(processor.image_processor, image), size
 
 
 def pixel_inputs(pictures: Sequence[Seen], model: Llava) -> dict[str, Tensor]:
-    """The model's arguments for pictures in the order of their placeholders; none without a picture."""
-    if not pictures:
-        return {}
-    inputs = {"pixel_values": torch.cat([pixels for pixels, _ in pictures]).to(model.device, model.dtype)}
-    has_tiles = newline_of(model) is not None
-    return inputs | ({"image_sizes": torch.tensor([size for _, size in pictures])} if has_tiles else {})
+    """The model's arguments for pictures and videos in the order of their placeholders; none without a picture."""
+    inputs = {}
+    images = [(pixels, size) for pixels, size in pictures if size != VIDEO]
+    videos = [pixels for pixels, size in pictures if size == VIDEO]
+    if images:
+        inputs["pixel_values"] = torch.cat([pixels for pixels, _ in images]).to(model.device, model.dtype)
+        if newline_of(model) is not None:
+            inputs["image_sizes"] = torch.tensor([size for _, size in images])
+    if videos:
+        inputs["pixel_values_videos"] = torch.stack(videos).to(model.device, model.dtype)
+    return inputs
 
 
 def _pixels(pictures: Sequence[Seen], shown: Sequence[tuple[int, ...]], model: Llava) -> dict[str, Tensor]:
@@ -119,8 +127,8 @@ def new_texts(
     return found
 
 
-def _shared_length(rows: Sequence[list[int]], image_id: int) -> int:
+def _shared_length(rows: Sequence[list[int]], image_ids: Collection[int]) -> int:
     """The number of tokens that all rows begin with, pictures included; every row keeps a token of its own."""
     limit = min(map(len, rows)) - 1
     shared = next((i for i in range(limit) if len({row[i] for row in rows}) > 1), limit)
-    return 0 if any(image_id in row[shared:] for row in rows) else shared
+    return 0 if any(token in image_ids for row in rows for token in row[shared:]) else shared

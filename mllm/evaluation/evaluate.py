@@ -32,9 +32,10 @@ from clips.common.rundir import METRICS, UNSEEN
 from clips.common.runtime import choose_device, environment, has_bf16
 from mllm.data.conversation import answering_encoder
 from mllm.data.demo import DEMO_DIR, IMAGES, demo_questions, ensure_any_llava_demo
-from mllm.data.formats import IMAGE_TOKEN
+from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.data.questions import Question, draw_evenly, of_set, open_questions, read_questions, take_chunk
+from mllm.data.video import is_video
 from mllm.evaluation.batches import Seen, drawn_at, generate_inputs, make_batches, new_texts, seeded, seen
 from mllm.evaluation.report import write_report
 from mllm.evaluation.scores import answer_line, score, scorer_version
@@ -100,7 +101,9 @@ def generate_answers(
         for chosen in make_batches(questions, prompts, batch_size):
             # Each picture of a batch is decoded and read once. Without a store no question has one: see above.
             asking = {name: questions[i] for i in chosen for name in questions[i].images}
-            pictures = [_seen(processor, store, q, name) for name, q in asking.items() if store is not None]
+            pictures = [
+                _seen(processor, store, q, name, layout.frames) for name, q in asking.items() if store is not None
+            ]
             numbers = {name: number for number, name in enumerate(asking)}
             shown = [tuple(numbers[name] for name in questions[i].images) for i in chosen]
             inputs = generate_inputs(model, [prompts[i] for i in chosen], shown, pictures, tokenizer.pad_token_id)
@@ -117,20 +120,23 @@ def generate_answers(
 
 def _turn(question: Question) -> dict[str, Any]:
     """The human's turn. Pictures stand before the text, or several of them at as many `<image>` in the text."""
-    if len(question.images) > 1 and question.text.count(IMAGE_TOKEN) == len(question.images):
-        return {"from": "human", "value": question.text}
+    text = question.text
+    if any(map(is_video, question.images)):
+        text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN)
+    if len(question.images) > 1 and text.count(IMAGE_TOKEN) == len(question.images):
+        return {"from": "human", "value": text}
     parts = [{"type": "image"} for _ in question.images]
     return {"from": "human", "value": [*parts, {"type": "text", "text": question.text}]}
 
 
 def _tokens(layout: Layout, store: ImageStore, question: Question, name: str) -> int:
     with _naming(question):
-        return layout.tokens(store.size(name)) if layout.pinpoints else layout.square
+        return layout.tokens(store.size(name)) if layout.pinpoints or is_video(name) else layout.square
 
 
-def _seen(processor: LlavaProcessors, store: ImageStore, question: Question, name: str) -> Seen:
+def _seen(processor: LlavaProcessors, store: ImageStore, question: Question, name: str, frames: int) -> Seen:
     with _naming(question):
-        return seen(processor, store.load(name))
+        return seen(processor, store.shown(name, frames))
 
 
 @contextmanager
@@ -139,6 +145,8 @@ def _naming(question: Question) -> Iterator[None]:
         yield
     except BrokenSample as broken:
         raise UserError(f"question {question.id}: picture {broken.key}: {broken.reason}") from None
+    except UserError as error:  # a video for a model that takes none
+        raise UserError(f"question {question.id}: {error}") from None
 
 
 def figures_tables(figures: dict[str, Any], title: str) -> list[Table]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
-from transformers import LlavaNextForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from clips.common.escape import for_markdown
@@ -73,10 +73,11 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     config: Any = model.config
     images, tokenizer = processor.image_processor, processor.tokenizer
     arch = architecture(config.text_config)
-    if isinstance(model, LlavaNextForConditionalGeneration):
+    if not isinstance(model, LlavaForConditionalGeneration):
         raise UserError(
-            f"{name} sees pictures in tiles (anyres), and no test here shows that llama.cpp orders their tokens alike, "
-            "with dropped padding and an end of each row: train with --image_aspect_ratio square or pad"
+            f"{name} sees pictures in tiles (anyres), perhaps videos too, and no test here shows that llama.cpp orders "
+            "their tokens alike, with dropped padding and an end of each row: train with --image_aspect_ratio square "
+            "or pad"
         )
     check_tower(config, images)
     chosen = answering_encoder(tokenizer, "auto", config.image_seq_length).format

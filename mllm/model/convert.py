@@ -26,7 +26,6 @@ from markupsafe import Markup
 from torch import Tensor
 from transformers import (
     CLIPVisionModel,
-    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -56,7 +55,7 @@ from mllm.model.original import (
     read_original,
 )
 from mllm.model.projector import assign_projector, llava_tensors, projector_kind
-from mllm.model.tiles import Llava, LlavaProcessors
+from mllm.model.tiles import Llava, LlavaProcessors, newline_of
 
 KEPT, KEPT_TOWER = "original_llava", "vision_tower.json"
 """Directory inside a converted model, and a file in it: the tower's name, and the hash of the weights so named."""
@@ -150,7 +149,7 @@ def convert_llava(
             tower = vision.model
         else:
             model, processor = load_llava(str(directory), torch.device("cpu"), "auto")
-            if isinstance(model, LlavaNextForConditionalGeneration):
+            if newline_of(model) is not None:
                 raise UserError(f"{source} sees pictures in tiles (anyres); only models of one square are converted")
             original = to_original(model, processor, directory, base=base, vision_tower=vision_tower)
             _check_name(original.kind, target.name)

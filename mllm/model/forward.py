@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllm.data.conversation import IGNORE
+from mllm.data.video import Size
 from mllm.encoders.encoder import select_features
-from mllm.model.packing import Packing, places_of
-from mllm.model.tiles import Layout, Llava, Size, newline_of
+from mllm.model.packing import Packing, marked, places_of
+from mllm.model.tiles import Layout, Llava, newline_of, placeholder_ids
 
 
 def embed_inputs(
@@ -26,10 +27,10 @@ def embed_inputs(
 
     Equal to what the stock forward computes from pixels. `image_features` [n, N, W] are the encoder's tokens of all
     squares in order; alternatively `pixel_values` [n, 3, S, S]. An image is a square, or with tiles as many as
-    `image_sizes`, (height, width) of each image, give. In a batch without images pass the same kind of tensor with
-    n = 0: then a zero image goes through the same modules with weight zero, because under ZeRO-3 every rank must run
-    every module or the others wait for ever. `placeholders`: their number, if known: without it the host waits for the
-    GPU.
+    `image_sizes`, (height, width) of each image, give; VIDEO stands there for a video, whose frames are its squares. In
+    a batch without images pass the same kind of tensor with n = 0: then a zero image goes through the same modules with
+    weight zero, because under ZeRO-3 every rank must run every module or the others wait for ever. `placeholders`:
+    their number, if known: without it the host waits for the GPU.
     """
     config, inner = model.config, model.model
     newline = newline_of(model)
@@ -51,7 +52,7 @@ def embed_inputs(
         image_features = torch.zeros(1, 1, projector.linear_1.in_features, device=input_ids.device)
     projected = projector(image_features.to(inputs_embeds.device, projector.linear_1.weight.dtype))
     projected = projected.to(inputs_embeds.dtype)
-    positions = input_ids == config.image_token_id
+    positions = marked(input_ids, *placeholder_ids(config))
     tokens = projected.flatten(0, 1) if has_images else projected.flatten(0, 1)[:0]
     if has_images and newline is not None:
         tokens = Layout.of(config).arranged(projected, newline, image_sizes)

@@ -1,6 +1,7 @@
 """One encoder, one projector, one language model → a stock LLaVA model and its processor.
 
-The class is `LlavaForConditionalGeneration`, or for tiles (mllm/model/tiles.py) `LlavaNextForConditionalGeneration`.
+The class is `LlavaForConditionalGeneration`, for tiles (mllm/model/tiles.py) `LlavaNextForConditionalGeneration`, and
+for videos `LlavaOnevisionForConditionalGeneration`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedModel,
 )
@@ -30,7 +35,7 @@ from clips.common.escape import clip
 from clips.common.files import replacing, write_json
 from clips.common.page import Table, render
 from clips.common.stock import progress_bars
-from mllm.data.formats import IMAGE_TOKEN
+from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from mllm.encoders.encoder import VisionEncoder
 from mllm.model.llm import LanguageModel
 from mllm.model.load import FACTS, model_name
@@ -53,28 +58,34 @@ def build_model(
             f"one image takes {vision.num_tokens} tokens ({vision.name}), the context of {llm.source} is {context}: "
             "choose a smaller image size, a larger patch size or another language model"
         )
-    kind: dict[str, Any] = {}
+    kind: dict[str, Any] = {"image_seq_length": vision.num_tokens}
+    config_class: Any = LlavaConfig
+    model_class: Any = LlavaForConditionalGeneration
     if vision.pinpoints:
-        kind = {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
-    config_class: Any = LlavaNextConfig if vision.pinpoints else LlavaConfig
+        kind |= {"tie_word_embeddings": causal.config.tie_word_embeddings, "image_grid_pinpoints": vision.pinpoints}
+        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
+    if vision.frames:
+        kind |= {"num_frames": vision.frames, "video_token_index": token_id(llm.tokenizer, VIDEO_TOKEN)}
+        del kind["image_seq_length"]
+        config_class, model_class = LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     config = config_class(
         **kind,
         vision_config=copy.deepcopy(vision.config),
         text_config=copy.deepcopy(causal.config),
         image_token_index=llm.image_token_id,
-        image_seq_length=vision.num_tokens,
         vision_feature_layer=vision.select_layer,
         vision_feature_select_strategy=vision.select_feature,
         projector_hidden_act=projector_activation(projector),
         pad_token_id=llm.tokenizer.pad_token_id,
     )
+    Layout.of(config)  # raises for tiles that the class sees otherwise
     parts: list[Any] = [config.vision_config, config.text_config]
     for part in parts:
         part._name_or_path = ""  # a path of this machine
         part.__dict__.pop("auto_map", None)  # names code that does not come along, and is not needed
     _check_language_model(llm, config)
     with torch.device("meta"):
-        model: Any = (LlavaNextForConditionalGeneration if vision.pinpoints else LlavaForConditionalGeneration)(config)
+        model: Any = model_class(config)
     model.model.vision_tower = vision.model
     model.model.language_model = causal.base_model
     model.lm_head = causal.get_output_embeddings()
@@ -98,6 +109,20 @@ def build_model(
 
 def build_processor(vision: VisionEncoder, llm: LanguageModel) -> LlavaProcessors:
     """The stock processor: images as `vision` wants them, as many `<image>` tokens as it gives."""
+    if vision.frames:
+        settings = vision.image_processor.to_dict()
+        names = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+        look = {name: settings[name] for name in names}
+        return LlavaOnevisionProcessor(
+            image_processor=vision.image_processor,
+            tokenizer=llm.tokenizer,
+            video_processor=LlavaOnevisionVideoProcessor(**look, num_frames=vision.frames, do_sample_frames=True),
+            num_image_tokens=vision.num_tokens + (vision.select_feature == "default"),  # the CLS token counts there
+            vision_feature_select_strategy=vision.select_feature,
+            chat_template=llm.tokenizer.chat_template,
+            image_token=IMAGE_TOKEN,
+            video_token=VIDEO_TOKEN,
+        )
     return (LlavaNextProcessor if vision.pinpoints else LlavaProcessor)(
         image_processor=vision.image_processor,
         tokenizer=llm.tokenizer,
@@ -188,5 +213,6 @@ def model_card(model: Llava, name: str, card: Mapping[str, str], base_model: str
         vision=config.vision_config.model_type,
         language=config.text_config.model_type,
         tokens=f"up to {layout.most}" if layout.pinpoints else layout.square,
+        frames=layout.frames,
         facts=Table(("", ""), [(key, clip(value)) for key, value in card.items()]),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from clips.common.stock import NO_CODE, REPORTED, check_complete, loading, progr
 from mllm import DEFAULT_LLM
 from mllm.data.formats import (
     IMAGE_TOKEN,
+    VIDEO_TOKEN,
     format_name,
     get_format,
     leave_bos_to_template,
@@ -76,14 +78,19 @@ class LanguageModel:
 
 
 def load_llm(
-    name: str = DEFAULT_LLM, *, version: str = "auto", dtype: torch.dtype = torch.float32, layers: str | None = None
+    name: str = DEFAULT_LLM,
+    *,
+    version: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    layers: str | None = None,
+    videos: bool = False,
 ) -> LanguageModel:
     """The causal language model `name` (hub id or directory), prepared for images.
 
     `version` is the conversation format (mllm/data/formats.py) whose chat template and end token it gets: "auto" keeps
     the model's own and falls back to "v1" without one; "plain" is for alignment only and leaves both as they
-    are. The format is kept with the tokenizer. `layers`: see `layer_counts`. Raises UserError for what cannot be found
-    or loaded, for pickled code, and for models that ask for remote code.
+    are. The format is kept with the tokenizer. `layers`: see `layer_counts`. With `videos` the tokenizer gets `<video>`
+    too. Raises UserError for what cannot be found or loaded, for pickled code, and for models that ask for remote code.
     """
     version = format_name(version)  # before gigabytes are read
     counts = layer_counts(layers) if layers is not None else None
@@ -99,18 +106,23 @@ def load_llm(
     if counts is not None and (total := keep_layers(model, *counts)) > sum(counts):
         source += f", its first {counts[0]} and last {counts[1]} of {total} layers"
     with naming("language model", directory):  # ids and lengths of the tokenizer and of the generation
-        return ready_for_images(model, tokenizer, source, version)
+        return ready_for_images(model, tokenizer, source, version, videos=videos)
 
 
 def ready_for_images(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, version: str = "auto"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    version: str = "auto",
+    *,
+    videos: bool = False,
 ) -> LanguageModel:
     """A loaded language model with `<image>`, a padding token and the conversation format `version`, see `load_llm`."""
     _forget_sampling(model.generation_config)
-    add_special_tokens(model, tokenizer)
+    add_special_tokens(model, tokenizer, (IMAGE_TOKEN, VIDEO_TOKEN) if videos else (IMAGE_TOKEN,))
     chosen = get_format(version_for(tokenizer, version), tokenizer)
     if chosen.name != "plain":
-        tokenizer.chat_template = chosen.chat_template()
+        tokenizer.chat_template = chosen.chat_template(videos=videos)
         leave_bos_to_template(tokenizer)
         _stop_at(model, token_id(tokenizer, chosen.end.strip()))
     save_format(tokenizer, chosen)
@@ -233,13 +245,15 @@ def version_for(tokenizer: PreTrainedTokenizerBase, version: str) -> str:
 
 
 @torch.no_grad()
-def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Add `<image>` and, where padding is missing or shared, `<pad>`; grow the embeddings; returns what was added.
+def add_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, placeholders: Sequence[str] = (IMAGE_TOKEN,)
+) -> list[str]:
+    """Add the placeholders and, where padding is missing or shared, `<pad>`; grow the embeddings; returns the new ones.
 
     A padding token that is also the end of an answer would be masked out of the labels, so the model would never
     learn to stop. New rows start at the mean of the old ones.
     """
-    wanted = [IMAGE_TOKEN]
+    wanted = [*placeholders]
     if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token):
         wanted.append(PAD_TOKEN)
     old_length = len(tokenizer)

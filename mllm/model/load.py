@@ -13,6 +13,7 @@ from transformers import (
     BaseImageProcessor,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
 )
 
 from clips.common.errors import UserError
@@ -26,7 +27,11 @@ from mllm.model.tiles import Layout, Llava, LlavaProcessors
 
 FACTS = "clips_mllm.json"
 """Beside a model's stock files, what those do not say of it, for programs; nothing is needed for loading."""
-CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+CLASSES = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+}
 """`model_type` → its class."""
 _FORWARD = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in _FORWARD else "past_key_values"

@@ -11,6 +11,7 @@ H heads · D width of a head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,12 @@ def places_of(marked: Tensor, count: int) -> Tensor:
     return torch.nonzero_static(marked.flatten(), size=count)[:, 0]
 
 
-def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_token_id: int) -> Tensor:
+def marked(input_ids: Tensor, *ids: int) -> Tensor:
+    """bool, of the shape of `input_ids`: where one of `ids` is."""
+    return functools.reduce(torch.logical_or, [input_ids == token for token in ids])
+
+
+def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *image_ids: int) -> Tensor:
     """P, a scalar: the positions that all samples of a batch [B, L] begin with, none of them learned or of an image.
 
     Each sample keeps a position of its own behind them. It is not learned either: its prediction is shared.
@@ -49,7 +55,7 @@ def shared_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, ima
     if len(input_ids) == 1:
         return torch.zeros((), dtype=torch.long, device=input_ids.device)
     given = (attention_mask.bool() & (labels == IGNORE)).all(0)
-    same = (input_ids == input_ids[:1]).all(0) & (input_ids[0] != image_token_id)
+    same = (input_ids == input_ids[:1]).all(0) & ~marked(input_ids[0], *image_ids)
     return (given & same)[:-1].logical_and(given[1:]).long().cumprod(0).sum()
 
 
@@ -74,11 +80,11 @@ class Counts:
     """T, of a batch that is packed."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], image_token_id: int) -> Counts:
-        """Of a batch in the layout of mllm/data/dataset.py."""
+    def of(cls, batch: Mapping[str, Any], *image_ids: int) -> Counts:
+        """Of a batch in the layout of mllm/data/dataset.py; `image_ids` are the ids of images and videos."""
         ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
-        real, shared = int(mask.sum()), int(shared_length(ids, mask, labels, image_token_id))
-        image_tokens, learned = int((ids == image_token_id).sum()), int((labels[:, 1:] != IGNORE).sum())
+        real, shared = int(mask.sum()), int(shared_length(ids, mask, labels, *image_ids))
+        image_tokens, learned = int(marked(ids, *image_ids).sum()), int((labels[:, 1:] != IGNORE).sum())
         return cls(real, image_tokens, learned, shared, real - (len(ids) - 1) * shared)
 
 

@@ -1,11 +1,15 @@
-"""The tokens of a picture and their order: one square, or LLaVA-NeXT's tiles (`anyres`, `spatial_unpad`).
+"""The tokens of pictures and videos and their order: one square, LLaVA-NeXT's tiles, LLaVA-OneVision's frames.
 
 A picture in tiles is seen twice: whole, squeezed into one square, and cut. To be cut, it is fitted into the canvas of
 `image_grid_pinpoints` that keeps most of it, and padded there. The cells of all tiles form one grid. The cells of the
 padding are dropped (`unpad`), and the newline embedding ends each row. This is the order of transformers'
 `LlavaNextModel.pack_image_features`; sizes are (height, width), as there.
 
-Shapes: T squares of a picture, the whole first, then tiles by rows · N cells of a square, g × g · D width of a word.
+A video is F frames, each in one square, and VIDEO stands for its size. The cells of each frame are pooled 2 × 2, and
+the newline embedding ends the video: transformers' `LlavaOnevisionModel.get_video_features`.
+
+Shapes: T squares of a picture, the whole first, then tiles by rows · F frames of a video · N cells of a square, g × g ·
+n pooled cells of a frame · D width of a word.
 """
 
 from __future__ import annotations
@@ -18,22 +22,28 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
 )
 from transformers.image_processing_utils import select_best_resolution
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
-Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
-"""The stock classes: one square a picture, or tiles."""
-LlavaProcessors = LlavaProcessor | LlavaNextProcessor
+from clips.common.errors import UserError
+from mllm.data.video import NO_VIDEOS, VIDEO, Size, VideoTokens
+
+Llava = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
+"""The stock classes: one square a picture, tiles, or tiles and videos."""
+LlavaProcessors = LlavaProcessor | LlavaNextProcessor | LlavaOnevisionProcessor
 NEWLINE = -1
 """The place of the newline in `Layout.order`."""
+MOST_TILES_WITH_VIDEO = 9
+"""LLaVA-OneVision shrinks the cells of more tiles (`anyres_max_9`)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Layout:
     """Of a square, in pixels."""
     pinpoints: tuple[Size, ...] = ()
     """The canvases; without any, a picture is one square."""
+    frames: int = 0
+    """F; 0: the model takes no videos."""
 
     @classmethod
     def of(cls, config: Any) -> Layout:
@@ -53,8 +65,15 @@ class Layout:
         pinpoints = getattr(config, "image_grid_pinpoints", None)
         if not pinpoints:
             return cls(config.image_seq_length)
-        vision = config.vision_config
-        return cls((vision.image_size // vision.patch_size) ** 2, vision.image_size, tuple(map(tuple, pinpoints)))
+        vision, frames = config.vision_config, getattr(config, "num_frames", 0)
+        most = max(height * width for height, width in pinpoints) // vision.image_size**2
+        if config.model_type == "llava_onevision" and most > MOST_TILES_WITH_VIDEO:
+            raise UserError(
+                f"LLaVA-OneVision shrinks the cells of pictures in more than {MOST_TILES_WITH_VIDEO} tiles "
+                f"(anyres_max_9), which is not supported here: --image_grid_pinpoints has a canvas of {most}"
+            )
+        cells = (vision.image_size // vision.patch_size) ** 2
+        return cls(cells, vision.image_size, tuple(map(tuple, pinpoints)), frames)
 
     @property
     def of_every(self) -> int | None:
@@ -62,24 +81,38 @@ class Layout:
         return None if self.pinpoints else self.square
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of a picture for each canvas, and of a video if the model takes videos."""
+        return (*self.pinpoints, VIDEO) if self.frames else self.pinpoints
+
+    @property
     def most(self) -> int:
-        """Tokens of the picture with the most."""
-        return max([self.square, *map(self.tokens, self.pinpoints)])
+        """Tokens of the picture or video with the most."""
+        return max([self.square, *map(self.tokens, self.sizes)])
 
     @property
     def most_squares(self) -> int:
-        return max([1, *map(self.squares, self.pinpoints)])
+        return max([1, *map(self.squares, self.sizes)])
 
     def __str__(self) -> str:
         """The tokens of a picture, for people."""
-        return f"{self.square:,} to {self.most:,}" if self.pinpoints else f"{self.square:,}"
+        if not self.pinpoints:
+            return f"{self.square:,}"
+        video = f", {self.tokens(VIDEO):,} for a video," if self.frames else ""
+        return f"{self.square:,} to {max(map(self.tokens, self.pinpoints)):,}{video}"
 
     def tokens(self, size: Size) -> int:
-        """Tokens of a picture of `size`."""
+        """Tokens of a picture of `size`, or of a video. Raises UserError if the model takes no videos."""
+        if size == VIDEO:
+            if not self.frames:
+                raise UserError(NO_VIDEOS)
+            return VideoTokens(self.frames * math.ceil(math.isqrt(self.square) / 2) ** 2 + 1)
         return len(self.order(size)) if self.pinpoints else self.square
 
     def squares(self, size: Size) -> int:
-        """T: the squares that the encoder reads of a picture of `size`."""
+        """T or F: the squares that the encoder reads of a picture of `size` or of a video."""
+        if size == VIDEO:
+            return self.frames
         return 1 + math.prod(self._tiles(size)) if self.pinpoints else 1
 
     def _tiles(self, size: Size) -> tuple[int, int]:
@@ -100,20 +133,40 @@ class Layout:
         return np.concatenate([np.arange(self.square), lines.ravel()])
 
     def arranged(self, cells: Tensor, newline: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Projected cells [squares of all pictures, N, D] and the newline [D] → the tokens [tokens, D]."""
-        places, first = [], 0
+        """Projected cells [squares of all pictures and videos, N, D] and the newline [D] → the tokens [tokens, D]."""
+        end = cells.shape[0] * cells.shape[1]
+        places, pooled, first, last = [], [], 0, end + 1
         for size in sizes:
-            order, count = self.order(size), self.squares(size) * self.square
-            places.append(np.where(order == NEWLINE, cells.shape[0] * cells.shape[1], first + order))
+            count = self.squares(size)
+            if size == VIDEO:
+                pooled.append(pooled_cells(cells[first : first + count]).flatten(0, 1))
+                places.append(np.append(np.arange(last, last + len(pooled[-1])), end))
+                last += len(pooled[-1])
+            else:
+                order = self.order(size)
+                places.append(np.where(order == NEWLINE, end, first * self.square + order))
             first += count
-        if first != cells.shape[0] * cells.shape[1]:
+        if first != len(cells):
             raise ValueError(f"{len(cells)} squares, but pictures of the sizes {list(sizes)}")
-        rows = torch.cat([cells.flatten(0, 1), newline.to(cells.dtype)[None]])
+        rows = torch.cat([cells.flatten(0, 1), newline.to(cells.dtype)[None], *pooled])
         return rows.index_select(0, torch.from_numpy(np.concatenate(places)).to(cells.device))
 
 
+def pooled_cells(cells: Tensor) -> Tensor:
+    """The cells [F, N, D] of frames → [F, n, D], bilinear at half the resolution, as LLaVA-OneVision's `get_2dPool`."""
+    g = math.isqrt(cells.shape[1])
+    grid = cells.unflatten(1, (g, g)).permute(0, 3, 1, 2)
+    return F.interpolate(grid, size=[math.ceil(g / 2)] * 2, mode="bilinear").flatten(2).transpose(1, 2)
+
+
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """The ids of `<image>`, and of `<video>` in a model that takes videos."""
+    video = getattr(config, "video_token_id", None)
+    return (config.image_token_id,) if video is None else (config.image_token_id, video)
+
+
 def newline_of(model: Llava) -> nn.Parameter | None:
-    """The newline embedding [D] of a model with tiles."""
+    """The newline embedding [D] of a model with tiles or videos."""
     return getattr(model.model, "image_newline", None)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -37,10 +38,10 @@ from clips import CLIPS, newest_export
 from clips.common.errors import Stopped, UserError
 from clips.common.flags import from_flags
 from mllm.chat.hosts import HostMiddleware
-from mllm.chat.limits import Limits, image_size, read_image
+from mllm.chat.limits import Limits, image_size, read_image, read_video
 from mllm.chat.model import ChatModel, Stats, model_options
 from mllm.chat.session import ChatSession, ContextError
-from mllm.chat.transcript import LazyPicture
+from mllm.chat.transcript import LazyPicture, Video
 from mllm.serve.admission import AdmissionMiddleware, Gate, Metrics, error_response, placed_body
 from mllm.serve.connections import BoundedConnection
 from mllm.serve.queue import RequestQueue, T, unless_gone
@@ -50,6 +51,7 @@ from mllm.serve.schemas import (
     ChatRequest,
     EmbeddingForm,
     FormT,
+    Shown,
     bad_image,
     chat_request,
     check_amount,
@@ -106,7 +108,7 @@ def create_app(
             raise ApiError(415, "send the body as Content-Type: application/json")
         return await asyncio.to_thread(parse, kind, await placed_body(request), limits)
 
-    async def fetched(request: Request, urls: list[str], param: str) -> list[bytes]:
+    async def fetched(request: Request, urls: list[Shown], param: str) -> list[bytes]:
         pictures = image_bytes(urls, limits, allow_image_urls, param, request.scope["visit"].hold)
         return await unless_gone(request, pictures)
 
@@ -147,8 +149,9 @@ def create_app(
             too_many = f"messages: {len(urls)} pictures, but the model's context holds {chat.most_pictures} at most"
             raise ApiError(400, too_many, param="messages", code="context_length_exceeded")
         del form  # it holds the pictures as text
+        are_videos = [shown.is_video for shown in urls]
         data = await fetched(request, urls, "messages")
-        items = queue.run(lambda cancel: _answer(chat, asked, data, limits, cancel))
+        items = queue.run(lambda cancel: _answer(chat, asked, data, are_videos, limits, cancel))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if stream:
             first = await unless_gone(request, anext(items))  # an error before it can still have its status
@@ -168,7 +171,7 @@ def create_app(
             raise ApiError(404, f"this server has no encoder: {encoder}", param="model", code="model_not_found")
         check_model(form.model, ENCODER)
         texts = [entry.text for entry in form.input]  # None for a picture
-        urls = [entry.image for entry in form.input if entry.image is not None]
+        urls = [Shown(entry.image) for entry in form.input if entry.image is not None]
         as_base64 = form.encoding_format == "base64"
         del form
         said = [text for text in texts if text is not None]
@@ -179,7 +182,7 @@ def create_app(
         data = await fetched(request, urls, "input")
 
         def work(cancel: threading.Event) -> Iterator[tuple[np.ndarray, int]]:
-            pixels = (encoder.preprocess(picture.decode()) for picture in _pictures(data, limits, "input"))
+            pixels = (encoder.preprocess(_picture(data, i, limits, "input").decode()) for i in range(len(data)))
             yield embed(encoder, [next(pixels) if text is None else text for text in texts]), encoder.count_tokens(said)
 
         [(rows, tokens)] = await unless_gone(request, _collect(queue.run(work)))
@@ -203,11 +206,18 @@ def embed(encoder: CLIPS, inputs: Sequence[str | Image | torch.Tensor]) -> np.nd
 
 
 def _answer(
-    chat: ChatModel, asked: ChatRequest, data: list[bytes], limits: Limits, cancel: threading.Event
+    chat: ChatModel,
+    asked: ChatRequest,
+    data: list[bytes],
+    are_videos: list[bool],
+    limits: Limits,
+    cancel: threading.Event,
 ) -> Iterator[str | Stats]:
     """The pieces of the answer, then its statistics."""
     try:
-        pictures = _pictures(data, limits, "messages")
+        pictures = [
+            (_video if is_video else _picture)(data, i, limits, "messages") for i, is_video in enumerate(are_videos)
+        ]
         chat.check_squares(pictures, limits.squares)
         session = ChatSession.from_turns(chat, asked.turns, pictures, asked.system)
         yield from session.answer(asked.sampling, cancel)
@@ -219,16 +229,32 @@ def _answer(
     yield session.last
 
 
-def _pictures(data: list[bytes], limits: Limits, param: str) -> list[LazyPicture]:
-    """The encoded pictures; decoding or measuring a bad one raises ApiError 400."""
+def _picture(data: list[bytes], number: int, limits: Limits, param: str) -> LazyPicture:
+    """One of the encoded pictures; decoding or measuring a bad one raises ApiError 400."""
 
-    def read(reader: Callable[[bytes, Limits], T], number: int) -> T:
-        try:
+    def read(reader: Callable[[bytes, Limits], T]) -> T:
+        with _blaming(number, param):
             return reader(data[number], limits)
-        except UserError as error:
-            raise bad_image(number, error, param) from None
 
-    return [LazyPicture(partial(read, read_image, i), partial(read, image_size, i)) for i in range(len(data))]
+    return LazyPicture(partial(read, read_image), partial(read, image_size))
+
+
+def _video(data: list[bytes], number: int, limits: Limits, param: str) -> Video:
+    """One of the encoded videos; decoding a bad one raises ApiError 400."""
+
+    def decode(frames: int) -> list[Image]:
+        with _blaming(number, param):
+            return read_video(data[number], frames, limits)
+
+    return Video(decode, lambda: data[number])
+
+
+@contextlib.contextmanager
+def _blaming(number: int, param: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise bad_image(number, error, param) from None
 
 
 async def _collect(items: AsyncIterator[T]) -> list[T]:
@@ -339,6 +365,10 @@ def _greeting(
     ask = {"model": chat.name, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     secret = " -H 'Authorization: Bearer KEY'" if has_key else ""
     fetched = "fetched from public addresses" if fetches else "data URLs only"
+    video = ""
+    if chat.layout.frames:
+        seen = f"{chat.layout.frames} frames, {limits.video_seconds:g} s of decoding"
+        video = f"a video     {limits.video_bytes / 2**20:g} MiB, {seen}\n"
     is_open = not has_key and host not in ("127.0.0.1", "::1", "localhost")
     warning = "warning: everybody who reaches this address can use it; set --api-key or CLIPS_API_KEY\n"
     return f"""\
@@ -346,6 +376,7 @@ chat        {chat.name} ({chat.directory}) on {chat.model.device}, {chat.layout}
 {chat.context_length or "unknown"}
 embeddings  {f"{ENCODER} ({encoder.path})" if isinstance(encoder, CLIPS) else f"none: {encoder}"}
 a picture   {limits.image_bytes / 2**20:g} MiB, {limits.image_pixels / 1e6:g} megapixels, {fetched}
+{video}\
 a request   {limits.body_bytes / 2**20:g} MiB, {pictures} pictures, {limits.prompt_chars:,} characters
 an answer   {limits.new_tokens} tokens, {limits.seconds:g} s; one at a time, {limits.waiting} may wait
 access      {"with the API key" if has_key else "without a key"}, at {address}

@@ -65,6 +65,21 @@ class ImagePart(_Form):
     image_url: ImageUrl
 
 
+class VideoPart(_Form):
+    """A video in the form of vLLM's server; OpenAI has none."""
+
+    type: Literal["video_url"]
+    video_url: ImageUrl
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The address of a picture or of a video."""
+
+    url: str
+    is_video: bool = False
+
+
 def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -72,7 +87,7 @@ def _as_parts(content: Any) -> Any:
 class Message(_Form):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]],
         FailFast(),
         Field(max_length=MOST_PARTS),
         BeforeValidator(_as_parts),
@@ -83,8 +98,13 @@ class Message(_Form):
         return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
-    def images(self) -> list[str]:
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+    def images(self) -> list[Shown]:
+        """The pictures and videos, in their order."""
+        return [
+            Shown(part.image_url.url) if isinstance(part, ImagePart) else Shown(part.video_url.url, is_video=True)
+            for part in self.content
+            if not isinstance(part, TextPart)
+        ]
 
 
 class StreamOptions(_Form):
@@ -211,7 +231,7 @@ class ChatRequest:
     sampling: Sampling
 
 
-def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]]:
+def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[Shown]]:
     """The turns and settings of `form`, and the addresses of its pictures.
 
     Raises ApiError 400 for a wrong order of roles and for a value above a limit.
@@ -231,7 +251,7 @@ def chat_request(form: ChatForm, limits: Limits) -> tuple[ChatRequest, list[str]
         raise ApiError(400, "messages: the last one must be from role 'user'", param="messages")
     if any(message.images for message in form.messages if message.role != "user"):
         raise ApiError(400, "messages: only messages from role 'user' may hold pictures", param="messages")
-    images = [url for message in messages for url in message.images]
+    images = [shown for message in messages for shown in message.images]
     check_amount(len(images), sum(len(message.text) for message in form.messages), limits, "messages")
     name = "max_tokens" if form.max_completion_tokens is None else "max_completion_tokens"
     tokens = getattr(form, name) or limits.new_tokens
@@ -258,21 +278,23 @@ def check_amount(images: int, characters: int, limits: Limits, param: str) -> No
 
 
 async def image_bytes(
-    urls: list[str], limits: Limits, allow_image_urls: bool, param: str, hold: Callable[[int], None]
+    urls: list[Shown], limits: Limits, allow_image_urls: bool, param: str, hold: Callable[[int], None]
 ) -> list[bytes]:
-    """The encoded pictures of data URLs and, if allowed, of public addresses. Raises ApiError 400 with the reason.
+    """The encoded pictures and videos of data URLs and, if allowed, of public addresses. Raises ApiError 400.
 
     It empties `urls`, so that no picture is held twice, and calls `hold` with the bytes of each fetched picture.
     """
     pictures, total = [], 0
     urls.reverse()
     for number in range(len(urls)):
-        url = urls.pop()
+        shown = urls.pop()
+        url = shown.url
         try:
             if url[:5].lower() == "data:":
                 pictures.append(_data_url(url))
             elif allow_image_urls:
-                pictures.append(await download_image(url, limits))
+                most = limits.video_bytes if shown.is_video else limits.image_bytes
+                pictures.append(await download_image(url, limits, most))
                 hold(len(pictures[-1]))
             else:
                 raise UserError(

@@ -89,6 +89,9 @@ class TrainArguments:
     mm_patch_merge_type: Literal["flat", "spatial_unpad"] | None = flag(
         None, "order of a picture's tokens (default: spatial_unpad for anyres, else flat)"
     )
+    frames_upbound: int = flag(
+        0, "frames of each video, drawn evenly; needs anyres, the model is then LLaVA-OneVision's (default: no videos)"
+    )
     group_by_modality_length: bool = flag(None, "batches of one modality and similar lengths (default: in stage 2)")
     model_max_length: int = usual("model_max_length", "longest sample in tokens")
 

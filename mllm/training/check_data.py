@@ -28,13 +28,15 @@ from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from mllm import DEFAULT_LLM
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
-from mllm.data.dataset import BadSample, Problem, Record, RecordReader, sample_id_of
-from mllm.data.formats import IMAGE_TOKEN
+from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, sample_id_of
+from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
 from mllm.data.images import ImageStore
 from mllm.model.llm import find_llm, read_tokenizer, version_for
 
 BINS = 8
 """Bars of the length histogram up to the context; a last bar counts longer samples."""
+FRAMES = 8
+"""Frames of each video that are decoded."""
 SHOWN = 24
 """Samples on the page."""
 
@@ -72,7 +74,7 @@ class DataReport:
 def load_tokenizer(name: str = DEFAULT_LLM) -> PreTrainedTokenizerBase:
     """The tokenizer of language model `name` with `<image>` added, without loading the model's weights."""
     tokenizer = read_tokenizer(find_llm(name)[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
     return tokenizer
 
 
@@ -90,17 +92,18 @@ def inspect_data(
     whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, tokens)
     raw_records = read_json_records(Path(data_path))
     report = DataReport(str(data_path), encoder.format.name, context, tokens, len(raw_records))
-    reader = RecordReader(encoder, store)
+    reader = RecordReader(encoder, store, ImageTokens(tokens, frames=FRAMES))
     lengths: list[int] = []
     good: list[Record] = []
     for index, raw in enumerate(tqdm(raw_records, "conversations", unit="", leave=False, disable=None)):
         try:
             record = reader.read(raw, index)
-            encoded = whole.encode(record.turns, len(record.images), record.name)
+            shown = reader.tokens.at_most(record.images)
+            encoded = whole.encode(record.turns, shown, record.name)
             lengths.append(len(encoded.input_ids))
             if lengths[-1] > context:
                 report.truncated += 1
-                encoded = encoder.encode(record.turns, len(record.images), record.name)
+                encoded = encoder.encode(record.turns, shown, record.name)
         except BadSample as bad:
             report.problems.append(bad.problem)
             continue
@@ -108,7 +111,7 @@ def inspect_data(
             report.problems.append(Problem(index, sample_id_of(raw, index), "conversation", str(error)))
             continue
         good.append(record)
-        _count(report, record, encoded, encoder.image_id)
+        _count(report, record, encoded)
     _check_images(report, good, store, decode_limit)
     if lengths:
         report.length_mean, report.length_max = float(np.mean(lengths)), max(lengths)
@@ -120,7 +123,7 @@ def inspect_data(
     return report, good
 
 
-def _count(report: DataReport, record: Record, encoded: Encoded, image_id: int) -> None:
+def _count(report: DataReport, record: Record, encoded: Encoded) -> None:
     roles = [ROLES[turn["from"]] for turn in record.turns]
     report.questions += roles.count("human")
     report.answers += roles.count("gpt")
@@ -149,7 +152,7 @@ def _check_images(
 
     def decode(name: str) -> str | None:
         try:
-            store.load(name)
+            store.shown(name, FRAMES)
         except (BrokenSample, OSError) as error:
             return str(error)
         return None
@@ -165,11 +168,12 @@ def _check_images(
 
 def render_example(encoder: ConversationEncoder, record: Record) -> Text:
     """The sample's tokens as the model sees them: trained ones bold green, the others dim, images counted."""
-    encoded = encoder.encode(record.turns, len(record.images), record.name)
+    tokens = ImageTokens(encoder.num_image_tokens or 0, frames=FRAMES).at_most(record.images)
+    encoded = encoder.encode(record.turns, tokens, record.name)
     text = Text()
     runs: list[tuple[str, list[int]]] = []
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        style = "magenta" if token == encoder.image_id else "bold green" if label != IGNORE else "dim"
+        style = "magenta" if token in encoder.placeholder_ids else "bold green" if label != IGNORE else "dim"
         if not runs or runs[-1][0] != style:
             runs.append((style, []))
         runs[-1][1].append(token)

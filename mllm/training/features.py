@@ -109,7 +109,7 @@ class FeatureCache:
         todo = [name for key, name in missing.items() if int(key, 16) % world_size == rank]
         if not todo:
             return 0
-        squares = 1 + self.encoder.most_tiles  # at most; a batch must not grow with them
+        squares = max(1 + self.encoder.most_tiles, self.encoder.frames)  # at most; a batch must not grow with them
         batch_size = max(1, batch_size // squares)
         bytes_each = 2 * self.shape[0] * self.shape[1] * squares
         needed, free = bytes_each * len(missing), shutil.disk_usage(self.directory).free
@@ -121,7 +121,8 @@ class FeatureCache:
         per_file = max(1, FILE_BYTES // bytes_each // batch_size) * batch_size
         model: Any = self.encoder.model  # PreTrainedModel.to is annotated without its `self`
         model.to(device)
-        load = pixel_loader(self.store, partial(image_pixels, self.encoder.image_processor))
+        preprocess = partial(image_pixels, self.encoder.image_processor)
+        load = pixel_loader(self.store, preprocess, self.encoder.frames)
         with tqdm(total=len(todo), unit="img", desc="image features", disable=None) as bar:
             for start in range(0, len(todo), per_file):
                 chunk = todo[start : start + per_file]

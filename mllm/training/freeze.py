@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from mllm.model.projector import trainable_layers
 from mllm.model.tiles import Llava
@@ -25,8 +24,7 @@ def part_of(name: str) -> str:
 
 def llava_of(model: nn.Module) -> Llava:
     """The LLaVA model in `model`, which is that model itself or wraps it (as a PeftModel does)."""
-    kinds = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
-    return next(module for module in model.modules() if isinstance(module, kinds))
+    return next(module for module in model.modules() if isinstance(module, Llava))
 
 
 def wanted(model: nn.Module, freeze: dict[str, Training]) -> Iterator[tuple[str, nn.Parameter, bool]]:

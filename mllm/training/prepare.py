@@ -22,6 +22,7 @@ from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
 from mllm.data.formats import format_name
 from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.video import is_video
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels, load_vision
 from mllm.model.llava import build_model
@@ -76,7 +77,10 @@ def prepare(
     # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")
     dtype = torch.bfloat16 if half else torch.float32
-    llm = load_llm(arguments.model_name_or_path, version=arguments.version, dtype=dtype, layers=arguments.llm_layers)
+    llm = load_llm(
+        arguments.model_name_or_path, version=arguments.version, dtype=dtype, layers=arguments.llm_layers,
+        videos=bool(vision.frames),
+    )  # fmt: skip
     llava, processor = build_model(vision, llm, projector=arguments.mm_projector_type, seed=arguments.seed)
     max_length = min(arguments.model_max_length, llm.context_length or arguments.model_max_length)
     layout = Layout.of(llava.config)
@@ -85,7 +89,7 @@ def prepare(
             f"one image takes {layout.square} tokens ({vision.name}), but --model_max_length is {max_length}: "
             "raise it, or choose an encoder with a smaller image or larger patches"
         )
-    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None)
+    tokens = ImageTokens(layout.most, layout.tokens if layout.pinpoints else None, layout.frames)
     encoder = ConversationEncoder(llm.tokenizer, arguments.version, layout.of_every, max_length)
     dataset = LlavaDataset(data_path, encoder, store, arguments.on_bad_sample, tokens)
     projector = llava.model.multi_modal_projector
@@ -126,6 +130,7 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
         select_feature="default" if arguments.mm_vision_select_feature == "patch" else "full",
         image_aspect_ratio=arguments.image_aspect_ratio,
         image_grid_pinpoints=arguments.image_grid_pinpoints,
+        frames=arguments.frames_upbound,
         seed=arguments.seed,
     )
 
@@ -215,7 +220,8 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
     if prepared.store is None:  # no sample has a picture
         return Collator(pad_id, lambda names: torch.empty(0))
     if not arguments.caches_features:
-        load = pixel_loader(prepared.store, partial(image_pixels, prepared.processor.image_processor))
+        preprocess = partial(image_pixels, prepared.processor.image_processor)
+        load = pixel_loader(prepared.store, preprocess, prepared.vision.frames)
         return Collator(pad_id, load)
     root = Path(arguments.cache_dir) if arguments.cache_dir else cache_root() / "features"
     cache = FeatureCache(prepared.vision, prepared.store, root)
@@ -230,7 +236,7 @@ def collator_of(arguments: TrainArguments, prepared: Prepared, device: torch.dev
 
 def fit_to_captions(arguments: TrainArguments, prepared: Prepared, collator: Collator, device: torch.device) -> float:
     """Fit the projector to up to `START_IMAGES` samples with one picture; returns R². The same on every rank."""
-    single = [i for i, record in enumerate(prepared.dataset.records) if len(record.images) == 1]
+    single = [i for i, r in enumerate(prepared.dataset.records) if len(r.images) == 1 and not is_video(r.images[0])]
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = [single[i] for i in torch.randperm(len(single), generator=generator)[:START_IMAGES].tolist()]
     if not chosen:

@@ -30,6 +30,7 @@ from clips.common.runtime import bound_kernel_caches, choose_device, environment
 from clips.common.signals import stopped_by
 from mllm.data.sampler import EpochSampler
 from mllm.model.flops import LlavaFlops
+from mllm.model.tiles import placeholder_ids
 from mllm.training.arguments import TrainArguments, left_out
 from mllm.training.checkpoints import check_content, newest, step_of
 from mllm.training.finish import print_next, write_results
@@ -130,7 +131,7 @@ def train(
     )
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     work = Work(flops, process.device, dtype, process.world_size, model.packed)
-    dataset, steps = Indexed(prepared.dataset, collator, model.llava.config.image_token_id), StepCallback()
+    dataset, steps = Indexed(prepared.dataset, collator, placeholder_ids(model.llava.config)), StepCallback()
     trainer = LlavaTrainer(
         arguments,
         model=model,

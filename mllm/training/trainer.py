@@ -32,9 +32,10 @@ from clips.common.tensors import only_data, read_torch, read_weights, write_weig
 from clips.common.workers import start_worker
 from mllm.data.dataset import Collator, LlavaDataset
 from mllm.data.sampler import EpochSampler
+from mllm.data.video import Size
 from mllm.model.forward import causal_lm_loss, embed_inputs
 from mllm.model.packing import PACKED, Counts, Packing, can_pack
-from mllm.model.tiles import Llava, Size, newline_of
+from mllm.model.tiles import Llava, newline_of, placeholder_ids
 from mllm.training.arguments import TrainArguments
 from mllm.training.checkpoints import OPTIMIZER, SCHEDULER, TRAINED, engine_tag, prune, restoring
 from mllm.training.freeze import llava_of, parameter_groups
@@ -87,7 +88,7 @@ class TrainingModel(nn.Module):
         llava = self.llava
         if counts is None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            counts = Counts.of(batch, llava.config.image_token_id)
+            counts = Counts.of(batch, *placeholder_ids(llava.config))
         if not self.features and pixel_values is None:  # a batch without images, see `embed_inputs`
             side = llava.model.vision_tower.config.image_size
             pixel_values = torch.zeros(0, 3, side, side, dtype=llava.dtype, device=input_ids.device)
@@ -119,7 +120,7 @@ class Indexed(Dataset):
 
     dataset: LlavaDataset
     collator: Collator
-    image_token_id: int
+    image_ids: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -130,7 +131,7 @@ class Indexed(Dataset):
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(samples)
         index = torch.tensor([sample["index"] for sample in samples])
-        return batch | {"index": index, "counts": Counts.of(batch, self.image_token_id)}
+        return batch | {"index": index, "counts": Counts.of(batch, *self.image_ids)}
 
 
 class StepCallback(TrainerCallback):

@@ -1,0 +1,456 @@
+"""Videos: frames within bounds, tokens as LLaVA-OneVision's and transformers', and every route that takes them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_chat
+import torch
+from serve_process import post, served
+from tiny_chat import SHORT
+from tiny_serve import CHAT, data_url, user
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
+
+from clips import BrokenSample
+from clips.common.errors import UserError
+from clips.data import motion
+from clips.data.demo import PLACES, at_place, capital
+from mllm.chat.limits import Limits
+from mllm.chat.model import ChatModel
+from mllm.chat.session import ChatSession, ContextError
+from mllm.chat.terminal import dropped_files, load_image
+from mllm.chat.transcript import Video
+from mllm.chat.web_talk import Talk, answer, begin
+from mllm.data import video
+from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
+from mllm.data.demo import INSTRUCT, QUESTIONS
+from mllm.data.demo_videos import SIDE, ensure_demo_videos
+from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.questions import read_questions
+from mllm.data.video import VIDEO, decode_video
+from mllm.data.video_frames import chosen, frames_of
+from mllm.encoders.registry import image_pixels, load_vision
+from mllm.evaluation.evaluate import generate_answers
+from mllm.gguf.export import export_gguf
+from mllm.model.tiles import Layout, pooled_cells
+from mllm.training.features import FeatureCache
+from mllm.training.trainer import TrainingModel
+
+av = pytest.importorskip("av")
+model = tiny_chat.model  # a fixture
+
+LIMITS = {"most_frames": 1000, "pixels": 10**6, "kept_pixels": 10**6}
+
+
+def written(pictures: Sequence[np.ndarray], kind: str = "mp4", codec: str = "libx264", gop: int = 5) -> bytes:
+    """A video of `pictures`, uint8 [H, W, 3], at 10 frames a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = gop
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def grey(count: int, side: int = 32) -> list[np.ndarray]:
+    """Pictures of one grey each, from dark to light."""
+    return [np.full((side, side, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
+
+
+def means(data: bytes, frames: int) -> list[float]:
+    return [float(np.asarray(picture).mean()) for picture in decode_video(data, frames)]
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def test_indices_are_transformers() -> None:
+    """Where a video has fewer frames than are drawn, transformers refuses; here frames repeat."""
+    for total in (1, 2, 7, 8, 9, 30, 1001):
+        for count in (1, 2, 3, 8, 32):
+            found = chosen(total, count)
+            assert len(found) == count
+            assert found == sorted(found)
+            assert 0 <= found[0] <= found[-1] < total
+            if count <= total:
+                assert found == default_sample_indices_fn(VideoMetadata(total_num_frames=total), count).tolist()
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "libx264"), ("matroska", "libvpx"), ("avi", "mpeg4")])
+def test_frames_are_those_of_plain_decoding(kind: str, codec: str, tmp_path: Path) -> None:
+    """Seeking changes no frame: each is what decoding everything and then choosing gives."""
+    data = written(grey(23), kind, codec)
+    with av.open(io.BytesIO(data)) as container:
+        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for count in (1, 4, 23, 40):
+        expected = [every[i * 23 // count] for i in range(count)]
+        found = frames_of(data, count, **LIMITS)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), count
+    if kind == "mp4":
+        path = tmp_path / "clip.mp4"
+        path.write_bytes(data)
+        stock, _ = read_video_pyav(str(path), lambda metadata, **_: default_sample_indices_fn(metadata, 4))
+        assert np.array_equal(stock, np.stack([np.asarray(picture) for picture in decode_video(data, 4)]))
+
+
+def test_large_frames_are_divided_and_turned_ones_upright(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written([np.zeros((48, 80, 3), np.uint8)])
+    assert {picture.size for picture in decode_video(data, 3)} == {(80, 48)}
+    monkeypatch.setattr(video, "KEPT_PIXELS", 1000)
+    assert decode_video(data, 1)[0].size == (40, 24)
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+
+def refused(data: bytes, seconds: float = 60) -> str:
+    with pytest.raises(BrokenSample) as error:
+        decode_video(data, 8, "clip.mp4", seconds)
+    assert error.value.key == "clip.mp4"
+    return error.value.reason
+
+
+def sound() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+def test_files_that_are_no_videos(tmp_path: Path) -> None:
+    """A playlist would make the demuxer open the file that it names."""
+    data = written(grey(6))
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(data)
+    playlist = f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
+    concat = f"ffconcat version 1.0\nfile '{secret}'\n".encode()
+    for bad in (b"just words\n" * 100, data[: len(data) // 2], os.urandom(5000), playlist, concat):
+        assert "it is no whole mp4, mov, mkv, webm or avi file" in refused(bad)
+    assert refused(b"") == "video: the file is empty"
+    assert refused(sound()) == "video: the file has no video stream"
+    start = data.index(b"mdat") + 4
+    broken = data[:start] + bytes(data.index(b"moov") - 4 - start) + data[data.index(b"moov") - 4 :]
+    assert "video: " in refused(broken)
+
+
+def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of frames, pixels, bytes, memory and seconds; the counts are those of the file, not those that it claims."""
+    data = written(grey(40, 16))
+    assert "takes more than 0.01 s" in refused(data, seconds=0.01)
+    monkeypatch.setattr(video, "MAX_FRAMES", 39)
+    assert refused(data) == "video: it has more than 39 frames"
+    monkeypatch.setattr(video, "MAX_PIXELS", 255)
+    assert refused(data) == "video: its frames of 16 × 16 pixels are above the limit of 255"
+    monkeypatch.setattr(video, "MEMORY", 2**26)
+    assert "Cannot allocate memory" in refused(data)
+    monkeypatch.setattr(video, "MAX_BYTES", 100)
+    assert "above the limit of 100" in refused(data)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package av: pip install 'clips-mllm\[video\]'"):
+        decode_video(data, 1)
+
+
+def test_a_container_that_claims_a_thousand_million_frames() -> None:
+    """The demuxer would write down each frame's place; the process may not."""
+    data = bytearray(written(grey(3, 16)))
+    sizes = data.index(b"stsz")
+    data[sizes + 8 : sizes + 16] = (1).to_bytes(4, "big") + (10**9).to_bytes(4, "big")
+    runs = data.index(b"stsc")
+    data[runs + 16 : runs + 20] = (10**9).to_bytes(4, "big")
+    assert refused(bytes(data), seconds=5) == "video: it has no frames"
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+FRAMES, TEXT = 4, "What comes second?"
+
+
+def write_place(root: Path) -> None:
+    """A model that sees videos in four frames, six pictures and two clips."""
+    tiny_chat.write_place(root, image_aspect_ratio="anyres", frames=FRAMES)
+    random = np.random.default_rng(0)
+    for name in ("a.mp4", "b.mp4"):
+        pictures = [np.full((28, 40, 3), random.integers(0, 256, 3), np.uint8) for _ in range(6)]
+        (root / "images" / name).write_bytes(written(pictures))
+
+
+@pytest.fixture(scope="module")
+def place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("tiny-video", write_place)
+
+
+def slowly_pooled(cells: Tensor) -> Tensor:
+    """One frame's grid [g, g, D] at half the resolution: each new cell looks at the centre that it covers."""
+    g = len(cells)
+    half = math.ceil(g / 2)
+
+    def between(rows: Tensor, i: int) -> Tensor:
+        place = max((i + 0.5) * g / half - 0.5, 0)
+        low = math.floor(place)
+        return rows[low] * (1 - place + low) + rows[min(low + 1, g - 1)] * (place - low)
+
+    return torch.stack([between(between(cells, y), x) for y in range(half) for x in range(half)])
+
+
+def test_frames_are_pooled_as_transformers_pools_them(model: ChatModel) -> None:
+    for g in (1, 4, 5, 7):
+        cells = torch.randn(2, g * g, 3)
+        slow = torch.stack([slowly_pooled(frame.view(g, g, 3)) for frame in cells])
+        assert torch.allclose(pooled_cells(cells), slow, atol=1e-6), g
+    assert isinstance(model.model, LlavaOnevisionForConditionalGeneration)
+    layout, inner = model.layout, model.model.model
+    assert layout == Layout(16, 32, layout.pinpoints, FRAMES) == Layout.of(model.model.config)
+    cells = torch.randn(2 * FRAMES + layout.squares((30, 80)), 16, 48)
+    assert torch.equal(pooled_cells(cells), inner.apply_pooling(cells))
+    newline, (first, picture, last) = torch.randn(48), cells.split([FRAMES, len(cells) - 2 * FRAMES, FRAMES])
+    [tiles], _ = inner.pack_image_features([picture], torch.tensor([[30, 80]]), newline)
+    videos = [torch.cat([inner.apply_pooling(frames).flatten(0, 1), newline[None]]) for frames in (first, last)]
+    found = layout.arranged(cells, newline, [VIDEO, (30, 80), VIDEO])
+    assert torch.equal(found, torch.cat([videos[0], tiles, videos[1]]))
+    stock = model.processor._get_num_multimodal_tokens(image_sizes=[(30, 80)], video_sizes=[(FRAMES, 28, 40)])
+    assert [layout.tokens(VIDEO), layout.tokens((30, 80))] == [*stock["num_video_tokens"], *stock["num_image_tokens"]]
+    assert (layout.most_squares, layout.tokens(VIDEO), str(layout)) == (5, 17, "16 to 88, 17 for a video,")
+
+
+def test_pixels_are_the_stock_processor_s(model: ChatModel, place: Path) -> None:
+    frames = decode_video((place / "images" / "a.mp4").read_bytes(), FRAMES)
+    stock = model.processor.video_processor(
+        videos=[np.stack([np.asarray(frame) for frame in frames])], do_sample_frames=False, return_tensors="pt"
+    )["pixel_values_videos"][0]
+    assert torch.equal(image_pixels(model.processor.image_processor, frames), stock)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def records() -> list[dict[str, Any]]:
+    """A video, a picture between videos, and neither; `<image>` and `<video>` mark a video alike."""
+    said = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat and two dogs."}]
+    mixed = [{"from": "human", "value": "<image> and <image> and <video>?"}, {"from": "gpt", "value": "Red."}]
+    none = [{"from": "human", "value": "Say <video>"}, {"from": "gpt", "value": "the picture"}]
+    return [
+        {"video": "a.mp4", "conversations": said},
+        {"image": ["b.mp4", "1.png", "a.mp4"], "conversations": mixed},
+        {"conversations": none},
+    ]
+
+
+def test_training(model: ChatModel, place: Path, tmp_path: Path) -> None:
+    """The loss is the stock model's: on pixels, packed, and on cached features up to their rounding."""
+    (tmp_path / "data.json").write_text(json.dumps(records()))
+    layout, store = model.layout, ImageStore(place / "images")
+    tokens = ImageTokens(layout.most, layout.tokens, layout.frames)
+    dataset = LlavaDataset(tmp_path / "data.json", model.encoder, store, tokens=tokens)
+    pad = model.processor.tokenizer.pad_token_id
+    preprocess = partial(image_pixels, model.processor.image_processor)
+    batch = Collator(pad, pixel_loader(store, preprocess, FRAMES))([dataset[i] for i in range(3)])
+    assert batch["image_sizes"] == [VIDEO, VIDEO, store.size("1.png"), VIDEO]
+    ids, pixels = model.encoder, batch["pixel_values"]
+    counts = [int((batch["input_ids"] == token).sum()) for token in (ids.video_id, ids.image_id)]
+    assert counts == [3 * 17, layout.tokens(store.size("1.png"))]
+    squares = layout.squares(store.size("1.png"))
+    first, second, picture, third = pixels.split([FRAMES, FRAMES, squares, FRAMES])
+    shown = {"pixel_values": picture, "image_sizes": torch.tensor([store.size("1.png")])}
+    stock = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")} | shown
+    with torch.no_grad():
+        expected = model.model(**stock, pixel_values_videos=torch.stack([first, second, third])).loss
+        for packed in (False, True):
+            loss = TrainingModel(copy.deepcopy(model.model), features=False, packed=packed)(**batch)["loss"]
+            assert torch.allclose(loss, expected, rtol=1e-5)
+        vision = load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres", frames=FRAMES)
+        cache = FeatureCache(vision, store, tmp_path)
+        assert cache.fill(["a.mp4", "b.mp4", "1.png"]) == 3
+        cached = Collator(pad, cache.get, "image_features")([dataset[i] for i in range(3)])
+        loss = TrainingModel(copy.deepcopy(model.model), features=True, packed=False)(**cached)["loss"]
+    assert torch.allclose(loss, expected, rtol=2e-3)
+    assert vision.fingerprint != load_vision("clips", runs=place / "runs", image_aspect_ratio="anyres").fingerprint
+
+
+def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path: Path) -> None:
+    path, store, layout = tmp_path / "data.json", ImageStore(place / "images"), model.layout
+    said = records()[0]["conversations"]
+    for fields, reason in (
+        ({"video": "a.gif"}, r"sample 0 .* 'video' 'a.gif' must end in one of \.mp4"),
+        ({"video": "a.mp4", "image": "1.png"}, "it has 'image' and 'video'"),
+        ({"video": "../a.mp4"}, "leaves the image folder"),
+        ({"video": ["a.mp4", "b.mp4"]}, r"2 image\(s\) but 1"),
+        ({"video": "none.mp4"}, "is not in"),
+    ):
+        path.write_text(json.dumps([fields | {"conversations": said}]))
+        with pytest.raises(UserError, match=reason):
+            LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens, FRAMES))
+    path.write_text(json.dumps([{"video": "a.mp4", "conversations": said}]))
+    with pytest.raises(UserError, match=r"sample 0 .*takes no videos: train it with .* --frames_upbound 8"):
+        LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens))
+    for options in ({"frames": 4}, {"frames": 65, "image_aspect_ratio": "anyres"}):
+        with pytest.raises(UserError, match=r"--frames_upbound \d+ must be 0 to 64, and needs"):
+            load_vision("clips", runs=place / "runs", **options)
+    config = copy.deepcopy(model.model.config)
+    config.image_grid_pinpoints = [[320, 32]]
+    with pytest.raises(UserError, match="in more than 9 tiles"):
+        Layout.of(config)
+    with pytest.raises(UserError, match=r"llama\.cpp"):
+        export_gguf(str(place / "runs" / "llava" / "model"), tmp_path / "gguf")
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+@pytest.fixture(scope="module")
+def expected(model: ChatModel, place: Path) -> str:
+    """What stock transformers answers, which draws the frames itself; it is another text for the other clip."""
+
+    def said(name: str) -> str:
+        with av.open(str(place / "images" / name)) as container:
+            every = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        content = [{"type": "video"}, {"type": "text", "text": TEXT}]
+        messages = [{"role": "user", "content": content}]
+        prompt = model.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = model.processor(text=[prompt], videos=[every], return_tensors="pt")
+        output = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return model.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    assert said("a.mp4") != said("b.mp4")
+    return said("a.mp4")
+
+
+def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+    lines = [{"video": "a.mp4", "text": TEXT}, {"image": "a.mp4", "text": TEXT}, {"image": "0.png", "text": TEXT}]
+    lines += [{"image": ["b.mp4", "0.png"], "text": f"<video> and <image>: {TEXT}"}, {"text": TEXT}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines)))
+    asked, store = read_questions(path), ImageStore(place / "images")
+    answers = generate_answers(model.model, model.processor, asked, store, batch_size=5, max_new_tokens=8)
+    assert answers[:2] == [expected] * 2
+    assert answers == generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"question 0: picture a.mp4: video: it is no whole mp4"):
+        generate_answers(model.model, model.processor, asked[:1], ImageStore(broken))
+
+
+def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+    """A second question reads nothing again, and the saved talk is data for training."""
+    clip = place / "images" / "a.mp4"
+    assert dropped_files(str(clip)) == [str(clip)]
+    shown, session = load_image(str(clip)), ChatSession(model)
+    assert isinstance(shown, Video)
+    assert "".join(session.ask(TEXT, [shown], SHORT)) == expected
+    later = "".join(session.ask("And now?", [load_image(str(place / "images" / "0.png"))], SHORT))
+    assert session.last.cached_tokens > 17
+    assert later == "".join(ChatSession.from_turns(model, session.turns[:-1], session.images).answer(SHORT))
+    saved = session.save(tmp_path / "talk.json")
+    assert saved[1].read_bytes() == clip.read_bytes()
+    layout = model.layout
+    tokens = ImageTokens(layout.most, layout.tokens, layout.frames)
+    [sample] = LlavaDataset(saved[0], model.encoder, ImageStore(tmp_path), tokens=tokens)
+    prompt = session.prompt_ids(session.turns[:1], model.image_tokens([shown]))
+    assert sample["input_ids"][: len(prompt)] == prompt
+    with pytest.raises(ContextError, match="16 to 88, 17 for a video, for each picture"):
+        ChatSession(model).ask(TEXT, [shown] * 40)
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"no.mp4: the video cannot be read: it is no whole mp4"):
+        load_image(str(tmp_path / "no.mp4"))
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(UserError, match="there is no such file"):
+        load_image(str(tmp_path / "pipe.mp4"))
+
+
+def test_a_model_without_videos_refuses_them(tiny_chat_place: Path, place: Path) -> None:
+    other = ChatModel.load(str(tiny_chat_place / "runs" / "llava" / "model"), device="cpu")
+    with pytest.raises(UserError, match="takes no videos"):
+        ChatSession(other).ask(TEXT, [load_image(str(place / "images" / "a.mp4"))])
+
+
+@pytest.fixture(scope="module")
+def tiny_chat_place(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return made_once("tiny-chat", tiny_chat.write_place)
+
+
+def test_the_page(model: ChatModel, place: Path, expected: str) -> None:
+    talk, clip = Talk(), str(place / "images" / "a.mp4")
+    begin({"text": TEXT, "files": [clip]}, talk, 1, Limits())
+    *_, (messages, _, _) = answer(talk, 0, lambda: model, 0.0, 8, Limits(), again=False)
+    assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    with pytest.raises(UserError, match="the limit is 100"):
+        begin({"text": TEXT, "files": [clip]}, Talk(), 1, Limits(video_bytes=100))
+
+
+def test_the_server(model: ChatModel, place: Path, expected: str) -> None:
+    """vLLM's form of a video; its frames count as squares of the request."""
+
+    def asked(*shown: bytes) -> dict[str, Any]:
+        parts = [{"type": "video_url", "video_url": {"url": data_url(data, "video/mp4")}} for data in shown]
+        return CHAT | {"messages": [user(*parts, TEXT)], "max_tokens": 8}
+
+    clip = (place / "images" / "a.mp4").read_bytes()
+    with served(model, "none", Limits(squares=2 * FRAMES)) as address:
+        assert post(address, asked(clip)).json()["choices"][0]["message"]["content"] == expected
+        for wrong, reason in (
+            (asked(clip, b"no video"), "picture 1: the video cannot be read: it is no whole mp4"),
+            (asked(clip, clip, clip), "would read 12 squares for these 3 pictures, and the limit is 8"),
+        ):
+            refused = post(address, wrong)
+            assert refused.status_code == 400
+            assert reason in refused.json()["error"]["message"]
+    with served(model, "none", Limits(video_bytes=100)) as address:
+        assert "the limit is 100" in post(address, asked(clip)).json()["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------- the demo's videos
+
+
+def _said(place: str) -> str:
+    return capital(at_place(place))
+
+
+def test_the_demo_s_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are what the frames show, the splits are apart, and the same seed gives the same files."""
+    monkeypatch.setattr(motion, "fetch_sets", lambda names: "no network")  # OpenMoji alone draws
+    made = [ensure_demo_videos(tmp_path / name, train=2, test=1) for name in "ab"]
+    files = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.is_file()} for root in made]
+    assert files[0] == files[1]
+    assert len(files[0]) == 2 + 1 + 3
+    films = [motion.draw_film(split, i, 0, SIDE) for split, i in (("train", 0), ("train", 1), ("test", 0))]
+    (name, *_, end), (second, begin, _) = films[2].moves
+    questions = {q.kind: q for q in read_questions(made[0] / QUESTIONS)}
+    assert questions["first"].answer == f"A {name}"
+    assert questions["second"].answer == f"A {second}"
+    assert {questions[kind].answer for kind in ("where_to", "where_from")} <= {*map(_said, PLACES)}
+    frames = decode_video((made[0] / "videos" / "test-000000.mp4").read_bytes(), 2 * motion.STEPS)
+    pixels = np.stack([np.asarray(frame) for frame in frames]).astype(float)
+    ground = np.median(pixels, axis=0)
+
+    def centre(frame: np.ndarray) -> tuple[float, float]:
+        rows, columns = np.nonzero(np.abs(frame - ground).sum(-1) > 60)
+        return float(columns.mean()) / SIDE, float(rows.mean()) / SIDE
+
+    for frame, place in ((pixels[motion.STEPS - 1], end), (pixels[motion.STEPS], begin)):
+        assert math.dist(centre(frame), PLACES[place]) < 0.25, place
+    taught = json.loads((made[0] / INSTRUCT).read_text())
+    assert [record["video"] for record in taught] == ["train-000000.mp4", "train-000001.mp4"]
+    for record, film in zip(taught, films, strict=False):
+        said = {turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"}
+        assert said <= {text for thing, *ends in film.moves for text in (f"A {thing}", *map(_said, ends))}
