@@ -117,7 +117,7 @@ OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid", "linear", "constant"]
 Freeze = Literal["none", "vision", "text"]
 Contrastive = Literal["micro", "global"]
-OnSpike = Literal["continue", "skip", "rewind"]
+OnSpike = Literal["continue", "skip"]
 LrScaling = Literal["linear", "sqrt", "none"]
 
 
@@ -538,7 +538,7 @@ class TrainConfig:
     """The tower that is not trained (LiT); its projection into the shared space trains."""
     on_spike: OnSpike = "continue"
     """After a step whose loss or gradient norm is far above the recent ones (clips/training/watchdog.py): continue only
-    records it; skip leaves its update out; rewind goes back to the last checkpoint and leaves it out."""
+    records it; skip leaves its update out."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_every: int = 0

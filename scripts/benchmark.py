@@ -15,16 +15,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=5, help="turns of each compared part")
     p.add_argument("--data", default="data/demo", help="folder of the demo data")
     p.add_argument("--output", help="JSON file for the figures")
-    p.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
     p.add_argument("--against", choices=("open_clip",), default="open_clip", help="program: whose trainer")
     p.add_argument("--size", choices=("demo", "s16", "b16"), default="demo", help="program: towers and batch")
-    p.add_argument(
-        "--objective",
-        choices=("clip", "clips"),
-        default="clip",
-        help="program: CLIP's on both sides, or CLIPS and CoCa",
-    )
-    p.add_argument("--captions", choices=("long", "web"), default="long", help="program: which caption CLIP trains on")
     p.add_argument(
         "--their-python", default=sys.executable, help="program: the Python with open_clip's trainer (default: this)"
     )
@@ -35,10 +27,10 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.studies.benchmark import benchmark, benchmark_programs
 
-    common = {"device": flags.device, "demo_dir": flags.data, "out": flags.output, "as_json": flags.json}
+    common = {"device": flags.device, "demo_dir": flags.data, "out": flags.output}
     if flags.what == "program":
         common |= {"repeats": flags.repeats, "their_python": flags.their_python}
-        benchmark_programs(flags.size, flags.objective, flags.captions, **common)
+        benchmark_programs(flags.size, **common)
     else:
         benchmark(flags.what, repeats=flags.repeats, **common)
 

@@ -14,7 +14,6 @@ from mllm import DEFAULT_LLM
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--output", default="runs/check_data", help="folder for summary.json and contact_sheet.html")
-    p.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
     p.add_argument(
         "--limit",
         type=int,

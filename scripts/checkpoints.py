@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The checkpoints of a run of either half: list them, verify their hashes, export one, delete what need not stay."""
+"""The checkpoints of a run of either half: list them, verify their hashes, delete what need not stay."""
 
 import sys
 from pathlib import Path
@@ -12,9 +12,8 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument(
         "action",
-        choices=("list", "verify", "export", "prune"),
-        help="verify reads every file and exits with 1 where one is damaged; export writes native, open_clip and "
-        "transformers, checked, as export_clips.py does",
+        choices=("list", "verify", "prune"),
+        help="verify reads every file and exits with 1 where one is damaged",
     )
     p.add_argument("place", metavar="DIR", type=Path, help="runs/NAME, or one checkpoint in it")
     p.add_argument("--keep", type=int, default=2, help="prune: the newest ones that stay")
@@ -26,9 +25,6 @@ def parser() -> Parser:
         help="prune: the first one past each multiple of so many samples stays too; 0 is off",
     )
     p.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
-    p.add_argument("--output", help="export: where to write (default: export-step-N/ in the run, of a run its export/)")
-    p.add_argument("--image-size", type=int, help="export: resolution in pixels (default: as trained)")
-    p.add_argument("--data", help="export: images and captions to check on (default: the run's own)")
     return p
 
 
@@ -36,16 +32,10 @@ def main() -> None:
     flags = parser().parse_args()
     from clips.common import saved
 
-    if flags.action in ("list", "verify"):
-        saved.list_saved(flags.place, verify=flags.action == "verify")
-    elif flags.action == "prune":
+    if flags.action == "prune":
         saved.prune_saved(flags.place, flags.keep, flags.keep_every, dry_run=flags.dry_run)
     else:
-        saved.check_exportable(flags.place)
-        from clips.weights.export import export_from_flags
-
-        flags.model, flags.push_to_hub = str(flags.place), None
-        export_from_flags(flags)
+        saved.list_saved(flags.place, verify=flags.action == "verify")
 
 
 if __name__ == "__main__":

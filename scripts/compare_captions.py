@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clips.common.errors import UserError, run_command
-from clips.common.flags import Parser, given
+from clips.common.errors import run_command
+from clips.common.flags import Parser
 
 SET: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "FIELD=VALUE"}
 
@@ -15,9 +15,9 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument(
         "--sets",
+        required=True,
         metavar="NAME=DATA,…",
-        help="sets of the same pairs with different long captions, as recaption.py writes them (default: the demo "
-        "study, with captions of the newest model trained here, of a CLIPS captioner, and the demo's exact ones)",
+        help="sets of the same pairs with different long captions, as recaption.py writes them",
     )
     p.add_argument("--fields", nargs="+", default=[], metavar="PART=FIELD", help="parts of the sets and the test data")
     p.add_argument(
@@ -27,8 +27,6 @@ def parser() -> Parser:
         help="test data; unseen=DATA behind the first decides (default: the demo's test pictures, and the same drawn "
         "by an artist that no training shows)",
     )
-    p.add_argument("--model", help="for the demo study: the captioning model (default: the newest one)")
-    p.add_argument("--shards", type=int, default=3, help="for the demo study: shards that are captioned")
     p.add_argument("--seeds", type=int, default=3, help="runs of each set")
     p.add_argument("--samples", type=int, default=32_000, help="samples that each run sees")
     p.add_argument("--jobs", type=int, default=2, help="runs beside each other, which share the cores")
@@ -40,25 +38,10 @@ def parser() -> Parser:
 
 def main() -> None:
     flags = parser().parse_args()
-    output, notes = Path(flags.output), []
-    if flags.sets and given(parser(), sys.argv[1:]) & {"model", "shards"}:
-        raise UserError("--shards and --model are of the demo study: leave them out beside --sets")
-    from clips.studies.captions import compare_sets, parse_sets, print_encoders
+    from clips.studies.captions import compare_sets, parse_sets
 
-    if flags.sets:
-        sets = parse_sets(flags.sets)
-    else:
-        from mllm.recaption.study import plan_study
-
-        chosen = {key: getattr(flags, key) for key in ("samples", "shards", "model")}
-        study = plan_study(output, settings=flags.set, **chosen)
-        sets, notes = study.sets, study.notes
-        study.make(dry_run=flags.dry_run)
-        if flags.dry_run:
-            print_encoders(sets, flags.seeds, flags.samples, flags.jobs)
-            return
     options = {key: getattr(flags, key) for key in ("fields", "test_data", "seeds", "samples", "jobs", "dry_run")}
-    compare_sets(sets, output, settings=flags.set, notes=notes, **options)
+    compare_sets(parse_sets(flags.sets), Path(flags.output), settings=flags.set, **options)
 
 
 if __name__ == "__main__":

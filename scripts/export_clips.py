@@ -15,7 +15,6 @@ def parser() -> Parser:
     p.add_argument("--output", help="where to write (default: export/ in --model, of a hub id in runs/OWNER--NAME)")
     p.add_argument("--image-size", type=int, help="resolution in pixels, positions recomputed (default: as trained)")
     p.add_argument("--data", help="images and captions to check on: shards or a table (default: the run's own)")
-    p.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload the open_clip export to this repository")
     return p
 
 

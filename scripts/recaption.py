@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Write a long caption for each pair of image and web caption: data for CLIPS, at any size.
 
-The same command goes on after a stop. It may run several times at once, also on other machines with the same folder.
+The same command goes on after a stop. It may run several times at once, also on other machines with the same folder:
+torchrun and srun start one for each GPU.
 Without flags it captions a part of the demo with the newest models of runs/.
 """
 
@@ -24,7 +25,6 @@ def parser() -> argparse.ArgumentParser:
         help="fields of the data, as in pretraining (default: recognised by their names)",
     )  # fmt: skip
     p.add_argument("--force", action="store_true", help="take a captioner that was trained on the demo for other data")
-    p.add_argument("--jobs", type=int, help="processes of this command (default: one for each GPU)")
     p.add_argument("--dry-run", action="store_true", help="print the plan, caption nothing")
     return p
 

@@ -19,7 +19,7 @@ from clips.common.runtime import import_deepspeed, init_distributed, shutdown
 from clips.config import RunConfig
 from clips.data.loader import to_device
 from clips.training.engine import Engine
-from clips.training.step import Verdict, optimizer_step
+from clips.training.step import optimizer_step
 from clips.training.task import Task
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def micro_batches(case: Case, engine: Engine, step: int) -> Iterator[dict[str, A
 def take_step(engine: Engine, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, torch.Tensor]], bool]:
     """The losses of each micro-batch, and whether all ranks found them finite; else the update is left out."""
     found: list[dict[str, torch.Tensor]] = []
-    agreed, _ = optimizer_step(
-        engine, batches, watch=lambda batch, parts: found.append(parts), judge=lambda agreed: Verdict(not agreed.finite)
+    agreed = optimizer_step(
+        engine, batches, watch=lambda batch, parts: found.append(parts), judge=lambda agreed: not agreed.finite
     )
     return found, agreed.finite
 

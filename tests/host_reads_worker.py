@@ -98,7 +98,7 @@ def engine_steps(kind: str) -> None:
 def reads_of_step(engine: Engine, batch: dict[str, Any]) -> list[str]:
     SEEN.clear()
     engine.set_lr(1e-2, 2e-2)
-    agreed, _ = optimizer_step(engine, [batch])
+    agreed = optimizer_step(engine, [batch])
     assert agreed.finite
     return list(SEEN)
 

@@ -1,4 +1,4 @@
-"""Started by test_leave_out.py under torchrun: steps that are left out and gone back over, in each ZeRO stage.
+"""Started by test_leave_out.py under torchrun: steps that are left out, in each ZeRO stage.
 
 python leave_out_worker.py OUT KIND …
 """
@@ -45,8 +45,7 @@ def measure(kind: str, zero: dict) -> dict[str, object]:
     engine = build(kind, zero, accumulation=ACCUMULATION)
     step(engine, 0)
     step(engine, 1)
-    parts = [engine.state.gather_weights(), engine.state.gather_optimizer()]
-    before = parts[0] | parts[1]
+    before = whole_state(engine)
     agreed = step(engine, 2, leave_out=True)
     unchanged = same(whole_state(engine), before)
     step(engine, 3)
@@ -55,24 +54,10 @@ def measure(kind: str, zero: dict) -> dict[str, object]:
     never_saw_it = build(kind, zero, accumulation=ACCUMULATION)
     for seed in (0, 1, 3):
         step(never_saw_it, seed)
-    expected = whole_state(never_saw_it)
-
-    step(engine, 4)
-    moved = not same(whole_state(engine), expected)
-    dist.broadcast_object_list(parts)
-    engine.state.restore_weights(parts[0])
-    engine.state.restore_optimizer(parts[1], steps=2)
-    back = same(whole_state(engine), before)
-    again = step(engine, 2, leave_out=True)
-    step(engine, 3)
     return {
         "unchanged": unchanged,
-        "as if never seen": same(skipped, expected),
-        "moved": moved,
-        "back": back,
-        "as if never left": same(whole_state(engine), expected),
+        "as if never seen": same(skipped, whole_state(never_saw_it)),
         "agreed": agreed,
-        "agreed again": again,
     }
 
 

@@ -133,9 +133,10 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
         "resumed_state": whole_state(again),
         "middle": parts,
     }
-    if name in ("zero0", "zero2"):
+    alone = dist.get_world_size() == 1
+    if name in ("zero0", "zero2") and ":" not in kind and not alone:
         found["fresh"] = fresh_in_the_middle(kind, zero)
-    if kind == "adamw":
+    if kind == "adamw" and alone:
         found["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
     if other is not None:
         found["after two ranks and zero3"] = train(from_the_middle(kind, zero, other["zero3"]["middle"]), 3, 6)

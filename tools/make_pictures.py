@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""Draw a picture of the docs: `answers` of models about the unseen artist's pictures, `results` of a comparison of
-encoders, `captions` of a comparison of sets of captions.
+"""Draw a picture of the docs: `answers` of models about the unseen artist's pictures, or `results` of a comparison.
 
 `answers` shows for each kind of question the first picture that every model answers right (one model per seed), one
 picture that the first model answers wrong, and the patches that match a word for the first model's encoder. The
@@ -35,10 +34,6 @@ ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
 KINDS = ("identity", "where", "count", "relation")
 """Kinds of the right answers that are shown, from left to right."""
-REPORTS = {
-    "results": Path("runs/compare/report.json"),
-    "captions": Path("runs/compare_captions/captions.json"),
-}
 
 
 def write_results(report: Path, out: Path) -> Path:
@@ -160,26 +155,22 @@ def write_answers(models: Sequence[Path], encoder: Path, out: Path) -> Path:
 
 def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("what", choices=("answers", *REPORTS), help="the picture to draw")
-    p.add_argument("--report", type=Path, help="report.json or captions.json to draw (default: of the usual run)")
+    p.add_argument("what", choices=("answers", "results"), help="the picture to draw")
+    p.add_argument("--report", type=Path, default=Path("runs/compare/report.json"), help="report.json of `results`")
     p.add_argument("--model", type=Path, nargs="+", default=[Path("runs/llava-clips")], help="runs of `answers`")
     p.add_argument("--encoder", type=Path, default=Path("runs/demo"), help="the encoder of the patch map")
-    p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: beside the figures)")
+    p.add_argument("--output", type=Path, help="the PNG or SVG to write (default: runs/WHAT.png)")
     return p
 
 
 def main() -> None:
     flags = parser().parse_args()
-
-    from clips.studies.variants_page import write_chart
-
+    out = flags.output or Path("runs", f"{flags.what}.png")
     if flags.what == "answers":
-        print(f"written to {write_answers(flags.model, flags.encoder, flags.output or Path('runs/answers.png'))}")
-        return
-    report = flags.report or REPORTS[flags.what]
-    out = flags.output or report.with_name(f"{flags.what}.png")
-    write = {"results": write_results, "captions": write_chart}[flags.what]
-    print(f"written to {write(report, out)}")
+        write_answers(flags.model, flags.encoder, out)
+    else:
+        write_results(flags.report, out)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +56,8 @@ class Preflight:
     repeated: Sequence[tuple[str, int, str]] = ()
     """(what repeats, how often, an example)."""
 
-    def publish(self, output: Path | str, *, as_json: bool = False) -> None:
-        """Write summary.json and contact_sheet.html into `output`; print the table, or with `as_json` the summary."""
+    def publish(self, output: Path | str) -> None:
+        """Write summary.json and contact_sheet.html into `output`, and print the table."""
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "summary.json", self.summary)
@@ -66,9 +65,6 @@ class Preflight:
         shown["reasons"] = list(self.reasons.items())
         shown["bars"] = {name: _trimmed(counts) for name, counts in self.bars.items() if any(counts.values())}
         write_atomically(output / "contact_sheet.html", render("clips.common", "preflight.html.j2", **shown))
-        if as_json:
-            print(json.dumps(self.summary))
-            return
         console = Console(emoji=False)
         table = Table(title=for_rich(self.title), show_header=False, title_justify="left")
         for name, text in self.rows:

@@ -129,12 +129,3 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
             print(for_terminal(f"{'would delete' if dry_run else 'deleted'} {path}"), flush=True)
             if not dry_run:
                 shutil.rmtree(path)
-
-
-def check_exportable(place: Path) -> None:
-    """Raise UserError unless `place` is a checkpoint or run of an encoder."""
-    if any(group.is_llava for group in groups(place)):
-        raise UserError(
-            f"{place} is of the LLaVA half, whose checkpoints hold the trained parts only: the same train_llava.sh "
-            "command goes on from it and saves the model; see scripts/convert.py for other formats"
-        )

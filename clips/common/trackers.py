@@ -31,23 +31,15 @@ class Trackers:
     """The loggers of one run: each takes the same scalars. `folder` holds TensorBoard's and wandb's own files."""
 
     def __init__(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any], step: int) -> None:
-        self.folder, self.has_board = folder, TENSORBOARD in names
         self.board: Any = None
-        self.rewind(step)
+        if TENSORBOARD in names:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)  # forgets what came after `step`
         self.others = [import_module(logger) for logger in names if logger != TENSORBOARD]
         for module in self.others:
             where = {"dir": str(folder)} if module.__name__ == "wandb" else {}
             module.init(project="clips-mllm", name=name, config=dict(config), **where)
-
-    def rewind(self, step: int) -> None:
-        """TensorBoard forgets what came after `step`; the others keep it."""
-        if not self.has_board:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.board is not None:
-            self.board.close()
-        self.board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         if self.board is not None:

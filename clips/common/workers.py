@@ -20,7 +20,7 @@ def start_worker(worker: int) -> None:
     end_with(os.getppid())
 
 
-def end_with(parent: int, *, exit_code: int = 1) -> None:
+def end_with(parent: int) -> None:
     """End this process once `parent`, which started it, is gone, as after a SIGKILL; it looks every second.
 
     torch's own watch ends a worker's work, but then it waits for ever to get rid of batches that nobody takes.
@@ -29,7 +29,7 @@ def end_with(parent: int, *, exit_code: int = 1) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(exit_code)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

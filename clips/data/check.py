@@ -288,12 +288,11 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     train = {"train": "mix", "mix": parse_mix(flags.mix)} if flags.mix else {"train": flags.data, "mix": ()}
     fields = parse_fields(flags.fields or [], run.data.fields)
     run = replace(run, data=replace(run.data, **train, fields=fields, image_root=flags.image_root))
-    check_triples(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed, as_json=flags.json)
-    if not flags.json:
-        words = ["--recipe", flags.recipe, *(["--mix", *flags.mix] if flags.mix else ["--data", flags.data])]
-        words += ["--fields", *flags.fields] if flags.fields else []
-        words += ["--image-root", flags.image_root] if flags.image_root else []
-        say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")
+    check_triples(run, flags.output, samples=flags.limit, workers=flags.jobs, seed=flags.seed)
+    words = ["--recipe", flags.recipe, *(["--mix", *flags.mix] if flags.mix else ["--data", flags.data])]
+    words += ["--fields", *flags.fields] if flags.fields else []
+    words += ["--image-root", flags.image_root] if flags.image_root else []
+    say_next(f"python scripts/pretrain_clips.py --name mine {shlex.join(words)}")
 
 
 def check_triples(
@@ -303,7 +302,6 @@ def check_triples(
     samples: int | None = None,
     workers: int = 1,
     seed: int = 0,
-    as_json: bool = False,
 ) -> dict[str, Any]:
     """Check `run.data.train` as `run` would read it, publish the report in `output`, and return its summary.
 
@@ -328,7 +326,7 @@ def check_triples(
             bar.update(part.checked)
     summary = _summary(run, source, found, kinds)
     report = _report(run, summary, found, _most_repeated(source, kinds), source)
-    report.publish(output, as_json=as_json)
+    report.publish(output)
     if found.refused:
         raise UserError("a training would stop at the first of these samples:\n  " + "\n  ".join(found.refused))
     share, limit = summary["broken_share"], run.data.max_broken_share

@@ -6,7 +6,6 @@ memory are measured.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -37,7 +36,7 @@ from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import CLIPSModel
 from clips.recipes import recipe
 from clips.studies.measuring import PeakMemory, Row, fastest, in_child, in_ranks
-from clips.studies.program import Captions, Objective, coca_config, compare_programs
+from clips.studies.program import compare_programs
 from clips.studies.step_parts import WARM, part_rows
 from clips.training.engine import DEFAULT_DS_CONFIG, Engine
 from clips.training.meter import Meter
@@ -48,44 +47,30 @@ from clips.weights.checkpoint import TrainState
 from clips.weights.open_clip import open_clip_config
 
 
-def benchmark(
-    what: str, *, device: str, repeats: int, demo_dir: str, out: str | None, as_json: bool = False
-) -> list[Row]:
-    """Run "train" or "profile", print its table, write it to `out` as JSON with the machine it ran on.
-
-    `as_json`: that JSON is printed in place of the table.
-    """
+def benchmark(what: str, *, device: str, repeats: int, demo_dir: str, out: str | None) -> list[Row]:
+    """Run "train" or "profile", print its table, write it to `out` as JSON with the machine it ran on."""
     on = _device(device, {"repeats": repeats})
     if what == "train":
         rows = [row for name in SETTINGS for row in train_rows(name, on, repeats, demo_dir)]
     else:
         rows = [row for name in PROFILED for row in profiled_setting(name, on, demo_dir)]
-    _report(what, {"rows": rows}, rows, on, out, as_json)
+    _report(what, {"rows": rows}, rows, on, out)
     return rows
 
 
 def benchmark_programs(
-    size: str, objective: Objective, captions: Captions, *,
-    device: str, repeats: int, demo_dir: str, their_python: str, out: str | None, as_json: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    size: str, *, device: str, repeats: int, demo_dir: str, their_python: str, out: str | None
+) -> dict[str, Any]:
     """This project's trainer against open_clip's as whole programs (clips/studies/program.py); reported as above."""
     on = _device(device, {"repeats": repeats})
-    found = compare_programs(
-        size,
-        objective,
-        captions,
-        device=on,
-        repeats=repeats,
-        train=ensure_demo(demo_dir) / "train",
-        their_python=their_python,
-    )
+    train = ensure_demo(demo_dir) / "train"
+    found = compare_programs(size, device=on, repeats=repeats, train=train, their_python=their_python)
     rows = [
         {"program": name, **{key: value for key, value in found[name].items() if key != "turns"}}
         for name in ("ours", "theirs")
     ]
     rows.append({"program": "ours / theirs", **found["ratios"]})
-    asked = {"size": size, "objective": objective, "captions": captions}
-    _report(f"program, {', '.join(asked.values())} captions,", asked | found, rows, on, out, as_json)
+    _report(f"program, {size},", {"size": size} | found, rows, on, out)
     return found
 
 
@@ -104,22 +89,16 @@ def _device(device: str, counts: Mapping[str, int]) -> torch.device:
     return on
 
 
-def _report(
-    what: str, found: dict[str, Any], rows: list[Row], on: torch.device, out: str | None, as_json: bool
-) -> None:
+def _report(what: str, found: dict[str, Any], rows: list[Row], on: torch.device, out: str | None) -> None:
     machine = {
         "device": torch.cuda.get_device_name(on) if on.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
-    report = {"benchmark": what.partition(",")[0], "machine": machine, **found}
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(f"{what} on {machine['device']}", rows)
+    _print(f"{what} on {machine['device']}", rows)
     if out:
-        write_json(Path(out), report)
+        write_json(Path(out), {"benchmark": what.partition(",")[0], "machine": machine, **found})
         print(f"wrote {out}", file=sys.stderr)
 
 
@@ -296,6 +275,22 @@ def _stock_towers(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.dev
         return torch.stack(losses).mean()
 
     return stock_step(model, loss_of, device)
+
+
+def coca_config(model: ModelConfig, captioner: CaptionerConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """open_clip's CoCa of the widths and depths of `model`: the nearest stock objective to CLIPS, not the same one."""
+    stock = open_clip_config(model, tokenizer)["model_cfg"]
+    stock["text_cfg"] |= {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
+    # CoCa's pooler brings the image tokens, here as many as there are patches, to the decoder's width.
+    stock["vision_cfg"] |= {
+        "attentional_pool": True, "attn_pooler_heads": captioner.heads,
+        "attn_pooler_queries": 1 + model.vision.tokens(), "output_tokens": True,
+    }  # fmt: skip
+    stock["multimodal_cfg"] = {
+        "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
+        "context_length": captioner.length, "vocab_size": model.text.vocab_size,
+    }  # fmt: skip
+    return stock
 
 
 def _stock_coca(run: RunConfig, tokenizer: CaptionTokenizer, device: torch.device) -> Step:

@@ -30,9 +30,7 @@ from clips.data.sample import BrokenSample
 from clips.data.sources import Source, open_source
 from clips.data.splits import held_out_sets, open_split
 from clips.lab.report import Page, Paragraph, Section
-from clips.lab.run import Runner
 from clips.lab.stats import show_difference
-from clips.studies.caption_truth import SHARES, Truth, is_scene
 from clips.studies.claims import CAPTIONS, CONTEXT, VARIANTS
 from clips.studies.variants import Question, Study, check_counts, check_settings, terminal
 from clips.studies.variants_page import called, page
@@ -58,8 +56,6 @@ class Common:
     pictures: int
     sizes: dict[str, int]
     """Set → its samples."""
-    truth: dict[str, Truth]
-    """Set, and "web" → how right its captions are; empty if the pictures are not the demo's."""
 
 
 def compare_sets(
@@ -73,7 +69,6 @@ def compare_sets(
     samples: int = 32_000,
     jobs: int = 2,
     settings: Sequence[str] = (),
-    notes: Sequence[str] = (),
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """Train what is missing for `sets` (name → data), and write captions.json and captions.html into `output`.
@@ -83,7 +78,6 @@ def compare_sets(
         test_data: what the encoders are measured on, with further sets as NAME=DATA behind the first. A set `unseen`
             decides. Default: the demo's test pictures, and the same drawn by an artist never trained on.
         settings: `--set` assignments for every run.
-        notes: sentences on where the sets come from, for the report.
 
     Raises UserError for sets without a common picture, test data that lack a part, fewer than two seeds, or an
     `output` whose runs have other settings; CommandError when a run fails.
@@ -102,10 +96,8 @@ def compare_sets(
     for name in held_out_sets(read):  # otherwise the first run reports what is missing, after its training
         open_split(read, name, need_long=False)
     more = {
-        "notes": list(notes),
         "pictures": common.pictures,
         "sets": {name: {"data": spec, "samples": common.sizes[name]} for name, spec in sets.items()},
-        "truth": {name: truth.shares() for name, truth in common.truth.items()},
     }
     result = study.carry_out(output, jobs, captions_page, dry_run=dry_run, more=more)
     if result is None:
@@ -118,13 +110,6 @@ def compare_sets(
         f"Next: python scripts/pretrain_clips.py --data {for_rich(shlex.quote(sets[best]))}", soft_wrap=True
     )
     return result
-
-
-def print_encoders(sets: Sequence[str], seeds: int, samples: int, jobs: int) -> None:
-    """Print the runs of sets that are not made yet, with the estimated time."""
-    runs = {name: [VARIANTS[_kind(name)].run(name, seed, samples) for seed in range(seeds)] for name in (*sets, WEB)}
-    study = Study("captions", TITLE, {name: VARIANTS[_kind(name)] for name in runs}, runs, {})
-    Runner(study.cells(Path("not-made-yet")), jobs, terminal()).print_plan("demo study: the encoders")
 
 
 def parse_sets(text: str) -> dict[str, str]:
@@ -198,14 +183,13 @@ def collect(sets: Mapping[str, str], output: Path, fields: Fields) -> Common:
             f"the sets {', '.join(sets)} have no picture with the same web caption in common: they must be made of the "
             "same pairs, byte for byte"
         )
-    truth: dict[str, Truth] = {}
     columns = [pa.field("image", pa.binary()), *(pa.field(n, pa.string()) for n in ("web", "label"))]
     schema = pa.schema([*columns, *(pa.field(_column(name), pa.string()) for name in sets)])
     digest = hashlib.sha256()
     partial = output / ".pairs.parquet.tmp"
     with pa.parquet.ParquetWriter(partial, schema) as writer:
         rows: list[dict[str, Any]] = []
-        for row in _rows(sources, places, common, truth):
+        for row in _rows(sources, places, common):
             digest.update(json.dumps({**row, "image": hashlib.sha256(row["image"]).hexdigest()}).encode())
             rows.append(row)
             if len(rows) == ROWS:
@@ -217,7 +201,7 @@ def collect(sets: Mapping[str, str], output: Path, fields: Fields) -> Common:
         partial.unlink()
     else:
         partial.rename(table)
-    return Common(table, len(common), {name: len(source) for name, source in sources.items()}, truth)
+    return Common(table, len(common), {name: len(source) for name, source in sources.items()})
 
 
 def _places(source: Source, name: str) -> dict[bytes, int]:
@@ -234,15 +218,12 @@ def _places(source: Source, name: str) -> dict[bytes, int]:
 
 
 def _rows(
-    sources: Mapping[str, Source], places: Mapping[str, dict[bytes, int]], common: list[bytes], truth: dict[str, Truth]
+    sources: Mapping[str, Source], places: Mapping[str, dict[bytes, int]], common: list[bytes]
 ) -> Iterator[dict[str, Any]]:
     first, *others = sources
     for pair in tqdm(common, "writing the common pairs", unit="pair", leave=False, disable=None):
         sample = sources[first].read(places[first][pair])
         captions = {first: sample.long, **{name: sources[name].texts(places[name][pair])[1] for name in others}}
-        if is_scene(sample.extra):
-            for name, text in {**captions, WEB: sample.web}.items():
-                truth.setdefault(name, Truth()).add(text or "", sample.extra)
         label = sample.extra.get("label", sample.extra.get("cls"))
         row = {"image": sample.image, "web": sample.web, "label": None if label is None else str(label)}
         yield row | {_column(name): text for name, text in captions.items()}
@@ -250,7 +231,7 @@ def _rows(
 
 # ------------------------------------------------------------------------------------------- the report
 def conclusions(result: Mapping[str, Any]) -> list[str]:
-    """A sentence for each set: whether its captions help over web captions alone, and how right they are."""
+    """A sentence for each set: whether its captions help over web captions alone."""
     deciding, lines = result["deciding_figure"], []
     test_set, _, plain = deciding.rpartition("/")
     for c in result["questions"]["captions"]["contrasts"]:
@@ -258,32 +239,14 @@ def conclusions(result: Mapping[str, Any]) -> list[str]:
             continue
         verb = {"win": "help over", "loss": "do harm against", "tie": "show no gain over"}[c["verdict"]]
         line = f"The captions of {c['a']} {verb} web captions alone: {show_difference(c)} in {called(deciding)}"
-        line += f", {show_difference(c['figures'][plain])} with seen artists." if test_set else "."
-        if shares := result["truth"].get(c["a"]):
-            kinds = [kind for kind in ("things", "counts", "places") if shares[f"{kind}_right"] is not None]
-            rights = ", ".join(f"{kind} {shares[f'{kind}_right']:g} %" for kind in kinds)
-            line += f" Right of what they say: {rights}. They name {shares['things_found']:g} % of the things there."
-        lines.append(line)
+        lines.append(line + (f", {show_difference(c['figures'][plain])} with seen artists." if test_set else "."))
     return lines
 
 
 def captions_page(result: Mapping[str, Any]) -> Page:
     note = f"{result['pictures']:,} pictures that all sets have, {result['samples']:,} samples seen by every run, "
-    sections = []
-    if result["truth"]:
-        rows = [
-            (words, *("" if shares[name] is None else f"{shares[name]:.1f}" for shares in result["truth"].values()))
-            for name, (words, *_) in SHARES.items()
-        ]
-        words = (
-            "The demo knows what is in its pictures. Percent, counted in the words of the demo's own texts; other "
-            "words are not counted:"
-        )
-        sections.append(
-            Section("How often the captions are right", [Paragraph(words), Table(("", *result["truth"]), rows)])
-        )
     table = [(name, entry["data"], f"{entry['samples']:,}") for name, entry in result["sets"].items()]
     common = f"{result['pictures']:,} pairs of picture and web caption are in all sets; every run sees these alone."
-    blocks = [Table(("set", "data", "samples"), table, lambda column, text: "wrap" if column == 1 else "")]
-    sections.append(Section("The sets", [*blocks, Paragraph(common), *map(Paragraph, result["notes"])]))
-    return page(result, TITLE, f"{note}{result['seeds']} seeds", CAUTION, findings=conclusions(result), more=sections)
+    sets = Table(("set", "data", "samples"), table, lambda column, text: "wrap" if column == 1 else "")
+    more = [Section("The sets", [sets, Paragraph(common)])]
+    return page(result, TITLE, f"{note}{result['seeds']} seeds", CAUTION, findings=conclusions(result), more=more)

@@ -1,31 +1,29 @@
 """Whole programs side by side: scripts/pretrain_clips.py against open_clip's own trainer, `open_clip_train.main`.
 
-Both are started as a user starts them, read the same tar files with one worker each, and train towers of the same sizes
-with AdamW at the same batch, precision and number of threads, on pictures cropped to 90–100 % of their area. They take
-turns. Each is watched from outside by its own log: when a line comes, and how many samples it says were seen.
-Samples/s are those between the first line after the warm-up and the last one; all before the first line is start-up.
-Then the program is ended: its last checkpoint and evaluation are not measured.
+Both train CLIP: one text a picture, the shards' .txt, and InfoNCE. Both are started as a user starts them and read the
+same tar files with one worker each. Towers have the same sizes; batch, precision, threads and AdamW are equal. Pictures
+are cropped to 90–100 % of their area. The programs take turns. Each is watched from outside by its own log: when a line
+comes, and how many samples it says were seen. Samples/s are those between the first line after the warm-up and the last
+one; all before the first line is start-up. Then the program is ended: its last checkpoint and evaluation are not
+measured.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -35,23 +33,21 @@ from clips.common.files import write_json
 from clips.common.live import LINE_SECONDS
 from clips.common.paths import SCRIPTS
 from clips.common.runtime import has_bf16
-from clips.config import CaptionerConfig, ModelConfig, RunConfig
+from clips.config import RunConfig
 from clips.data.splits import open_split
-from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
+from clips.data.tokenizer import build_tokenizer
 from clips.studies.measuring import resident
 from clips.training.cli import config_from_flags, parser
 from clips.weights.open_clip import open_clip_config
 
-Objective = Literal["clip", "clips"]
-Captions = Literal["long", "web"]
 SCRIPT = SCRIPTS / "pretrain_clips.py"
-SIZES: Mapping[str, tuple[str, str, int, int]] = {
-    "demo": ("clip_baseline", "demo", 128, 100),
-    "s16": ("s16", "s16", 32, 20),
-    "b16": ("b16", "b16", 16, 10),
+SIZES: Mapping[str, tuple[str, int, int]] = {
+    "demo": ("clip_baseline", 128, 100),
+    "s16": ("s16", 32, 20),
+    "b16": ("b16", 16, 10),
 }
-"""Size → recipe for the objective "clip" and for "clips", samples a step, steps of a turn. Of s16 and b16 it is their
-first phase, at 112 px, at a batch and for a time that a CPU can bear."""
+"""Size → recipe, samples a step, steps of a turn. Of s16 and b16 it is their first phase, at 112 px, at a batch and for
+a time that a CPU can bear."""
 LINES = 10
 """Lines of the log in a turn."""
 WARM = 0.2
@@ -75,27 +71,20 @@ class Turn:
 
 
 def compare_programs(
-    size: str, objective: Objective, captions: Captions, *,
-    device: torch.device, repeats: int, train: Path, their_python: str,
-) -> dict[str, Any]:  # fmt: skip
+    size: str, *, device: torch.device, repeats: int, train: Path, their_python: str
+) -> dict[str, Any]:
     """{"ratios": …, "ours": …, "theirs": …}: medians over the turns, of the ratio of samples/s the extremes too.
 
-    `objective`: "clip", one text a picture, the shards' .txt, and InfoNCE; or "clips", which reads both captions,
-    against open_clip's CoCa, which reads the .txt. `captions`: what that .txt is, the long caption as in the demo's
-    shards, or the web caption in copies of them. `train`: the folder of shards, laid out as the demo's. UserError
-    where `their_python` has no trainer of open_clip, CommandError where a program ends before its turn does.
+    `train`: the folder of shards, laid out as the demo's. UserError where `their_python` has no trainer of open_clip,
+    CommandError where a program ends before its turn does.
     """
     _check_trainer(their_python)
-    if captions == "web" and objective == "clips":
-        raise UserError("--captions web is for --objective clip: CLIPS and CoCa learn to write the long caption")
-    *_, batch, steps = SIZES[size]
+    _, batch, steps = SIZES[size]
     turns: dict[str, list[Turn]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        if captions == "web":
-            train = _with_web_captions(train, Path(folder, "web"))
-        flags = our_flags(size, objective, device, train, Path(folder, "runs"))
+        flags = our_flags(size, device, train, Path(folder, "runs"))
         run = config_from_flags(parser().parse_args(flags))
-        stock = write_stock_config(run, objective, Path(folder))
+        stock = write_stock_config(run, Path(folder))
         for turn in range(repeats):
             ours = [sys.executable, str(SCRIPT), *flags, "--name", f"{turn}"]
             theirs = [their_python, "-m", "open_clip_train.main"]
@@ -142,74 +131,35 @@ def _check_trainer(python: str) -> None:
         )
 
 
-def _with_web_captions(shards: Path, folder: Path) -> Path:
-    """Copies of `shards` whose .txt is the web caption."""
-    folder.mkdir()
-    for shard in sorted(shards.glob("*.tar")):
-        with tarfile.open(shard) as old, tarfile.open(folder / shard.name, "w") as new:
-            web = b""
-            for member in old:
-                content = old.extractfile(member).read()  # type: ignore[union-attr]  # the demo's are all files
-                if member.name.endswith(".json"):
-                    web = json.loads(content)["org_caption"].encode()
-                if member.name.endswith(".txt"):  # after its .json
-                    content, member.size = web, len(web)
-                new.addfile(member, io.BytesIO(content))
-    return folder
-
-
 # -------------------------------------------------------------------------------------------------------- what is run
-def our_flags(size: str, objective: Objective, device: torch.device, train: Path, output: Path) -> list[str]:
+def our_flags(size: str, device: torch.device, train: Path, output: Path) -> list[str]:
     """Of scripts/pretrain_clips.py."""
-    baseline, clips, batch, steps = SIZES[size]
+    recipe, batch, steps = SIZES[size]
     settings = [
         "optim.kind=adamw", "data.workers=1", f"train.precision={'bf16' if has_bf16(device) else 'fp32'}",
         "train.activation_checkpointing=false", "train.eval_every=0", "train.checkpoint_every=0",
         f"train.log_every={max(1, steps // LINES)}", "phases.*.augment.min_crop_area=0.9",
         "phases.*.augment.jitter=0", "phases.*.augment.hue=0",
-        "phases.*.augment.grayscale=0",
+        "phases.*.augment.grayscale=0", "task.objective=clip", "task.synthetic_share=0", "model.captioner=null",
     ]  # fmt: skip
-    fields = []
-    if objective == "clip":
-        fields = ["--fields", "web=txt", "long=txt"]
-        settings += ["task.objective=clip", "task.synthetic_share=0", "model.captioner=null"]
     return [
-        *("--recipe", baseline if objective == "clip" else clips, "--data", str(train), *fields),
+        *("--recipe", recipe, "--data", str(train), "--fields", "web=txt", "long=txt"),
         *("--output", str(output), "--batch-size", str(batch), "--samples", str(batch * steps)),
         *("--device", device.type, "--set", *settings),
     ]
 
 
-def write_stock_config(run: RunConfig, objective: Objective, folder: Path) -> Path:
+def write_stock_config(run: RunConfig, folder: Path) -> Path:
     """The directory with open_clip's configuration and tokenizer of the model that `run` begins with."""
-    source = open_split(run.data, "train", need_long=objective == "clips")
+    source = open_split(run.data, "train", need_long=False)
     texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
     tokenizer = build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
     model = replace(run.model, vision=replace(run.model.vision, image_size=run.phases[0].image_size))
-    config = open_clip_config(model, tokenizer)
-    if model.captioner is not None:
-        config["model_cfg"] = coca_config(model, model.captioner, tokenizer)
-    directory = folder / ("coca" if model.captioner is not None else "stock")  # open_clip chooses its loss by the name
+    directory = folder / "stock"
     directory.mkdir()
     tokenizer.save(directory)
-    write_json(directory / "open_clip_config.json", config)
+    write_json(directory / "open_clip_config.json", open_clip_config(model, tokenizer))
     return directory
-
-
-def coca_config(model: ModelConfig, captioner: CaptionerConfig, tokenizer: CaptionTokenizer) -> dict[str, Any]:
-    """open_clip's CoCa of the widths and depths of `model`: the nearest stock objective to CLIPS, not the same one."""
-    stock = open_clip_config(model, tokenizer)["model_cfg"]
-    stock["text_cfg"] |= {"context_length": captioner.length, "no_causal_mask": False, "output_tokens": True}
-    # CoCa's pooler brings the image tokens, here as many as there are patches, to the decoder's width.
-    stock["vision_cfg"] |= {
-        "attentional_pool": True, "attn_pooler_heads": captioner.heads,
-        "attn_pooler_queries": 1 + model.vision.tokens(), "output_tokens": True,
-    }  # fmt: skip
-    stock["multimodal_cfg"] = {
-        "width": captioner.width, "layers": captioner.layers, "heads": captioner.heads,
-        "context_length": captioner.length, "vocab_size": model.text.vocab_size,
-    }  # fmt: skip
-    return stock
 
 
 def their_flags(run: RunConfig, device: torch.device, train: Path, stock: Path, logs: Path) -> list[str]:
@@ -223,7 +173,7 @@ def their_flags(run: RunConfig, device: torch.device, train: Path, stock: Path, 
         *("--lr", str(phase.lr), "--wd", str(optim.weight_decay), "--eps", str(optim.eps)),
         *("--beta1", str(optim.betas[0]), "--beta2", str(optim.betas[1])),
         *("--warmup", str(phase.warmup_samples // phase.batch_size), "--log-every-n-steps", str(run.train.log_every)),
-        *("--coca-caption-loss-weight", str(run.task.caption_weight), "--aug-cfg", "scale=(0.9,1.0)"),
+        *("--aug-cfg", "scale=(0.9,1.0)"),
         *("--logs", str(logs), "--name", "turn"),
     ]
 

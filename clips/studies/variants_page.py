@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from clips.common.errors import UserError
 from clips.common.escape import for_plot
 from clips.common.live import in_words
-from clips.common.page import Table, save_plot
-from clips.common.plots import LIGHT, SERIES, Theme, check_format
+from clips.common.page import Table
+from clips.common.plots import SERIES, Theme
 from clips.common.rundir import UNSEEN, deciding_name
 from clips.lab.report import (
     COLOURS,
@@ -181,19 +178,3 @@ def draw(variants: Mapping[str, Any], deciding: str, theme: Theme) -> Plot:
     axes.set_ylabel("%", color=theme.ink, rotation=0, labelpad=8)
     plot.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False, labelcolor=theme.ink)
     return plot
-
-
-def write_chart(report: Path, out: Path) -> Path:
-    """Draw the first question of `report`, a study's JSON, into `out`; returns `out`.
-
-    Raises UserError for a file that is not a study of variants, and for an `out` that is neither .png nor .svg.
-    """
-    check_format(out)
-    try:
-        result = json.loads(report.read_text(encoding="utf-8"))
-        question = next(iter(result["questions"].values()))
-        shown = {name: result["variants"][name] for name in question["variants"]}
-        plot = draw(shown, result["deciding_figure"], LIGHT)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
-        raise UserError(f"--report {report} is no result of a study of variants: {error!r}") from None
-    return save_plot(plot, out)

@@ -80,9 +80,9 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--on-spike",
-        choices=("continue", "skip", "rewind"),
+        choices=("continue", "skip"),
         help="when a step's loss or gradient norm stands far above the recent ones: continue (it is only recorded), "
-        "skip its update, or rewind to the last checkpoint and leave it out (default: the recipe's, continue)",
+        "or skip its update (default: the recipe's, continue)",
     )
     p.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")

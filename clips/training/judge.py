@@ -1,4 +1,4 @@
-"""The verdict on each step of the loop: take the update, leave it out, go back to a checkpoint, or end the run."""
+"""The verdict on each step of the loop: take the update, leave it out, or end the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clips.common.errors import NotFiniteError
-from clips.config import OnSpike, RunConfig
+from clips.config import RunConfig
 from clips.data.loader import Batch
 from clips.training import watchdog
 from clips.training.engine import Agreed
 from clips.training.log import RunLog
-from clips.training.saving import await_checkpoint, last_checkpoint
-from clips.training.step import Verdict
+from clips.training.saving import await_checkpoint
 from clips.weights.checkpoint import TrainState, Writer
 
 
@@ -30,8 +29,8 @@ class Judge:
     def watch(self, batch: Batch, parts: dict[str, Tensor]) -> None:
         self.seen.append((parts["loss"], batch["keys"]))
 
-    def __call__(self, agreed: Agreed) -> Verdict:
-        """Collective at a spike, which all ranks see.
+    def __call__(self, agreed: Agreed) -> bool:
+        """Whether the step's update is left out. Collective at a spike, which all ranks see.
 
         NotFiniteError for a loss or gradient that is not finite, DivergedError if leaving steps out does not help,
         CommandError if a checkpoint could not be written.
@@ -41,24 +40,19 @@ class Judge:
         if not agreed.finite:
             self._end_not_finite()
         figures = watchdog.find_spike(self.state, agreed)
-        verdict = self._on_spike(figures, agreed) if figures is not None else Verdict()
-        if not verdict.leave_out:
+        leave_out = figures is not None and self._on_spike(figures)
+        if not leave_out:
             watchdog.remember(self.state, agreed)
         self.seen.clear()
-        return verdict
+        return leave_out
 
-    def _on_spike(self, figures: dict[str, Any], agreed: Agreed) -> Verdict:
-        """Record the spike with its samples. Without a checkpoint to go back to, the step is skipped."""
-        action: OnSpike = self.run.train.on_spike
-        goal = last_checkpoint(self.writer) if action == "rewind" else None
-        if action == "rewind" and goal is None:
-            action = "skip"
+    def _on_spike(self, figures: dict[str, Any]) -> bool:
+        """Record the spike with its samples. Returns whether the step is left out."""
+        action = self.run.train.on_spike
         self.log.spike({"step": self.state.step + 1, "action": action, **figures}, self._of_all_ranks(self.seen))
-        if action == "continue":
-            return Verdict()
-        since = goal.state.step if goal is not None else self.state.step + 1 - 2 * watchdog.PATIENCE
-        watchdog.leave_out(self.state, since)
-        return Verdict(leave_out=True, back_to=goal)
+        if action == "skip":
+            watchdog.leave_out(self.state, since=self.state.step + 1 - 2 * watchdog.PATIENCE)
+        return action == "skip"
 
     def _end_not_finite(self) -> None:
         """End the run on every rank, weights untouched, with the samples of the micro-batches that are not finite.

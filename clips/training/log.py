@@ -41,23 +41,12 @@ class RunLog:
         if not active:
             return
         self.run_dir = run_dir
-        self._open(start_step)
-        self.spikes = self._reopen(run_dir / "spikes.jsonl", start_step)
+        names = (METRICS, "skipped.jsonl", "spikes.jsonl")
+        self.metrics, self.skips, self.spikes = (self._reopen(run_dir / name, start_step) for name in names)
         self.trackers = Trackers(report_to, run_dir, run_dir.name, run.to_dict(), start_step)
         self.line, self.total = LiveLine(), run.samples
         self.first: tuple[int, float] | None = None
         """(samples, time) of the first line, from which the time left is told."""
-
-    def _open(self, step: int) -> None:
-        self.metrics, self.skips = (self._reopen(self.run_dir / name, step) for name in (METRICS, "skipped.jsonl"))
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after `step`, but for the spikes: they are why."""
-        if self.active:
-            for file in (self.metrics, self.skips):
-                file.close()
-            self._open(step)
-            self.trackers.rewind(step)
 
     @staticmethod
     def _reopen(path: Path, step: int) -> TextIO:

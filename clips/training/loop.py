@@ -7,8 +7,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
 
@@ -53,7 +51,7 @@ from clips.training.saving import await_checkpoint, save
 from clips.training.step import optimizer_step
 from clips.training.task import Task
 from clips.weights import checkpoint
-from clips.weights.checkpoint import Checkpoint, TrainState, Writer
+from clips.weights.checkpoint import TrainState, Writer
 from clips.weights.initial import initialise
 
 
@@ -161,12 +159,6 @@ def _train(
     """The loop: every optimizer step from `state` on, with its log lines, checkpoints and validations."""
     stop, judge, meter = StopSignal(), Judge(run, state, log, writer), _meter(run, engine, state)
 
-    def read_on() -> Generator[Batch, None, None]:
-        return meter.timed(make_loader(
-            source, tokenizer, run, rank=dist.get_rank(), world_size=engine.world_size,
-            phase=state.phase, step=state.phase_step,
-        ))  # fmt: skip
-
     def watch(batch: Batch, parts: dict[str, torch.Tensor]) -> None:
         judge.watch(batch, parts)
         meter.add(parts, batch["skipped"], engine.task.flops(batch))
@@ -174,39 +166,30 @@ def _train(
     if _owes_validation(run, state, writer.run_dir):
         with meter.aside():
             _validate(run, engine, tokenizer, state, log)
-    batches = read_on()
+    batches = meter.timed(make_loader(
+        source, tokenizer, run, rank=dist.get_rank(), world_size=engine.world_size,
+        phase=state.phase, step=state.phase_step,
+    ))  # fmt: skip
     while (phase := _phase_of_next_step(run, engine, state)) is not None:
         factor = lr_factor(phase, state.phase_step)
         engine.set_lr(phase.lr * factor, phase.muon_lr * factor)
-        of_step, agreed = islice(batches, run.train.accumulation), None
-        if state.step in state.left_out:  # since a rewind: its samples are passed over
-            deque(of_step, maxlen=0)
-        else:
-            agreed, verdict = optimizer_step(
-                engine, of_step, watch=watch, asked=lambda: (stop.requested, writer.has_failed()), judge=judge
-            )
-            if verdict.back_to is not None:
-                with meter.aside():
-                    _rewind(run, engine, state, log, verdict.back_to)
-                    batches.close()
-                    batches = read_on()
-                meter.reset(state)
-                continue
+        of_step = islice(batches, run.train.accumulation)
+        agreed = optimizer_step(
+            engine, of_step, watch=watch, asked=lambda: (stop.requested, writer.has_failed()), judge=judge
+        )
         profiler.step()
         state.step, state.samples = state.step + 1, state.samples + phase.batch_size
         state.phase_step += 1
-        stopping = agreed.stopping if agreed is not None else 0
-        saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or stopping > 0
-        # A checkpoint needs a line too: the means begin anew after it. Steps that were left out have no figures.
-        if (state.step % run.train.log_every == 0 or saving) and meter.count:
-            grad_norm = agreed.grad_norm if agreed is not None else None
-            meter.log(log, state, phase.lr * factor, grad_norm, run.data.max_broken_share)
+        saving = due(run.train.checkpoint_every, state, phase) or _is_last(run, state) or agreed.stopping > 0
+        # A checkpoint needs a line too: the means begin anew after it.
+        if state.step % run.train.log_every == 0 or saving:
+            meter.log(log, state, phase.lr * factor, agreed.grad_norm, run.data.max_broken_share)
         with meter.aside():
             if saving:
                 save(engine, state, writer)
-            if stopping:  # a validation that is due follows when the run goes on
+            if agreed.stopping:  # a validation that is due follows when the run goes on
                 await_checkpoint(writer)
-                raise stopped_by(stopping)
+                raise stopped_by(agreed.stopping)
             if _validates(run, state):
                 _validate(run, engine, tokenizer, state, log)
     batches.close()
@@ -238,15 +221,6 @@ def _phase_of_next_step(run: RunConfig, engine: Engine, state: TrainState) -> Ph
         if phase.fresh_optimizer:
             engine.state.reset_optimizer()
     return phase
-
-
-def _rewind(run: RunConfig, engine: Engine, state: TrainState, log: RunLog, goal: Checkpoint) -> None:
-    """Put every rank back to the step of `goal`, except for the steps that are left out from now on."""
-    vars(state).update(vars(goal.state) | {"left_out": state.left_out})
-    engine.state.restore_weights(goal.weights())
-    engine.state.restore_optimizer(goal.optimizer(), optimizer_steps(run, state))
-    log.rewind(state.step)
-    log.say(f"goes on from {goal.path}; left out: steps {', '.join(str(step + 1) for step in state.left_out)}")
 
 
 def due(every: int, state: TrainState, phase: PhaseConfig) -> bool:

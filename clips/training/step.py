@@ -6,7 +6,6 @@ The training loop, the benchmarks and tools/gpu_report.py take this step, and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +13,6 @@ from torch import Tensor
 from clips.data.loader import Batch
 from clips.training.engine import Agreed, Engine
 from clips.training.grad_cache import forward_passes
-from clips.weights.checkpoint import Checkpoint
-
-
-class Verdict(NamedTuple):
-    """What happens to a step after the ranks have agreed."""
-
-    leave_out: bool = False
-    """The gradients are dropped; weights and optimizer state stay as they are."""
-    back_to: Checkpoint | None = None
-    """The checkpoint that the run goes back to."""
 
 
 def optimizer_step(
@@ -32,12 +21,13 @@ def optimizer_step(
     *,
     watch: Callable[[Batch, dict[str, Tensor]], None] = lambda batch, parts: None,
     asked: Callable[[], tuple[int, bool]] = lambda: (0, False),
-    judge: Callable[[Agreed], Verdict] = lambda agreed: Verdict(),
-) -> tuple[Agreed, Verdict]:
+    judge: Callable[[Agreed], bool] = lambda agreed: False,
+) -> Agreed:
     """Take one step on `batches`, this rank's micro-batches (run.train.accumulation of them). Collective.
 
     `watch` sees each micro-batch and its detached losses after its backward pass. `asked` returns the arguments `stop`
-    and `unsaved` of `Engine.agree`. `judge` decides between the agreement and the update; it may raise.
+    and `unsaved` of `Engine.agree`. `judge` says between the agreement and the update whether the update is left out:
+    weights and optimizer state stay as they are. It may raise.
     """
     losses: list[Tensor] = []
     for batch, loss, parts in forward_passes(engine, batches):
@@ -47,7 +37,6 @@ def optimizer_step(
         if len(losses) < engine.accumulation:
             engine.step()
     agreed = engine.agree(torch.stack(losses).mean(), *asked())
-    verdict = judge(agreed)
-    engine.step(leave_out=verdict.leave_out)
+    engine.step(leave_out=judge(agreed))
     engine.limit_logit_scale()
-    return agreed, verdict
+    return agreed

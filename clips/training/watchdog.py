@@ -35,7 +35,7 @@ NORMAL = 1.0484
 SMALLEST_DEVIATION = 0.05
 """Values that hardly vary would make a spike of everything: it is at least exp(8 · 0.05) = 1.5 times the usual."""
 PATIENCE = 5
-"""Steps left out of twice as many, or after one checkpoint, before the run ends: then it is no matter of a batch."""
+"""Steps left out of twice as many before the run ends: then it is no matter of a batch."""
 
 SLOW = 1.5
 """Times the median of the ranks' own time: that rank is named …"""

@@ -153,26 +153,6 @@ class ZeroState:
                     state[f"{name}/{key}"] = full.detach().to("cpu", copy=True)
         return state
 
-    @torch.no_grad()
-    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights of `gather_weights` in the place of those being trained; every rank passes all of them.
-
-        A frozen tower has not moved, and is left alone.
-        """
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param
-
-        parameter: Any  # with the attributes that DeepSpeed adds
-        for name, parameter in self.trained.items():
-            value = weights[name].to(self.device)
-            if parameter.data.numel() == value.numel():  # in stage 3 only small ones are whole
-                parameter.data.copy_(value)
-            if self.stage == 3:
-                part = self._part(value)
-                for held in (parameter.ds_tensor.data, safe_get_local_fp32_param(parameter)):
-                    held.copy_(part.view_as(held))
-            elif self.stage > 0:
-                safe_set_full_fp32_param(parameter, value)
-
     def restore_optimizer(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Put the state of `gather_optimizer` back after `steps` optimizer steps; every rank passes all of it.
 

@@ -40,7 +40,6 @@ from clips.weights.hf_clip import clip_model_lacks, hf_clip_features, write_hf_c
 from clips.weights.hf_vit import hf_features, write_hf_vit
 from clips.weights.load import load_model, load_native
 from clips.weights.open_clip import logit_scale_parameter, open_clip_lacks, write_open_clip
-from clips.weights.push import check_repo, push
 
 TOLERANCE = 1e-4
 """Largest difference of an L2-normalised feature, fp32, between an export and the trained model."""
@@ -188,8 +187,6 @@ def sample_inputs(source: Source, image_size: int) -> tuple[Tensor, list[str]]:
 
 def export_from_flags(flags: argparse.Namespace) -> None:
     """What scripts/export_clips.py does: a trained model in every format that holds it, checked on real images."""
-    if flags.push_to_hub:
-        check_repo(flags.push_to_hub)
     if flags.output:
         check_target(Path(flags.output))
     loaded = load_model(flags.model)
@@ -221,5 +218,3 @@ def export_from_flags(flags: argparse.Namespace) -> None:
         + f'  transformers.{run.model.vision.transformers_class}.from_pretrained("{out}/hf_vit")\n'
         f"  python scripts/evaluate_clips.py --model {shlex.quote(f'{out}/native')}"
     )
-    if flags.push_to_hub:
-        push(out / "open_clip", flags.push_to_hub)

@@ -50,25 +50,14 @@ class Options:
     )
     script: str = option("Latin", "script of most letters of a good caption, by Unicode's name; any: no check")
     on_bad: Literal["drop", "keep"] = option("drop", "drop or keep a pair whose second caption is bad too")
-    min_similarity_quantile: float | None = option(
-        None, "leave out this share of each shard, the worst fits", metavar="Q"
-    )
-    similarity_encoder: str | None = option(None, "encoder that scores how well a caption fits", metavar="DIR_OR_ID")
     max_broken_share: float = option(0.05, "largest share of broken pairs; more end the command")
     cache_gb: float = option(50.0, "disk space for copies of remote data; 0: no copies")
     device: str = option("auto", "auto, cpu or cuda")
 
     def __post_init__(self) -> None:
-        if (self.min_similarity_quantile is None) != (self.similarity_encoder is None):
-            raise UserError(
-                "--min-similarity-quantile and --similarity-encoder go together: the share of pairs to leave out, and "
-                "the encoder that says how well a caption fits its picture"
-            )
         for name in ("shards", "batch_size", "in_flight", "max_new_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if (quantile := self.min_similarity_quantile) is not None and not 0 < quantile < 1:
-            raise UserError(f"--min-similarity-quantile {quantile} must be between 0 and 1")
         if not 0 <= self.max_broken_share <= 1:
             raise UserError(f"--max-broken-share {self.max_broken_share} must be from 0 to 1")
         least, most = self.words
@@ -91,6 +80,4 @@ class Options:
             "fields": {"image": self.fields.image, "web": self.fields.web},
             "bounds": vars(self.bounds),
             "on_bad": self.on_bad,
-            "min_similarity_quantile": self.min_similarity_quantile,
-            "similarity_encoder": self.similarity_encoder,
         }

@@ -56,7 +56,6 @@ class Board:
         self._before, self._begin = measured(folder), time.monotonic()
         self._bar: tqdm | None = None
         self._next, self._told, self._told_at = float("-inf"), 0, time.monotonic()
-        self._last: Counter[str] = Counter()
 
     @contextmanager
     def showing(self) -> Iterator[None]:
@@ -67,12 +66,12 @@ class Board:
             self._next = float("-inf")  # the last look seldom showed the end
             self.show()
 
-    def show(self) -> Counter[str]:
-        """The work since the start, looked up at most once in EVERY seconds."""
+    def show(self) -> None:
+        """Show the work since the start, looked up at most once in EVERY seconds."""
         begin = time.monotonic()
-        if begin < self._next or self.console.quiet:
-            return self._last
-        self._last = tally = measured(self.folder) - self._before
+        if begin < self._next:
+            return
+        tally = measured(self.folder) - self._before
         self._next = time.monotonic() + max(EVERY, (time.monotonic() - begin) / LOOKING)
         if self._bar is not None:
             self._bar.set_postfix_str(self._text(tally), refresh=False)
@@ -81,7 +80,6 @@ class Board:
             self._told, self._told_at = tally["shards"], time.monotonic()
             done = f"{tally['shards']:,} shards, {tally['pairs']:,} of {self._total:,} captions"
             self.say(f"{done}, {self._text(tally)}")
-        return tally
 
     def say(self, text: str) -> None:
         self.console.print(for_rich(text), highlight=False, soft_wrap=True)

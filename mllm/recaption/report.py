@@ -36,7 +36,6 @@ NAMES = {
     "empty": "nothing",
     "broken": "the pair cannot be read, mostly because of its picture",
     "not captioned": "the captioner gave an error",
-    "dissimilar": "fits its picture less than the others",
 }
 NOTHING = (
     "no pair was written, so there is nothing to train on. The page shows what the captioner wrote: --prompt, "

@@ -1,4 +1,4 @@
-"""The command of recaptioning: its plan, one process or one for each GPU, and the page at the end."""
+"""The command of recaptioning: its plan, the work of this process, and the page at the end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from clips.common.escape import for_rich
 from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.live import in_words
-from clips.common.runtime import choose_device
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
 from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinished
 from mllm.recaption.options import DEMO, Options
-from mllm.recaption.process import open_pairs, run_processes, stopping, work_on
+from mllm.recaption.process import open_pairs, stopping, work_on
 from mllm.recaption.progress import Board, measured
 from mllm.recaption.registry import knows_the_demo_alone
 from mllm.recaption.report import write_report
@@ -41,7 +40,8 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
     choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
-    console = Console(emoji=False, stderr=True)
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of one machine
+    console = Console(emoji=False, stderr=True, quiet=not is_first)
     if not flags.data:
         ensure_any_demo(DEMO)
         flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
@@ -62,7 +62,7 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
     fields = parse_fields(flags.fields, Fields())
     for captioner, output in asked:
         options = from_flags(Options, flags, output=output, captioner=captioner, prompt=prompt, fields=fields)
-        recaption(options, flags.jobs, console, dry_run=flags.dry_run)
+        recaption(options, console, dry_run=flags.dry_run)
 
 
 def choose_gpu(environment: os._Environ[str] | dict[str, str]) -> None:
@@ -96,7 +96,7 @@ def demo_captioners(output: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def recaption(options: Options, jobs: int | None, console: Console, *, dry_run: bool = False) -> None:
+def recaption(options: Options, console: Console, *, dry_run: bool = False) -> None:
     """Caption all unfinished shards, then write the page. Raises UserError if the data hold no pairs."""
     source = open_pairs(options)
     shards = shards_of(source)[: options.shards]
@@ -105,19 +105,14 @@ def recaption(options: Options, jobs: int | None, console: Console, *, dry_run: 
     folder = Folder(options.output)
     agree_so_far(folder, options.settings(), options.captioner.partition(":")[0])
     missing = unfinished(folder, shards)
-    count = max(1, min(jobs or default_processes(options), len(missing)))
-    print_plan(options, folder, shards, missing, count, console)
+    print_plan(options, folder, shards, missing, console)
     if dry_run:
         return
     check_target(options.output)
     with stopping():
         if missing:
             folder.root.mkdir(parents=True, exist_ok=True)
-            board = Board(folder, missing, console)
-            if count == 1:
-                work_on(options, source, shards, board)
-            else:
-                run_processes(options, shards, count, board)
+            work_on(options, source, shards, Board(folder, missing, console))
     done = [manifest for shard in shards if (manifest := done_manifest(folder, shard)) is not None]
     broken = sum(manifest["rejected"].get("broken", 0) for manifest in done)
     check_broken(broken, sum(manifest["counts"]["pairs"] for manifest in done), options)
@@ -128,7 +123,7 @@ def recaption(options: Options, jobs: int | None, console: Console, *, dry_run: 
 
 
 def print_plan(
-    options: Options, folder: Folder, shards: Sequence[Shard], missing: Sequence[Shard], count: int, console: Console
+    options: Options, folder: Folder, shards: Sequence[Shard], missing: Sequence[Shard], console: Console
 ) -> None:
     """Print pairs, captioner, time and tokens; time and tokens if ENOUGH captions of the folder are measured."""
     pairs, left = sum(map(len, shards)), sum(map(len, missing))
@@ -137,26 +132,17 @@ def print_plan(
     if not left:
         time = tokens = "nothing to do"
     elif so_far["pairs"] >= ENOUGH and so_far["seconds"]:
-        time = in_words(left * so_far["seconds"] / so_far["pairs"] / count) + " at the speed measured in this folder"
+        time = in_words(left * so_far["seconds"] / so_far["pairs"]) + " of one process, as measured in this folder"
         each = so_far["tokens"] / so_far["pairs"]
         tokens = f"{left * each:,.0f} to write, {each:.0f} a pair (measured here, second attempts included)"
     bad = {"drop": "left out", "keep": "kept"}[options.on_bad]
     table = Table(title="recaptioning", show_header=False, title_justify="left")
     for name, text in (
         ("pairs", f"{pairs:,} in {len(shards):,} shards, of which {left:,} in {len(missing):,} are not done"),
-        ("captioner", options.captioner + (f", {count} processes" if count > 1 else "")),
+        ("captioner", options.captioner),
         ("time", time),
         ("tokens", f"{tokens}, at most {options.max_new_tokens} a caption"),
         ("output", f"{options.output}, refused captions are tried again and then {bad}"),
     ):
         table.add_row(name, for_rich(text))
     console.print(table)
-
-
-def default_processes(options: Options) -> int:
-    """One for each GPU if the captioner is a model in the process and no launcher started this process, else 1."""
-    if options.captioner.startswith("endpoint:") or "LOCAL_RANK" in os.environ:
-        return 1
-    if options.device not in ("auto", "cuda") or choose_device(options.device).type != "cuda":
-        return 1
-    return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""One shard from pairs to file: a first attempt, the judgement, a second attempt, the filter, the file.
+"""One shard from pairs to file: a first attempt, the judgement, a second attempt, the file.
 
 The result depends on the shard's data, the captioner and the options alone. Calls hold the same pairs however often
 the work is interrupted, and a call in the journal is not made again.
@@ -14,11 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-
-from clips import BrokenSample, Source, StoredSample, decode_image, stamp
+from clips import BrokenSample, Source, StoredSample, stamp
 from clips.common.errors import BrokenDataError
 from clips.common.escape import clip
 from mllm.recaption.captioner import Captioner, Pair, Written
@@ -28,16 +26,13 @@ from mllm.recaption.options import Options
 from mllm.recaption.quality import Judged, judge, words
 from mllm.recaption.shards import ContentHash, Shard, ShardWriter, read_samples, with_caption
 
-if TYPE_CHECKING:
-    from clips import CLIPS
-
 CHUNK = 16
 """Samples that are read at once outside calls of the captioner; a picture may have 64 MB."""
 SURE = 1000
 """Pairs after which a running process checks the share of broken pairs."""
 WORD_BINS = (0, 5, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480)
-BROKEN, DISSIMILAR, NOT_CAPTIONED = "broken", "dissimilar", "not captioned"
-"""The reasons that quality.py does not know. "dissimilar": below the quantile of --min-similarity-quantile."""
+BROKEN, NOT_CAPTIONED = "broken", "not captioned"
+"""The reasons that quality.py does not know."""
 LONGEST_REJECTED = 2000
 """Characters of a refused caption that rejected/ keeps."""
 Read = StoredSample | BrokenSample
@@ -74,7 +69,6 @@ class Worker:
         owner: names this process's files of a shard.
         tally: counts the work so far: pairs and broken pairs (of first attempts), tokens, shards, `seconds` in the
             captioner, pairs `found` in a journal, and "bad REASON" for refused first attempts.
-        encoder: scores captions for --min-similarity-quantile.
         changed: is called whenever the tally has changed.
     """
 
@@ -87,11 +81,10 @@ class Worker:
         owner: str,
         tally: Counter[str],
         *,
-        encoder: CLIPS | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.options, self.folder, self.source, self.captioner = options, folder, source, captioner
-        self.owner, self.tally, self.encoder, self.changed = owner, tally, encoder, changed
+        self.owner, self.tally, self.changed = owner, tally, changed
         self._prompt = options.prompt.fill("")
 
     def make(self, shard: Shard) -> dict[str, Any]:
@@ -105,7 +98,7 @@ class Worker:
         with closing(Journal(place, self.owner, made_of)) as journal:
             made = self._captions(shard, journal)
         path = place / f"{self.owner}.tar"
-        lines, content, writer = self._write(shard, path, made, self._dissimilar(shard, made))
+        lines, content, writer = self._write(shard, path, made)
         manifest = {
             "input": {"file": shard.url, "samples": len(shard), "sha256": content.hexdigest()},
             "output": {
@@ -194,39 +187,13 @@ class Worker:
         if tally["pairs"] >= SURE:
             check_broken(tally["broken"], tally["pairs"], self.options)
 
-    # ------------------------------------------------------------------------------------------------ similarity
-    def _dissimilar(self, shard: Shard, made: dict[int, Caption | Exception]) -> set[int]:
-        """The good captions whose cosine with the picture is below the quantile of this shard."""
-        if self.encoder is None or self.options.min_similarity_quantile is None:
-            return set()
-        texts = {i: c.judged.text for i, c in sorted(made.items()) if isinstance(c, Caption) and self._is_good(c)}
-        chunks = chunked(list(texts))
-        found: dict[int, float] = {}
-        for chunk, samples in zip(chunks, self._read(shard, chunks), strict=True):
-            pictures = {}
-            for i, sample in zip(chunk, samples, strict=True):
-                try:
-                    if isinstance(sample, StoredSample):
-                        pictures[i] = decode_image(sample.image, sample.name)
-                except BrokenSample:  # the captioner read more of it than the encoder can
-                    found[i] = -1.0
-            encoded = (
-                self.encoder.encode_image(pictures.values()),
-                self.encoder.encode_text([texts[i] for i in pictures]),
-            )
-            found |= zip(pictures, (encoded[0] * encoded[1]).sum(dim=1).tolist(), strict=True)
-        if not found:
-            return set()
-        bound = float(np.quantile(list(found.values()), self.options.min_similarity_quantile))
-        return {i for i, cosine in found.items() if cosine < bound}
-
     def _is_good(self, caption: Caption) -> bool:
         """An empty caption never is: pretraining would count it as broken."""
         return bool(caption.judged.text) and (not caption.judged.reason or self.options.on_bad == "keep")
 
     # ---------------------------------------------------------------------------------------------- the file
     def _write(
-        self, shard: Shard, path: Path, made: dict[int, Caption | Exception], dissimilar: set[int]
+        self, shard: Shard, path: Path, made: dict[int, Caption | Exception]
     ) -> tuple[list[Line], ContentHash, ShardWriter]:
         """Write the good pairs to `path`. Returns a line for each pair, the hash of the input, and the closed file."""
         lines, content = [], ContentHash()
@@ -235,14 +202,14 @@ class Worker:
             for chunk, samples in zip(chunks, self._read(shard, chunks), strict=True):
                 for i, sample in zip(chunk, samples, strict=True):
                     content.add(sample)
-                    line, members = self._line(shard, i, sample, made[i], i in dissimilar)
+                    line, members = self._line(shard, i, sample, made[i])
                     lines.append(line)
                     if members:
                         writer.add(line.key, members)
         return lines, content, writer
 
     def _line(
-        self, shard: Shard, index: int, sample: Read, made: Caption | Exception, is_dissimilar: bool
+        self, shard: Shard, index: int, sample: Read, made: Caption | Exception
     ) -> tuple[Line, list[tuple[str, bytes]]]:
         """The outcome of a pair, and its members of the file."""
         row = index - shard.first
@@ -252,8 +219,8 @@ class Worker:
         if caption is None:
             assert isinstance(made, Exception)
             return Line(row, sample.name, None, first_reason(made), made), []
-        if not self._is_good(caption) or is_dissimilar:
-            return Line(row, sample.name, caption, DISSIMILAR if is_dissimilar else caption.judged.reason), []
+        if not self._is_good(caption):
+            return Line(row, sample.name, caption, caption.judged.reason), []
         try:
             members = list(with_caption(sample, caption.judged.text))
         except (ValueError, RecursionError) as error:  # JSON that can be read and not written

@@ -220,12 +220,11 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(flags.language_model)
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
-    check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit, as_json=flags.json)
-    if not flags.json:
-        words = ["--data_path", flags.conversations]
-        words += ["--image_folder", flags.image_folder] if flags.image_folder else []
-        print("nothing found that would stop a training")
-        say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
+    check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit)
+    words = ["--data_path", flags.conversations]
+    words += ["--image_folder", flags.image_folder] if flags.image_folder else []
+    print("nothing found that would stop a training")
+    say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")
 
 
 def check_data(
@@ -235,7 +234,6 @@ def check_data(
     output: Path | str,
     *,
     decode_limit: int | None = None,
-    as_json: bool = False,
 ) -> DataReport:
     """Inspect a data set, publish the report in `output`, and return it.
 
@@ -251,8 +249,8 @@ def check_data(
         problems=[one_line(clip(f"{problem.kind}: {problem.message}")) for problem in report.problems],
         bars={"tokens of a sample": report.histogram},
         good=_shown(store, records),
-    ).publish(output, as_json=as_json)
-    if records and not as_json:
+    ).publish(output)
+    if records:
         console = Console(emoji=False)
         console.print("\nAn example as the model sees it ([bold green]trained[/], [dim]masked[/], [magenta]image[/]):")
         console.print(render_example(encoder, max(records[:50], key=lambda record: min(len(record.turns), 6))))

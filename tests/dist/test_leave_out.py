@@ -1,4 +1,4 @@
-"""A step that is left out, and weights put back in a running engine: bit for bit, in every ZeRO stage, two ranks."""
+"""A step that is left out leaves no trace: bit for bit, in every ZeRO stage, two ranks."""
 
 from __future__ import annotations
 
@@ -35,19 +35,10 @@ def test_a_step_left_out_changes_nothing_and_leaves_nothing_behind(ranks: list[d
     assert found["as if never seen"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_weights_and_optimizer_go_back_in_a_running_engine(ranks: list[dict], stage: str) -> None:
-    found = ranks[0][stage]
-    assert found["moved"]
-    assert found["back"]
-    assert found["as if never left"]
-
-
 def test_all_ranks_and_stages_see_the_same_loss_and_gradient_norm(ranks: list[dict]) -> None:
     for stage in STAGES:
         finite, stopping, unsaved, loss, norm = ranks[0][stage]["agreed"]
         assert ranks[1][stage]["agreed"] == ranks[0][stage]["agreed"], "bit for bit: they decide alike"
-        assert ranks[0][stage]["agreed again"] == ranks[0][stage]["agreed"]
         assert (finite, stopping, unsaved) == (True, 0, False)
         assert loss == pytest.approx(ranks[0]["zero0"]["agreed"][3], rel=1e-3)
         if stage == "offload3":

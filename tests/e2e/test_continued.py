@@ -157,7 +157,7 @@ def test_a_run_that_went_on_after_its_end_is_finished_anew(
 
 def test_one_checkpoint_is_exported(whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
-    done = run(python("scripts/checkpoints.py", "export", out / "r/checkpoints/step-00000008"))
+    done = run(python("scripts/export_clips.py", "--model", out / "r/checkpoints/step-00000008"))
     assert done.code == 0, done.text
     exported = out / "r/export-step-00000008"
     assert json.loads((exported / MADE_OF).read_text())["step"] == 8
@@ -181,14 +181,11 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-@pytest.mark.parametrize("launch", [deepspeed, torchrun])
-def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(
-    launch: Any, shards: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The other rank leaves; rank 0 then stands still for longer than ranks wait for each other, and finishes."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
     words = ("--debug", "--name", "r", "--output", tmp_path, *shards, "--timeout-minutes", "0.2")
-    with started(launch(SCRIPT, *words), log) as process:
+    with started(deepspeed(SCRIPT, *words), log) as process:
         launcher = psutil.Process(process.pid)
         wait_for(lambda: checkpoints(run_dir) and rank(launcher, 1) is None, process, log)
         first = rank(launcher, 0)

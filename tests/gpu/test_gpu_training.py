@@ -21,7 +21,7 @@ from clips.studies.benchmark import captioner_of
 from clips.training.engine import Engine
 from clips.training.memory import usage
 from clips.training.prepare import fullest_shape
-from clips.training.step import Verdict, optimizer_step
+from clips.training.step import optimizer_step
 from clips.training.task import Task
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def losses(run: RunConfig, zero: dict, device: torch.device, steps: int = 4) -> 
     engine.set_lr(1e-2, 2e-2)
     found = []
     for step in range(steps):
-        agreed, _ = optimizer_step(engine, [moved(step, device)])
+        agreed = optimizer_step(engine, [moved(step, device)])
         assert agreed.finite
         found.append(agreed.loss)
     return found
@@ -99,11 +99,11 @@ def test_a_step_waits_for_the_device_where_ranks_agree_and_nowhere_else(kind: st
         for step in range(4):
             mode = "error" if step else "default"  # the first step makes what stays
             torch.cuda.set_sync_debug_mode(mode)
-            agreed, _ = optimizer_step(
+            agreed = optimizer_step(
                 engine,
                 [on_device],
                 asked=lambda: torch.cuda.set_sync_debug_mode("default") or (0, False),
-                judge=lambda agreed, mode=mode: torch.cuda.set_sync_debug_mode(mode) or Verdict(),
+                judge=lambda agreed, mode=mode: torch.cuda.set_sync_debug_mode(mode) or False,
             )
             assert agreed.finite
     finally:

@@ -42,7 +42,7 @@ def test_flags_go_where_they_say() -> None:
     run = pretrain(
         *("--data", "a/*.tar", "--val-data", "v.csv", "--test-data", "t.csv", "--image-root", "pics"),
         *("--fields", "image=file", "web=alt", "--fields", "long=recaption", "--seed", "3"),
-        *("--on-spike", "rewind"),
+        *("--on-spike", "skip"),
     )
     assert difference(recipe("demo"), run) == [
         'data.fields.image: "jpg;jpeg;png;webp" → "file"',
@@ -52,7 +52,7 @@ def test_flags_go_where_they_say() -> None:
         'data.test: null → "t.csv"',
         'data.train: "demo" → "a/*.tar"',
         'data.val: null → "v.csv"',
-        'train.on_spike: "continue" → "rewind"',
+        'train.on_spike: "continue" → "skip"',
         "train.seed: 0 → 3",
     ]
 

@@ -189,7 +189,7 @@ def test_steps_of_the_optimizer_count_from_where_it_began_anew() -> None:
 def test_steps_that_were_left_out_are_no_steps_of_the_optimizer() -> None:
     p = phase(100, 0, "cosine")  # 10 steps
     run = replace(tiny_run(), phases=(p, replace(p, fresh_optimizer=True)))
-    left_out = [3, 9, 10, 14, 15]  # the last one lies ahead, where a rewind has put it
+    left_out = [3, 9, 10, 14, 15]
     assert optimizer_steps(run, TrainState(seed=0, step=4, phase=0, phase_step=4, left_out=left_out)) == 3
     assert optimizer_steps(run, TrainState(seed=0, step=10, phase=0, phase_step=10, left_out=left_out)) == 8
     assert optimizer_steps(run, TrainState(seed=0, step=15, phase=1, phase_step=5, left_out=left_out)) == 3

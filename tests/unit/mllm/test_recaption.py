@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +25,7 @@ from rich.console import Console
 
 import mllm.recaption.process as process
 import mllm.recaption.shards as shards_module
-from clips import CLIPS, Fields, open_source
+from clips import Fields, open_source
 from clips.common.errors import BrokenDataError, CommandError, UserError
 from clips.data.demo import ensure_demo
 from mllm.recaption.asking import Prompt
@@ -46,7 +45,7 @@ def captioner(monkeypatch: pytest.MonkeyPatch) -> Known:
 
 
 def caption(data: str, out: Path, **options: Any) -> None:
-    recaption(Options(data, out, "known:0", Prompt("Describe it. Hint: {web}"), **options), 1, QUIET)
+    recaption(Options(data, out, "known:0", Prompt("Describe it. Hint: {web}"), **options), QUIET)
 
 
 def members(shard: Path) -> dict[str, bytes]:
@@ -141,7 +140,7 @@ def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> Non
         options = Options(f"{tmp_path / name}.tar", tmp_path / name, "known:0", Prompt("Describe it."))
         ends = pytest.raises(BrokenDataError, match="no pair was written") if name == "none" else nullcontext()
         with ends:
-            recaption(options, 1, Console(emoji=False, file=shown))
+            recaption(options, Console(emoji=False, file=shown))
         assert (tmp_path / name / "report/index.html").exists()
         for text in (*said, "1 shards, 6 of 6 captions, "):
             assert text in shown.getvalue()
@@ -296,24 +295,6 @@ def test_samples_that_lack_a_member_are_told_and_keys_that_come_twice_are_one(tm
     assert manifests(tmp_path / "out")[0]["counts"]["left_out"] == 1
 
 
-def test_the_worst_fits_can_be_left_out(tmp_path: Path, captioner: Known, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder of this test prefers pictures with small numbers."""
-    import torch
-
-    class Encoder:
-        def encode_image(self, images: Any) -> torch.Tensor:
-            return torch.ones(len(list(images)), 1)
-
-        def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-            return torch.tensor([[1 - int(text.rstrip(".").rpartition(" ")[2]) / 100] for text in texts])
-
-    monkeypatch.setattr(CLIPS, "from_pretrained", lambda *_, **__: Encoder())
-    data = write_pairs(tmp_path / "pairs", 1, 10)
-    caption(data, tmp_path / "out", min_similarity_quantile=0.3, similarity_encoder="some")
-    assert [sample.web for sample in trained_on(tmp_path / "out")] == [f"stock photo {i}" for i in range(7)]
-    assert manifests(tmp_path / "out")[0]["rejected"] == {"dissimilar": 3}
-
-
 # ----------------------------------------------------------------------------------------- going on, and several
 
 
@@ -386,8 +367,6 @@ def test_a_changed_setting_and_changed_data_are_refused_with_the_difference(tmp_
 def test_flags_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for wrong, name in (
         ({"batch_size": 0}, "--batch-size"),
-        ({"min_similarity_quantile": 0.5}, "--similarity-encoder"),
-        ({"min_similarity_quantile": 1.0, "similarity_encoder": "x"}, "--min-similarity-quantile"),
         ({"words": (9, 3)}, "--words 9 3"),
         ({"max_broken_share": 1.5}, "--max-broken-share"),
     ):
@@ -451,7 +430,7 @@ def test_the_plan_writes_nothing_and_ranks_choose_their_gpu(tmp_path: Path, capt
     data = write_pairs(tmp_path / "pairs", 2, 6)
     told = io.StringIO()
     options = Options(data, tmp_path / "out", "known:0", Prompt("{web}"))
-    recaption(options, 1, Console(emoji=False, file=told, width=200), dry_run=True)
+    recaption(options, Console(emoji=False, file=told, width=200), dry_run=True)
     assert "12 in 2 shards, of which 12 in 2 are not done" in told.getvalue()
     assert not (tmp_path / "out").exists()
     slurm = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
@@ -485,20 +464,3 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("fcntl.flock", unsupported)
     with pytest.raises(UserError, match=r"Function not implemented.*name a folder on a file system with locks"):
         Folder(tmp_path).lock("a")
-
-
-def test_processes_that_end_again_and_again_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ended:
-        exitcode = 9
-
-        def start(self) -> None:
-            started.append(self)
-
-    started: list[Ended] = []
-    monkeypatch.setattr(process, "get_context", lambda _: SimpleNamespace(Process=lambda **_: Ended()))
-    monkeypatch.setattr(process, "LOOK", 0)
-    options = Options(write_pairs(tmp_path / "pairs", 2, 4), tmp_path / "out", "known:0", Prompt())
-    shown = io.StringIO()
-    with pytest.raises(CommandError, match="3 times in a row each process ended without a call of its captioner"):
-        recaption(options, 2, Console(emoji=False, file=shown))
-    assert len(started) == shown.getvalue().count("ended with exit code 9") == 2 * 3
