@@ -46,12 +46,14 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(stage, kind, checkpointing=on) for stage, kind, on in product(range(4), ("adamw", "muon"), (False, True))),
-    *(Case(stage, kind, captioner=False) for stage, kind in product(range(4), ("adamw", "muon"))),
-    *(Case(stage, kind, objective="clip", captioner=False) for stage, kind in product(range(4), ("adamw", "muon"))),
-    *(Case(stage, kind, contrastive="micro") for stage, kind in product(range(4), ("adamw", "muon"))),
+    *(Case(stage, kind) for stage, kind in product(range(4), ("adamw", "muon"))),
+    *(Case(stage, "adamw", checkpointing=True) for stage in (0, 3)),
+    *(Case(stage, kind, captioner=False) for stage, kind in ((0, "adamw"), (2, "muon"))),
+    *(Case(stage, kind, objective="clip", captioner=False) for stage, kind in ((1, "adamw"), (3, "muon"))),
+    *(Case(stage, kind, contrastive="micro") for stage, kind in ((0, "adamw"), (0, "muon"), (2, "adamw"), (3, "muon"))),
     *(Case(stage, "adamw", drops=True) for stage in (0, 3)),
 ]
+"""Every stage with both optimizers; each variant in two stages or more."""
 
 
 def without_bf16() -> None:

@@ -1,6 +1,6 @@
 """Started by test_leave_out.py under torchrun: steps that are left out, in each ZeRO stage.
 
-python leave_out_worker.py OUT KIND …
+python leave_out_worker.py OUT
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from clips.training.engine import Agreed, Engine
 
 ACCUMULATION = 2
 STAGES = STAGES | {"offload3": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+OF_KIND = {"adamw": [*STAGES], "muon": ["zero0", "zero2", "zero3"]}
+"""Optimizer → the stages in which it is tried."""
 
 
 def step(engine: Engine, seed: int, *, leave_out: bool = False) -> Agreed:
@@ -61,9 +63,9 @@ def measure(kind: str, zero: dict) -> dict[str, object]:
     }
 
 
-def main(out: str, *kinds: str) -> None:
+def main(out: str) -> None:
     init_distributed(CPU)
-    found = {kind: {name: measure(kind, zero) for name, zero in STAGES.items()} for kind in kinds}
+    found = {kind: {name: measure(kind, STAGES[name]) for name in names} for kind, names in OF_KIND.items()}
     ranks: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
     if dist.get_rank() == 0:

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 from clips.common.errors import UserError
-from clips.common.plots import LIGHT
 from clips.config import Fields, NamedSet
 from clips.data.sources import open_source
 from clips.lab.report import as_html
 from clips.recipes import recipe
 from clips.studies.captions import Common, captions_page, collect, compare_sets, conclusions, parse_sets, plan
 from clips.studies.variants import FIGURES, MEANS, Question, Study, decides, judge, measured
-from clips.studies.variants_page import NAMES, draw
 
 # ------------------------------------------------------------------------------------------------------ the sets
 
@@ -183,24 +181,3 @@ def test_artists_never_trained_on_decide_and_the_others_stand_beside_them() -> N
     assert "in retrieval R@1, test sentences (unseen artist), −7.0 [−8.0, −6.0] with seen artists." in said
     page = as_html(captions_page(result))
     assert page.count("−7.0 [−8.0, −6.0]") == 2, "in the sentence and in the table of what does not decide"
-
-
-def test_the_chart_s_bars_are_means() -> None:
-    """Small figures have an axis of their own, and the test set that decides is named."""
-    result = made_up({"a": 16.0, "web": 3.0}, ("unseen/sentence_r1", *EVERY))
-    (axes,) = draw(result["variants"], result["deciding_figure"], LIGHT).axes
-    assert axes.get_title() == "unseen artist"
-    drawn = [bar.get_height() for bar in axes.patches]
-    figures = [[run["figures"]["unseen/sentence_r1"] for run in v["runs"]] for v in result["variants"].values()]
-    assert drawn[: len(figures)] == pytest.approx([sum(values) / 3 for values in figures])
-    assert max(drawn) < axes.get_ylim()[1] < 30
-
-
-@pytest.mark.parametrize("figure", sorted(NAMES))
-def test_any_figure_may_be_the_one_that_the_test_data_give(figure: str) -> None:
-    assert decides([figure]) == figure
-    result = made_up({"a": 40.0, "web": 50.0}, (figure,))
-    (said,) = conclusions(result)
-    assert said.startswith("The captions of a do harm against web captions alone: −")
-    assert f" in {NAMES[figure]}." in said
-    assert NAMES[figure] in as_html(captions_page(result))

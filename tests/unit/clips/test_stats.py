@@ -63,8 +63,7 @@ def verdicts(tries: int, *, gap: float, seed_spread: float, seeds: int = SEEDS, 
     return found
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("seed_spread", [0.0, 0.025, 0.06])
+@pytest.mark.parametrize(("seeds", "seed_spread"), [(2, 0.025), (3, 0.0), (3, 0.06), (5, 0.025)])
 def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: float) -> None:
     """Right and wrong answers; seeds that make no difference, some, and most of it. Two seeds: less."""
     found = verdicts(1500, gap=0.0, seed_spread=seed_spread, seeds=seeds)
@@ -81,8 +80,8 @@ def sized(seeds: int, pictures: int, runs: float, shared: float, luck: float, wi
     return Spread(*levels, variances, (1.0, float(seeds), float(seeds * within))[: 1 + len(levels[0])], (1.0, pictures))
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("pictures", [40, 80, 347])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("pictures", [40, 347])
 def test_false_findings_stay_at_5_percent_whatever_makes_the_variance(seeds: int, pictures: int) -> None:
     """100 mixtures of what seeds, pictures and single answers add. With two seeds the interval is wider."""
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
@@ -145,15 +144,6 @@ def test_power_is_the_share_of_simulated_comparisons_that_find_the_difference() 
     crossed = sized(seeds, pictures, runs=1e-4, shared=0.5e-4, luck=1e-4, within=3)
     assert size.power(0.0) < size.power(0.02) < size.power(0.05) < crossed.power(0.05)
     assert crossed.power(crossed.detectable()) == pytest.approx(0.78, abs=0.03)
-
-
-def test_a_known_gap_is_found_and_its_size_is_right() -> None:
-    assert verdicts(200, gap=0.15, seed_spread=0.01).count("win") >= 180
-    rng = np.random.default_rng(0)
-    difficulty = difficulties(rng)
-    estimate = interval(answers(rng, difficulty, skill=0.12) - answers(rng, difficulty), CLUSTERS)
-    assert estimate.low < 0.12 < estimate.high
-    assert estimate.low < estimate.mean < estimate.high
 
 
 @pytest.mark.parametrize(
@@ -324,18 +314,6 @@ def test_shares_add_up_to_the_square_of_the_interval_s_standard_error() -> None:
     # Power 0.8 needs t and its quantile of 0.8 on top of a standard error that both have in common.
     assert found.detectable() > estimate.high - estimate.mean
     assert sum(found.shares().values()) == pytest.approx(_variance(rows, items[0]), rel=0.02)
-
-
-def test_of_unequal_numbers_they_add_up_too() -> None:
-    """Six runs on five encoders, averaged by encoder: on average over many draws."""
-    rng, runs, items = np.random.default_rng(9), [np.array([0, 1, 2, 3, 4, 0]), np.arange(6)], [np.arange(80)] * 2
-    levels = [("pretraining seed", runs[0]), ("LLaVA seed", runs[1])]
-    added, expected = [], []
-    for _ in range(300):
-        scores = drawn(rng, runs, items[:1], np.array([[0, 0.5], [0.1, 0.1], [0.2, 0.3]]))
-        added.append(sum(spread(scores, levels, [("picture", items[0]), ("question", items[1])]).shares().values()))
-        expected.append(_variance(np.stack([scores[runs[0] == seed].mean(0) for seed in range(5)]), items[0]))
-    assert np.mean(added) == pytest.approx(np.mean(expected), rel=0.03)
 
 
 def _variance(rows: np.ndarray, clusters: np.ndarray) -> float:

@@ -109,14 +109,6 @@ def test_what_happens_aside_costs_no_processor_seconds(monkeypatch: pytest.Monke
 
 
 # ------------------------------------------------------------------------------------------------------- variants
-def test_each_variant_trains_its_own_objective_and_optimizer() -> None:
-    runs = {variant.label: PretrainingRun(variant.recipe, "x", None, 0, variant.settings) for variant in VARIANTS}
-    configs = {name: run.config() for name, run in runs.items()}
-    assert {name: (run.task.objective, run.optim.kind) for name, run in configs.items()} == {
-        f"{objective}-{kind}": (objective, kind) for objective in ("clips", "clip") for kind in ("muon", "adamw")
-    }
-
-
 def test_variants_are_read_from_flags() -> None:
     assert read_variants([]) == list(VARIANTS)
     short = ["short", "demo", "phases.0.samples=48000", "phases.0.schedule=linear"]

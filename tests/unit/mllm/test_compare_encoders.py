@@ -507,14 +507,6 @@ def test_what_the_figures_do_not_say_is_said(report: dict, finished: Comparison)
     assert "clips does not beat blind" not in text
 
 
-def test_the_words_follow_the_interval() -> None:
-    row = {"a": "x", "b": "y", "metric": "accuracy", "mean": 0.04, "ci95": [-0.01, 0.09], "verdict": "tie"}
-    assert "tie" in sentence(row | {"items_needed": 5000})
-    assert "5,000 questions" in sentence(row | {"items_needed": 5000})
-    assert "more questions alone" in sentence(row | {"items_needed": None})
-    assert sentence(row | {"verdict": "win"}).startswith("x answers 4.0 points [−1.0, +9.0] more questions right")
-
-
 def test_questions_that_blind_models_answer_are_marked_and_left_out(finished: Comparison) -> None:
     """Blind models say yes to everything; half of the questions about a place are made to ask for a no."""
     for cell in cells_of(finished):

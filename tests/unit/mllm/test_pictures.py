@@ -35,22 +35,6 @@ def test_the_picture_fits_a_page(tmp_path: Path) -> None:
     assert out.stat().st_size < 200_000
 
 
-@pytest.mark.parametrize(
-    ("content", "name", "words"),
-    [
-        ("{", "a.png", "no right answers"),
-        ("[]", "a.png", "no right answers"),
-        ('{"encoders": {"a": {"metrics": {}}}, "differences": []}', "a.png", "no right answers"),
-        ('{"encoders": {}, "differences": []}', "a.jpg", "name it .png or .svg"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path, content: str, name: str, words: str) -> None:
-    report = tmp_path / "report.json"
-    report.write_text(content)
-    with pytest.raises(UserError, match=words):
-        write_results(report, tmp_path / name)
-
-
 def test_shown_answers_are_right_in_every_run_but_the_last() -> None:
     def answers(*right: bool) -> list[Answer]:
         """Two questions of each kind about pictures 0 … 7, and one more about the first picture."""

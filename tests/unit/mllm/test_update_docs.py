@@ -10,8 +10,6 @@ from tiny_compare import comparison_of, finish, made, place, reported
 
 from clips.common.errors import CommandError, UserError
 from clips.common.files import sha256
-from clips.studies.claims import CLAIMS
-from clips.studies.variants import judge
 from mllm.compare.verify import pack
 from tools.update_docs import take, update_pages
 
@@ -136,34 +134,3 @@ def test_a_file_of_results_is_taken_from_an_archive_that_verifies(place: Path, t
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(UserError, match=r"is no result of compare_pretraining"):
         take(tmp_path / "mine.json", "compare", root)
-
-
-def test_claims_are_taken_without_configurations_and_their_verdicts_stand_in_a_page(tmp_path: Path) -> None:
-    """From claims.json as scripts/compare_pretraining.py writes it; claim (e) has one figure, and no variants."""
-    values = {"web": (30.0, 31.0), "sentence": (70.0, 74.0), "captioner": (73.0, 71.0)}
-    variants = {
-        name: {"runs": [{"seed": i, "figures": {"unseen/sentence_r1": v, "sentence_r1": v + 5.0}, "config": {"a": 1}}
-                        for i, v in enumerate(found)]}
-        for name, found in values.items()
-    }  # fmt: skip
-    llava = {"a": "clips", "b": "clip", "metric": "accuracy", "mean": 4.3, "ci95": [0.4, 8.2], "verdict": "win"}
-    rows = {name: [run["figures"] for run in variant["runs"]] for name, variant in variants.items()}
-    claims = {"b": judge(CLAIMS["b"], rows), "e": {"contrasts": [llava]}, "f": {"verdict": "not run"}}
-    source = tmp_path / "claims.json"
-    source.write_text(json.dumps({"variants": variants, "questions": claims}))
-    root = root_with(
-        tmp_path,
-        "<!-- figures: claims\n| {sentence: unseen/sentence_r1} | {sentence − web: unseen/sentence_r1} | {sentence − "
-        "web: verdict} | {captioner − sentence: sentence_r1} | {captioner − sentence: verdict} | {clips − clip: "
-        "accuracy} |\n-->\n<!-- /figures -->\n",
-    )
-    target = take(source, "claims", root)
-    assert "config" not in target.read_text()
-    update_pages(check=False, root=root)
-    cells = (root / "docs" / "page.md").read_text().partition("-->\n")[2].split(" | ")
-    starts = ("| 72.0 ± 2.8", "**+41.5 [+", "**reproduced**", "+0.0 [−", "not reproduced", "**+4.3 [+0.4, +8.2]** |")
-    assert all(cell.startswith(start) for cell, start in zip(cells, starts, strict=True))
-    page = root / "docs" / "page.md"
-    page.write_text(page.read_text().replace("{sentence − web: v", "{web − sentence: v"))
-    with pytest.raises(UserError, match=r"\{web − sentence: verdict\} is not in"):
-        update_pages(check=True, root=root)
