@@ -32,7 +32,7 @@ def attention(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Tensor | 
 
     `visible` is boolean and broadcasts to [B, H, L, S]; True = the query sees the key. On a CPU, in bf16 and up to
     `CPU_PLAIN_KEYS` keys, plain matrix products are used: there the fused kernel takes 1.2 to 6.5 times as long,
-    while in fp32 it is the faster one (`python scripts/benchmark.py attention`).
+    while in fp32 it is the faster one (docs/speed.md).
     """
     plain = q_BHLK.device.type == "cpu" and q_BHLK.dtype == torch.bfloat16 and k_BHSK.shape[2] <= CPU_PLAIN_KEYS
     if not plain:

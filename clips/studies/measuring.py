@@ -25,21 +25,17 @@ def fastest(
     parts: Mapping[str, Callable[[], Any]],
     repeats: int,
     device: torch.device,
-    clock: Callable[[], float] | None = None,
 ) -> dict[str, float]:
-    """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each.
-
-    By the wall clock, or by `clock`.
-    """
-    now, times = clock or time.perf_counter, {name: float("inf") for name in parts}
+    """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
+    times = {name: float("inf") for name in parts}
     for turn in range(repeats + 1):
         for name, part in parts.items():
-            begin = now()
+            begin = time.perf_counter()
             part()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:
-                times[name] = min(times[name], now() - begin)
+                times[name] = min(times[name], time.perf_counter() - begin)
     return times
 
 

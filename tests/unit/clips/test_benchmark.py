@@ -79,7 +79,6 @@ def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (
         benchmark._stock_towers(run, tokenizer, CPU, full_context=True),
         benchmark._stock_towers(run, tokenizer, CPU, full_context=False),
-        benchmark._stock_coca(run, tokenizer, CPU),
     ):
         losses.clear()
         for _ in range(30):

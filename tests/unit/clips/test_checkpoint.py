@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import bomb
 import pytest
 import torch
-from conftest import ROOT
 
 from clips.common import files
 from clips.common.errors import NoCheckpointError, UserError
@@ -99,57 +95,6 @@ def test_none_good_although_some_were_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(NoCheckpointError):  # LATEST says that there were some
         checkpoint.latest(tmp_path)
-
-
-def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
-    """A real process, killed by SIGKILL when half of the files are written."""
-    write(tmp_path, 1)
-    script = (
-        "import os, signal, sys; from pathlib import Path; import torch; from clips.weights import checkpoint\n"
-        "whole = checkpoint.save_file\n"
-        "def dying(tensors, path):\n"
-        "    whole(tensors, path)\n"
-        "    if path.name.startswith('optimizer'): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_file = dying\n"
-        "tensors = {'a': torch.ones(5)}\n"
-        "checkpoint.save(Path(sys.argv[1]), tensors, tensors, checkpoint.TrainState(seed=0, step=2), 2)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert names(tmp_path) == ["step-00000001", "step-00000002.partial"]
-    assert checkpoint.latest(tmp_path).state.step == 1
-    assert "step-00000002.partial" in names(tmp_path), "a reader leaves a save that is underway alone"
-    checkpoint.remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["step-00000001"]
-
-
-def test_a_full_disk_leaves_the_old_ones_intact(tmp_path: Path) -> None:
-    """The system itself refuses to write beyond some bytes of a file, in the middle of different files."""
-    limits = {"state": 1_000, "model": 20_000, "optimizer": 150_000}
-    old = {name: write(tmp_path / name, 1, size=1_000) for name in limits}
-    before = {path: path.read_bytes() for directory in old.values() for path in directory.iterdir()}
-    script = (
-        "import resource, sys; from pathlib import Path; import torch; from clips.weights import checkpoint\n"
-        "state = checkpoint.TrainState(seed=0, step=2, logit_scale=[(i, 1.0) for i in range(1000)])\n"
-        f"for name, limit in {limits}.items():\n"
-        "    weights, optimizer = {'a': torch.ones(3_000)}, {'a': torch.ones(100_000)}\n"
-        "    if name == 'state': weights = optimizer = {'a': torch.ones(5)}\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        "    try:\n"
-        "        checkpoint.save(Path(sys.argv[1]) / name, weights, optimizer, state, 2)\n"
-        "    except OSError as error:\n"
-        "        print('refused:', error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("too large") == len(limits)
-    assert {path: path.read_bytes() for path in before} == before
-    for name in limits:
-        assert names(tmp_path / name) == ["step-00000001"]
-        assert checkpoint.latest(tmp_path / name).state.step == 1
-        assert (tmp_path / name / "LATEST").read_text() == "step-00000001\n"
 
 
 def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:

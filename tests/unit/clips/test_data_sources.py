@@ -191,14 +191,10 @@ def test_wrong_fields_list_what_is_there(tmp_path: Path) -> None:
     [
         ({"json": b'{"org_caption": '}, "bad JSON"),
         ({"json": b"[" * 100_000}, "bad JSON"),
-        ({"json": b"[1]"}, "not a JSON object"),
         ({"json": b'{"org_caption": null}'}, "web caption is empty"),
         ({"json": b'{"org_caption": 3}'}, "web caption is int"),
-        ({"json": b'{"label": 1}'}, "web caption is empty"),
-        ({"json": b'{"org_caption": "  "}'}, "web caption is empty"),
         ({"json": b'{"org_caption": "\xff"}'}, "bad JSON"),
         ({"txt": b""}, "long caption is empty"),
-        ({"txt": b" \n"}, "long caption is empty"),
         ({"txt": "é".encode("latin-1")}, "not UTF-8"),
         ({"png": b""}, "image: the file is empty"),
     ],
@@ -211,21 +207,6 @@ def test_a_broken_sample_has_a_reason(tmp_path: Path, changes: dict[str, bytes],
     assert raised.value.key.endswith("a.tar#s001")
     assert source.read(2).web == "web 2"
     assert len(list(source.captions())) in (4, 6)
-
-
-def test_a_missing_member_leaves_its_sample_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "a.tar", sample(0) | sample(1, txt=None) | sample(2) | sample(3, png=None))
-    assert numbers(open_tar(tmp_path)) == [0, 2]
-    assert "a.tar: 2 samples are left out" in caplog.text
-    assert "s001, without long" in caplog.text
-
-
-def test_a_duplicate_key_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    values = ((0, b"first"), (1, b"other"), (0, b"second"))
-    members = [member for i, value in values for member in sample(i, txt=value).items()]
-    source = open_tar(write_tar(tmp_path / "a.tar", members))
-    assert [source.read(i).long for i in range(len(source))] == ["first", "other"]
-    assert "s000.png appears twice" in caplog.text
 
 
 def headers(path: Path) -> dict[str, int]:
@@ -274,24 +255,6 @@ def test_a_shard_that_shrinks_under_the_run_breaks_samples(tmp_path: Path) -> No
     assert source.read(0).web == "web 0"
     with pytest.raises(BrokenSample, match="cut off"):
         source.read(2)
-
-
-@pytest.mark.parametrize("name", ["../s001.png", "/etc/s001.png", "d/../../s001.png", "./../s001.png"])
-def test_a_climbing_member_is_refused(tmp_path: Path, name: str) -> None:
-    write_tar(tmp_path / "a.tar", sample(0) | {name: picture()})
-    with pytest.raises(UserError, match="outside the shard"):
-        open_tar(tmp_path)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_a_link_is_refused(tmp_path: Path, kind: bytes) -> None:
-    path = shard(tmp_path / "a.tar", 0, 1)
-    with tarfile.open(path, "a") as tar:
-        info = tarfile.TarInfo("s001.png")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
-    with pytest.raises(UserError, match=r"s001\.png.* is a link"):
-        open_tar(path)
 
 
 def test_samples_agree_with_tarfile_on_random_shards(tmp_path: Path) -> None:

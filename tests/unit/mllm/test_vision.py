@@ -322,15 +322,6 @@ def test_hf_refusals(tmp_path):
     save_file(short, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"do not fit.*missing .*fc1"):
         load_vision(f"hf:{tmp_path / 'cut'}")
-    hf_directory(tmp_path / "code", "clip")
-    config = json.loads((tmp_path / "code" / "config.json").read_text())
-    marker = tmp_path / "was_run"
-    (tmp_path / "code" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
-    (tmp_path / "code" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="code needs Python code that comes with it"):
-        load_vision(f"hf:{tmp_path / 'code'}")
-    assert not marker.exists()
 
 
 def test_unknown_names_and_layers(runs, tmp_path):
