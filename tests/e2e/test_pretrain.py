@@ -35,9 +35,11 @@ pytestmark = pytest.mark.slow
 # It runs
 
 
-def test_every_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
+def test_each_kind_of_recipe_takes_three_steps_to_the_report(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """Of the paper's four, which differ in sizes alone, the smallest."""
+    recipes = [name for name in RECIPES if name not in ("b16", "l14", "h14")]
     flags = ("--debug", "--output", tmp_path, *shards, "--profile", "1")
-    for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in RECIPES}).items():
+    for name, done in run_all({name: python(SCRIPT, "--recipe", name, *flags) for name in recipes}).items():
         assert done.code == 0, done.text
         run_dir = tmp_path / f"{name}-debug"
         both = RECIPES[name]().task.contrasts
