@@ -44,6 +44,7 @@ from clips.training.prepare import (
     open_run_dir,
     prepare_data,
     print_plan,
+    reached_flops,
     read_given_weights,
     with_precision,
 )
@@ -102,9 +103,10 @@ def pretrain(run: RunConfig, options: Options) -> None:
     model.freeze(run.train.freeze)
     beginning = initialise(model, initial) if initial is not None else None
     ds_config = read_ds_config(options.ds_config)
+    reached = reached_flops(run, model, device)
     if is_main:
         zero, ranks = ds_config.get("zero_optimization", {}), dist.get_world_size()
-        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, zero, beginning)
+        print_plan(run, model, len(source), options.run_dir, device, ranks, previous, zero, reached, beginning)
     if options.dry_run:
         shutdown()
         return

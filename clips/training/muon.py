@@ -70,5 +70,5 @@ def _orthogonalised(matrices: Tensor) -> Tensor:
     padded = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])  # the last ranks may have fewer
     own = zeropower_via_newtonschulz5(padded, steps=5).contiguous()
     everywhere = own.new_empty(ranks * share, *own.shape[1:])
-    dist.all_gather_into_tensor(everywhere, own)
+    dist.all_gather(list(everywhere.chunk(ranks)), own)
     return everywhere[: len(matrices)]

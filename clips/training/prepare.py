@@ -25,17 +25,17 @@ from clips.common.live import in_words
 from clips.common.memory import gigabytes
 from clips.common.peaks import peak_flops
 from clips.common.ranks import once_per_machine, wait_for_all_ranks
-from clips.common.runtime import autocast, has_bf16
-from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference
-from clips.data.loader import micro_batch_size
+from clips.common.runtime import has_bf16
+from clips.config import ImageSize, PhaseConfig, RunConfig, Size, difference, sides
+from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.data.sources import Source
 from clips.data.splits import held_out_sets, open_split, split_spec
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
 from clips.model.clips import NO_SHARED_SPACE, CLIPSModel
 from clips.model.flops import BatchShape, forward_flops, repeated_flops, training_flops
-from clips.model.vision import VisionTower
 from clips.recipes import RECIPES
 from clips.training.memory import Usage, usage
+from clips.training.task import Task
 from clips.weights import checkpoint
 from clips.weights.initial import Beginning, InitialWeights, check_agrees, read_initial
 
@@ -211,8 +211,8 @@ def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunCo
 #: Share of the device's peak that training is taken to reach if it is not timed: of a large model on a CPU (0.7 to 0.9
 #: measured); on GPUs others publish 13 % (open_clip, B/16 on A100), 20 % (NeMo, g/14 on H100), 23 % (ViT-S, H100).
 EFFICIENCY = {"cpu": 0.7, "cuda": 0.2}
-TIMED_SECONDS, TIMED_SAMPLES = 1.0, 64
-"""How long, and how many pictures at a time."""
+TIMED_SECONDS, TIMED_SHARE = 0.5, 0.8
+"""How long forward and backward pass are timed, and their share of a step on a CPU (docs/speed.md)."""
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
@@ -220,30 +220,34 @@ def compute_dtype(run: RunConfig) -> torch.dtype:
     return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
 
 
-def reached_flops(run: RunConfig, tower: VisionTower, device: torch.device) -> float:
-    """FLOP/s that one rank is taken to reach in training. On a CPU its image tower is timed, forward and backward.
+def reached_flops(run: RunConfig, model: CLIPSModel, device: torch.device) -> float:
+    """FLOP/s that one rank is taken to reach in training. On a CPU all ranks time forward and backward pass together.
 
-    Small matrices reach a fraction of the peak that differs from machine to machine. A GPU, and a tower too large to be
+    Small matrices reach a fraction of the peak that differs from machine to machine. A GPU, and a model too large to be
     timed, are taken to reach EFFICIENCY.
     """
     peak, _ = peak_flops(device, compute_dtype(run))
-    config = replace(run.model, vision=replace(tower.config, patch_dropout=0.0))
-    flops = training_flops(config, BatchShape(1, tower.image_size, ()))["vision"]
-    samples = min(TIMED_SAMPLES, int(0.2 * TIMED_SECONDS * peak / flops))
-    if device.type != "cpu" or not samples:
+    phase, ranks = run.phases[0], dist.get_world_size() if dist.is_initialized() else 1
+    shape = usual_shape(run, phase.image_size, micro_batch_size(phase, run.train.accumulation, ranks))
+    flops = sum(training_flops(run.model, shape, run.train.freeze).values())
+    if device.type != "cpu" or flops > 0.2 * TIMED_SECONDS * peak:
         return peak * EFFICIENCY[device.type]
-    tower, images = copy.deepcopy(tower), torch.zeros(samples, 3, tower.image_size, tower.image_size)
+    task = Task(copy.deepcopy(model), run)
+    task.model.visual.set_image_size(phase.image_size)
+    batch = to_device(full_batch(task, run, shape, device), device)
 
-    def forward_and_backward() -> None:
-        with autocast(device, enabled=run.train.precision == "bf16"):
-            tower.proj(tower(images)[0]).sum().backward()
+    def seconds(passes: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(passes):
+            task(batch)[0].backward()
+        taken = torch.tensor(time.perf_counter() - begin)
+        if ranks > 1:
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return taken.item()
 
-    forward_and_backward()  # the first time is slower
-    begin, passes = time.perf_counter(), 0
-    while time.perf_counter() < begin + TIMED_SECONDS:
-        forward_and_backward()
-        passes += 1
-    return passes * samples * flops / (time.perf_counter() - begin)
+    seconds(1)  # the first pass is slower
+    passes = max(1, int(TIMED_SECONDS / seconds(1)))
+    return TIMED_SHARE * passes * flops / seconds(passes)
 
 
 def estimated_seconds(run: RunConfig, reached: float, ranks: int, done: int) -> float:
@@ -272,13 +276,13 @@ def _flops(run: RunConfig, shape: BatchShape) -> int:
     return sum(training_flops(run.model, shape, run.train.freeze).values()) + repeated
 
 
-def usual_shape(run: RunConfig, image_size: ImageSize) -> BatchShape:
-    """One sample, as it is before the data is known: with masked padding a text is taken to fill half its context."""
+def usual_shape(run: RunConfig, image_size: ImageSize, samples: int = 1) -> BatchShape:
+    """As samples are before the data is known: with masked padding a text is taken to fill half its context."""
     text, captioner = run.model.text, run.model.captioner
     words = text.context_length // (2 if text.trim else 1)
     texts = (words,) * len(run.task.texts)
     caption = captioner.length if captioner is not None and run.task.captions else 0
-    return BatchShape(1, image_size, texts, caption, predicted=max(0, caption - 1))
+    return BatchShape(samples, image_size, texts, caption, predicted=samples * max(0, caption - 1))
 
 
 def fullest_shape(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> BatchShape:
@@ -300,6 +304,23 @@ def largest_size(phase: PhaseConfig) -> Size:
     return max(phase.training_sizes, key=math.prod)
 
 
+def full_batch(task: Task, run: RunConfig, shape: BatchShape, device: torch.device) -> Batch:
+    """A micro-batch in the layout of clips/data/loader.py, without padding and with its counts.
+
+    Its pictures are on `device` ("meta" too), and all else is on the host.
+    """
+    slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
+    batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
+    size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
+    batch["images"] = torch.empty(shape.samples, 3, *sides(size)[::-1], dtype=torch.uint8, device=device)
+    seen = vision.kept_tokens(size)
+    if vision.patch_dropout:
+        batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
+    if captioner is not None and captioner.image_token_keep < 1 and shape.caption:
+        batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(shape.samples, -1)
+    return task.counted(batch)
+
+
 def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]) -> Usage:
     """Of one rank, in the phase that takes most."""
     usages = []
@@ -312,9 +333,12 @@ def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]
 
 def print_plan(
     run: RunConfig, model: CLIPSModel, samples: int, run_dir: Path, device: torch.device, ranks: int,
-    previous: checkpoint.Checkpoint | None, zero: Mapping[str, Any], beginning: Beginning | None = None,
+    previous: checkpoint.Checkpoint | None, zero: Mapping[str, Any], reached: float, beginning: Beginning | None = None,
 ) -> None:  # fmt: skip
-    """What is about to happen, before it happens; `zero`: the `zero_optimization` of the engine's settings."""
+    """What is about to happen, before it happens.
+
+    `zero`: the `zero_optimization` of the engine's settings; `reached`: FLOP/s of a rank.
+    """
     table = Table(title=f"recipe {run.recipe}", show_header=False, title_justify="left")
     parts = model.parameter_counts()
     table.add_row("model", "  ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()) + " parameters")
@@ -347,7 +371,7 @@ def print_plan(
     table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
-    seconds = estimated_seconds(run, reached_flops(run, model.visual, device), ranks, done)
+    seconds = estimated_seconds(run, reached, ranks, done)
     table.add_row("time", f"about {in_words(seconds)} (rough)")
     memory = most_memory(run, device.type, ranks, zero)
     host = f", {gigabytes(memory.host)} GB of them the machine's" if memory.host else ""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
-from clips.config import PhaseConfig, RunConfig, sides
+from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
 from clips.model.clips import CLIPSModel, Outputs
-from clips.model.flops import BatchShape
 from clips.training.grad_cache import forward_passes
-from clips.training.prepare import fullest_shape, largest_size
+from clips.training.prepare import full_batch, fullest_shape, largest_size
 from clips.training.task import Part, Task
 
 
@@ -55,7 +54,8 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
     """A step of rank 0 of `ranks`. Texts and captions have full length. Raises Waits, or torch's error of "meta"."""
     task = built(run, phase)
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
-    batch = full_batch(task, run, fullest_shape(run, phase, micro, ranks))
+    to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
+    batch = full_batch(task, run, fullest_shape(run, phase, micro, ranks), META)
     whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
     engine: Any = _Engine(task, run)
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:
@@ -77,18 +77,3 @@ def built(run: RunConfig, phase: PhaseConfig) -> Task:
     model.freeze(run.train.freeze)
     model.set_activation_checkpointing(run.train.activation_checkpointing)
     return Task(model, run)
-
-
-def full_batch(task: Task, run: RunConfig, shape: BatchShape) -> Batch:
-    """A micro-batch on the host, in the layout of clips/data/loader.py, without padding and with its counts."""
-    to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
-    slots = dict(zip(run.task.texts, shape.texts, strict=True)) | ({"caption": shape.caption} if shape.caption else {})
-    batch: Batch = {name: torch.full((shape.samples, count), 5) for name, count in slots.items()}
-    size, vision, captioner = shape.image_size, run.model.vision, run.model.captioner
-    batch["images"] = torch.empty(shape.samples, 3, *sides(size)[::-1], dtype=torch.uint8, device=META)
-    seen = vision.kept_tokens(size)
-    if vision.patch_dropout:
-        batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
-    if captioner is not None and captioner.image_token_keep < 1 and shape.caption:
-        batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(shape.samples, -1)
-    return task.counted(batch)
