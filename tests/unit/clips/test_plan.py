@@ -148,7 +148,7 @@ def test_the_table_of_the_docs_is_what_the_command_prints() -> None:
 def test_memory_and_time_stand_in_the_plan_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
     run = replace(tiny_run(), data=DataConfig(train="mine"))  # of the demo, which has a test set, the plan builds it
     for zero, host in (({"stage": 0}, False), ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, True)):
-        print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, zero)
+        print_plan(run, random_model(run), 100, Path("runs/x"), torch.device("cpu"), 1, None, zero, 1e9)
         said = " ".join(capsys.readouterr().err.split())
         total = most_memory(run, "cpu", 1, zero)
         assert f"about {gigabytes(total.total + total.host)} GB a rank at most" in said
