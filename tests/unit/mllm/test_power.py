@@ -10,40 +10,34 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from clips.common.files import read_json
 from mllm.compare.cells import llava_runs
 from mllm.compare.comparison import Comparison
 from mllm.compare.plan import ENCODER_VARIANCE, OF_QUESTIONS, RUN_VARIANCE, power, power_in_words
 from mllm.compare.words import design_in_words
 
-BY_SEED = {
-    "unseen artist": {
-        "clips": [0.39875, 0.37375, 0.30625],
-        "clip": [0.235, 0.2325, 0.27375],
-        "caption": [0.41375, 0.3375, 0.3975],
-    },
-    "seen artists": {
-        "clips": [0.41, 0.34625, 0.31125],
-        "clip": [0.23625, 0.21875, 0.26375],
-        "caption": [0.4075, 0.33375, 0.385],
-    },
-}
-"""Right answers of each run of the pretrained encoders, 800 questions: docs/results/compare.json."""
+STORED = read_json(ROOT / "docs" / "results" / "compare.json")["encoders"]
+BY_SEED = [
+    [np.array(STORED[name]["metrics"][metric]["by_seed"]) for name in ("clips", "clip", "caption")]
+    for metric in ("accuracy", "accuracy@seen")
+]
+"""Right answers in each run of the pretrained encoders, for two sorts of pictures."""
 
 
 def test_the_plan_s_spread_is_that_of_all_pairs_of_pretrained_encoders() -> None:
-    """One pair over three seeds is no measure: the largest of these variances is five times the smallest."""
-    pairs = [(np.array(of[a]), np.array(of[b])) for of in BY_SEED.values() for a, b in combinations(of, 2)]
-    measured = [float((a - b).var(ddof=1)) for a, b in pairs]
+    """One pair is no measure: the largest of these variances is almost four times the smallest."""
+    measured = [float((a - b).var(ddof=1)) for of in BY_SEED for a, b in combinations(of, 2)]
     assert pytest.approx(np.mean(measured), rel=0.02) == RUN_VARIANCE + ENCODER_VARIANCE
-    assert max(measured) > 5 * min(measured)
+    assert max(measured) > 3 * min(measured)
 
 
 @pytest.mark.parametrize(
     ("seeds", "runs", "design", "cases"),
     [
-        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", 16),
-        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", 22),
-        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", 36),
+        (3, 3, "3 encoders of each kind, 1 LLaVA run on each", 18),
+        (3, 9, "3 encoders of each kind, 3 LLaVA runs on each", 24),
+        (5, 5, "5 encoders of each kind, 1 LLaVA run on each", 39),
+        (5, None, "5 encoders of each kind, 6 LLaVA runs on them in turn", 40),
     ],
 )
 def test_designs_in_words_and_what_they_see(seeds: int, runs: int | None, design: str, cases: int) -> None:
