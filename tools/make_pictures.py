@@ -28,10 +28,12 @@ from clips.lab.report import plain_axes
 from mllm.chat.patch_map import overlay, patch_map
 from mllm.data.demo import DEMO_DIR, IMAGES
 from mllm.data.questions import UNSEEN_ANSWERS
+from mllm.evaluation.report import KINDS as KIND_WORDS
 
 WRONG = "#b3261e"
 ALL = "accuracy"
 """The metric over all questions; `accuracy/KIND` are those of a kind."""
+ENCODER_WORDS = {"clips": "CLIPS", "clip": "CLIP", "caption": "captions alone", "random": "untrained"}
 KINDS = ("identity", "where", "count", "relation")
 """Kinds of the right answers that are shown, from left to right."""
 
@@ -64,10 +66,11 @@ def results_plot(encoders: dict[str, dict[str, Any]], theme: Theme) -> Plot:
         places = [place + bar * (i - (len(encoders) - 1) / 2) for place in range(len(metrics))]
         means = [100 * figures[metric]["mean"] for metric in metrics]
         spreads = [100 * (figures[metric]["sd"] or 0.0) for metric in metrics]
-        axes.bar(places, means, bar * 0.92, label=name, color=SERIES[i % len(SERIES)])
+        axes.bar(places, means, bar * 0.92, label=ENCODER_WORDS.get(name, name), color=SERIES[i % len(SERIES)])
         axes.errorbar(places, means, spreads, fmt="none", ecolor=theme.ink, elinewidth=1.1, capsize=2.5)
-    kinds = [metric.partition("/")[2] or "all questions" for metric in metrics]
-    labels = [f"{kind}\n({first[metric]['items']:,})" for kind, metric in zip(kinds, metrics, strict=True)]
+    kinds = [metric.partition("/")[2] or "overall" for metric in metrics]
+    words = [textwrap.fill(KIND_WORDS.get(kind, kind), 13) for kind in kinds]
+    labels = [f"{said}\n({first[metric]['items']:,})" for said, metric in zip(words, metrics, strict=True)]
     axes.set_xticks(range(len(metrics)), labels)
     axes.set_ylim(0, 108)
     axes.set_title("Right answers, %: mean over seeds ± standard deviation", loc="left", fontsize=10.5, color=theme.ink)

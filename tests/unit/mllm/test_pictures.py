@@ -11,6 +11,7 @@ from PIL import Image
 
 from clips.common.errors import UserError
 from clips.common.plots import LIGHT
+from mllm.evaluation.report import KINDS as KIND_WORDS
 from tools.make_pictures import KINDS, Answer, chosen, results_plot, write_results
 
 STORED = ROOT / "docs" / "results" / "compare.json"
@@ -20,8 +21,9 @@ def test_bars_and_error_bars_are_the_figures() -> None:
     report = json.loads(STORED.read_text())
     encoders = {name: encoder["metrics"] for name, encoder in report["encoders"].items()}
     axes = results_plot(encoders, LIGHT).axes[0]
-    kinds = [label.get_text().partition("\n")[0] for label in axes.get_xticklabels()]
-    assert kinds == ["identity", "count", "where", "relation", "yes_no", "all questions"]
+    labels = [" ".join(label.get_text().split("\n")[:-1]) for label in axes.get_xticklabels()]
+    kinds = ["identity", "count", "where", "relation", "yes_no", "overall"]
+    assert labels == [KIND_WORDS[kind] for kind in kinds]
     metrics = [f"accuracy/{kind}" for kind in kinds[:-1]] + ["accuracy"]
     figures = [encoder[metric] for encoder in encoders.values() for metric in metrics]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([100 * figure["mean"] for figure in figures])
