@@ -149,7 +149,9 @@ class Layout:
         if first != len(cells):
             raise ValueError(f"{len(cells)} squares, but pictures of the sizes {list(sizes)}")
         rows = torch.cat([cells.flatten(0, 1), newline.to(cells.dtype)[None], *pooled])
-        return rows.index_select(0, torch.from_numpy(np.concatenate(places)).to(cells.device))
+        index = torch.from_numpy(np.concatenate(places))
+        index = index.pin_memory() if cells.is_cuda else index  # from other memory the host would wait for the GPU
+        return rows.index_select(0, index.to(cells.device, non_blocking=True))
 
 
 def pooled_cells(cells: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from clips.common.rehearsal import META, Rehearsal
 from mllm.model.flops import LlavaFlops
 from mllm.model.packing import Counts, pairs_of
+from mllm.model.tiles import Layout
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import apply_freeze, llava_of
 from mllm.training.lora import add_lora
@@ -20,14 +21,16 @@ from mllm.training.trainer import TrainingModel
 
 TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TOWER |= {"image_size": 336, "patch_size": 14}
-LENGTH, ANSWERS = 826, 150
+WORDS, ANSWERS = 250, 150
+LENGTH = 576 + WORDS
+CANVAS = (672, 672)
 
 
 def made(
-    name: str, stage: int, *, lora: bool, checkpointing: bool, **kinds: bool
+    name: str, stage: int, *, lora: bool, checkpointing: bool, tiles: str | None = None, **kinds: bool
 ) -> tuple[TrainingModel, TrainArguments]:
     """A stage's model in bf16, as DeepSpeed trains it, without weights."""
-    model = Planned.of(name, TOWER, lora=lora, bits=16).build()
+    model = Planned.of(name, TOWER, lora=lora, bits=16, tiles=tiles).build()
     arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True).resolve(1)
     arguments = replace(arguments, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
     freeze = freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=kinds.get("tower", False))
@@ -42,21 +45,23 @@ def made(
 
 def batch_of(training: TrainingModel, samples: int, *, pictures: bool = True) -> dict[str, Any]:
     """A batch on the device, counted on the host before; all samples begin with one common token."""
-    config = training.llava.config
-    tokens = config.image_seq_length
-    ids = torch.full((samples, LENGTH), 7)
+    config, layout = training.llava.config, Layout.of(training.llava.config)
+    tokens, squares = layout.most, samples * layout.most_squares
+    length = tokens + WORDS
+    ids = torch.full((samples, length), 7)
     ids[:, 1] = torch.arange(samples)
     if pictures:
         ids[:, 10 : 10 + tokens] = config.image_token_id
-    labels = ids.masked_fill(torch.arange(LENGTH) < LENGTH - ANSWERS, -100)
+    labels = ids.masked_fill(torch.arange(length) < length - ANSWERS, -100)
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     counts = Counts.of(batch, config.image_token_id)
     batch = {name: tensor.to(META) for name, tensor in batch.items()}
     half: dict[str, Any] = {"dtype": torch.bfloat16, "device": META}
     if pictures and training.features:
-        batch["image_features"] = torch.empty(samples, tokens, TOWER["hidden_size"], **half)
+        batch["image_features"] = torch.empty(squares, layout.square, TOWER["hidden_size"], **half)
     elif pictures:
-        batch["pixel_values"] = torch.empty(samples, 3, TOWER["image_size"], TOWER["image_size"], **half)
+        batch["pixel_values"] = torch.empty(squares, 3, TOWER["image_size"], TOWER["image_size"], **half)
+    batch |= {"image_sizes": [CANVAS] * samples} if layout.pinpoints else {}
     return batch | {"counts": counts, "num_items_in_batch": torch.empty((), dtype=torch.long, device=META)}
 
 
@@ -91,6 +96,16 @@ def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, chec
         pairs = pairs_of(4, LENGTH, counts.shared)
         parts = flops.parts(pictures=4, positions=counts.row, pairs=pairs, predicted=counts.learned)
         assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
+
+
+def test_tiles_need_what_the_plan_says() -> None:
+    """Their tokens make the row longer, and the projector keeps every square."""
+    training, arguments = made("smollm2-135m", 1, lora=False, checkpointing=True, tiles="2x2", features=True)
+    rehearsal, there = stepped(training, batch_of(training, 4))
+    layout = Layout.of(training.llava.config)
+    planned = StepBytes.of(training.llava, arguments, length=layout.most + WORDS, learned=ANSWERS)
+    gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
+    assert planned.peak(gradients, 0) == pytest.approx(rehearsal.peak - there, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["features", "text", "tower", "padded"])

@@ -10,7 +10,9 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import gradio as gr
 import pytest
 import tiny_chat
 import torch
@@ -115,6 +117,15 @@ def test_the_page(model: ChatModel, files: list[Path], expected: str) -> None:
     *_, (messages, _, _) = answer(talk, 0, lambda: model, 0.0, 8, Limits(), again=False)
     assert [part.get("path") for part in messages[0]["content"]] == [*map(str, files), None]
     assert messages[1]["content"] == expected.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    costly, limits = {"text": TEXT, "files": list(map(str, files))}, Limits(squares=5)
+    begin(costly, talk, 1, limits)
+    with patch.object(gr, "Warning") as warned:
+        *_, (shown, box, _) = answer(talk, 0, lambda: model, 0.0, 8, limits, again=False)
+    if model.layout.pinpoints:  # the earlier pictures count: they stay in the talk
+        assert warned.call_args.args[0].startswith("the encoder would read 16 squares for these 4 pictures, and the")
+        assert (shown, box["value"]) == (messages, costly)
+    else:
+        assert not warned.called
 
 
 def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected: str) -> None:

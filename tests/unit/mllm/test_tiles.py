@@ -31,6 +31,8 @@ from clips.common.errors import UserError
 from clips.common.tensors import read_weights
 from clips.data.images import MAX_PIXELS, decode_image, decoded_size
 from mllm.chat.model import ChatModel
+from mllm.chat.session import ChatSession
+from mllm.chat.transcript import LazyPicture
 from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.encoders.registry import CANVASES, grid_pinpoints, image_pixels, load_vision
@@ -233,6 +235,17 @@ def test_the_header_s_size_is_the_decoded_picture_s(kind: str) -> None:
     with pytest.raises(Exception, match=r"image: .* above the limit"):
         decoded_size(file.getvalue(), max_pixels=100)
     assert MAX_PIXELS > 203 * 301
+
+
+def test_a_header_is_read_once(chat: ChatModel) -> None:
+    """For the limit, the tokens, and every further question of a talk."""
+    read: list[str] = []
+    picture = LazyPicture(lambda: Image.new("RGB", (80, 30)), lambda: read.append("header") or (30, 80))
+    chat.check_squares([picture], 9)
+    session = ChatSession(chat)
+    for question in ("What?", "And now?"):
+        "".join(session.ask(question, [picture] * (not session.turns), tiny_chat.SHORT))
+    assert read == ["header"]
 
 
 # ---------------------------------------------------------------------------------------------- training
