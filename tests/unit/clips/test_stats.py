@@ -65,9 +65,9 @@ def verdicts(tries: int, *, gap: float, seed_spread: float, seeds: int = SEEDS, 
 
 @pytest.mark.parametrize(("seeds", "seed_spread"), [(2, 0.025), (3, 0.0), (3, 0.06), (5, 0.025)])
 def test_identical_models_tie_in_about_95_of_100_tries(seeds: int, seed_spread: float) -> None:
-    """Right and wrong answers; seeds that make no difference, some, and most of it. Two seeds: less."""
+    """Right and wrong answers; seeds that make no difference, some, and most of it."""
     found = verdicts(1500, gap=0.0, seed_spread=seed_spread, seeds=seeds)
-    assert (0.02 if seeds == 2 else 0.03) <= 1 - found.count("tie") / len(found) <= 0.07
+    assert (0.025 if seeds == 2 else 0.03) <= 1 - found.count("tie") / len(found) <= 0.07
     wins, losses = found.count("win"), found.count("loss")
     assert abs(wins - losses) <= 4 * np.sqrt(wins + losses + 1)
 
@@ -83,13 +83,12 @@ def sized(seeds: int, pictures: int, runs: float, shared: float, luck: float, wi
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("pictures", [40, 347])
 def test_false_findings_stay_at_5_percent_whatever_makes_the_variance(seeds: int, pictures: int) -> None:
-    """100 mixtures of what seeds, pictures and single answers add. With two seeds the interval is wider."""
+    """100 mixtures of what seeds, pictures and single answers add."""
     parts = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
     mixtures = [(r, p, luck) for r in parts for p in parts for luck in (0.0, 1.0) if r + p + luck > 0]
     rates = [sized(seeds, pictures, *mixture).power(0.0, 20_000) for mixture in mixtures]
-    low, high = (0.018, 0.068) if seeds == 2 else (0.035, 0.065)
-    assert low <= min(rates)
-    assert max(rates) <= high
+    assert min(rates) >= 0.035
+    assert max(rates) <= 0.065
 
 
 def half(scores: np.ndarray) -> float:
