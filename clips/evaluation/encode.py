@@ -143,33 +143,45 @@ def _encode(
         images = stacked([pixels for pixels, _, _ in of_size])
         if size_of(images) != model.visual.size:
             model.visual.set_image_size(size_of(images))
-        pooled, tokens = model.visual(normalise(images.to(device)))
+        pooled, tokens = model.visual(normalise(sent(images, device)))
         features = F.normalize(model.visual.proj(pooled).float(), dim=-1)
+        predicted = [] if tokenizer is None else predict(model, tokenizer, tokens, [item for _, item, _ in of_size])
         found.towers.append((features.cpu(), pooled.float().cpu()))
-        if tokenizer is not None:
-            found.caption_tokens.extend(_predict(model, tokenizer, tokens, [item for _, item, _ in of_size]))
+        found.caption_tokens.extend((guessed.cpu(), true) for guessed, true in predicted)
         found.found.extend((item, index) for _, item, index in of_size)
     return found
 
 
-def _predict(
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the host does not wait for what a GPU was given before."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor  # a copy from other memory would wait
+    return pinned.to(device, non_blocking=True)
+
+
+def predict(
     model: CLIPSModel, tokenizer: CaptionTokenizer, image_tokens: Tensor, items: Sequence[Item]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Predicted and true tokens [N] of the long captions of those `items` that have one, from all their image tokens.
+    """Tokens [N] of the long captions of those `items` that have one: predicted, on the device, and true, on the host.
 
     With `captioner.inputs = "tokens"` each is predicted from those before it, as in training. Nothing without a
-    captioner or long captions. `image_tokens` are what the tower gives, CLS among them.
+    captioner or long captions. `image_tokens` are what the tower gives, CLS among them. All is counted on the host.
     """
     rows = [row for row, item in enumerate(items) if item.captions.get("long")]
     if model.captioner is None or not rows:
         return []
     encoded = tokenizer.encode([items[row].captions["long"][0] for row in rows])
-    caption = tokenizer.caption_ids(encoded, model.captioner.config.length).to(image_tokens.device)
-    web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], model.config.text)
-    prefix = model.caption_prefix(image_tokens[rows], web.to(image_tokens.device))
-    states = model.captioner(*prefix, caption[:, :-1])
+    device, config = image_tokens.device, model.config.text
+    caption = tokenizer.caption_ids(encoded, model.captioner.config.length)
+    web = tokenizer.for_tower([items[row].captions["web"][0] for row in rows], config)
+    words = None if model.text is None else model.text.count(web)
     there = word_slots(caption, model.pad_id)[:, 1:]
-    return [(model.captioner.head(states[there]).argmax(-1).cpu(), caption[:, 1:][there].cpu())]
+    tokens = image_tokens.index_select(0, sent(torch.tensor(rows), device))
+    prefix = model.caption_prefix(tokens, sent(web, device), words)
+    slots = prefix[0].shape[1] + there.shape[1]
+    count = None if words is None else len(rows) * (slots - (config.pool == "cls")) + words
+    states = model.captioner(*prefix, sent(caption[:, :-1], device), count=count)
+    wanted = states.flatten(0, 1).index_select(0, sent(there.flatten().nonzero().squeeze(1), device))
+    return [(model.captioner.head(wanted).argmax(-1), caption[:, 1:][there])]
 
 
 @torch.no_grad()
@@ -188,11 +200,18 @@ def encode_texts(
     row = {text: i for i, text in enumerate(unique)}
     batches = [unique[i : i + batch_size] for i in range(0, len(unique), batch_size)]
     with evaluating(model) as device:
-        mine = [
-            model.encode_text(tokenizer.for_tower(batch, config).to(device)).cpu()
+        found = [
+            text_features(model, tokenizer.for_tower(batch, config), device)
             for batch in my_share(batches, sharded=sharded)
         ]
+    mine = [features.cpu() for features in found]  # a GPU is waited for at the end alone
     return torch.cat(all_shares(mine, sharded=sharded))[[row[text] for text in texts]]
+
+
+def text_features(model: CLIPSModel, ids: Tensor, device: torch.device) -> Tensor:
+    """L2-normalised features [B, E] on `device` of ids [B, L] on the host, where they are counted."""
+    count = None if model.text is None else model.text.count(ids)
+    return model.encode_text(sent(ids, device), count)
 
 
 def prompt_features(

@@ -85,11 +85,14 @@ class CLIPSModel(nn.Module):
         """images [B, 3, S, S] → [B, E], L2-normalised."""
         return F.normalize(self.visual.proj(self.visual(images)[0]).float(), dim=-1)
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised. ValueError without a shared space."""
+    def encode_text(self, ids: Tensor, count: int | None = None) -> Tensor:
+        """ids [B, L] (see clips/model/text.py) → [B, E], L2-normalised. ValueError without a shared space.
+
+        `count`: `TextTower.count` of the ids, if known: without it the host waits for a GPU.
+        """
         if self.text is None or not self.config.embed_dim:
             raise ValueError(NO_SHARED_SPACE)
-        return F.normalize(self.text.proj(self.text(ids)[0].pooled).float(), dim=-1)
+        return F.normalize(self.text.proj(self.text(ids, counts=[count])[0].pooled).float(), dim=-1)
 
     def forward(
         self,
@@ -127,16 +130,18 @@ class CLIPSModel(nn.Module):
             caption_states=states,
         )
 
-    def caption_prefix(self, image_tokens: Tensor, web_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def caption_prefix(
+        self, image_tokens: Tensor, web_ids: Tensor, count: int | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The captioner's inputs: all patch tokens [B, N, D], web-text states [B, M, D] and their mask.
 
         `image_tokens` [B, C + N, D] are those of `visual`. `web_ids` [B, L] are those of the web captions, which count
-        nothing for a captioner that reads the image alone.
+        nothing for a captioner that reads the image alone. `count` as for `encode_text`.
         """
         patches = self.visual.patches(image_tokens)
         if self.captioner is None or not self.captioner.config.web or self.text is None:
             return patches, None, None
-        (web,) = self.text(web_ids)
+        (web,) = self.text(web_ids, counts=[count])
         return patches, web.states, web.visible
 
     @torch.no_grad()
@@ -163,10 +168,7 @@ class CLIPSModel(nn.Module):
 
     def counts(self, images: Tensor, texts: Sequence[Tensor], caption: Tensor | None, kept: Kept = ALL) -> Counts:
         """The `counts` of `forward` for these inputs."""
-        words = []
-        if self.text is not None:
-            computed = map(self.text.computed, texts)
-            words = [i.numel() if slots is None else int(slots.sum()) for i, slots in zip(texts, computed, strict=True)]
+        words = [] if self.text is None else [self.text.count(ids) for ids in texts]
         predicted = 0 if caption is None else int(word_slots(caption, self.pad_id)[:, 1:].sum())
         tokens = self.config.vision.tokens(size_of(images))
         for places in (kept.patches, kept.image_tokens):

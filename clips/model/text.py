@@ -78,7 +78,12 @@ class TextTower(nn.Module):
             visible[:, -1] = True
         return visible
 
-    def forward(self, *texts: Tensor, counts: Sequence[int] | None = None) -> list[TextStates]:
+    def count(self, ids_BL: Tensor) -> int:
+        """How many slots are `computed`, of ids on the host."""
+        computed = self.computed(ids_BL)
+        return ids_BL.numel() if computed is None else int(computed.sum())
+
+    def forward(self, *texts: Tensor, counts: Sequence[int | None] | None = None) -> list[TextStates]:
         """ids [B, L] of each text of a batch, of any lengths, in one pass.
 
         `counts`: how many slots of each are `computed`, if known: without them the host waits for the GPU.
@@ -89,7 +94,7 @@ class TextTower(nn.Module):
                 raise ValueError(
                     f"texts have {L} slots, the tower's context is {context} (pad_mask={self.config.pad_mask})"
                 )
-        known: Sequence[int | None] = counts or [None] * len(texts)
+        known = counts or [None] * len(texts)
         batches = [
             Packed.of(ids.shape, self.computed(ids), count, self._mask(ids))
             for ids, count in zip(texts, known, strict=True)

@@ -15,6 +15,9 @@ from clips.common.errors import UserError
 from clips.common.rehearsal import META, Rehearsal, Waits
 from clips.config import RunConfig, TaskConfig
 from clips.data.loader import micro_batch_size
+from clips.data.tokenizer import build_tokenizer
+from clips.evaluation.encode import predict, text_features
+from clips.evaluation.testsets import Item
 from clips.model.flops import forward_flops, repeated_flops, training_flops
 from clips.recipes import RECIPES, recipe, with_tower
 from clips.training.engine import build_optimizer, parameter_groups
@@ -40,7 +43,7 @@ def variant(name: str, kind: str, settings: list[str]) -> RunConfig:
 
 
 CASES = [
-    *((name, "", 8 if name in list(RECIPES)[:4] else 64, []) for name in RECIPES),
+    *((name, "", 8 if name in list(RECIPES)[:4] else 512 if name == "l14" else 64, []) for name in RECIPES),
     *(("s16", "", 512, [setting]) for setting in (WHOLE, "train.freeze=vision", "model.text.pad_mask=false")),
     *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption", "caption+web", "siglip", "clip tower", "dropping")),
     ("b16", "", 8, []),  # the logits of the whole batch are computed in chunks
@@ -105,14 +108,31 @@ def test_the_optimizer_steps_without_a_wait(kind: str) -> None:
     assert state == pytest.approx(4 * elements, rel=0.01)
 
 
-def test_evaluation_and_captions_run_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation waits for the number of words of each batch of texts; its features are read anyway."""
+def test_evaluation_does_not_wait_for_its_words() -> None:
+    """Neither for a text's features nor for a caption's tokens, up to where they are read."""
+    run = recipe("l14").override(["train.precision=bf16"])
+    model = built(run, run.phases[1]).model.eval()
+    texts = ["a dog", "a cat sits on a mat", "it is red"]
+    tokenizer = build_tokenizer("wordpiece", texts * 8, vocab_size=64)
+    items = [
+        Item(b"", {"web": [text], **({"long": [text]} if long else {})})
+        for text, long in zip(texts, (1, 0, 1), strict=True)
+    ]
+    images, ids = torch.empty(3, 3, 224, 224, device=META), tokenizer.for_tower(texts, run.model.text)
+    with Rehearsal(), torch.no_grad():
+        assert text_features(model, ids, META).shape == (3, 768)
+        ((predicted, true),) = predict(model, tokenizer, model.visual(images)[1], items)
+    words = sum(len(encoded) + 1 for encoded in tokenizer.encode([texts[0], texts[2]]))
+    assert predicted.shape == true.shape == (words,)
+
+
+def test_captions_are_written_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation counts its words on the device."""
     monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     run = recipe("l14").override(["train.precision=bf16"])
     model = built(run, run.phases[1]).model.eval()
     images, ids = torch.empty(256, 3, 224, 224, device=META), torch.full((256, 80), 5, device=META)
     with Rehearsal(), torch.no_grad():
-        assert model.encode_image(images).shape == (256, 768)
         captions = model.captioner.generate(*model.caption_prefix(model.visual(images)[1], ids), 1, 2, 0)
     assert captions.shape == (256, 127)
 
