@@ -97,6 +97,10 @@ class Part:
     """Bytes that its backward pass needs beside what is kept, at most."""
     parameters: int
     """Those that get their gradients in it."""
+    blocks: int = 1
+    """Those gradients come block by block; what is kept goes with them."""
+    forward: int = 0
+    """Bytes that its forward pass needs beside what is kept, at most, where that may be the fullest moment."""
 
 
 def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]:
@@ -117,10 +121,10 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     most = max((stack.working for stack in texts), default=0)
     # A token embedding's gradient is made whole before it is added.
     embedding = FP32 * text.vocab_size * text.width if model.has_text_tower else 0
-    parts["text"] = Part(B * kept, B * most + embedding, counts.get("text", 0))
+    parts["text"] = Part(B * kept, B * most + embedding, counts.get("text", 0), text.layers)
     for name in ("vision", "text"):
         if frozen == name:
-            parts[name] = Part(0, parts[name].working, 0)
+            parts[name] = replace(parts[name], kept=0, parameters=0)
     contrastive = _contrastive(model, shape, B * shape.world_size) if model.embed_dim else Part(0, 0, 0)
     if captioner is None or not shape.caption:
         return parts | {"contrastive": contrastive}
@@ -142,9 +146,10 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     parts["captioner"] = _scaled(decoder, B, counts["captioner"] - head, inputs + norm + slots**2)
     parts["contrastive"] = contrastive
     chunks = max(1, -(-shape.predicted // run.task.caption_chunk))
-    # Of a chunk's logits: log-probabilities, their gradient and that of the logits, in fp32; then the head's own.
-    logits = 3 * FP32 * -(-shape.predicted // chunks) * text.vocab_size
-    parts["head"] = Part(2 * e * shape.predicted * captioner.width, logits + (2 * e if place.bf16 else 0) * head, head)
+    logits = FP32 * -(-shape.predicted // chunks) * text.vocab_size
+    # Of a chunk: log-probabilities, their gradient and that of the logits; then the head's own. Forward: two of them.
+    working = 3 * logits + (2 * e if place.bf16 else 0) * head
+    parts["head"] = Part(2 * e * shape.predicted * captioner.width, working, head, forward=2 * logits)
     return parts
 
 
@@ -193,12 +198,12 @@ def _stack(
     # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
     working = int(place.element * (mlp_ratio + 1) * tokens * width)
     if not place.checkpointing:
-        return Part(layers * block, working, 0)
-    return Part(int(layers * place.element * tokens * width), block + working, 0)
+        return Part(layers * block, working, 0, layers)
+    return Part(int(layers * place.element * tokens * width), block + working, 0, layers)
 
 
 def _scaled(stack: Part, samples: int, parameters: int, more: int) -> Part:
-    return Part(samples * (stack.kept + more), samples * stack.working, parameters)
+    return Part(samples * (stack.kept + more), samples * stack.working, parameters, stack.blocks)
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -256,12 +261,15 @@ def usage(
     """What a rank keeps of a gradient."""
     before = on_rank.gradients if accumulation > 1 else 0
     kept = sum(part.kept for part in parts.values())
-    fullest = before + copies + kept
-    done = 0
+    fullest = before + copies + kept + max(part.forward for part in parts.values())
+    done = 0.0
     for part in reversed(parts.values()):  # the backward pass
-        gradients = before if accumulation > 1 else int(share * FP32 * done)
-        # With checkpointing the copies have gone with the forward pass.
-        fullest = max(fullest, gradients + kept + part.working + (0 if place.checkpointing else copies))
+        last = 1 / part.blocks
+        for blocks_done in (0.0, 1 - last):  # at the part's first block and at its last one
+            gradients = before if accumulation > 1 else int(share * FP32 * (done + blocks_done * part.parameters))
+            held_back = kept - int(blocks_done * part.kept) + part.working
+            # With checkpointing the copies have gone with the forward pass.
+            fullest = max(fullest, gradients + held_back + (0 if place.checkpointing else copies))
         kept, done = kept - part.kept, done + part.parameters
     fullest = max(fullest, on_rank.gradients)
     if whole_step:

@@ -7,11 +7,12 @@ assumptions are printed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,13 @@ from transformers import (
     ViTConfig,
 )
 
-from clips.common.cards import TIME_HEAD, Machine, Time
+from clips.common.cards import CARDS, TIME_HEAD, Machine, Time
 from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.memory import Parameters, gigabytes, held
 from clips.common.page import print_table
 from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.quantize import stored_bytes
 from mllm.model.tiles import Layout, Llava
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
@@ -79,6 +81,8 @@ class StepBytes:
     """Beside `kept`, where the last layer's gradients are made; without gradients of weights."""
     end: int
     """In place of `kept`, where the first layer's gradients are made; without gradients of weights."""
+    first: int
+    """In place of `kept`, where the word embeddings' gradient is made, the last of all; without gradients."""
     depth: int
     """Layers of the language model."""
 
@@ -91,6 +95,8 @@ class StepBytes:
         attention q, k, v, output and, for the last projection's weights, the packed output; of the MLP gate, up, their
         activation and, for weights that train, the product; with LoRA each adapter's input after dropout, the mask, and
         what comes out of its first half. Keys are repeated to all heads: packed rows with a shared beginning want it.
+        A layer is fullest where gate and up get their gradients from that of their product. With LoRA it is fullest
+        before, in the pass that checkpointing repeats: dropout then holds a copy of the product.
         """
         text, vision = model.config.get_text_config(), model.model.vision_tower.config
         samples, half = arguments.per_device_train_batch_size, bool(arguments.bf16)
@@ -107,18 +113,20 @@ class StepBytes:
         logits, norm = 4 * words * text.vocab_size, tokens * D * (4 + e * full)
         checkpointing = arguments.gradient_checkpointing
         kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)
+        kept += 0 if full else tokens * e * D  # the embeddings, into which the pictures' tokens were put
+        made = tokens * e * (ff + 5 * D if lora else 3 * ff + D)
         layout = Layout.of(model.config)
         cells = samples * layout.square * layout.most_squares
         pictures = cells * e * (vision.hidden_size + 2 * D)
         whole = tokens * (layer if checkpointing else 0)
-        moment = max(tokens * 9 * e * D - logits, whole + tokens * e * (3 * ff - D) - logits - norm)
-        end = tokens * (layer + e * (3 * ff - D)) + pictures
-        return cls(kept + logits + norm + pictures, 2 * logits, moment, end, text.num_hidden_layers)
+        moment = max(tokens * 9 * e * D - logits, whole + made - logits - norm)
+        end, first = tokens * layer + made + pictures, tokens * e * D + pictures
+        return cls(kept + logits + norm + pictures, 2 * logits, moment, end, first, text.num_hidden_layers)
 
     def peak(self, gradients: int, head: int) -> int:
         """With all `gradients`, `head` of them the output layer's, which come first. The first layer's come last."""
         late = gradients - head - (gradients - head) // self.depth
-        return max(self.kept + self.loss, self.kept + self.layers + head, late + self.end)
+        return max(self.kept + self.loss, self.kept + self.layers + head, late + self.end, gradients + self.first)
 
 
 def memory_estimate_gb(
@@ -140,16 +148,22 @@ def memory_estimate_gb(
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
     element = 2 if half and zero else 4
     frozen_element: float = next(model.parameters()).itemsize if element == 4 else 2
+    frozen, restored = total - trained, 0
     if arguments.bits < 16:
-        frozen_element = arguments.bits / 8
-    parameters = Parameters({"trained": trained}, total - trained, element=element, frozen_element=frozen_element)
+        modules = model.model.language_model.modules()  # bitsandbytes' layers are linear ones too
+        layers = [m for m in modules if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+        stored = sum(stored_bytes(m, arguments.bits, double_quant=arguments.double_quant is not False) for m in layers)
+        sizes = [m.in_features * m.out_features for m in layers]
+        frozen_element = (frozen_element * (frozen - sum(sizes)) + stored) / frozen
+        restored = element * max(sizes)  # one layer at a time is multiplied in the type of its inputs
+    parameters = Parameters({"trained": trained}, frozen, element=element, frozen_element=frozen_element)
     found = held(parameters, {"stage": zero, "overlap_comm": True}, world_size)
     step = StepBytes.of(model, arguments, length=length, learned=length if learned is None else learned)
     head = element * model.lm_head.weight.numel() if trained > total / 2 else 0
     parts = {
         "weights": found.weights,
         "gradients and AdamW": found.gradients + found.optimizer,
-        "activations": max(step.peak(found.gradients, head) - found.gradients, 0),
+        "activations": max(step.peak(found.gradients, head) - found.gradients, 0) + restored,
         "DeepSpeed's buffers": found.buffers,
     }
     return {name: size / 1e9 for name, size in parts.items() if size}
@@ -311,8 +325,11 @@ class StagePlan:
     time: Time
 
 
-def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
-    """With the largest micro-batch, up to 16, that fits; UserError where not even one sample does."""
+def plan_stage(planned: Planned, machine: Machine, number: int, *, propose: bool = True) -> StagePlan:
+    """With the largest micro-batch, up to 16, that fits; UserError where not even one sample does.
+
+    `propose`: the error names the changes with which the stage fits.
+    """
     stage, model = STAGES[number], planned.build()
     length = planned.image_tokens + WORDS[number]
     shape = LlavaShape(samples=1, length=length, pictures=planned.layout.most_squares, predicted=ANSWERS[number])
@@ -334,8 +351,8 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
     else:
         raise UserError(
             f"stage {number} of {planned} does not fit {machine} ({machine.card.usable / 1e9:.0f} GB usable): one "
-            f"sample at a time takes {', '.join(f'{gb:.1f} GB {name}' for name, gb in memory.items())}. Try --lora, "
-            "--bits 4, more --gpus, or a --kind with more memory"
+            f"sample at a time takes {', '.join(f'{gb:.1f} GB {name}' for name, gb in memory.items())}. It fits with "
+            + (", or ".join(_that_fit(planned, machine, number) if propose else ()) or "a smaller --language-model")
         )
     passes = arguments.gradient_accumulation_steps
     flops = sum(planned.flops(model)(shape).values()) + repeated
@@ -351,6 +368,26 @@ def plan_stage(planned: Planned, machine: Machine, number: int) -> StagePlan:
             communication_s=machine.collective_seconds(moved),
         ),
     )
+
+
+def _that_fit(planned: Planned, machine: Machine, number: int) -> Iterator[str]:
+    """The single changes with which a stage fits; of GPUs the fewest, of kinds that with the least memory."""
+    adapters = dataclasses.replace(planned, lora=True)
+    quantised = {f"--bits {bits}": (dataclasses.replace(adapters, bits=bits), machine) for bits in (8, 4)}
+    more = [dataclasses.replace(machine, gpus=gpus) for gpus in (2, 4, 8, 16, 32, 64) if gpus > machine.gpus]
+    cards = sorted(CARDS.items(), key=lambda named: named[1].memory_gb)
+    larger = {name: card for name, card in cards if card.memory_gb > machine.card.memory_gb}
+    for ways in (
+        {"--lora": (adapters, machine)} if not planned.lora else {},
+        {flag: way for flag, way in quantised.items() if way[0].bits < planned.bits},
+        {f"--gpus {machines.gpus}": (planned, machines) for machines in more},
+        {f"--kind {name}": (planned, dataclasses.replace(machine, card=card)) for name, card in larger.items()},
+    ):
+        for flag, way in ways.items():
+            with contextlib.suppress(UserError):
+                plan_stage(*way, number, propose=False)
+                yield flag
+                break
 
 
 def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> TrainArguments:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
+from torch import nn
 
 from clips.common.cards import Machine, card
 from clips.common.errors import UserError
+from mllm.model.quantize import quantize, stored_bytes
 from mllm.training.freeze import count_parameters
 from mllm.training.plan import LANGUAGE_MODELS, Planned, plan_stage, print_recaptioning, print_stages
 
@@ -51,13 +56,36 @@ def test_a_stage_costs_about_six_operations_a_parameter_and_token() -> None:
 
 def test_what_does_not_fit_is_refused_and_what_is_proposed_fits(capsys: pytest.CaptureFixture[str]) -> None:
     card_of = on(1, "rtx4090")
-    with pytest.raises(UserError, match=r"stage 2 of vicuna-7b .* does not fit 1 × RTX 4090 .* Try --lora, --bits 4"):
+    refused = r"stage 2 of vicuna-7b .* does not fit 1 × RTX 4090 .* fits with --lora, or --bits 8, or --gpus \d+, or"
+    with pytest.raises(UserError, match=refused) as caught:
         print_stages(planned("vicuna-7b"), card_of)
+    gpus = int(re.search(r"--gpus (\d+)", str(caught.value))[1])
+    assert plan_stage(planned("vicuna-7b"), on(gpus, "rtx4090"), 2).memory_gb < 0.9 * 24
+    with pytest.raises(UserError, match="does not fit"):
+        plan_stage(planned("vicuna-7b"), on(gpus // 2, "rtx4090"), 2, propose=False)
     print_stages(planned("vicuna-7b", bits=4), card_of)
     said = capsys.readouterr().out
     assert "instruct" in said
     assert "at 2 a GPU hour" in said
     assert plan_stage(planned("vicuna-7b", bits=4), card_of, 2).memory_gb < 0.9 * 24
+
+
+@pytest.mark.parametrize(("bits", "double_quant"), [(4, True), (4, False), (8, True)])
+def test_quantised_layers_take_the_bytes_that_bitsandbytes_stores(bits: int, double_quant: bool) -> None:
+    """The weights, their scales and the tables, each counted in the layer that bitsandbytes made."""
+    layers = nn.Sequential(nn.Linear(256, 192), nn.Linear(1024, 320, bias=False))
+    expected = [stored_bytes(layer, bits, double_quant=double_quant) for layer in layers]
+    quantize(layers, bits, torch.float32, torch.device("cpu"), double_quant=double_quant)
+    for layer, size in zip(layers, expected, strict=True):
+        state = getattr(layer.weight, "quant_state", None)
+        parts = [layer.weight.data, layer.weight.SCB] if state is None else [layer.weight.data, *tensors_of(state)]
+        assert sum(part.nbytes for part in parts) == size
+
+
+def tensors_of(state: object) -> list[torch.Tensor]:
+    values = [value for value in vars(state).values() if value is not None]
+    inner = [tensor for value in values if hasattr(value, "absmax") for tensor in tensors_of(value)]
+    return [value for value in values if isinstance(value, torch.Tensor)] + inner
 
 
 def test_recaptioning(capsys: pytest.CaptureFixture[str]) -> None:
