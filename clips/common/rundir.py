@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -85,7 +86,8 @@ def check_current(export: Path) -> Path:
         raise UserError(
             f"{export} is of {'unknown weights' if step is None else f'step {step}'}, and the newest checkpoint of the "
             f"run is of step {newest.get('step')}. Export that one by the command that trains the run, or by `python "
-            f"scripts/export_clips.py --model {export.parent}`; a copy elsewhere can be named as it is"
+            f"scripts/export_clips.py --model {shlex.quote(str(export.parent))}`; a copy elsewhere can be named as it "
+            "is"
         )
     return export
 

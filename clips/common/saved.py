@@ -126,6 +126,6 @@ def prune_saved(place: Path, keep: int, keep_every: int, *, dry_run: bool) -> No
                 f"none of the checkpoints that would stay in {group.directory} is whole; nothing is deleted"
             )
         for path in reversed(goes):  # oldest first, so that a crash leaves the newer ones
-            print(for_terminal(f"{'would delete' if dry_run else 'deleted'} {path}"), flush=True)
             if not dry_run:
                 shutil.rmtree(path)
+            print(for_terminal(f"{'would delete' if dry_run else 'deleted'} {path}"), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,11 @@ def export_gguf(name: str, output: Path | None = None, dtype: str = "f16") -> st
     write_file(files[1], "clip", title, dtype, lambda w: write_tower_metadata(w, config, images), tower_tensors(model))
     (output / "README.md").write_text(_card(title, files, config, images, directory), encoding="utf-8")
     written = "\n".join(f"wrote {path}" for path in [*files, output / "README.md"])
-    return f"{written}\nnext: llama-server -m {files[0]} --mmproj {files[1]}"
+    return f"{written}\nnext: {llama_command('llama-server', *files)}"
+
+
+def llama_command(program: str, model: str | Path, mmproj: str | Path) -> str:
+    return shlex.join([program, "-m", str(model), "--mmproj", str(mmproj)])
 
 
 def write_file(
@@ -149,16 +154,17 @@ def _card(title: str, files: list[Path], config: Any, images: Any, directory: Pa
             f"answers as in transformers resize pictures to {side} × {side} px yourself."
         )
     rows = "\n".join(f"- {note}" for note in notes)
-    model, mmproj = (path.name for path in files)
+    model, mmproj = names = [path.name for path in files]
+    smaller = shlex.join([model, f"{Path(model).stem}-q8_0.gguf"])
     return f"""# {for_markdown(title)} for llama.cpp
 
 - `{model}`: the language model ({config.text_config.model_type})
 - `{mmproj}`: vision tower ({config.vision_config.model_type}) and projector, {config.image_seq_length} tokens per image
 
 ```bash
-llama-server -m {model} --mmproj {mmproj} --jinja
-llama-mtmd-cli -m {model} --mmproj {mmproj} --jinja --temp 0 --image picture.png -p "What is in the picture?"
-llama-quantize {model} {Path(model).stem}-q8_0.gguf q8_0
+{llama_command("llama-server", *names)} --jinja
+{llama_command("llama-mtmd-cli", *names)} --jinja --temp 0 --image picture.png -p "What is in the picture?"
+llama-quantize {smaller} q8_0
 ```
 
 {rows}

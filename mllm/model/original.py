@@ -11,6 +11,7 @@ Shapes: T text tokens · N image tokens · V words · S pixels.
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ def refuse_original(directory: Path, what: str) -> None:
         parts = "" if _is_whole(place) else " --base LANGUAGE_MODEL"
         raise UserError(
             f"{what}: {place} is a checkpoint of the original LLaVA. Convert it to a stock transformers model first: "
-            f"python scripts/convert.py {place} {place.name}-hf --to transformers{parts}"
+            f"{shlex.join(['python', 'scripts/convert.py', str(place), f'{place.name}-hf'])} --to transformers{parts}"
         )
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_group, run_python, script_parser
+from rich.console import Console
+
+from clips.common.errors import UserError
+from clips.common.files import write_json
+from clips.common.rundir import MADE_OF, check_current
+from clips.recipes import recipe
+from clips.training.finish import print_next
+from mllm.gguf.export import llama_command
+from mllm.model.original import refuse_original
+from mllm.recaption.manifest import Folder
+from mllm.recaption.report import training_command
+from mllm.training.finish import print_next as print_next_llava
 
 COMMANDS = runpy.run_path(str(ROOT / "scripts/__main__.py"))["COMMANDS"]
 
@@ -50,6 +64,30 @@ def test_a_command_runs_its_script_and_a_wrong_one_names_the_nearest() -> None:
     assert "usage: train_llava.sh" in run_python("scripts/__main__.py", "llava", "--help").stdout
     wrong = run_python("scripts/__main__.py", "trian")
     assert (wrong.returncode, "did you mean train?" in wrong.stderr) == (2, True)
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path with a space and `;` is one word of them."""
+    place = tmp_path / "a b;c"
+    (place / "export").mkdir(parents=True)
+    (place / "checkpoints/step-00000002").mkdir(parents=True)
+    write_json(place / "export" / MADE_OF, {"step": 1, "sha256": "0"})
+    write_json(place / "config.json", {"mm_vision_tower": "x"})
+    shown = [training_command(Folder(place)), llama_command("llama-server", place, place)]
+    print_next_llava(2, place, Console(file=io.StringIO()))
+    for run in (recipe("demo"), recipe("b16"), recipe("caption")):
+        print_next(run, place)
+    shown += [line for line in capsys.readouterr().err.splitlines() if line.startswith("Next: ")]
+    with pytest.raises(UserError) as original:
+        refuse_original(place, "model")
+    with pytest.raises(UserError) as stale:
+        check_current(place / "export")
+    shown += [str(original.value).partition("first: ")[2], str(stale.value).split("`")[1]]
+    for command in shown:
+        words = shlex.shlex(command, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        assert any(str(place) in word for word in words), command
+    assert len(shown) == 8
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import script_parser
 from test_checkpoint import flip_bit
 
 from clips.common import saved
-from clips.common.errors import CommandError, UserError
+from clips.common.errors import CommandError, UserError, run_command
 from clips.common.files import seal
 from clips.common.rundir import checkpoints, newest_weights
 from clips.weights import checkpoint
@@ -144,6 +146,29 @@ def test_the_command_on_a_pretraining_run(tmp_path: Path, capsys: pytest.Capture
         command("prune", run_dir, "--keep", "1")
     assert steps(run_dir) == [3, 4]
     assert list((run_dir / "checkpoints").glob("aside-*/step-00000005"))
+
+
+@pytest.mark.parametrize("border", ["builtins.open", "os.unlink"])
+def test_a_run_that_is_read_only_is_one_line(
+    border: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system refuses; root would be refused nothing by a file's mode. Nothing counts as deleted."""
+    save(tmp_path, 1, 2)
+    really = open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> Any:
+        if border == "os.unlink" or str(path).endswith(".lock"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return really(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(border, refusing)
+        assert run_command(lambda: command("prune", tmp_path, "--keep", "1")) in (1, 2)
+    said = capsys.readouterr()
+    assert "Read-only file system" in said.err
+    assert "Traceback" not in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert (said.out, steps(tmp_path)) == ("", [1, 2])
 
 
 def test_the_command_on_a_llava_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

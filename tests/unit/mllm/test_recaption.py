@@ -127,12 +127,15 @@ def test_without_data_it_captions_the_demos_pairs(
 
 
 def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> None:
-    """How many were left out and why; where nothing is left, what to change in place of a command that would fail."""
+    """How many were left out and why; where nothing is left, what to change in place of a command that would fail.
+
+    A path with `;` and a space is one path, in the report and in the command.
+    """
     made = pictures(6)
-    write_shard(tmp_path / "some.tar", [(made[i][0], {"txt": b"refuse" if i < 2 else b"web"}) for i in range(6)])
+    write_shard(tmp_path / "so; me.tar", [(made[i][0], {"txt": b"refuse" if i < 2 else b"web"}) for i in range(6)])
     write_shard(tmp_path / "none.tar", [(picture, {"txt": b"refuse"}) for picture, _, _ in made])
     expected = {
-        "some": ("4 of 6 pairs written, 1 →", "left out: refusal 2;", "Next:\n  python"),
+        "so; me": ("4 of 6 pairs written, 1 →", "left out: refusal 2;", f"--data '{tmp_path}/so; me'\n"),
         "none": ("0 of 6 pairs written\n", "left out: refusal 6;"),
     }
     for name, said in expected.items():
@@ -144,7 +147,7 @@ def test_what_a_person_reads_at_the_end(tmp_path: Path, captioner: Known) -> Non
         assert (tmp_path / name / "report/index.html").exists()
         for text in (*said, "1 shards, 6 of 6 captions, "):
             assert text in shown.getvalue()
-        assert ("Next:" in shown.getvalue()) == (name == "some")
+        assert ("Next:" in shown.getvalue()) == (name == "so; me")
 
 
 def test_equal_names_of_several_folders_and_a_json_member_that_has_the_web_caption(
