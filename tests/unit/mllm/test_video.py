@@ -179,6 +179,17 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_video(data, 1)
 
 
+def test_a_decoder_that_crashes_costs_its_video_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(video, "PROGRAM", tmp_path / "decoder.py")
+    for end, reason in (
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "video: the decoder ended with -11"),
+        ("os.kill(os.getpid(), signal.SIGXCPU)", "video: decoding takes more than 60 s"),
+        ("sys.exit('no room')", "video: the decoder ended with 1 no room"),
+    ):
+        video.PROGRAM.write_text(f"import os, signal, sys\n{end}\n")
+        assert refused(b"any") == reason
+
+
 def test_a_container_that_claims_a_thousand_million_frames() -> None:
     """The demuxer would write down each frame's place; the process may not."""
     data = bytearray(written(grey(3, 16)))
