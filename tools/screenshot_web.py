@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TABS = {"chat": "Chat", "side-by-side": "Side by side", "encoder": "Encoder", "search": "Search"}
 PATIENCE_MS = 120_000
+COLOURS = 128
+"""Of the stored picture: the docs' pictures are small."""
 
 
 def find_browser() -> str | None:
@@ -55,6 +58,8 @@ def open_tab(page: Page, url: str, tab: str) -> None:
 def take_screenshot(flags: argparse.Namespace) -> None:
     """Serve the page, ask an example in a tab, and write what is then seen. UserError without examples."""
     out, tab = flags.output, flags.tab
+    from PIL import Image
+
     from mllm.chat.web import launch
 
     port = unused_port()
@@ -77,7 +82,9 @@ def take_screenshot(flags: argparse.Namespace) -> None:
                 remark.get_by_text("similarity" if tab == "encoder" else "tokens").wait_for()
             page.wait_for_timeout(1000)  # for animations, and pictures to be drawn
             out.parent.mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=out, animations="disabled")
+            page.evaluate("scrollTo(0, 0)")
+            picture = Image.open(io.BytesIO(page.screenshot(animations="disabled"))).convert("RGB")
+            picture.quantize(COLOURS).save(out, optimize=True)
     finally:
         served.close(verbose=False)
     print(f"{out}: the tab “{TABS[tab]}”")

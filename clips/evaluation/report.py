@@ -115,7 +115,7 @@ def _shown(record: RunRecord, examples: Examples) -> dict[str, Any]:
         "is_demo": config.get("data", {}).get("train") == "demo",
         "has_queries": captioner.get("inputs") == "queries",
         "reads_web": captioner.get("web", True),
-        "config": json.dumps(config, indent=2) if config else None,
+        "config": json.dumps(config, indent=2, ensure_ascii=False) if config else None,
     }
 
 

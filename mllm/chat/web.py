@@ -207,7 +207,9 @@ def _encoder_view(
             picture = _ImagePath(first, sources=["upload", "clipboard", "webcam"], show_label=False, height=280)
             word = gr.Textbox(thing, label="Look for", placeholder="a word or a sentence", submit_btn=True)
             if things:
-                gr.Examples([list(example) for example in things[:5]], [picture, word], label="Demo scenes")
+                gr.Examples(
+                    [list(example) for example in things[:5]], [picture, word], label="Demo scenes", elem_id="scenes"
+                )
         with gr.Column(min_width=300):
             heat = gr.Image(show_label=False, format="png", interactive=False, buttons=[], height=340)
             remark = gr.Markdown(elem_classes="remark")
@@ -421,6 +423,8 @@ def launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
             pwa=False, mcp_server=False, run_history=False, footer_links=[],
             max_file_size=max(limits.image_bytes, limits.video_bytes),
+            # data/ may be a link to another disk, of which gradio would hand out nothing
+            allowed_paths=[str(named(EXAMPLES / IMAGES)) for named in (Path.absolute, Path.resolve)],
             theme=THEME, css=CSS, app_kwargs={"middleware": [
                 Middleware(ContentPolicy),
                 Middleware(HostMiddleware, allowed=allowed_hosts),

@@ -62,6 +62,10 @@ CSS = """
   .tab-container button { padding: 0 9px !important; font-size: 0.9rem; }
   .gradio-container .main { padding: 8px 12px 16px !important; }
   .chat .examples { grid-template-columns: 1fr; }
-  .chat .example { width: 100%; max-width: none; }
+  .chat .example { width: 100%; max-width: none; padding: 4px 10px; }
+  .chat .example-image-container, .chat .example-image-container img { width: 56px !important;
+          height: 56px !important; }
+  .encoder .column { display: contents; } /* picture, word, map, labels, and only then further scenes */
+  #scenes { order: 9; }
 }
 """

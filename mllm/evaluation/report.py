@@ -136,7 +136,7 @@ def _shown(
             ],
         ),
         "command": figures.get("command", ""),
-        "config": json.dumps(config, indent=2),
+        "config": json.dumps(config, indent=2, ensure_ascii=False),
     }  # fmt: skip
 
 
