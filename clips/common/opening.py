@@ -28,6 +28,8 @@ LAYERS = re.compile(r"(?!max_)(?:.*_)?(?:layers?|depth|blocks|experts)")
 """Names of fields of a configuration that count modules."""
 MOST_GROWTH = 1000
 """How many times longer a tokenizer's replacements may make a text."""
+MOST_UNUSED = 2**20
+"""Ids that a tokenizer may leave unused: each takes memory."""
 
 
 @contextmanager
@@ -114,10 +116,11 @@ def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> No
 
 
 def check_tokenizer(content: Any, path: Path) -> None:
-    """Raise UserError for a tokenizer.json that would end the process: a wrong map, or texts that grow without bound.
+    """Raise UserError for a tokenizer.json that would end the process: a wrong map, growing texts, or endless ids.
 
     `tokenizers` allocates what these say, and a failed allocation in Rust aborts.
     """
+    _check_ids(content, path)
     growth, parts = 1.0, [content.get(part) for part in ("normalizer", "decoder")] if isinstance(content, dict) else []
     while parts:
         part = parts.pop()
@@ -134,6 +137,17 @@ def check_tokenizer(content: Any, path: Path) -> None:
         raise UserError(
             f"{path}: its replacements make a text up to {growth:,.0f} times longer; no tokenizer does that"
         )
+
+
+def _check_ids(content: Any, path: Path) -> None:
+    model, added = ((content.get(part) if isinstance(content, dict) else None) for part in ("model", "added_tokens"))
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens = len(vocabulary) if isinstance(vocabulary, (dict, list)) else 0
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest > tokens + len(ids) + MOST_UNUSED:
+        raise UserError(f"{path}: an id is {largest:,}, and there are {tokens:,} tokens; take the model's own file")
 
 
 def _is_map(text: Any) -> bool:

@@ -21,6 +21,7 @@ from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.opening import check_size, naming
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
+from mllm.data.formats import IMAGE_TOKEN, token_id
 from mllm.encoders.encoder import select_features, trial_squares
 from mllm.model.original import refuse_original
 from mllm.model.tiles import Layout, Llava, LlavaProcessors
@@ -72,6 +73,11 @@ def load_llava(
     model = model.to(device).eval()
     with naming("model", directory):
         _check_picture(model, processor.image_processor, directory)
+        if (own := token_id(processor.tokenizer, IMAGE_TOKEN)) != config.image_token_id:
+            raise UserError(
+                f"model: {directory}: {IMAGE_TOKEN} is token {own} of its tokenizer, and {config.image_token_id} in "
+                "its config.json (image_token_index): they must be equal"
+            )
     return model, processor
 
 

@@ -115,13 +115,15 @@ def test_row_29_many_layers_are_refused_by_their_number(place: Path, tmp_path: P
 FOUND = [
     ("llm", "tokenizer_config.json", ("model_max_length",), {"a": 1}),
     ("llm", "generation_config.json", ("eos_token_id",), "12"),
+    ("llm", "tokenizer.json", ("model", "vocab", "a"), 10**9),
+    ("llava", "config.json", ("image_token_index",), 3),
     ("llava", "processor_config.json", ("image_processor", "size"), {"height": 2, "width": 2}),
     ("llava", "config.json", ("image_seq_length",), 3),
     ("original", "config.json", ("rope_scaling",), 3),
     ("original", "generation_config.json", ("eos_token_id",), [[]]),
     ("original", "tokenizer_config.json", ("model_max_length",), [0]),
 ]
-"""Telling cases of 1,846 attacks on the JSON files of 26 loaders and directories: each ended in a traceback."""
+"""Telling cases of attacks on all JSON files of model directories: each ended in a traceback, or took 4 GB."""
 
 
 def load_original(place: Path) -> None:
