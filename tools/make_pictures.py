@@ -123,8 +123,9 @@ def chosen(runs: Sequence[Sequence[Answer]]) -> list[Answer]:
 
 def answers_plot(shown: Sequence[Answer], images: Path, encoder: CLIPS, labels: Sequence[str]) -> Plot:
     """The answers below their pictures, and the patch map of the name in the first answer."""
-    plot = Plot(figsize=(2.1 * (len(shown) + 1), 3.0), dpi=84, facecolor=LIGHT.paper, layout="constrained")
-    axes = plot.subplots(1, len(shown) + 1)
+    rows = -(-(len(shown) + 1) // 3)  # three in a row can be read on a phone
+    plot = Plot(figsize=(6.3, 3.0 * rows), dpi=84, facecolor=LIGHT.paper, layout="constrained")
+    axes = plot.subplots(rows, 3).ravel()
     for axis, answer in zip(axes, shown, strict=False):
         picture = decode_image((images / answer.image).read_bytes())
         verdict = "" if answer.correct else f"\nwrong: {answer.expected}"
