@@ -27,7 +27,6 @@ IMPORTED = {
         "deepspeed.utils.safe_get_full_fp32_param",
         "deepspeed.utils.safe_get_full_optimizer_state",
         "deepspeed.utils.safe_get_local_fp32_param",
-        "deepspeed.utils.safe_set_full_fp32_param",
         "deepspeed.utils.safe_set_full_optimizer_state",
         "deepspeed.utils.safe_set_local_optimizer_state",
         "deepspeed.runtime.zero.GatheredParameters",
