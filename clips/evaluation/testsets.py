@@ -168,7 +168,8 @@ class Classes:
         found = sorted(set(labels))
         if not any(map(str.isdecimal, known)):
             known |= {str(i): i for i in range(len(self.names))}
-        if not set(found) <= known.keys() and len(found) == len(known) and all(_SYNSET.fullmatch(n) for n in found):
+        are_synsets = len(found) == len(self.names) and all(_SYNSET.fullmatch(name) for name in found)
+        if are_synsets and not set(found) <= known.keys():
             known = {name: i for i, name in enumerate(found)}
         if unknown := [name for name in found if name not in known]:
             raise UserError(
