@@ -124,7 +124,7 @@ def test_an_empty_answer_trains_nothing_as_in_llava(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it has no answer"):
         encoder.encode(turns_of([("Where?", " ")], False), 0, "sample")
     with pytest.raises(UserError, match="it has no answer"):
-        encoder.check(turns_of([("Where?", "")], False), 0, "sample")
+        encoder.check(turns_of([("Where?", "")], False), [], "sample")
     encoded = encoder.encode(turns_of([("Where?", ""), ("And now?", "Here.")], False), 0, "sample")
     alone = encoder.encode(turns_of([("And now?", "Here.")], False), 0, "sample")
     trained = [[label for label in one.labels if label != IGNORE] for one in (encoded, alone)]
