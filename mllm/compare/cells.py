@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class EncoderCell:
     seed: int
     """The LLaVA seed, as train_llava.py gets it: of the projector, the adapters, the order, and of `random`."""
     directory: Path
+    variant: str = ""
+    """Of `Comparison.variants`; empty: --train-flags alone."""
 
     @property
     def run(self) -> str:
@@ -94,14 +96,14 @@ class EncoderCell:
 
 def cells_of(comparison: Comparison) -> list[EncoderCell]:
     """Run by run, so that whole comparisons are there early. Raises UserError for an unknown encoder."""
-    names, cells = encoder_names(comparison), []
+    cells = []
     for run in range(llava_runs(comparison)):
         pretraining, seed = run % comparison.seeds, run % comparison.seeds + LLAVA_STEP * (run // comparison.seeds)
         suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
-        for name, encoder in zip(names, comparison.encoders, strict=True):
-            kind, argument = vision_of(comparison, encoder, pretraining)
-            directory = comparison.output / "cells" / f"{slug(encoder)}-{suffix}"
-            cells.append(EncoderCell(name, kind, argument, pretraining, seed, directory))
+        for arm in arms_of(comparison):
+            kind, argument = vision_of(comparison, arm.encoder, pretraining)
+            directory = comparison.output / "cells" / f"{slug(f'{arm.encoder}-{arm.variant}')}-{suffix}"
+            cells.append(EncoderCell(arm.name, kind, argument, pretraining, seed, directory, arm.variant))
     return cells
 
 
@@ -125,15 +127,30 @@ def encoder_groups(comparison: Comparison, *names: str) -> np.ndarray:
     """
     runs = np.arange(llava_runs(comparison))
     of_kind = {True: runs % comparison.seeds, "random": runs}
-    named = [e for n, e in zip(encoder_names(comparison), comparison.encoders, strict=True) if n in names]
+    named = [arm.encoder for arm in arms_of(comparison) if arm.name in names]
     keys = [is_pretrained_anew(encoder) or parse_vision_name(encoder)[0] for encoder in named]
     return shared_runs([of_kind.get(key, 0 * runs) for key in keys])
 
 
-def encoder_names(comparison: Comparison) -> list[str]:
-    """What the report calls the encoders: by kind if no other encoder is of this kind."""
+class Arm(NamedTuple):
+    """One column of the report: an encoder, and the variant of the training on it."""
+
+    name: str
+    encoder: str
+    variant: str
+
+
+def arms_of(comparison: Comparison) -> list[Arm]:
+    """Each encoder without a variant, then with each; called by kind if no other encoder is of this kind."""
     kinds = [parse_vision_name(encoder)[0] for encoder in comparison.encoders]
-    return [k if kinds.count(k) == 1 else e for k, e in zip(kinds, comparison.encoders, strict=True)]
+    names = [k if kinds.count(k) == 1 else e for k, e in zip(kinds, comparison.encoders, strict=True)]
+    arms = [Arm(name, encoder, "") for name, encoder in zip(names, comparison.encoders, strict=True)]
+    return arms + [Arm(f"{arm.name}, {name}", arm.encoder, name) for name, _ in comparison.variants for arm in arms]
+
+
+def encoder_names(comparison: Comparison) -> list[str]:
+    """What the report calls the arms."""
+    return [arm.name for arm in arms_of(comparison)]
 
 
 def slug(encoder: str) -> str:

@@ -14,7 +14,16 @@ from clips.common.flags import given
 from clips.common.rundir import difference, refuse
 from clips.lab.grid import Cell
 from mllm.compare.benchmarks import check_benchmarks
-from mllm.compare.cells import LLAVA_STEP, RECIPES, WITH_TEXTS, EncoderCell, PretrainedEncoder, samples_seen, slug
+from mllm.compare.cells import (
+    LLAVA_STEP,
+    RECIPES,
+    WITH_TEXTS,
+    EncoderCell,
+    PretrainedEncoder,
+    arms_of,
+    samples_seen,
+    slug,
+)
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import Comparison, given_for_training, is_demo, question_limit
 from mllm.compare.plan import deciding
@@ -31,7 +40,8 @@ PRETRAINING_OWN = ("recipe", "seed", "name", "output", "device")
 def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
     c, kinds = comparison, {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
-    names = {slug(encoder) for encoder in c.encoders}
+    arms = arms_of(comparison)
+    names = {slug(f"{arm.encoder}-{arm.variant}") for arm in arms}
     mistakes = [
         (min(c.seeds, c.jobs, c.gpus) < 1, "--seeds, --jobs and --gpus must be at least 1"),
         (not 0 < (1 if c.budget is None else c.budget) <= 1, f"--budget {c.budget} must be above 0 and at most 1"),
@@ -40,7 +50,10 @@ def check_request(comparison: Comparison) -> None:
             (c.llava_runs or c.seeds) < c.seeds,
             f"--llava-runs {c.llava_runs} must be at least --seeds {c.seeds}: each encoder is used",
         ),
-        (len(names) < max(2, len(c.encoders)), f"--encoders {','.join(c.encoders)}: give at least two different ones"),
+        (
+            len(names) < max(2, len(arms)),
+            f"{', '.join(arm.name for arm in arms)}: give at least two different --encoders or --variants",
+        ),
         (
             min(c.jobs, c.gpus) > 1,
             f"--jobs {c.jobs} with --gpus {c.gpus}: the cells would share GPUs; choose one of them",
@@ -49,6 +62,7 @@ def check_request(comparison: Comparison) -> None:
             (name in found, f"{option}: --{name} is what the comparison itself sets; leave it out")
             for option, found, own in (
                 ("--train-flags", given_for_training(c.train_flags), TRAINING_OWN),
+                *(("--variants", given_for_training(flags), TRAINING_OWN) for _, flags in c.variants),
                 ("--pretrain-flags", given(pretraining_parser(), c.pretrain_flags), PRETRAINING_OWN),
             )
             for name in own

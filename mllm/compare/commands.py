@@ -43,7 +43,8 @@ OVERHEAD_S = 60.0
 def train_flags(comparison: Comparison, cell: EncoderCell, stage: int) -> list[str]:
     """The flags of train_llava.py for one stage of a cell."""
     flags = ["--stage", str(stage), "--vision", cell.vision, "--seed", str(cell.seed)]
-    flags += ["--output_dir", str(cell.directory), "--device", comparison.device, *comparison.train_flags]
+    flags += ["--output_dir", str(cell.directory), "--device", comparison.device]
+    flags += [*comparison.train_flags, *dict(comparison.variants).get(cell.variant, ())]
     flags += ["--both_stages"]  # the same flags for both: each stage passes over the other's
     share = budget_share(comparison)
     if share < 1:
@@ -69,6 +70,15 @@ def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
     return math.ceil(arguments.num_train_epochs * dataset_size(arguments))
 
 
+def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:
+    """Variant → stage → samples that each of its cells sees."""
+    firsts = {cell.variant: cell for cell in reversed(cells)}
+    return {
+        variant: {stage.name: stage_samples(comparison, firsts[variant], number) for number, stage in STAGES.items()}
+        for variant in reversed(firsts)
+    }
+
+
 def dataset_size(arguments: TrainArguments) -> int:
     """Samples that one epoch of a stage has."""
     return len(read_json_records(data_of(arguments)[0]))
@@ -77,12 +87,14 @@ def dataset_size(arguments: TrainArguments) -> int:
 # ------------------------------------------------------------------------------------------- cells for the engine
 def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
     """Each cell with its steps: both stages, the answers, the benchmarks."""
-    samples = {stage.name: stage_samples(comparison, cells[0], number) for number, stage in STAGES.items()}
-    seconds = OVERHEAD_S + sum(samples[name] / PER_S[name] for name in samples)
     limit = question_limit(comparison)
     counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
-    seconds += sum(min(count, limit or count) for count in counts) / PER_S["evaluation"]
-    return [_lab_cell(comparison, cell, samples, seconds) for cell in cells]
+    answers = sum(min(count, limit or count) for count in counts) / PER_S["evaluation"]
+    made: dict[EncoderCell, Cell] = {}
+    for variant, samples in samples_of_cells(comparison, cells).items():
+        seconds = OVERHEAD_S + answers + sum(samples[name] / PER_S[name] for name in samples)
+        made |= {c: _lab_cell(comparison, c, samples, seconds) for c in cells if c.variant == variant}
+    return [made[cell] for cell in cells]
 
 
 def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int], seconds: float) -> Cell:

@@ -39,6 +39,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(shlex.split(text))
 
 
+def _variant(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, flags = text.partition("=")
+    if not (equals and re.fullmatch(r"\w+", name)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=FLAGS, such as 'tiles=--image_aspect_ratio anyres'")
+    return name, _words(flags)
+
+
 def _option(kind: Any, default: Any, text: str) -> Any:
     """A flag with one word, which `kind` reads."""
     return option(default, text, type=kind, nargs=None, action="store")
@@ -70,6 +77,13 @@ class Comparison:
         None, "share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.1, else 1)"
     )
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
+    variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
+        (),
+        "each encoder also trains with these flags of train_llava.sh beside --train-flags, under this name: "
+        "'tiles=--image_aspect_ratio anyres --image_grid_pinpoints [(192,192)]'",
+        type=_variant,
+        metavar="NAME=FLAGS",
+    )
     pretrain_flags: tuple[str, ...] = _option(
         _words, (), "further flags of pretrain_clips.py for all encoders that are trained here, in one string"
     )

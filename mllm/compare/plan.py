@@ -4,7 +4,7 @@
     comparison   the flags that decide what is compared: encoders, seeds, budget, limit, … (not where, nor how fast)
     decides      the figure that the comparison is made for, as `accuracy` or `accuracy/KIND`, of the deciding column
     is_demo      whether the cells train on the demo's data
-    budget       the share of each stage's samples, the samples, and how each stage's projector starts
+    budget       the share of each stage's samples, the samples (of variants too), and how each stage's projector starts
     questions    name → file, column (what sort of pictures), SHA-256, questions, how many are asked, of which kinds
     scorer       which scorer (`mllm.evaluation.scores.scorer_version`)
     cells_begun  cells that had begun when this was written: 0, or nothing was fixed before
@@ -72,14 +72,18 @@ def fix_plan(comparison: Comparison) -> dict[str, Any]:
 
 def plan_of(comparison: Comparison) -> dict[str, Any]:
     """What compare.json would hold; UserError for a deciding figure that the questions do not give."""
-    from mllm.compare.commands import stage_samples, train_arguments  # imports torch
+    from mllm.compare.commands import samples_of_cells, train_arguments  # imports torch
 
-    cell, files = cells_of(comparison)[0], question_files(comparison)[0]
+    cells, files = cells_of(comparison), question_files(comparison)[0]
+    samples = samples_of_cells(comparison, cells)
     asked = {name: asked_questions(comparison, path) for name, path in files.items()}
     first = _first_column(files)
     deciding_questions = [q for name, of_file in asked.items() if _column(name) == first for q in of_file]
     stages = {stage.name: number for number, stage in STAGES.items()}
-    flags = json.loads(json.dumps({name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}))
+    given = {name: value for name, value in vars(comparison).items() if name not in NOT_FIXED}
+    if not comparison.variants:
+        del given["variants"]  # as in comparisons of before there were variants
+    flags = json.loads(json.dumps(given))
     return {
         "format": FORMAT,
         "comparison": flags,
@@ -87,8 +91,9 @@ def plan_of(comparison: Comparison) -> dict[str, Any]:
         "is_demo": is_demo(comparison),
         "budget": {
             "share": budget_share(comparison),
-            "samples": {name: stage_samples(comparison, cell, number) for name, number in stages.items()},
-            "projector": {name: _projector(train_arguments(comparison, cell, n)) for name, n in stages.items()},
+            "samples": samples.pop(""),
+            "projector": {name: _projector(train_arguments(comparison, cells[0], n)) for name, n in stages.items()},
+            **({"samples of variants": samples} if samples else {}),
         },
         "questions": {
             name: {
@@ -155,7 +160,7 @@ def comparison_of(plan: Mapping[str, Any], output: Path) -> Comparison:
     """The comparison of `plan`, with what it left in `output`; UserError for flags of another version."""
     flags = plan.get("comparison")
     known = {field.name for field in dataclasses.fields(Comparison)} - NOT_FIXED
-    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() != known:
+    if plan.get("format") != FORMAT or not isinstance(flags, dict) or flags.keys() | {"variants"} != known:
         raise UserError(f"{output}: its plan was written by another version of this program (format {FORMAT} is read)")
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     return Comparison(output=output, decides=plan.get("decides"), **given)

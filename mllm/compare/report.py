@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,10 @@ def controls(report: Report) -> list[str]:
             f"{name}: {encoder['described']}"
             + "".join(f", pretrained here on {run['samples']:,} samples" for run in encoder["pretraining"][:1])
             for name, encoder in encoders.items()
+        ),
+        *(
+            f"{name}: trained with {shlex.join(flags)}"
+            for name, flags in report["plan"]["comparison"].get("variants", ())
         ),
         *(f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds),
         _fixed(report),

@@ -28,14 +28,13 @@ from clips.lab.report import write_report
 from clips.lab.run import Runner, failed_steps
 from mllm.compare.cells import PLAN, WITH_TEXTS, cells_of, encoders_to_pretrain, is_pretrained_anew, llava_runs
 from mllm.compare.checks import check_inputs, check_request, check_same_samples, load_encoders
-from mllm.compare.commands import encoder_cell, lab_cells, retrieval_command, retrieval_figures, stage_samples
+from mllm.compare.commands import encoder_cell, lab_cells, retrieval_command, retrieval_figures, samples_of_cells
 from mllm.compare.comparison import Comparison, asks_questions, budget_share, comparison_from_flags, question_files
 from mllm.compare.figures import collect, keep_encoders
 from mllm.compare.plan import fix_plan, power_in_words
 from mllm.compare.probe import measure_encoders
 from mllm.compare.report import page
 from mllm.compare.words import design_in_words
-from mllm.training.stages import STAGES
 
 
 def compare_from_flags(flags: argparse.Namespace) -> None:
@@ -54,11 +53,13 @@ def compare(
         cell.check()
     planned = lab_cells(comparison, cells)
     check_inputs(comparison, encoders, planned)
-    samples = [f"{s.name} {stage_samples(comparison, cells[0], n):,} samples" for n, s in STAGES.items()]
     share = f" ({budget_share(comparison):.0%} of the stages' own)" if budget_share(comparison) < 1 else ""
     plan_runner = Runner([*pretraining, *planned], comparison.jobs, console)
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
-    facts = {"a cell": ", ".join(samples) + share, "design": design_in_words(anew, llava_runs(comparison))}
+    facts = {}
+    for variant, samples in samples_of_cells(comparison, cells).items():
+        facts[variant or "a cell"] = ", ".join(f"{stage} {n:,} samples" for stage, n in samples.items()) + share
+    facts |= {"design": design_in_words(anew, llava_runs(comparison))}
     facts |= {"power": power_in_words(comparison)} if asks_questions(comparison) else {}
     plan_runner.print_plan(f"comparison of encoders in {comparison.output}", facts)
     if dry_run:

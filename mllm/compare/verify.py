@@ -31,7 +31,7 @@ from clips.common.paths import is_plain
 from clips.lab import archive
 from clips.lab.archive import ENDING, MOST_BYTES, differences
 from clips.lab.grid import RECORD
-from mllm.compare.cells import PLAN, EncoderCell, cells_of
+from mllm.compare.cells import PLAN, EncoderCell, cells_of, encoder_names
 from mllm.compare.comparison import Comparison
 from mllm.compare.figures import REPORT, computed, stored_files
 from mllm.compare.plan import asked_questions, comparison_of, stored_questions
@@ -112,7 +112,7 @@ def _verify(output: Path) -> Verification:
 def _bounded(comparison: Comparison) -> Comparison:
     """`comparison`, if it asks for no more than a machine can compute."""
     seeds = max(comparison.seeds, comparison.llava_runs or 0)
-    if len(comparison.encoders) > MOST_ENCODERS or seeds > MOST_SEEDS:
+    if len(encoder_names(comparison)) > MOST_ENCODERS or seeds > MOST_SEEDS:
         raise UserError(f"{comparison.output}: more than {MOST_ENCODERS} encoders or {MOST_SEEDS} seeds")
     if outside := [task for task in comparison.benchmarks if not is_plain(task)]:
         raise UserError(f"{comparison.output}: benchmark {outside[0]!r} leads out of a cell")
@@ -123,7 +123,7 @@ def _check_work(comparison: Comparison, cells: int, asked: Mapping[str, list[Que
     """Raise UserError for more answers or differences than a comparison has: a small archive may repeat much."""
     answers = cells * sum(map(len, asked.values()))
     kinds = {(name, question.kind) for name, questions in asked.items() for question in questions}
-    differences_asked = math.comb(len(comparison.encoders), 2) * len(kinds)
+    differences_asked = math.comb(len(encoder_names(comparison)), 2) * len(kinds)
     if answers > MOST_ANSWERS or differences_asked > MOST_DIFFERENCES:
         raise UserError(
             f"{comparison.output}: {answers:,} answers and {differences_asked:,} differences between encoders are more "
