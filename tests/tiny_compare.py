@@ -72,7 +72,7 @@ def finish(comparison: Comparison) -> Comparison:
     """Fix it, and write every cell; an encoder's models are right as often as SKILL says."""
     fix_plan(comparison)
     for cell in cells_of(comparison):
-        write_cell(comparison, cell, SKILL[cell.encoder])
+        write_cell(comparison, cell, SKILL[cell.kind])
     return comparison
 
 

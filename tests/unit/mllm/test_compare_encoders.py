@@ -17,7 +17,7 @@ import torch
 from conftest import script_parser
 from hostile import HOSTILE
 from rich.console import Console
-from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place
+from tiny_compare import ENCODERS, FLAGS, NAMES, collected, comparison_of, finish, made, place, reported
 from tiny_mllm import pictures, tiny_work
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -46,6 +46,7 @@ from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.plan import fix_plan, plan_of
 from mllm.compare.report import page, sentence
 from mllm.compare.run import compare
+from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
 from mllm.encoders.registry import load_vision
 from mllm.model.projector import save_projector
@@ -246,6 +247,35 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ never twice
+
+
+def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
+    """A variant is a column of the same encoders with further flags; report and verification know it."""
+    tiles = "--image_aspect_ratio anyres --instruct.num_train_epochs 0.5"
+    words = ["--encoders", "clips:clips-run,blind", "--seeds", "2", "--variants", f"tiles={tiles}"]
+    given = comparison_from_flags(script_parser("compare_encoders").parse_args(words))
+    asked = ("output", "train_flags", "questions", "image_folder", "device")
+    comparison = finish(dataclasses.replace(given, **{name: getattr(comparison_of(place), name) for name in asked}))
+    assert encoder_names(comparison) == ["clips", "blind", "clips, tiles", "blind, tiles"]
+    cells = {cell.name: cell for cell in cells_of(comparison)}
+    plain, tiled = cells["clips-clips-run-seed1"], cells["clips-clips-run-tiles-seed1"]
+    assert (plain.vision, plain.seed, plain.variant) == (tiled.vision, tiled.seed, "")
+    now, then = (train_arguments(comparison, cell, 2) for cell in (plain, tiled))
+    assert (now.image_aspect_ratio, then.image_aspect_ratio) == ("pad", "anyres")
+    assert [stage_samples(comparison, cell, 2) for cell in (plain, tiled)] == [16, 8]
+    assert encoder_groups(comparison, "clips", "clips, tiles").tolist() == [0, 0]
+    report = reported(comparison)
+    assert report["plan"]["budget"]["samples of variants"] == {"tiles": {"align": 12, "instruct": 8}}
+    assert {(row["a"], row["b"]) for row in report["differences"]} >= {
+        ("clips", "clips, tiles"),
+        ("blind", "clips, tiles"),
+    }
+    assert f"tiles: trained with {tiles}" in shown(report)
+    assert not verify(comparison.output).differs
+    with pytest.raises(UserError, match="clips, tiles, blind, tiles: give at least two different"):
+        checked(dataclasses.replace(comparison, variants=comparison.variants * 2))
+    with pytest.raises(UserError, match="--variants: --seed is what the comparison itself sets"):
+        checked(dataclasses.replace(comparison, variants=(("other", ("--seed", "7")),)))
 
 
 def test_a_cell_with_other_settings_is_refused_by_name(finished: Comparison) -> None:
