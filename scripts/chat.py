@@ -13,7 +13,10 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     add_model_flags(p)
     p.add_argument(
-        "--image", action="append", metavar="PATH_OR_URL", help="picture or video of the first question; repeatable"
+        "--image",
+        action="append",
+        metavar="PATH_OR_URL",
+        help="picture of the first question (or video, if the model takes videos); repeatable",
     )
     p.add_argument("--prompt", help="print the answer to this question and end")
     p.add_argument("--system", help="system text (default: the conversation format's own)")

@@ -35,7 +35,7 @@ from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
-from clips.data.sample import BrokenSample
+from clips.data.sample import MEND_BROKEN, BrokenSample
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
 from clips.data.splits import open_split
@@ -331,9 +331,11 @@ def check_triples(
         raise UserError("a training would stop at the first of these samples:\n  " + "\n  ".join(found.refused))
     share, limit = summary["broken_share"], run.data.max_broken_share
     if share > limit:
+        first = "\n  ".join(f"{shown.key}: {shown.reason}" for shown in found.bad[:5])
         raise BrokenDataError(
             f"{summary['broken']:,} of {summary['checked']:,} samples are broken, {share:.1%}: above "
-            f"data.max_broken_share = {limit:.1%} a training stops; {Path(output) / 'contact_sheet.html'} shows some"
+            f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'contact_sheet.html'} shows some, "
+            f"and the first are\n  {first}\n{MEND_BROKEN}"
         )
     return summary
 

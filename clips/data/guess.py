@@ -101,7 +101,7 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
         train = [name for name in found if name.startswith("train")]
         others = [name for name in found if name not in train]
         if train and others and all(name.startswith(HELD_OUT) for name in others):
-            say_once(f"{folder}: {_some(train)} taken, {_some(others)} left for --test-data")
+            _say_held_out(folder, train, others)
             found = train
         return [os.path.join(folder, name) for name in found]
     for inner in ("data", "train"):
@@ -110,6 +110,9 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
             and os.path.isdir(path := os.path.join(folder, inner))
             and (found := in_folder(path, suffixes))
         ):
+            others = [n for n in names if n.startswith(HELD_OUT) and os.path.isdir(os.path.join(folder, n))]
+            if inner == "train" and others:
+                _say_held_out(folder, [inner], others)
             return found
     return [folder] if PictureFolder.pairs(folder)[0] else []
 
@@ -118,6 +121,10 @@ def in_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
 def say_once(message: str) -> None:
     """Print `message`, once in a process: a run opens its data several times."""
     log.warning("%s", message)
+
+
+def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> None:
+    say_once(f"{folder}: {_some(train)} taken, {os.path.join(folder, _some(others))} left for --test-data")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MEND_BROKEN = "Take them out of the data, or train with more of them: --set data.max_broken_share=0.05"
+
 
 @dataclass(frozen=True)
 class RawSample:
     """One image with its texts, nothing decoded yet."""
 
     key: str
-    """The sample's name in messages: shard and key, or table and row."""
+    """The sample's name in messages: shard and key, or table and row with the picture's path."""
     image: bytes
     web: str
     long: str | None

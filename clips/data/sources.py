@@ -24,7 +24,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from clips.common.errors import UserError, reason
-from clips.common.escape import for_terminal
+from clips.common.escape import clip, for_terminal
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
@@ -51,6 +51,8 @@ WARNED = 10
 """Warnings printed one by one; further ones are counted."""
 MAX_CAPTION = 20_000
 """Characters of a caption that are kept, ten times a long caption."""
+LONGEST_PATH = 200
+"""Characters of a picture's path that a sample's name shows."""
 PARTS = ("image", "web", "long")
 CHOICES = (
     "\n  One caption is enough for CLIP: --recipe clip_baseline, best from given weights: --init-from WEIGHTS"
@@ -452,8 +454,9 @@ class TableSource(Source):
 
     def read(self, index: int) -> RawSample:
         file, key, row = self._row(index)
-        texts = self._captions(key, row)
-        image = self._image(file, key, self._value(row, "image"))
+        texts, picture = self._captions(key, row), self._value(row, "image")
+        image = self._image(file, key, picture)
+        key += f" ({clip(picture, LONGEST_PATH)})" if isinstance(picture, str) else ""
         return RawSample(key, image, *texts, {name: value for name, value in row.items() if name not in self._used})
 
     def texts(self, index: int) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from clips.common.errors import BrokenDataError
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
+from clips.data.sample import MEND_BROKEN
 from clips.training.log import RunLog
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
@@ -115,11 +116,11 @@ class Meter:
         })  # fmt: skip
         self._name_slow_ranks(log, found["own"], elapsed / steps, state.step)
         if state.skipped > max(10, max_broken_share * state.samples):
-            reasons = "\n  ".join(f"{key}: {reason}" for key, reason in skipped[:5])
+            reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
             raise BrokenDataError(
                 f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
                 f"data.max_broken_share = {max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
-                f"  {reasons}"
+                f"  {reasons}\n{MEND_BROKEN} --allow-config-change"
             )
         self.reset(state)
 

@@ -134,9 +134,10 @@ class Talk:
         return True
 
     def attach(self, places: Sequence[str]) -> None:
-        """Add pictures to the next question."""
+        """Add pictures to the next question. Raises UserError for a video if the model takes none."""
         for place in places:
             image = load_image(place)
+            self.session.model.image_tokens([image])
             self.waiting.append(image)
             number = len(self.session.images) + len(self.waiting)
             what = "a video" if isinstance(image, Video) else f"{image.width} × {image.height}"
@@ -156,7 +157,7 @@ class Talk:
             print(stats_line(self.session.last))
 
     def do_image(self, rest: str) -> None:
-        """PATH_OR_URL  add a picture or a video to the next question (or drop its file here)"""
+        """PATH_OR_URL  add {shown} to the next question (or drop its file here)"""
         if not rest:
             raise UserError("/image needs a path or an address")
         self.attach(dropped_files(rest) or [rest])
@@ -195,8 +196,9 @@ class Talk:
 
     def do_help(self, rest: str) -> None:
         """this list"""
+        shown = "a picture or a video" if self.session.model.layout.frames else "a picture"
         for name in self.commands():
-            print(f"  /{name} {getattr(self, f'do_{name}').__doc__}")
+            print(f"  /{name} {getattr(self, f'do_{name}').__doc__.format(shown=shown)}")
         print("  /exit or Ctrl-D leaves, Ctrl-C stops an answer, Tab completes")
 
     @classmethod

@@ -38,6 +38,7 @@ from mllm.chat.web_models import (
     choices,
     example_questions,
     example_things,
+    takes_videos,
     trained_encoders,
     trained_models,
 )
@@ -100,8 +101,8 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
                 chats.append(_chatbot(examples if columns == 1 else examples[:2]))
                 remarks.append(gr.Markdown(elem_classes="remark"))
     box = gr.MultimodalTextbox(
-        placeholder="Ask about a picture or a video: paste, drop or attach it",
-        file_types=["image", "video"], file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
+        file_count="multiple", sources=["upload"], show_label=False, elem_classes="box",
+        **_taken([choice.value for choice in chosen]),
     )  # fmt: skip
     clear = gr.Button("New conversation", size="sm", variant="secondary")
     with gr.Row():
@@ -130,9 +131,9 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
         files = [part["path"] for part in question["content"] if "path" in part]
         return talk.messages[column], {"text": text, "files": files}, ""
 
-    def switch(column: int, name: str, talk: Talk) -> tuple[Any, ...]:
+    def switch(column: int, talk: Talk, *names: str) -> tuple[Any, ...]:
         web_talk.forget(talk, column)
-        return about_models[name], [], "", web_talk.ready(talk)
+        return about_models[names[column]], [], "", web_talk.ready(talk, **_taken(names))
 
     def new(talk: Talk) -> list[Any]:
         for column in range(columns):
@@ -163,10 +164,17 @@ def _conversation(models: Pool[ChatModel], columns: int, examples: list[tuple[st
         again.then(partial(answer, column, True), inputs, outputs, **HIDDEN)
         chat.undo(_shown(partial(undo, column)), talk, outputs, **HIDDEN)
         changed = [lines[column], chat, remark, box]
-        chosen[column].change(_shown(partial(switch, column)), [chosen[column], talk], changed, queue=False, **HIDDEN)
+        chosen[column].change(_shown(partial(switch, column)), [talk, *chosen], changed, queue=False, **HIDDEN)
     box.stop(_shown(web_talk.stop), talk, box, queue=False, **HIDDEN)
     clear.click(_shown(new), talk, [*chats, *remarks, box], queue=False, **HIDDEN)
     camera.input(_shown(snap), [camera, box], [box, camera], **HIDDEN)
+
+
+def _taken(names: Sequence[str]) -> dict[str, Any]:
+    """What the box of a question to all models `names` says and accepts: videos only if each model takes videos."""
+    kinds = ["image", "video"] if all(map(takes_videos, names)) else ["image"]
+    shown = "a picture or a video" if "video" in kinds else "a picture"
+    return {"placeholder": f"Ask about {shown}: paste, drop or attach it", "file_types": kinds}
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,6 +73,12 @@ def about(name: str) -> str:
     return f"**Trained on {for_markdown(', '.join(data), LONGEST)}.** {line}" if data else line
 
 
+def takes_videos(name: str) -> bool:
+    """Whether a model of which `about` has a line takes videos, as `Layout.of` reads its config."""
+    config = from_json(read_bytes(resolve(name, "model") / "config.json"))
+    return bool(config.get("image_grid_pinpoints") and config.get("num_frames"))
+
+
 def _encoder(facts: dict[str, Any]) -> str:
     size, tokens, width = (int(facts[name]) for name in ("image_size", "num_tokens", "width"))
     padded = ", padded to a square" if facts["padded"] else ""

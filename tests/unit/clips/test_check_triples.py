@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,6 +101,7 @@ def test_the_exit_is_that_of_the_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokenDataError, match=r"13 of 300 samples are broken, 4.3%") as raised:
         check_triples(run_on(data, limit=0.01), tmp_path / "out")
     assert raised.value.exit_code == 4
+    assert re.search(r"first are\n  \S+\.tar#\d+: image: .*\n.*--set data\.max_broken_share", str(raised.value), re.S)
     assert json.loads((tmp_path / "out/summary.json").read_text())["broken"] == 13
     check_triples(run_on(data, limit=0.05), tmp_path / "out")
 

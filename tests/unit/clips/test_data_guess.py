@@ -149,7 +149,11 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCapt
             write_csv(folder / "metadata.csv", [tuple(rows[0]), *(tuple(row.values()) for row in rows)])
         else:
             (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert texts(opened(folder.parent)) == ["w 0", "w 1", "w 2"]
+        (folder.parent / "test").mkdir()
+        source = opened(folder.parent)
+        assert texts(source) == ["w 0", "w 1", "w 2"]
+        assert source.read(1).key.endswith("#1 (1.png)"), "a row's number alone names no picture"
+        assert f"train taken, {folder.parent}/test left for --test-data" in caplog.text
 
 
 def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,8 +32,10 @@ from clips.data.demo import PLACES, at_place, capital
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel
 from mllm.chat.session import ChatSession, ContextError
+from mllm.chat.terminal import Talk as TerminalTalk
 from mllm.chat.terminal import dropped_files, load_image
 from mllm.chat.transcript import Video
+from mllm.chat.web import _taken
 from mllm.chat.web_talk import Talk, answer, begin
 from mllm.data import video
 from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
@@ -393,10 +395,28 @@ def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> N
         load_image(str(tmp_path / "pipe.mp4"))
 
 
-def test_a_model_without_videos_refuses_them(tiny_chat_place: Path, place: Path) -> None:
-    other = ChatModel.load(str(tiny_chat_place / "runs" / "llava" / "model"), device="cpu")
+def test_a_model_without_videos_refuses_them(
+    tiny_chat_place: Path, place: Path, model: ChatModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Page, help and box offered a video to every model; the terminal took it and could not ask."""
+    pictures_alone, clip = str(tiny_chat_place / "runs" / "llava" / "model"), place / "images" / "a.mp4"
+    other = ChatModel.load(pictures_alone, device="cpu")
+    terminal = TerminalTalk(ChatSession(other), SHORT)
     with pytest.raises(UserError, match="takes no videos"):
-        ChatSession(other).ask(TEXT, [load_image(str(place / "images" / "a.mp4"))])
+        terminal.attach([str(clip)])
+    assert terminal.waiting == []
+    for talk, shown in ((terminal, "a picture to"), (TerminalTalk(ChatSession(model), SHORT), "or a video to")):
+        talk.handle("/help")
+        assert f"{shown} the next question" in capsys.readouterr().out
+    assert _taken([model.directory])["file_types"] == ["image", "video"]
+    for models in ([pictures_alone], [model.directory, pictures_alone]):
+        assert _taken(models) == {
+            "placeholder": "Ask about a picture: paste, drop or attach it", "file_types": ["image"],
+        }  # fmt: skip
+    part = {"type": "video_url", "video_url": {"url": data_url(clip.read_bytes(), "video/mp4")}}
+    with served(other, "none", Limits()) as address:
+        refused = post(address, CHAT | {"messages": [user(part, TEXT)]})
+        assert (refused.status_code, "takes no videos" in refused.text) == (400, True)
 
 
 @pytest.fixture(scope="module")
