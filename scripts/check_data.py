@@ -29,7 +29,7 @@ def parser() -> Parser:
     pairs.add_argument("--seed", type=int, default=0, help="seed of the draw of --limit")
     pairs.add_argument("--jobs", type=int, default=1, help="processes that read and decode")
     llava = p.add_argument_group("LLaVA data")
-    llava.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file")
+    llava.add_argument("--conversations", metavar="FILE", help="LLaVA JSON or JSONL file, or captions as --data")
     llava.add_argument("--image-folder", help="folder or uncompressed tar of the pictures")
     llava.add_argument("--conv-mode", default="auto", help="conversation format: train_llava.sh calls it --version")
     llava.add_argument("--language-model", default=DEFAULT_LLM, help="directory or hub id of the tokenizer")

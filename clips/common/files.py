@@ -172,8 +172,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_records(path: Path) -> list[Any]:
     """The raw records of LLaVA's .json list or .jsonl file. Raises UserError if the file is neither."""
     path = Path(path)
-    if path.suffix in (".csv", ".tsv", ".parquet") or path.is_dir():
-        raise UserError(f"{path} is no LLaVA JSON or JSONL file: docs/llava.md#data makes one of captions")
     try:
         text = read_regular(path, -1).decode()
     except (OSError, UnicodeDecodeError) as error:

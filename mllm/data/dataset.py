@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line
-from clips.common.files import read_json_records
 from clips.common.paths import is_plain
+from mllm.data.captions import raw_records
 from mllm.data.conversation import IGNORE, ConversationEncoder, is_encodable
 from mllm.data.images import ImageStore, broken_picture
 from mllm.data.video import ENDINGS, NO_VIDEOS, VideoTokens, is_video
@@ -203,7 +203,7 @@ class LlavaDataset(Dataset):
         self.records: list[Record] = []
         self.skipped: list[Problem] = []
         reader = RecordReader(encoder, store, self.tokens)
-        for index, raw in enumerate(read_json_records(Path(data_path))):
+        for index, raw in enumerate(raw_records(data_path, store)):
             try:
                 self.records.append(reader.read(raw, index))
             except BadSample as bad:

@@ -98,7 +98,7 @@ class ImageStore:
 
 def broken_picture(store: ImageStore, broken: BrokenSample) -> UserError:
     return UserError(
-        f"picture {broken.key} in {store.location}: {broken.reason}; "
+        f"picture {broken.key} in {store.location}: {broken.reason}; mend it or take its sample out. "
         "scripts/check_data.py lists every broken picture of a data set"
     )
 

@@ -65,7 +65,7 @@ class TrainArguments:
         "first and last layers that are kept, such as 8,2; a shorter model stays whole (default: all; the demo: 2,2)",
     )
     output_dir: str = flag(None, "run directory (default: runs/llava-ENCODER)")
-    data_path: str | None = flag(None, "LLaVA JSON or JSONL (default: the demo data)")
+    data_path: str | None = flag(None, "LLaVA JSON or JSONL, or captions as in pretraining (default: the demo data)")
     image_folder: str | None = flag(None, "folder or uncompressed tar of the pictures")
     on_bad_sample: Literal["error", "skip"] = flag(
         "error", "samples that cannot be trained on: refuse the set, or leave them out and list them in skipped.jsonl"

@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.escape import clip, one_line, visible
-from clips.common.files import read_json_records
 from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from mllm import DEFAULT_LLM
+from mllm.data.captions import open_store, raw_records
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, sample_id_of
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
@@ -90,12 +90,12 @@ def inspect_data(
     if context is None or tokens is None:
         raise ValueError("the encoder needs a max_length to check lengths against, and the tokens of an image")
     whole = ConversationEncoder(encoder.tokenizer, encoder.format.name, tokens)
-    raw_records = read_json_records(Path(data_path))
-    report = DataReport(str(data_path), encoder.format.name, context, tokens, len(raw_records))
+    raws = raw_records(data_path, store)
+    report = DataReport(str(data_path), encoder.format.name, context, tokens, len(raws))
     reader = RecordReader(encoder, store, ImageTokens(tokens, frames=FRAMES))
     lengths: list[int] = []
     good: list[Record] = []
-    for index, raw in enumerate(tqdm(raw_records, "conversations", unit="", leave=False, disable=None)):
+    for index, raw in enumerate(tqdm(raws, "conversations", unit="", leave=False, disable=None)):
         try:
             record = reader.read(raw, index)
             shown = reader.tokens.at_most(record.images)
@@ -216,7 +216,7 @@ def _shown(store: ImageStore | None, records: list[Record]) -> list[Shown]:
 
 def check_from_flags(flags: argparse.Namespace) -> None:
     """scripts/check_data.py with --conversations. Raises as `check_data`."""
-    store = ImageStore(flags.image_folder) if flags.image_folder else None
+    store = open_store(flags.conversations, flags.image_folder)
     tokenizer = load_tokenizer(flags.language_model)
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)

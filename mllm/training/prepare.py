@@ -17,6 +17,7 @@ from clips.common import rundir
 from clips.common.errors import UserError
 from clips.common.files import read_json, write_atomically, write_json
 from clips.common.paths import cache_root
+from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, ImageTokens, LlavaDataset
 from mllm.data.demo import ALIGN, DEMO_DIR, IMAGES, INSTRUCT, ensure_any_llava_demo
@@ -72,7 +73,7 @@ def prepare(
     )  # fmt: skip
     format_name(arguments.version)
     data_path, image_folder = data_of(arguments)
-    store = ImageStore(image_folder) if image_folder else None
+    store = open_store(data_path, image_folder)
     vision = encoder_of(arguments)
     # fp32 if a weight trains outside of DeepSpeed: an update of 2e-5 is lost in bf16.
     half = arguments.bf16 and device.type == "cuda" and (bool(deepspeed) or freeze["language_model"] != "full")

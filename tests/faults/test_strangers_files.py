@@ -81,7 +81,7 @@ def test_row_31_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) 
 
 def test_a_file_that_is_no_llava_data_is_named_without_an_errno(tmp_path: Path) -> None:
     (tmp_path / "my.csv").write_text("image,caption\n")
-    for path, said in (("align.json", "cannot be read: No such file or directory; give"), ("my.csv", "llava.md#data")):
+    for path, said in (("align.json", "cannot be read: No such file or directory; give"), ("my.csv", "is not JSON")):
         with pytest.raises(UserError, match=said) as caught:
             read_json_records(tmp_path / path)
         assert "Errno" not in str(caught.value)

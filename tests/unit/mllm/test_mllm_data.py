@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from tiny_tokenizers import make_tokenizer
 from torch.utils.data import DataLoader
@@ -24,6 +23,7 @@ from clips.common.rundir import UNSEEN
 from clips.data.built import STAMP, built_as
 from clips.data.demo import NUMBERS, PLACES, VERSION, ensure_demo
 from clips.data.sample import BrokenSample
+from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import Collator, LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
@@ -424,17 +424,23 @@ def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
     assert built_as(tmp_path / "llava")["scenes"] == built_as(scenes)
 
 
-def test_the_docs_lines_make_a_file_of_captions(tmp_path, folder, encoder, monkeypatch):
-    """Captions had no way into the second half."""
-    monkeypatch.chdir(tmp_path)
+def test_captions_train_as_they_are(tmp_path, folder, encoder):
+    """Captions had no way into the second half but lines of Python that one had to type."""
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
-    (tmp_path / "my.csv").write_text(f"file_name;caption\n{rows}", encoding="cp1252")
-    folder.rename("pictures")
-    page = (ROOT / "docs/llava.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    for _ in range(2):  # somebody who mends the question types them again
-        exec(lines, {})
-    dataset = LlavaDataset(Path("align.json"), encoder, ImageStore(Path("captioned")))
-    assert [dataset[i]["images"] for i in range(3)] == [["0.jpg"], ["1.jpg"], ["2.jpg"]]
-    records = json.loads(Path("align.json").read_text(encoding="utf-8"))
-    assert [record["conversations"][1]["value"] for record in records] == ["Größe 0", "Größe 1", "Größe 2"]
+    table = tmp_path / "my.csv"
+    table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
+    store, pictures = open_store(table, folder), ImageStore(folder)
+    with pytest.raises(UserError, match=r"sample 4 .*my\.csv#4: web caption is empty"):
+        LlavaDataset(table, encoder, store)
+    dataset = LlavaDataset(table, encoder, store, "skip")
+    assert [dataset[i]["images"] for i in range(4)] == [["0"], ["1"], ["2"], ["3"]]
+    assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2", "gone"]
+    for number in range(3):
+        name = f"sub/{number}.png"
+        assert store.load(str(number)).tobytes() == pictures.load(name).tobytes()
+        assert store.size(str(number)) == pictures.size(name)
+    with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
+        pixel_loader(store, lambda picture: picture)(["3"])
+    table.write_text("datei;alt\nsub/0.png;Größe\n")
+    with pytest.raises(UserError, match=r"no images.*\n.*name the columns image and text"):
+        open_store(table, folder)

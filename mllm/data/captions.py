@@ -1,0 +1,72 @@
+"""Captions as conversations: both stages read the pairs that pretraining reads, without a file of LLaVA's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clips import BrokenSample, Fields, decode_image, decoded_size, open_source
+from clips.common.errors import UserError
+from clips.common.files import read_json_records
+from mllm.data.images import ImageStore
+
+QUESTION = "<image>\nDescribe it."
+HINT = "Fields of captions are guessed here: name the columns image and text. A LLaVA file ends in .json or .jsonl"
+
+
+class CaptionStore(ImageStore):
+    """The pictures of pairs, each by its pair's number.
+
+    Args:
+        location: a table, a folder or shards, as `--data` of pretraining.
+        image_root: the folder of a table's image paths; None: it is guessed.
+    """
+
+    def __init__(self, location: Path | str, image_root: Path | str | None = None) -> None:
+        self.location = Path(location)
+        root = None if image_root is None else str(image_root)
+        try:
+            self._source = open_source(str(location), Fields(), image_root=root, need_long=False)
+        except UserError as error:
+            raise UserError(f"{error}\n  {HINT}") from None
+
+    def records(self) -> Iterator[Any]:
+        """A record for each pair, of its long caption if it has one; the reason for a pair without a caption."""
+        for number in range(len(self._source)):
+            try:
+                web, long = self._source.texts(number)
+            except BrokenSample as broken:
+                yield str(broken)
+                continue
+            turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": long or web}]
+            yield {"id": str(number), "image": str(number), "conversations": turns}
+
+    def problem(self, name: str) -> str | None:
+        """None: a missing picture is found when it is read."""
+        return None
+
+    def read(self, name: str) -> bytes:
+        return self._source.read(int(name)).image
+
+    def size(self, name: str) -> tuple[int, int]:
+        sample = self._source.read(int(name))
+        return decoded_size(sample.image, sample.key)
+
+    def shown(self, name: str, frames: int) -> Image.Image | list[Image.Image]:
+        sample = self._source.read(int(name))
+        return decode_image(sample.image, sample.key)
+
+
+def open_store(data_path: Path | str, image_folder: Path | str | None) -> ImageStore | None:
+    """The pictures of a LLaVA file, .json or .jsonl, or of captions. Raises UserError if they cannot be opened."""
+    if Path(data_path).suffix not in (".json", ".jsonl"):
+        return CaptionStore(data_path, image_folder)
+    return ImageStore(image_folder) if image_folder else None
+
+
+def raw_records(data_path: Path | str, store: ImageStore | None) -> list[Any]:
+    """The unchecked records of a LLaVA file, or of the captions of `store`. Raises UserError for a damaged file."""
+    return list(store.records()) if isinstance(store, CaptionStore) else read_json_records(Path(data_path))
