@@ -77,12 +77,16 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_numbers(part: str, config: Any) -> None:
-    """Raise UserError unless every whole number of `config` is positive, and every other number finite."""
+def _check(part: str, config: Any, *, numbers: bool = False) -> None:
+    """Raise UserError unless `config` has known choices, and with `numbers` positive and finite numbers."""
+    hints = typing.get_type_hints(type(config))
     for name, value in vars(config).items():
+        if typing.get_origin(hints[name]) is Literal:
+            _one_of(f"{part}.{name}", value, hints[name])
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(not is_whole or value > 0, f"{part}.{name} {value} is not positive")
-        _require(not isinstance(value, float) or math.isfinite(value), f"{part}.{name} {value} is not finite")
+        _require(not (numbers and is_whole) or value > 0, f"{part}.{name} {value} is not positive")
+        is_real = numbers and isinstance(value, float)
+        _require(not is_real or math.isfinite(value), f"{part}.{name} {value} is not finite")
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
@@ -148,16 +152,13 @@ class VisionConfig:
     """Share of an image's patches that the tower does not see in training (FLIP)."""
 
     def __post_init__(self) -> None:
-        _require_numbers("vision", self)
+        _check("vision", self, numbers=True)
         _require(self.width % self.heads == 0, f"vision.width {self.width} is not divisible by heads {self.heads}")
         _require(0 <= self.patch_dropout < 1, f"vision.patch_dropout {self.patch_dropout} is not in [0, 1)")
-        _one_of("vision.pos_embed", self.pos_embed, Positions)
         _require(
             self.width % 4 == 0 or self.pos_embed == "learned",
             f"vision.width {self.width} must be divisible by 4 (2-D sin-cos positions)",
         )
-        _one_of("vision.activation", self.activation, Activation)
-        _one_of("vision.pool", self.pool, ImagePool)
         _require(
             self.cls or self.pool == "mean",
             "vision.pool=cls reads a token that vision.cls=false leaves out: set vision.pool=mean",
@@ -222,11 +223,9 @@ class TextConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_numbers("text", self)
+        _check("text", self, numbers=True)
         _require(self.width % self.heads == 0, f"text.width {self.width} is not divisible by heads {self.heads}")
         _require(self.context_length >= 5, f"text.context_length {self.context_length} is below 5")
-        _one_of("text.activation", self.activation, Activation)
-        _one_of("text.pool", self.pool, TextPool)
 
     @property
     def words(self) -> int:
@@ -259,9 +258,8 @@ class CaptionerConfig:
     """Whether the captioner reads the web caption (states of the text tower) beside the image."""
 
     def __post_init__(self) -> None:
-        _require_numbers("captioner", self)
+        _check("captioner", self, numbers=True)
         _require(self.width % self.heads == 0, f"captioner.width {self.width} is not divisible by heads {self.heads}")
-        _one_of("captioner.inputs", self.inputs, CaptionerInputs)
         keep = self.image_token_keep
         _require(0 < keep <= 1, f"captioner.image_token_keep {keep} is not in (0, 1]")
 
@@ -305,9 +303,7 @@ class CaptionsConfig:
     """Share of the long caption's sentences that the strategy sentence keeps, in a row; at least one sentence."""
 
     def __post_init__(self) -> None:
-        _one_of("captions.tokenizer", self.tokenizer, TokenizerKind)
-        _one_of("captions.strategy", self.strategy, SubCaptionStrategy)
-        _one_of("captions.splitter", self.splitter, SentenceSplitter)
+        _check("captions", self)
         _require(0 <= self.sentence_share <= 1, f"captions.sentence_share {self.sentence_share} is not in [0, 1]")
 
 
@@ -324,7 +320,7 @@ class TaskConfig:
     """Caption positions whose logits are held at once."""
 
     def __post_init__(self) -> None:
-        _one_of("task.objective", self.objective, Objective)
+        _check("task", self)
         _require(0 <= self.synthetic_share <= 1, f"task.synthetic_share {self.synthetic_share} is not in [0, 1]")
         _require(self.caption_chunk > 0, "task.caption_chunk must be positive")
 
@@ -461,8 +457,7 @@ class OptimConfig:
         return (batch_size / recipes) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.lr_scaling]
 
     def __post_init__(self) -> None:
-        _one_of("optim.kind", self.kind, OptimizerKind)
-        _one_of("optim.lr_scaling", self.lr_scaling, LrScaling)
+        _check("optim", self)
         _require(
             self.kind != "muon" or self.clip_grad == 0,
             "optim.clip_grad must be 0 with Muon: DeepSpeed's ZeRO 1-3 would clip the orthogonalised update, "
@@ -496,7 +491,7 @@ class PhaseConfig:
     """Begin with an empty optimizer, as the reference does, instead of the previous phase's state."""
 
     def __post_init__(self) -> None:
-        _one_of(f"phase {self.name}: schedule", self.schedule, Schedule)
+        _check(f"phase {self.name}", self)
         _require(self.batch_size > 0, f"phase {self.name}: batch_size must be positive")
         _require(
             self.samples >= self.batch_size,
@@ -551,10 +546,7 @@ class TrainConfig:
     """Samples between two checkpoints that stay for ever; 0: only the newest stay."""
 
     def __post_init__(self) -> None:
-        _one_of("train.precision", self.precision, Precision)
-        _one_of("train.contrastive", self.contrastive, Contrastive)
-        _one_of("train.freeze", self.freeze, Freeze)
-        _one_of("train.on_spike", self.on_spike, OnSpike)
+        _check("train", self)
         for name in ("accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
         _require(self.keep_every >= 0, f"train.keep_every {self.keep_every} is negative")

@@ -5,8 +5,8 @@
 #   TORCH_INDEX  the index of torch's CUDA builds, without the build's name: an NVIDIA driver before CUDA 13 needs it
 #   PYTHON=EXE   the Python that makes it (default: the first of python3, python3.13 … python3.10, python that is ≥ 3.10)
 #
-# No C++ compiler is asked for: nothing here compiles on a machine's first run (clips/engine.py says how DeepSpeed's
-# own kernels are avoided); only train.compile=true needs one, and torch names it then.
+# No C++ compiler is asked for: nothing here compiles on a first run (clips/training/engine.py says how DeepSpeed's own
+# kernels are avoided); only train.compile=true needs one, and torch names it then.
 
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

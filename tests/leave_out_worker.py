@@ -56,11 +56,7 @@ def measure(kind: str, zero: dict) -> dict[str, object]:
     never_saw_it = build(kind, zero, accumulation=ACCUMULATION)
     for seed in (0, 1, 3):
         step(never_saw_it, seed)
-    return {
-        "unchanged": unchanged,
-        "as if never seen": same(skipped, whole_state(never_saw_it)),
-        "agreed": agreed,
-    }
+    return {"unchanged": unchanged, "as if never seen": same(skipped, whole_state(never_saw_it)), "agreed": agreed}
 
 
 def main(out: str) -> None:

@@ -264,10 +264,7 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                         return request | {"streams": streams}
                     for stream in streams:
                         os.close(stream)
-                    children[pid] = (
-                        connection,
-                        f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}",
-                    )
+                    children[pid] = (connection, f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}")
                     if len(streams) == 3:  # else a lock was passed on to it, to hold when the process that asks is gone
                         ready.register(connection, selectors.EVENT_READ, pid)
                     connection.send(pid.to_bytes(4, "big"))

@@ -95,10 +95,7 @@ def quantised(device: torch.device) -> bool:
 
 
 CHECKS: dict[str, tuple[Callable[[torch.device], object], str]] = {
-    "driver": (
-        lambda device: torch.zeros(1, device=device) + 1,
-        "install NVIDIA driver 580 or newer",
-    ),
+    "driver": (lambda device: torch.zeros(1, device=device) + 1, "install NVIDIA driver 580 or newer"),
     "bf16": (has_bf16, "this device only emulates bf16: give --set train.precision=fp32"),
     "NCCL": (lambda device: dist.is_nccl_available(), "this torch has no NCCL: install a CUDA build of torch"),
     "bitsandbytes": (quantised, "pip install -U bitsandbytes; without it leave --bits out"),

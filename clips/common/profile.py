@@ -59,7 +59,9 @@ def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[Prof
             return
         directory.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(directory / f"trace-rank{rank}.json"))
-        tables.append(_operators(found, on_gpu))
+        # By the time in an operator itself, not in others that it calls.
+        key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        tables.append(found.key_averages().table(sort_by=key, row_limit=SHOWN, max_name_column_width=45).strip())
         (directory / f"operators-rank{rank}.txt").write_text(tables[-1] + "\n", encoding="utf-8")
         if on_gpu:
             torch.cuda.memory._dump_snapshot(str(directory / f"memory-rank{rank}.pickle"))
@@ -82,9 +84,3 @@ def profiled(directory: Path, steps: int, device: torch.device) -> Iterator[Prof
         print(f"\n{tables[-1]}\nprofile of {recorded} steps: {directory}", file=sys.stderr)
     elif rank == 0:
         print(f"no profile: it begins after {SKIPPED + WARM} steps, there were {profiler.seen}", file=sys.stderr)
-
-
-def _operators(found: profile, on_gpu: bool) -> str:
-    """The operators that the device spends most time in by themselves, not in others that they call."""
-    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=key, row_limit=SHOWN, max_name_column_width=45).strip()

@@ -191,20 +191,17 @@ def import_deepspeed() -> Any:
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     """The content of env.json: what besides the configuration may explain a difference between two runs."""
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {torch.get_num_threads()}",
         "world_size": world_size,
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": packages,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def shutdown() -> None:

@@ -296,12 +296,7 @@ def check_from_flags(flags: argparse.Namespace) -> None:
 
 
 def check_triples(
-    run: RunConfig,
-    output: Path | str,
-    *,
-    samples: int | None = None,
-    workers: int = 1,
-    seed: int = 0,
+    run: RunConfig, output: Path | str, *, samples: int | None = None, workers: int = 1, seed: int = 0
 ) -> dict[str, Any]:
     """Check `run.data.train` as `run` would read it, publish the report in `output`, and return its summary.
 

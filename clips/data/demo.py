@@ -275,11 +275,7 @@ def _draw_thing(rng: random.Random, concept: str, place: str, count: int, image_
         for c in PLACES[place]
     )
     return Thing(
-        concept=concept,
-        place=place,
-        size=size,
-        box=(left, top, left + side, top + side),
-        look=looks.drawn(rng),
+        concept=concept, place=place, size=size, box=(left, top, left + side, top + side), look=looks.drawn(rng)
     )
 
 

@@ -99,8 +99,10 @@ def _write_arrow(url: str, target: Path) -> None:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{url} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             file.seek(0)
-            batches = _parquet(file) if url.endswith(".parquet") else _json(file) if url.endswith(".jsonl") else None
-            batches = batches or _csv(file, url, _encoding(url))
+            if url.endswith(".parquet"):
+                batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
+            else:
+                batches = _json(file) if url.endswith(".jsonl") else _csv(file, url, _encoding(url))
             head = next(batches)
             names = head.schema.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -115,10 +117,6 @@ def _write_arrow(url: str, target: Path) -> None:
         raise UserError(f"{url} is not a readable table: {error}") from None
     except StopIteration:
         raise UserError(f"{url} has no rows") from None
-
-
-def _parquet(file: Any) -> Iterator[pa.RecordBatch]:
-    yield from parquet.ParquetFile(file).iter_batches(batch_size=ROWS_PER_BATCH)
 
 
 def _json(file: Any) -> Iterator[pa.RecordBatch]:

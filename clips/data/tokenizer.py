@@ -241,8 +241,7 @@ def _finish(tokenizer: Tokenizer, special: dict[str, str]) -> CaptionTokenizer:
     tokenizer.add_special_tokens([token for role, token in special.items() if token != _CLIP["pad"]])
     frame = [special["bos"], special["eos"]]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[frame[0], "$A", frame[1]],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in frame],
+        single=[frame[0], "$A", frame[1]], special_tokens=[(token, tokenizer.token_to_id(token)) for token in frame]
     )
     return CaptionTokenizer(tokenizer, special)
 

@@ -185,11 +185,7 @@ class Blocks(nn.ModuleList):
         self.activation_checkpointing = False
 
     def forward(
-        self,
-        x: Tensor,
-        visible: Visible = None,
-        caches: list[KVCache] | None = None,
-        last: Packed | None = None,
+        self, x: Tensor, visible: Visible = None, caches: list[KVCache] | None = None, last: Packed | None = None
     ) -> Tensor:
         """`last`: the slots at the end of one batch whose rows alone are returned; the last block skips the others."""
         for i, block in enumerate(self):

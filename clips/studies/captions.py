@@ -144,9 +144,8 @@ def plan(
     # First the table's columns, then where the test data keep the same part: a run has one list for both.
     data += [f"data.fields.image=image;{fields.image}", f"data.fields.web=web;{fields.web}"]
     order, first, runs = (*sets, WEB), next(iter(sets)), {}
-    variants = {
-        name: replace(VARIANTS[_kind(name)], label="web captions only" if name == WEB else name) for name in order
-    }
+    variants = {name: replace(VARIANTS["captioner"], label=name) for name in sets}
+    variants[WEB] = replace(VARIANTS["web"], label="web captions only")
     for name in order:
         # "web" trains its vocabulary on the first set's captions too, as the claims' variant does on the demo's.
         column = f"data.fields.long={_column(first if name == WEB else name)};{fields.long}"
@@ -156,11 +155,6 @@ def plan(
     study = Study("captions", TITLE, variants, runs, {"captions": Question(TITLE, order, pairs, CAUTION)})
     check_settings(study.everything())
     return study
-
-
-def _kind(name: str) -> str:
-    """The claims' variant that the runs of a set are."""
-    return "web" if name == WEB else "captioner"
 
 
 def _column(name: str) -> str:

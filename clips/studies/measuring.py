@@ -21,11 +21,7 @@ from clips.common.runtime import unused_port
 Row = dict[str, Any]
 
 
-def fastest(
-    parts: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    device: torch.device,
-) -> dict[str, float]:
+def fastest(parts: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
     """Seconds of each part: all once to warm up, then `repeats` turns, the minimum of each."""
     times = {name: float("inf") for name in parts}
     for turn in range(repeats + 1):

@@ -15,7 +15,7 @@ from clips.common.errors import Stopped, UserError
 from clips.common.flags import Parser
 from clips.common.trackers import HELP as REPORT_TO
 from clips.common.trackers import TENSORBOARD, loggers
-from clips.config import TRAINING_FIELDS, PhaseConfig, RunConfig, parse_fields, parse_mix, parse_test_data
+from clips.config import TRAINING_FIELDS, RunConfig, parse_fields, parse_mix, parse_test_data
 from clips.recipes import RECIPES, debug_twin, recipe, with_tower
 
 
@@ -89,9 +89,7 @@ def parser() -> Parser:
     p.add_argument("--ds-config", help="DeepSpeed engine settings, such as ds_configs/zero2.json (default: ZeRO 0)")
     p.add_argument("--timeout-minutes", type=float, default=30, help="how long ranks wait for one that hangs")
     p.add_argument(
-        "--resume",
-        default="auto",
-        help="auto (go on where the run stopped), never, or a checkpoint directory",
+        "--resume", default="auto", help="auto (go on where the run stopped), never, or a checkpoint directory"
     )
     p.add_argument("--allow-config-change", action="store_true", help="go on although the configuration differs")
     p.add_argument(
@@ -126,10 +124,9 @@ def pretrain_from_flags(flags: argparse.Namespace) -> None:
     run = config_from_flags(flags, given)
     if flags.profile < 0:
         raise UserError(f"--profile {flags.profile}: give the number of steps to record, or 0")
-    from clips.training.loop import pretrain  # to be right
-    from clips.training.prepare import (
-        Options,  # these import all of torch and deepspeed: not before the flags are known
-    )
+    # These import all of torch and deepspeed: not before the flags are known to be right.
+    from clips.training.loop import pretrain
+    from clips.training.prepare import Options
 
     options = Options(
         run_dir=_run_dir(flags),
@@ -193,7 +190,8 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
     if flags.samples is not None:
         assignments += [f"phases.*.samples={flags.samples}"]
         # The warm-up keeps its share of the phase: a recipe's own could be longer than the whole of a short run.
-        assignments += [f"phases.{i}.warmup_samples={_scaled(p, flags.samples)}" for i, p in enumerate(run.phases)]
+        warmups = [phase.warmup_samples * flags.samples // phase.samples for phase in run.phases]
+        assignments += [f"phases.{i}.warmup_samples={warmup}" for i, warmup in enumerate(warmups)]
     if flags.batch_size is not None:
         assignments.append(f"phases.*.batch_size={flags.batch_size}")
         if flags.batch_size > 0:  # else the configuration itself says what is wrong
@@ -213,7 +211,3 @@ def config_from_flags(flags: argparse.Namespace, given: Mapping[str, Any] | None
             f"recipe {run.recipe} needs training data: --data 'shards/*.tar', or a table (README, “Your own data”)"
         )
     return run
-
-
-def _scaled(phase: PhaseConfig, samples: int) -> int:
-    return phase.warmup_samples * samples // phase.samples

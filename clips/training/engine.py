@@ -146,10 +146,7 @@ class Engine:
         }
         task.to(device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task,
-            optimizer=build_optimizer(groups, run.optim),
-            config=config,
-            dist_init_required=False,
+            model=task, optimizer=build_optimizer(groups, run.optim), config=config, dist_init_required=False
         )
         self.state = ZeroState(self.engine, dict(task.model.named_parameters()), muon, device)
         """The sharded state: to gather for a checkpoint, and to restore from one."""

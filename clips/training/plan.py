@@ -221,28 +221,6 @@ def memory_rows(run: RunConfig, machine: Machine) -> list[list[str]]:
     return rows
 
 
-def memory_head(run: RunConfig, machine: Machine) -> list[str]:
-    columns = ["engine", "checkpointing"]
-    for phase in run.phases:
-        micro = micro_batch_size(phase, run.train.accumulation, machine.gpus)
-        columns += [f"{phase.name}: {micro:,} at once, GB", "what fits"]
-    return [*columns, "GB of a machine"]
-
-
-def phase_rows(found: Plan) -> list[list[str]]:
-    """Rows below PHASE_HEAD."""
-    return [
-        [
-            part.phase.name, part.fit.engine, f"{part.fit.accumulation} × {part.fit.micro:,}",
-            f"{part.fit.usage.total / 1e9:.1f}", *part.time.cells(part.phase.batch_size, found.machine.gpus),
-        ]
-        for part in found.phases
-    ]  # fmt: skip
-
-
-PHASE_HEAD = ("phase", "engine", "micro-batches", "GB", *TIME_HEAD)
-
-
 def totals(found: Plan) -> str:
     return (
         f"{found.days:.1f} days, {found.gpu_hours:,.0f} GPU hours{found.machine.cost(found.gpu_hours)}; "
@@ -268,8 +246,7 @@ def assumptions(machine: Machine) -> list[str]:
 
 TABLE_HEAD = (
     *("recipe", "GPUs", "parameters", "engine", "micro-batches by phase", "GB a GPU by phase", "the first rehearsed"),
-    "step by phase, s",
-    *("communication", "days", "GPU hours", "cost", "a checkpoint, GB"),
+    *("step by phase, s", "communication", "days", "GPU hours", "cost", "a checkpoint, GB"),
 )
 
 
@@ -337,8 +314,19 @@ def print_pretraining(run: RunConfig, machine: Machine, engine: str | None) -> N
     """The tables of a run; then UserError where it does not fit as it is."""
     if run.train.precision == "auto":
         run = replace(run, train=replace(run.train, precision="bf16"))
-    print_table(f"{run.recipe} on {machine}: memory of one GPU (✗: too much)", memory_head(run, machine),
-                memory_rows(run, machine))  # fmt: skip
+    head = ["engine", "checkpointing"]
+    for phase in run.phases:
+        micro = micro_batch_size(phase, run.train.accumulation, machine.gpus)
+        head += [f"{phase.name}: {micro:,} at once, GB", "what fits"]
+    title = f"{run.recipe} on {machine}: memory of one GPU (✗: too much)"
+    print_table(title, [*head, "GB of a machine"], memory_rows(run, machine))
     found = plan(run, machine, engine=engine)
-    print_table("time", PHASE_HEAD, phase_rows(found))
+    rows = [
+        [
+            part.phase.name, part.fit.engine, f"{part.fit.accumulation} × {part.fit.micro:,}",
+            f"{part.fit.usage.total / 1e9:.1f}", *part.time.cells(part.phase.batch_size, machine.gpus),
+        ]
+        for part in found.phases
+    ]  # fmt: skip
+    print_table("time", ("phase", "engine", "micro-batches", "GB", *TIME_HEAD), rows)
     print(totals(found), *(f"assumed, {line}" for line in assumptions(machine)), sep="\n")

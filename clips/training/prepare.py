@@ -150,7 +150,12 @@ def prepare_data(
     other = _other_run(options)
 
     def make() -> CaptionTokenizer:
-        return CaptionTokenizer.load(other / "tokenizer") if other else _build_tokenizer(run, source, initial)
+        if other is not None:
+            return CaptionTokenizer.load(other / "tokenizer")
+        if initial is not None and initial.tokenizer is not None:
+            return initial.tokenizer
+        texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
+        return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
     if dist.get_rank() == 0 and not begun and not options.dry_run:
         make().save(directory)
@@ -184,13 +189,6 @@ def check_ranks_agree(
         if len({found[name] for found in everybody}) > 1:
             lines = "\n".join(f"  rank {rank}: {found[name]}" for rank, found in enumerate(everybody))
             raise UserError(f"ranks do not agree on {name}:\n{lines}\nSee that all nodes see the same files")
-
-
-def _build_tokenizer(run: RunConfig, source: Source, initial: InitialWeights | None) -> CaptionTokenizer:
-    if initial is not None and initial.tokenizer is not None:
-        return initial.tokenizer
-    texts = source.captions() if run.captions.tokenizer == "wordpiece" else None
-    return build_tokenizer(run.captions.tokenizer, texts, vocab_size=run.model.text.vocab_size)
 
 
 def with_precision(run: RunConfig, run_dir: Path, device: torch.device) -> RunConfig:
@@ -368,7 +366,9 @@ def print_plan(
     for phase in run.phases:
         table.add_row(for_rich(f"phase {phase.name}"), phase_line(run, phase, samples, ranks))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
-    table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}" + _why_slow(run, device))
+    is_slow = run.train.precision == "bf16" and not has_bf16(device)
+    slow = f", which this {device.type} only emulates: train.precision=fp32 is many times faster" if is_slow else ""
+    table.add_row("optimizer", f"{run.optim.kind}, {run.train.precision}{slow}")
     table.add_row("on", f"{ranks} × {device.type}{threads}")
     done = previous.state.samples if previous else 0
     seconds = estimated_seconds(run, reached, ranks, done)
@@ -396,12 +396,6 @@ def _dropped(run: RunConfig) -> str:
         shares["captioner"] = 1 - captioner.image_token_keep
     found = [f"{share:.0%} of the image tokens of the {part}" for part, share in shares.items() if share]
     return f"{', '.join(found)}, in training alone" if found else ""
-
-
-def _why_slow(run: RunConfig, device: torch.device) -> str:
-    if run.train.precision == "bf16" and not has_bf16(device):
-        return f", which this {device.type} only emulates: train.precision=fp32 is many times faster"
-    return ""
 
 
 def phase_line(run: RunConfig, phase: PhaseConfig, samples: int, ranks: int) -> str:

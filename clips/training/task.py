@@ -23,14 +23,7 @@ from clips.model.clips import CLIPSModel, Counts, Kept, Outputs
 from clips.model.flops import BatchShape, training_flops
 from clips.model.text import word_slots
 from clips.model.vision import size_of
-from clips.training.losses import (
-    IGNORE,
-    caption_loss,
-    contrastive_loss,
-    gather_features,
-    mean_over_ranks,
-    world_size,
-)
+from clips.training.losses import IGNORE, caption_loss, contrastive_loss, gather_features, mean_over_ranks, world_size
 
 
 class Part(NamedTuple):

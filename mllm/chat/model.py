@@ -127,12 +127,7 @@ class ChatModel:
 
     @staticmethod
     def load(
-        name: str | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        bits: int = 16,
-        conv_mode: str = "auto",
+        name: str | None = None, *, device: str = "auto", dtype: str = "auto", bits: int = 16, conv_mode: str = "auto"
     ) -> ChatModel:
         """The model of a directory or hub id, by default the newest of runs/. `bits` 4 or 8 quantises its LLM.
 

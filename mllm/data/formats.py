@@ -118,13 +118,7 @@ def _header(role: str) -> str:
 
 _TO_SYSTEM, _TO_USER = f"<|begin_of_text|>{_header('system')}", f"<|eot_id|>{_header('user')}"
 _V1 = Format(
-    name="v1",
-    first=f"{V1_SYSTEM} USER:",
-    system=("", " USER:"),
-    middle=" ASSISTANT:",
-    end="",
-    next="USER:",
-    lead=" ",
+    name="v1", first=f"{V1_SYSTEM} USER:", system=("", " USER:"), middle=" ASSISTANT:", end="", next="USER:", lead=" "
 )
 _NAMED = (
     Format(name="plain", first="", system=None, middle="", end="\n", next="", keeps_question=False),

@@ -39,11 +39,7 @@ def make_batches(questions: Sequence[Question], prompts: Sequence[list[int]], si
 
 
 def generate_inputs(
-    model: Llava,
-    rows: Sequence[list[int]],
-    shown: Sequence[tuple[int, ...]],
-    pictures: Sequence[Seen],
-    pad_id: int,
+    model: Llava, rows: Sequence[list[int]], shown: Sequence[tuple[int, ...]], pictures: Sequence[Seen], pad_id: int
 ) -> dict[str, Any]:
     """`generate`'s arguments for prompts `rows`, padded on the left of what is not read yet.
 

@@ -24,12 +24,7 @@ from huggingface_hub import ModelCardData, save_torch_state_dict, snapshot_downl
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from markupsafe import Markup
 from torch import Tensor
-from transformers import (
-    CLIPVisionModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from clips.common.errors import UserError
 from clips.common.files import read_json, replacing, write_json

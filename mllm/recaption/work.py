@@ -197,7 +197,7 @@ class Worker:
     ) -> tuple[list[Line], ContentHash, ShardWriter]:
         """Write the good pairs to `path`. Returns a line for each pair, the hash of the input, and the closed file."""
         lines, content = [], ContentHash()
-        chunks = chunked(range(shard.first, shard.stop))
+        chunks = [range(i, min(i + CHUNK, shard.stop)) for i in range(shard.first, shard.stop, CHUNK)]
         with ShardWriter(path) as writer:
             for chunk, samples in zip(chunks, self._read(shard, chunks), strict=True):
                 for i, sample in zip(chunk, samples, strict=True):
@@ -241,7 +241,7 @@ def counts(lines: Sequence[Line], left_out: int) -> dict[str, Any]:
     written = [line for line in lines if not line.reason]
     kept = [line.caption for line in written if line.caption is not None]
     lengths = {part: [line.words[i] for line in written] for i, part in enumerate(("web", "long"))}
-    binned = {part: Counter(map(_bin, found)) for part, found in lengths.items()}
+    binned = {part: Counter(max(e for e in WORD_BINS if e <= n) for n in found) for part, found in lengths.items()}
     return {
         "counts": {
             "pairs": len(lines),
@@ -270,10 +270,6 @@ def check_broken(broken: int, pairs: int, options: Options) -> None:
         )
 
 
-def chunked(indices: Sequence[int]) -> list[Sequence[int]]:
-    return [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-
-
 def ahead(make: Callable[[ItemT], MadeT], items: Iterable[ItemT]) -> Iterator[MadeT]:
     """`make` of each item, in order; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
@@ -299,7 +295,3 @@ def _rejected(line: Line) -> dict[str, Any]:
 
 def _sorted(reasons: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(reasons).items()))
-
-
-def _bin(count: int) -> int:
-    return max(edge for edge in WORD_BINS if edge <= count)

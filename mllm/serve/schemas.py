@@ -80,17 +80,13 @@ class Shown:
     is_video: bool = False
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 class Message(_Form):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]],
         FailFast(),
         Field(max_length=MOST_PARTS),
-        BeforeValidator(_as_parts),
+        BeforeValidator(lambda said: [{"type": "text", "text": said}] if isinstance(said, str) else said),
     ]
 
     @property
@@ -143,10 +139,6 @@ class EmbeddingInput(_Form):
         return self
 
 
-def _as_input(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
 def _as_inputs(value: Any, info: ValidationInfo) -> list[Any]:
     inputs = value if isinstance(value, list) else [value]
     assert isinstance(info.context, Limits)  # given by `parse`
@@ -160,7 +152,7 @@ class EmbeddingForm(_Form):
 
     model: str
     input: Annotated[
-        list[Annotated[EmbeddingInput, BeforeValidator(_as_input)]],
+        list[Annotated[EmbeddingInput, BeforeValidator(lambda one: {"text": one} if isinstance(one, str) else one)]],
         FailFast(),
         Field(min_length=1),
         BeforeValidator(_as_inputs),

@@ -57,9 +57,12 @@ def by_hand(case: Case, size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_accumulated_steps_are_those_of_the_plain_gradient(found: tuple[int, dict], case: Case) -> None:
     ranks, results = found
-    result, expected = results[case.name], by_hand(
-        case._replace(stage=0, checkpointing=False, contrastive="global"),
-        BATCH if case.contrastive == "global" else MICRO * ranks,
+    result, expected = (
+        results[case.name],
+        by_hand(
+            case._replace(stage=0, checkpointing=False, contrastive="global"),
+            BATCH if case.contrastive == "global" else MICRO * ranks,
+        ),
     )
     begun = random_model(a_run(case, 1))
     assert result["weights"].keys() == expected["weights"].keys()

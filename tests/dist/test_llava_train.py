@@ -11,18 +11,7 @@ import torch
 from conftest import ROOT
 from llava_worker import stop_in_step
 from peft import get_peft_model
-from tiny_llava import (
-    ALIGN,
-    INSTRUCT,
-    START,
-    WORKER,
-    build,
-    launch,
-    losses,
-    results,
-    run,
-    write_place,
-)
+from tiny_llava import ALIGN, INSTRUCT, START, WORKER, build, launch, losses, results, run, write_place
 from tiny_mllm import write_llm
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration

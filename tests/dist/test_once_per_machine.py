@@ -23,6 +23,7 @@ from clips.common.runtime import unused_port
 from clips.config import Fields
 from clips.data.sources import Source, open_source
 
+pytestmark = pytest.mark.slow
 TIMEOUT = 1.0
 """Seconds of a collective, which the tests' work exceeds."""
 

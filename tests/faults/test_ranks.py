@@ -45,14 +45,14 @@ def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: st
     return ["tests/faulty_run.py", fault, rank, *words]
 
 
-def ended(words: list[str], out: Path, fault: Callable[[], object] | None = None, seconds: float = 60) -> str:
+def ended(words: list[str], out: Path, fault: Callable[[], object] | None = None) -> str:
     """What a run of two ranks said that must fail: after `fault` in one of its first steps, or by itself."""
     log = out / "log"
     with started(words, log) as process:
         if fault is not None:
             wait_for(lambda: len(lines(out / "r")) >= 3, process, log)
             fault()
-        assert process.wait(seconds) != 0
+        assert process.wait(60) != 0
         wait_until_gone(out)
     return log.read_text()
 
@@ -107,9 +107,16 @@ def test_row_10_a_killed_rank_ends_the_others(
 def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    words = deepspeed(*endless(tmp_path, shards, "--timeout-minutes", "0.2"))
-    said = ended(words, tmp_path, lambda: rank(tmp_path, 1).send_signal(signal.SIGSTOP), seconds=150)
-    assert "No sign of life from rank 1" in said
+    words, log = deepspeed(*endless(tmp_path, shards, "--timeout-minutes", "0.2")), tmp_path / "log"
+    with started(words, log) as process:
+        wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
+        hung = rank(tmp_path, 1)
+        hung.send_signal(signal.SIGSTOP)
+        wait_for(lambda: "No sign of life from rank 1" in log.read_text(), process, log)
+        hung.send_signal(signal.SIGCONT)  # the launcher would wait 30 s for it to end
+        assert process.wait(60) != 0
+        wait_until_gone(tmp_path)
+    said = log.read_text()
     assert "failed at clips/" in said
     assert "12000ms" in said
 

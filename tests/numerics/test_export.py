@@ -124,6 +124,7 @@ def stock(tmp_path_factory, pictures):
     return {variant: (ours[variant], np.load(folder / f"{names[variant]}.npz")) for variant in VARIANTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-pad_mask={v[1]}-pre_norm={v[2]}")
 @torch.no_grad()
 def test_stock_libraries_give_the_same_features(stock, pictures, variant):

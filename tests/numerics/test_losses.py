@@ -20,10 +20,7 @@ from clips.training.task import Task
 FIRST_DEMO = ["train.precision=fp32", "model.vision.patch_size=16", "model.vision.image_size=32"]
 FIRST_DEMO += ["phases.0.image_size=32", "model.text.context_length=32", "model.text.vocab_size=512"]
 """The sizes of the demo's twin when its loss was noted."""
-GOLDEN = [
-    (tiny_run(), (12.8636, 2.9996)),
-    (debug_twin(recipe("demo")).override(FIRST_DEMO), (15.8854, 3.2423)),
-]
+GOLDEN = [(tiny_run(), (12.8636, 2.9996)), (debug_twin(recipe("demo")).override(FIRST_DEMO), (15.8854, 3.2423))]
 
 
 def slow_info_nce(image: torch.Tensor, text: torch.Tensor, scale: float) -> float:
@@ -189,6 +186,7 @@ def _loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str,
     return loss.item(), {name: p.grad.numpy() for name, p in task.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_two_ranks_average_to_the_loss_and_gradient_of_one(unused_port: int) -> None:
     with mp.Manager() as manager:
         results = manager.dict()

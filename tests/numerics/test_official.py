@@ -89,10 +89,7 @@ def write_official(directory, *, weights="bin", tokenizer=None, tells_eps=True):
         write_weights(w, directory / "open_clip_model.safetensors")
     vision, text = towers(tells_eps=tells_eps)
     look = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "resize_mode": "squash"}
-    config = {
-        "model_cfg": {"embed_dim": EMBED, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": look,
-    }
+    config = {"model_cfg": {"embed_dim": EMBED, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": look}
     (directory / "open_clip_config.json").write_text(json.dumps(config))
     if tokenizer == "json":
         wordpiece = BertWordPieceTokenizer(str(BERT / "vocab.txt"), lowercase=True)

@@ -28,11 +28,7 @@ from tiny_original import (
     write_whole,
 )
 from tiny_tokenizers import TOKENIZERS
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPVisionModel,
-)
+from transformers import AutoProcessor, AutoTokenizer, CLIPVisionModel
 
 from clips.common.errors import UserError
 from clips.weights.push import push

@@ -14,11 +14,7 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_mllm import pictures, write_llm, write_run, write_siglip
-from transformers import (
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlavaForConditionalGeneration,
-)
+from transformers import GraniteConfig, GraniteForCausalLM, LlavaForConditionalGeneration
 
 from clips.common.errors import UserError
 from mllm.encoders.registry import load_vision
@@ -101,6 +97,7 @@ def saved(tmp_path_factory):
     return place, built
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_model_is_stock(saved, variant):
     place, built = saved

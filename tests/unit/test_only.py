@@ -16,10 +16,7 @@ ONLY: list[tuple[set[str], set[str]]] = [  # (these names, or names below them) 
         {f"clips/{name}.py" for name in ("common/runtime", "training/engine", "training/muon", "training/zero_state")},
     ),
     ({"PIL.Image.open"}, {"clips/data/images.py"}),
-    (
-        {"torch.load", "safetensors.torch.load_file", "safetensors.torch.load_model"},
-        {"clips/common/tensors.py"},
-    ),
+    ({"torch.load", "safetensors.torch.load_file", "safetensors.torch.load_model"}, {"clips/common/tensors.py"}),
     ({"safetensors.safe_open"}, {"clips/common/tensors.py", "clips/data/tar.py"}),  # the latter: an index
     ({"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.hub"}, set()),
     ({"text optimizer.safetensors"}, {"clips/weights/checkpoint.py"}),

@@ -307,6 +307,7 @@ def many_ties() -> list[str]:
     return [" ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(8)) for _ in range(200)]
 
 
+@pytest.mark.slow
 def test_wordpiece_training_is_deterministic(tmp_path):
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "

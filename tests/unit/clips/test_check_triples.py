@@ -74,6 +74,7 @@ def test_everything_is_counted(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "http" not in page.split("<main>")[1], "it stands alone"
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_finds(data: Path, tmp_path: Path) -> None:
     alone = check_triples(run_on(data), tmp_path / "a", samples=200)
     assert alone["checked"] == 200

@@ -43,6 +43,7 @@ def pass_both_ways(model: CLIPSModel, shape: tuple[int, ...]) -> tuple[list[torc
     return outputs, [g for g in torch.autograd.grad(loss, used, allow_unused=True) if g is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_block_is_compiled_once_for_a_tower(checkpointing: bool) -> None:
     plain, compiled = random_model(tiny_run()), random_model(tiny_run())

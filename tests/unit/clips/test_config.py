@@ -12,13 +12,7 @@ from conftest import random_model, tiny_run
 
 from clips.common.errors import UserError
 from clips.common.runtime import has_bf16
-from clips.config import (
-    OptimConfig,
-    RunConfig,
-    TaskConfig,
-    difference,
-    from_dict,
-)
+from clips.config import OptimConfig, RunConfig, TaskConfig, difference, from_dict
 from clips.recipes import RECIPES, debug_twin, recipe
 from clips.training.prepare import with_precision
 from clips.training.task import Task

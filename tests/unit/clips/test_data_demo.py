@@ -47,7 +47,7 @@ from clips.data.sentences import split_sentences
 from clips.data.sources import open_source
 from clips.data.splits import deciding_set, held_out_sets, open_split
 
-SIZES = {"train": 60, "val": 20, "test": 20, UNSEEN: 20}
+SIZES = {"train": 30, "val": 10, "test": 10, UNSEEN: 10}
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_a_finished_build_is_reused_and_another_replaced(tmp_path: Path) -> None
     times = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     ensure_demo(directory, sizes=SIZES)
     assert times == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-    ensure_demo(directory, sizes=SIZES | {"train": 30})
-    assert len(open_source(demo_split(directory, "train"), Fields(), need_long=True)) == 30
+    ensure_demo(directory, sizes=SIZES | {"train": 15})
+    assert len(open_source(demo_split(directory, "train"), Fields(), need_long=True)) == 15
 
 
 def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "data.partial").exists()
     data = DataConfig(train="demo", demo_dir=str(tmp_path / "data"))
     monkeypatch.setattr(demo.ensure_demo, "__kwdefaults__", demo.ensure_demo.__kwdefaults__ | {"sizes": SIZES})
-    assert (len(open_split(data, "train", need_long=True)), len(open_split(data, "test", need_long=True))) == (60, 20)
+    assert (len(open_split(data, "train", need_long=True)), len(open_split(data, "test", need_long=True))) == (30, 10)
     names = ["test"] if is_by_one(tmp_path / "data") else ["test", UNSEEN]
     assert (held_out_sets(data), deciding_set(data)) == (names, names[-1])
 
@@ -255,7 +255,7 @@ def test_scenes_show_what_they_say() -> None:
     """Against the pixels: the ground's colour, and something drawn at each place and nowhere else."""
     drawing = np.asarray(demo._drawings(OPENMOJI)["star"].convert("RGBA"))
     assert drawing.shape == (SIDE, SIDE, 4)
-    for number in range(200):
+    for number in range(100):
         scene, _ = split_scene("train", number, 0)
         pixels = np.asarray(decode_image(render(scene, [OPENMOJI] * len(scene.things)))).astype(int)
         ground = np.asarray(decode_image(render(replace(scene, things=()), []))).astype(int)

@@ -351,6 +351,7 @@ print(peak() - before, kept[0].size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "side", "served", "limit"),
     [("I;16", 8000, False, 480), ("RGBA", 8000, False, 640), ("RGBA", 5600, True, 400), ("I;16", 5600, True, 350)],

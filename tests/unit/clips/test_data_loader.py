@@ -193,6 +193,7 @@ def sequence(found: list[dict]) -> dict[int, tuple[object, ...]]:
     return dict(rows)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(data=st.data(), sort=st.sampled_from(["one", "mixed"]), seed=st.integers(0, 3))
 def test_any_split_into_ranks_workers_and_accumulation_gives_the_same_samples(

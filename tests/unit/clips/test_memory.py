@@ -53,8 +53,7 @@ def kept_by_autograd(task: Task, batch: Batch) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "name",
-    ["tiny", "S/16", "S/16 at 336 px", "S/16 dropping", "S/16 dropping, caption", "S/16 dropping, caption+web"],
+    "name", ["tiny", "S/16", "S/16 at 336 px", "S/16 dropping", "S/16 dropping, caption", "S/16 dropping, caption+web"]
 )
 def test_activations_are_what_autograd_keeps(name: str, precision: str) -> None:
     """At 336 px the captioner is beyond the length up to which a CPU uses plain products."""

@@ -48,9 +48,7 @@ def test_sincos_positions_are_those_of_open_clip() -> None:
 def test_the_reference_s_parts_are_absent_not_zero() -> None:
     run = tiny_run().model
     reference = replace(
-        run,
-        vision=replace(run.vision, patch_bias=False),
-        captioner=replace(run.captioner, head_bias=False),
+        run, vision=replace(run.vision, patch_bias=False), captioner=replace(run.captioner, head_bias=False)
     )
     ours, theirs = CLIPSModel(run, pad_id=0), CLIPSModel(reference, pad_id=0)
     assert set(ours.state_dict()) - set(theirs.state_dict()) == {"visual.patch_embed.bias", "captioner.head.bias"}

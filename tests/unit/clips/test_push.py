@@ -43,7 +43,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HEADERS if kind != "hf"])  # these towers have no such export
+@pytest.mark.parametrize(  # these towers have no "hf", and for all but "native" a process of its own loads them
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow][kind == "native" :]) for kind in HEADERS if kind != "hf"]
+)
 def test_what_is_uploaded_is_the_model_and_nothing_of_this_machine(
     run_dir: Path, hub: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import random_model, script_parser, tiny_run
 from PIL import Image
 from rich.console import Console
@@ -29,6 +30,13 @@ from clips.model.clips import CLIPSModel
 from clips.training.finish import finish_run
 from clips.weights.export import export_from_flags, write_native
 from clips.weights.load import load_model
+
+
+@pytest.fixture(autouse=True)
+def _one_pixel(request, monkeypatch):
+    """Charts are one pixel, as in forked processes (tests/warm.py): drawing them takes most of a report's time."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +138,7 @@ def metrics(run_dir):
     return run_dir
 
 
+@pytest.mark.draws
 def test_report_is_one_offline_page(small, tmp_path):
     model, run, tokenizer = small
     run_dir = metrics(tmp_path / "my-run")

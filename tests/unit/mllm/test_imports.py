@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
 TRAINING_ONLY = ("deepspeed", "peft", "transformers.trainer", "matplotlib", "mllm.training")
 
 

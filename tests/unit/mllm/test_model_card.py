@@ -67,6 +67,7 @@ def test_rows_name_files_and_folders_without_their_place(tmp_path: Path, asked: 
     assert trained_on(tmp_path) == {"align": "demo"}
 
 
+@pytest.mark.slow
 def test_a_pushed_model_is_loaded_from_the_hub_by_the_card_s_code(place: Path, hub: Path) -> None:
     directory = place / "runs" / "llava" / "model"
     push(directory, REPO)

@@ -21,18 +21,7 @@ from conftest import script_parser
 from openai import OpenAI
 from PIL import Image
 from serve_process import ask, client_of, figure, get, post, served, wait_until
-from tiny_serve import (
-    BAD,
-    BLUE,
-    CHAT,
-    LONG,
-    RED,
-    data_url,
-    models,
-    picture,
-    user,
-    with_picture,
-)
+from tiny_serve import BAD, BLUE, CHAT, LONG, RED, data_url, models, picture, user, with_picture
 from tiny_web import write_export
 
 from clips import CLIPS

@@ -135,10 +135,7 @@ def layout_of(side: int, patch: int, text: str | None = None) -> Layout:
 
 
 def test_tokens_and_order_are_llava_next_s() -> None:
-    for layout, facts in [
-        (layout_of(336, 14), OF_LLAVA_NEXT),
-        (layout_of(32, 8, "(1x1),...,(3x3)"), OF_NINE_CANVASES),
-    ]:
+    for layout, facts in [(layout_of(336, 14), OF_LLAVA_NEXT), (layout_of(32, 8, "(1x1),...,(3x3)"), OF_NINE_CANVASES)]:
         for size, tokens, crc in facts:
             assert layout.tokens(size) == tokens, size
             assert zlib.crc32(layout.order(size).tobytes()) == crc, size
