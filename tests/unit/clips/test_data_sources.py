@@ -314,7 +314,7 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
             found = source.read(i)
             assert (found.image, found.web, found.long) == (picture(i), ROWS[i]["alt"], ROWS[i]["long"])
             assert found.extra == {"label": ROWS[i]["label"]}
-            assert found.key == f"{path}#{i}"
+            assert found.key == f"{path}#{i} (pics/{i}.png)"
         with pytest.raises(BrokenSample, match="web caption is empty"):
             source.read(2)
         with pytest.raises(BrokenSample, match=r"gone\.png"):
