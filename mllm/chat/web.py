@@ -174,7 +174,7 @@ def _taken(names: Sequence[str]) -> dict[str, Any]:
     """What the box of a question to all models `names` says and accepts: videos only if each model takes videos."""
     kinds = ["image", "video"] if all(map(takes_videos, names)) else ["image"]
     shown = "a picture or a video" if "video" in kinds else "a picture"
-    return {"placeholder": f"Ask about {shown}: paste, drop or attach it", "file_types": kinds}
+    return {"placeholder": f"Ask about {shown}", "file_types": kinds}
 
 
 def _shown(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ CSS = """
 .chat .example-text-content { margin: 0; }
 .chat .example-image-container, .chat .example-image-container img { width: 96px !important; height: 96px !important;
         flex: none; }
-.found .grid-wrap { max-height: none !important; }
+.found .grid-wrap { max-height: none !important; min-height: 0 !important; }
 .found .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
 .chat .message img { width: min(320px, 60vw) !important; height: auto !important; max-height: none !important; }
 .side { padding: 24px 4px; }

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from clips.common.errors import UserError
+from clips.data.demo import CONCEPTS
 from clips.recipes import RECIPES
 from clips.training.cli import config_from_flags
 from mllm.encoders.registry import parse_vision_name
@@ -123,6 +124,8 @@ def check(command: str) -> None:
             continue
         if launcher in PARSERS:
             importlib.import_module(PARSERS[launcher]).parse_args(words[1:])
+        if path.stem == "search" and any("llava_demo" in word for word in rest):
+            assert rest[0].rpartition(" ")[2] in CONCEPTS, f"the demo's pictures show no {rest[0]}"
         if path.stem == "train_llava":
             if "--help" not in rest:
                 check_stages(rest, own_stage="--stage" in rest)
@@ -149,6 +152,7 @@ def test_each_command_is_accepted(command: str) -> None:
         "python scripts/no_such_script.py",
         "bash scripts/quickstart.sh --fast",
         "conda install clips",
+        "python scripts/search.py 'two dogs' --pictures data/llava_demo/images",
     ],
 )
 def test_a_wrong_command_is_found(command: str) -> None:
