@@ -28,7 +28,7 @@ from clips.common.files import write_json
 from clips.common.flags import Parser
 from clips.common.peaks import peak_flops
 from clips.common.runtime import autocast, choose_device, environment, has_bf16, import_deepspeed, init_distributed
-from clips.config import RunConfig, sides
+from clips.config import RunConfig
 from clips.data.tokenizer import build_tokenizer
 from clips.model.flops import BatchShape, training_flops
 from clips.recipes import debug_twin, recipe
@@ -36,7 +36,7 @@ from clips.studies.benchmark import STEPS
 from clips.studies.measuring import PeakMemory, fastest
 from clips.training.engine import DEFAULT_DS_CONFIG
 from clips.training.memory import usage
-from clips.training.prepare import compute_dtype, fullest_shape
+from clips.training.prepare import compute_dtype, full_batch, fullest_shape
 
 if TYPE_CHECKING:
     from mllm.training.plan import Planned
@@ -192,11 +192,11 @@ def measured(run: RunConfig, kind: str, device: torch.device, samples: int) -> R
 
 
 def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
-    """In the layout of clips/data/loader.py, without padding."""
-    slots = dict(zip(("web", "sub"), shape.texts, strict=False)) | ({"caption": shape.caption} if shape.caption else {})
-    ids = {name: torch.randint(4, run.model.text.vocab_size, (shape.samples, count)) for name, count in slots.items()}
-    size = (shape.samples, 3, *sides(shape.image_size)[::-1])
-    return {"keys": [], "images": torch.randint(0, 256, size, dtype=torch.uint8), **ids}
+    """`full_batch` with random pictures and ids: the speed of a GPU depends on both."""
+    batch = full_batch(run, shape, torch.device("cpu"))
+    for name, tensor in batch.items():
+        tensor.random_(0 if name == "images" else 4, 256 if name == "images" else run.model.text.vocab_size)
+    return batch
 
 
 def llava(part: str, device: torch.device, *, tiny: bool) -> list[Row]:

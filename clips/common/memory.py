@@ -1,11 +1,13 @@
 """Bytes of one rank that do not depend on the batch: weights, gradients, optimizer state, DeepSpeed's buffers.
 
-DeepSpeed's buffers have the size that its settings give them (reduce_bucket_size, stage3_max_live_parameters), which is
-2 GB and more whatever the model's size.
+From ZeRO 1 on, DeepSpeed's buffers have the size that its settings give them (reduce_bucket_size,
+stage3_max_live_parameters), which is 2 GB and more whatever the model's size. tests/unit/clips/test_memory.py compares
+each figure with a real engine's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +55,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one rank holds from step to step, and the buffers that DeepSpeed adds in one."""
+    """Bytes that one rank holds from step to step, and what DeepSpeed adds in a step."""
 
     weights: int
     gradients: int
@@ -61,8 +63,13 @@ class Held:
     optimizer: int
     """Its state, and the fp32 copy of the weights that it steps on."""
     buffers: int
+    """From the first gradient on, beside activations."""
+    reducing: int
+    """Beside gradients and buffers, while gradients are reduced or stepped on."""
     host: int = 0
     """In the machine's memory, with offload."""
+    bucket: float = math.inf
+    """Parameters whose gradients make DeepSpeed reduce before the backward pass is over."""
 
 
 def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
@@ -72,25 +79,29 @@ def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
     """
     trained, element, weights = parameters.trained, parameters.element, parameters.weight_bytes
     stage, share = zero.get("stage", 0), -(-trained // ranks)
-    if stage == 0:
+    if stage == 0:  # one copy of the gradients, which is reduced
         reduced = element * min(trained, BUCKET) if ranks > 1 else 0
-        return Held(weights, element * trained, FP32 * parameters.state, reduced)
+        return Held(weights, element * trained, FP32 * parameters.state, 0, reduced)
     on_host = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    bucket = element * int(zero.get("reduce_bucket_size", BUCKET))
+    size = int(zero.get("reduce_bucket_size", BUCKET))
+    bucket, reduced = element * size, element * min(trained, size)
     copy = FP32 * share if stage < 3 or element < FP32 else 0
     kept = copy + FP32 * -(-parameters.state // ranks)
     if stage < 3:
-        buckets = bucket * (2 if zero.get("overlap_comm") else 1)
+        # ZeRO 1 reduces after the backward pass, in which all gradients lie until then.
+        gradients = element * (trained if stage == 1 else 0 if on_host else share)
+        buffers = bucket * (2 if zero.get("overlap_comm") else 1)
+        # The rank's own gradients are copied out of the first bucket after that bucket's copy is gone.
+        reducing = element * share - bucket if stage == 1 else reduced - (gradients if trained <= size else 0)
         # Before it steps on a group, DeepSpeed makes one tensor of the group's gradients.
         flat = 0 if on_host else FP32 * -(-max(parameters.groups.values(), default=0) // ranks)
-        # ZeRO 1 reduces after the backward pass, ZeRO 2 while it runs.
-        gradients = element * (trained if stage == 1 else 0 if on_host else share)
         host = kept + 2 * FP32 * share if on_host else 0  # the gradient, and a copy of the weights on their way back
-        return Held(weights, gradients, 0 if on_host else kept, buckets + flat, host)
+        kept, reducing = 0 if on_host else kept, max(0, reducing, flat - buffers)
+        return Held(weights, gradients, kept, buffers, reducing, host, size if stage == 2 else math.inf)
     weights = -(-weights // ranks)
     live = element * min(trained + parameters.frozen, int(zero.get("stage3_max_live_parameters", LIVE)))
     if not on_host:
-        return Held(weights, element * share, kept, bucket + live)
+        return Held(weights, element * share, kept, bucket + live, reduced, bucket=size)
     params_on_host = zero.get("offload_param", {}).get("device") == "cpu"
     host = 2 * FP32 * share + kept + (weights if params_on_host else 0)
-    return Held(0 if params_on_host else weights, 0, 0, bucket + live, host)
+    return Held(0 if params_on_host else weights, 0, 0, bucket + live, reduced, host, size)

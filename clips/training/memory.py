@@ -266,12 +266,14 @@ def usage(
     for part in reversed(parts.values()):  # the backward pass
         last = 1 / part.blocks
         for blocks_done in (0.0, 1 - last):  # at the part's first block and at its last one
-            gradients = before if accumulation > 1 else int(share * FP32 * (done + blocks_done * part.parameters))
+            known = done + blocks_done * part.parameters
+            gradients = before if accumulation > 1 else int(share * FP32 * known)
+            gradients += on_rank.reducing if known > on_rank.bucket else 0
             held_back = kept - int(blocks_done * part.kept) + part.working
             # With checkpointing the copies have gone with the forward pass.
             fullest = max(fullest, gradients + held_back + (0 if place.checkpointing else copies))
         kept, done = kept - part.kept, done + part.parameters
-    fullest = max(fullest, on_rank.gradients)
+    fullest = max(fullest, on_rank.gradients + on_rank.reducing)
     if whole_step:
         fullest = max(fullest, before + loss)
     batch = shape.samples * (3 * FP32 * math.prod(sides(shape.image_size)))

@@ -232,7 +232,7 @@ def reached_flops(run: RunConfig, model: CLIPSModel, device: torch.device) -> fl
         return peak * EFFICIENCY[device.type]
     task = Task(copy.deepcopy(model), run)
     task.model.visual.set_image_size(phase.image_size)
-    batch = to_device(full_batch(task, run, shape, device), device)
+    batch = to_device(task.counted(full_batch(run, shape, device)), device)
 
     def seconds(passes: int) -> float:
         begin = time.perf_counter()
@@ -302,8 +302,8 @@ def largest_size(phase: PhaseConfig) -> Size:
     return max(phase.training_sizes, key=math.prod)
 
 
-def full_batch(task: Task, run: RunConfig, shape: BatchShape, device: torch.device) -> Batch:
-    """A micro-batch in the layout of clips/data/loader.py, without padding and with its counts.
+def full_batch(run: RunConfig, shape: BatchShape, device: torch.device) -> Batch:
+    """A micro-batch in the layout of clips/data/loader.py, without padding.
 
     Its pictures are on `device` ("meta" too), and all else is on the host.
     """
@@ -316,7 +316,7 @@ def full_batch(task: Task, run: RunConfig, shape: BatchShape, device: torch.devi
         batch["patches"] = torch.arange(seen).expand(shape.samples, -1)
     if captioner is not None and captioner.image_token_keep < 1 and shape.caption:
         batch["image_tokens"] = torch.arange(captioner.kept_tokens(seen)).expand(shape.samples, -1)
-    return task.counted(batch)
+    return batch
 
 
 def most_memory(run: RunConfig, device: str, ranks: int, zero: Mapping[str, Any]) -> Usage:

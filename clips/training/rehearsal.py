@@ -55,7 +55,7 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
     task = built(run, phase)
     micro = micro_batch_size(phase, run.train.accumulation, ranks)
     to_device({"images": torch.empty(1, 3, 1, 1, dtype=torch.uint8, device=META)}, META)  # its constants are made once
-    batch = full_batch(task, run, fullest_shape(run, phase, micro, ranks), META)
+    batch = task.counted(full_batch(run, fullest_shape(run, phase, micro, ranks), META))
     whole_step = run.train.contrastive == "global" and run.train.accumulation > 1
     engine: Any = _Engine(task, run)
     with rehearsed_ranks(ranks), Rehearsal() as rehearsal:

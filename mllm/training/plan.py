@@ -96,7 +96,8 @@ class StepBytes:
         activation and, for weights that train, the product; with LoRA each adapter's input after dropout, the mask, and
         what comes out of its first half. Keys are repeated to all heads: packed rows with a shared beginning want it.
         A layer is fullest where gate and up get their gradients from that of their product. With LoRA it is fullest
-        before, in the pass that checkpointing repeats: dropout then holds a copy of the product.
+        before, in the pass that checkpointing repeats: dropout then holds a copy of the product. In 8 bits the inputs
+        of all linear layers stay to the end, checkpointing or not: bitsandbytes keeps them outside of autograd's store.
         """
         text, vision = model.config.get_text_config(), model.model.vision_tower.config
         samples, half = arguments.per_device_train_batch_size, bool(arguments.bf16)
@@ -115,13 +116,16 @@ class StepBytes:
         kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)
         kept += 0 if full else tokens * e * D  # the embeddings, into which the pictures' tokens were put
         made = tokens * e * (ff + 5 * D if lora else 3 * ff + D)
+        made += e * D * ff if arguments.bits < 16 else 0  # one layer at a time is multiplied in the type of its inputs
+        inputs = tokens * text.num_hidden_layers * e * (2 * D + H + ff) if arguments.bits == 8 else 0
         layout = Layout.of(model.config)
         cells = samples * layout.square * layout.most_squares
         pictures = cells * e * (vision.hidden_size + 2 * D)
         whole = tokens * (layer if checkpointing else 0)
         moment = max(tokens * 9 * e * D - logits, whole + made - logits - norm)
+        kept, pictures = kept + logits + norm + pictures + inputs, pictures + inputs
         end, first = tokens * layer + made + pictures, tokens * e * D + pictures
-        return cls(kept + logits + norm + pictures, 2 * logits, moment, end, first, text.num_hidden_layers)
+        return cls(kept, 2 * logits, moment, end, first, text.num_hidden_layers)
 
     def peak(self, gradients: int, head: int) -> int:
         """With all `gradients`, `head` of them the output layer's, which come first. The first layer's come last."""
@@ -148,22 +152,23 @@ def memory_estimate_gb(
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
     element = 2 if half and zero else 4
     frozen_element: float = next(model.parameters()).itemsize if element == 4 else 2
-    frozen, restored = total - trained, 0
+    frozen = total - trained
     if arguments.bits < 16:
         modules = model.model.language_model.modules()  # bitsandbytes' layers are linear ones too
         layers = [m for m in modules if isinstance(m, nn.Linear) and not m.weight.requires_grad]
         stored = sum(stored_bytes(m, arguments.bits, double_quant=arguments.double_quant is not False) for m in layers)
         sizes = [m.in_features * m.out_features for m in layers]
         frozen_element = (frozen_element * (frozen - sum(sizes)) + stored) / frozen
-        restored = element * max(sizes)  # one layer at a time is multiplied in the type of its inputs
     parameters = Parameters({"trained": trained}, frozen, element=element, frozen_element=frozen_element)
     found = held(parameters, {"stage": zero, "overlap_comm": True}, world_size)
     step = StepBytes.of(model, arguments, length=length, learned=length if learned is None else learned)
     head = element * model.lm_head.weight.numel() if trained > total / 2 else 0
+    activations = step.peak(found.gradients, head) - found.gradients
+    activations += found.reducing if parameters.trained > found.bucket else 0
     parts = {
         "weights": found.weights,
         "gradients and AdamW": found.gradients + found.optimizer,
-        "activations": max(step.peak(found.gradients, head) - found.gradients, 0) + restored,
+        "activations": max(activations, found.reducing),
         "DeepSpeed's buffers": found.buffers,
     }
     return {name: size / 1e9 for name, size in parts.items() if size}

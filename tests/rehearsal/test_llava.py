@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from clips.common.rehearsal import META, Rehearsal
 from mllm.model.flops import LlavaFlops
 from mllm.model.packing import Counts, pairs_of
+from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
 from mllm.training.arguments import TrainArguments
 from mllm.training.freeze import apply_freeze, llava_of
@@ -27,10 +30,12 @@ CANVAS = (672, 672)
 
 
 def made(
-    name: str, stage: int, *, lora: bool, checkpointing: bool, tiles: str | None = None, **kinds: bool
+    name: str, stage: int, *, lora: bool, checkpointing: bool, tiles: str | None = None, bits: int = 16, **kinds: bool
 ) -> tuple[TrainingModel, TrainArguments]:
     """A stage's model in bf16, as DeepSpeed trains it, without weights."""
     model = Planned.of(name, TOWER, lora=lora, bits=16, tiles=tiles).build()
+    if bits < 16:
+        quantize(model.model.language_model, bits, torch.bfloat16, META)
     arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True).resolve(1)
     arguments = replace(arguments, per_device_train_batch_size=4, gradient_checkpointing=checkpointing)
     freeze = freeze_table(STAGES[stage], lora=lora, unfreeze_mm_vision_tower=kinds.get("tower", False))
@@ -96,6 +101,38 @@ def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, chec
         pairs = pairs_of(4, LENGTH, counts.shared)
         parts = flops.parts(pictures=4, positions=counts.row, pairs=pairs, predicted=counts.learned)
         assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_step_in_few_bits_needs_what_the_plan_says(
+    bits: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes knows the shapes of its kernels on "meta". Two of them hide what they need on a GPU, so they are
+    written out here as its CUDA backend has them; nor does it quantise on "meta" of itself.
+    """
+    bnb = pytest.importorskip("bitsandbytes")
+    ops = torch.ops.bitsandbytes
+
+    def gemm_4bit(
+        x: Tensor, w: Tensor, shape: list[int], scales: Tensor, *how: Any, bias: Any, **double: Any
+    ) -> Tensor:
+        scales = torch.empty_like(double["absmax_8bit"], dtype=torch.float32)
+        return F.linear(x, ops.dequantize_4bit(w, scales, *how, shape, x.dtype), bias)
+
+    def int8_scaled_mm(x: Tensor, w: Tensor, rows: Tensor, columns: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
+        return ops.int8_mm_dequant(ops.int8_linear_matmul(x, w), rows, columns, torch.float16, bias).to(dtype)
+
+    monkeypatch.setattr(ops.gemm_4bit, "default", gemm_4bit)
+    monkeypatch.setattr(ops.int8_scaled_mm, "default", int8_scaled_mm)
+    for kind in (bnb.nn.Params4bit, bnb.nn.Int8Params):
+        monkeypatch.setattr(kind, "to", lambda w, *_, **__: w if w.itemsize == 1 else w._quantize(META))
+    monkeypatch.setattr("mllm.model.quantize._check", lambda *_: None)
+    training, arguments = made("qwen2.5-7b", 2, lora=True, checkpointing=checkpointing, bits=bits)
+    rehearsal, there = stepped(training, batch_of(training, 4))
+    planned = StepBytes.of(training.llava, replace(arguments, bits=bits), length=LENGTH, learned=ANSWERS)
+    gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
+    assert planned.peak(gradients, 0) == pytest.approx(rehearsal.peak - there, rel=0.02)
 
 
 def test_tiles_need_what_the_plan_says() -> None:
