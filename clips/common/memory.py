@@ -79,7 +79,7 @@ def held(parameters: Parameters, zero: Mapping[str, Any], ranks: int) -> Held:
     """
     trained, element, weights = parameters.trained, parameters.element, parameters.weight_bytes
     stage, share = zero.get("stage", 0), -(-trained // ranks)
-    if stage == 0:  # one copy of the gradients, which is reduced
+    if stage == 0:  # gradients are reduced in one copy
         reduced = element * min(trained, BUCKET) if ranks > 1 else 0
         return Held(weights, element * trained, FP32 * parameters.state, 0, reduced)
     on_host = zero.get("offload_optimizer", {}).get("device") == "cpu"

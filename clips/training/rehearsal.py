@@ -1,6 +1,6 @@
 """One optimizer step of a run on torch's device "meta": what it takes on a GPU, at full size, without one.
 
-The step's code is the run's own. DeepSpeed's engine is left out: its buffers are in clips/common/memory.py.
+The step's code is the run's own. Of DeepSpeed's engine the copy of the gradients in ZeRO 0 is there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clips.common.memory import BUCKET
 from clips.common.rehearsal import META, Rehearsal, rehearsed_ranks
 from clips.config import PhaseConfig, RunConfig
 from clips.data.loader import Batch, micro_batch_size, to_device
@@ -66,6 +67,9 @@ def rehearse(run: RunConfig, phase: PhaseConfig, ranks: int) -> Rehearsed:
         rehearsal.hold(x for x in to_device(batch, META).values() if isinstance(x, Tensor))
         for _, loss, _ in forward_passes(engine, [batch] * (run.train.accumulation if whole_step else 1)):
             loss.backward()
+        if ranks > 1:  # DeepSpeed reduces the gradients in a copy (clips/common/memory.py)
+            trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+            torch.empty(min(trained, BUCKET), device=META)
     return Rehearsed(weights, rehearsal.peak, rehearsal.flops)
 
 

@@ -116,7 +116,7 @@ class StepBytes:
         kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)
         kept += 0 if full else tokens * e * D  # the embeddings, into which the pictures' tokens were put
         made = tokens * e * (ff + 5 * D if lora else 3 * ff + D)
-        made += e * D * ff if arguments.bits < 16 else 0  # one layer at a time is multiplied in the type of its inputs
+        made += e * D * ff if arguments.bits < 16 and not lora else 0  # a layer's weights in the type of its inputs
         inputs = tokens * text.num_hidden_layers * e * (2 * D + H + ff) if arguments.bits == 8 else 0
         layout = Layout.of(model.config)
         cells = samples * layout.square * layout.most_squares

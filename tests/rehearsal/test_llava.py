@@ -103,10 +103,9 @@ def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, chec
         assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "stage", "checkpointing"), [(4, 2, True), (4, 2, False), (8, 2, True), (8, 1, True)])
 def test_a_step_in_few_bits_needs_what_the_plan_says(
-    bits: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    bits: int, stage: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bitsandbytes knows the shapes of its kernels on "meta". Two of them hide what they need on a GPU, so they are
     written out here as its CUDA backend has them; nor does it quantise on "meta" of itself.
@@ -128,11 +127,13 @@ def test_a_step_in_few_bits_needs_what_the_plan_says(
     for kind in (bnb.nn.Params4bit, bnb.nn.Int8Params):
         monkeypatch.setattr(kind, "to", lambda w, *_, **__: w if w.itemsize == 1 else w._quantize(META))
     monkeypatch.setattr("mllm.model.quantize._check", lambda *_: None)
-    training, arguments = made("qwen2.5-7b", 2, lora=True, checkpointing=checkpointing, bits=bits)
+    monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # what it keeps of "meta" goes with this test
+    monkeypatch.setitem(LANGUAGE_MODELS["qwen2.5-7b"], "num_hidden_layers", 4)  # full width, for all layers are alike
+    training, arguments = made("qwen2.5-7b", stage, lora=stage == 2, checkpointing=checkpointing, bits=bits)
     rehearsal, there = stepped(training, batch_of(training, 4))
     planned = StepBytes.of(training.llava, replace(arguments, bits=bits), length=LENGTH, learned=ANSWERS)
     gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
-    assert planned.peak(gradients, 0) == pytest.approx(rehearsal.peak - there, rel=0.02)
+    assert planned.peak(gradients, 0) == pytest.approx(rehearsal.peak - there, rel=0.03)
 
 
 def test_tiles_need_what_the_plan_says() -> None:
