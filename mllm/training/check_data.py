@@ -26,7 +26,7 @@ from clips.common.live import say_next
 from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from mllm import DEFAULT_LLM
-from mllm.data.captions import open_store, raw_records
+from mllm.data.captions import CaptionStore, open_store, raw_records
 from mllm.data.conversation import IGNORE, ROLES, ConversationEncoder, Encoded
 from mllm.data.dataset import BadSample, ImageTokens, Problem, Record, RecordReader, sample_id_of
 from mllm.data.formats import IMAGE_TOKEN, VIDEO_TOKEN
@@ -221,7 +221,8 @@ def check_from_flags(flags: argparse.Namespace) -> None:
     version = version_for(tokenizer, flags.conv_mode)
     encoder = ConversationEncoder(tokenizer, version, flags.image_tokens, flags.max_length)
     check_data(flags.conversations, encoder, store, flags.output, decode_limit=flags.limit)
-    words = ["--data_path", flags.conversations]
+    stage = "1" if version == "plain" or isinstance(store, CaptionStore) else "2"
+    words = ["--stage", stage, "--data_path", flags.conversations]
     words += ["--image_folder", flags.image_folder] if flags.image_folder else []
     print("nothing found that would stop a training")
     say_next(f"bash scripts/train_llava.sh --vision clips {shlex.join(words)}")

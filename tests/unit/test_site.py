@@ -23,6 +23,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert [path.stem for path in pages if not (site / path.stem / "index.html").is_file()] == []
     readme = (site / "overview" / "index.html").read_text(encoding="utf-8")
     assert 'href="../training/"' in readme
+    assert 'class="language-bash' in readme, "site.css wraps commands, which were cut"
+    assert (site / "site.css").is_file()
     assert (site / "search" / "search_index.json").is_file()
     outside = re.findall(r'(?:src|href)="(https?://[^"]*\.(?:js|css|woff2?))"', readme)
     assert outside == [], "a reader's browser asks other servers"

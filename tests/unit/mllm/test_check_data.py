@@ -111,7 +111,11 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "good.json")]))
     said = capsys.readouterr()
     assert "nothing found that would stop a training" in said.out
-    assert f"--data_path {data / 'good.json'} --image_folder {data / 'images'}" in said.err  # the next step, with them
+    named = f"--stage 2 --data_path {data / 'good.json'} --image_folder {data / 'images'}"
+    assert named in said.err, "without a stage the next step was refused"
+    (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
+    check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "pairs.csv")]))
+    assert f"--stage 1 --data_path {data / 'pairs.csv'}" in capsys.readouterr().err
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):
