@@ -75,6 +75,13 @@ def check_files(directory: Path) -> None:
             raise UserError(f"{path} cannot be read as JSON ({error}): restore it, or remove it") from None
         if path.name == "tokenizer.json":
             check_tokenizer(content, path)
+            continue
+        for field, value in _fields(content):
+            ids = value if isinstance(value, list) else [value]
+            if field.endswith("_token_id") and not all(one is None or _is_id(one) for one in ids):
+                raise UserError(
+                    f"{path}: {field} is {value!r:.100}, and must be the number of a token, or a list of such"
+                )
     if (tensors := count_tensors(directory)) is not None:
         for name in CONFIGS:
             check_counts(read_json(directory / name), tensors, directory / name)
@@ -82,17 +89,21 @@ def check_files(directory: Path) -> None:
 
 def check_counts(config: dict[str, Any], tensors: int, place: Path) -> None:
     """Raise UserError if `config` counts more layers than there are tensors: each layer built takes memory."""
-    for field, count in _counts(config):
-        if count > tensors:
+    for field, count in _fields(config):
+        if isinstance(count, int) and count > tensors and LAYERS.fullmatch(field.rpartition(".")[2]):
             raise UserError(f"{place}: {field} is {count:,}, and the weights are {tensors:,} tensors")
 
 
-def _counts(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """The fields that count modules, and their values."""
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All fields, also inside of fields, and their values."""
     for name, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, int) and LAYERS.fullmatch(name):
-            yield path + name, inner
-        yield from _counts(inner, f"{path}{name}.")
+        yield path + name, inner
+        yield from _fields(inner, f"{path}{name}.")
+
+
+def _is_id(value: Any) -> bool:
+    """Whether it may be a token's number; some models write -1 for none."""
+    return type(value) is int and -1 <= value < 2**31
 
 
 def check_size(what: str, directory: Path, build: Callable[[], nn.Module]) -> None:

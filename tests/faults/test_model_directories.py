@@ -115,6 +115,8 @@ def test_row_29_many_layers_are_refused_by_their_number(place: Path, tmp_path: P
 FOUND = [
     ("llm", "tokenizer_config.json", ("model_max_length",), {"a": 1}),
     ("llm", "generation_config.json", ("eos_token_id",), "12"),
+    ("llava", "generation_config.json", ("eos_token_id",), float("inf")),
+    ("llava", "generation_config.json", ("eos_token_id",), 10**30),
     ("llm", "tokenizer.json", ("model", "vocab", "a"), 10**9),
     ("llava", "config.json", ("image_token_index",), 3),
     ("llava", "processor_config.json", ("image_processor", "size"), {"height": 2, "width": 2}),
