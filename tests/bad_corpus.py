@@ -479,12 +479,16 @@ def through_the_loader(spec: str, wanted: dict[str, str], folder: Path, told: di
     tokenizer = build_tokenizer("bert")
     run = replace(run, model=replace(run.model, text=replace(run.model.text, vocab_size=tokenizer.vocab_size)))
     run = replace(run, phases=(replace(run.phases[0], samples=len(source), batch_size=8),))
+
+    def named(key: str) -> str:  # a table's row also names its picture: t.jsonl#3 (a.png)
+        return (key.partition(" (")[0] if spec.endswith(".jsonl") else key).rpartition("#")[2]
+
     reasons: Reasons = {}
     keys: Counter[str] = Counter()
     for batch in make_loader(source, tokenizer, run, rank=0, world_size=1):
         assert batch["images"].float().isfinite().all()
-        keys.update(key.rpartition("#")[2] for key in batch["keys"])
-        reasons |= {key.rpartition("#")[2]: reason for key, reason in batch["skipped"]}
+        keys.update(map(named, batch["keys"]))
+        reasons |= {named(key): reason for key, reason in batch["skipped"]}
     assert keys.total() == len(source)
     assert keys.keys() == wanted.keys() - reasons.keys(), "each good one is used, and no bad one"
     return reasons
