@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(root: Path, *, ranges: bool = True) -> Iterator[RangeServer]:
     server = RangeServer(root, ranges=ranges)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

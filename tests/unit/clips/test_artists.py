@@ -134,7 +134,7 @@ def test_npm_that_cannot_fetch_says_why(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, reason: str
 ) -> None:
     pin(monkeypatch, package({"icons": {}}))
-    monkeypatch.setattr(artists, "TIMEOUT_S", 2 if "sleep" in does else 60)
+    monkeypatch.setattr(artists, "TIMEOUT_S", 0.5 if "sleep" in does else 60)
     npm_that(tmp_path, monkeypatch, does)
     assert re.match(reason, fetch_sets(["mine"]))
     assert not [path for path in cache.iterdir() if path.name != ".lock"]  # nothing is left behind

@@ -158,7 +158,7 @@ def test_a_cell_is_locked_for_a_child_that_outlives_its_parent(tmp_path: Path) -
 
     waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
-    assert not got.wait(1.5)
+    assert not got.wait(0.5)
     child.communicate(b"\n")
     assert got.wait(60)
     waiter.join()

@@ -327,7 +327,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
 def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel, encoder: CLIPS) -> None:
     def dripping() -> Iterator[bytes]:
         yield b"{"
-        time.sleep(2)
+        time.sleep(1.3)
         yield b"}"
 
     with served(chat, encoder, Limits(new_tokens=30_000, seconds=1, body_seconds=1)) as address:
@@ -374,10 +374,11 @@ def test_headers_that_do_not_arrive_are_hung_up_on(
     chat: ChatModel, encoder: CLIPS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mllm.serve.connections.HEADER_SECONDS", 1)
+    begun = (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
     with served(chat, encoder, Limits()) as address:
-        for sent in (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
-            with raw(address, sent) as connection:
-                assert connection.recv(100) == b""
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(raw(address, sent)) for sent in begun]
+            assert [connection.recv(100) for connection in waiting] == [b""] * len(begun)
         with raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as kept:
             assert kept.recv(1000).startswith(b"HTTP/1.1 200")
             kept.sendall(b"GET /health HT")  # the next request on a connection that is kept
