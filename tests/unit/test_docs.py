@@ -9,6 +9,7 @@ import importlib
 import re
 import runpy
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,8 @@ def check_python_script(path: Path, words: list[str]) -> None:
     if path.name == "compare_encoders.py":
         for name in flags.encoders:
             parse_vision_name(name)
-        for stage in ("1", "2"):
-            parse_train_arguments([*flags.train_flags, "--stage", stage, *BOTH])
+        for stage, further in product(("1", "2"), [(), *dict(flags.variants).values()]):
+            parse_train_arguments([*flags.train_flags, *further, "--stage", stage, *BOTH])
 
 
 def check(command: str) -> None:
