@@ -36,7 +36,9 @@ def chosen(total: int, count: int) -> list[int]:
 def frames_of(data: bytes, frames: int, most_frames: int, pixels: int, kept_pixels: int) -> list[np.ndarray]:
     """uint8 [H, W, 3] of each chosen frame, in equal sizes. Raises ValueError or av's errors for bad data."""
     options = {"format_whitelist": FORMATS}
-    with av.open(io.BytesIO(data), mode="r", options=options, metadata_errors="ignore") as container:
+    # Metadata that is not UTF-8 ends no decoding. From av 19 on there is no such flag, and it never does.
+    lenient: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+    with av.open(io.BytesIO(data), mode="r", options=options, **lenient) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise ValueError("the file has no video stream")
