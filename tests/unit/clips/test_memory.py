@@ -119,8 +119,9 @@ def test_engines_hold_what_is_said_in_every_stage(kind: str, bucket: int, tmp_pa
         made = expected.gradients + expected.buffers + expected.reducing
         if name == "zero3":  # its bucket, gradients and whole weights were there before
             made -= expected.gradients + 4 * (bucket + parameters.trained)
-        # A gradient on its way into a bucket comes on top, and a collective may keep what it sent a little longer.
-        assert min(rank["made"] for rank in ranks) == pytest.approx(made, abs=0.6 * parameters.trained), name
+        # A gradient on its way into a bucket comes on top, and a collective may keep what it sent a little longer. In
+        # ZeRO 1 the rank with the smaller share of the first bucket is below the plan, which is of the fullest rank.
+        assert min(rank["made"] for rank in ranks) == pytest.approx(made, abs=0.8 * parameters.trained), name
         for rank in ranks:
             # Partitions are padded; of a matrix that is cut in two Muon's momentum is whole on both ranks.
             assert rank["weights"] == pytest.approx(expected.weights, rel=0.02), name
