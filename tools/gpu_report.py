@@ -194,8 +194,9 @@ def measured(run: RunConfig, kind: str, device: torch.device, samples: int) -> R
 def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
     """`full_batch` with random pictures and ids: the speed of a GPU depends on both."""
     batch = full_batch(run, shape, torch.device("cpu"))
-    for name, tensor in batch.items():
-        tensor.random_(0 if name == "images" else 4, 256 if name == "images" else run.model.text.vocab_size)
+    batch["images"].random_(0, 256)
+    for name in {*run.task.texts, "caption"} & batch.keys():
+        batch[name].random_(4, run.model.text.vocab_size)
     return batch
 
 

@@ -56,8 +56,9 @@ def once_per_machine(make: Callable[[], T], asked: str) -> T:
         asking.setdefault(theirs, []).append(rank)
     # All groups on all ranks: one made by its members alone is named after them, and a second of that name meets at
     # the addresses of the first.
-    made = {theirs: dist.new_group(ranks, timeout=PATIENCE, backend="gloo") for theirs, ranks in asking.items()}
-    groups: dict[str, Any] = made  # torch types a group that this rank is no member of as a number
+    groups: dict[str, Any] = {}  # torch types a group that this rank is no member of as a number
+    for theirs, ranks in asking.items():
+        groups[theirs] = dist.new_group(ranks, timeout=PATIENCE, backend="gloo")
     first, group = asking[mine][0], groups[mine]
     if dist.get_rank() == first:
         try:

@@ -102,7 +102,7 @@ def cells_of(comparison: Comparison) -> list[EncoderCell]:
         suffix = f"seed{pretraining}" if seed == pretraining else f"seed{pretraining}-llava{seed}"
         for arm in arms_of(comparison):
             kind, argument = vision_of(comparison, arm.encoder, pretraining)
-            directory = comparison.output / "cells" / f"{slug(f'{arm.encoder}-{arm.variant}')}-{suffix}"
+            directory = comparison.output / "cells" / f"{arm.folder}-{suffix}"
             cells.append(EncoderCell(arm.name, kind, argument, pretraining, seed, directory, arm.variant))
     return cells
 
@@ -138,6 +138,11 @@ class Arm(NamedTuple):
     name: str
     encoder: str
     variant: str
+
+    @property
+    def folder(self) -> str:
+        """What its cells' directories begin with."""
+        return slug(f"{self.encoder}-{self.variant}")
 
 
 def arms_of(comparison: Comparison) -> list[Arm]:

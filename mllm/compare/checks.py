@@ -22,7 +22,6 @@ from mllm.compare.cells import (
     PretrainedEncoder,
     arms_of,
     samples_seen,
-    slug,
 )
 from mllm.compare.commands import pretrain_config, train_arguments
 from mllm.compare.comparison import Comparison, given_for_training, is_demo, question_limit
@@ -41,7 +40,7 @@ def check_request(comparison: Comparison) -> None:
     """Raise UserError for flags that do not fit each other, or that the comparison itself sets."""
     c, kinds = comparison, {parse_vision_name(encoder)[0] for encoder in comparison.encoders}
     arms = arms_of(comparison)
-    names = {slug(f"{arm.encoder}-{arm.variant}") for arm in arms}
+    names = {arm.folder for arm in arms}
     mistakes = [
         (min(c.seeds, c.jobs, c.gpus) < 1, "--seeds, --jobs and --gpus must be at least 1"),
         (not 0 < (1 if c.budget is None else c.budget) <= 1, f"--budget {c.budget} must be above 0 and at most 1"),

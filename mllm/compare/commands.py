@@ -27,6 +27,7 @@ from mllm.compare.comparison import (
     question_files,
     question_limit,
 )
+from mllm.data.captions import is_captions, open_store, raw_records
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
@@ -72,16 +73,19 @@ def stage_samples(comparison: Comparison, cell: EncoderCell, stage: int) -> int:
 
 def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[str, dict[str, int]]:
     """Variant → stage → samples that each of its cells sees."""
-    firsts = {cell.variant: cell for cell in reversed(cells)}
+    firsts: dict[str, EncoderCell] = {}
+    for cell in cells:
+        firsts.setdefault(cell.variant, cell)
     return {
-        variant: {stage.name: stage_samples(comparison, firsts[variant], number) for number, stage in STAGES.items()}
-        for variant in reversed(firsts)
+        variant: {stage.name: stage_samples(comparison, cell, number) for number, stage in STAGES.items()}
+        for variant, cell in firsts.items()
     }
 
 
 def dataset_size(arguments: TrainArguments) -> int:
     """Samples that one epoch of a stage has."""
-    return len(read_json_records(data_of(arguments)[0]))
+    path, folder = data_of(arguments)
+    return len(raw_records(path, open_store(path, folder) if is_captions(path) else None))
 
 
 # ------------------------------------------------------------------------------------------- cells for the engine
@@ -90,11 +94,12 @@ def lab_cells(comparison: Comparison, cells: list[EncoderCell]) -> list[Cell]:
     limit = question_limit(comparison)
     counts = [len(read_json_records(path)) for path in question_files(comparison)[0].values()]
     answers = sum(min(count, limit or count) for count in counts) / PER_S["evaluation"]
-    made: dict[EncoderCell, Cell] = {}
-    for variant, samples in samples_of_cells(comparison, cells).items():
-        seconds = OVERHEAD_S + answers + sum(samples[name] / PER_S[name] for name in samples)
-        made |= {c: _lab_cell(comparison, c, samples, seconds) for c in cells if c.variant == variant}
-    return [made[cell] for cell in cells]
+    samples = samples_of_cells(comparison, cells)
+    seconds = {
+        variant: OVERHEAD_S + answers + sum(count / PER_S[name] for name, count in found.items())
+        for variant, found in samples.items()
+    }
+    return [_lab_cell(comparison, cell, samples[cell.variant], seconds[cell.variant]) for cell in cells]
 
 
 def _lab_cell(comparison: Comparison, cell: EncoderCell, samples: dict[str, int], seconds: float) -> Cell:

@@ -60,9 +60,14 @@ class CaptionStore(ImageStore):
         return decode_image(sample.image, sample.key)
 
 
+def is_captions(data_path: Path | str) -> bool:
+    """Whether `data_path` is data of pretraining: no LLaVA file, .json or .jsonl."""
+    return Path(data_path).suffix not in (".json", ".jsonl")
+
+
 def open_store(data_path: Path | str, image_folder: Path | str | None) -> ImageStore | None:
-    """The pictures of a LLaVA file, .json or .jsonl, or of captions. Raises UserError if they cannot be opened."""
-    if Path(data_path).suffix not in (".json", ".jsonl"):
+    """The pictures of a LLaVA file or of captions. Raises UserError if they cannot be opened."""
+    if is_captions(data_path):
         return CaptionStore(data_path, image_folder)
     return ImageStore(image_folder) if image_folder else None
 

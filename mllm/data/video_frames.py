@@ -130,10 +130,12 @@ def main() -> None:
     try:
         pictures = frames_of(sys.stdin.buffer.read(), **wanted)
         said: dict[str, Any] = {"size": pictures[0].shape[1::-1]}
+    except MemoryError:  # av's own is one too
+        said = {"error": "it takes too much memory to decode"}
     except av.error.FFmpegError as error:  # some of them are ValueErrors too
         said = {"error": f"it is no whole mp4, mov, mkv, webm or avi file ({error.strerror})"}
-    except (ValueError, MemoryError) as error:
-        said = {"error": str(error) or "it takes too much memory to decode"}
+    except ValueError as error:
+        said = {"error": str(error)}
     sys.stdout.buffer.write(json.dumps(said).encode() + b"\n" + b"".join(p.tobytes() for p in pictures))
 
 
