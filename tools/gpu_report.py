@@ -195,8 +195,9 @@ def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
     """`full_batch` with random pictures and ids: the speed of a GPU depends on both."""
     batch = full_batch(run, shape, torch.device("cpu"))
     batch["images"].random_(0, 256)
-    for name in {*run.task.texts, "caption"} & batch.keys():
-        batch[name].random_(4, run.model.text.vocab_size)
+    for name in (*run.task.texts, "caption"):  # in this order: one seed makes one batch
+        if name in batch:
+            batch[name].random_(4, run.model.text.vocab_size)
     return batch
 
 
