@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from clips.model.clips import MAX_LOGIT_SCALE
 from clips.search import Index, load_index, write_page
 from clips.weights.load import LoadedModel, load_model
 
+log = logging.getLogger("clips.encoder")
 BATCH = 64
 """Images or texts of one forward pass."""
 Picture = Image.Image | str | Path | np.ndarray | Tensor
@@ -191,11 +193,13 @@ class CLIPS:
     def index(self, folder: str | Path, pattern: str = "**/*", *, workers: int = 0) -> Index:
         """The index of the pictures of `folder` and of the folders in it, for `Index.search`.
 
-        `pattern` chooses among the files. Unreadable pictures are left out and counted. `workers` are processes that
-        read pictures. Raises UserError if no picture can be read.
+        `pattern` chooses among the files. Unreadable pictures are left out and counted; the first three are logged.
+        `workers` are processes that read pictures. Raises UserError if no picture can be read.
         """
         items = PictureSet(Path(folder), pattern)
         found = encode_images(self.model, items, batch_size=BATCH, workers=workers, bar="pictures")
+        for why in found.skipped[:3]:
+            log.warning("%s", for_terminal(why))
         paths = [str(items.root / items.files[i]) for i in found.indices]
         return Index(paths, found.features, self._encode_any, self._weights, len(found.skipped))
 

@@ -132,6 +132,7 @@ def run_command(main: Callable[[], None]) -> int:
         print(f"\nerror: {for_terminal(in_one_line(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return CommandError.exit_code
     except CommandError as error:
+        kill_workers()
         print(f"\nerror: {for_terminal(str(error), LONGEST_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code
     except BaseException:

@@ -37,8 +37,12 @@ def model(place: Path) -> CLIPS:
     return CLIPS.from_pretrained(place / "runs" / "clips", device="cpu")
 
 
-def test_an_index_finds_what_a_sorted_list_of_cosines_finds(model: CLIPS, place: Path, tmp_path: Path) -> None:
+def test_an_index_finds_what_a_sorted_list_of_cosines_finds(
+    model: CLIPS, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     index = model.index(place / "pictures")
+    assert len(caplog.messages) == 1
+    assert "broken.jpg" in caplog.text, "the unreadable picture is named"
     assert len(model.index(place / "pictures", "0*.png")) == 10
     assert (len(index), index.skipped, index.features.nbytes) == (12, 1, 4 * 12 * model.embed_dim)
     cosines = torch.from_numpy(index.features) @ model.encode_text("a dog at a cat in the sun")[0]
