@@ -27,7 +27,7 @@ from clips.data.sentences import split_sentences
 from clips.data.sources import Source, open_source
 from clips.data.splits import open_split
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
-from tests.conftest import dropping, generative, tiny_run
+from tests.conftest import dropping, generative, run_python, tiny_run
 
 COUNT = 40
 WEB = [f"web text number {i}" for i in range(COUNT)]
@@ -427,3 +427,24 @@ def test_ctrl_c_does_not_kill_workers(source, tokenizer) -> None:
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGINT)
     assert len(list(loader)) == 19
+
+
+HELD = """
+import sys
+from torch.utils.data import DataLoader
+from clips.common.errors import UserError, run_command
+from clips.common.workers import start_worker
+held = []
+def main():
+    held.append(iter(DataLoader(range(8), num_workers=1, worker_init_fn=start_worker)))
+    next(held[0])
+    raise UserError("no more")
+sys.exit(run_command(main))
+"""
+
+
+def test_an_error_does_not_wait_for_the_workers_of_a_loader_that_is_still_held(tmp_path: Path) -> None:
+    """They obey torch's SIGTERM a minute later. Python 3.13 holds the loader of a rank that lost its peer."""
+    (tmp_path / "held.py").write_text(HELD)
+    done = run_python(tmp_path / "held.py", timeout=40)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: no more")
