@@ -142,11 +142,12 @@ def test_a_shell_script_parses_and_stops_at_errors(script: Path) -> None:
         assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8")
 
 
-def test_shellcheck_is_content() -> None:
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, "-x", *SHELL_SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(("linter", "words"), [("shellcheck", ["-x", *SHELL_SCRIPTS]), ("hadolint", ["Dockerfile"])])
+def test_a_linter_is_content(linter: str, words: list[str]) -> None:
+    program = shutil.which(linter, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip(f"{linter} is not installed")
+    done = subprocess.run([program, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -211,10 +212,6 @@ def test_the_dockerfile_is_one() -> None:
     assert ":" in found["FROM"], "a base without a version changes by itself"
     assert found["USER"] not in ("root", "0")
     assert (ROOT / json.loads(found["CMD"])[0]).is_file()
-    hadolint = shutil.which("hadolint")
-    if hadolint is not None:
-        done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
 
 
 if __name__ == "__main__":
