@@ -18,7 +18,8 @@ from clips.common.files import sha256
 from clips.common.flags import Parser, add_options, from_flags, given, option
 from mllm.training.stages import STAGES
 
-DEMO_SHARE, QUICK_SHARE = 0.5, 0.1
+ENCODERS, QUICK_ENCODERS = ("clips", "clip", "random", "blind"), ("clips", "random")
+DEMO_SHARE, QUICK_SHARE = 0.5, 0.2
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
@@ -57,9 +58,10 @@ class Comparison:
 
     encoders: tuple[str, ...] = _option(
         lambda text: tuple(filter(None, text.split(","))),
-        ("clips", "clip", "random", "blind"),
+        ENCODERS,
         "names as of train_llava.sh --vision, with commas between; bare clips and clip are pretrained here, clips:DIR "
-        "takes a run or export, in which {seed} stands for the pretraining seed (default: clips,clip,random,blind)",
+        "takes a run or export, in which {seed} stands for the pretraining seed (default: clips,clip,random,blind; "
+        "--quick: clips,random)",
     )
     seeds: int = option(
         SEEDS, f"encoders of each kind that is pretrained here, one of each seed (default: {SEEDS}, --quick: 1)"
@@ -72,9 +74,11 @@ class Comparison:
     )
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
-    quick: bool = option(False, "less of everything, in about half an hour; the report says so")
+    quick: bool = option(
+        False, "clips against random with less of everything, in a quarter of an hour; the report says so"
+    )
     budget: float | None = option(
-        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.1, else 1)"
+        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.2, else 1)"
     )
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
@@ -113,7 +117,7 @@ class Comparison:
 def flags_of(parser: Parser) -> None:
     """Add the flags of a comparison to `parser`."""
     add_options(parser, Comparison)
-    parser.set_defaults(seeds=None, jobs=None)  # they depend on other flags and on the machine
+    parser.set_defaults(encoders=None, seeds=None, jobs=None)  # they depend on other flags and on the machine
 
 
 def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
@@ -124,6 +128,7 @@ def comparison_from_flags(flags: argparse.Namespace) -> Comparison:
     return from_flags(
         Comparison,
         flags,
+        encoders=flags.encoders or (QUICK_ENCODERS if flags.quick else ENCODERS),
         seeds=(1 if flags.quick else SEEDS) if flags.seeds is None else flags.seeds,
         llava_runs=QUICK_LLAVA_RUNS if flags.quick and flags.llava_runs is None else flags.llava_runs,
         jobs=(1 if one_at_a_time else 2) if flags.jobs is None else flags.jobs,

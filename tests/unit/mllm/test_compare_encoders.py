@@ -228,11 +228,13 @@ def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = comparison_of(place), comparison_of(place, quick=True)
     cell = cells_of(full)[0]
     budgets = (full, quick, dataclasses.replace(quick, budget=0.5))
-    assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 2, 6]
+    assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 3, 6]
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (4, 16)
+    assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (8, 32)
     asked = [comparison_from_flags(script_parser("compare_encoders").parse_args(w)) for w in ([], ["--quick"])]
-    assert [(comparison.seeds, llava_runs(comparison)) for comparison in asked] == [(5, 6), (1, 3)]
+    assert [(c.encoders, c.seeds, llava_runs(c)) for c in asked] == [
+        (("clips", "clip", "random", "blind"), 5, 6), (("clips", "random"), 1, 3),
+    ]  # fmt: skip
     limits = [evaluation_settings(c)["limit"] for c in (full, quick, dataclasses.replace(quick, limit=7))]
     assert limits == [None, 200, 7]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
