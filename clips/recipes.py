@@ -93,7 +93,7 @@ def clip_baseline() -> RunConfig:
 
     Data without synthetic captions give web captions alone.
 
-    Its learning rates are the best ones for it, half of the demo's (docs/results.md, "CLIPS against CLIP").
+    Its learning rates are the best ones for it, half of the demo's.
 
     python scripts/pretrain_clips.py --recipe clip_baseline
     """

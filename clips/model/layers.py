@@ -207,7 +207,7 @@ def init_weights(module: nn.Module) -> None:
     """Xavier-uniform matrices and zero biases (OpenVision), but zero for the two matrices that end a block's branches.
 
     Each block then starts as the identity. On the demo this is worth more than any other choice of the recipe:
-    R@1 after 32,000 samples went from 64 to 81 % (docs/results.md, "What was tried").
+    R@1 after 32,000 samples went from 64 to 81 %.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
