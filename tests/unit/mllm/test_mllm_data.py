@@ -29,6 +29,8 @@ from mllm.data.dataset import Collator, LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
+from mllm.training.arguments import TrainArguments
+from mllm.training.prepare import data_of
 
 TOKENS = 3
 
@@ -441,6 +443,8 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
         assert store.size(str(number)) == pictures.size(name)
     with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
         pixel_loader(store, lambda picture: picture)(["3"])
+    remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
+    assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
     table.write_text("datei;alt\nsub/0.png;Größe\n")
     with pytest.raises(UserError, match=r"no images.*\n.*name the columns image and text"):
         open_store(table, folder)
