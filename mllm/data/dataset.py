@@ -68,6 +68,8 @@ def parse_record(raw: Any, index: int) -> Record:
     """Check a raw record's fields; the encoder checks its turns. Raises UserError with its index and id."""
     sample_id = sample_id_of(raw, index)
     where = f"sample {index} (id {sample_id})"
+    if isinstance(raw, BrokenSample):  # a pair without a caption
+        raise UserError(f"sample {index}: {raw}")
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
     if raw.get("image") and raw.get("video"):

@@ -432,7 +432,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
-    with pytest.raises(UserError, match=r"sample 4 .*my\.csv#4: web caption is empty"):
+    with pytest.raises(UserError, match=r"\n  sample 4: \S+my\.csv#4: web caption is empty$"):
         LlavaDataset(table, encoder, store)
     dataset = LlavaDataset(table, encoder, store, "skip")
     assert [dataset[i]["images"] for i in range(4)] == [["0"], ["1"], ["2"], ["3"]]
