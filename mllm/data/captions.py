@@ -14,7 +14,10 @@ from clips.common.files import read_json_records
 from mllm.data.images import ImageStore
 
 QUESTION = "<image>\nDescribe it."
-HINT = "Fields of captions are guessed here: name the columns image and text. A LLaVA file ends in .json or .jsonl"
+HINT = (
+    "In LLaVA's data fields are guessed: name the columns image and text. The folder of a table's pictures is "
+    "--image_folder. A LLaVA file ends in .json or .jsonl"
+)
 
 
 class CaptionStore(ImageStore):

@@ -443,6 +443,8 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
         assert store.size(str(number)) == pictures.size(name)
     with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
         pixel_loader(store, lambda picture: picture)(["3"])
+    with pytest.raises(UserError, match=r"none of the first .* pictures is there(.|\n)*--image_folder"):
+        open_store(table, tmp_path / "elsewhere")
     remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
     table.write_text("datei;alt\nsub/0.png;Größe\n")
