@@ -120,14 +120,16 @@ def sentence(row: Row) -> str:
 
 
 def floors(report: Report) -> list[str]:
-    """Which encoders are not above `blind`."""
+    """Which encoders are not above `blind`, or a variant of it."""
     blind = {name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"}
     below = []
     for row in _overall(report):
         if len({row["a"], row["b"]} & blind) == 1:
-            other, said = (row["a"], row["verdict"]) if row["b"] in blind else (row["b"], turned(row["verdict"]))
+            (other, floor), said = (row["a"], row["b"]), row["verdict"]
+            if other in blind:
+                other, floor, said = floor, other, turned(said)
             if said != "win":
-                below.append(f"{other} does not beat blind beyond the interval: no use of its pictures was shown.")
+                below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
     return below
 
 
