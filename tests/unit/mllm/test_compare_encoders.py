@@ -271,6 +271,7 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
         ("blind", "clips, tiles"),
     }
     assert f"tiles: trained with {tiles}" in shown(report)
+    assert "Equal in every cell of a seed, but for the flags of its variant: " in shown(report)
     assert not verify(comparison.output).differs
     with pytest.raises(UserError, match="clips, tiles, blind, tiles: give at least two different"):
         checked(dataclasses.replace(comparison, variants=comparison.variants * 2))
