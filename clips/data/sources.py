@@ -268,7 +268,7 @@ class TarSource(Source):
             first = "…"
             if len(messages) < WARNED:
                 opened = self._shard(int(i))
-                row = next(iter(set(range(len(opened.index.keys))) - set(opened.complete)))
+                row = min(set(range(len(opened.index.keys))) - set(opened.complete))
                 first = f"{opened.index.keys[row]}, without {', '.join(self._lacking(opened.extensions(row)))}"
             left_out = f"{lacking[i]} samples are left out for want of a member, the first is {first}"
             messages.append(f"{self.shards[i]}: {left_out}")

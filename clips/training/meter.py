@@ -80,7 +80,7 @@ class Meter:
         for key, value in parts.items():
             self.sums[key] = self.sums.get(key, 0) + value.reshape(())
         self.count, self.flops = self.count + 1, self.flops + flops
-        self.skipped += skipped
+        self.skipped += [(key, reason) for key, reason in skipped]  # an older torch pins a tuple as a list
 
     def log(self, log: RunLog, state: TrainState, lr: float, grad_norm: float | None, max_broken_share: float) -> None:
         """Write one line of means over ranks and steps; raises BrokenDataError above the limit. Collective."""

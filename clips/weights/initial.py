@@ -215,7 +215,7 @@ def initialise(model: CLIPSModel, initial: InitialWeights) -> Beginning:
         may_be_new.append("text.")
     if "logit_scale" not in initial.tensors:
         may_be_new += ["text.proj.", "visual.proj.", "logit_scale"]
-    new = {name: own[name] for name in own.keys() - tensors.keys() if name.startswith(tuple(may_be_new))}
+    new = {name: own[name] for name in own if name not in tensors and name.startswith(tuple(may_be_new))}
     assign_weights(model, tensors | new, initial.source)
     return Beginning(
         source=initial.source, kind=initial.kind, sha256=initial.sha256, architecture=initial.architecture,

@@ -162,7 +162,7 @@ class Source:
         zeros = tuple(f"{module}.bias" for module in parts.unbiased)
         names = {n: theirs for n, theirs in layout.names(vision.layers).items() if not n.startswith(absent)}
         tensors = self.take({n: theirs for n, theirs in names.items() if not n.endswith(zeros)}, layout.prefix)
-        for name in names.keys() - tensors.keys():
+        for name in [name for name in names if name not in tensors]:
             tensors[name] = torch.zeros(len(tensors[name.removesuffix("bias") + "weight"]))
         if "attn.qkv" in parts.unbiased:
             notes.append("queries, keys and values have no bias there: here it begins at zero")

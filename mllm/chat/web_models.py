@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -73,8 +73,12 @@ def about(name: str) -> str:
     return f"**Trained on {for_markdown(', '.join(data), LONGEST)}.** {line}" if data else line
 
 
+@lru_cache
 def takes_videos(name: str) -> bool:
-    """Whether a model of which `about` has a line takes videos, as `Layout.of` reads its config."""
+    """Whether a model of which `about` has a line takes videos, as `Layout.of` reads its config.
+
+    Kept like that line: the page asks whenever a visitor chooses a model, and a hub id is looked up in the network.
+    """
     config = from_json(read_bytes(resolve(name, "model") / "config.json"))
     return bool(config.get("image_grid_pinpoints") and config.get("num_frames"))
 

@@ -120,14 +120,16 @@ def sentence(row: Row) -> str:
 
 
 def floors(report: Report) -> list[str]:
-    """Which encoders are not above `blind`."""
+    """Which encoders are not above `blind`, or a variant of it."""
     blind = {name for name, encoder in report["encoders"].items() if encoder["kind"] == "blind"}
     below = []
     for row in _overall(report):
         if len({row["a"], row["b"]} & blind) == 1:
-            other, said = (row["a"], row["verdict"]) if row["b"] in blind else (row["b"], turned(row["verdict"]))
+            (other, floor), said = (row["a"], row["b"]), row["verdict"]
+            if other in blind:
+                other, floor, said = floor, other, turned(said)
             if said != "win":
-                below.append(f"{other} does not beat blind beyond the interval: no use of its pictures was shown.")
+                below.append(f"{other} does not beat {floor} beyond the interval: no use of its pictures was shown.")
     return below
 
 
@@ -263,6 +265,7 @@ def _examples(report: Report, image_folder: Path | None) -> list[Section]:
 def controls(report: Report) -> list[str]:
     """What was equal in all cells, what the floors are, and whether the plan was kept."""
     settings, encoders = report["settings"], report["encoders"]
+    variants = report["plan"]["comparison"].get("variants", ())
     stages = [
         f"{name}: {stage['samples']:,} samples in batches of {stage['batch_size']}, projector {stage['projector']}"
         for name, stage in settings["stages"].items()
@@ -271,8 +274,8 @@ def controls(report: Report) -> list[str]:
     distinct = settings["distinct_encoders"].items()
     most = max((count for name, count in distinct if encoders[name]["kind"] not in FLOORS), default=1)
     return [
-        f"Equal in every cell of a seed: {settings['language_model']}, data, order, steps, rates and starts. "
-        f"{'; '.join(stages)}.",
+        f"Equal in every cell of a seed{', but for the flags of its variant' * bool(variants)}: "
+        f"{settings['language_model']}, data, order, steps, rates and starts. {'; '.join(stages)}.",
         f"Models are paired by seed and by question: {design_in_words(most, settings['llava_runs'])}.",
         *[
             f"Sorts of pictures: {', '.join(found)}. {found[0]} decides."
@@ -284,10 +287,7 @@ def controls(report: Report) -> list[str]:
             + "".join(f", pretrained here on {run['samples']:,} samples" for run in encoder["pretraining"][:1])
             for name, encoder in encoders.items()
         ),
-        *(
-            f"{name}: trained with {shlex.join(flags)}"
-            for name, flags in report["plan"]["comparison"].get("variants", ())
-        ),
+        *(f"{name}: trained with {shlex.join(flags)}" for name, flags in variants),
         *(f"Floor: {text}" for kind, text in FLOORS.items() if kind in kinds),
         _fixed(report),
     ]

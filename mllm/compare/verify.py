@@ -112,7 +112,8 @@ def _verify(output: Path) -> Verification:
 def _bounded(comparison: Comparison) -> Comparison:
     """`comparison`, if it asks for no more than a machine can compute."""
     seeds = max(comparison.seeds, comparison.llava_runs or 0)
-    if len(encoder_names(comparison)) > MOST_ENCODERS or seeds > MOST_SEEDS:
+    arms = len(comparison.encoders) * (1 + len(comparison.variants))  # counted before any is made
+    if arms > MOST_ENCODERS or seeds > MOST_SEEDS:
         raise UserError(f"{comparison.output}: more than {MOST_ENCODERS} encoders or {MOST_SEEDS} seeds")
     if outside := [task for task in comparison.benchmarks if not is_plain(task)]:
         raise UserError(f"{comparison.output}: benchmark {outside[0]!r} leads out of a cell")

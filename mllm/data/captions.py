@@ -14,7 +14,10 @@ from clips.common.files import read_json_records
 from mllm.data.images import ImageStore
 
 QUESTION = "<image>\nDescribe it."
-HINT = "Fields of captions are guessed here: name the columns image and text. A LLaVA file ends in .json or .jsonl"
+HINT = (
+    "In LLaVA's data fields are guessed: name the columns image and text. The folder of a table's pictures is "
+    "--image_folder. A LLaVA file ends in .json or .jsonl"
+)
 
 
 class CaptionStore(ImageStore):
@@ -34,12 +37,12 @@ class CaptionStore(ImageStore):
             raise UserError(f"{error}\n  {HINT}") from None
 
     def records(self) -> Iterator[Any]:
-        """A record for each pair, of its long caption if it has one; the reason for a pair without a caption."""
+        """A record for each pair, of its long caption if it has one; a BrokenSample for a pair without a caption."""
         for number in range(len(self._source)):
             try:
                 web, long = self._source.texts(number)
             except BrokenSample as broken:
-                yield str(broken)
+                yield broken
                 continue
             turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": long or web}]
             yield {"id": str(number), "image": str(number), "conversations": turns}

@@ -68,6 +68,8 @@ def parse_record(raw: Any, index: int) -> Record:
     """Check a raw record's fields; the encoder checks its turns. Raises UserError with its index and id."""
     sample_id = sample_id_of(raw, index)
     where = f"sample {index} (id {sample_id})"
+    if isinstance(raw, BrokenSample):  # a pair without a caption
+        raise UserError(f"sample {index}: {raw}")
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise UserError(f"{where}: a record must be an object with a list 'conversations', found {str(raw)[:120]}")
     if raw.get("image") and raw.get("video"):
@@ -209,7 +211,7 @@ class LlavaDataset(Dataset):
             except BadSample as bad:
                 self.skipped.append(bad.problem)
         if self.skipped and (on_bad_sample == "error" or not self.records):
-            raise UserError(_told(self.skipped, Path(data_path), all_bad=not self.records))
+            raise UserError(_told(self.skipped, data_path, all_bad=not self.records))
         # Shared with the workers, so that the main process can count.
         self._truncated = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
 
@@ -240,7 +242,7 @@ class LlavaDataset(Dataset):
         return lengths
 
 
-def _told(problems: list[Problem], data_path: Path, *, all_bad: bool) -> str:
+def _told(problems: list[Problem], data_path: Path | str, *, all_bad: bool) -> str:
     lines = [one_line(clip(problem.message)) for problem in problems[:NAMED]]
     if len(problems) > NAMED:
         lines.append(f"… and {len(problems) - NAMED:,} more (scripts/check_data.py lists all)")

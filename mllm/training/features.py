@@ -31,7 +31,7 @@ from tqdm import tqdm
 from clips import BrokenSample
 from clips.common.errors import UserError
 from clips.common.files import from_json, placing, read_bytes, write_atomically
-from mllm.data.images import ImageStore, pixel_loader
+from mllm.data.images import ImageStore, broken_picture, pixel_loader
 from mllm.encoders.encoder import VisionEncoder
 from mllm.encoders.registry import image_pixels
 
@@ -145,7 +145,7 @@ class FeatureCache:
             try:
                 digest = hashlib.blake2b(self.store.read(name), digest_size=16)
             except BrokenSample as broken:
-                raise UserError(f"picture {broken.key} in {self.store.location}: {broken.reason}") from None
+                raise broken_picture(self.store, broken) from None
             self._keys[name] = digest.hexdigest()
         return self._keys[name]
 

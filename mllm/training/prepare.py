@@ -136,10 +136,10 @@ def encoder_of(arguments: TrainArguments) -> VisionEncoder:
     )
 
 
-def data_of(arguments: TrainArguments) -> tuple[Path, Path | None]:
-    """Data file and image folder: the user's, or the demo's for this stage (built if missing)."""
+def data_of(arguments: TrainArguments) -> tuple[Path | str, Path | str | None]:
+    """Data and image folder: the user's words (a Path would change a URL), or the demo's, built if missing."""
     if arguments.data_path is not None:
-        return Path(arguments.data_path), Path(arguments.image_folder) if arguments.image_folder else None
+        return arguments.data_path, arguments.image_folder or None
     if arguments.image_folder is not None:
         raise UserError("--image_folder is given without --data_path")
     demo = ensure_any_llava_demo(DEMO_DIR)

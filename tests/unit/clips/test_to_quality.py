@@ -108,6 +108,13 @@ def test_what_happens_aside_costs_no_processor_seconds(monkeypatch: pytest.Monke
     assert clock[0] - measuring.cpu_since == 5
 
 
+def test_broken_samples_are_pairs_however_they_were_pinned() -> None:
+    """An older torch pins a tuple as a list, which no dict takes: too many broken samples were a TypeError."""
+    measuring = Meter(torch.device("cpu"), TrainState(seed=0))
+    measuring.add({"loss": torch.zeros(())}, [["a.tar#0", "image: cut off"], ["a.tar#0", "image: cut off"]])
+    assert list(dict.fromkeys(measuring.skipped)) == [("a.tar#0", "image: cut off")]
+
+
 # ------------------------------------------------------------------------------------------------------- variants
 def test_variants_are_read_from_flags() -> None:
     assert read_variants([]) == list(VARIANTS)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from bad_corpus import encode
 from conftest import script_parser
+from launched import write_shard
 from PIL import Image
 from tiny_tokenizers import make_tokenizer
 
 from clips.common.errors import UserError
+from mllm.data.captions import open_store
 from mllm.data.conversation import IGNORE, ConversationEncoder
 from mllm.data.dataset import LlavaDataset
 from mllm.data.images import ImageStore
@@ -116,6 +121,23 @@ def test_the_command_refuses_and_passes(data, tmp_path, capsys):
     (data / "pairs.csv").write_text("image,text\na.png,a dog\n")
     check_from_flags(script_parser("check_data").parse_args([*flags, str(data / "pairs.csv")]))
     assert f"--stage 1 --data_path {data / 'pairs.csv'}" in capsys.readouterr().err
+
+
+def test_shards_of_captions_are_read_by_one_thread(tmp_path, encoder, monkeypatch):
+    """Four threads moved the position of one file, and whole pictures counted as broken."""
+    for shard in range(2):
+        write_shard(tmp_path / f"pairs/{shard}.tar", [(encode(Image.new("RGB", (8, 8))), {"txt": b"a word"})] * 8)
+    store, threads = open_store(tmp_path / "pairs", None), set()
+    shown = store.shown
+
+    def slow(*asked):
+        threads.add(threading.get_ident())
+        time.sleep(0.01)  # a second thread would take the next picture
+        return shown(*asked)
+
+    monkeypatch.setattr(store, "shown", slow)
+    report, _ = inspect_data(tmp_path / "pairs", encoder, store)
+    assert (report.images_decoded, report.problems, len(threads)) == (16, [], 1)
 
 
 def test_what_the_check_finds_is_what_training_leaves_out(data, encoder):

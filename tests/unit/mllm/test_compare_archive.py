@@ -191,6 +191,7 @@ def test_another_scorer_here_is_named(output: Path, monkeypatch: pytest.MonkeyPa
         ("plan", {"seeds": 10**9}, "more than 50 encoders or 100 seeds"),
         ("plan", {"llava_runs": 10**9}, "more than 50 encoders or 100 seeds"),
         ("plan", {"encoders": ["random", "blind"] * 30}, "more than 50 encoders"),
+        ("plan", {"variants": [["a", []]] * 30}, "more than 50 encoders"),
         ("plan", {"encoders": "clips"}, "'c' is not known"),
         ("plan", {"seeds": "2"}, "cannot be verified"),
         ("plan", {"benchmarks": ["../../elsewhere"]}, "leads out of a cell"),

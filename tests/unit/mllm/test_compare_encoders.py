@@ -44,7 +44,7 @@ from mllm.compare.commands import check_cell, encoder_cell, lab_cells, pretrain_
 from mllm.compare.comparison import Comparison, budget_share, comparison_from_flags, evaluation_settings, question_limit
 from mllm.compare.figures import compare_scores, item_scores, read_answers
 from mllm.compare.plan import fix_plan, plan_of
-from mllm.compare.report import page, sentence
+from mllm.compare.report import floors, page, sentence
 from mllm.compare.run import compare
 from mllm.compare.verify import verify
 from mllm.data.sampler import EpochSampler
@@ -273,6 +273,7 @@ def test_each_encoder_also_trains_as_every_variant_says(place: Path) -> None:
         ("blind", "clips, tiles"),
     }
     assert f"tiles: trained with {tiles}" in shown(report)
+    assert "Equal in every cell of a seed, but for the flags of its variant: " in shown(report)
     assert not verify(comparison.output).differs
     with pytest.raises(UserError, match="clips, tiles, blind, tiles: give at least two different"):
         checked(dataclasses.replace(comparison, variants=comparison.variants * 2))
@@ -537,6 +538,18 @@ def test_what_the_figures_do_not_say_is_said(report: dict, finished: Comparison)
     text = shown(collected(finished, {cell: {} for cell in cells_of(finished)}, []))
     assert "random does not beat blind" in text
     assert "clips does not beat blind" not in text
+
+
+def test_a_floor_that_was_not_beaten_is_named() -> None:
+    """Each variant has a blind column of its own, and all were called blind."""
+    kinds = {"clips": "clips", "blind": "blind", "clips, tiles": "clips", "blind, tiles": "blind"}
+    rows = [("clips", "blind", "win"), ("clips", "blind, tiles", "tie"), ("blind", "clips, tiles", "win")]
+    differences = [{"metric": "accuracy", "a": a, "b": b, "verdict": verdict} for a, b, verdict in rows]
+    said = floors({"encoders": {name: {"kind": kind} for name, kind in kinds.items()}, "differences": differences})
+    assert [line.partition(" beyond")[0] for line in said] == [
+        "clips does not beat blind, tiles",
+        "clips, tiles does not beat blind",
+    ]
 
 
 def test_questions_that_blind_models_answer_are_marked_and_left_out(finished: Comparison) -> None:

@@ -146,7 +146,7 @@ def test_broken_picture_and_full_disk(parts, store, tmp_path, monkeypatch):
     cache = FeatureCache(encoder, store, tmp_path / "cache")
     (store.location / "bad.png").write_bytes(b"\x89PNG nonsense")
     for name in ("bad.png", "gone.png"):
-        with pytest.raises(UserError, match=f"^picture {name}"):
+        with pytest.raises(UserError, match=f"^picture {name} .*mend it or take"):
             cache.fill([name])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -29,6 +29,8 @@ from mllm.data.dataset import Collator, LlavaDataset, pad_rows
 from mllm.data.demo import DESCRIPTIONS, IMAGES, KINDS, QUESTIONS, UNSEEN_QUESTIONS, ensure_llava_demo
 from mllm.data.images import ImageStore, pixel_loader
 from mllm.data.sampler import EpochSampler
+from mllm.training.arguments import TrainArguments
+from mllm.training.prepare import data_of
 
 TOKENS = 3
 
@@ -430,7 +432,7 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
-    with pytest.raises(UserError, match=r"sample 4 .*my\.csv#4: web caption is empty"):
+    with pytest.raises(UserError, match=r"\n  sample 4: \S+my\.csv#4: web caption is empty$"):
         LlavaDataset(table, encoder, store)
     dataset = LlavaDataset(table, encoder, store, "skip")
     assert [dataset[i]["images"] for i in range(4)] == [["0"], ["1"], ["2"], ["3"]]
@@ -441,6 +443,10 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
         assert store.size(str(number)) == pictures.size(name)
     with pytest.raises(UserError, match=r"my\.csv#3.*sub/3\.png"):
         pixel_loader(store, lambda picture: picture)(["3"])
+    with pytest.raises(UserError, match=r"none of the first .* pictures is there(.|\n)*--image_folder"):
+        open_store(table, tmp_path / "elsewhere")
+    remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
+    assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
     table.write_text("datei;alt\nsub/0.png;Größe\n")
     with pytest.raises(UserError, match=r"no images.*\n.*name the columns image and text"):
         open_store(table, folder)

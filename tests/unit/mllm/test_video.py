@@ -396,7 +396,11 @@ def test_chat(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> N
 
 
 def test_a_model_without_videos_refuses_them(
-    tiny_chat_place: Path, place: Path, model: ChatModel, capsys: pytest.CaptureFixture[str]
+    tiny_chat_place: Path,
+    place: Path,
+    model: ChatModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Page, help and box offered a video to every model; the terminal took it and could not ask."""
     pictures_alone, clip = str(tiny_chat_place / "runs" / "llava" / "model"), place / "images" / "a.mp4"
@@ -409,6 +413,9 @@ def test_a_model_without_videos_refuses_them(
         talk.handle("/help")
         assert f"{shown} the next question" in capsys.readouterr().out
     assert _taken([model.directory])["file_types"] == ["image", "video"]
+    with monkeypatch.context() as offline:
+        offline.setattr("mllm.chat.web_models.resolve", None)
+        assert len(_taken([model.directory])["file_types"]) == 2, "the page asks at each choice: no look-up each time"
     for models in ([pictures_alone], [model.directory, pictures_alone]):
         assert _taken(models) == {"placeholder": "Ask about a picture", "file_types": ["image"]}
     part = {"type": "video_url", "video_url": {"url": data_url(clip.read_bytes(), "video/mp4")}}
