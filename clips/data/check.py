@@ -35,7 +35,7 @@ from clips.common.page import thumbnail
 from clips.common.preflight import THUMBNAIL, Preflight, Shown
 from clips.config import RunConfig, parse_fields, parse_mix
 from clips.data.images import decode_image
-from clips.data.sample import MEND_BROKEN, BrokenSample
+from clips.data.sample import BrokenSample, mend_broken
 from clips.data.sentences import split_sentences
 from clips.data.sources import Source
 from clips.data.splits import open_split
@@ -330,7 +330,7 @@ def check_triples(
         raise BrokenDataError(
             f"{summary['broken']:,} of {summary['checked']:,} samples are broken, {share:.1%}: above "
             f"data.max_broken_share = {limit:.1%} a training stops. {Path(output) / 'contact_sheet.html'} shows some, "
-            f"and the first are\n  {first}\n{MEND_BROKEN}"
+            f"and the first are\n  {first}\n{mend_broken(share)}"
         )
     return summary
 

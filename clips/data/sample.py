@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-MEND_BROKEN = "Take them out of the data, or train with more of them: --set data.max_broken_share=0.05"
+
+def mend_broken(share: float) -> str:
+    """What to do with data of which `share` is broken: the limit that is named is above it."""
+    limit = min(1.0, math.floor(100 * share + 2) / 100)
+    return f"Take them out of the data, or train with more of them: --set data.max_broken_share={limit:g}"
 
 
 @dataclass(frozen=True)

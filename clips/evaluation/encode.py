@@ -45,7 +45,7 @@ class _Pixels(Dataset):
         index = self.indices[position]
         try:
             item = self.items.read(index)
-            image = decode_image(item.image)
+            image = decode_image(item.image, item.key)
             pixels = eval_transform(nearest_size(image.size, self.sizes)).pixels(image)
             return pixels, replace(item, image=b""), index
         except BrokenSample as broken:

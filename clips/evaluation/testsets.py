@@ -36,6 +36,8 @@ class Item:
     image: bytes
     captions: dict[str, list[str]] = field(default_factory=dict)
     label: str | None = None
+    key: str = "image"
+    """Its name in messages."""
 
 
 class TestSet(Protocol):
@@ -64,7 +66,7 @@ class SourceSet:
             "long": [sample.long] if sample.long else [],
         }
         label = sample.extra.get("label", sample.extra.get("cls"))
-        return Item(sample.image, captions, None if label is None else str(label))
+        return Item(sample.image, captions, None if label is None else str(label), sample.key)
 
 
 def _strings(value: Any) -> list[str]:
@@ -99,7 +101,7 @@ class KarpathySet:
 
     def read(self, index: int) -> Item:
         name, captions = self.entries[index]
-        return Item(image=_read_inside(self.root, name), captions={"sentence": captions})
+        return Item(image=_read_inside(self.root, name), captions={"sentence": captions}, key=name)
 
 
 class PictureSet:
@@ -118,7 +120,8 @@ class PictureSet:
         return len(self.files)
 
     def read(self, index: int) -> Item:
-        return Item(image=_read_inside(self.root, self.files[index]))
+        name = self.files[index]
+        return Item(image=_read_inside(self.root, name), key=name)
 
 
 class FolderSet(PictureSet):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from clips.common.errors import BrokenDataError
 from clips.common.live import in_words
 from clips.common.runtime import peak_memory_gb
-from clips.data.sample import MEND_BROKEN
+from clips.data.sample import mend_broken
 from clips.training.log import RunLog
 from clips.training.watchdog import OwnTime, slow_ranks
 from clips.weights.checkpoint import TrainState
@@ -117,10 +117,11 @@ class Meter:
         self._name_slow_ranks(log, found["own"], elapsed / steps, state.step)
         if state.skipped > max(10, max_broken_share * state.samples):
             reasons = "\n  ".join(f"{key}: {reason}" for key, reason in list(dict.fromkeys(skipped))[-5:])
+            share = state.skipped / state.samples
             raise BrokenDataError(
                 f"{state.skipped} broken samples were met for {state.samples} that were trained on, above "
                 f"data.max_broken_share = {max_broken_share:.1%}; all are listed in skipped.jsonl, the last ones are\n"
-                f"  {reasons}\n{MEND_BROKEN} --allow-config-change"
+                f"  {reasons}\n{mend_broken(share)} --allow-config-change"
             )
         self.reset(state)
 

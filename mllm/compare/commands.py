@@ -27,7 +27,7 @@ from mllm.compare.comparison import (
     question_files,
     question_limit,
 )
-from mllm.data.captions import is_captions, open_store, raw_records
+from mllm.data.captions import count_records
 from mllm.evaluation.evaluate import PROGRESS
 from mllm.training.arguments import TrainArguments, parse_train_arguments
 from mllm.training.prepare import data_of, encoder_of
@@ -84,8 +84,7 @@ def samples_of_cells(comparison: Comparison, cells: list[EncoderCell]) -> dict[s
 
 def dataset_size(arguments: TrainArguments) -> int:
     """Samples that one epoch of a stage has."""
-    path, folder = data_of(arguments)
-    return len(raw_records(path, open_store(path, folder) if is_captions(path) else None))
+    return count_records(*data_of(arguments))
 
 
 # ------------------------------------------------------------------------------------------- cells for the engine

@@ -11,6 +11,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def is_demo(comparison: Comparison) -> bool:
 
     The words are searched, not parsed: a parser would act on the `--help` of an archive that is verified.
     """
-    return not any(DATA_FLAG.match(word) for word in comparison.train_flags)
+    words = chain(comparison.train_flags, *(flags for _, flags in comparison.variants))
+    return not any(map(DATA_FLAG.match, words))
 
 
 def asks_questions(comparison: Comparison) -> bool:

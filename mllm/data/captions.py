@@ -36,6 +36,10 @@ class CaptionStore(ImageStore):
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
 
+    def __len__(self) -> int:
+        """Pairs, those without a caption among them."""
+        return len(self._source)
+
     def records(self) -> Iterator[Any]:
         """A record for each pair, of its long caption if it has one; a BrokenSample for a pair without a caption."""
         for number in range(len(self._source)):
@@ -73,6 +77,13 @@ def open_store(data_path: Path | str, image_folder: Path | str | None) -> ImageS
     if is_captions(data_path):
         return CaptionStore(data_path, image_folder)
     return ImageStore(image_folder) if image_folder else None
+
+
+def count_records(data_path: Path | str, image_folder: Path | str | None) -> int:
+    """Samples that an epoch has. Raises UserError if the data cannot be opened."""
+    if is_captions(data_path):
+        return len(CaptionStore(data_path, image_folder))
+    return len(read_json_records(Path(data_path)))
 
 
 def raw_records(data_path: Path | str, store: ImageStore | None) -> list[Any]:

@@ -158,7 +158,7 @@ def _check_images(
         return None
 
     # Threads, since the decoders release the interpreter; a tar's file position is shared, so it has one thread.
-    has_tars = store.location.is_file() or isinstance(store, CaptionStore)
+    has_tars = isinstance(store, CaptionStore) or store.location.is_file()
     with ThreadPoolExecutor(1 if has_tars else 4) as pool:
         reasons = tqdm(pool.map(decode, present), "pictures", len(present), unit="", leave=False, disable=None)
         for name, reason in zip(present, reasons, strict=True):

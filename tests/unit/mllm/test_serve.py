@@ -327,7 +327,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(client: OpenAI, add
 def test_an_answer_and_a_body_end_with_their_time(chat: ChatModel, encoder: CLIPS) -> None:
     def dripping() -> Iterator[bytes]:
         yield b"{"
-        time.sleep(1.3)
+        time.sleep(2)
         yield b"}"
 
     with served(chat, encoder, Limits(new_tokens=30_000, seconds=1, body_seconds=1)) as address:
