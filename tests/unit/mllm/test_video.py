@@ -203,6 +203,28 @@ def test_a_container_that_claims_a_thousand_million_frames() -> None:
     assert refused(bytes(data), seconds=5) == "video: it has no frames"
 
 
+def repeated(count: int, kind: str) -> bytes:
+    """A whole video of one picture, `count` times."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.height = stream.width = 16
+        container.start_encoding()
+        [packet] = [*stream.encode(av.VideoFrame.from_ndarray(grey(1, 16)[0], format="rgb24")), *stream.encode()]
+        for packet.pts in range(count):
+            packet.dts = packet.pts
+            container.mux_one(packet)
+    return file.getvalue()
+
+
+def test_files_of_a_million_frames_and_of_none() -> None:
+    """Files that hold what they claim, unlike the one above."""
+    assert refused(repeated(10**6, "mp4"), seconds=20) == "video: it has more than 262144 frames"
+    for kind in ("mp4", "matroska", "avi"):
+        assert len(decode_video(repeated(9, kind), 2)) == 2
+        assert refused(repeated(0, kind)).startswith("video: ")
+
+
 # ---------------------------------------------------------------------------------------------- tokens
 
 FRAMES, TEXT = 4, "What comes second?"
