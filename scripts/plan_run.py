@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lora", action="store_true", help="llava: adapters in stage 2, not the whole language model")
     p.add_argument("--bits", type=int, default=16, choices=(4, 8, 16), help="llava: of the frozen language model")
     p.add_argument("--tiles", help="llava, recaption: columns x rows of tiles beside the whole picture, such as 2x2")
+    p.add_argument("--frames", type=int, default=0, help="llava: frames of a video, with --tiles; 0: no videos")
     p.add_argument("--samples", type=int, default=1_000_000_000, help="recaption: how many pictures")
     return p
 
@@ -49,7 +50,8 @@ def main() -> None:
     from mllm.training import plan as stages
 
     tower = plan.image_tower(run)
-    model = stages.Planned.of(flags.language_model, tower, lora=flags.lora, bits=flags.bits, tiles=flags.tiles)
+    sees = {"tiles": flags.tiles, "frames": flags.frames if flags.what == "llava" else 0}
+    model = stages.Planned.of(flags.language_model, tower, lora=flags.lora, bits=flags.bits, **sees)
     if flags.what == "llava":
         stages.print_stages(model, machine)
     else:

@@ -234,7 +234,8 @@ class LlavaStep:
         model.config.image_token_id = 2  # the published vocabularies have no `<image>` yet
         self.forward = planned.flops(model)
         """Of the forward pass, while nothing trains: checkpointing computes the language model's again."""
-        arguments = TrainArguments(stage=stage, data_path="data.json", lora_enable=lora, bf16=True)
+        fields = {"data_path": "data.json", "lora_enable": lora, "bf16": True, "feature_cache": False}
+        arguments = TrainArguments(stage=stage, **fields)
         self.arguments = replace(arguments.resolve(1), gradient_checkpointing=True)
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         freeze = freeze_table(STAGES[stage], lora=lora)

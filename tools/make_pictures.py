@@ -21,6 +21,7 @@ from PIL import Image
 
 from clips import CLIPS, CONCEPTS, decode_image
 from clips.common.errors import UserError, run_command
+from clips.common.files import check_target
 from clips.common.flags import Parser
 from clips.common.page import save_plot
 from clips.common.plots import LIGHT, SERIES, Theme, check_format
@@ -170,6 +171,7 @@ def parser() -> Parser:
 def main() -> None:
     flags = parser().parse_args()
     out = flags.output or Path("runs", f"{flags.what}.png")
+    check_target(out.parent)
     if flags.what == "answers":
         write_answers(flags.model, flags.encoder, out)
     else:

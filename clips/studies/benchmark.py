@@ -26,7 +26,7 @@ from torch import Tensor
 from clips.common.errors import UserError
 from clips.common.files import write_json
 from clips.common.peaks import peak_flops
-from clips.common.runtime import choose_device, has_bf16, init_distributed
+from clips.common.runtime import autocast, choose_device, has_bf16, init_distributed
 from clips.config import CaptionerConfig, ModelConfig, RunConfig
 from clips.data.demo import ensure_demo
 from clips.data.loader import Batch, make_loader, to_device
@@ -242,7 +242,7 @@ def stock_step(model: Any, loss_of: Callable[[Batch], Tensor], device: torch.dev
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        with autocast(device, enabled=has_bf16(device)):
             loss = loss_of(to_device(batch, device))
         loss.backward()
         optimizer.step()

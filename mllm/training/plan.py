@@ -27,6 +27,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     ViTConfig,
 )
 
@@ -35,9 +37,10 @@ from clips.common.errors import UserError
 from clips.common.escape import for_rich
 from clips.common.memory import Parameters, gigabytes, held
 from clips.common.page import print_table
+from mllm.data.video import MOST_DRAWN, VIDEO
 from mllm.model.flops import LlavaFlops, LlavaShape
 from mllm.model.quantize import stored_bytes
-from mllm.model.tiles import Layout, Llava
+from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
 from mllm.training.freeze import apply_freeze, count_parameters, llava_of
 from mllm.training.lora import add_lora
@@ -83,6 +86,8 @@ class StepBytes:
     """In place of `kept`, where the first layer's gradients are made; without gradients of weights."""
     first: int
     """In place of `kept`, where the word embeddings' gradient is made, the last of all; without gradients."""
+    tower: int
+    """Alone, before the others: the forward pass of a frozen encoder, which holds the states of all its layers."""
     depth: int
     """Layers of the language model."""
 
@@ -120,17 +125,21 @@ class StepBytes:
         inputs = tokens * text.num_hidden_layers * e * (2 * D + H + ff) if arguments.bits == 8 else 0
         layout = Layout.of(model.config)
         cells = samples * layout.square * layout.most_squares
+        seen = 0 if arguments.caches_features else cells + samples * layout.most_squares  # with class tokens
+        mlp = getattr(vision, "intermediate_size", 4 * vision.hidden_size)
+        tower = seen * e * (vision.hidden_size * (vision.num_hidden_layers + 2) + 2 * mlp)
         pictures = cells * e * (vision.hidden_size + 2 * D)
         whole = tokens * (layer if checkpointing else 0)
         moment = max(tokens * 9 * e * D - logits, whole + made - logits - norm)
         kept, pictures = kept + logits + norm + pictures + inputs, pictures + inputs
         end, first = tokens * layer + made + pictures, tokens * e * D + pictures
-        return cls(kept, 2 * logits, moment, end, first, text.num_hidden_layers)
+        return cls(kept, 2 * logits, moment, end, first, tower, text.num_hidden_layers)
 
     def peak(self, gradients: int, head: int) -> int:
         """With all `gradients`, `head` of them the output layer's, which come first. The first layer's come last."""
         late = gradients - head - (gradients - head) // self.depth
-        return max(self.kept + self.loss, self.kept + self.layers + head, late + self.end, gradients + self.first)
+        held = max(self.kept + self.loss, self.kept + self.layers + head, late + self.end, gradients + self.first)
+        return max(held, self.tower)
 
 
 def memory_estimate_gb(
@@ -267,6 +276,8 @@ class Planned:
     bits: Literal[4, 8, 16]
     tiles: tuple[int, int] | None = None
     """Columns and rows of tiles beside the whole picture; None: a picture is one square."""
+    frames: int = 0
+    """Of a video; 0: none is trained on."""
 
     @classmethod
     def of(
@@ -277,8 +288,9 @@ class Planned:
         lora: bool,
         bits: Literal[4, 8, 16],
         tiles: str | None = None,
+        frames: int = 0,
     ) -> Planned:
-        """`tiles` like "2x2". UserError for other tiles, and for a language model that is not known."""
+        """`tiles` like "2x2". UserError for other tiles and frames, and for a language model that is not known."""
         if language_model not in LANGUAGE_MODELS:
             known = ", ".join(LANGUAGE_MODELS)
             raise UserError(f"--language-model {language_model!r} is not known; choose one of: {known}")
@@ -286,21 +298,29 @@ class Planned:
         if found is None:
             raise UserError(f"--tiles {tiles!r} must be columns x rows of tiles, from 1x1 to 6x6, such as 2x2")
         canvas = (int(found[1]), int(found[2])) if tiles else None
-        return cls(language_model, vision, lora or bits < 16, bits, canvas)
+        if frames and (not 0 < frames <= MOST_DRAWN or canvas is None or math.prod(canvas) > MOST_TILES_WITH_VIDEO):
+            raise UserError(
+                f"--frames {frames} must be 0 to {MOST_DRAWN}, and needs --tiles of {MOST_TILES_WITH_VIDEO} at most: "
+                "the stock class with videos sees pictures in tiles"
+            )
+        return cls(language_model, vision, lora or bits < 16, bits, canvas, frames)
 
     @property
     def layout(self) -> Layout:
         side = self.vision["image_size"]
         canvas = [(self.tiles[1] * side, self.tiles[0] * side)] if self.tiles else []
-        return Layout((side // self.vision["patch_size"]) ** 2, side, tuple(canvas))
+        return Layout((side // self.vision["patch_size"]) ** 2, side, tuple(canvas), self.frames)
 
     @property
     def image_tokens(self) -> int:
+        """Of the picture or video with the most."""
         return self.layout.most
 
     def __str__(self) -> str:
+        layout, pictures = self.layout, dataclasses.replace(self.layout, frames=0)
         tiles = f" in {self.tiles[0]} × {self.tiles[1]} tiles and whole" if self.tiles else ""
-        return f"{self.language_model} with {self.image_tokens:,} tokens a picture{tiles}"
+        video = f", {layout.tokens(VIDEO):,} a video of {self.frames} frames" if self.frames else ""
+        return f"{self.language_model} with {pictures.most:,} tokens a picture{tiles}{video}"
 
     def build(self, device: str = "meta") -> Llava:
         """In bf16, and nothing of it trains: without weights, or with random weights on another `device`."""
@@ -310,9 +330,14 @@ class Planned:
         parts: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_seq_length": self.layout.square}
         pinpoints = [list(canvas) for canvas in self.layout.pinpoints]
         with torch.device(device):
-            if pinpoints:
+            if self.frames:
+                del parts["image_seq_length"]
+                parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+                videos = LlavaOnevisionConfig(**parts, image_grid_pinpoints=pinpoints, num_frames=self.frames)
+                model: nn.Module = LlavaOnevisionForConditionalGeneration(videos)
+            elif pinpoints:
                 config = LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)
-                model: nn.Module = LlavaNextForConditionalGeneration(config)
+                model = LlavaNextForConditionalGeneration(config)
             else:
                 model = LlavaForConditionalGeneration(LlavaConfig(**parts))
         model.to(torch.bfloat16).requires_grad_(False)
@@ -404,6 +429,7 @@ def _arguments(planned: Planned, machine: Machine, number: int, micro: int) -> T
         per_device_train_batch_size=micro,
         bf16=True,
         gradient_checkpointing=True,
+        feature_cache=False,
     )
     if planned.lora and number == 2:
         arguments = dataclasses.replace(arguments, lora_enable=True)

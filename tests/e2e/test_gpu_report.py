@@ -59,6 +59,41 @@ def test_parts_that_go_wrong_are_named() -> None:
     assert sum(seconds) < 3600
 
 
+def test_the_parts_run_in_the_order_of_their_worth_and_a_cut_leaves_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each figure is printed beside the expected one."""
+    first, row = (
+        ["checks", "B/16", "LLaVA", "tests"],
+        {"size": "b16", "what": "ours", "batch": 64, "peak_memory_gb": 9.9},
+    )
+    row |= {"predicted_gb": 9.0, "step_s": 0.3, "expected_s": 0.4}
+
+    def taken(name: str, command: list[str], limit: float) -> dict:
+        if name not in first:
+            raise KeyboardInterrupt  # the machine goes back after ten minutes
+        return {"part": name, "seconds": limit, "problem": "", "result": json.dumps([row])}
+
+    monkeypatch.setattr(report, "take", taken)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_report.py", "--device", "cpu", "--tiny", "--output", str(tmp_path / "r.json")]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        report.main()
+    assert [part["part"] for part in json.loads((tmp_path / "r.json").read_text())["parts"]] == first
+    said = "b16 ours: 64 samples; memory 9.9 GB expected 9 (+10%); step 0.3 s expected 0.4 (-25%)"
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_machine_lacks_has_the_sentence_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(device: torch.device) -> None:
+        raise OSError(f"no {device}\nlibrary")
+
+    assert list(report.CHECKS) == ["driver", "bf16", "NCCL", "bitsandbytes", "DeepSpeed", "g++"]
+    monkeypatch.setattr(report, "CHECKS", {"a": (raises, "install a"), "b": (bool, "-"), "c": (lambda _: 0, "get c")})
+    assert [row["mend"] for row in report.checks(CPU)] == ["install a (OSError: no cpu)", "", "get c"]
+
+
 def test_the_batch_grows_until_memory_is_full_and_shrinks_until_it_fits() -> None:
     """The memory here is one of 100 samples; only where it ends is not real."""
     asked = []

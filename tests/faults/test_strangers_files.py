@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from rich.console import Console
 
 import mllm.recaption.process as process
@@ -123,6 +123,25 @@ def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
             check_target(target)
     check_target(tmp_path / "not" / "there")
     assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scripts/convert.py", "no-model", "TARGET", "--to", "native"],
+        ["scripts/export_clips.py", "--model", "no-model", "--output", "TARGET"],
+        ["scripts/export_gguf.py", "--model", ".", "--output", "TARGET"],
+        ["tools/make_pictures.py", "answers", "--model", "no-model", "--output", "TARGET/x.png"],
+    ],
+)
+def test_a_command_asks_for_its_target_before_its_model(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [word.replace("TARGET", "file/out") for word in words])
+    with pytest.raises(UserError, match="nothing can be written to file/out"):
+        load_script(words[0]).main()
 
 
 def test_row_32_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,8 @@ def test_what_a_gpu_would_wait_for_or_refuse_is_seen() -> None:
             torch.ones(4).to(META)
         with pytest.raises((Waits, RuntimeError)):
             x + torch.ones(4)
+        with pytest.raises((Waits, RuntimeError)):
+            x[x > 0]  # a shape that depends on data
         heads = torch.empty(1, 8, 4, 16, device=META), torch.empty(1, 2, 4, 16, device=META)
         mask = torch.ones(4, 4, dtype=torch.bool, device=META)
         with pytest.raises(Waits, match="no fused kernel"):

@@ -31,6 +31,8 @@ COMMANDS = runpy.run_path(str(ROOT / "scripts/__main__.py"))["COMMANDS"]
 def test_each_script_is_one_command() -> None:
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py")} - {"__main__.py", "train_llava.py"}
     assert sorted(COMMANDS.values()) == sorted(scripts | {"train_llava.sh"})
+    asked_for = "train llava chat serve eval search export convert recaption check compare plan"
+    assert set(asked_for.split()) <= COMMANDS.keys()
     shown = run_python("scripts/__main__.py", "--help").stdout
     assert re.findall(r"^  (\S+) +\S.*\S$", shown, re.MULTILINE) == list(COMMANDS)
 

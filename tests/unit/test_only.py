@@ -22,6 +22,7 @@ ONLY: list[tuple[set[str], set[str]]] = [  # (these names, or names below them) 
     ({"text optimizer.safetensors"}, {"clips/weights/checkpoint.py"}),
     ({"safetensors.torch.save_file"}, {"clips/common/tensors.py", "clips/weights/checkpoint.py"}),
     ({"fcntl"}, {"clips/common/files.py"}),
+    ({"torch.autocast"}, {"clips/common/runtime.py"}),  # a rehearsal enters there
     ({"text CLIPS_MLLM_CACHE", "text XDG_CACHE_HOME"}, {"clips/common/paths.py"}),
     ({"text metrics.jsonl"}, {"clips/common/rundir.py"}),
 ]

@@ -190,6 +190,7 @@ def test_install_names_what_a_machine_lacks(lacks: str, tmp_path: Path) -> None:
     ("printed", "code", "said"),
     [
         ("CUDA Version: 13.0", 0, "pip's own torch fits"),
+        ("CUDA Version: 12.9", 0, "INDEX/cu128"),
         ("CUDA Version: 12.8", 0, "INDEX/cu128"),
         ("CUDA Version: 12.4", 0, "INDEX/cu126"),
         ("CUDA Version: 11.4", 2, "install driver 580 or newer"),
@@ -205,6 +206,20 @@ def test_torch_is_chosen_by_the_driver(tmp_path: Path, printed: str, code: int, 
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
+    if "INDEX/" in said:  # without an index the build is named
+        done = subprocess.run(["bash", "-c", command], env=env | {"TORCH_INDEX": ""}, capture_output=True, text=True)
+        assert (done.returncode, f"torch's build {said[6:]} fits" in done.stderr) == (2, True)
+
+
+def test_a_driver_that_does_not_answer_ends_the_installation(tmp_path: Path) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: driver/library version mismatch'; exit 9\n")
+    fake.chmod(0o755)
+    command = f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; choose_torch'
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search("version mismatch.*install NVIDIA's driver again", done.stderr, re.DOTALL)
 
 
 def test_the_dockerfile_is_one() -> None:
@@ -218,6 +233,11 @@ def test_the_dockerfile_is_one() -> None:
     assert ":" in found["FROM"], "a base without a version changes by itself"
     assert found["USER"] not in ("root", "0")
     assert (ROOT / json.loads(found["CMD"])[0]).is_file()
+    build, run = re.findall(r"(?m)^#   (docker .*)$", (ROOT / "Dockerfile").read_text())
+    image = build.split()[3]
+    assert build == f"docker build -t {image} ."
+    assert f'runs:{found["WORKDIR"]}/runs" {image} scripts/' in run
+    assert (ROOT / run.split()[-1]).is_file()
 
 
 if __name__ == "__main__":

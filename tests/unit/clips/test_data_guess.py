@@ -17,7 +17,10 @@ from PIL import Image
 from clips.common.errors import UserError
 from clips.config import Fields
 from clips.data.guess import guess_fields
+from clips.data.loader import make_loader
 from clips.data.sources import Source, open_source
+from clips.data.tokenizer import build_tokenizer
+from clips.recipes import debug_twin, recipe
 
 
 def picture(value: int = 0) -> bytes:
@@ -81,7 +84,8 @@ def test_separators_and_encodings(
 
 def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
     pictures(tmp_path)
-    table = write_csv(tmp_path / "t.csv", [("image", "text"), *((f"{i}.png", f"w {i}") for i in range(3))])
+    rows = [("image", "text"), *((f"{i}.png", f"Größe {i}") for i in range(3))]
+    table = write_csv(tmp_path / "t.csv", rows, "cp1252", ";")
     with pytest.raises(UserError, match="no long captions") as refused:
         opened(table, need_long=True)
     choices = str(refused.value).splitlines()[1:]
@@ -89,6 +93,12 @@ def test_one_caption_is_enough_for_clip_only(tmp_path: Path) -> None:
     assert "--recipe clip_baseline" in choices[0]
     assert "--init-from" in choices[0]
     assert "recaption.py" in choices[1]
+    run = debug_twin(recipe("clip_baseline")).override(["data.workers=0"])
+    tokenizer = build_tokenizer("wordpiece", [text for _, text in rows] * 3, vocab_size=64)
+    source = opened(table, need_long=run.task.captions)
+    batch = next(iter(make_loader(source, tokenizer, run, rank=0, world_size=1)))
+    assert {tokenizer.decode(row) for row in batch["web"]} == {"große 0", "große 1", "große 2"}  # uncased
+    assert not {"sub", "caption"} & batch.keys()
 
 
 def test_open_clips_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

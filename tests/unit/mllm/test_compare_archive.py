@@ -213,6 +213,14 @@ def test_files_of_another_shape_and_plans_that_ask_too_much_are_refused(
         verified(output, output)
 
 
+def test_what_would_end_the_process_with_0_verifies_nothing(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As argparse did for a plan with --help."""
+    monkeypatch.setattr("mllm.compare.verify.scorer_version", lambda: sys.exit(0))
+    with pytest.raises(CommandError, match="cannot be verified") as failed:
+        verified(output, output)
+    assert failed.value.exit_code != 0
+
+
 @pytest.mark.parametrize("limit", ["MOST_ANSWERS", "MOST_DIFFERENCES"])
 def test_the_work_of_verifying_is_bounded(output: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """Two encoders, two runs each: 144 answers, and a difference for each of three kinds of questions."""

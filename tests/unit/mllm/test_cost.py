@@ -28,8 +28,8 @@ VISION = {
 }
 
 
-def planned(name: str, *, lora: bool = False, bits: int = 16) -> Planned:
-    return Planned.of(name, VISION, lora=lora, bits=bits)
+def planned(name: str, *, lora: bool = False, bits: int = 16, **sees: object) -> Planned:
+    return Planned.of(name, VISION, lora=lora, bits=bits, **sees)
 
 
 def on(gpus: int, kind: str = "h100") -> Machine:
@@ -68,6 +68,19 @@ def test_what_does_not_fit_is_refused_and_what_is_proposed_fits(capsys: pytest.C
     assert "instruct" in said
     assert "at 2 a GPU hour" in said
     assert plan_stage(planned("vicuna-7b", bits=4), card_of, 2).memory_gb < 0.9 * 24
+
+
+def test_tiles_and_videos_cost_their_squares_and_tokens() -> None:
+    plain, tiles, video = ({}, {"tiles": "2x2"}, {"tiles": "2x2", "frames": 32})
+    models = [planned("smollm2-135m", **sees) for sees in (plain, tiles, video)]
+    assert [model.image_tokens for model in models] == [256, 256 + 32 * 33, 32 * 8**2 + 1]
+    assert [model.layout.most_squares for model in models] == [1, 5, 32]
+    seconds = [plan_stage(model, on(8), 2).time.compute_s for model in models]
+    assert 2 * seconds[0] < seconds[1] < seconds[2]
+    assert str(models[2]).endswith("1,312 tokens a picture in 2 × 2 tiles and whole, 2,049 a video of 32 frames")
+    for wrong in ({"frames": 8}, {"tiles": "2x2", "frames": 65}, {"tiles": "4x4", "frames": 8}, {"tiles": "7x1"}):
+        with pytest.raises(UserError, match=r"--frames \d+ must be 0 to 64, and needs|--tiles '7x1' must be"):
+            planned("smollm2-135m", **wrong)
 
 
 @pytest.mark.parametrize(("bits", "double_quant"), [(4, True), (4, False), (8, True)])

@@ -133,7 +133,7 @@ def test_a_failing_pair_is_tried_again_and_a_refused_pair_is_asked_once() -> Non
     ("status", "hint"),
     [
         *((401, "set CLIPS_API_KEY"), (402, "quota"), (403, "set CLIPS_API_KEY"), (404, "is the address right")),
-        *((status, "is the address right") for status in (302, 418)),
+        *((status, "is the address right") for status in (301, 302, 307, 418)),
     ],
 )
 def test_what_fails_for_every_pair_ends_the_command(status: int, hint: str) -> None:

@@ -20,7 +20,7 @@ from asked import answers_of
 from PIL import Image
 from serve_process import ask, client_of, post, served
 from tiny_chat import SHORT
-from tiny_serve import CHAT, data_url, picture, user, with_picture
+from tiny_serve import CHAT, data_url, picture, png, user, with_picture
 from transformers import pipeline
 
 from clips.common.errors import UserError
@@ -56,20 +56,29 @@ def files(place: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: ChatModel, files: list[Path]) -> str:
-    """The stock pipeline's answer, which is another one if the pictures change places."""
-    stock = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+def stock(model: ChatModel) -> Callable[..., str]:
+    """The stock pipeline's answer to a text about pictures."""
+    asked = pipeline("image-text-to-text", model=model.model, processor=model.processor)
 
-    def said(*shown: Path) -> str:
+    def said(text: str, *shown: Path) -> str:
         content = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in shown]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": TEXT}]}]
-        return stock(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        [found] = asked(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+        return found["generated_text"].strip()
 
-    assert said(*files) != said(*files[::-1])
-    return said(*files).strip()
+    return said
 
 
-def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(stock: Callable[..., str], files: list[Path]) -> str:
+    """The answer, which is another one if the pictures change places."""
+    assert stock(TEXT, *files) != stock(TEXT, *files[::-1])
+    return stock(TEXT, *files)
+
+
+def test_evaluation(
+    model: ChatModel, place: Path, expected: str, stock: Callable[..., str], files: list[Path], tmp_path: Path
+) -> None:
     """Pictures stand before the text, or at the places that the text names; both batched with other questions."""
     placed = {"image": list(NAMES), "text": f"<image>\n<image>\n{TEXT}"}
     between = {"image": list(NAMES), "text": f"<image> and <image>: {TEXT}"}
@@ -78,6 +87,7 @@ def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path
     path = tmp_path / "questions.jsonl"
     asked, answers = answers_of(model, lines, place / "images", path)
     assert answers[:2] == [expected] * 2
+    assert answers[3:] == [stock(TEXT, files[0]), stock(TEXT), stock("A cat?", *files)]
     assert len({*answers}) == 5
     assert [images_of(json.loads(answer_line(q, "", ""))) for q in asked] == [images_of(line) for line in lines]
     path.write_text(json.dumps({"question_id": 0, "text": TEXT, "image": ["0.png", 3]}))
@@ -131,6 +141,8 @@ def test_the_server_and_its_limit(model: ChatModel, files: list[Path], expected:
     with served(model, "none", Limits(images=200)) as address:
         client = client_of(address)
         assert ask(client, user(*shown, TEXT)).choices[0].message.content == expected
+        for size in ((1, 20_000), (20_000, 1)):
+            assert post(address, with_picture(data_url(png(size=size)))).status_code == 200, size
         turns = [user(shown[0], "One?"), {"role": "assistant", "content": "Yes."}, user(shown[1], TEXT)]
         session = ChatSession(model)
         session.turns = [

@@ -18,6 +18,7 @@ import pytest
 import tiny_chat
 import torch
 from asked import answers_of
+from PIL import Image
 from serve_process import post, served
 from tiny_chat import SHORT
 from tiny_serve import CHAT, data_url, user
@@ -203,6 +204,28 @@ def test_a_container_that_claims_a_thousand_million_frames() -> None:
     assert refused(bytes(data), seconds=5) == "video: it has no frames"
 
 
+def repeated(count: int, kind: str) -> bytes:
+    """A whole video of one picture, `count` times."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.height = stream.width = 16
+        container.start_encoding()
+        [packet] = [*stream.encode(av.VideoFrame.from_ndarray(grey(1, 16)[0], format="rgb24")), *stream.encode()]
+        for packet.pts in range(count):
+            packet.dts = packet.pts
+            container.mux_one(packet)
+    return file.getvalue()
+
+
+def test_files_of_a_million_frames_and_of_none() -> None:
+    """Files that hold what they claim, unlike the one above."""
+    assert refused(repeated(10**6, "mp4"), seconds=20) == "video: it has more than 262144 frames"
+    for kind in ("mp4", "matroska", "avi"):
+        assert len(decode_video(repeated(9, kind), 2)) == 2
+        assert refused(repeated(0, kind)).startswith("video: ")
+
+
 # ---------------------------------------------------------------------------------------------- tokens
 
 FRAMES, TEXT = 4, "What comes second?"
@@ -325,6 +348,9 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
     path.write_text(json.dumps([{"video": "a.mp4", "conversations": said}]))
     with pytest.raises(UserError, match=r"sample 0 .*takes no videos: train it with .* --frames_upbound 8"):
         LlavaDataset(path, model.encoder, store, tokens=ImageTokens(layout.most, layout.tokens))
+    (tmp_path / "cut.mp4").write_bytes((place / "images" / "a.mp4").read_bytes()[:900])
+    with pytest.raises(UserError, match=r"cut\.mp4 in .*: video: it is no whole mp4.* take its sample out"):
+        pixel_loader(ImageStore(tmp_path), lambda shown: shown, FRAMES)(["cut.mp4"])
     for options in ({"frames": 4}, {"frames": 65, "image_aspect_ratio": "anyres"}):
         with pytest.raises(UserError, match=r"--frames_upbound \d+ must be 0 to 64, and needs"):
             load_vision("clips", runs=place / "runs", **options)
@@ -340,27 +366,38 @@ def test_data_that_cannot_be_trained_on(model: ChatModel, place: Path, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def expected(model: ChatModel, place: Path) -> str:
-    """The stock pipeline's answer, which draws the frames itself; it is another text for the other clip."""
-    stock = pipeline("image-text-to-text", model=model.model, processor=model.processor)
+def stock(model: ChatModel, place: Path) -> Callable[..., str]:
+    """The stock pipeline's answer to TEXT about files. It draws the frames of a video itself."""
+    asked = pipeline("image-text-to-text", model=model.model, processor=model.processor)
 
-    def said(name: str) -> str:
-        with av.open(str(place / "images" / name)) as container:
+    def part(name: str) -> dict[str, Any]:
+        path = place / "images" / name
+        if not video.is_video(name):
+            return {"type": "image", "image": Image.open(path).convert("RGB")}
+        with av.open(str(path)) as container:
             every = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        content = [{"type": "video", "video": every}, {"type": "text", "text": TEXT}]
-        messages = [{"role": "user", "content": content}]
-        found = stock(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
-        return found[0]["generated_text"].strip()
+        return {"type": "video", "video": every}
 
-    assert said("a.mp4") != said("b.mp4")
-    return said("a.mp4")
+    def said(*names: str) -> str:
+        messages = [{"role": "user", "content": [*map(part, names), {"type": "text", "text": TEXT}]}]
+        [found] = asked(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+        return found["generated_text"].strip()
+
+    return said
 
 
-def test_evaluation(model: ChatModel, place: Path, expected: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(stock: Callable[..., str]) -> str:
+    """Of one clip; it is another text for the other clip."""
+    assert stock("a.mp4") != stock("b.mp4")
+    return stock("a.mp4")
+
+
+def test_evaluation(model: ChatModel, place: Path, expected: str, stock: Callable[..., str], tmp_path: Path) -> None:
     lines = [{"video": "a.mp4", "text": TEXT}, {"image": "a.mp4", "text": TEXT}, {"image": "0.png", "text": TEXT}]
     lines += [{"image": ["b.mp4", "0.png"], "text": f"<video> and <image>: {TEXT}"}, {"text": TEXT}]
     asked, answers = answers_of(model, lines, place / "images", tmp_path / "questions.jsonl")
-    assert answers[:2] == [expected] * 2
+    assert [*answers[:3], answers[4]] == [expected, expected, stock("0.png"), stock()]
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.mp4").write_bytes(b"no video")
