@@ -333,7 +333,8 @@ class Planned:
             if self.frames:
                 del parts["image_seq_length"]
                 parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-                videos = LlavaOnevisionConfig(**parts, image_grid_pinpoints=pinpoints, num_frames=self.frames)
+                parts |= {"num_frames": self.frames}  # a field of our own, which the class keeps
+                videos = LlavaOnevisionConfig(**parts, image_grid_pinpoints=pinpoints)
                 model: nn.Module = LlavaOnevisionForConditionalGeneration(videos)
             elif pinpoints:
                 config = LlavaNextConfig(**parts, image_grid_pinpoints=pinpoints)

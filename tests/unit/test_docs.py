@@ -95,7 +95,7 @@ def check_python_script(path: Path, words: list[str]) -> None:
         assert config_from_flags(flags, {"model.vision": tower} if sized else None).samples > 0
         assert flags.ds_config is None or (ROOT / flags.ds_config).is_file()
     if path.name == "compare_encoders.py":
-        for name in flags.encoders:
+        for name in flags.encoders or ():
             parse_vision_name(name)
         for stage, further in product(("1", "2"), [(), *dict(flags.variants).values()]):
             parse_train_arguments([*flags.train_flags, *further, "--stage", stage, *BOTH])
