@@ -29,9 +29,10 @@ from clips.common.errors import UserError
 from mllm.chat.limits import Limits
 from mllm.chat.model import ChatModel, Sampling
 from mllm.chat.session import ChatSession
+from mllm.serve import app
 from mllm.serve.app import _find_encoder, bind_port, embed, serve_from_flags
 from mllm.serve.queue import RequestQueue
-from mllm.serve.schemas import UNSUPPORTED
+from mllm.serve.schemas import UNSUPPORTED, parse
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +358,26 @@ def test_slow_bodies_lock_nobody_out(chat: ChatModel, encoder: CLIPS) -> None:
         assert post(address, CHAT).status_code == 200
         third = stack.enter_context(raw(address, BEGUN + b"Content-Length: 2\r\n\r\n{}", "127.0.0.2"))
         assert third.recv(100).startswith(b"HTTP/1.1 429")
+
+
+def test_health_answers_while_a_body_of_8_mb_is_refused(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body is looked at outside the event loop: here not before /health has answered."""
+    begun, answered = threading.Event(), threading.Event()
+
+    def waiting(*given: object) -> object:
+        begun.set()
+        assert answered.wait(60), "/health waited for the body"
+        return parse(*given)
+
+    monkeypatch.setattr(app, "parse", waiting)
+    body = b'{"model":"llava","messages":[' + b"{}," * (8 * 2**20 // 3) + b"{}]}"
+    with served(chat, "none", Limits()) as address, ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(post, address, body)
+        assert begun.wait(60)
+        assert get(f"{address}/health").status_code == 200
+        answered.set()
+        assert refused.result().status_code == 400
+        assert "limit of JSON values" in refused.result().json()["error"]["message"]
 
 
 def test_one_client_s_bodies_together_are_bounded(chat: ChatModel, encoder: CLIPS) -> None:
