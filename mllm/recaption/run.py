@@ -38,6 +38,8 @@ FITTING = "Name one that knows such pictures: --captioner hf:MODEL or endpoint:U
 
 def recaption_from_flags(flags: argparse.Namespace) -> None:
     """The command scripts/recaption.py. Raises UserError for wrong flags, BrokenDataError for too many broken pairs."""
+    if not flags.dry_run:
+        check_target(flags.output)
     choose_gpu(os.environ)
     prompt = Prompt.read(flags.prompt)
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of one machine
@@ -108,7 +110,6 @@ def recaption(options: Options, console: Console, *, dry_run: bool = False) -> N
     print_plan(options, folder, shards, missing, console)
     if dry_run:
         return
-    check_target(options.output)
     with stopping():
         if missing:
             folder.root.mkdir(parents=True, exist_ok=True)

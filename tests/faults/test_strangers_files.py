@@ -130,6 +130,8 @@ def test_row_32_a_target_is_asked_for_before_any_work(tmp_path: Path) -> None:
     [
         ["scripts/convert.py", "no-model", "TARGET", "--to", "native"],
         ["scripts/export_clips.py", "--model", "no-model", "--output", "TARGET"],
+        ["scripts/recaption.py", "--data", "no-data", "--captioner", "hf:no-model", "--output", "TARGET"],
+        ["scripts/recaption.py", "--output", "TARGET"],
         ["scripts/export_gguf.py", "--model", ".", "--output", "TARGET"],
         ["tools/make_pictures.py", "answers", "--model", "no-model", "--output", "TARGET/x.png"],
     ],
