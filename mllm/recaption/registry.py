@@ -45,6 +45,11 @@ def knows_the_demo_alone(spec: str) -> bool:
     return is_of_demo((config.get("data") or {}).get("train") or "")
 
 
+def finds_the_demo_in(data: str, spec: str) -> bool:
+    """Whether the captioner was trained on the demo and `data` is other data: its captions are wrong then."""
+    return not is_of_demo(data) and knows_the_demo_alone(spec)
+
+
 def make_captioner(
     spec: str,
     prompt: Prompt | None = None,

@@ -20,6 +20,7 @@ from clips.common.page import Table, data_uri, thumbnail
 from clips.lab.report import Bars, Card, Cards, Code, Page, Section, Tile, as_html
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
+from mllm.recaption.registry import finds_the_demo_in
 from mllm.recaption.work import WORD_BINS
 
 SHOWN, REJECTED = 24, 12
@@ -42,6 +43,7 @@ NOTHING = (
     "--max-new-tokens and another --captioner change that, --words, --script and --on-bad what is let through; in "
     "another --output, for this one is done"
 )
+OF_DEMO = "The captioner was trained on the demo, and finds the demo's things in other pictures"
 
 
 def write_report(
@@ -63,7 +65,9 @@ def write_report(
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in final.most_common())
         said.append(f"left out: {reasons}; {folder.root / 'rejected'} lists them")
     said.append(f"wrote {folder.report}")
-    if total["written"]:
+    if finds_the_demo_in(options.data, options.captioner):
+        said.append(f"do not train on them. {OF_DEMO}")
+    elif total["written"]:
         said += ["Next:", f"  {training_command(folder)}"]
     for line in said:
         console.print(for_rich(line), highlight=False, soft_wrap=True)
@@ -88,8 +92,11 @@ def report_page(options: Options, folder: Folder, names: Sequence[str], manifest
         (f"words of {part} captions", "share of pairs, %", _lengths(Counter(_sum(manifests, "words", part))))
         for part in ("web", "long")
     ]
+    train = Section("Train on it", [Code(training_command(folder))], "Add --recipe s16, b16, l14 or h14 for real data.")
+    if finds_the_demo_in(options.data, options.captioner):
+        train = Section("Do not train on it", [], f"{OF_DEMO}.")
     sections = [
-        Section("Train on it", [Code(training_command(folder))], "Add --recipe s16, b16, l14 or h14 for real data."),
+        train,
         Section("Pictures with both captions", [Cards(list(_examples(folder, names, manifests)))], "A random sample."),
         Section("Lengths", [Bars([group for group in lengths if group[2]])]),
         Section("Figures", [Table(("", ""), counts)]),

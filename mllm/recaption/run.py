@@ -26,7 +26,7 @@ from mllm.recaption.manifest import Folder, agree_so_far, done_manifest, unfinis
 from mllm.recaption.options import DEMO, Options
 from mllm.recaption.process import open_pairs, stopping, work_on
 from mllm.recaption.progress import Board, measured
-from mllm.recaption.registry import knows_the_demo_alone
+from mllm.recaption.registry import finds_the_demo_in
 from mllm.recaption.report import write_report
 from mllm.recaption.shards import Shard, shards_of
 from mllm.recaption.work import check_broken
@@ -48,15 +48,14 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         ensure_any_demo(DEMO)
         flags.data, flags.shards = demo_split(DEMO, "train"), flags.shards or 1
         prompt = prompt if flags.prompt else Prompt(SHOW[0])  # the demo's models were trained on this question
-    on_demo = is_of_demo(flags.data)
     if flags.captioner:
         asked = [(flags.captioner, flags.output)]
-    elif on_demo:
+    elif is_of_demo(flags.data):
         asked = demo_captioners(flags.output)
         console.print(for_rich(f"the newest of runs/: {', '.join(captioner for captioner, _ in asked)}"))
     else:
         raise UserError(f"--captioner is missing: only for the demo runs/ is searched. {FITTING}")
-    if not on_demo and not flags.force and knows_the_demo_alone(flags.captioner):
+    if not flags.force and finds_the_demo_in(flags.data, flags.captioner):
         raise UserError(
             f"--captioner {flags.captioner} was trained on the demo: it would find the demo's things in "
             f"{flags.data}. {FITTING}. --force takes it all the same"

@@ -32,6 +32,7 @@ from mllm.recaption.asking import Prompt
 from mllm.recaption.captioner import Pair, Written
 from mllm.recaption.manifest import Folder
 from mllm.recaption.options import Options
+from mllm.recaption.report import training_command
 from mllm.recaption.run import choose_gpu, demo_captioners, recaption, recaption_from_flags
 
 QUIET = Console(emoji=False, file=io.StringIO())
@@ -406,8 +407,10 @@ def test_captioners_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("kind", ["llava", "clips"])
-def test_a_captioner_of_the_demo_is_refused_for_other_data(tmp_path: Path, monkeypatch, kind: str, capsys) -> None:
-    """It wrote "A gorilla at the bottom left and a koala" for a photograph of a pagoda."""
+def test_a_captioner_of_the_demo_is_refused_for_other_data(
+    tmp_path: Path, monkeypatch, kind: str, capsys, captioner: Known
+) -> None:
+    """It wrote "A gorilla at the bottom left and a koala" for a photograph of a pagoda. Forced, nothing is "Next"."""
     monkeypatch.chdir(tmp_path)
     data, model = write_pairs(tmp_path / "pairs", 1, 2), tmp_path / "runs/newest/model"
     model.mkdir(parents=True)
@@ -427,6 +430,15 @@ def test_a_captioner_of_the_demo_is_refused_for_other_data(tmp_path: Path, monke
     (model / "config.json").write_text(json.dumps({"data": {"train": data}}))
     recaption_from_flags(parse(command))
     assert "runs/newest/model" in capsys.readouterr().err
+    for of_demo in (True, False):
+        write(json.dumps(known if of_demo else own))
+        (model / "config.json").write_text(json.dumps({"data": {"train": "demo" if of_demo else data}}))
+        recaption_from_flags(parse(["--data", data, "--output", f"{of_demo}", *command[5:], "--force"]))
+        said = " ".join(capsys.readouterr().err.split())
+        assert "2 of 2 pairs written" in said
+        assert ("Next:" in said, "do not train on them" in said) == (not of_demo, of_demo)
+        page = Path(f"{of_demo}/report/index.html").read_text(encoding="utf-8")
+        assert (training_command(Folder(Path(f"{of_demo}"))) in page) == (not of_demo)
 
 
 def test_the_plan_writes_nothing_and_ranks_choose_their_gpu(tmp_path: Path, captioner: Known) -> None:
