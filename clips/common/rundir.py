@@ -19,11 +19,14 @@ import json
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from clips.common.errors import UserError
+from clips.common.escape import for_terminal
 from clips.common.files import MANIFEST, differing, from_json, lock, read_json, read_regular, write_atomically
 from clips.common.signals import launchers
 
@@ -35,6 +38,21 @@ UNSEEN = "unseen"
 """The test set that decides, if a run has it: on the demo, an artist never trained on."""
 MADE_OF = "checkpoint.json"
 """In export/ and report/: `weights_of` of their checkpoint."""
+
+
+# ------------------------------------------------------------------------------------------- which run nobody named
+def take_newest(what: str, found: Iterable[tuple[float, Path]]) -> Path:
+    """The path of `found`, (time, path) of each, that was written last. It is said before anything is done with it."""
+    _, path = max(found)
+    _say_taken(what, path)
+    return path
+
+
+@lru_cache
+def _say_taken(what: str, path: Path) -> None:
+    """Once in a process, by the first of several ranks."""
+    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        print(for_terminal(f"the newest {what}: {path}"), file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- what is of which weights

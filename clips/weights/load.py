@@ -11,7 +11,7 @@ from clips.common.errors import UserError
 from clips.common.files import from_json, read_bytes, read_json
 from clips.common.hub import OPEN_CLIP_WEIGHTS, resolve
 from clips.common.opening import check_counts, check_files, opening
-from clips.common.rundir import MADE_OF, check_current, is_current, weights_of
+from clips.common.rundir import MADE_OF, check_current, is_current, take_newest, weights_of
 from clips.common.tensors import build_for, read_weights
 from clips.config import CaptionsConfig, DataConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, TaskConfig
 from clips.data.tokenizer import CaptionTokenizer, build_tokenizer
@@ -134,11 +134,11 @@ def clip_tokenizer(directory: Path, vocab_size: int) -> CaptionTokenizer:
 
 
 def _newest_run(runs: Path) -> Path:
-    found = {run: max(_time(run / "LATEST"), _time(run / "export" / "native")) for run in runs.glob("*")}
-    found = {run: time for run, time in found.items() if time}
+    found = [(max(_time(run / "LATEST"), _time(run / "export" / "native")), run) for run in runs.glob("*")]
+    found = [(time, run) for time, run in found if time]
     if not found:
         raise UserError(f"no trained run under {runs}: train one (scripts/pretrain_clips.py) or give --model")
-    return max(found, key=found.__getitem__)
+    return take_newest("encoder", found)
 
 
 def _time(path: Path) -> float:
@@ -177,4 +177,4 @@ def newest_export(runs: Path, objective: str, recipe: str = "demo") -> Path:
             f"no finished run with task.objective {objective!r} and an export under {runs}/: train one with "
             f"`deepspeed scripts/pretrain_clips.py --recipe {recipe}`, or name a directory as {objective}:DIR"
         )
-    return check_current(max(found)[1])
+    return check_current(take_newest(f"{objective} encoder", found))

@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from clips.common.files import read_json
 from clips.common.hub import resolve
 from clips.common.opening import check_size, naming
+from clips.common.rundir import take_newest
 from clips.common.stock import NO_CODE, REPORTED, check_complete, loading
 from mllm.data.formats import IMAGE_TOKEN, token_id
 from mllm.encoders.encoder import select_features, trial_squares
@@ -121,4 +122,4 @@ def newest_model(runs: Path = Path("runs")) -> Path:
     found = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/model/config.json")]
     if not found:
         raise UserError(f"no trained model under {runs}/: run bash scripts/train_llava.sh, or name one by --model")
-    return max(found)[1]
+    return take_newest("model", found)

@@ -19,6 +19,7 @@ from clips.common.escape import for_rich
 from clips.common.files import check_target, from_json, read_bytes
 from clips.common.flags import from_flags
 from clips.common.live import in_words
+from clips.common.rundir import take_newest
 from mllm.data.demo import SHOW
 from mllm.model.load import newest_model
 from mllm.recaption.asking import Prompt
@@ -52,7 +53,6 @@ def recaption_from_flags(flags: argparse.Namespace) -> None:
         asked = [(flags.captioner, flags.output)]
     elif is_of_demo(flags.data):
         asked = demo_captioners(flags.output)
-        console.print(for_rich(f"the newest of runs/: {', '.join(captioner for captioner, _ in asked)}"))
     else:
         raise UserError(f"--captioner is missing: only for the demo runs/ is searched. {FITTING}")
     if not flags.force and finds_the_demo_in(flags.data, flags.captioner):
@@ -88,7 +88,7 @@ def demo_captioners(output: Path) -> list[tuple[str, Path]]:
         if captioner.get("inputs") == "tokens" and (path.parent / "export").is_dir():
             runs.append((path.stat().st_mtime, path.parent))
     if runs:
-        found.append((f"clips:{max(runs)[1]}", output / "clips"))
+        found.append((f"clips:{take_newest('CLIPS captioner', runs)}", output / "clips"))
     if not found:
         raise UserError(
             "no captioner: there is no model trained here (bash scripts/train_llava.sh), nor a run of "

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_group, run_python, script_parser
+from conftest import ROOT, load_script, run_group, run_python, script_parser
 from rich.console import Console
 
-from clips.common.errors import UserError
+from clips.common import rundir
+from clips.common.errors import UserError, run_command
 from clips.common.files import write_json
 from clips.common.rundir import MADE_OF, check_current
 from clips.recipes import recipe
@@ -90,6 +91,48 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path: Path, capsys: pytest.
         words.whitespace_split = True
         assert any(str(place) in word for word in words), command
     assert len(shown) == 8
+
+
+ENCODER, MODEL = "the newest encoder: runs/mine", "the newest model: runs/chat/model"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate_clips", ENCODER),
+        ("export_clips", ENCODER),
+        ("search cat", ENCODER),
+        (
+            "train_llava --stage 1 --vision clips --data_path x.json --dry_run",
+            "the newest clips encoder: runs/mine/export",
+        ),
+        ("evaluate_llava --questions x.jsonl", MODEL),
+        ("chat --prompt Hello", MODEL),
+        ("chat --web", MODEL),
+        ("serve --port 0", MODEL),
+        ("recaption --data demo --dry-run --output out", f"{MODEL}\nthe newest CLIPS captioner: runs/mine"),
+    ],
+)
+def test_what_is_taken_as_the_newest_is_named_before_any_work(
+    command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each then ends at what is missing in its model: nothing else was asked for before."""
+    monkeypatch.chdir(tmp_path)
+    for path, content in (
+        ("mine/config.json", {"task": {"objective": "clips"}, "model": {"captioner": {"inputs": "tokens"}}}),
+        ("mine/export/native/config.json", {}),
+        ("mine/export/hf_vit/config.json", {}),
+        ("chat/model/config.json", {}),
+    ):
+        (tmp_path / "runs" / path).parent.mkdir(parents=True)
+        write_json(tmp_path / "runs" / path, content)
+    rundir._say_taken.cache_clear()
+    name, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    assert run_command(load_script(f"scripts/{name}.py").main) == 2
+    told, _, error = capfd.readouterr().err.partition("\nerror: ")
+    assert told == f"{said}\n"
+    assert error
 
 
 @pytest.mark.parametrize(
