@@ -174,6 +174,10 @@ class Source:
         """(web caption, long caption), without reading the image. Raises as `read`."""
         raise NotImplementedError
 
+    def missing(self, index: int) -> str | None:
+        """Why the picture of a sample is not there, or None; opens no picture and asks no other machine."""
+        return None
+
     def stored(self, index: int) -> StoredSample:
         """Everything that the source holds of a sample. Raises as `read`."""
         raise NotImplementedError
@@ -430,18 +434,23 @@ class TableSource(Source):
         self._set_sizes([len(table) for table in self.tables])
         self.left_out = [0] * len(self.tables)
         self.roots = [image_root or table.root for table in self.tables]
+        self._named: list[bool] = []
         for file, table in enumerate(self.tables):
-            self._find_pictures(file, table.url, image_root)
+            named = self._find_pictures(file, table.url, image_root)
+            self._named.append(named and not isinstance(table, PictureFolder))  # which lists pictures that are there
 
-    def _find_pictures(self, file: int, url: str, image_root: str | None) -> None:
-        """Guess the root of a table's image paths. Raises UserError if none of its first pictures is there."""
+    def _find_pictures(self, file: int, url: str, image_root: str | None) -> bool:
+        """Guess the root of a table's image paths; False if the table holds the pictures themselves.
+
+        Raises UserError if none of its first pictures is there.
+        """
         first = self._starts[file]
         values = []
         for index in range(first, min(first + PROBED_SAMPLES, self._starts[file + 1])):
             with contextlib.suppress(BrokenSample):  # counted when training reads it
                 values.append(self._value(self._row(index)[2], "image"))
             if values and not isinstance(values[-1], str):
-                return  # the table holds the pictures
+                return False
         if image_root is None and not is_remote(self.roots[file]):
             self.roots[file] = guess_root(url, self.roots[file], values)
         root = self.roots[file]
@@ -451,6 +460,7 @@ class TableSource(Source):
                 f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
                 f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
             )
+        return True
 
     def read(self, index: int) -> RawSample:
         file, key, row = self._row(index)
@@ -462,6 +472,19 @@ class TableSource(Source):
     def texts(self, index: int) -> tuple[str, str | None]:
         _, key, row = self._row(index, without=self._fields["image"])
         return self._captions(key, row)
+
+    def missing(self, index: int) -> str | None:
+        if not self._named[self._locate(index)[0]]:
+            return None  # a row that holds its picture is long
+        try:
+            file, key, row = self._row(index)
+            value = self._value(row, "image")
+            place = self._place(file, key, value)
+        except BrokenSample as broken:
+            return broken.reason
+        if isinstance(place, bytes) or is_remote(place) or os.path.isfile(place):
+            return None
+        return f"image {clip(value, LONGEST_PATH)!r} is not in {self.roots[file]}"
 
     def stored(self, index: int) -> StoredSample:
         file, key, row = self._row(index)

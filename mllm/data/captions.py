@@ -52,8 +52,8 @@ class CaptionStore(ImageStore):
             yield {"id": str(number), "image": str(number), "conversations": turns}
 
     def problem(self, name: str) -> str | None:
-        """None: a missing picture is found when it is read."""
-        return None
+        """As for a LLaVA file; a picture of a shard or at a URL is met when it is read."""
+        return self._source.missing(int(name))
 
     def read(self, name: str) -> bytes:
         return self._source.read(int(name)).image

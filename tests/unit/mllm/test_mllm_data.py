@@ -432,11 +432,15 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
-    with pytest.raises(UserError, match=r"\n  sample 4: \S+my\.csv#4: web caption is empty$"):
+    with pytest.raises(UserError) as refused:
         LlavaDataset(table, encoder, store)
+    assert str(refused.value).splitlines()[1:] == [
+        f"  sample 3 (id 3): image 'sub/3.png' is not in {folder}", f"  sample 4: {table}#4: web caption is empty"
+    ]  # fmt: skip
     dataset = LlavaDataset(table, encoder, store, "skip")
-    assert [dataset[i]["images"] for i in range(4)] == [["0"], ["1"], ["2"], ["3"]]
-    assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2", "gone"]
+    assert [problem.kind for problem in dataset.skipped] == ["missing image", "record"]
+    assert [dataset[i]["images"] for i in range(3)] == [["0"], ["1"], ["2"]]
+    assert [record.turns[1]["value"] for record in dataset.records] == ["Größe 0", "Größe 1", "Größe 2"]
     for number in range(3):
         name = f"sub/{number}.png"
         assert store.load(str(number)).tobytes() == pictures.load(name).tobytes()
