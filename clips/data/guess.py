@@ -1,6 +1,6 @@
 """What a stranger's data mean, where nobody says it: fields, the files of a folder, the root of image paths.
 
-Every guess is printed. `--fields` and `--image-root` overrule it.
+Every guess is printed, with the running command's flag that overrules it (`GuessFlags`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,7 +33,27 @@ LONGEST_TEXT = 1 << 18
 """Bytes of a text file beside a picture."""
 
 
-def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
+@dataclass(frozen=True)
+class GuessFlags:
+    """The flags of the running command that overrule a guess; messages name them."""
+
+    image_root: str = "--image-root"
+    fields: str = "--fields"
+    """Empty if the command has none: then names of columns are guessed only."""
+
+    @property
+    def for_fields(self) -> str:
+        return f"{self.fields} overrules" if self.fields else "columns named image and text overrule"
+
+    def naming(self, part: str) -> str:
+        """How the field of a part of a sample is named."""
+        return f"with {self.fields} {part}=FIELD" if self.fields else NAMES[part][0]
+
+
+FLAGS = GuessFlags()
+
+
+def guess_fields(where: str, fields: Fields, found: Sequence[str], flags: GuessFlags = FLAGS) -> Fields:
     """`fields` for data with the fields `found`. A part that nobody named and that is missing is taken from NAMES.
 
     A long caption is guessed by its own names only. If the web caption is guessed, the default place of long captions
@@ -56,9 +76,8 @@ def guess_fields(where: str, fields: Fields, found: Sequence[str]) -> Fields:
         return fields
     fields = replace(fields, **{part: name for part, name in guessed.items() if name or part == "long"})
     long = f"long captions from {fields.long!r}" if fields.long else "no long captions"
-    say_once(
-        f"{where}: pictures from {fields.image!r}, captions from {fields.web!r}, {long} (guessed; --fields overrules)"
-    )
+    parts = f"pictures from {fields.image!r}, captions from {fields.web!r}, {long}"
+    say_once(f"{where}: {parts} (guessed; {flags.for_fields})")
     return fields
 
 
@@ -71,7 +90,7 @@ def guess_delimiter(header: str, url: str) -> str:
     return found
 
 
-def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
+def guess_root(where: str, root: str, values: Iterable[Any], flags: GuessFlags = FLAGS) -> str:
     """The folder of the image paths `values`: `root`, the table's folder, unless only another one has a picture.
 
     The other one is the current folder, or the host of the first URL.
@@ -86,7 +105,7 @@ def guess_root(where: str, root: str, values: Iterable[Any]) -> str:
             return root
         if not any(os.path.exists(path) for path in paths):
             return root
-    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; --image-root overrules)")
+    say_once(f"{where}: pictures are looked for in {found}, {what} (guessed; {flags.image_root} overrules)")
     return found
 
 
@@ -124,7 +143,7 @@ def say_once(message: str) -> None:
 
 
 def _say_held_out(folder: str, train: Sequence[str], others: Sequence[str]) -> None:
-    say_once(f"{folder}: {_some(train)} taken, {os.path.join(folder, _some(others))} left for --test-data")
+    say_once(f"{folder}: {_some(train)} taken, {os.path.join(folder, _some(others))} left for tests")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from clips.common.escape import clip, for_terminal
 from clips.common.files import from_json, read_regular
 from clips.common.paths import can_encode, inside, is_remote
 from clips.config import Fields
-from clips.data.guess import PictureFolder, guess_fields, guess_root, in_folder
+from clips.data.guess import FLAGS, GuessFlags, PictureFolder, guess_fields, guess_root, in_folder
 from clips.data.images import MAX_BYTES
 from clips.data.order import MixedOrder, Order, SampleOrder
 from clips.data.remote import read_range, remote_facts, store_of
@@ -61,11 +61,13 @@ CHOICES = (
 """Printed if long captions are missing."""
 
 
-def open_source(spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool) -> Source:
+def open_source(
+    spec: str, fields: Fields, *, image_root: str | None = None, need_long: bool, flags: GuessFlags = FLAGS
+) -> Source:
     """Open a folder, glob, brace pattern or URL of tar shards, or tables; several are joined by `;`.
 
     Raises UserError if there is no data, if one of `fields` is missing (the message lists the fields found), and with
-    `need_long` if web and long caption are the same field.
+    `need_long` if web and long caption are the same field. `flags`: those of a command that has others.
     """
     if need_long and fields.web == fields.long:
         raise UserError(
@@ -76,7 +78,9 @@ def open_source(spec: str, fields: Fields, *, image_root: str | None = None, nee
     tables = [file for file in files if not file.endswith(".tar")]
     if tables and len(tables) < len(files):
         raise UserError(f"{spec!r} mixes tables and tar shards; give one kind")
-    return TableSource(files, fields, image_root, need_long) if tables else TarSource(files, fields, need_long)
+    if tables:
+        return TableSource(files, fields, image_root, need_long, flags)
+    return TarSource(files, fields, need_long, flags)
 
 
 def index_data(spec: str, workers: int) -> None:
@@ -221,7 +225,7 @@ class MixedSource(Source):
 class TarSource(Source):
     """Samples of tar shards. A sample that lacks a needed member is left out, with a warning."""
 
-    def __init__(self, shards: list[str], fields: Fields, need_long: bool) -> None:
+    def __init__(self, shards: list[str], fields: Fields, need_long: bool, flags: GuessFlags) -> None:
         self.shards = self.files = shards
         self.need_long = need_long
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
@@ -231,24 +235,24 @@ class TarSource(Source):
         self._process = os.getpid()
         self._copies: Callable[[int], BinaryIO | None] | None = None
         found = self._fields_found()
-        fields = guess_fields(_names(shards), fields, found)
+        fields = guess_fields(_names(shards), fields, found, flags)
         self._fields = {name: _alternatives(getattr(fields, name)) for name in PARTS}
         self._close()  # which of its samples are complete depends on the fields
         self._lacks = np.array([bool(self._lacking(layout)) for layout in self._set.layouts], dtype=bool)
         self._set_sizes(self._set.counts[:, ~self._lacks].sum(axis=1).tolist())
         self.left_out = self._set.counts[:, self._lacks].sum(axis=1).tolist()
         self._warn_of_problems()
-        self._check_fields(fields, found)
+        self._check_fields(fields, found, flags)
 
     def _lacking(self, extensions: Iterable[str]) -> list[str]:
         """The needed parts that a sample with these extensions lacks."""
         present = set(extensions)
         return [name for name in self._needed if present.isdisjoint(e for e, _ in self._fields[name])]
 
-    def _check_fields(self, fields: Fields, found: Sequence[str]) -> None:
+    def _check_fields(self, fields: Fields, found: Sequence[str], flags: GuessFlags) -> None:
         for name in self._needed:
             if not any((e if key is None else f"{e}:{key}") in found for e, key in self._fields[name]):
-                raise _missing_field(_names(self.shards), name, getattr(fields, name), found)
+                raise _missing_field(_names(self.shards), name, getattr(fields, name), found, flags)
         if not len(self):
             raise UserError(f"no sample of {_names(self.shards)} has all of: {', '.join(self._needed)}; found: {found}")
 
@@ -420,16 +424,18 @@ class _Members:
 class TableSource(Source):
     """Samples of tables; the image column holds paths below `image_root`, or the pictures themselves."""
 
-    def __init__(self, files: list[str], fields: Fields, image_root: str | None, need_long: bool) -> None:
-        self.tables, self.need_long = _tables(files), need_long
+    def __init__(
+        self, files: list[str], fields: Fields, image_root: str | None, need_long: bool, flags: GuessFlags
+    ) -> None:
+        self.tables, self.need_long, self._flags = _tables(files), need_long, flags
         self._copies: Callable[[str], BinaryIO | None] | None = None
-        fields = guess_fields(_names(files), fields, self.tables[0].columns)
+        fields = guess_fields(_names(files), fields, self.tables[0].columns, flags)
         self._fields = {name: [part for part in getattr(fields, name).split(";") if part] for name in PARTS}
         self._used = {column for columns in self._fields.values() for column in columns}
         for table in self.tables:
             for name in PARTS if need_long else PARTS[:2]:
                 if not set(self._fields[name]) & set(table.columns):
-                    raise _missing_field(table.url, name, getattr(fields, name), table.columns)
+                    raise _missing_field(table.url, name, getattr(fields, name), table.columns, flags)
         self.files = [table.url for table in self.tables]
         self._set_sizes([len(table) for table in self.tables])
         self.left_out = [0] * len(self.tables)
@@ -452,13 +458,13 @@ class TableSource(Source):
             if values and not isinstance(values[-1], str):
                 return False
         if image_root is None and not is_remote(self.roots[file]):
-            self.roots[file] = guess_root(url, self.roots[file], values)
+            self.roots[file] = guess_root(url, self.roots[file], values, self._flags)
         root = self.roots[file]
         paths = [value for value in values if isinstance(value, str) and value]
         if paths and not is_remote(root) and not any(os.path.exists(os.path.join(root, path)) for path in paths):
             raise UserError(
                 f"{url}: none of the first {len(paths)} pictures is there: {paths[0]!r} was looked for in "
-                f"{os.path.abspath(root)}. Name the folder that holds it with --image-root"
+                f"{os.path.abspath(root)}. Name the folder that holds it with {self._flags.image_root}"
             )
         return True
 
@@ -560,7 +566,8 @@ class TableSource(Source):
         try:
             return inside(self.roots[file], value)
         except ValueError as error:  # no broken sample: the whole table belongs to another folder
-            raise UserError(f"{key}: image path {error}; name a folder above it with --image-root") from None
+            mend = f"name a folder above it with {self._flags.image_root}"
+            raise UserError(f"{key}: image path {error}; {mend}") from None
 
 
 def _tables(files: Sequence[str]) -> list[Table | PictureFolder]:
@@ -593,12 +600,12 @@ def _checked(key: str, web: Any, long: Any, need_long: bool) -> tuple[str, str |
     return web[:MAX_CAPTION].strip(), long[:MAX_CAPTION].strip() if long else None
 
 
-def _missing_field(where: str, name: str, spec: str, found: Sequence[str]) -> UserError:
+def _missing_field(where: str, name: str, spec: str, found: Sequence[str], flags: GuessFlags) -> UserError:
     what = {"image": "images", "web": "web captions", "long": "long captions, which this training needs"}[name]
     reason = f"data.fields.{name} = {spec!r} is not" if spec else "no usual name is"
     return UserError(
         f"{where} has no {what}: {reason} among the fields found: "
-        f"{', '.join(found) or 'none'}. Name the right one with --fields {name}=FIELD"
+        f"{', '.join(found) or 'none'}. Name the right one {flags.naming(name)}"
         + (f".{CHOICES}" if name == "long" else "")
     )
 

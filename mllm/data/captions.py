@@ -8,16 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from clips import BrokenSample, Fields, decode_image, decoded_size, open_source
+from clips import BrokenSample, Fields, GuessFlags, decode_image, decoded_size, open_source
 from clips.common.errors import UserError
 from clips.common.files import read_json_records
 from mllm.data.images import ImageStore
 
 QUESTION = "<image>\nDescribe it."
-HINT = (
-    "In LLaVA's data fields are guessed: name the columns image and text. The folder of a table's pictures is "
-    "--image_folder. A LLaVA file ends in .json or .jsonl"
-)
+FLAGS = GuessFlags(image_root="--image_folder", fields="")
+HINT = "A LLaVA file ends in .json or .jsonl"
 
 
 class CaptionStore(ImageStore):
@@ -32,7 +30,7 @@ class CaptionStore(ImageStore):
         self.location = Path(location)
         root = None if image_root is None else str(image_root)
         try:
-            self._source = open_source(str(location), Fields(), image_root=root, need_long=False)
+            self._source = open_source(str(location), Fields(), image_root=root, need_long=False, flags=FLAGS)
         except UserError as error:
             raise UserError(f"{error}\n  {HINT}") from None
 

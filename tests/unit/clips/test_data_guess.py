@@ -140,7 +140,7 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCapt
         table = pa.table({"image": cells, "text": [f"{split} {i}" for i in range(3)]})
         pa.parquet.write_table(table, hub / f"data/{split}-00000-of-00001.parquet")
     assert texts(opened(hub)) == ["train 0", "train 1", "train 2"], "the test split is not trained on"
-    assert "test-00000-of-00001.parquet left for --test-data" in caplog.text
+    assert "test-00000-of-00001.parquet left for tests" in caplog.text
 
     alone = (
         "import sys; from clips.data.table import Table; print(len(Table(sys.argv[1])))"  # nothing else imports parquet
@@ -163,7 +163,7 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path, caplog: pytest.LogCapt
         source = opened(folder.parent)
         assert texts(source) == ["w 0", "w 1", "w 2"]
         assert source.read(1).key.endswith("#1 (1.png)"), "a row's number alone names no picture"
-        assert f"train taken, {folder.parent}/test left for --test-data" in caplog.text
+        assert f"train taken, {folder.parent}/test left for tests" in caplog.text
 
 
 def test_a_folder_of_pictures_with_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

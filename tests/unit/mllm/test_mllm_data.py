@@ -426,12 +426,13 @@ def test_scenes_of_an_older_version_are_drawn_anew(demo, tmp_path, monkeypatch):
     assert built_as(tmp_path / "llava")["scenes"] == built_as(scenes)
 
 
-def test_captions_train_as_they_are(tmp_path, folder, encoder):
+def test_captions_train_as_they_are(tmp_path, folder, encoder, caplog, monkeypatch):
     """Captions had no way into the second half but lines of Python that one had to type."""
     rows = "".join(f"sub/{number}.png;Größe {number}\n" for number in range(3))
     table = tmp_path / "my.csv"
     table.write_text(f"file_name;caption\n{rows}sub/3.png;gone\nsub/0.png;\n", encoding="cp1252")
     store, pictures = open_store(table, folder), ImageStore(folder)
+    assert "no long captions (guessed; columns named image and text overrule)" in caplog.text
     with pytest.raises(UserError) as refused:
         LlavaDataset(table, encoder, store)
     assert str(refused.value).splitlines()[1:] == [
@@ -449,8 +450,11 @@ def test_captions_train_as_they_are(tmp_path, folder, encoder):
         pixel_loader(store, lambda picture: picture)(["3"])
     with pytest.raises(UserError, match=r"none of the first .* pictures is there(.|\n)*--image_folder"):
         open_store(table, tmp_path / "elsewhere")
+    monkeypatch.chdir(folder)
+    open_store(table, None)
+    assert "looked for in ., the current folder (guessed; --image_folder overrules)" in caplog.text
     remote = TrainArguments(stage=1, data_path="https://host/0.tar", image_folder="s3://bucket/pictures")
     assert data_of(remote) == ("https://host/0.tar", "s3://bucket/pictures"), "one slash of // was lost"
     table.write_text("datei;alt\nsub/0.png;Größe\n")
-    with pytest.raises(UserError, match=r"no images.*\n.*name the columns image and text"):
+    with pytest.raises(UserError, match=r"no images.* Name the right one image\n.*LLaVA file"):
         open_store(table, folder)
