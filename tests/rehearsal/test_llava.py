@@ -110,6 +110,20 @@ def test_a_step_needs_what_the_plan_says(name: str, stage: int, lora: bool, chec
         assert sum(parts.values()) == pytest.approx(rehearsal.flops, rel=0.01)
 
 
+@pytest.mark.parametrize(("stage", "samples", "padded"), [(1, 4, True), (2, 4, True), (2, 1, False)])
+def test_masks_of_attention_and_repeated_keys_are_planned(
+    stage: int, samples: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without checkpointing every layer keeps them, which a small model feels most. A sample alone needs neither."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor: padded)
+    training, arguments = made("smollm2-135m", stage, lora=False, checkpointing=False, padded=padded)
+    rehearsal, there = stepped(training, batch_of(training, samples))
+    arguments = replace(arguments, per_device_train_batch_size=samples)
+    planned = StepBytes.of(training.llava, arguments, length=LENGTH, learned=ANSWERS, packed=not padded)
+    gradients = 2 * sum(p.numel() for p in training.parameters() if p.requires_grad)
+    assert planned.peak(gradients, 0) == pytest.approx(rehearsal.peak - there, rel=0.02)
+
+
 @pytest.mark.parametrize(("bits", "stage", "checkpointing"), [(4, 2, True), (4, 2, False), (8, 2, True), (8, 1, True)])
 def test_a_step_in_few_bits_needs_what_the_plan_says(
     bits: int, stage: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
