@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from clips.common.rehearsal import META, Rehearsal
-from mllm.model.flops import LlavaFlops
+from mllm.evaluation.batches import pixel_inputs
+from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.load import CACHE
 from mllm.model.packing import Counts, pairs_of
 from mllm.model.quantize import quantize
 from mllm.model.tiles import Layout
@@ -185,21 +188,39 @@ def test_no_kind_of_batch_waits(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert any("vision_tower" in name for name in trained) == (kind == "tower")
 
 
-def test_adapters_merge_and_the_merged_model_answers() -> None:
-    training, _ = made("llama3-8b", 2, lora=True, checkpointing=False)
-    llava = llava_of(training.model).eval()
-    with Rehearsal(), torch.no_grad():
+@pytest.mark.parametrize("tiles", [None, "2x2"])
+def test_adapters_merge_and_the_merged_model_answers_about_a_picture(
+    tiles: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chat and evaluation ask it: the stock forward pass with the arguments of `pixel_inputs`, up to the logits of
+    two tokens.
+
+    The rest of `generate` reads from the device by design: it looks for padding, draws tokens, and streams them. The
+    stock class once compares the numbers of placeholders and tokens, which is a read too and is left out here.
+    """
+    for kind in ("llava", "llava_next"):
+        monkeypatch.setattr(f"transformers.models.{kind}.modeling_{kind}.torch_compilable_check", lambda *_: None)
+    training, _ = made("llama3-8b", 2, lora=True, checkpointing=False, sees={"tiles": tiles})
+    llava: Any = llava_of(training.model).eval()
+    layout, text, side = Layout.of(llava.config), llava.config.get_text_config(), TOWER["image_size"]
+    ids = torch.full((1, layout.most + 40), 7)
+    ids[:, 10 : 10 + layout.most] = llava.config.image_token_id
+    squares = torch.empty(layout.most_squares, 3, side, side, device=META)
+    inputs = pixel_inputs([(squares, layout.sizes[0] if tiles else (side, side))], llava)
+    ids, cache = ids.to(META), DynamicCache(config=text)
+    with Rehearsal() as rehearsal, torch.no_grad():
         for module in training.model.modules():
             if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
                 module.merge()
         llava.model.language_model.set_attn_implementation("sdpa")
-        ids = torch.full((1, 64), 7, device=META)
-        first = llava.model.language_model(input_ids=ids, use_cache=True, attention_mask=None, position_ids=None)
-        assert llava.lm_head(first.last_hidden_state[:, -1]).shape == (1, 128_256)
-        place = torch.full((1, 1), 64, device=META)
-        cache = first.past_key_values  # a further token, as an answer of the chat takes it
-        second = llava.model.language_model(
-            input_ids=ids[:, :1], past_key_values=cache, use_cache=True, attention_mask=None, position_ids=place
-        )
-        assert second.last_hidden_state.shape == (1, 1, 4096)
-        assert second.past_key_values.get_seq_length() == 65
+        merging = rehearsal.flops
+        first = llava(input_ids=ids, **inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        reading = rehearsal.flops - merging
+        following = first.logits[:, -1].argmax(-1, keepdim=True)
+        second = llava(input_ids=following, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    assert first.logits.shape == second.logits.shape == (1, 1, text.vocab_size)
+    assert cache.get_seq_length() == ids.shape[1] + 1
+    flops = LlavaFlops(llava.requires_grad_(False), image_size=side, image_tokens=layout.square, features=False)
+    shape = LlavaShape(samples=1, length=ids.shape[1], pictures=layout.most_squares, predicted=1)
+    adapters = sum(2 * p.numel() * ids.shape[1] for name, p in llava.named_parameters() if ".lora_" in name)
+    assert sum(flops(shape).values()) - adapters == pytest.approx(reading, rel=0.01)
