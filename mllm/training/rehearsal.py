@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from clips.common.rehearsal import META, Rehearsal, agreement
 from mllm.model.packing import Counts
@@ -75,7 +76,7 @@ def made(
     if checkpointing:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     with torch.device(META):
-        whole = add_lora(model, arguments) if lora else model
+        whole: nn.Module = add_lora(model, arguments) if lora else model
     apply_freeze(whole.to(torch.bfloat16), freeze)
     training = TrainingModel(whole, features=kinds.get("features", False), packed=not kinds.get("padded", False))
     return training.train(), arguments
