@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
         default="pretrain",
         choices=("pretrain", "llava", "recaption", "table"),
         help="pretrain a recipe; both LLaVA stages on its image tower; caption pictures with such a model; or the "
-        "table of docs/planning.md",
+        "tables of docs/planning.md",
     )
     p.add_argument("--recipe", default="demo", help="a name from clips/recipes.py")
     p.add_argument("--gpus", type=int, default=8, help="GPUs over all machines")
@@ -38,10 +38,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
+    from clips.common.page import markdown
+    from clips.common.rehearsal import AGREEMENT_HEAD
     from clips.training import plan
 
     if flags.what == "table":
+        from mllm.training.rehearsal import agreements
+
         print(plan.planning_table(flags.kind, flags.price, flags.mfu))
+        print("", markdown(AGREEMENT_HEAD, plan.agreements() + agreements()), sep="\n")
         return
     run, machine = plan.asked_for(flags)
     if flags.what == "pretrain":

@@ -70,6 +70,13 @@ KINDS = {
     "ours, with the captioner": ("ours, CLIPS", False),
 }
 """Row → (its kind in clips/studies/benchmark.py, whether it is compiled)."""
+FIGURES = {
+    "memory": ("peak_memory_gb", "predicted_gb", " GB"),
+    "step": ("step_s", "expected_s", " s"),
+    "first token": ("first_token_s", "expected_first_s", " s"),
+    "tokens/s": ("tokens_s", "expected_tokens_s", ""),
+}
+"""A figure's name → the row's measured and expected values, and the unit."""
 SLOWEST_STEP = 3.0
 """Seconds; a batch is not doubled beyond."""
 Row = dict[str, Any]
@@ -121,15 +128,16 @@ def said(row: Row) -> str:
     """A measured row in words, each figure beside its expected figure."""
     if "mend" in row:
         return f"{row['what']}: {row['mend'] or 'ok'}"
-    words = f"{row['size']} {row['what']}: {row['batch']:,} samples; "
-    pairs = {"memory": ("peak_memory_gb", "predicted_gb", " GB"), "step": ("step_s", "expected_s", " s")}
     found = []
-    for name, (measured_, expected, unit) in pairs.items():
-        text = f"{name} {row[measured_]:.3g}{unit}"
-        if expected in row:
-            text += f" expected {row[expected]:.3g} ({row[measured_] / row[expected] - 1:+.0%})"
-        found.append(text)
-    return words + "; ".join(found)
+    for name, (measured_, expected, unit) in FIGURES.items():
+        if measured_ in row:
+            text = f"{name} {row[measured_]:.3g}{unit}"
+            if expected in row:
+                text += f" expected {row[expected]:.3g} ({row[measured_] / row[expected] - 1:+.0%})"
+            found.append(text)
+    if "batch" in row:
+        found.insert(0, f"{row['batch']:,} samples")
+    return f"{row['size']} {row['what']}: {'; '.join(found)}" + (f" [expected: {row['from']}]" if "from" in row else "")
 
 
 def towers(name: str, device: torch.device, *, tiny: bool) -> list[Row]:
@@ -186,8 +194,9 @@ def measured(run: RunConfig, kind: str, device: torch.device, samples: int) -> R
     row = {"batch": samples, "samples_per_s": samples / seconds, "tflops": speed / 1e12, "mfu": speed / peak}
     row |= {"step_s": seconds, "expected_s": seconds * speed / (MFU * peak)}
     row["peak_memory_gb"] = memory.read() / 1e3
-    if kind.startswith("ours"):
-        row["predicted_gb"] = usage(run, shape, device.type, DEFAULT_DS_CONFIG["zero_optimization"]).total / 1e9
+    row["predicted_gb"] = usage(run, shape, device.type, DEFAULT_DS_CONFIG["zero_optimization"]).total / 1e9
+    if not kind.startswith("ours"):
+        row["from"] = "memory by the formula of our towers of the same sizes; other code may keep more"
     return row
 
 
@@ -298,19 +307,48 @@ class LlavaStep:
         return batch | {"counts": counts, "num_items_in_batch": labels_of_step}
 
 
-def chat(model: str | None, device: str) -> Row:
-    """Seconds to the first token and tokens/s of a second answer about one picture."""
+def chat(model: str | None, device: torch.device) -> list[Row]:
+    """A second answer about one picture: memory, seconds to the first token, and tokens/s behind it."""
     from PIL import Image
 
     from mllm.chat.model import ChatModel, Sampling
     from mllm.chat.session import ChatSession
+    from mllm.model.flops import LlavaFlops, LlavaShape
 
-    loaded = ChatModel.load(model, device=device, dtype="auto")
+    memory = PeakMemory(device)
+    loaded = ChatModel.load(model, device=str(device), dtype="auto")
+    picture = Image.radial_gradient("L").convert("RGB")
     for _ in range(2):
         session = ChatSession(loaded)
-        list(session.ask("Describe it.", [Image.radial_gradient("L").convert("RGB")], Sampling(max_new_tokens=64)))
+        list(session.ask("Describe it.", [picture], Sampling(max_new_tokens=64)))
     assert session.last is not None
-    return {"model": loaded.name, "first_token_s": session.last.first_token_s, "tokens_s": session.last.tokens_per_s}
+    last, llava, layout = session.last, loaded.model.requires_grad_(False), loaded.layout
+    side, text = llava.config.vision_config.image_size, llava.config.get_text_config()
+    squares = layout.squares((picture.height, picture.width))
+    shape = LlavaShape(samples=1, length=last.prompt_tokens, pictures=squares, predicted=1)
+    work = sum(LlavaFlops(llava, image_size=side, image_tokens=layout.square, features=False)(shape).values())
+    weights, head = sum(p.nbytes for p in llava.parameters()), llava.lm_head.weight
+    embedding = llava.get_input_embeddings().weight  # of which a token reads one row, if it is not the head too
+    read = sum(p.nbytes for p in llava.model.language_model.parameters() if p is not embedding) + head.nbytes
+    heads, width = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+    heads, width = getattr(text, "num_key_value_heads", None) or heads, getattr(text, "head_dim", None) or width
+    positions = last.prompt_tokens + last.new_tokens
+    cache = positions * 2 * text.num_hidden_layers * heads * width * llava.dtype.itemsize
+    return [{
+        "size": loaded.name, "what": "chat",
+        "peak_memory_gb": memory.read() / 1e3, "predicted_gb": (weights + cache) / 1e9,
+        "first_token_s": last.first_token_s, "expected_first_s": work / (MFU * peak_flops(device, llava.dtype)[0]),
+        "tokens_s": last.tokens_per_s, "expected_tokens_s": bandwidth(device) / (read + cache),
+        "from": f"memory of weights, keys and values; first token at {MFU:.0%} of the card's peak; each further token "
+        "reads the language model's weights, keys and values once, as fast as a copy of a tensor does here",
+    }]  # fmt: skip
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes."""
+    source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / fastest({"copy": lambda: target.copy_(source)}, 8, device)["copy"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -332,7 +370,7 @@ def main() -> None:
     if flags.part is not None:
         found: Any
         if flags.part == "chat":
-            found = chat(flags.model, flags.device)
+            found = chat(flags.model, device)
         elif flags.part in LLAVA:
             found = llava(flags.part, device, tiny=flags.tiny)
         else:

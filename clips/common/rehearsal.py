@@ -52,6 +52,14 @@ def rehearsed_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+AGREEMENT_HEAD = ("model", "step", "formula, GB", "rehearsal, GB", "formula / rehearsal")
+
+
+def agreement(model: str, step: str, planned: int, rehearsed: int) -> list[str]:
+    """A row below AGREEMENT_HEAD."""
+    return [f"`{model}`", step, f"{planned / 1e9:.2f}", f"{rehearsed / 1e9:.2f}", f"{planned / rehearsed:.3f}"]
+
+
 class Waits(AssertionError):
     """The host would wait for the GPU, or an operation mixes devices or kernels as a GPU would not."""
 

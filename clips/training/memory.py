@@ -100,7 +100,7 @@ class Part:
     blocks: int = 1
     """Those gradients come block by block; what is kept goes with them."""
     forward: int = 0
-    """Bytes that its forward pass needs beside what is kept, at most, where that may be the fullest moment."""
+    """Bytes that its forward pass needs beside what is kept of it and of the parts before, at most."""
 
 
 def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]:
@@ -119,9 +119,10 @@ def parts_of(run: RunConfig, shape: BatchShape, place: Place) -> dict[str, Part]
     ]
     kept = sum(stack.kept for stack in texts)
     most = max((stack.working for stack in texts), default=0)
-    # A token embedding's gradient is made whole before it is added.
+    # A token embedding's gradient is made whole before it is added, when the blocks are done.
     embedding = FP32 * text.vocab_size * text.width if model.has_text_tower else 0
-    parts["text"] = Part(B * kept, B * most + embedding, counts.get("text", 0), text.layers)
+    forward = B * max((stack.forward for stack in texts), default=0)
+    parts["text"] = Part(B * kept, max(B * most, embedding), counts.get("text", 0), text.layers, forward)
     for name in ("vision", "text"):
         if frozen == name:
             parts[name] = replace(parts[name], kept=0, parameters=0)
@@ -195,15 +196,20 @@ def _stack(
     """Blocks, for one sequence."""
     tokens = slots if tokens is None else tokens
     block = block_bytes(place, width, heads, mlp_ratio, slots, tokens, masked_rows=rows, packed=packed)
+    norm = FP32 if place.device == "cuda" else place.element
     # The widest moment: the gradient of the GELU is made of that of fc2's input, which itself is no longer needed.
     working = int(place.element * (mlp_ratio + 1) * tokens * width)
     if not place.checkpointing:
         return Part(layers * block, working, 0, layers)
-    return Part(int(layers * place.element * tokens * width), block + working, 0, layers)
+    # The forward pass keeps nothing of a block: before the second product of its MLP lie what goes into GELU and comes
+    # out, the norm's output, and the sum that the MLP's result is added to.
+    forward = int(tokens * width * ((2 * mlp_ratio + 1) * place.element + norm))
+    return Part(int(layers * place.element * tokens * width), block + working, 0, layers, forward)
 
 
 def _scaled(stack: Part, samples: int, parameters: int, more: int) -> Part:
-    return Part(samples * (stack.kept + more), samples * stack.working, parameters, stack.blocks)
+    kept, working, forward = (samples * size for size in (stack.kept + more, stack.working, stack.forward))
+    return Part(kept, working, parameters, stack.blocks, forward)
 
 
 # ------------------------------------------------------------------------------------------------------------- a step
@@ -260,8 +266,13 @@ def usage(
     share = on_rank.gradients / max(FP32 * parameters.trained, 1)
     """What a rank keeps of a gradient."""
     before = on_rank.gradients if accumulation > 1 else 0
-    kept = sum(part.kept for part in parts.values())
-    fullest = before + copies + kept + max(part.forward for part in parts.values())
+    pictures = shape.samples * 3 * FP32 * math.prod(sides(shape.image_size))
+    """In fp32; bf16 goes on from a copy, and they are gone before the backward pass."""
+    gone = pictures if place.bf16 else 0
+    kept = fullest = 0
+    for part in parts.values():
+        kept += part.kept
+        fullest = max(fullest, before + copies + kept + part.forward)
     done = 0.0
     for part in reversed(parts.values()):  # the backward pass
         last = 1 / part.blocks
@@ -271,17 +282,16 @@ def usage(
             gradients += on_rank.reducing if known > on_rank.bucket else 0
             held_back = kept - int(blocks_done * part.kept) + part.working
             # With checkpointing the copies have gone with the forward pass.
-            fullest = max(fullest, gradients + held_back + (0 if place.checkpointing else copies))
+            fullest = max(fullest, gradients + held_back + (0 if place.checkpointing else copies) - gone)
         kept, done = kept - part.kept, done + part.parameters
     fullest = max(fullest, on_rank.gradients + on_rank.reducing)
     if whole_step:
         fullest = max(fullest, before + loss)
-    batch = shape.samples * (3 * FP32 * math.prod(sides(shape.image_size)))
     return Usage(
         weights=on_rank.weights,
         optimizer=on_rank.optimizer,
         buffers=on_rank.buffers,
-        batch=batch + features,
+        batch=pictures + features,
         working=fullest,
         host=on_rank.host,
     )

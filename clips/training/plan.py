@@ -20,6 +20,7 @@ from clips.common.errors import UserError
 from clips.common.memory import FP32, Parameters
 from clips.common.page import markdown, print_table
 from clips.common.paths import DS_CONFIGS
+from clips.common.rehearsal import agreement
 from clips.config import Contrastive, PhaseConfig, RunConfig
 from clips.data.loader import micro_batch_size
 from clips.recipes import recipe
@@ -285,6 +286,35 @@ def planning_table(kind: str, price: float | None, mfu: float, names: Sequence[s
     ]
     lines = [markdown(TABLE_HEAD, map(table_row, plans)), ""]
     return "\n".join([*lines, *(f"- {line}" for line in assumptions(plans[0].machine))])
+
+
+WHOLE = ("train.activation_checkpointing=false",)
+CLIP = ("task.objective=clip", "model.captioner=null")
+CAPTION = ("task.objective=caption", "model.captioner.web=false", "model.embed_dim=0", *WHOLE)
+CAPTION_WEB = ("task.objective=caption+web", "model.embed_dim=0", *WHOLE)
+AGREEMENT: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {
+    ("l14", "clips, 512 GPUs"): (512, ()),
+    ("h14", "clips, 512 GPUs"): (512, ()),
+    ("s16", "clip, 64 GPUs"): (64, CLIP),
+    ("h14", "clip, 64 GPUs"): (64, CLIP),
+    ("b16", "caption, no checkpointing, 64 GPUs"): (64, CAPTION),
+    ("b16", "caption+web, no checkpointing, 64 GPUs"): (64, CAPTION_WEB),
+}
+"""(recipe, its step in words) → GPUs and the fields of clips/config.py that are other than the recipe's."""
+
+
+def agreements(names: Sequence[str] = TABLE) -> list[list[str]]:
+    """Rows of the formula beside the rehearsal, for a rank without its optimizer."""
+    rows = []
+    for (name, step), (gpus, settings) in AGREEMENT.items():
+        if name in names:
+            run = recipe(name).override(["train.precision=bf16", *settings])
+            phase = run.phases[0]
+            micro = micro_batch_size(phase, run.train.accumulation, gpus)
+            found = usage(run, fullest_shape(run, phase, micro, gpus), "cuda", {"stage": 0})
+            planned = found.weights + found.batch + found.working
+            rows.append(agreement(name, step, planned, rehearse(run, phase, gpus).peak))
+    return rows
 
 
 def asked_for(flags: argparse.Namespace) -> tuple[RunConfig, Machine]:

@@ -169,7 +169,8 @@ class ChatSession:
             return 0
         model: Any = self.model.model
         shared, known = self._prefix.reuse(ids, images, tokens)
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        read = torch.tensor([ids], device=model.device)
+        inputs = {"input_ids": read, "attention_mask": torch.ones_like(read)}
         if known < len(images):
             pictures = []
             for image in images[known:]:  # one after the other: only the encoder's view of each is kept
@@ -185,7 +186,7 @@ class ChatSession:
                 if sampling.seed is not None:
                     torch.manual_seed(sampling.seed)
                 output = model.generate(
-                    **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                    **inputs,  # sizes of pictures in tiles stay on the host, which reads them
                     **{CACHE: cache},
                     generation_config=self._settings(sampling, len(ids)),
                     streamer=streamer,

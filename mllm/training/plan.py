@@ -39,6 +39,7 @@ from clips.common.memory import Parameters, gigabytes, held
 from clips.common.page import print_table
 from mllm.data.video import MOST_DRAWN, VIDEO
 from mllm.model.flops import LlavaFlops, LlavaShape
+from mllm.model.packing import can_pack
 from mllm.model.quantize import stored_bytes
 from mllm.model.tiles import MOST_TILES_WITH_VIDEO, Layout, Llava
 from mllm.training.arguments import STAGE_FLAGS, TrainArguments
@@ -92,14 +93,18 @@ class StepBytes:
     """Layers of the language model."""
 
     @classmethod
-    def of(cls, model: Llava, arguments: TrainArguments, *, length: int, learned: int) -> StepBytes:
+    def of(
+        cls, model: Llava, arguments: TrainArguments, *, length: int, learned: int, packed: bool | None = None
+    ) -> StepBytes:
         """Of `per_device_train_batch_size` samples with `length` positions, `learned` of them labels, and a picture
-        of the most squares.
+        of the most squares. `packed`: whether batches are packed; if not given, as the language model allows.
 
         A layer keeps, per position: of each norm the fp32 input, and where its weight trains its result and output; of
         attention q, k, v, output and, for the last projection's weights, the packed output; of the MLP gate, up, their
         activation and, for weights that train, the product; with LoRA each adapter's input after dropout, the mask, and
-        what comes out of its first half. Keys are repeated to all heads: packed rows with a shared beginning want it.
+        what comes out of its first half. Keys are repeated to all heads, and attention keeps its mask in the type of
+        its inputs: packed rows with a shared beginning want both, and padded rows a mask for each sample. A single
+        packed sample wants neither.
         A layer is fullest where gate and up get their gradients from that of their product. With LoRA it is fullest
         before, in the pass that checkpointing repeats: dropout then holds a copy of the product. In 8 bits the inputs
         of all linear layers stay to the end, checkpointing or not: bitsandbytes keeps them outside of autograd's store.
@@ -112,10 +117,14 @@ class StepBytes:
         trains = arguments.stage == 2 and not arguments.freeze_backbone
         lora = trains and arguments.lora_enable
         full = trains and not lora
-        layer = 2 * D * (4 + 2 * e * full) + e * ff * (3 + full) + e * H * (4 + full)
+        packed = can_pack(text) if packed is None else packed
+        masks = 0 if packed and samples == 1 else 1 if packed else samples
+        keys = H if masks else H * (getattr(text, "num_key_value_heads", None) or heads) // heads
+        layer = 2 * D * (4 + 2 * e * full) + e * ff * (3 + full) + e * (H * (2 + (full and packed)) + 2 * keys)
         if lora:
             layer += (e + 1) * (5 * D + H + ff) + 7 * e * arguments.lora_r
         tokens, words = samples * length, samples * learned
+        layer += e * masks * -(-length // 16) * 16 // samples
         logits, norm = 4 * words * text.vocab_size, tokens * D * (4 + e * full)
         checkpointing = arguments.gradient_checkpointing
         kept = tokens * text.num_hidden_layers * (e * D if checkpointing else layer)

@@ -32,8 +32,9 @@ def test_every_part_runs(tmp_path: Path) -> None:
     rows = figures("S/16")
     assert [row["what"] for row in rows] == ["ours, towers", "open_clip, equal towers", "ours, with the captioner"]
     assert all(row["samples_per_s"] > 0 and row["mfu"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
-    assert ["predicted_gb" in row for row in rows] == [True, False, True]
-    assert "expected" in report.said(rows[0])
+    assert all(row["predicted_gb"] > 0 for row in rows)
+    assert ["from" in row for row in rows] == [False, True, False]
+    assert "[expected: memory by the formula of our towers" in report.said(rows[1])
     rows = figures("LLaVA")
     assert [row["what"] for row in rows] == ["stage 2, LoRA", "stage 1", "stage 2, whole"]
     assert all(row["step_s"] > 0 and row["predicted_gb"] > 0 and row["mfu"] > 0 for row in rows)
@@ -42,7 +43,11 @@ def test_every_part_runs(tmp_path: Path) -> None:
     assert (checked["driver"], checked["DeepSpeed"]) == ("", "")
     write_export(tmp_path / "clips")
     write_llava(tmp_path, tmp_path / "clips", initializer_range=0.1)
-    assert figures("chat", "--model", tmp_path / "model")["first_token_s"] > 0
+    (row,) = figures("chat", "--model", tmp_path / "model")
+    assert all(row[name] > 0 for pair in report.FIGURES.values() for name in pair[:2] if "step" not in pair[0])
+    said = report.said(row)
+    assert said.count("expected") == 4
+    assert "tokens/s" in said
 
 
 def test_parts_that_go_wrong_are_named() -> None:
@@ -67,7 +72,7 @@ def test_the_parts_run_in_the_order_of_their_worth_and_a_cut_leaves_the_first(
         ["checks", "B/16", "LLaVA", "tests"],
         {"size": "b16", "what": "ours", "batch": 64, "peak_memory_gb": 9.9},
     )
-    row |= {"predicted_gb": 9.0, "step_s": 0.3, "expected_s": 0.4}
+    row |= {"predicted_gb": 9.0, "step_s": 0.3, "expected_s": 0.4, "from": "a guess"}
 
     def taken(name: str, command: list[str], limit: float) -> dict:
         if name not in first:
@@ -81,7 +86,7 @@ def test_the_parts_run_in_the_order_of_their_worth_and_a_cut_leaves_the_first(
     with pytest.raises(KeyboardInterrupt):
         report.main()
     assert [part["part"] for part in json.loads((tmp_path / "r.json").read_text())["parts"]] == first
-    said = "b16 ours: 64 samples; memory 9.9 GB expected 9 (+10%); step 0.3 s expected 0.4 (-25%)"
+    said = "b16 ours: 64 samples; memory 9.9 GB expected 9 (+10%); step 0.3 s expected 0.4 (-25%) [expected: a guess]"
     assert said in capsys.readouterr().err
 
 

@@ -49,6 +49,9 @@ CASES = [
     *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption", "caption+web", "siglip", "clip tower", "dropping")),
     ("b16", "", 8, []),  # the logits of the whole batch are computed in chunks
     ("b16", "", 64, [WHOLE, "train.precision=fp32"]),
+    *(
+        (name, "clip", 64, []) for name in ("s16", "h14")
+    ),  # fullest in the texts' backward pass, and in the forward pass
     ("l14", "", 64, ["train.freeze=text"]),
     ("l14", "", 8, ["train.accumulation=2"]),
     ("s16", "", 64, ["train.accumulation=2", "train.contrastive=global"]),

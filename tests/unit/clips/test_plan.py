@@ -20,6 +20,7 @@ from clips.training.memory import count_parameters
 from clips.training.plan import (
     ENGINES,
     TABLE,
+    agreements,
     collective_bytes,
     engine_settings,
     fits,
@@ -143,6 +144,7 @@ def test_the_table_of_the_docs_is_what_the_command_prints() -> None:
     page = (ROOT / "docs" / "planning.md").read_text()
     assert set(planning_table("h100", 2.5, 0.2, ("s16", "l14")).splitlines()) <= set(page.splitlines())
     assert all(f"| `{name}` | {gpus} |" in page for name in TABLE for gpus in (8, 64))
+    assert [f"| {' | '.join(row)} |" in page for row in agreements(("s16",))] == [True]
 
 
 def test_memory_and_time_stand_in_the_plan_of_every_run(capsys: pytest.CaptureFixture[str]) -> None:
