@@ -20,12 +20,12 @@ from clips.common.flags import Parser, add_options, from_flags, given, option
 from mllm.training.stages import STAGES
 
 ENCODERS, QUICK_ENCODERS = ("clips", "clip", "random", "blind"), ("clips", "random")
-DEMO_SHARE, QUICK_SHARE = 0.5, 0.2
+SHARE = 0.5
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
 SEEDS, QUICK_LLAVA_RUNS = 5, 3
-DEMO_LIMIT, QUICK_LIMIT = 400, 200
+LIMIT = 400
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
 """The flag that trains on other data than the demo's, for both stages or for one."""
@@ -76,10 +76,10 @@ class Comparison:
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
     quick: bool = option(
-        False, "clips against random with less of everything, in a quarter of an hour; the report says so"
+        False, "clips against random: one encoder of half of the samples, three LLaVA runs; the report says so"
     )
     budget: float | None = option(
-        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo, --quick: 0.2, else 1)"
+        None, "share of each stage's samples that a cell trains (default: 0.5 on the demo and with --quick, else 1)"
     )
     train_flags: tuple[str, ...] = _option(_words, (), "further flags of train_llava.sh for every cell, in one string")
     variants: tuple[tuple[str, tuple[str, ...]], ...] = option(
@@ -98,8 +98,8 @@ class Comparison:
     image_folder: Path | None = option(None, "folder or tar of the pictures of --questions")
     limit: int | None = option(
         None,
-        "only so many questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's, "
-        "--quick: 200, else all)",
+        "only so many questions of each file, drawn evenly over kinds and answers (default: 400 of the demo's "
+        "and with --quick, else all)",
     )
     benchmarks: tuple[str, ...] = _option(
         _names, (), "tasks of lmms-eval, with commas between: gqa,pope,textvqa_val,mme"
@@ -162,14 +162,13 @@ def asks_questions(comparison: Comparison) -> bool:
 
 def budget_share(comparison: Comparison) -> float:
     """Share of each stage's samples that every cell trains."""
-    default = QUICK_SHARE if comparison.quick else DEMO_SHARE if is_demo(comparison) else 1.0
-    return comparison.budget or default
+    return comparison.budget or (SHARE if comparison.quick or is_demo(comparison) else 1.0)
 
 
 def question_limit(comparison: Comparison) -> int | None:
     """Questions of each file that every cell is asked; None: all."""
     own = comparison.questions is not None or not is_demo(comparison)
-    return comparison.limit or (QUICK_LIMIT if comparison.quick else None if own else DEMO_LIMIT)
+    return comparison.limit or (LIMIT if comparison.quick or not own else None)
 
 
 def question_files(comparison: Comparison) -> tuple[dict[str, Path], Path | None]:

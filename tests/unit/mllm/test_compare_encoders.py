@@ -227,19 +227,19 @@ def test_llava_runs_lie_within_pretraining_seeds(tmp_path: Path) -> None:
 def test_quick_trains_a_share_of_the_samples(place: Path) -> None:
     full, quick = comparison_of(place), comparison_of(place, quick=True)
     cell = cells_of(full)[0]
-    budgets = (full, quick, dataclasses.replace(quick, budget=0.5))
-    assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 3, 6]
+    budgets = (full, quick, dataclasses.replace(quick, budget=0.25))
+    assert [stage_samples(comparison, cell, 1) for comparison in budgets] == [12, 6, 3]
     steps = comparison_of(place, quick=True, train_flags=(*FLAGS, "--instruct.max_steps", "40"))
-    assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (8, 32)
+    assert (train_arguments(steps, cell, 2).max_steps, stage_samples(steps, cell, 2)) == (20, 80)
     asked = [comparison_from_flags(script_parser("compare_encoders").parse_args(w)) for w in ([], ["--quick"])]
     assert [(c.encoders, c.seeds, llava_runs(c)) for c in asked] == [
         (("clips", "clip", "random", "blind"), 5, 6), (("clips", "random"), 1, 3),
     ]  # fmt: skip
     limits = [evaluation_settings(c)["limit"] for c in (full, quick, dataclasses.replace(quick, limit=7))]
-    assert limits == [None, 200, 7]
+    assert limits == [None, 400, 7]
     demo = dataclasses.replace(full, train_flags=(), questions=None)
     assert (budget_share(demo), budget_share(full)) == (0.5, 1.0)
-    assert (question_limit(demo), question_limit(dataclasses.replace(demo, quick=True))) == (400, 200)
+    assert (question_limit(demo), question_limit(dataclasses.replace(demo, quick=True))) == (400, 400)
     here = dataclasses.replace(full, encoders=("clips", "clip"))
     short = dataclasses.replace(here, quick=True)
     given = dataclasses.replace(short, pretrain_flags=("--samples", "64"))
