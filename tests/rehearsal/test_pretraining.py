@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import generative
+from torch.fx.experimental import _config as fx_config
 
 from clips.common.cards import Machine, card
 from clips.common.errors import UserError
@@ -130,13 +131,13 @@ def test_evaluation_does_not_wait_for_its_words() -> None:
     assert predicted.shape == true.shape == (words,)
 
 
-def test_captions_are_written_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_written_on_one_device() -> None:
     """Generation counts its words on the device."""
-    monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     run = recipe("l14").override(["train.precision=bf16"])
     model = built(run, run.phases[1]).model.eval()
     images, ids = torch.empty(256, 3, 224, 224, device=META), torch.full((256, 80), 5, device=META)
-    with Rehearsal(), torch.no_grad():
+    finds_all = fx_config.patch(meta_nonzero_assume_all_nonzero=True)
+    with finds_all, Rehearsal(), torch.no_grad():
         captions = model.captioner.generate(*model.caption_prefix(model.visual(images)[1], ids), 1, 2, 0)
     assert captions.shape == (256, 127)
 
