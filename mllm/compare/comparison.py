@@ -24,7 +24,7 @@ SHARE = 0.5
 """Share of each stage's samples that a cell trains: of the demo's, and with --quick. Other data: all samples."""
 QUICK_PRETRAINING = 0.5
 """Share of the samples of an encoder that is pretrained here, with --quick."""
-SEEDS, QUICK_LLAVA_RUNS = 5, 3
+SEEDS, QUICK_LLAVA_RUNS = 5, 4
 LIMIT = 400
 """Questions of each file without --limit: the demo's, and with --quick. Of other files all."""
 DATA_FLAG = re.compile(rf"--(?:(?:{'|'.join(stage.name for stage in STAGES.values())})\.)?data_path(?:=|$)")
@@ -76,7 +76,7 @@ class Comparison:
     output: Path = option(Path("runs/compare"), "where encoders, cells and the report are written")
     jobs: int = option(1, "cells beside each other (default: two on a CPU, one on a GPU)")
     quick: bool = option(
-        False, "clips against random: one encoder of half of the samples, three LLaVA runs; the report says so"
+        False, "clips against random: one encoder of half of the samples, four LLaVA runs; the report says so"
     )
     budget: float | None = option(
         None, "share of each stage's samples that a cell trains (default: 0.5 on the demo and with --quick, else 1)"
