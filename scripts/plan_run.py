@@ -38,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     flags = parser().parse_args()
-    from clips.common.page import markdown
-    from clips.common.rehearsal import AGREEMENT_HEAD
     from clips.training import plan
 
     if flags.what == "table":
+        from clips.common.page import markdown
+        from clips.common.rehearsal import AGREEMENT_HEAD
         from mllm.training.rehearsal import agreements
 
         print(plan.planning_table(flags.kind, flags.price, flags.mfu))

@@ -58,8 +58,6 @@ LLAVA = {
     "LLaVA, large": {"stage 2, LoRA": ("vicuna-13b", 2, True), "stage 1": ("llama3-8b", 1, False)},
 }
 """Part → row → (language model, stage, whether LoRA trains it); with CLIP's L/14 at 336 pixels, as LLaVA-1.5."""
-TOWER = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TOWER |= {"image_size": 336, "patch_size": 14}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 MFU = 0.2
 """Share of the card's peak that the expected time of a step assumes, as scripts/plan_run.py."""
@@ -213,6 +211,7 @@ def random_batch(run: RunConfig, shape: BatchShape) -> dict[str, Any]:
 def llava(part: str, device: torch.device, *, tiny: bool) -> list[Row]:
     """A row for each stage of `part`: the largest micro-batch that fits, with random weights, LLaVA-1.5's lengths."""
     from mllm.training.plan import LANGUAGE_MODELS, Planned
+    from mllm.training.rehearsal import TOWER
 
     rows: list[Row] = []
     for what, (name, stage, lora) in LLAVA[part].items():

@@ -124,10 +124,8 @@ class Study:
         with runner.live():
             runner.run(runner.cells)
         took = read_json(output / f"{self.name}.json").get("seconds") if was_finished else None
-        result = self.result(output) | {
-            "jobs": jobs,
-            "seconds": round(time.monotonic() - begin) if took is None else took,
-        }
+        result = self.result(output)
+        result |= {"jobs": jobs, "seconds": round(time.monotonic() - begin) if took is None else took}
         result["questions"] |= judged or {}
         result["questions"] = dict(sorted(result["questions"].items()))
         result |= more or {}

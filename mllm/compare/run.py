@@ -58,9 +58,8 @@ def compare(
     anew = comparison.seeds if any(map(is_pretrained_anew, comparison.encoders)) else 1
     facts = {}
     for variant, samples in samples_of_cells(comparison, cells).items():
-        facts[f"a cell, {variant}" if variant else "a cell"] = (
-            ", ".join(f"{stage} {n:,} samples" for stage, n in samples.items()) + share
-        )
+        seen = ", ".join(f"{stage} {n:,} samples" for stage, n in samples.items())
+        facts[f"a cell, {variant}" if variant else "a cell"] = seen + share
     facts |= {"design": design_in_words(anew, llava_runs(comparison))}
     facts |= {"power": power_in_words(comparison)} if asks_questions(comparison) else {}
     plan_runner.print_plan(f"comparison of encoders in {comparison.output}", facts)

@@ -92,11 +92,13 @@ def report_page(options: Options, folder: Folder, names: Sequence[str], manifest
         (f"words of {part} captions", "share of pairs, %", _lengths(Counter(_sum(manifests, "words", part))))
         for part in ("web", "long")
     ]
-    train = Section("Train on it", [Code(training_command(folder))], "Add --recipe s16, b16, l14 or h14 for real data.")
     if finds_the_demo_in(options.data, options.captioner):
-        train = Section("Do not train on it", [], f"{OF_DEMO}.")
+        then = Section("Do not train on it", [], f"{OF_DEMO}.")
+    else:
+        recipes = "Add --recipe s16, b16, l14 or h14 for real data."
+        then = Section("Train on it", [Code(training_command(folder))], recipes)
     sections = [
-        train,
+        then,
         Section("Pictures with both captions", [Cards(list(_examples(folder, names, manifests)))], "A random sample."),
         Section("Lengths", [Bars([group for group in lengths if group[2]])]),
         Section("Figures", [Table(("", ""), counts)]),

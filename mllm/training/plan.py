@@ -342,7 +342,7 @@ class Planned:
             if self.frames:
                 del parts["image_seq_length"]
                 parts |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-                parts |= {"num_frames": self.frames}  # a field of our own, which the class keeps
+                parts["num_frames"] = self.frames  # a field of our own, which the class keeps
                 videos = LlavaOnevisionConfig(**parts, image_grid_pinpoints=pinpoints)
                 model: nn.Module = LlavaOnevisionForConditionalGeneration(videos)
             elif pinpoints:
