@@ -1,6 +1,6 @@
 """scripts/pretrain_clips.py with a fault in what the data gives: python faulty_run.py FAULT RANK FLAGS …
 
-RANK: whose data has it, or "all". Everything else is the real run. FAULT, from step AT on (0-based):
+RANK: whose data has it, or "all". Everything else is the real run. FAULT, from step SOON or AT on (0-based):
     nan, inf     one value of one picture in that step
     slow         every batch comes late
     raise        decoding raises what no code expects, in a worker of the loader
@@ -30,7 +30,9 @@ from clips.common.errors import run_command
 from clips.data.images import Preprocess
 from clips.training import cli, grad_cache, loop
 
+SOON = 5
 AT = 40
+"""Of a spike. Before it the debug twin learns its samples."""
 BATCH = 8
 SAVED = 34
 SECONDS = 0.3
@@ -43,7 +45,8 @@ real_due = loop.due
 def spoiled(fault: str, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch on its device, with the fault if it is of a step that has it."""
     step = batch["positions"][0] // BATCH
-    if step < AT or (step > AT and fault != "spikes"):
+    begin = AT if fault.startswith("spike") else SOON
+    if step < begin or (step > begin and fault != "spikes"):
         return batch
     if fault in ("nan", "inf"):
         batch["images"][0, 0, 0, 0] = float(fault)
@@ -69,7 +72,7 @@ def late(*arguments: Any, **named: Any) -> Iterator[dict[str, Any]]:
 
 
 def raising(preprocess: Preprocess, data: bytes, key: str, rng: random.Random) -> Any:
-    if next(calls) >= AT * BATCH // 2:  # of two ranks
+    if next(calls) >= SOON * BATCH // 2:  # of two ranks
         raise ZeroDivisionError(f"a defect that {key} brings out")
     return real_decoded(preprocess, data, key, rng)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import SCRIPT, deepspeed, lines, python, run, started, torchrun, wait_for
+from launched import SCRIPT, deepspeed, lines, python, run, started, wait_for
 
 from clips.common.errors import UserError
 from clips.common.rundir import MADE_OF, checkpoints, has_report, is_finished, newest_weights
@@ -184,7 +184,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(shards: tuple[str, ...], tmp_path: Path) -> None:
     """The other rank leaves; rank 0 then stands still for longer than ranks wait for each other, and finishes."""
     run_dir, log = tmp_path / "r", tmp_path / "log"
-    words = ("--debug", "--name", "r", "--output", tmp_path, *shards, "--timeout-minutes", "0.2")
+    words = ("--debug", "--name", "r", "--output", tmp_path, *shards, "--timeout-minutes", "0.15")
     with started(deepspeed(SCRIPT, *words), log) as process:
         launcher = psutil.Process(process.pid)
         wait_for(lambda: checkpoints(run_dir) and rank(launcher, 1) is None, process, log)
@@ -192,20 +192,9 @@ def test_the_end_is_one_rank_s_and_may_outlast_the_timeout(shards: tuple[str, ..
         assert first is not None
         assert not has_report(run_dir), "its end is over already"
         first.suspend()
-        time.sleep(14)
+        time.sleep(11)
         first.resume()
         assert process.wait(120) == 0, log.read_text()
     assert is_finished(run_dir)
     assert has_report(run_dir)
     assert log.read_text().count("Next:") == 1
-
-
-def test_a_disk_that_fills_up_ends_all_ranks(shards: tuple[str, ...], tmp_path: Path) -> None:
-    """The system refuses files above 1 MiB; the write beside the training fails, and both ranks hear of it."""
-    words = ("--recipe", "s16", "--debug", "--name", "r", "--output", tmp_path, *shards, "--samples", "400000")
-    command = torchrun("tests/faulty_run.py", "full", "all", *words, "--set", "train.checkpoint_every=8")
-    done = run(command, timeout=120)
-    assert done.code == 1, done.text
-    assert done.text.count("error: the checkpoint of step 1 cannot be written") == 2
-    assert not checkpoints(tmp_path / "r")
-    assert lines(tmp_path / "r")[-1]["step"] < 20

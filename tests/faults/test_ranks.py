@@ -40,7 +40,7 @@ FAST = ("--set", "train.precision=fp32", "train.log_every=1", "phases.*.lr=1e-2"
 
 
 def faulty(fault: str, rank: str, out: Path, shards: tuple[str, ...], *flags: str) -> list[str]:
-    """Flags of `torchrun` for 48 steps of two ranks, of which `rank` (or "all") has `fault` from step 41 on."""
+    """Flags of `torchrun` for 48 steps of two ranks, of which `rank` (or "all") has `fault` from step 6 or 41 on."""
     words = ("--debug", "--name", "r", "--output", str(out), *shards, "--samples", "384", *FAST, *flags)
     return ["tests/faulty_run.py", fault, rank, *words]
 
@@ -72,26 +72,24 @@ def losses(run_dir: Path) -> dict[int, float]:
 GLOBAL = ("train.accumulation=2", "train.contrastive=global")
 
 
-@pytest.mark.parametrize(
-    ("fault", "stage", "settings"), [("nan", 0, ()), ("inf", 2, ()), ("nan", 3, ()), ("nan", 1, GLOBAL)]
-)
+@pytest.mark.parametrize(("fault", "stage", "settings"), [("nan", 0, ()), ("nan", 3, ()), ("inf", 2, GLOBAL)])
 def test_row_09_a_value_that_is_not_finite_on_one_rank_stops_all(
     fault: str, stage: int, settings: tuple[str, ...], shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=320", *settings)
+    flags = ("--ds-config", f"ds_configs/zero{stage}.json", "--set", "train.checkpoint_every=40", *settings)
     done = run(torchrun(*faulty(fault, "1", tmp_path, shards, *flags)))
     assert done.code != 0
-    assert done.text.count("not finite at step 41 ") == 2, "every rank says so by itself"
+    assert done.text.count("not finite at step 6 ") == 2, "every rank says so by itself"
     assert "exitcode  : 3" in done.text.partition("Root Cause")[2]
     assert "[rank" not in done.text, "a traceback of theirs"
     assert "no weight was changed" in done.text
     named = {word.strip(",") for word in done.text.split() if "tar#" in word}
     # The loss runs over all ranks, so every sample of the step is named, but where features are looked at one by one.
     assert len(named) == (4 if settings else 8)
-    assert sorted(losses(tmp_path / "r")) == list(range(1, 41))
+    assert sorted(losses(tmp_path / "r")) == list(range(1, 6))
     saved = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
-    assert saved[-1] == "step-00000040"
-    assert all(value.isfinite().all() for value in weights(tmp_path / "r", 40).values())
+    assert saved[-1] == "step-00000005"
+    assert all(value.isfinite().all() for value in weights(tmp_path / "r", 5).values())
     wait_until_gone(tmp_path)
 
 
@@ -107,7 +105,7 @@ def test_row_10_a_killed_rank_ends_the_others(
 def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
     shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    words, log = deepspeed(*endless(tmp_path, shards, "--timeout-minutes", "0.2")), tmp_path / "log"
+    words, log = deepspeed(*endless(tmp_path, shards, "--timeout-minutes", "0.15")), tmp_path / "log"
     with started(words, log) as process:
         wait_for(lambda: len(lines(tmp_path / "r")) >= 3, process, log)
         hung = rank(tmp_path, 1)
@@ -118,7 +116,7 @@ def test_row_11_a_rank_that_hangs_is_named_with_the_place_after_the_timeout(
         wait_until_gone(tmp_path)
     said = log.read_text()
     assert "failed at clips/" in said
-    assert "12000ms" in said
+    assert "9000ms" in said
 
 
 def failed_with_own_data_on_rank_1(data: Path, shards: tuple[str, ...], tmp_path: Path) -> str:
@@ -146,7 +144,7 @@ def test_row_12_an_exception_in_one_ranks_data_ends_all_with_its_traceback(
     assert "a defect that" in said
     assert "in raising" in said, "the place in the worker"
     assert "[rank0]: ZeroDivisionError" not in said
-    assert 0 < len(losses(tmp_path / "r")) <= 40
+    assert 0 < len(losses(tmp_path / "r")) <= 5
 
 
 def test_a_shard_that_one_rank_lacks_is_named_before_training(shards: tuple[str, ...], tmp_path: Path) -> None:
@@ -207,7 +205,7 @@ def test_spikes_without_an_end_end_the_run(shards: tuple[str, ...], tmp_path: Pa
 
 
 def test_a_slow_rank_is_named_once(shards: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ("--samples", "96", "--set", "train.log_every=3")
+    flags = ("--samples", "48", "--set", "train.log_every=3")
     done = run(torchrun(*faulty("slow", "1", tmp_path, shards), *flags))
     assert done.code == 0, done.text
     assert done.text.count("is slow at step") == 1, done.text

@@ -42,11 +42,16 @@ THREE_PHASES = (
 )
 
 
+def recording(out: Path, shards: tuple[str, ...]) -> tuple[str | Path, ...]:
+    """The command of the run in `out`, which writes down the keys of each batch."""
+    return ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output", out)
+
+
 @pytest.fixture(scope="module")
 def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output directory of an uninterrupted run of three phases."""
     out = tmp_path_factory.mktemp("whole")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
+    done = run(python(*recording(out, shards)))
     assert done.code == 0, done.text
     return out
 
@@ -55,7 +60,7 @@ def whole(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 def killed(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, killed in the middle of its second phase, a few steps after a checkpoint."""
     out = tmp_path_factory.mktemp("killed")
-    with started(python(SCRIPT, *THREE_PHASES, *shards, "--output", out), out / "log") as process:
+    with started(python(*recording(out, shards)), out / "log") as process:
         wait_for(lambda: last_step(out / "r") >= 32, process, out / "log")
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -84,51 +89,6 @@ def test_a_finished_run_is_not_run_again(whole: Path, shards: tuple[str, ...]) -
     assert "Next:" in done.text
     assert "phase" not in done.text
     assert times(whole / "r") == before
-
-
-def test_row_01_killed_in_a_step_and_resumed_equals_uninterrupted_bit_for_bit(
-    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
-    out = shutil.copytree(killed, tmp_path / "out")
-    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
-    assert done.code == 0, done.text
-    assert "goes on from" in done.text
-    assert_same(out, whole)
-
-
-def test_a_run_contrasted_over_whole_batches_resumes_bit_for_bit(shards: tuple[str, ...], tmp_path: Path) -> None:
-    """From its middle: what came after a checkpoint is taken away, as if it had been killed."""
-    flags = ("--recipe", "s16", "--debug", "--name", "r", "--samples", "32", *shards, "--set", "train.precision=fp32")
-    settings = ("train.accumulation=2", "train.contrastive=global", "train.checkpoint_every=16", "train.log_every=1")
-    settings = (*settings, "train.keep_checkpoints=99")
-    done = run(python(SCRIPT, *flags, *settings, "--output", tmp_path / "whole"))
-    assert done.code == 0, done.text
-    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
-    kept, *later = sorted((out / "r/checkpoints").glob("step-*"))[2:]
-    for path in later:
-        shutil.rmtree(path)
-    (out / "r/LATEST").write_text(kept.name)
-    done = run(python(SCRIPT, *flags, *settings, "--output", out))
-    assert done.code == 0, done.text
-    assert f"{kept.name} (" in done.text, "goes on from the middle"
-    assert_same_training(out / "r", tmp_path / "whole/r", later[-1].name)
-
-
-def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(
-    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
-    out = shutil.copytree(killed, tmp_path / "out")
-    *_, previous, newest = checkpoints(out / "r")
-    flip_bit(out / "r/checkpoints" / newest / "model.safetensors")
-    done = run(torchrun(SCRIPT, *THREE_PHASES, *shards, "--output", out))
-    assert done.code == 0, done.text
-    assert f"{newest} is not usable (model.safetensors does not match" in done.text
-    assert f"{previous} (" in done.text
-    assert_finished(out / "r")
-    resumed, uninterrupted = trace(out / "r"), trace(whole / "r")
-    assert [line["samples"] for line in resumed] == [line["samples"] for line in uninterrupted]
-    for key in ("loss", "contrastive_loss", "caption_loss"):  # another order of samples would be off by far more
-        assert [a[key] for a in resumed] == pytest.approx([b[key] for b in uninterrupted], rel=2e-3), key
 
 
 def test_row_06_never_from_zero_when_no_checkpoint_is_good(
@@ -202,48 +162,62 @@ def test_row_03_ctrl_c_under_the_deepspeed_launcher(shards: tuple[str, ...], tmp
 def test_row_04_a_full_disk_ends_the_run_with_older_checkpoints_intact(
     killed: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The system refuses to let any file grow beyond 1 MiB; the weights take 8. The next save waits at the latest."""
+    """The system refuses to let any file grow beyond 1 MiB; the weights take 8. The next save waits at the latest.
+
+    One rank writes, beside the training, and both ranks hear of it.
+    """
     out = shutil.copytree(killed, tmp_path / "out")
     before = {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()}
     next_save = state(out / "r")["step"] + 5
-    done = run(python("tests/faulty_run.py", "full", "all", *THREE_PHASES, *shards, "--output", out))
-    assert_said(done, 1, f"the checkpoint of step {next_save} cannot be written", "make room")
+    done = run(torchrun("tests/faulty_run.py", "full", "all", *THREE_PHASES, *shards, "--output", out))
+    assert done.code == 1, done.text
+    assert done.text.count(f"error: the checkpoint of step {next_save} cannot be written") == 2
+    assert "make room" in done.text
     assert {path: path.read_bytes() for path in (out / "r/checkpoints").rglob("*") if path.is_file()} == before
     steps = [line["step"] for line in trace(out / "r")]
     assert steps == list(range(1, len(steps) + 1))
     assert next_save <= steps[-1] <= next_save + 5
 
 
-def assert_same(out: Path, whole: Path) -> None:
-    """The run in `out` is finished, and all that it leaves is that of the run that nobody disturbed."""
-    assert_finished(out / "r")
-    assert_same_training(out / "r", whole / "r", f"step-{LAST_STEP:08d}")
-    assert checkpoints(out / "r") == checkpoints(whole / "r")
-    assert not list((out / "r/checkpoints").glob("*.partial"))
-
-
-def test_row_02_killed_in_the_middle_of_saves(
-    whole: Path, killed: Path, shards: tuple[str, ...], tmp_path: Path
-) -> None:
-    """Killed while a checkpoint is written, beside the training: the one before it is used, and no trace is left."""
-    out = shutil.copytree(killed, tmp_path / "out")
-    command, half = python(SCRIPT, *THREE_PHASES, *shards, "--output", out), []
+@pytest.fixture(scope="module")
+def killed_in_a_save(killed: Path, shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The killed run, resumed and killed while a checkpoint was written beside the training."""
+    out = shutil.copytree(killed, tmp_path_factory.mktemp("save") / "out")
     for _ in range(5):  # a save takes some hundredths of a second: the kill may come too late
         before = state(out / "r")["step"]
-        with started(command, out / "log") as process:
-            saves = (out / "r/checkpoints").glob
-            wait_for(
-                lambda now=before, f=saves: state(out / "r")["step"] > now and any(f("*.partial")), process, out / "log"
-            )
+        with started(python(SCRIPT, *THREE_PHASES, *shards, "--output", out), out / "log") as process:
+            wait_for(lambda now=before: state(out / "r")["step"] > now and half_written(out), process, out / "log")
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        half = list(saves("*.partial"))
-        if half:
-            break
-    assert half, "no kill found its moment"
-    done = run(command)
+        assert "goes on from" in (out / "log").read_text()
+        if half_written(out):
+            return out
+    raise AssertionError("no kill found its moment")
+
+
+def half_written(out: Path) -> list[Path]:
+    return list((out / "r/checkpoints").glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def resumed(killed_in_a_save: Path, shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, resumed once more, to the end."""
+    out = shutil.copytree(killed_in_a_save, tmp_path_factory.mktemp("resumed") / "out")
+    done = run(python(SCRIPT, *THREE_PHASES, *shards, "--output", out))
     assert done.code == 0, done.text
-    assert_same(out, whole)
+    return out
+
+
+def test_row_01_killed_in_a_step_and_resumed_equals_uninterrupted_bit_for_bit(whole: Path, resumed: Path) -> None:
+    assert_finished(resumed / "r")
+    assert_same_training(resumed / "r", whole / "r", f"step-{LAST_STEP:08d}")
+
+
+def test_row_02_killed_in_the_middle_of_saves(whole: Path, killed_in_a_save: Path, resumed: Path) -> None:
+    """The checkpoint before it is used, and no trace is left of the half-written one."""
+    assert half_written(killed_in_a_save)
+    assert not half_written(resumed)
+    assert checkpoints(resumed / "r") == checkpoints(whole / "r")
 
 
 def recorded(out: Path) -> dict[int, str]:
@@ -255,24 +229,39 @@ def recorded(out: Path) -> dict[int, str]:
     return found
 
 
-def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
-    shards: tuple[str, ...], tmp_path: Path
+@pytest.fixture(scope="module")
+def on_two_ranks(killed: Path, shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The killed run with its newest checkpoint damaged, which two ranks took up until they were killed."""
+    out = shutil.copytree(killed, tmp_path_factory.mktemp("two") / "out")
+    flip_bit(out / "r/checkpoints" / checkpoints(out / "r")[-1] / "model.safetensors")
+    with started(torchrun(*recording(out, shards)), out / "log") as process:
+        wait_for(lambda: last_step(out / "r") >= 45, process, out / "log")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    wait_until_gone(out)
+    return out
+
+
+def test_row_05_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on_on_two_ranks(
+    killed: Path, on_two_ranks: Path
 ) -> None:
-    """One rank to the end, and 2 → 1 → 2 ranks under kills: every position of the run has the same sample's key."""
-    words = ("tests/faulty_run.py", "record", "all", *THREE_PHASES, *shards, "--output")
-    alone = run(python(*words, tmp_path / "alone"))
-    assert alone.code == 0, alone.text
-    out, log = tmp_path / "changing", tmp_path / "log"
-    for launch, until in ((torchrun, 20), (python, 45)):
-        with started(launch(*words, out), log) as process:
-            wait_for(lambda s=until: last_step(out / "r") >= s, process, log)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        wait_until_gone(out)
-    done = run(torchrun(*words, out))
+    *_, previous, newest = checkpoints(killed / "r")
+    said = (on_two_ranks / "log").read_text()
+    assert f"{newest} is not usable (model.safetensors does not match" in said
+    assert f"{previous} (" in said
+
+
+def test_row_08_other_numbers_of_ranks_see_the_same_samples_in_the_same_order(
+    whole: Path, on_two_ranks: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One rank to the end, and 1 → 2 → 1 ranks under kills: every position of the run has the same sample's key."""
+    out = shutil.copytree(on_two_ranks, tmp_path / "out")
+    done = run(python(*recording(out, shards)))
     assert done.code == 0, done.text
-    assert recorded(out) == recorded(tmp_path / "alone")
+    assert_finished(out / "r")
+    assert recorded(out) == recorded(whole)
     assert sorted(recorded(out)) == list(range(8 * LAST_STEP))
-    changing, uninterrupted = trace(out / "r"), trace(tmp_path / "alone" / "r")
+    changing, uninterrupted = trace(out / "r"), trace(whole / "r")
+    assert [line["samples"] for line in changing] == [line["samples"] for line in uninterrupted]
     for key in ("loss", "contrastive_loss", "caption_loss"):  # another order of samples would be off by far more
         assert [a[key] for a in changing] == pytest.approx([b[key] for b in uninterrupted], rel=2e-3), key
