@@ -352,7 +352,9 @@ def show(words: list[str], field: int) -> None:
 
 def main() -> None:
     if sys.argv[1] == AS_PYTHON:
-        code = Popen([sys.executable, *sys.argv[2:]]).wait()
+        process = Popen([sys.executable, *sys.argv[2:]])
+        signal.signal(signal.SIGUSR1, lambda number, _: process.send_signal(number))
+        code = process.wait()
         sys.exit(code if code >= 0 else 128 - code)
     listener = socket.socket(fileno=int(sys.argv[1]))
     sys.path = [path for path in sys.path if path not in (str(ROOT), str(Path(__file__).parent))]

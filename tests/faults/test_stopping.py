@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -102,14 +101,14 @@ def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
     """srun and scontrol stand in for a cluster; torchrun, its two launchers and the training are real."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    launcher = f'#!/bin/sh\nexec {warm.program(tmp_path)} -m torch.distributed.run "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": launcher}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here", "SLURM_GPUS_ON_NODE": "1"}
-    path = f"{programs}:{os.path.dirname(shutil.which('torchrun') or python()[0])}:{os.environ['PATH']}"
-    env = ["env", f"PATH={path}", *(f"{key}={value}" for key, value in job.items())]
-    batch = [*env, "bash", "scripts/slurm/train.sbatch"]
-    with started([*batch, *endless(tmp_path, shards)], tmp_path / "log") as process:
+    env = job | {"PATH": f"{programs}:{os.environ['PATH']}", warm.ADDRESS: warm.start()}
+    batch = ["bash", "scripts/slurm/train.sbatch"]
+    with started([*batch, *endless(tmp_path, shards)], tmp_path / "log", env) as process:
         wait_for(lambda: last_step(tmp_path / "r") >= 3, process, tmp_path / "log")
         process.send_signal(signal.SIGUSR1)  # to the batch shell alone, as `--signal=B:USR1@120` asks
         assert process.wait(90) != 0
@@ -118,7 +117,7 @@ def test_the_sbatch_file_saves_before_the_end_and_asks_to_be_queued_again(
     asked = (programs / "scontrol.log").read_text().splitlines()
     assert asked == ["show hostnames here", "requeue 7"]
 
-    mistake = run([*batch, SCRIPT, "--recipe", "no-such-recipe"])
+    mistake = run([*batch, SCRIPT, "--recipe", "no-such-recipe"], env=env)
     assert mistake.code != 0
     asked = (programs / "scontrol.log").read_text().splitlines()
     assert "requeue 7" not in asked[2:], "what fails by itself would fail again"
