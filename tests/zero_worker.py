@@ -30,6 +30,17 @@ FEW_STAGES = ("zero0", "zero2", "zero3")
 """Each of another kind where parameters are concerned that do not train."""
 
 
+def stages_of(kind: str, ranks: int) -> tuple[str, ...]:
+    """One rank splits nothing, so that AdamW alone tries all stages there."""
+    if ":" in kind:
+        return FEW_STAGES if ranks == 2 else ("zero0", "zero3")
+    return tuple(STAGES) if ranks == 2 or kind == "adamw" else FEW_STAGES
+
+
+FRESH = (("adamw", "zero0"), ("muon", "zero2"))
+"""Optimizer and stage of two ranks in which an optimizer begins anew."""
+
+
 class Pulled(Task):
     """Its gradient pulls at the temperature alone, up or down, whatever the batch says."""
 
@@ -134,7 +145,7 @@ def outcome(kind: str, name: str, other: dict | None) -> dict:
         "middle": parts,
     }
     alone = dist.get_world_size() == 1
-    if name in ("zero0", "zero2") and ":" not in kind and not alone:
+    if (kind, name) in FRESH and not alone:
         found["fresh"] = fresh_in_the_middle(kind, zero)
     if kind == "adamw" and alone:
         found["temperatures"] = temperatures_at_the_limit(build(kind, zero, task=Pulled))
@@ -155,7 +166,7 @@ def main(out: str, other: str, *kinds: str) -> None:
     results = {
         kind: {
             name: outcome(kind, name, None if ":" in kind else before.get(kind))
-            for name in (FEW_STAGES if ":" in kind else STAGES)
+            for name in stages_of(kind, dist.get_world_size())
         }
         for kind in kinds
     }

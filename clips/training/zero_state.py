@@ -1,8 +1,8 @@
 """Gradients, weights and optimizer state by parameter name, wherever a ZeRO stage keeps them.
 
 Everything that reads or writes inside DeepSpeed is here: attributes that it does not document, and documented calls
-whose limits were found by trying. tests/dist/test_deepspeed_internals.py names each one and looks for it in engines
-of every stage; run it before raising the cap of `deepspeed` in pyproject.toml.
+whose limits were found by trying. tests/dist/test_zero.py uses them in engines of every stage; run it before raising
+the cap of `deepspeed` in pyproject.toml.
 
 What stands where, for the flat fp32 tensors that the inner (torch) optimizer steps on:
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, random_model, run_python
-from grad_cache_worker import BATCH, CASES, CPU, MICRO, STEPS, Case, a_run, samples, without_bf16
+from grad_cache_worker import BATCH, CASES_OF, CPU, MICRO, STEPS, Case, a_run, samples, without_bf16
 
 from clips.data.loader import to_device
 from clips.training.engine import build_optimizer, parameter_groups
@@ -22,13 +22,19 @@ WORKER = ROOT / "tests" / "grad_cache_worker.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
-    """(ranks, what the worker found)."""
-    out: Path = tmp_path_factory.mktemp("grad_cache") / "out.pt"
-    done = run_python(WORKER, out, ranks=request.param)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, torch.load(out, weights_only=True)
+RANKS = pytest.mark.parametrize("ranks", CASES_OF)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Number of ranks → what the worker found."""
+    results = {}
+    for ranks in CASES_OF:
+        out: Path = tmp_path_factory.mktemp("grad_cache") / "out.pt"
+        done = run_python(WORKER, out, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[ranks] = torch.load(out, weights_only=True)
+    return results
 
 
 @functools.cache
@@ -54,16 +60,15 @@ def by_hand(case: Case, size: int) -> dict[str, Any]:
     return {"weights": {name: p.detach().clone() for name, p in task.model.named_parameters()}, "logged": logged}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_accumulated_steps_are_those_of_the_plain_gradient(found: tuple[int, dict], case: Case) -> None:
-    ranks, results = found
-    result, expected = (
-        results[case.name],
-        by_hand(
-            case._replace(stage=0, checkpointing=False, contrastive="global"),
-            BATCH if case.contrastive == "global" else MICRO * ranks,
-        ),
-    )
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [(ranks, case) for ranks, cases in CASES_OF.items() for case in cases],
+    ids=lambda given: f"{given} ranks" if isinstance(given, int) else given.name,
+)
+def test_accumulated_steps_are_those_of_the_plain_gradient(found: dict[int, dict], ranks: int, case: Case) -> None:
+    result = found[ranks][case.name]
+    plain = case._replace(stage=0, checkpointing=False, contrastive="global")
+    expected = by_hand(plain, BATCH if case.contrastive == "global" else MICRO * ranks)
     begun = random_model(a_run(case, 1))
     assert result["weights"].keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
@@ -73,23 +78,24 @@ def test_accumulated_steps_are_those_of_the_plain_gradient(found: tuple[int, dic
         assert logged == pytest.approx(means, rel=1e-5)
 
 
-def test_the_two_modes_learn_differently(found: tuple[int, dict]) -> None:
-    _, results = found
+@RANKS
+def test_the_two_modes_learn_differently(found: dict[int, dict], ranks: int) -> None:
     for kind in ("adamw", "muon"):
-        both = [results[Case(0, kind, contrastive=mode).name]["weights"] for mode in ("micro", "global")]
+        both = [found[ranks][Case(0, kind, contrastive=mode).name]["weights"] for mode in ("micro", "global")]
         assert (both[0]["visual.proj.weight"] - both[1]["visual.proj.weight"]).abs().max() > 1e-3
 
 
+@RANKS
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_broken_sample_breaks_the_step_and_its_own_micro_batch_alone_is_named(
-    found: tuple[int, dict], stage: int
+    found: dict[int, dict], ranks: int, stage: int
 ) -> None:
-    ranks, results = found
     finite = [[True] * (BATCH // (MICRO * ranks)) for _ in range(ranks)]
     finite[-1][1] = False
-    assert results[f"poisoned{stage}"] == {"finite": finite, "agreed": False}
+    assert found[ranks][f"poisoned{stage}"] == {"finite": finite, "agreed": False}
 
 
+@RANKS
 @pytest.mark.parametrize("stage", [0, 3])
-def test_random_numbers_are_the_same_in_both_passes(found: tuple[int, dict], stage: int) -> None:
-    assert found[1][f"replayed{stage}"] == {"same": True, "random": True}
+def test_random_numbers_are_the_same_in_both_passes(found: dict[int, dict], ranks: int, stage: int) -> None:
+    assert found[ranks][f"replayed{stage}"] == {"same": True, "random": True}
