@@ -45,9 +45,10 @@ def variant(name: str, kind: str, settings: list[str]) -> RunConfig:
 
 
 CASES = [
-    *((name, "", 8 if name in list(RECIPES)[:4] else 512 if name == "l14" else 64, []) for name in RECIPES),
-    *(("s16", "", 512, [setting]) for setting in (WHOLE, "train.freeze=vision", "model.text.pad_mask=false")),
-    *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption", "caption+web", "siglip", "clip tower", "dropping")),
+    *((name, "", 8, []) for name in list(RECIPES)[:4]),
+    *((name, "", gpus, []) for name, gpus in (("s16", 64), ("l14", 512))),
+    *(("s16", "", 512, [setting]) for setting in ("train.freeze=vision", "model.text.pad_mask=false")),
+    *(("b16", kind, 64, [WHOLE]) for kind in ("clip", "caption+web", "siglip", "clip tower", "dropping")),
     ("b16", "", 8, []),  # the logits of the whole batch are computed in chunks
     ("b16", "", 64, [WHOLE, "train.precision=fp32"]),
     *(
