@@ -228,10 +228,13 @@ def write_language_model(directory, kind):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("version", ["v1", "llama_3", "chatml"])
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [*((kind, "v1") for kind in TOKENIZERS), *((kind, "chatml") for kind in ("gpt2", "sentencepiece_legacy"))]
+    + [(kind, "llama_3") for kind in ("llama3", "sentencepiece")],
+)
 def test_prompts_are_those_of_training(tmp_path, kind, version):
-    """Every kind of tokenizer in every format: the same ids, one bos, the picture where it was in training."""
+    """The same ids, one bos, the picture where it was in training."""
     tokenizer = TOKENIZERS[kind]
     write_llm(tmp_path / "llm", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path / "llm")

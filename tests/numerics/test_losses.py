@@ -190,7 +190,7 @@ def _loss_and_gradient(batch: dict[str, torch.Tensor]) -> tuple[float, dict[str,
 def test_two_ranks_average_to_the_loss_and_gradient_of_one(unused_port: int) -> None:
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_two_ranks, (unused_port, results), nprocs=2)
+        mp.start_processes(_two_ranks, (unused_port, results), nprocs=2, start_method="fork")
         (loss_0, grad_0), (loss_1, grad_1) = results[0], results[1]
     loss, grad = _loss_and_gradient(tiny_batch(0))
     assert (loss_0 + loss_1) / 2 == pytest.approx(loss, rel=1e-5)
