@@ -206,7 +206,8 @@ PICTURES = {
 }
 
 # --------------------------------------------------------------------------------------------------- captions
-WORD_OF_A_MEGABYTE = "W" * 2**20
+LONG = 2**17
+"""Characters of a text that is far longer than any context. A tokenizer takes seconds for a word of a megabyte."""
 CAPTIONS: dict[str, Kind] = {
     "right to left": Kind(lambda: "שלום \u202eevil\u202c مرحبا"),
     "emoji": Kind(lambda: "👩‍👩‍👧 🦄"),
@@ -214,8 +215,8 @@ CAPTIONS: dict[str, Kind] = {
     "control characters": Kind(lambda: "\x1b[31mred\x07\x08\x00\x9b1m"),
     "NUL": Kind(lambda: "a\0b"),
     "half a character": Kind(lambda: "half \ud83d and \udc00"),
-    "a word of a megabyte": Kind(lambda: WORD_OF_A_MEGABYTE),
-    "a megabyte of words": Kind(lambda: "a. " * 350_000),
+    "one long word": Kind(lambda: "W" * LONG),
+    "very many words": Kind(lambda: "a. " * (LONG // 3)),
     "no letter": Kind(lambda: "— … !!! —"),
     "line breaks": Kind(lambda: "one\ntwo\r\nthree\u2028four\x85five"),
     "special tokens": Kind(lambda: "[CLS] <image> <s> <|im_end|> [PAD]"),
@@ -352,7 +353,7 @@ def _write_damaged(path: Path, plain: dict[str, bytes], picture: bytes) -> None:
     path.write_bytes(data[: data.rindex(b"cut off.img") + 520])
 
 
-def write_table(folder: Path, *, need_long: bool = True) -> tuple[str, dict[str, str]]:
+def write_table(folder: Path) -> tuple[str, dict[str, str]]:
     """A table of JSON lines beside its pictures; what to open, and the outcome of each row."""
     import socket
 
@@ -373,7 +374,7 @@ def write_table(folder: Path, *, need_long: bool = True) -> tuple[str, dict[str,
         add(kind.outcome, image=f"{i}.bin")
     for kind in CAPTIONS.values():
         add(kind.outcome, org_caption=kind.make())
-        add(kind.outcome if need_long else USED, long=kind.make())
+        add(kind.outcome, long=kind.make())
     for kind in PATHS.values():
         add(kind.outcome, image=kind.make())
     for kind in JSONS.values():
@@ -415,8 +416,8 @@ RECORDS: dict[str, Kind] = {
     "a picture that is a pipe": Kind(lambda: {"image": "pipe", "conversations": _turns("<image>", "b")}, "not in"),
     "a picture that is not there": Kind(lambda: {"image": "gone", "conversations": _turns("<image>", "b")}, "not in"),
     "a picture that is a folder": Kind(lambda: {"image": "folder", "conversations": _turns("<image>", "b")}, "not in"),
-    "a question of a megabyte": Kind(
-        lambda: {"conversations": _turns("a " * 2**19, "b")}, "first 120 tokens hold no answer"
+    "a very long question": Kind(
+        lambda: {"conversations": _turns("a " * LONG, "b")}, "first 120 tokens hold no answer"
     ),
     "an id that is an object": Kind(lambda: {"id": {"a": 1}, "conversations": _turns("a", "b")}),
 }
@@ -571,7 +572,7 @@ def through_recaptioning(spec: str, wanted: dict[str, str], folder: Path, told: 
         for line in out.rejected(shard.name).read_text().splitlines():
             record = json.loads(line)
             assert record["reason"] == "broken", record
-            reasons[str(record["row"]) if spec.endswith(".jsonl") else record["key"]] = record["error"]
+            reasons[record["key"]] = record["error"]
     result = open_source(str(options.output), Fields(), need_long=True)
     assert len(result) == written == len(wanted) - len(reasons)
     for index in range(written):
@@ -586,7 +587,6 @@ ROUTES: dict[str, tuple[Callable[[Path], tuple[str, dict[str, str]]], dict[str, 
     "shards": (write_shards, TRIPLES),
     "table": (write_table, TRIPLES),
     "pairs in shards": (write_pair_shards, {"recaptioning": through_recaptioning}),
-    "pairs in a table": (partial(write_table, need_long=False), {"recaptioning": through_recaptioning}),
     "LLaVA data": (write_llava, {"pre-flight": through_llava_s_check, "training": through_llava_data}),
 }
 """Set → what writes it, and what reads it."""
