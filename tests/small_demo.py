@@ -16,7 +16,7 @@ from clips.data import artists
 from clips.data.demo import ensure_demo
 from mllm.data.demo import ensure_llava_demo
 
-SIZES = {"train": 400, "val": 20, "test": 40, UNSEEN: 40}
+SIZES = {"train": 200, "val": 20, "test": 40, UNSEEN: 40}
 LLAVA_SIZES = {"align": 8, "instruct": 8, "text_only": 2, "per_kind": 4}
 
 

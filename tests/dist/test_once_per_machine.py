@@ -59,7 +59,7 @@ def _in_group(work, arguments: tuple, port: int, rank: int):
 
 
 def slowly(calls: Path) -> int:
-    time.sleep(3 * TIMEOUT)
+    time.sleep(2 * TIMEOUT)
     with calls.open("a") as file:
         file.write("called\n")
     return os.getpid()
@@ -105,7 +105,7 @@ def late(rank: int) -> str:
     told = io.StringIO()
     logging.getLogger("clips.ranks").addHandler(logging.StreamHandler(told))
     if rank == 1:
-        time.sleep(3 * TIMEOUT)
+        time.sleep(2 * TIMEOUT)
     wait_for_all_ranks("rank 1 to come", tell_every=TIMEOUT)
     dist.barrier()
     return told.getvalue()

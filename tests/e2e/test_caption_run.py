@@ -27,12 +27,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
-    """The folder of two runs that drop patches of the tower besides, on one rank, and with ZeRO-2 on two."""
+    """The folder of two runs that drop patches of the tower besides, on one rank, and with ZeRO-3 on two."""
     folder = tmp_path_factory.mktemp("captions")
     flags = (SCRIPT, "--recipe", "caption", "--debug", "--output", folder, *shards, "--set", "train.precision=fp32")
     flags += ("model.vision.patch_size=5", "model.vision.patch_dropout=0.5")
-    zero2 = ("--name", "two", "--ds-config", ROOT / "ds_configs" / "zero2.json")
-    done = run_all({"one": python(*flags, "--name", "one"), "two": torchrun(*flags[:1], *zero2, *flags[1:])})
+    zero3 = ("--name", "two", "--ds-config", ROOT / "ds_configs" / "zero3.json")
+    done = run_all({"one": python(*flags, "--name", "one"), "two": torchrun(*flags[:1], *zero3, *flags[1:])})
     return folder, done
 
 
@@ -51,6 +51,7 @@ def test_it_is_trained_measured_and_exported_and_says_what_it_has_not(runs: tupl
     for name in ("one", "two"):
         assert done[name].code == 0, done[name].text
         assert_finished(folder / name, formats=("native", "hf_vit"))
+        assert done[name].text.count("Next:") == 1, "one rank speaks"
         for said in (
             "no retrieval",
             "70% of the image tokens of the captioner",

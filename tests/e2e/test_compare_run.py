@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_group
+from conftest import ROOT
 from lab_runs import run_main
 from small_demo import LLAVA_SIZES, shrink
 from tiny_mllm import pictures, write_llm, write_run
@@ -49,10 +49,6 @@ def environment(place: Path) -> dict[str, str]:
     return os.environ | {"CLIPS_MLLM_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
-def run(place: Path, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return run_group(command(*flags), cwd=cwd or place, env=environment(place), timeout=550)
-
-
 FLAGS = (
     *("--seeds", "1", "--output", "out"),
     *("--encoders", "clips:runs/clips-demo,blind", "--questions", "question.jsonl", "--image-folder", "images"),
@@ -69,7 +65,9 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float
         time.sleep(0.2)
 
 
-def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path) -> None:
+def test_a_killed_comparison_goes_on_without_running_anything_twice(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL after the first stage is there, SIGTERM later, then to the end; finished parts stay as they were."""
     cells = place / "out" / "cells"
     done = [cells / f"{name}-seed0" for name in ("clips-runs-clips-demo", "blind")]
@@ -92,9 +90,19 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     assert second.wait(timeout=300) == 143
     before |= finished()
 
-    last = run(place, *FLAGS)
-    assert last.returncode == 0, last.stderr[-3000:]
-    assert "report.html" in last.stderr
+    monkeypatch.chdir(place)
+    for name in ("CLIPS_MLLM_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, environment(place)[name])
+
+    def again(*more: str) -> tuple[int, str]:
+        """Once more in this process: (exit code, what it said)."""
+        capfd.readouterr()
+        code = run_main(monkeypatch, "compare_encoders", "--device", "cpu", *FLAGS, *more)
+        return code, capfd.readouterr().err
+
+    code, said = again()
+    assert code == 0, said[-3000:]
+    assert "report.html" in said
     assert len(finished()) == 6
     assert finished() | before == finished()
     configs = [json.loads((cell / "config.json").read_text()) for cell in done]
@@ -112,14 +120,14 @@ def test_a_killed_comparison_goes_on_without_running_anything_twice(place: Path)
     assert [*record["commands"]] == ["align", "instruct", "evaluation"]
 
     logs = {path: path.stat().st_size for path in cells.glob("*.log")}
-    again = run(place, *FLAGS)
-    assert again.returncode == 0
-    assert "0 of 2 to run" in again.stderr
+    code, said = again()
+    assert code == 0
+    assert "0 of 2 to run" in said
     assert {path: path.stat().st_size for path in cells.glob("*.log")} == logs
-    other = run(place, *FLAGS, "--limit", "3")
-    assert other.returncode == 2
-    assert "cell clips-runs-clips-demo-seed0" in other.stderr
-    assert "limit: null → 3" in other.stderr
+    code, said = again("--limit", "3")
+    assert code == 2
+    assert "cell clips-runs-clips-demo-seed0" in said
+    assert "limit: null → 3" in said
 
 
 def test_on_the_demo_encoders_are_pretrained_and_the_baseline_sees_the_same_samples(

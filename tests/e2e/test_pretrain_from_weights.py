@@ -61,24 +61,6 @@ def test_an_official_checkpoint_trains_with_a_frozen_tower_and_goes_on_without_i
     assert state(run_dir)["began_with"] == initial.sha256
 
 
-def test_what_is_refused(shards: tuple[str, ...], tmp_path: Path) -> None:
-    write_official(tmp_path / "official")
-    flags = (SCRIPT, *FLAGS, *shards, "--output", str(tmp_path))
-    begins = ("--init-from", str(tmp_path / "official"))
-    commands = {
-        "width": python(*flags, "--set", "model.vision.width=64", *begins),
-        "missing": python(*flags, "--init-from", tmp_path / "nothing"),
-        "dry": python(*flags, *begins, "--dry-run", "--name", "dry"),
-    }
-    found = run_all(commands)
-    assert found["width"].code == found["missing"].code == 2
-    assert "model.vision.width: 32 → 64" in found["width"].text
-    assert "there is no directory" in found["missing"].text
-    assert found["dry"].code == 0, found["dry"].text
-    assert "begins with" in found["dry"].text
-    assert not (tmp_path / "dry").exists()
-
-
 def test_an_official_checkpoint_is_evaluated_exported_and_converted(shards: tuple[str, ...], tmp_path: Path) -> None:
     official = tmp_path / "official"
     write_official(official)

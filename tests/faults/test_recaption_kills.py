@@ -12,8 +12,8 @@ from launched import python, run, started
 from pairs import outcome, write_pairs
 
 pytestmark = pytest.mark.slow
-SHARDS, EACH = 5, 24
-KILLS = 4
+SHARDS, EACH = 4, 24
+KILLS = 3
 
 
 def calls(out: Path) -> int:
