@@ -67,7 +67,7 @@ def test_it_is_trained_measured_and_exported_and_says_what_it_has_not(runs: tupl
         assert all(line["mfu"] > 0 for line in lines(folder / name) if line["kind"] == "train")
     assert not (folder / "one" / "export" / "open_clip").exists()
     one, two = ([line["caption_loss"] for line in trace(folder / name)] for name in ("one", "two"))
-    assert one == pytest.approx(two, abs=1e-3)
+    assert one == pytest.approx(two, rel=5e-3)  # Muon rounds to bf16
     assert one[0] == pytest.approx(two[0], abs=2e-6)
 
 

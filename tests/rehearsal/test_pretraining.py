@@ -180,27 +180,30 @@ PLANTED = {
         "return torch.stack([info_nce(",
         "rows[0].sum().item()\n    return torch.stack([info_nce(",
         ((RuntimeError,), r"item\(\)"),
+        ("b16", "", 8, []),
     ),
     "a mask made on the CPU": (
         captioner.caption_mask,
         "mask = torch.ones(L, L, dtype=torch.bool, device=device)",
         'mask = torch.ones(L, L, dtype=torch.bool, device="cpu")',
         ((RuntimeError, Waits), r"expected device|host waits"),
+        ("b16", "", 8, []),
     ),
     "an fp32 activation in a bf16 block": (
         layers.Mlp.forward,
         "return self.fc2(self.act(self.fc1(x)))",
         "return self.fc2(self.act(self.fc1(x).float()))",
         ((AssertionError,), ""),  # the memory that the plan says
+        ("b16", "clip", 64, [WHOLE]),
     ),
 }
-"""Fault → the function, its line, the line with the fault, and the errors that see it."""
+"""Fault → the function, its line, the line with the fault, the errors that see it, and the case of CASES."""
 
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_fault_that_is_planted_in_a_copy_fails_the_suite(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The function's code is that of a copy of its file with the fault."""
-    function, right, wrong, (errors, message) = PLANTED[fault]
+    function, right, wrong, (errors, message), case = PLANTED[fault]
     source = inspect.getsource(inspect.getmodule(function))
     assert source.count(right) == 1
     code = compile(source.replace(right, wrong), function.__code__.co_filename, "exec")
@@ -208,4 +211,4 @@ def test_a_fault_that_is_planted_in_a_copy_fails_the_suite(fault: str, monkeypat
         code = next(part for part in code.co_consts if inspect.iscode(part) and part.co_name == name)
     monkeypatch.setattr(function, "__code__", code)
     with pytest.raises(errors, match=message):
-        test_a_step_needs_what_the_plan_says("b16", "", 8, [])
+        test_a_step_needs_what_the_plan_says(*case)
