@@ -267,7 +267,8 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                     children[pid] = (connection, f"{request['env'].get(TEST)} {' '.join(request['words'][:4])}")
                     if len(streams) == 3:  # else a lock was passed on to it, to hold when the process that asks is gone
                         ready.register(connection, selectors.EVENT_READ, pid)
-                    connection.send(pid.to_bytes(4, "big"))
+                    with contextlib.suppress(OSError):  # the process that asked is gone already
+                        connection.send(pid.to_bytes(4, "big"))
                 elif key.data in children:  # the process that asked is gone
                     ready.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
