@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import UserError
@@ -24,9 +24,7 @@ from clips.recipes import debug_twin, recipe
 
 
 def picture(value: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode(Image.new("RGB", (4, 4), (value, 0, 0)))
 
 
 def pictures(folder: Path, count: int = 3) -> None:
