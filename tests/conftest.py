@@ -201,6 +201,13 @@ def _one_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setenv(name, "1")
 
 
+@pytest.fixture
+def one_pixel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are one pixel, as in forked processes (tests/warm.py): drawing them takes most of a report's time."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("clips.common.page.png", lambda *_: warm.PIXEL)
+
+
 @pytest.fixture(scope="session")
 def several_artists() -> None:
     """The drawings of every artist are here. Where no npm can fetch them the test counts as expected to fail.

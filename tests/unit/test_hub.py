@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script_parser
+from conftest import script_parser
+from huggingface_hub import constants
 from tiny_hub import COMMIT, cache_model
 from tiny_web import picture, write_export
 
 from clips import CLIPS
+from clips.common import hub as hub_module
 from clips.common.errors import UserError
 from clips.common.hub import resolve
 from clips.evaluation.evaluate import evaluate_from_flags
@@ -92,19 +91,18 @@ def endpoint() -> Iterator[str]:
         ("transformers", "WEIGHT_FILES", [LAYOUTS["transformers"][i] for i in (0, 1, 2, 4, 5)]),
     ],
 )  # fmt: skip
-def test_what_is_fetched(endpoint: str, tmp_path: Path, model: str, weights: str, expected: list[str]) -> None:
-    code = f"from clips.common import hub; print(hub.resolve('owner/{model}', 'a model', hub.{weights}))"
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-
-    def resolved(offline: str) -> Path:
-        command, settings = [sys.executable, "-c", code], env | {"HF_HUB_OFFLINE": offline}
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=True)
-        assert "No files matched" not in done.stderr
-        return Path(done.stdout.strip())
-
-    directory = resolved("0")
+def test_what_is_fetched(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, weights: str, expected: list[str]
+) -> None:
+    """From the hub, and again from its cache without one."""
+    at = {"ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}
+    at["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in at.items():
+        monkeypatch.setattr(constants, name, value)
+    directory = resolve(f"owner/{model}", "a model", getattr(hub_module, weights))
     assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*.*")) == sorted(expected)
-    assert resolved("1") == directory
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve(f"owner/{model}", "a model", getattr(hub_module, weights)) == directory
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

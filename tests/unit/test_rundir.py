@@ -49,13 +49,6 @@ def test_lines_that_are_cut_or_no_objects_are_passed_over_and_go(tmp_path: Path)
         rundir.read_metrics(tmp_path / "other")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
-def test_a_file_that_holds_no_object_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
-        read_json(tmp_path / "config.json")
-
-
 def test_a_run_directory_is_one_process_s(tmp_path: Path) -> None:
     with lock(tmp_path / ".lock", wait=False):
         with pytest.raises(BlockingIOError):

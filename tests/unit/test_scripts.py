@@ -195,31 +195,21 @@ def test_install_names_what_a_machine_lacks(lacks: str, tmp_path: Path) -> None:
         ("CUDA Version: 12.4", 0, "INDEX/cu126"),
         ("CUDA Version: 11.4", 2, "install driver 580 or newer"),
         ("an old driver says nothing of CUDA", 2, "too old"),
+        ("has failed: version mismatch'; exit 9 #", 2, "version mismatch.*install NVIDIA's driver again"),
     ],
 )
 def test_torch_is_chosen_by_the_driver(tmp_path: Path, printed: str, code: int, said: str) -> None:
     fake = tmp_path / "nvidia-smi"
-    fake.write_text(f'#!/bin/sh\necho "| NVIDIA-SMI 550.54  {printed}     |"\n')
+    fake.write_text(f"#!/bin/sh\necho '| NVIDIA-SMI 550.54  {printed}     |'\n")
     fake.chmod(0o755)
     command = f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; choose_torch'
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_INDEX": "INDEX"}
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert said in done.stdout + done.stderr
+    assert re.search(said, done.stdout + done.stderr, re.DOTALL)
     if "INDEX/" in said:  # without an index the build is named
         done = subprocess.run(["bash", "-c", command], env=env | {"TORCH_INDEX": ""}, capture_output=True, text=True)
         assert (done.returncode, f"torch's build {said[6:]} fits" in done.stderr) == (2, True)
-
-
-def test_a_driver_that_does_not_answer_ends_the_installation(tmp_path: Path) -> None:
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: driver/library version mismatch'; exit 9\n")
-    fake.chmod(0o755)
-    command = f'set -euo pipefail; . "{ROOT}/scripts/install.sh"; choose_torch'
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.search("version mismatch.*install NVIDIA's driver again", done.stderr, re.DOTALL)
 
 
 def test_the_dockerfile_is_one() -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_python, tiny_batch, tiny_run
+from conftest import tiny_batch, tiny_run
+from lab_runs import run_main
 
 from clips.data.tokenizer import build_tokenizer
 from clips.model.clips import CLIPSModel
@@ -67,12 +68,7 @@ def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     original = benchmark.stock_step
 
     def recording(model: torch.nn.Module, loss_of, device: torch.device):
-        def recorded(batch):
-            loss = loss_of(batch)
-            losses.append(loss.item())
-            return loss
-
-        return original(model, recorded, device)
+        return original(model, lambda batch: losses.append(loss_of(batch)) or losses[-1], device)
 
     monkeypatch.setattr(benchmark, "stock_step", recording)
     torch.manual_seed(0)
@@ -86,7 +82,6 @@ def test_stock_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
         assert losses[-1] < losses[0] - 0.05
 
 
-def test_unusable_flags_are_the_users_mistake() -> None:
-    done = run_python(ROOT / "scripts" / "benchmark.py", "train", "--repeats", "0")
-    assert done.returncode == 2
-    assert "--repeats 0 must be at least 1" in done.stderr
+def test_unusable_flags_are_the_users_mistake(monkeypatch, capsys) -> None:
+    assert run_main(monkeypatch, "benchmark", "train", "--repeats", "0") == 2
+    assert "--repeats 0 must be at least 1" in capsys.readouterr().err

@@ -137,12 +137,8 @@ def test_override_sets_one_field_and_leaves_the_rest() -> None:
     assert run == replace(tiny_run(), phases=tiny_run().phases * 2)  # the old one is untouched
     together = tiny_run().override(["phases.*.batch_size=128", "phases.*.samples=128"])  # either alone does not fit
     assert (together.phases[0].batch_size, together.phases[0].samples) == (128, 128)
-
-
-def test_override_of_every_phase_and_of_text_values() -> None:
-    run = replace(tiny_run(), phases=tiny_run().phases * 3)
     changed = run.override(["phases.*.muon_lr=0.5", "data.val=a=b.csv", "data.image_root=null", "data.test=3x"])
-    assert [phase.muon_lr for phase in changed.phases] == [0.5] * 3
+    assert [phase.muon_lr for phase in changed.phases] == [0.5] * 2
     assert changed.data.val == "a=b.csv"  # only the first = separates
     assert changed.data.image_root is None
     assert changed.data.test == "3x"

@@ -37,13 +37,6 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
-def test_positions_do_not_depend_on_what_was_asked_before() -> None:
-    order, asked = SampleOrder([7] * 40, 1, 7, 30), np.random.default_rng(0).integers(0, 3 * 280, 500)
-    shuffled = [order.index(*order.locate(int(position))) for position in asked]
-    fresh = [SampleOrder([7] * 40, 1, 7, 30).index(*divmod(int(position), 280)) for position in asked]
-    assert shuffled == fresh
-
-
 def test_a_small_set_is_shuffled_whole() -> None:
     """Uniform: over many seeds, the mean index at each offset is the middle one."""
     orders = [SampleOrder([10] * 4, seed) for seed in range(200)]

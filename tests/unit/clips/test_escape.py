@@ -9,7 +9,6 @@ import time
 
 import pytest
 from hostile import HOSTILE
-from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -26,8 +25,7 @@ from clips.common.escape import (
     visible,
     visible_pieces,
 )
-from clips.common.page import Table, png, render
-from clips.lab.report import Page, Paragraph, Section, Tile, as_html
+from clips.common.page import png
 
 GFM = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 each = pytest.mark.parametrize("name", HOSTILE)
@@ -108,16 +106,6 @@ def test_a_terminal_shows_it_and_carries_nothing_out(name: str) -> None:
     console.print(f"[bold]{for_rich(text)}[/bold]", highlight=False, soft_wrap=True)
     assert console.file.getvalue().rstrip("\n") == one_line(clip(text))
     console.print(table)
-
-
-def test_templates_escape_without_being_asked() -> None:
-    text = "<i>{{ 7 * 7 }} *x*|\x1b\ud800"
-    section = Section(text, [Paragraph(text), Table([text], [[text]])], text)
-    page = as_html(Page(text, text, [section], [Tile(text, [(text, "good")], text)]))
-    assert "<i>" not in page
-    assert page.count("&lt;i&gt;{{ 7 * 7 }} *x*|\ufffd\ufffd") == 11
-    with pytest.raises(UndefinedError, match="tiles"):
-        render("clips.lab", "report.html.j2", title=text, note=text, sections=[section])
 
 
 def test_the_cost_of_a_megabyte_is_bounded() -> None:

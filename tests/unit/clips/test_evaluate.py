@@ -1,6 +1,5 @@
 """Metrics against slow references, ties at chance level, test sets and class lists with their errors."""
 
-import io
 import itertools
 import json
 import random
@@ -8,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from bad_corpus import encode
 from PIL import Image
 
 from clips.common.errors import NotFiniteError, UserError
@@ -121,10 +121,7 @@ def test_linear_probe_separates_what_is_separable():
     assert (figure.items, figure.chance) == (100, 25)
 
 
-def picture():
-    out = io.BytesIO()
-    Image.new("RGB", (12, 8), "red").save(out, "PNG")
-    return out.getvalue()
+PICTURE = encode(Image.new("RGB", (12, 8), "red"))
 
 
 def karpathy_file(folder, entries):
@@ -135,7 +132,7 @@ def karpathy_file(folder, entries):
 
 def test_karpathy_takes_the_split_and_five_captions(tmp_path):
     (tmp_path / "val2014").mkdir()
-    (tmp_path / "val2014/a.png").write_bytes(picture())
+    (tmp_path / "val2014/a.png").write_bytes(PICTURE)
     sentences = [{"raw": f"caption {i}"} for i in range(7)]
     path = karpathy_file(
         tmp_path,
@@ -152,7 +149,7 @@ def test_karpathy_takes_the_split_and_five_captions(tmp_path):
     with pytest.raises(UserError, match="--image-root"):
         KarpathySet(path, tmp_path / "val2014")
 
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(PICTURE)
     entry = {"filename": "../secret.png", "split": "test", "sentences": [{"raw": "x"}]}
     items = KarpathySet(karpathy_file(tmp_path, [entry]), tmp_path / "val2014")
     with pytest.raises(BrokenSample, match="out of the image folder"):
@@ -165,7 +162,7 @@ def test_karpathy_takes_the_split_and_five_captions(tmp_path):
 def test_folder_per_class(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "1.png").write_bytes(picture())
+        (tmp_path / name / "1.png").write_bytes(PICTURE)
     (tmp_path / "dog/notes.txt").write_text("not a picture")
     items = FolderSet(tmp_path)
     assert [items.read(i).label for i in range(len(items))] == ["cat", "dog"]

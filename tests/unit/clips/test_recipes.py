@@ -41,11 +41,6 @@ def test_the_table_of_recipes() -> None:
         assert recipe(name).recipe == name
 
 
-def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'b32' is not known; choose one of: demo, clip_baseline, caption, caption_web"):
-        recipe("b32")
-
-
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipes_are_the_papers(name: str) -> None:
     run = recipe(name)

@@ -27,7 +27,6 @@ from clips.studies.to_quality import (
     merit,
     reached,
     read_variants,
-    seconds_until,
     spread,
     summary,
     table_rows,
@@ -89,12 +88,6 @@ def test_a_figure_that_was_not_measured_is_refused_with_those_that_were(tmp_path
     write_run(tmp_path / "run", [(1, 2)])
     with pytest.raises(UserError, match=r"--figures web_r1: .*there are: sentence_i2t_r1, sentence_t2i_r1$"):
         reached(tmp_path / "run", {}, Target((BOTH[0], "web_r1"), 1.0))
-
-
-@pytest.mark.parametrize(("step", "seconds"), [(1, 1), (4, 4), (5, 7), (8, 16), (9, 16.5), (10, 17)])
-def test_seconds_between_two_lines(step: int, seconds: float) -> None:
-    steps, _ = lines_of([])
-    assert seconds_until(steps, step, "step_seconds") == pytest.approx(seconds)
 
 
 def test_what_happens_aside_costs_no_processor_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
