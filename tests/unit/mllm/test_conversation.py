@@ -157,7 +157,7 @@ odd_question = st.one_of(st.just(""), odd_text.map(lambda text: f" a{text}b \n")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", FORMATS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(turns=st.lists(st.tuples(odd_question, odd_text), min_size=1, max_size=4))
 def test_labels_equal_the_per_byte_reference(version, kind, turns):
     tokenizer = TOKENIZERS[kind]
@@ -168,19 +168,6 @@ def test_labels_equal_the_per_byte_reference(version, kind, turns):
     bos = "<s>" if kind.startswith("sentencepiece") else ""
     space = " " * (kind == "sentencepiece")
     assert_equals_reference(tokenizer, kind, encoded, reference(version, bos, tokenizer.eos_token, turns, space))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("version", FORMATS)
-def test_prompt_is_a_prefix_of_training(version, kind):
-    encoder = ConversationEncoder(TOKENIZERS[kind], version, IMAGE_TOKENS)
-    turns = llava([(" What? ", " A cat. "), ("Where?", ""), ("How many?", "2")][: 1 if version == "plain" else 3])
-    encoded = encoder.encode(turns, 1, "sample")
-    for length in range(1, len(turns), 2):
-        prompt = encoder.prompt(turns[:length], 1)
-        assert encoded.input_ids[: len(prompt)] == prompt
-        is_trained = encoded.labels[len(prompt)] != IGNORE
-        assert is_trained == bool(turns[length]["value"]), "the answer starts right after the prompt"
 
 
 def make_processor(tokenizer, template: str) -> LlavaProcessor:
@@ -280,15 +267,6 @@ def test_placeholders_and_typed_image_words():
     _, first = ask("<image>\nWhat?", "x", images=1)
     _, last = ask("What?\n<image>", "x", images=1)
     assert first == last, "a single image comes first, as in LLaVA"
-
-
-@pytest.mark.parametrize(
-    ("values", "images"),
-    [(["<image>\nWhat?", "x"], 0), (["What?", "<image>"], 1), (["<image>\n<image>", "x"], 1), (["<image>", "x"], 2)],
-)
-def test_another_number_of_placeholders_is_refused(values, images):
-    with pytest.raises(UserError, match=r"sample 7 \(id x\): it has \d image"):
-        ask(*values, images=images)
 
 
 def test_a_list_of_parts_holds_no_placeholders():
