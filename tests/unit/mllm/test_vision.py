@@ -121,7 +121,7 @@ def test_clips_equals_the_trained_tower(tmp_path, images, shape):
     with torch.no_grad():
         trained.visual(images)
     for place in places:
-        for layer in (-1, -2):
+        for layer in (-1, -2) if place == "run" else (-2,):
             encoder, expected = load_vision(f"clips:{tmp_path / place}", select_layer=layer), states[layer]
             expected = trained.visual.patches(expected)
             close = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0.0}
